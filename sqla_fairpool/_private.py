@@ -1,0 +1,86 @@
+"""Every use of SQLAlchemy's private names, with the reason for each.
+
+What stands here was read in SQLAlchemy 2.0 and 2.1; ``tests/test_private.py``
+holds each function to its promise on whichever is installed. The names that a
+``Pool`` subclass overrides (``_do_get``, ``_do_return_conn``,
+``_create_connection``) are not meant: they are how a pool is written.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from sqlalchemy.engine import Connection
+from sqlalchemy.pool import ConnectionPoolEntry
+
+__all__ = ["check_out_again", "disown", "record_of", "remember_tag"]
+
+
+def record_of(connection: Connection) -> ConnectionPoolEntry | None:
+    """Return the pool's record behind a connection, None if it has none now.
+
+    ``PoolProxiedConnection`` offers the record's ``record_info`` publicly, but not
+    the record. A connection that is closed, invalidated or detached has none.
+    """
+    proxied = connection._dbapi_connection
+    return getattr(proxied, "_connection_record", None)
+
+
+def check_out_again(connection: Connection) -> None:
+    """Return the connection's DBAPI connection to the pool and get it another.
+
+    What SQLAlchemy itself does for a connection that was invalidated, less the
+    closing: without ``_dbapi_connection`` it asks its engine for one on the next
+    use. If that fails, it asks again at the use after that, holding nothing.
+    """
+    proxied = connection._dbapi_connection
+    connection._dbapi_connection = None
+    if proxied is not None:
+        proxied.close()
+    connection.connection  # noqa: B018  (the property checks out)
+
+
+def remember_tag(
+    connection: Connection, asking: Callable[[], AbstractContextManager[None]]
+) -> None:
+    """Have a connection's later checkouts, after an invalidation, ask as itself.
+
+    ``_revalidate_connection`` is where these happen, and nothing public tells
+    which connection a checkout is for. Replaced on this one object; through a weak
+    reference, because a cycle would keep a leaked connection until the
+    collector's next run.
+    """
+    ref = weakref.ref(connection)
+
+    def revalidate() -> Any:
+        this = ref()
+        assert this is not None
+        with asking():
+            return type(this)._revalidate_connection(this)
+
+    connection.__dict__["_revalidate_connection"] = revalidate
+
+
+def disown(record: ConnectionPoolEntry) -> None:
+    """Make a forked child forget a connection that is its parent's.
+
+    The record and whoever has it checked out lose the DBAPI connection, so that
+    neither a rollback nor a close can reach the socket shared with the parent.
+    The driver's object is made immortal: some drivers say goodbye to the server
+    when theirs is deallocated, even at the end of the process.
+
+    ``fairy_ref`` is the only road from a record to the object that has it.
+    """
+    dbapi_connection = record.dbapi_connection
+    if dbapi_connection is None:
+        return
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(dbapi_connection))
+    record.dbapi_connection = None
+    fairy_ref = getattr(record, "fairy_ref", None)
+    fairy = fairy_ref() if fairy_ref is not None else None
+    if fairy is not None:
+        fairy.dbapi_connection = None

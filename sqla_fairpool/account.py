@@ -1,0 +1,85 @@
+"""A tag's account and a request's ticket: the nouns of the scheduler."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+__all__ = ["FREE", "GRANTED", "WAITING", "Account", "LineFull", "Ticket"]
+
+FREE = "free"
+WAITING = "waiting"
+GRANTED = "granted"
+
+
+class LineFull(Exception):
+    """`max_waiting` requests wait already."""
+
+
+class Ticket:
+    """The handle of one request: waiting for a slot, holding one, or free.
+
+    A free ticket may be used for another request.
+    """
+
+    __slots__ = ("account", "number", "since", "state")
+
+    account: Account
+    #: Arrival number, while waiting.
+    number: int
+    #: When it was requested (waiting) or granted (granted).
+    since: float
+
+    def __init__(self) -> None:
+        self.state = FREE
+
+
+class Account:
+    """What the scheduler knows of one tag."""
+
+    __slots__ = (
+        "active",
+        "checkouts",
+        "hold_max",
+        "hold_total",
+        "holds",
+        "in_use",
+        "last_activity",
+        "prompt",
+        "silent",
+        "tag",
+        "timeouts",
+        "wait_max",
+        "wait_total",
+        "waiters",
+        "weight",
+    )
+
+    def __init__(self, tag: str, weight: float, silent: bool) -> None:
+        self.tag = tag
+        self.weight = weight
+        #: True for the default tag: asking, waiting and returning are no
+        #: activity of it, because the caller may still say who it is.
+        self.silent = silent
+        self.active = False
+        #: active and not silent: a request needs no further looking into.
+        self.prompt = False
+        self.in_use = 0
+        self.waiters: OrderedDict[Ticket, None] | None = None
+        self.last_activity: float | None = None
+        self.checkouts = 0
+        self.timeouts = 0
+        self.wait_total = 0.0
+        self.wait_max = 0.0
+        self.holds = 0
+        self.hold_total = 0.0
+        self.hold_max = 0.0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait under this tag."""
+        return len(self.waiters) if self.waiters else 0
+
+    @property
+    def demand(self) -> int:
+        """Slots the tag wants now: in_use + waiting."""
+        return self.in_use + self.waiting

@@ -1,0 +1,191 @@
+"""The pool's options, validated. One bad value, one clear error."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from sqlalchemy import exc
+
+__all__ = ["MAX_TAG_LENGTH", "PoolOptions", "validate_tag"]
+
+#: Longest tag. Tags stand in log lines, error messages and monitors' columns.
+MAX_TAG_LENGTH = 128
+
+
+def _refuse(name: str, value: object, allowed: str) -> NoReturn:
+    raise exc.ArgumentError(f"{name}={value!r} is not allowed: {allowed}")
+
+
+def _integer(name: str, value: object, least: int, allowed: str) -> int:
+    number = None
+    if isinstance(value, str):
+        try:
+            number = int(value)
+        except ValueError:
+            pass
+    elif not isinstance(value, bool):
+        try:
+            number = operator.index(value)  # type: ignore[arg-type]
+        except TypeError:
+            pass
+    if number is None or number < least:
+        _refuse(name, value, allowed)
+    return number
+
+
+def _seconds(
+    name: str, value: object, fits: Callable[[float], bool], allowed: str
+) -> float:
+    number = math.nan
+    if not isinstance(value, bool):
+        try:
+            number = float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, OverflowError):
+            pass
+    if not math.isfinite(number) or not fits(number):
+        _refuse(name, value, allowed)
+    return number
+
+
+def validate_tag(value: object, name: str = "tag") -> str:
+    """Return `value` if it may be a tag, raise ``ArgumentError`` otherwise.
+
+    :param name: what to call it in the error, the option's name as a rule.
+    """
+    if (
+        isinstance(value, str)
+        and 0 < len(value) <= MAX_TAG_LENGTH
+        and value.isprintable()
+    ):
+        return value
+    shown = value
+    if isinstance(value, str) and len(value) > MAX_TAG_LENGTH:
+        shown = value[:32] + "..."
+    _refuse(
+        name,
+        shown,
+        f"a tag is a non-empty string of at most {MAX_TAG_LENGTH} printable characters",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PoolOptions:
+    """The options of one pool, every value checked and every default filled in.
+
+    Build it with :meth:`parse`.
+    """
+
+    pool_size: int
+    max_overflow: int
+    timeout: float | None
+    soft_limit: int
+    max_limit: int
+    idle_timeout: float
+    reallocation_interval: float
+    max_waiting: int | None
+    tag_option: str
+    default_tag: str
+
+    @property
+    def capacity(self) -> int:
+        """Most slots in use: ``pool_size + max_overflow``."""
+        return self.pool_size + self.max_overflow
+
+    @classmethod
+    def parse(
+        cls,
+        *,
+        pool_size: Any = 20,
+        max_overflow: Any = 0,
+        timeout: Any = 30.0,
+        soft_limit: Any = None,
+        max_limit: Any = None,
+        idle_timeout: Any = 60.0,
+        reallocation_interval: Any = 30.0,
+        max_waiting: Any = None,
+        tag_option: Any = "scraper",
+        default_tag: Any = "unknown",
+    ) -> PoolOptions:
+        """Check the values as users give them; numbers may come as strings.
+
+        :raises sqlalchemy.exc.ArgumentError: naming the option, the value and
+          what is allowed.
+        """
+        size = _integer(
+            "pool_size",
+            pool_size,
+            1,
+            "a whole number of at least 1 (0, which is no limit in QueuePool, "
+            "would leave nothing to share)",
+        )
+        overflow = _integer(
+            "max_overflow",
+            max_overflow,
+            0,
+            "a whole number of at least 0 (-1, which is no limit in QueuePool, "
+            "would leave nothing to share)",
+        )
+        soft, most = _limits(soft_limit, max_limit, size + overflow)
+        if timeout is not None:
+            timeout = _seconds(
+                "timeout",
+                timeout,
+                lambda seconds: seconds >= 0,
+                "seconds, at least 0, or None to wait without limit",
+            )
+        positive = "seconds, more than 0"
+        idle = _seconds("idle_timeout", idle_timeout, lambda s: s > 0, positive)
+        interval = _seconds(
+            "reallocation_interval", reallocation_interval, lambda s: s > 0, positive
+        )
+        if max_waiting is not None:
+            max_waiting = _integer(
+                "max_waiting",
+                max_waiting,
+                0,
+                "a whole number of at least 0, or None for no limit",
+            )
+        if not isinstance(tag_option, str) or not tag_option.isidentifier():
+            _refuse("tag_option", tag_option, "the name of an execution option")
+        return cls(
+            pool_size=size,
+            max_overflow=overflow,
+            timeout=timeout,
+            soft_limit=soft,
+            max_limit=most,
+            idle_timeout=idle,
+            reallocation_interval=interval,
+            max_waiting=max_waiting,
+            tag_option=tag_option,
+            default_tag=validate_tag(default_tag, "default_tag"),
+        )
+
+
+def _limits(soft_limit: Any, max_limit: Any, capacity: int) -> tuple[int, int]:
+    """Return (soft_limit, max_limit), defaults filled in."""
+    if max_limit is None:
+        most, origin = -(-capacity * 3 // 4), ", by default three quarters of the"
+    else:
+        within = f"a whole number from 1 to the capacity, {capacity}"
+        most, origin = _integer("max_limit", max_limit, 1, within), " of"
+        if most > capacity:
+            _refuse("max_limit", max_limit, within)
+    within = f"a whole number from 1 to max_limit, {most}{origin} capacity {capacity}"
+    if soft_limit is None:
+        soft = -(-capacity // 2)
+        if soft > most:
+            _refuse(
+                "max_limit",
+                max_limit,
+                f"soft_limit, by default half the capacity, is {soft}; it must not "
+                f"be above max_limit, so give soft_limit as well",
+            )
+        return soft, most
+    soft = _integer("soft_limit", soft_limit, 1, within)
+    if soft > most:
+        _refuse("soft_limit", soft_limit, within)
+    return soft, most

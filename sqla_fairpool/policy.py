@@ -1,0 +1,83 @@
+"""The rules: ceilings, who is next, fair shares.
+
+Pure functions over plain numbers. No clock, no thread, no connection: whoever
+wants to know *why* a tag got a connection reads this file and nothing else.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+__all__ = ["ceiling", "fair_shares", "rank"]
+
+
+def ceiling(other_active_tags: int, soft_limit: int, max_limit: int) -> int:
+    """Return the most slots a tag may hold.
+
+    A tag that is alone may have `max_limit`; the rest of the capacity stays
+    free, so that a newcomer starts at once. As soon as any other tag is active
+    it is `soft_limit` for each.
+
+    :param other_active_tags: how many tags are active beside the one asked for.
+    """
+    return soft_limit if other_active_tags else max_limit
+
+
+def rank(in_use: int, weight: float, head: int) -> tuple[float, int]:
+    """Return the sort key that decides who is next: **the smallest is**.
+
+    Of the tags that wait below their ceiling, a free slot goes to the one that
+    holds least per weight; on a tie to the one whose head, the longest waiting
+    request, came first.
+
+    :param in_use: slots the tag holds now.
+    :param weight: its relative entitlement, 1.0 being neutral.
+    :param head: arrival number of its longest waiting request.
+    """
+    return in_use / weight, head
+
+
+def fair_shares(
+    demands: Sequence[int],
+    capacity: int,
+    weights: Sequence[float] | None = None,
+) -> list[int]:
+    """Divide `capacity` whole slots by max-min fairness.
+
+    The answer is defined by three statements, which the tests check:
+
+    * nobody gets more than it demands;
+    * nothing is left over while somebody wants more: the shares add up to
+      ``min(capacity, sum(demands))`` exactly;
+    * no slot could move to somebody who is worse off: where `i` got less than
+      it wants, every `j` had, before its last slot, no more per weight than
+      `i` has, ``(share[j] - 1) / weight[j] <= share[i] / weight[i]``.
+
+    What cannot be divided evenly goes to the first in the sequence: 20 over
+    three unlimited demands is ``[7, 7, 6]``. A caller who wants the remainder
+    to go elsewhere orders the demands accordingly. Max-min fairness and its
+    filling procedure: Bertsekas and Gallager, *Data Networks*, section 6.5.
+
+    :param demands: slots each party wants; cap a demand at its ceiling to have
+      the ceiling respected.
+    :param weights: relative entitlements, all 1.0 if not given.
+
+    Costs O(n + capacity * log n).
+    """
+    if weights is None:
+        weights = [1.0] * len(demands)
+    shares = [0] * len(demands)
+    # Handing out slot by slot to whoever `rank` puts first *is* the definition.
+    line = [rank(0, weights[i], i) for i, demand in enumerate(demands) if demand > 0]
+    heapq.heapify(line)
+    for _ in range(capacity):
+        if not line:
+            break
+        _, i = line[0]
+        shares[i] += 1
+        if shares[i] < demands[i]:
+            heapq.heapreplace(line, rank(shares[i], weights[i], i))
+        else:
+            heapq.heappop(line)
+    return shares

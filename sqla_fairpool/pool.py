@@ -1,0 +1,282 @@
+"""``FairQueuePool``: the surface that SQLAlchemy sees.
+
+Rules of this file: it translates. Connections change hands in
+:mod:`.exchange`, the rules are :mod:`.policy` and :mod:`.scheduler`, who is
+asking is found in :mod:`.tagging`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, cast
+
+from sqlalchemy import event, exc
+from sqlalchemy.engine import Connection, Dialect, ExecutionContext
+from sqlalchemy.pool import ConnectionPoolEntry, Pool
+
+from . import _private, tagging
+from .exchange import Exchange, Record, Seat
+from .options import PoolOptions
+from .snapshot import snapshot
+from .stats import PoolStats
+from .waiters import ThreadWaiter, Waiter
+
+__all__ = ["FairQueuePool"]
+
+
+class FairQueuePool(Pool):
+    """A connection pool that divides its connections fairly among tags.
+
+    Used in the place of :class:`sqlalchemy.pool.QueuePool`::
+
+        engine = create_engine(url, poolclass=FairQueuePool)
+        layer3 = engine.execution_options(scraper="layer3")
+
+    A tag that is alone may have `max_limit` connections; of two or more active
+    tags each may have `soft_limit`; when they want more than there are, each gets
+    its max-min fair share. Callers under one tag are served in the order in which
+    they came. See :mod:`sqla_fairpool.policy` for the rules.
+
+    :param creator: a callable that returns a DB-API connection, as for
+      :class:`sqlalchemy.pool.Pool`.
+    :param pool_size: connections kept open. Default 20.
+    :param max_overflow: further connections while they are needed, closed when
+      they come back. ``pool_size + max_overflow`` is the capacity. Default 0.
+    :param timeout: seconds a checkout waits, None for no limit; ``pool_timeout``
+      in :func:`sqlalchemy.create_engine`. Default 30.0.
+    :param soft_limit: most connections of each tag while two or more tags are
+      active. Default: half the capacity, rounded up.
+    :param max_limit: most connections of a tag that is alone. Default: three
+      quarters of the capacity, rounded up.
+    :param idle_timeout: seconds without activity (a checkout, a statement, a
+      checkin) after which a tag is idle and does not count any more. Default 60.0.
+    :param reallocation_interval: how often, in seconds, idle tags are looked for;
+      whoever uses the pool or waits in it does so. Default 30.0.
+    :param max_waiting: most callers that may wait; one more gets
+      :class:`.TooManyWaiting` at once. Default None, no limit.
+    :param tag_option: the execution option that carries the tag. Default
+      ``"scraper"``.
+    :param default_tag: the tag of a checkout that has none. Default ``"unknown"``.
+    :param use_lifo: hand out the connection that came back last, so that the
+      others fall idle. Default False.
+    :param \\**kw: ``recycle``, ``pre_ping``, ``reset_on_return``, ``echo``,
+      ``logging_name``, ``events`` and ``dialect``, as for
+      :class:`sqlalchemy.pool.Pool`.
+    :raises sqlalchemy.exc.ArgumentError: for a bad value, naming it.
+    """
+
+    _is_asyncio = False  # type: ignore[assignment]  # a property in Pool
+
+    # Below "sqlalchemy.pool", so that echo_pool and logging settings reach it.
+    _sqla_logger_namespace = "sqlalchemy.pool.FairQueuePool"
+
+    _waiter_class: Callable[[], Waiter] = ThreadWaiter
+
+    #: The clock; a test's seam.
+    _clock: Callable[[], float] = staticmethod(time.monotonic)
+
+    def __init__(
+        self,
+        creator: Any,
+        pool_size: int = 20,
+        max_overflow: int = 0,
+        timeout: float | None = 30.0,
+        soft_limit: int | None = None,
+        max_limit: int | None = None,
+        idle_timeout: float = 60.0,
+        reallocation_interval: float = 30.0,
+        max_waiting: int | None = None,
+        tag_option: str = "scraper",
+        default_tag: str = "unknown",
+        use_lifo: bool = False,
+        *,
+        _exchange: Exchange | None = None,
+        **kw: Any,
+    ) -> None:
+        if _exchange is None:
+            options = PoolOptions.parse(
+                pool_size=pool_size,
+                max_overflow=max_overflow,
+                timeout=timeout,
+                soft_limit=soft_limit,
+                max_limit=max_limit,
+                idle_timeout=idle_timeout,
+                reallocation_interval=reallocation_interval,
+                max_waiting=max_waiting,
+                tag_option=tag_option,
+                default_tag=default_tag,
+            )
+            _exchange = Exchange(options, self._waiter_class, use_lifo, self._clock)
+        self._exchange = _exchange
+        self._default_tag = _exchange.options.default_tag
+        # False once another pool has taken over: what comes back is closed.
+        self._keeps = True
+        super().__init__(creator, **kw)
+
+    @property
+    def options(self) -> PoolOptions:
+        """The options in force, checked, with the defaults filled in."""
+        return self._exchange.options
+
+    # -- what Pool asks of a pool ------------------------------------------------
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        tag = tagging.current_tag(self._default_tag)
+        return self._exchange.checkout(tag, self)
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        self._exchange.checkin(cast(Record, record), self._keeps)
+
+    def recreate(self) -> FairQueuePool:
+        """Return a pool that takes over from this one.
+
+        It has the same options and the same accounting: what is checked out of
+        this pool still counts, and is closed when it comes back.
+        """
+        self.logger.info("Pool recreating")
+        self._keeps = False
+        return type(self)(
+            self._creator,
+            recycle=self._recycle,
+            echo=self.echo,
+            logging_name=self._orig_logging_name,
+            reset_on_return=cast(Any, self._reset_on_return),
+            pre_ping=self._pre_ping,
+            dialect=self._dialect,
+            _dispatch=self.dispatch,
+            _exchange=self._exchange,
+        )
+
+    def dispose(self) -> None:
+        """Close the connections that are in the pool.
+
+        Those that are checked out stay open until they come back.
+        """
+        self._exchange.close_idle()
+        self.logger.info("Pool disposed. %s", self.status())
+
+    # -- figures -------------------------------------------------------------------
+
+    def size(self) -> int:
+        """Return the number of connections kept open, ``pool_size``."""
+        return self.options.pool_size
+
+    def timeout(self) -> float | None:
+        """Return how many seconds a checkout waits."""
+        return self.options.timeout
+
+    def checkedin(self) -> int:
+        """Return the number of records in the pool, invalidated ones included."""
+        return self._exchange.idle_count
+
+    def checkedout(self) -> int:
+        """Return the number of connections out or being opened."""
+        return self._exchange.scheduler.in_use
+
+    def overflow(self) -> int:
+        """Return the connections there are beyond ``pool_size``; below 0 if fewer."""
+        return self.checkedout() + self.checkedin() - self.size()
+
+    def status(self) -> str:
+        """Return the pool's figures in a sentence."""
+        return (
+            f"Pool size: {self.size()}  Connections in pool: {self.checkedin()} "
+            f"Current Overflow: {self.overflow()} Current Checked out "
+            f"connections: {self.checkedout()} Waiting: "
+            f"{self._exchange.scheduler.waiting}"
+        )
+
+    def stats(self) -> PoolStats:
+        """Return a snapshot of the pool and a row for each tag. O(tags log tags)."""
+        return snapshot(self._exchange)
+
+    def __repr__(self) -> str:
+        exchange = self._exchange
+        scheduler = exchange.scheduler
+        return (
+            f"<{type(self).__name__} in_use={scheduler.in_use}/"
+            f"{self.options.capacity} idle={exchange.idle_count} "
+            f"waiting={scheduler.waiting} active_tags={scheduler.roster.active}>"
+        )
+
+    # -- the engine's dialect: where tags and statements come from ------------------
+
+    if not TYPE_CHECKING:
+        # create_engine(pool=...) assigns the attribute, any other road goes
+        # through Pool.__init__, which assigns it too. A getter written in C,
+        # because SQLAlchemy reads it at every checkin.
+        _observed_dialect = Pool._dialect
+        _dialect = property(attrgetter("_observed_dialect"))
+
+        @_dialect.setter
+        def _dialect(self, dialect):
+            self._observed_dialect = dialect
+            if isinstance(dialect, Dialect):
+                tagging.follow(dialect, self.options.tag_option, _retag)
+                for name, listener in _STATEMENT_LISTENERS.items():
+                    if not event.contains(dialect, name, listener):
+                        event.listen(dialect, name, listener)
+
+
+def _retag(connection: Connection, tag: str) -> bool:
+    """The tag was set on a connection: charge it there, or have it wait there.
+
+    Tells if the connection has another DBAPI connection now.
+    """
+    pool = connection.engine.pool
+    if connection.closed or not isinstance(pool, FairQueuePool):
+        return False
+    seat = _seat_of(connection)
+    _private.remember_tag(connection, partial(tagging.asked_by_connection, tag))
+    if seat is None or seat.account.tag == tag:
+        return False
+    if connection.in_transaction():
+        raise exc.InvalidRequestError(
+            "This connection has already initialized a SQLAlchemy Transaction() "
+            f"object via begin() or autobegin; {pool.options.tag_option} may not be "
+            "altered unless rollback() or commit() is called first."
+        )
+    if seat.exchange.move(seat, tag):
+        return False
+    _private.check_out_again(connection)
+    return True
+
+
+def _seat_of(connection: Connection) -> Seat | None:
+    """Return the seat of a connection's checkout, None if it has none of ours."""
+    return getattr(_private.record_of(connection), "seat", None)
+
+
+def _note_statement(context: ExecutionContext) -> None:
+    """A statement is activity of its tag. The usual case takes no lock."""
+    seat = _seat_of(context.root_connection)
+    if seat is not None:
+        account = seat.account
+        account.last_activity = seat.exchange.clock()
+        if not account.active:
+            seat.exchange.activity(seat)
+
+
+# DialectEvents, and on one dialect object only: no other engine is slowed.
+
+
+def _do_execute(
+    cursor: Any, statement: str, parameters: Any, context: ExecutionContext
+) -> None:
+    _note_statement(context)
+
+
+def _do_execute_no_params(
+    cursor: Any, statement: str, context: ExecutionContext
+) -> None:
+    _note_statement(context)
+
+
+_STATEMENT_LISTENERS: dict[str, Callable[..., None]] = {
+    "do_execute": _do_execute,
+    "do_executemany": _do_execute,
+    "do_execute_no_params": _do_execute_no_params,
+}
