@@ -79,7 +79,7 @@ def disown(record: ConnectionPoolEntry) -> None:
     if dbapi_connection is None:
         return
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(dbapi_connection))
-    record.dbapi_connection = None
+    setattr(record, "dbapi_connection", None)  # noqa: B010  (no slot in the interface)
     fairy_ref = getattr(record, "fairy_ref", None)
     fairy = fairy_ref() if fairy_ref is not None else None
     if fairy is not None:

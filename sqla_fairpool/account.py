@@ -11,26 +11,34 @@ WAITING = "waiting"
 GRANTED = "granted"
 
 
-class LineFull(Exception):
+class LineFull(Exception):  # noqa: N818  (a refusal, not an error)
     """`max_waiting` requests wait already."""
 
 
 class Ticket:
     """The handle of one request: waiting for a slot, holding one, or free.
 
-    A free ticket may be used for another request.
+    A free ticket may be used for another request. While nobody waits, a granted
+    one may serve several checkouts under its tag, one after the other: whoever
+    keeps it counts these in the fields below, and the scheduler adds them to the
+    tag's figures when the slot comes back.
     """
 
-    __slots__ = ("account", "number", "since", "state")
+    __slots__ = ("account", "again", "held", "held_max", "number", "since", "state")
 
     account: Account
     #: Arrival number, while waiting.
     number: int
-    #: When it was requested (waiting) or granted (granted).
+    #: When it was requested (waiting), or last checked out (granted).
     since: float
 
     def __init__(self) -> None:
         self.state = FREE
+        #: Checkouts it served beyond the first.
+        self.again = 0
+        #: How long those took that are over: in all, and the longest. Seconds.
+        self.held = 0.0
+        self.held_max = 0.0
 
 
 class Account:
@@ -41,7 +49,6 @@ class Account:
         "checkouts",
         "hold_max",
         "hold_total",
-        "holds",
         "in_use",
         "last_activity",
         "prompt",
@@ -61,7 +68,7 @@ class Account:
         #: activity of it, because the caller may still say who it is.
         self.silent = silent
         self.active = False
-        #: active and not silent: a request needs no further looking into.
+        #: active and not silent: what its holders do is known to be activity.
         self.prompt = False
         self.in_use = 0
         self.waiters: OrderedDict[Ticket, None] | None = None
@@ -70,7 +77,6 @@ class Account:
         self.timeouts = 0
         self.wait_total = 0.0
         self.wait_max = 0.0
-        self.holds = 0
         self.hold_total = 0.0
         self.hold_max = 0.0
 
@@ -79,6 +85,7 @@ class Account:
         """Requests that wait under this tag."""
         return len(self.waiters) if self.waiters else 0
 
+    @property
     @property
     def demand(self) -> int:
         """Slots the tag wants now: in_use + waiting."""

@@ -5,6 +5,12 @@ Rules of this file:
 * One lock. It guards the scheduler, the idle records and the two boxes. No I/O,
   no wake-up, no logging and no caller's code happens while it is held: what a
   transition leaves to do goes into the outbox and is done after the lock.
+* While nobody waits, a record that comes back is *kept warm*: it lies on its
+  tag's shelf, its slot stays with the tag, and the next checkout under that tag
+  takes it from there, without the lock. Whoever enters a critical section clears
+  the shelves first, so nobody misses a slot that somebody else keeps warm; and
+  who puts a record on a shelf looks, after that, if somebody waits, so a waiter
+  who saw the shelf empty is not forgotten.
 * A record is returned by its user, or by the collector: then in the middle of
   anything, also of our own critical section on the same thread. The lock is
   re-entrant, so that this cannot deadlock, and `_busy` tells the second comer
@@ -26,53 +32,19 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import cast
 
 from sqlalchemy import exc
-from sqlalchemy.pool import ConnectionPoolEntry
 
 from . import _private
-from .account import FREE, GRANTED, Account, LineFull, Ticket
+from .account import FREE, GRANTED, WAITING, Account, LineFull, Ticket
 from .errors import CheckoutTimeout, TooManyWaiting, describe_holders
 from .options import PoolOptions
 from .scheduler import Scheduler
+from .seats import Opener, Record, Seat, Shelf
 from .waiters import Waiter
 
-__all__ = ["Exchange", "Opener", "Record", "Seat"]
-
-
-class Record(ConnectionPoolEntry):
-    """For the type checker: a connection record with the seat that we put on it."""
-
-    seat: Seat
-
-
-class Opener(Protocol):
-    """Who opens another connection; a pool."""
-
-    def _create_connection(self) -> ConnectionPoolEntry: ...
-
-
-class Seat(Ticket):
-    """A ticket with what belongs to it on this side.
-
-    A record keeps its seat, which serves one checkout after the other; a caller
-    that has to wait brings a new one.
-    """
-
-    __slots__ = ("__weakref__", "exchange", "record", "waiter")
-
-    def __init__(self, exchange: Exchange) -> None:
-        self.state = FREE
-        self.exchange = exchange
-        #: What was handed over, until the owner picks it up.
-        self.record: Record | None = None
-        #: How to wake the owner, until the slot was handed over.
-        self.waiter: Waiter | None = None
-
-    def __del__(self) -> None:
-        if self.state is GRANTED:
-            self.exchange.lost(self)
+__all__ = ["Exchange"]
 
 
 class Exchange:
@@ -95,12 +67,15 @@ class Exchange:
         self._waiter_class = waiter_class
         self._use_lifo = use_lifo
         self._pool_size = options.pool_size
+        # Without overflow there is a place for every record that comes back.
+        self._never_full = options.max_overflow == 0
         self._begin()
         _living.add(self)
 
     def _begin(self) -> None:
         #: Guards everything below; see the head of this file.
-        self.lock = threading.RLock()
+        self._lock = threading.RLock()
+        # True in the middle of a transition.
         self._busy = False
         # What came back while the lock's holder was busy: (seat, record, keep).
         self._inbox: deque[tuple[Seat, Record | None, bool]] = deque()
@@ -108,6 +83,12 @@ class Exchange:
         self._outbox: deque[Callable[[], object]] = deque()
         # Records in the pool, the one that came back first on the left.
         self._idle: deque[Record] = deque()
+        self._take_idle, self._put_back = self._idle.popleft, self._idle.appendleft
+        if self._use_lifo:
+            self._take_idle, self._put_back = self._idle.pop, self._idle.append
+        # The shelves of the tags that hold slots; those that may not be empty.
+        self._shelves: dict[str, Shelf] = {}
+        self._listed: deque[Shelf] = deque()
         # Every record there is, for the child of a fork.
         self._records: weakref.WeakSet[Record] = weakref.WeakSet()
         # The waiting seat whose owner wakes up for the next reallocation.
@@ -131,42 +112,96 @@ class Exchange:
         :raises CheckoutTimeout: after the options' ``timeout``.
         :raises TooManyWaiting: if the caller may not even wait.
         """
-        now = self.clock()
-        record = seat = None
         try:
-            with self.lock:
+            shelf = self._shelves[tag]
+            record = shelf.take()
+        except LookupError:
+            return self._checkout(tag, opener)
+        now = self.clock()
+        seat = record.seat
+        account = seat.account
+        scheduler = self.scheduler
+        if (
+            scheduler.waiting
+            or now >= scheduler.next_tick
+            or account.in_use > scheduler.roster.common_ceiling
+            or not account.prompt
+        ):
+            # The slot is not this tag's to keep any more, or there is work to do.
+            shelf.put(record)
+            self._listed.append(shelf)
+            return self._checkout(tag, opener)
+        seat.warm = False
+        seat.again += 1
+        seat.since = account.last_activity = now
+        return record
+
+    def checkin(self, record: Record, keep: bool = True) -> None:
+        """Take a record back, from its user or from the collector.
+
+        :param keep: False to close its connection.
+        """
+        seat = record.seat
+        account = seat.account
+        shelf = seat.shelf
+        if (
+            shelf is None
+            or self.scheduler.waiting
+            or not account.prompt
+            or not keep
+            or seat.warm
+        ):
+            self._checkin(seat, record, keep)
+            return
+        now = self.clock()
+        held = now - seat.since
+        seat.held += held
+        if held > seat.held_max:
+            seat.held_max = held
+        account.last_activity = now
+        seat.warm = True
+        shelf.put(record)
+        if not shelf.listed:
+            shelf.listed = True
+            self._listed.append(shelf)
+        if self.scheduler.waiting:
+            self._visit()
+
+    def _checkout(self, tag: str, opener: Opener) -> Record:
+        """`checkout` under the lock: a slot is needed from the scheduler."""
+        now = self.clock()
+        seat = None
+        try:
+            with self._lock:
                 if self._busy:
                     _refuse_finaliser()
                 self._busy = True
                 try:
-                    scheduler = self.scheduler
-                    if now >= scheduler.next_tick:
-                        self._deliver(scheduler.tick(now), None)
+                    self._tidy(now)
+                    if now >= self.scheduler.next_tick:
+                        self._deliver(self.scheduler.tick(now), None)
                     if self._idle:
-                        record = self._idle[-1 if self._use_lifo else 0]
+                        record = self._take_idle()
                         seat = record.seat
-                        if scheduler.request(seat, tag, now):
-                            if self._use_lifo:
-                                self._idle.pop()
-                            else:
-                                self._idle.popleft()
+                        if self.scheduler.request(seat, tag, now):
+                            self._seat_owner(seat, record)
                         else:
                             record.seat = Seat(self)
-                            record = None
-                            self._line_up(seat)
+                            self._put_back(record)
                     else:
                         seat = Seat(self)
-                        if not scheduler.request(seat, tag, now):
-                            self._line_up(seat)
-                    if self._inbox:
-                        self._empty_inbox(now)
+                        if self.scheduler.request(seat, tag, now):
+                            self._seat_owner(seat, None)
+                    if seat.state is WAITING:
+                        seat.waiter = self._waiter_class()
+                        if self._watch is None:
+                            self._watch = seat
+                    self._tidy(now)
                 finally:
                     self._busy = False
             if self._outbox:
                 self._flush()
-            if record is None:
-                record = self._wait_or_open(seat, now, opener)
-            return record
+            return self._wait_or_open(seat, now, opener)
         except LineFull:
             self._flush()
             raise self._too_many_waiting(tag) from None
@@ -175,31 +210,17 @@ class Exchange:
                 self._give_up(seat)
             raise
 
-    def checkin(self, record: Record, keep: bool = True) -> None:
-        """Take a record back, from its user or from the collector.
-
-        :param keep: False to close its connection.
-        """
+    def _checkin(self, seat: Seat, record: Record | None, keep: bool) -> None:
+        """`checkin` under the lock: somebody waits, or the slot is to be freed."""
         now = self.clock()
-        with self.lock:
+        with self._lock:
             if self._busy:
-                self._inbox.append((record.seat, record, keep))
+                self._inbox.append((seat, record, keep))
                 return
             self._busy = True
             try:
-                seat = record.seat
-                if (
-                    keep
-                    and not self.scheduler.waiting
-                    and len(self._idle) < self._pool_size
-                    and seat.state is GRANTED
-                ):
-                    self.scheduler.release(seat, now)
-                    self._idle.append(record)
-                else:
-                    self._take_back(seat, record, keep, now)
-                if self._inbox:
-                    self._empty_inbox(now)
+                self._take_back(seat, record, keep, now)
+                self._tidy(now)
             finally:
                 self._busy = False
         if self._outbox:
@@ -207,14 +228,7 @@ class Exchange:
 
     def lost(self, seat: Seat) -> None:
         """Take the slot of a seat back whose owner has vanished with the record."""
-        now = self.clock()
-        with self.lock:
-            # Also when nobody is busy: one road for what the collector returns.
-            self._inbox.append((seat, None, False))
-            if self._busy:
-                return
-        with self.section():
-            pass
+        self._checkin(seat, None, False)
 
     def move(self, seat: Seat, tag: str) -> bool:
         """Charge a checked-out seat to another tag, if that one is next."""
@@ -222,14 +236,15 @@ class Exchange:
             granted = self.scheduler.move(seat, tag, now)
             if granted is None:
                 return False
+            self._seat_owner(seat, None)
             self._deliver(granted, None)
             return True
 
     def activity(self, seat: Seat) -> None:
         """Note that the holder of a seat works, though its tag is not active."""
-        with self.lock:
-            if not self._busy:  # else: a finaliser's statement, of no account
-                self.scheduler.activity(seat, self.clock())
+        if not self._in_section():  # else: a finaliser's statement, let it pass
+            with self.section() as now:
+                self.scheduler.activity(seat, now)
 
     def close_idle(self) -> None:
         """Close the connections that are in the pool.
@@ -258,46 +273,90 @@ class Exchange:
     @property
     def idle_count(self) -> int:
         """Records in the pool."""
+        self._visit()
         return len(self._idle)
 
+    @property
+    def in_use(self) -> int:
+        """Slots in use."""
+        self._visit()
+        return self.scheduler.in_use
+
     def count_idle(self) -> tuple[int, int]:
-        """Return the records in the pool, and how many of them are open."""
+        """Return the records in the pool, and how many of them are open.
+
+        Caller is in a section.
+        """
         open_ones = [r for r in self._idle if r.dbapi_connection is not None]
         return len(self._idle), len(open_ones)
+
+    def granted_seats(self) -> list[Seat]:
+        """Return the seats of the records that are out. Caller is in a section."""
+        seats = [record.seat for record in self._records]
+        return [seat for seat in seats if seat.state is GRANTED]
 
     # -- the parts, under the lock ---------------------------------------------
 
     @contextmanager
     def section(self) -> Iterator[float]:
         """A critical section off the hot path; gives the time."""
-        with self.lock:
+        with self._lock:
             if self._busy:
                 _refuse_finaliser()
             self._busy = True
             try:
                 now = self.clock()
+                self._tidy(now)
                 yield now
-                if self._inbox:
-                    self._empty_inbox(now)
+                self._tidy(now)
             finally:
                 self._busy = False
         if self._outbox:
             self._flush()
 
-    def _empty_inbox(self, now: float) -> None:
+    def _visit(self) -> None:
+        """Enter and leave a critical section, which does what there is to do."""
+        if not self._in_section():
+            with self.section():
+                pass
+
+    def _in_section(self) -> bool:
+        """Tell if this thread is in a critical section: we are in a finaliser."""
+        with self._lock:
+            return self._busy
+
+    def _tidy(self, now: float) -> None:
+        """Clear the shelves, empty the inbox."""
+        while self._listed:
+            shelf = self._listed.popleft()
+            shelf.listed = False  # first: what comes after this is listed again
+            while shelf.records:
+                try:
+                    record = shelf.take()
+                except IndexError:
+                    break  # somebody was faster
+                record.seat.warm = False
+                granted = self.scheduler.vacate(record.seat, now)
+                if granted:
+                    self._deliver(granted, record)
+                else:
+                    self._idle.append(record)
         while self._inbox:
-            seat, record, keep = self._inbox.popleft()
-            self._take_back(seat, record, keep, now)
+            seat, returned, keep = self._inbox.popleft()
+            self._take_back(seat, returned, keep, now)
 
     def _take_back(
         self, seat: Seat, record: Record | None, keep: bool, now: float
     ) -> None:
         """Free the seat's slot; hand the record on, keep it or have it closed."""
-        if seat.state is not GRANTED or not self.scheduler.knows(seat):
+        if seat.state is not GRANTED or seat.warm or not self.scheduler.knows(seat):
             return  # back already, or checked out before a fork
-        is_open = record is not None and record.dbapi_connection is not None
         full = len(self._idle) >= self._pool_size
-        if is_open and (not keep or (full and not self.scheduler.wanted(seat))):
+        if (
+            record is not None
+            and record.dbapi_connection is not None
+            and (not keep or (full and not self.scheduler.wanted(seat)))
+        ):
             # Its slot is free when it is closed, not before.
             self._outbox.append(partial(self._close_then, self._closed, record))
             return
@@ -316,19 +375,39 @@ class Exchange:
             assert isinstance(seat, Seat)
             assert seat.waiter is not None
             if record is None and self._idle:
-                record = self._idle.pop() if self._use_lifo else self._idle.popleft()
-            if record is not None:
-                record.seat = seat
-                seat.record, record = record, None
+                record = self._take_idle()
+            self._seat_owner(seat, record)
+            record = None
             if seat is self._watch:
                 self._pass_the_watch()
             self._outbox.append(seat.waiter.wake)
             seat.waiter = None  # the last thing: now its owner may look
 
-    def _line_up(self, seat: Seat) -> None:
-        seat.waiter = self._waiter_class()
-        if self._watch is None:
-            self._watch = seat
+    def _seat_owner(self, seat: Seat, record: Record | None) -> None:
+        """Complete a seat that was granted, or moved to another tag."""
+        account = seat.account
+        if account.silent or not self._never_full:
+            seat.shelf = None
+        else:
+            shelf = self._shelves.get(account.tag)
+            if shelf is None:
+                shelf = self._new_shelf(account.tag)
+            seat.shelf = shelf
+        if record is not None:
+            record.seat = seat
+            seat.record = record
+
+    def _new_shelf(self, tag: str) -> Shelf:
+        if len(self._shelves) > 2 * self.options.capacity:
+            # Those of tags that hold nothing: no record has a way to them.
+            accounts = self.scheduler.roster.accounts
+            self._shelves = {
+                tag: shelf
+                for tag, shelf in self._shelves.items()
+                if tag in accounts and accounts[tag].in_use
+            }
+        shelf = self._shelves[tag] = Shelf()
+        return shelf
 
     def _pass_the_watch(self) -> None:
         """Let another waiter wake up for the reallocation.
@@ -359,7 +438,7 @@ class Exchange:
 
     def _close_then(self, after: Callable[[Record], None], record: Record) -> None:
         try:
-            record.close()
+            record.close()  # logs what goes wrong, and raises interrupts only
         finally:
             after(record)
 
@@ -374,10 +453,10 @@ class Exchange:
             self._wait(seat, waiter, since)
         record = seat.record
         if record is None:
-            record = opener._create_connection()  # type: ignore[assignment]
-            assert record is not None
+            record = cast(Record, opener._create_connection())
             record.seat = seat
-            self._records.add(record)
+            with self._lock:
+                self._records.add(record)
             if not self.scheduler.knows(seat):
                 seat.state = FREE  # the process was forked meanwhile
         seat.record = None
@@ -445,6 +524,7 @@ class Exchange:
         """In a forked child: an empty pool; what is open belongs to the parent."""
         for record in list(self._records):
             record.seat.state = FREE
+            record.seat.shelf = None
             _private.disown(record)
         self._begin()
 

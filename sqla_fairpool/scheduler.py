@@ -107,34 +107,14 @@ class Scheduler:
         :param ticket: a free ticket.
         :raises LineFull: when it would have to wait and may not.
         """
-        account = self._accounts.get(tag)
-        if (
-            account is not None
-            and account.prompt
-            and self.in_use < self.capacity
-            and account.in_use < self.roster.common_ceiling
-        ):
-            # Nobody is overtaken: with a slot free, all who wait are at their
-            # ceilings (promise 3), and this tag is not.
-            assert ticket.state is FREE
-            self.in_use += 1
-            account.in_use += 1
-            account.checkouts += 1
-            account.last_activity = now
-            ticket.account = account
-            ticket.since = now
-            ticket.state = GRANTED
-            return True
-        return self._request(ticket, tag, now)
-
-    def _request(self, ticket: Ticket, tag: str, now: float) -> bool:
-        """`request` where the tag is new, idle or silent, or has to wait."""
         assert ticket.state is FREE
         account = self.roster.get(tag, now)
         if not account.silent:
             self.roster.touch(account, now)
         ticket.account = account
         ticket.since = now
+        # Nobody is overtaken: with a slot free, all who wait are at their ceilings
+        # (promise 3); this tag is not, so none of them is of this tag.
         if self.in_use < self.capacity and account.in_use < self.ceiling(account):
             self._grant(ticket, now)
             return True
@@ -155,19 +135,25 @@ class Scheduler:
     def release(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
         """Take a granted ticket's slot back; return who is granted by that."""
         account = ticket.account
-        assert ticket.state is GRANTED, f"released a ticket that is {ticket.state}"
         held = now - ticket.since
+        ticket.held += held
+        if held > ticket.held_max:
+            ticket.held_max = held
+        if not account.silent:
+            self.roster.touch(account, now)
+        return self.vacate(ticket, now)
+
+    def vacate(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
+        """:meth:`release` for a ticket whose last checkout was over before.
+
+        No activity of its tag: that was when the checkout ended.
+        """
+        account = ticket.account
+        assert ticket.state is GRANTED, f"released a ticket that is {ticket.state}"
         ticket.state = FREE
         self.in_use -= 1
         account.in_use -= 1
-        account.holds += 1
-        account.hold_total += held
-        if held > account.hold_max:
-            account.hold_max = held
-        if account.prompt:
-            account.last_activity = now
-        elif not account.silent:
-            self.roster.touch(account, now)
+        self._book(ticket)
         if not self.waiting:
             return _NO_GRANTS
         if account.waiters:
@@ -234,9 +220,9 @@ class Scheduler:
             source.checkouts -= 1
         else:
             held = now - ticket.since
-            source.holds += 1
-            source.hold_total += held
-            source.hold_max = max(source.hold_max, held)
+            ticket.held += held
+            ticket.held_max = max(ticket.held_max, held)
+            self._book(ticket)
         target.checkouts += 1
         ticket.account = target
         ticket.since = now
@@ -296,6 +282,16 @@ class Scheduler:
         return self._accounts.get(account.tag) is account
 
     # -- the parts of a transition -------------------------------------------
+
+    def _book(self, ticket: Ticket) -> None:
+        """Add what the ticket counted to the figures of its tag."""
+        account = ticket.account
+        account.checkouts += ticket.again
+        account.hold_total += ticket.held
+        if ticket.held_max > account.hold_max:
+            account.hold_max = ticket.held_max
+        ticket.again = 0
+        ticket.held = ticket.held_max = 0.0
 
     def _shift(self, account: Account, by: int) -> None:
         self.in_use += by

@@ -13,7 +13,7 @@ from .stats import PoolStats, Summary, TagStats
 __all__ = ["snapshot"]
 
 # Read in one call per account, to hold the lock as short as possible.
-_copy = attrgetter(
+_figures = attrgetter(
     "tag",
     "active",
     "in_use",
@@ -23,7 +23,6 @@ _copy = attrgetter(
     "timeouts",
     "wait_total",
     "wait_max",
-    "holds",
     "hold_total",
     "hold_max",
 )
@@ -38,8 +37,13 @@ def snapshot(exchange: Exchange) -> PoolStats:
         records, idle = exchange.count_idle()
         active = scheduler.roster.active
         copies = [
-            (scheduler.ceiling(account), _copy(account))
+            (scheduler.ceiling(account), *_figures(account))
             for account in scheduler.roster.accounts.values()
+        ]
+        # What the seats that are out have counted and not yet handed in.
+        pending = [
+            (seat.account.tag, seat.again, seat.held, seat.held_max)
+            for seat in exchange.granted_seats()
         ]
     return PoolStats(
         size=options.pool_size,
@@ -51,39 +55,58 @@ def snapshot(exchange: Exchange) -> PoolStats:
         waiting=waiting,
         utilization=in_use / options.capacity,
         strategy=_strategy(active, options),
-        tags=_rows(copies, options.capacity, now),
+        tags=_rows(copies, pending, options.capacity, now),
     )
 
 
 def _rows(
-    copies: list[tuple[int, tuple[Any, ...]]], capacity: int, now: float
+    copies: list[tuple[Any, ...]],
+    pending: list[tuple[str, int, float, float]],
+    capacity: int,
+    now: float,
 ) -> tuple[TagStats, ...]:
     # The remainder of the division is shown with those who hold it.
-    copies.sort(key=lambda copy: (-copy[1][2], copy[1][0]))
-    demands = [min(copy[2] + copy[3], limit) for limit, copy in copies]
+    copies.sort(key=lambda copy: (-copy[3], copy[1]))
+    # An idle tag does not count, whatever it still holds.
+    demands = [min(copy[3] + copy[4], copy[0]) if copy[2] else 0 for copy in copies]
     shares = policy.fair_shares(demands, capacity)
-    rows = []
-    for (limit, copy), share in zip(copies, shares, strict=True):
-        tag, active, in_use, waiting, last, checkouts, timeouts, *times = copy
-        wait_total, wait_max, holds, hold_total, hold_max = times
-        if not (active or in_use or waiting or checkouts or timeouts):
-            continue  # the default tag, when everybody said later who he is
-        rows.append(
-            TagStats(
-                name=tag,
-                active=active,
-                connections=in_use,
-                limit=limit,
-                fair_share=share,
-                waiting=waiting,
-                idle_for=None if last is None else max(now - last, 0.0),
-                checkouts=checkouts,
-                timeouts=timeouts,
-                wait_time=Summary(checkouts, wait_total, wait_max),
-                hold_time=Summary(holds, hold_total, hold_max),
-            )
-        )
-    return tuple(sorted(rows, key=lambda row: row.name))
+    more: dict[str, list[tuple[int, float, float]]] = {}
+    for tag, again, held, held_max in pending:
+        more.setdefault(tag, []).append((again, held, held_max))
+    rows = (
+        _row(copy, share, more.get(copy[1], []), now)
+        for copy, share in zip(copies, shares, strict=True)
+    )
+    return tuple(sorted((row for row in rows if row), key=lambda row: row.name))
+
+
+def _row(
+    copy: tuple[Any, ...],
+    share: int,
+    more: list[tuple[int, float, float]],
+    now: float,
+) -> TagStats | None:
+    limit, tag, active, in_use, waiting, last, checkouts, timeouts, *times = copy
+    wait_total, wait_max, hold_total, hold_max = times
+    if not (active or in_use or waiting or checkouts or timeouts):
+        return None  # the default tag, when everybody said later who he is
+    for again, held, held_max in more:
+        checkouts += again
+        hold_total += held
+        hold_max = max(hold_max, held_max)
+    return TagStats(
+        name=tag,
+        active=active,
+        connections=in_use,
+        limit=limit,
+        fair_share=share,
+        waiting=waiting,
+        idle_for=None if last is None else max(now - last, 0.0),
+        checkouts=checkouts,
+        timeouts=timeouts,
+        wait_time=Summary(checkouts, wait_total, wait_max),
+        hold_time=Summary(checkouts - in_use, hold_total, hold_max),
+    )
 
 
 def _strategy(active: int, options: PoolOptions) -> str:

@@ -27,12 +27,21 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from .options import validate_tag
 
-__all__ = ["asked_by_connection", "current_tag", "follow", "tag"]
+__all__ = ["asked", "asked_by_connection", "context_tag", "follow", "tag"]
 
-# One variable for each way of saying it, the most specific first.
-_connection_tag: ContextVar[str | None] = ContextVar("connection_tag", default=None)
-_engine_tag: ContextVar[str | None] = ContextVar("engine_tag", default=None)
-_context_tag: ContextVar[str | None] = ContextVar("context_tag", default=None)
+# Set for the length of one checkout by whoever has options: an engine, or a
+# connection that checks out again.
+_asked: ContextVar[str | None] = ContextVar("sqla_fairpool_asked", default=None)
+_connection_tag: ContextVar[str | None] = ContextVar(
+    "sqla_fairpool_connection_tag", default=None
+)
+_context_tag: ContextVar[str | None] = ContextVar("sqla_fairpool_tag", default=None)
+
+#: The tag of the options in force, None without; first read by every checkout.
+asked = _asked.get
+
+#: The tag of the innermost ``with tag(...)``, None without.
+context_tag = _context_tag.get
 
 #: What is set on a dialect, to recognise it when a pool is recreated.
 _MARK = "_sqla_fairpool_tag_option"
@@ -61,24 +70,15 @@ def tag(name: str) -> Iterator[None]:
         _context_tag.reset(token)
 
 
-def current_tag(default: str) -> str:
-    """Return the tag under which a checkout asks now."""
-    asked = _connection_tag.get()
-    if asked is not None:
-        # For this checkout alone: a listener may check out another one.
-        _connection_tag.set(None)
-        return asked
-    return _engine_tag.get() or _context_tag.get() or default
-
-
 @contextmanager
 def asked_by_connection(name: str) -> Iterator[None]:
-    """Let the next checkout be a connection's that has tag `name` itself."""
-    token = _connection_tag.set(name)
+    """Let the next checkout be that of a connection whose own tag is `name`."""
+    tokens = _connection_tag.set(name), _asked.set(name)
     try:
         yield
     finally:
-        _connection_tag.reset(token)
+        _connection_tag.reset(tokens[0])
+        _asked.reset(tokens[1])
 
 
 def follow(
@@ -123,13 +123,18 @@ def follow(
 
 def _tag_engine(engine: Engine, name: str) -> None:
     """Have `engine` check out under tag `name`."""
-    set_tag, reset_tag = _engine_tag.set, _engine_tag.reset
+    set_asked, reset_asked = _asked.set, _asked.reset
+    connection_tag = _connection_tag.get
 
     def raw_connection() -> PoolProxiedConnection:
-        token = set_tag(name)
+        # A connection that checks out again goes first, see `asked_by_connection`.
+        token = set_asked(connection_tag() or name)
         try:
             return engine.pool.connect()
         finally:
-            reset_tag(token)
+            reset_asked(token)
 
-    engine.__dict__["raw_connection"] = raw_connection
+    # A reference cycle, so engines that are dropped wait for the collector. They
+    # hold no connection; and a weak reference would fail whoever calls
+    # engine.execution_options(...).raw_connection() in one breath.
+    setattr(engine, raw_connection.__name__, raw_connection)

@@ -1,2 +1,5 @@
 """The command line."""
-def main() -> int: ...
+
+
+def main() -> int:
+    return 0

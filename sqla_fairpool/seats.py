@@ -1,0 +1,68 @@
+"""The nouns of the exchange: records, the seats on them, the shelves for them."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING, Protocol
+
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from .account import GRANTED, Ticket
+from .waiters import Waiter
+
+if TYPE_CHECKING:
+    from .exchange import Exchange
+
+__all__ = ["Opener", "Record", "Seat", "Shelf"]
+
+
+class Record(ConnectionPoolEntry):
+    """For the type checker: a connection record with the seat that we put on it."""
+
+    seat: Seat
+
+
+class Opener(Protocol):
+    """Who opens another connection; a pool."""
+
+    def _create_connection(self) -> ConnectionPoolEntry: ...
+
+
+class Shelf:
+    """Where the records of one tag are kept warm."""
+
+    __slots__ = ("listed", "put", "records", "take")
+
+    def __init__(self) -> None:
+        self.records: deque[Record] = deque()
+        # Both atomic: no lock is held by who calls them.
+        self.take = self.records.popleft
+        self.put = self.records.append
+        #: It is among the shelves to be cleared.
+        self.listed = False
+
+
+class Seat(Ticket):
+    """A ticket with what belongs to it on this side.
+
+    A record keeps its seat, which serves one checkout after the other; a caller
+    that has to wait brings a new one.
+    """
+
+    __slots__ = ("__weakref__", "exchange", "record", "shelf", "waiter", "warm")
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__()
+        self.exchange = exchange
+        #: What was handed over, until the owner picks it up.
+        self.record: Record | None = None
+        #: How to wake the owner, until the slot was handed over.
+        self.waiter: Waiter | None = None
+        #: Where its record is kept warm, None if it must not be.
+        self.shelf: Shelf | None = None
+        #: Its record lies there.
+        self.warm = False
+
+    def __del__(self) -> None:
+        if self.state is GRANTED:
+            self.exchange.lost(self)
