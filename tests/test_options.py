@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from sqlalchemy import engine_from_config
+from sqlalchemy.exc import ArgumentError
+
+from sqla_fairpool import FairQueuePool
+from sqla_fairpool.options import PoolOptions, validate_tag
+
+
+def test_defaults_are_the_contract():
+    options = PoolOptions.parse()
+    assert options == PoolOptions(
+        pool_size=20,
+        max_overflow=0,
+        timeout=30.0,
+        soft_limit=10,
+        max_limit=15,
+        idle_timeout=60.0,
+        reallocation_interval=30.0,
+        max_waiting=None,
+        tag_option="scraper",
+        default_tag="unknown",
+    )
+    assert options.capacity == 20
+
+
+@pytest.mark.parametrize(
+    ("size", "overflow", "soft", "most"),
+    [(1, 0, 1, 1), (2, 0, 1, 2), (3, 0, 2, 3), (5, 10, 8, 12), (7, 0, 4, 6)],
+)
+def test_limits_follow_the_capacity_rounded_up(size, overflow, soft, most):
+    options = PoolOptions.parse(pool_size=size, max_overflow=overflow)
+    assert (options.soft_limit, options.max_limit) == (soft, most)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("pool_size", 0, "would leave nothing to share"),
+        ("pool_size", -3, "at least 1"),
+        ("pool_size", True, "whole number"),
+        ("pool_size", 2.5, "whole number"),
+        ("pool_size", "many", "whole number"),
+        ("pool_size", None, "whole number"),
+        ("max_overflow", -1, "no limit in QueuePool"),
+        ("max_overflow", False, "whole number"),
+        ("timeout", -1, "at least 0"),
+        ("timeout", math.nan, "seconds"),
+        ("timeout", math.inf, "None to wait without limit"),
+        ("timeout", True, "seconds"),
+        ("timeout", "soon", "seconds"),
+        ("soft_limit", 0, "from 1"),
+        ("soft_limit", 16, "max_limit, 15"),
+        ("soft_limit", True, "whole number"),
+        ("max_limit", 21, "capacity, 20"),
+        ("max_limit", 0, "capacity, 20"),
+        ("max_limit", 8, "give soft_limit as well"),
+        ("idle_timeout", 0, "more than 0"),
+        ("idle_timeout", math.nan, "more than 0"),
+        ("idle_timeout", None, "more than 0"),
+        ("reallocation_interval", -1, "more than 0"),
+        ("max_waiting", -1, "None for no limit"),
+        ("max_waiting", 1.5, "None for no limit"),
+        ("tag_option", "", "execution option"),
+        ("tag_option", 3, "execution option"),
+        ("default_tag", "", "non-empty"),
+        ("default_tag", None, "non-empty"),
+    ],
+)
+def test_bad_value_is_named_with_what_is_allowed(server, name, value, says):
+    keyword = "pool_timeout" if name == "timeout" else name
+    with pytest.raises(ArgumentError) as caught:
+        server.engine(**{keyword: value})
+    message = str(caught.value)
+    assert message.startswith(f"{name}={value!r} is not allowed: ")
+    assert says in message
+    assert "\n" not in message
+
+
+def test_numbers_may_be_strings(server):
+    engine = engine_from_config(
+        {
+            "sqlalchemy.url": "sqlite://",
+            "sqlalchemy.pool_size": "8",
+            "sqlalchemy.max_overflow": "2",
+            "sqlalchemy.pool_timeout": "5",
+            "sqlalchemy.soft_limit": "4",
+            "sqlalchemy.max_limit": "6",
+            "sqlalchemy.idle_timeout": "1.5",
+            "sqlalchemy.reallocation_interval": "0.5",
+            "sqlalchemy.max_waiting": "100",
+        },
+        poolclass=FairQueuePool,
+        creator=server.connect,
+    )
+    assert engine.pool.options == PoolOptions(
+        8, 2, 5.0, 4, 6, 1.5, 0.5, 100, "scraper", "unknown"
+    )
+
+
+def test_timeout_none_waits_without_limit():
+    assert PoolOptions.parse(timeout=None).timeout is None
+
+
+@pytest.mark.parametrize("tag", ["a", "layer1_5", "Ünï cødé", "x" * 128, "a=b; c"])
+def test_tag_may_be_any_printable_string(tag):
+    assert validate_tag(tag) == tag
+
+
+@pytest.mark.parametrize(
+    "tag", ["", "x" * 129, "a\nb", "\x1b[31mred", "a\tb", None, 7, b"bytes", "\u202e"]
+)
+def test_anything_else_is_no_tag(tag):
+    with pytest.raises(ArgumentError, match=r"scraper=.*non-empty string"):
+        validate_tag(tag, "scraper")
+
+
+def test_message_for_a_long_tag_is_short():
+    with pytest.raises(ArgumentError) as caught:
+        validate_tag("x" * 10_000)
+    assert len(str(caught.value)) < 200
