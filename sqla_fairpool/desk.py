@@ -50,6 +50,9 @@ class Desk:
         self._pool_size = options.pool_size
         # Without overflow there is a place for every record that comes back.
         self._never_full = options.max_overflow == 0
+        # With a callback: only such a reference is sure to be cleared before the
+        # finalisers of a cycle run (CPython changed this in 3.15).
+        self.alive = weakref.ref(self, lambda ref: None)
         self._begin()
 
     def _begin(self) -> None:

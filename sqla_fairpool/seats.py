@@ -49,11 +49,13 @@ class Seat(Ticket):
     that has to wait brings a new one.
     """
 
-    __slots__ = ("__weakref__", "exchange", "record", "shelf", "waiter", "warm")
+    __slots__ = ("alive", "exchange", "record", "shelf", "waiter", "warm")
 
     def __init__(self, exchange: Exchange) -> None:
         super().__init__()
         self.exchange = exchange
+        #: Tells if the exchange is in use, or garbage together with this seat.
+        self.alive = exchange.alive
         #: What was handed over, until the owner picks it up.
         self.record: Record | None = None
         #: How to wake the owner, until the slot was handed over.
@@ -64,5 +66,5 @@ class Seat(Ticket):
         self.warm = False
 
     def __del__(self) -> None:
-        if self.state is GRANTED:
+        if self.state is GRANTED and self.alive() is not None:
             self.exchange.lost(self)
