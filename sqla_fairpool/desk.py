@@ -156,7 +156,7 @@ class Desk:
     def _tidy(self, now: float) -> None:
         """Clear the shelves, empty the inbox."""
         while self._listed:
-            shelf = self._listed.popleft()
+            shelf = self._listed[0]
             shelf.listed = False  # first: what comes after this is listed again
             while shelf.records:
                 try:
@@ -169,6 +169,7 @@ class Desk:
                     self._deliver(granted, record)
                 else:
                     self._idle.append(record)
+            self._listed.popleft()  # last: an interrupt leaves it listed
         while self._inbox:
             seat, returned, keep = self._inbox.popleft()
             self._take_back(seat, returned, keep, now)
@@ -224,6 +225,11 @@ class Desk:
         if record is not None:
             record.seat = seat
             seat.record = record
+
+    def _list(self, shelf: Shelf) -> None:
+        """Have the shelf cleared by whoever comes next. Needs no lock."""
+        shelf.listed = True
+        self._listed.append(shelf)
 
     def _new_shelf(self, tag: str) -> Shelf:
         if len(self._shelves) > 2 * self.options.capacity:

@@ -74,8 +74,9 @@ class Exchange(Desk):
             or not account.prompt
         ):
             # The slot is not this tag's to keep any more, or there is work to do.
+            self._list(shelf)
             shelf.put(record)
-            self._listed.append(shelf)
+            self._list(shelf)
             return self._checkout(tag, opener)
         seat.warm = False
         seat.again += 1
@@ -107,10 +108,13 @@ class Exchange(Desk):
             seat.held_max = held
         account.last_activity = now
         seat.warm = True
+        # Listed before, so that an interrupt leaves no record on a shelf that
+        # nobody looks at; and after, if somebody has looked in between.
+        if not shelf.listed:
+            self._list(shelf)
         shelf.put(record)
         if not shelf.listed:
-            shelf.listed = True
-            self._listed.append(shelf)
+            self._list(shelf)
         if self.scheduler.waiting:
             self._visit()
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from .account import GRANTED, Ticket
+from .account import FREE, GRANTED, Ticket
 from .waiters import Waiter
 
 if TYPE_CHECKING:
@@ -66,5 +66,6 @@ class Seat(Ticket):
         self.warm = False
 
     def __del__(self) -> None:
-        if self.state is GRANTED and self.alive() is not None:
+        # An interrupt may have left it without its fields.
+        if getattr(self, "state", FREE) is GRANTED and self.alive() is not None:
             self.exchange.lost(self)

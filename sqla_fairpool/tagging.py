@@ -63,22 +63,27 @@ def tag(name: str) -> Iterator[None]:
     :param name: the tag, a non-empty string of at most 128 printable characters.
     :raises sqlalchemy.exc.ArgumentError: if it is not.
     """
-    token = _context_tag.set(validate_tag(name))
+    validate_tag(name)
+    # No token: an interrupt could come between setting and keeping it.
+    outer = _context_tag.get()
     try:
+        _context_tag.set(name)
         yield
     finally:
-        _context_tag.reset(token)
+        _context_tag.set(outer)
 
 
 @contextmanager
 def asked_by_connection(name: str) -> Iterator[None]:
     """Let the next checkout be that of a connection whose own tag is `name`."""
-    tokens = _connection_tag.set(name), _asked.set(name)
+    outer = _connection_tag.get(), _asked.get()
     try:
+        _connection_tag.set(name)
+        _asked.set(name)
         yield
     finally:
-        _connection_tag.reset(tokens[0])
-        _asked.reset(tokens[1])
+        _connection_tag.set(outer[0])
+        _asked.set(outer[1])
 
 
 def follow(
@@ -123,16 +128,16 @@ def follow(
 
 def _tag_engine(engine: Engine, name: str) -> None:
     """Have `engine` check out under tag `name`."""
-    set_asked, reset_asked = _asked.set, _asked.reset
-    connection_tag = _connection_tag.get
+    set_asked, connection_tag = _asked.set, _connection_tag.get
 
     def raw_connection() -> PoolProxiedConnection:
         # A connection that checks out again goes first, see `asked_by_connection`.
-        token = set_asked(connection_tag() or name)
+        outer = asked()
         try:
+            set_asked(connection_tag() or name)
             return engine.pool.connect()
         finally:
-            reset_asked(token)
+            set_asked(outer)
 
     # A reference cycle, so engines that are dropped wait for the collector. They
     # hold no connection; and a weak reference would fail whoever calls

@@ -36,7 +36,7 @@ def narrow(make_pool):
     return make_pool(pool_size=1)
 
 
-# -- hand-off -------------------------------------------------------------------------
+# -- hand-off ------------------------------------------------------------------
 
 
 def test_waiter_gets_the_very_connection_that_came_back(narrow):
@@ -103,7 +103,7 @@ def test_idle_connection_is_used_before_another_is_opened(make_pool, server):
     assert server.opened == 1
 
 
-# -- keeping warm -----------------------------------------------------------------------
+# -- keeping warm --------------------------------------------------------------
 
 
 def test_connection_kept_warm_is_there_for_everybody(make_pool, server):
@@ -179,7 +179,7 @@ def test_warm_connection_of_an_idle_tag_counts_for_nobody(make_pool, clock):
         connection.close()
 
 
-# -- opening ----------------------------------------------------------------------------
+# -- opening -------------------------------------------------------------------
 
 
 def test_nobody_waits_while_a_connection_is_being_opened(make_pool, server):
@@ -292,7 +292,7 @@ def test_overflow_slot_is_free_when_its_connection_is_closed(make_pool, server):
     assert server.most == 2
 
 
-# -- waiting ----------------------------------------------------------------------------
+# -- waiting -------------------------------------------------------------------
 
 
 def test_time_out_names_tag_ceiling_line_and_holders(make_pool, clock):
@@ -322,7 +322,9 @@ def test_many_holders_are_summed_up(make_pool):
     held = [connect(pool, f"t{n}") for n in range(10)]
     with pytest.raises(CheckoutTimeout) as caught:
         connect(pool, "late")
-    assert "held by t0=1 t1=1 t2=1 t3=1 t4=1 t5=1 and 4 more tags=4" in str(caught.value)
+    assert str(caught.value).endswith(
+        "held by t0=1 t1=1 t2=1 t3=1 t4=1 t5=1 and 4 more tags=4"
+    )
     for connection in held:
         connection.close()
 
@@ -424,7 +426,7 @@ def test_wake_up_for_nothing_is_slept_over(make_pool, clock):
     assert wakes == [30.0, 30.0, 30.0]
 
 
-# -- the reallocation, noticed by those who wait ----------------------------------------
+# -- the reallocation, noticed by those who wait -------------------------------
 
 
 def test_waiters_notice_that_a_tag_became_idle_when_nobody_else_comes(make_pool):
@@ -473,7 +475,7 @@ def test_newest_waiter_takes_the_watch(make_pool):
     holder.close()
 
 
-# -- dispose and recreate ----------------------------------------------------------------
+# -- dispose and recreate ------------------------------------------------------
 
 
 def test_dispose_keeps_the_bound(make_engine, server):

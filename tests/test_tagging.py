@@ -132,7 +132,7 @@ def test_option_may_have_another_name(make_engine):
         assert holders(engine) == {"c": 1}
 
 
-# -- precedence ---------------------------------------------------------------------
+# -- precedence ----------------------------------------------------------------
 
 
 def test_connections_option_wins_over_engines(make_engine):
@@ -200,7 +200,7 @@ def test_derived_engine_follows_dispose(make_engine):
         assert holders(engine) == {"b": 1}
 
 
-# -- bad tags -------------------------------------------------------------------------
+# -- bad tags ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", ["", None, 3, "a\nb", "x" * 129])
@@ -217,7 +217,7 @@ def test_bad_tag_is_refused_where_it_is_set(make_engine, bad):
         assert holders(engine) == {"unknown": 1}
 
 
-# -- setting the tag on a connection --------------------------------------------------
+# -- setting the tag on a connection -------------------------------------------
 
 
 def test_untagged_moment_leaves_no_trace(make_engine):
@@ -363,7 +363,7 @@ def test_listener_in_a_retag_checks_out_under_its_own_tag(make_engine, server):
     assert seen == [{"a": 1}, {"unknown": 1}, {"a": 1}]
 
 
-# -- activity -----------------------------------------------------------------------
+# -- activity ------------------------------------------------------------------
 
 
 def test_statement_is_activity(make_engine, clock):
@@ -420,7 +420,7 @@ def test_checkin_is_activity(make_engine, clock):
     assert engine.pool.stats().tag("a").active is True
 
 
-# -- nobody else pays -----------------------------------------------------------------
+# -- nobody else pays ----------------------------------------------------------
 
 
 def test_other_engines_are_not_listened_to(server, make_engine):
