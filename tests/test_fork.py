@@ -1,0 +1,215 @@
+"""A forked child starts with an empty pool and leaves its parent's alone.
+
+Each case is a program of its own: forking the test runner would fork its threads.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="the system has no fork"
+)
+
+PRELUDE = """
+import gc, os, sys, threading, warnings
+warnings.simplefilter("ignore")  # newer Pythons warn of threads and fork together
+from sqlalchemy import text
+import sqla_fairpool
+from support.stub import StubServer
+
+def forked(child):
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child()
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert status == 0, "the child failed"
+"""
+
+
+def run(program, *args):
+    done = subprocess.run(
+        [sys.executable, "-c", PRELUDE + textwrap.dedent(program), *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_child_has_an_empty_pool_and_accounting_of_its_own():
+    run(
+        """
+        server = StubServer()
+        engine = server.engine(pool_size=2, soft_limit=2, max_limit=2, pool_timeout=0)
+        tagged = engine.execution_options(scraper="a")
+        warm = tagged.connect(); out = tagged.connect(); warm.close()
+
+        def child():
+            opened = server.opened
+            pool = engine.pool
+            assert (pool.checkedout(), pool.checkedin()) == (0, 0)
+            assert pool.stats().tags == ()
+            held = [tagged.connect() for _ in range(2)]
+            assert server.opened == opened + 2, "the parent's connection was used"
+            for connection in held:
+                connection.execute(text("select 1"))
+                connection.close()
+            assert pool.checkedin() == 2
+
+        forked(child)
+        assert (engine.pool.checkedout(), engine.pool.checkedin()) == (1, 1)
+        out.close()
+        """
+    )
+
+
+def test_child_neither_closes_nor_returns_nor_rolls_back_what_is_the_parents():
+    run(
+        """
+        server = StubServer()
+        engine = server.engine()
+        tagged = engine.execution_options(scraper="a")
+        out = tagged.connect(); out.execute(text("select 1"))
+        other = tagged.connect(); other.close()
+        deleted = []
+        inherited = out.connection.dbapi_connection
+        type(inherited).__del__ = lambda self: deleted.append(self)
+
+        def child():
+            global out, inherited
+            rollbacks, open_ = inherited.rollbacks, server.open
+            out.close()
+            assert engine.pool.checkedin() == 0
+            assert inherited.rollbacks == rollbacks
+            out = inherited = None
+            engine.dispose()
+            gc.collect()
+            assert server.open == open_
+            assert not deleted, "the driver may say goodbye to the server"
+
+        forked(child)
+        out.execute(text("select 1"))
+        out.close()
+        """
+    )
+
+
+def test_fork_while_another_thread_is_in_the_pool():
+    run(
+        """
+        server = StubServer()
+        engine = server.engine(pool_size=1)
+        tagged = engine.execution_options(scraper="a")
+        exchange = engine.pool._exchange
+        inside, leave = threading.Event(), threading.Event()
+
+        def occupy():
+            with exchange.section():
+                inside.set()
+                leave.wait()
+
+        thread = threading.Thread(target=occupy); thread.start(); inside.wait()
+
+        def child():
+            tagged.connect().close()  # would hang on the parent's lock
+            assert engine.pool.checkedin() == 1
+
+        forked(child)
+        leave.set(); thread.join()
+        """
+    )
+
+
+def test_waiters_and_openers_of_other_threads_are_not_the_childs():
+    run(
+        """
+        from support.threads import Caller, ensure_waiting
+        server = StubServer()
+        engine = server.engine(pool_size=1)
+        tagged = engine.execution_options(scraper="a")
+        opening, go_on = threading.Event(), threading.Event()
+        server.before["connect"] = lambda: (opening.set(), go_on.wait())
+        opener = Caller(tagged.connect); opening.wait()
+        waiter = Caller(tagged.connect); ensure_waiting(engine.pool, 1)
+
+        def child():
+            server.before.clear()
+            assert (engine.pool.checkedout(), engine.pool.stats().waiting) == (0, 0)
+            tagged.connect().close()
+            gc.collect()
+            engine.pool._exchange.scheduler.check_valid()
+            assert engine.pool.checkedout() == 0
+
+        forked(child)
+        go_on.set()
+        opener.result().close(); waiter.result().close()
+        assert engine.pool.checkedout() == 0
+        """
+    )
+
+
+def test_fork_in_a_connect_listener_gives_the_child_no_slot():
+    run(
+        """
+        server = StubServer()
+        engine = server.engine(pool_size=1)
+        tagged = engine.execution_options(scraper="a")
+        pids = []
+
+        def fork_once():
+            server.before.clear()
+            pids.append(os.fork())
+
+        server.before["connect"] = fork_once
+        tagged.connect().close()
+        assert engine.pool.checkedout() == 0
+        tagged.connect().close()
+        assert engine.pool.checkedout() == 0
+        engine.pool._exchange.scheduler.check_valid([])
+        if pids == [0]:
+            os._exit(0)
+        assert os.waitpid(pids[0], 0)[1] == 0
+        """
+    )
+
+
+@pytest.mark.postgres
+def test_parents_connections_survive_a_child_on_postgresql(postgres_url):
+    run(
+        """
+        from sqlalchemy import create_engine
+        engine = create_engine(sys.argv[1], poolclass=sqla_fairpool.FairQueuePool)
+        tagged = engine.execution_options(scraper="a")
+        out, idle = tagged.connect(), tagged.connect()
+        pids = {c.scalar(text("select pg_backend_pid()")) for c in (out, idle)}
+        idle.close()
+
+        def child():
+            out.close()
+            with tagged.connect() as connection:
+                assert connection.scalar(text("select pg_backend_pid()")) not in pids
+            engine.dispose()
+            gc.collect()
+
+        forked(child)
+        assert out.scalar(text("select pg_backend_pid()")) in pids
+        with tagged.connect() as connection:
+            assert connection.scalar(text("select pg_backend_pid()")) in pids
+        out.close()
+        """,
+        postgres_url,
+    )

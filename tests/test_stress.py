@@ -1,0 +1,209 @@
+"""Many threads, many operations, faults: nothing is lost, nothing given twice."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import pytest
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from support.state import assert_consistent, assert_quiet
+from support.stub import StubError, StubServer
+from support.threads import Caller
+
+import sqla_fairpool
+from sqla_fairpool import FairQueuePool
+
+TAGS = ["a", "b", "c", "unknown"]
+
+
+def connect(pool, tag):
+    if tag == "unknown":
+        return pool.connect()
+    with sqla_fairpool.tag(tag):
+        return pool.connect()
+
+
+@pytest.mark.parametrize("overflow", [0, 2])
+def test_no_connection_is_handed_out_twice(overflow):
+    """Each worker writes its name into the connection it holds.
+
+    A foreign name when it comes back is a double hand-out (the test of Vitess's
+    pool, ``go/pools/smartconnpool/stress_test.go``).
+    """
+    server = StubServer()
+    pool = server.pool(
+        pool_size=4, max_overflow=overflow, soft_limit=3, max_limit=4, timeout=30
+    )
+    barrier = threading.Barrier(16)
+
+    def work(name):
+        chance = random.Random(name)
+        barrier.wait()
+        for n in range(300):
+            connection = connect(pool, chance.choice(TAGS))
+            dbapi_connection = connection.dbapi_connection
+            assert dbapi_connection.owner is None, "it is somebody else's"
+            assert not dbapi_connection.closed
+            mine = dbapi_connection.owner = (name, n)
+            for _ in range(chance.randrange(20)):
+                assert dbapi_connection.owner == mine
+            dbapi_connection.owner = None
+            connection.close()
+
+    for caller in [Caller(work, f"worker{n}") for n in range(16)]:
+        caller.result()
+    assert server.most <= 4 + overflow
+    assert_quiet(pool)
+
+
+class Faults:
+    """Makes the stub fail now and then, with errors of every kind."""
+
+    def __init__(self, server, seed):
+        self.chance = random.Random(seed)
+        server.before["connect"] = lambda: self.perhaps(0.05)
+        server.before["rollback"] = lambda: self.perhaps(0.02)
+
+    def perhaps(self, probability):
+        if self.chance.random() < probability:
+            raise self.chance.choice([StubError, KeyboardInterrupt, MemoryError])
+
+
+EXPECTED = (StubError, KeyboardInterrupt, MemoryError, PoolTimeoutError)
+
+
+class Visitor:
+    """Does random things with a pool, in one thread, until it is told to leave."""
+
+    def __init__(self, pool, seed):
+        self.pool = pool
+        self.chance = random.Random(seed)
+        self.held = []
+
+    def step(self):
+        action = self.chance.random()
+        try:
+            if action < 0.5:
+                self.held.append(connect(self.pool, self.chance.choice(TAGS)))
+            elif self.held:
+                self.leave(self.chance.randrange(len(self.held)), action)
+        except EXPECTED:
+            pass
+
+    def leave(self, index, action):
+        connection = self.held.pop(index)
+        if action < 0.52:
+            connection.invalidate()
+        elif action < 0.54:
+            connection.invalidate(soft=True)
+            connection.close()
+        elif action < 0.56:
+            connection.detach()
+            connection.close()
+        elif action < 0.58:
+            del connection  # leaked: the collector returns it
+        elif action < 0.585:
+            connection.close()
+            self.pool.dispose()
+        else:
+            connection.close()
+
+    def go(self):
+        while self.held:
+            try:
+                self.held.pop().close()
+            except EXPECTED:
+                pass
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("overflow", [0, 3])
+def test_random_operations_with_faults_in_one_thread(overflow, monkeypatch, caplog):
+    """Checked after every step. Faults in a finaliser are reported as unraisable."""
+    caplog.set_level("CRITICAL", "sqlalchemy.pool")
+    steps, server = 30_000, StubServer()
+    pool = server.pool(
+        pool_size=3,
+        max_overflow=overflow,
+        soft_limit=2,
+        max_limit=3,
+        timeout=0,
+        idle_timeout=0.01,
+        reallocation_interval=0.003,
+    )
+    Faults(server, 3)
+    visitor = Visitor(pool, 4)
+    for _ in range(steps):
+        visitor.step()
+        assert_consistent(pool)
+        out = sum(c.is_valid for c in visitor.held)
+        assert pool.checkedout() == out
+    visitor.go()
+    server.before.clear()
+    assert_quiet(pool)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("overflow", [0, 3])
+def test_random_operations_with_faults_in_many_threads(overflow, caplog):
+    caplog.set_level("CRITICAL", "sqlalchemy.pool")
+    server = StubServer()
+    pool = server.pool(
+        pool_size=4,
+        max_overflow=overflow,
+        soft_limit=3,
+        max_limit=4,
+        timeout=0.002,
+        max_waiting=6,
+        idle_timeout=0.01,
+        reallocation_interval=0.003,
+    )
+    Faults(server, 5)
+    barrier = threading.Barrier(10)
+
+    def work(seed):
+        visitor = Visitor(pool, seed)
+        barrier.wait()
+        for _ in range(2_000):
+            visitor.step()
+            if len(visitor.held) > 2:
+                visitor.go()
+        visitor.go()
+
+    for caller in [Caller(work, seed) for seed in range(10)]:
+        caller.result()
+    server.before.clear()
+    assert_quiet(pool)
+    held = [connect(pool, tag) for tag in ("late", "late", "later", "later")]
+    assert pool.checkedout() == 4
+    for connection in held:
+        connection.close()
+
+
+def test_each_of_many_threads_is_served_equally():
+    """100 threads on 10 connections: nobody more than a little ahead.
+
+    SQLAlchemy issue 7679: with QueuePool 90 of them get nothing at all.
+    """
+    server = StubServer()
+    pool = server.pool(FairQueuePool, pool_size=10, soft_limit=10, max_limit=10)
+    counts = [0] * 100
+    barrier = threading.Barrier(100)
+
+    def work(n):
+        barrier.wait()
+        while sum(counts) < 2000:
+            connection = connect(pool, "a")
+            time.sleep(0.001)  # what the connection is held for
+            counts[n] += 1
+            connection.close()
+
+    for caller in [Caller(work, n) for n in range(100)]:
+        caller.result()
+    jain = sum(counts) ** 2 / (len(counts) * sum(count**2 for count in counts))
+    assert jain >= 0.99
+    assert_quiet(pool)
