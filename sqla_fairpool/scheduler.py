@@ -139,7 +139,9 @@ class Scheduler:
         ticket.held += held
         if held > ticket.held_max:
             ticket.held_max = held
-        if not account.silent:
+        if account.prompt:
+            account.last_activity = now
+        elif not account.silent:
             self.roster.touch(account, now)
         return self.vacate(ticket, now)
 
@@ -253,7 +255,8 @@ class Scheduler:
 
     def ceiling(self, account: Account) -> int:
         """Return the most slots `account` may hold now."""
-        return self.roster.ceiling(account)
+        roster = self.roster
+        return roster.common_ceiling if account.active else roster.ceiling(account)
 
     def wanted(self, ticket: Ticket) -> bool:
         """Tell if releasing this granted ticket would grant another one."""

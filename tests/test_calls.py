@@ -1,0 +1,82 @@
+"""What a checkout may cost, counted in calls, which no machine's noise moves."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+import sqla_fairpool
+
+PACKAGE = str(Path(sqla_fairpool.__file__).parent)
+
+
+def our_calls(function):
+    """Return the names of the functions of our package that `function` calls."""
+    names = []
+
+    def profile(frame, event, arg):
+        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            names.append(frame.f_code.co_name)
+
+    sys.setprofile(profile)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return names
+
+
+@pytest.fixture
+def engine(make_engine):
+    engine = make_engine()
+    for _ in range(2):
+        engine.execution_options(scraper="a").connect().close()
+    return engine
+
+
+def test_warm_checkout_and_checkin(engine):
+    tagged = engine.execution_options(scraper="a")
+    tagged.connect().close()
+    assert our_calls(lambda: tagged.connect().close()) == [
+        "raw_connection",
+        "_do_get",
+        "checkout",
+        "_do_return_conn",
+        "checkin",
+    ]
+
+
+def test_checkout_does_not_cost_more_with_many_tags(engine):
+    def cost():
+        tagged = engine.execution_options(scraper="other")
+        return len(our_calls(lambda: tagged.connect().close()))
+
+    cost()
+    before = cost()
+    for n in range(2_000):
+        engine.execution_options(scraper=f"tag{n}").connect().close()
+    cost()
+    assert cost() <= before
+
+
+def test_statement_makes_two_calls_and_takes_no_lock(engine):
+    with engine.execution_options(scraper="a").connect() as connection:
+        connection.execute(text("select 1"))
+        names = our_calls(lambda: connection.execute(text("select 1")))
+    assert names == ["_do_execute", "_note_statement", "_seat_of", "record_of"]
+
+
+def test_waiting_checkout_is_handed_its_connection_in_few_calls(make_engine):
+    from support.threads import Caller, ensure_waiting
+
+    engine = make_engine(pool_size=1)
+    tagged = engine.execution_options(scraper="a")
+    holder = tagged.connect()
+    caller = Caller(tagged.connect)
+    ensure_waiting(engine.pool, 1)
+    names = our_calls(holder.close)
+    caller.result().close()
+    assert len(names) <= 29, names

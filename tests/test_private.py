@@ -1,0 +1,116 @@
+"""SQLAlchemy's private names keep their promises on the version installed."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import contextmanager
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.engine import Connection
+from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+
+from sqla_fairpool import _private
+
+
+@pytest.fixture
+def engine(server):
+    """An engine without our pool: what is tested is SQLAlchemy."""
+    return server.engine(poolclass=QueuePool)
+
+
+def test_record_of_a_connection_is_the_pools_entry(engine):
+    with engine.connect() as connection:
+        record = _private.record_of(connection)
+        assert isinstance(record, ConnectionPoolEntry)
+        assert record.dbapi_connection is connection.connection.dbapi_connection
+
+
+def test_connection_without_a_record_has_none(engine):
+    connection = engine.connect()
+    connection.invalidate()
+    assert _private.record_of(connection) is None
+    connection.close()
+    assert _private.record_of(connection) is None
+    with engine.connect() as connection:
+        connection.detach()
+        assert _private.record_of(connection) is None
+
+
+def test_check_out_again_returns_one_and_takes_another(engine):
+    with engine.connect() as connection:
+        first = connection.connection.dbapi_connection
+        with engine.connect():
+            pass
+        _private.check_out_again(connection)
+        assert engine.pool.checkedout() == 1
+        assert connection.connection.dbapi_connection is not first
+        connection.execute(text("select 1"))
+
+
+def test_connection_that_could_not_check_out_again_holds_nothing(server):
+    engine = server.engine(poolclass=QueuePool, pool_size=1, max_overflow=0)
+    connection = engine.connect()
+    error = RuntimeError("no connection")
+
+    def fail():
+        raise error
+
+    connection.connection.dbapi_connection.close()
+    connection.connection.invalidate()
+    server.before["connect"] = fail
+    with pytest.raises(RuntimeError):
+        _private.check_out_again(connection)
+    assert engine.pool.checkedout() == 0
+    server.before.clear()
+    connection.execute(text("select 1"))
+    connection.close()
+
+
+def test_remembered_tag_is_asked_with_at_each_later_checkout(engine):
+    asked = []
+
+    @contextmanager
+    def asking():
+        asked.append("before")
+        yield
+        asked.append("after")
+
+    with engine.connect() as connection:
+        _private.remember_tag(connection, asking)
+        connection.execute(text("select 1"))
+        assert asked == []
+        connection.rollback()
+        connection.invalidate()
+        connection.execute(text("select 1"))
+        assert asked == ["before", "after"]
+
+
+def test_remembering_makes_no_cycle(engine):
+    class Watched(Connection):
+        gone = False
+
+        def __del__(self):
+            Watched.gone = True
+
+    gc.disable()
+    try:
+        connection = Watched(engine)
+        _private.remember_tag(connection, lambda: None)
+        del connection
+        assert Watched.gone
+    finally:
+        gc.enable()
+
+
+def test_disowned_record_reaches_the_dbapi_connection_no_more(engine, server):
+    connection = engine.connect()
+    connection.execute(text("select 1"))
+    record = _private.record_of(connection)
+    dbapi_connection = record.dbapi_connection
+    rollbacks = dbapi_connection.rollbacks
+    _private.disown(record)
+    connection.close()
+    assert dbapi_connection.rollbacks == rollbacks
+    assert not dbapi_connection.closed
+    _private.disown(record)  # twice does no harm
