@@ -29,7 +29,7 @@ from sqlalchemy import exc
 from .account import GRANTED, Ticket
 from .options import PoolOptions
 from .scheduler import Scheduler
-from .seats import Record, Seat, Shelf
+from .seats import Generation, Record, Seat, Shelf
 
 __all__ = ["Desk", "refuse_finaliser"]
 
@@ -74,6 +74,9 @@ class Desk:
         self._listed: deque[Shelf] = deque()
         # Every record there is, for the child of a fork.
         self._records: weakref.WeakSet[Record] = weakref.WeakSet()
+        # Whose records are kept, and what is left of those that came before.
+        self.owner = Generation()
+        self._left: weakref.WeakSet[Record] = weakref.WeakSet()
         # The waiting seat whose owner wakes up for the next reallocation.
         self._watch: Seat | None = None
         self.scheduler = Scheduler(
@@ -254,6 +257,41 @@ class Desk:
         self._watch = newest
         if newest is not None and newest.waiter is not None:
             self._outbox.append(newest.waiter.wake)
+
+    # -- one pool after the other ---------------------------------------------------
+
+    def cool_down(self) -> None:
+        """Before another pool takes over: let nothing be kept warm for it."""
+        with self.section():
+            for seat in self.granted_seats():
+                seat.shelf = None
+
+    def hand_to(self, generation: Generation) -> None:
+        """Let another pool take over: what lies here is not for it."""
+        with self.section():
+            if self.owner is not generation:
+                self.owner.left = list(self._idle)
+                self._left.update(self._idle)
+                self._idle.clear()
+                self.owner = generation
+
+    def make_room(self) -> None:
+        """Before opening: close what a former pool has left, if it is in the way."""
+        record = None
+        with self._lock:
+            there = self.scheduler.in_use + len(self._idle) + len(self._left)
+            if self._left and there > self.options.capacity:
+                record = self._left.pop()
+        if record is not None:
+            record.close()
+
+    def close_left(self, generation: Generation) -> None:
+        """Close what a former pool has left."""
+        while generation.left:
+            record = generation.left.pop()
+            with self._lock:
+                self._left.discard(record)
+            record.close()
 
     # -- closing ------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from .account import FREE, WAITING, Account, LineFull
 from .desk import Desk, refuse_finaliser
 from .errors import CheckoutTimeout, TooManyWaiting, describe_holders
 from .options import PoolOptions
-from .seats import Opener, Record, Seat
+from .seats import Generation, Opener, Record, Seat
 from .waiters import Waiter
 
 __all__ = ["Exchange"]
@@ -62,6 +62,8 @@ class Exchange(Desk):
             shelf = self._shelves[tag]
             record = shelf.take()
         except LookupError:
+            record = None
+        if record is None:  # not in the clause above, to be no context of errors
             return self._checkout(tag, opener)
         now = self.clock()
         seat = record.seat
@@ -83,23 +85,17 @@ class Exchange(Desk):
         seat.since = account.last_activity = now
         return record
 
-    def checkin(self, record: Record, keep: bool = True) -> None:
+    def checkin(self, record: Record, generation: Generation) -> None:
         """Take a record back, from its user or from the collector.
 
-        :param keep: False to close its connection.
+        :param generation: the pool that opened it.
         """
         seat = record.seat
         account = seat.account
         shelf = seat.shelf
         waiting = self.scheduler.waiting
-        if (
-            shelf is None
-            or waiting
-            or not account.prompt
-            or not keep
-            or seat.warm
-        ):
-            self._checkin(seat, record, keep)
+        if shelf is None or waiting or not account.prompt or seat.warm:
+            self._checkin(seat, record, generation is self.owner)
             return
         now = self.clock()
         held = now - seat.since
@@ -120,6 +116,8 @@ class Exchange(Desk):
 
     def _checkout(self, tag: str, opener: Opener) -> Record:
         """`checkout` under the lock: a slot is needed from the scheduler."""
+        if self.owner is not opener.generation:
+            self.hand_to(opener.generation)
         now = self.clock()
         seat = None
         try:
@@ -184,6 +182,8 @@ class Exchange(Desk):
             self._wait(seat, waiter, since)
         record = seat.record
         if record is None:
+            if self._left:
+                self.make_room()
             record = cast(Record, opener._create_connection())
             record.seat = seat
             with self._lock:

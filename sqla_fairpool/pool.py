@@ -19,7 +19,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from . import _private, tagging
 from .exchange import Exchange
 from .options import PoolOptions
-from .seats import Seat
+from .seats import Generation, Seat
 from .snapshot import snapshot
 from .stats import PoolStats
 from .tagging import asked, context_tag
@@ -97,6 +97,7 @@ class FairQueuePool(Pool):
         _exchange: Exchange | None = None,
         **kw: Any,
     ) -> None:
+        owns = _exchange is None
         if _exchange is None:
             options = PoolOptions.parse(
                 pool_size=pool_size,
@@ -113,8 +114,9 @@ class FairQueuePool(Pool):
             _exchange = Exchange(options, self._waiter_class, use_lifo, self._clock)
         self._exchange = _exchange
         self._default_tag = _exchange.options.default_tag
-        # False once another pool has taken over: what comes back is closed.
-        self._keeps = True
+        self.generation = Generation()
+        if owns:
+            _exchange.owner = self.generation
         super().__init__(creator, **kw)
 
     @property
@@ -129,19 +131,19 @@ class FairQueuePool(Pool):
         return self._exchange.checkout(tag, self)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        self._exchange.checkin(record, self._keeps)  # type: ignore[arg-type]
+        self._exchange.checkin(record, self.generation)  # type: ignore[arg-type]
 
     # Pool's own would only call the other: one frame less on every checkin.
     _return_conn = _do_return_conn
 
     def recreate(self) -> FairQueuePool:
-        """Return a pool that takes over from this one.
+        """Return a pool that takes over from this one when it is first used.
 
         It has the same options and the same accounting: what is checked out of
         this pool still counts, and is closed when it comes back.
         """
         self.logger.info("Pool recreating")
-        self._keeps = False
+        self._exchange.cool_down()
         return type(self)(
             self._creator,
             recycle=self._recycle,
@@ -159,7 +161,10 @@ class FairQueuePool(Pool):
 
         Those that are checked out stay open until they come back.
         """
-        self._exchange.close_idle()
+        if self._exchange.owner is self.generation:
+            self._exchange.close_idle()
+        else:
+            self._exchange.close_left(self.generation)
         self.logger.info("Pool disposed. %s", self.status())
 
     # -- figures -------------------------------------------------------------------

@@ -13,7 +13,7 @@ from .waiters import Waiter
 if TYPE_CHECKING:
     from .exchange import Exchange
 
-__all__ = ["Opener", "Record", "Seat", "Shelf"]
+__all__ = ["Generation", "Opener", "Record", "Seat", "Shelf"]
 
 
 class Record(ConnectionPoolEntry):
@@ -25,7 +25,19 @@ class Record(ConnectionPoolEntry):
 class Opener(Protocol):
     """Who opens another connection; a pool."""
 
+    generation: Generation
+
     def _create_connection(self) -> ConnectionPoolEntry: ...
+
+
+class Generation:
+    """One of the pools that follow each other at an exchange (``recreate()``)."""
+
+    __slots__ = ("left",)
+
+    def __init__(self) -> None:
+        #: What lay in the pool when the next one took over: not for use there.
+        self.left: list[Record] = []
 
 
 class Shelf:

@@ -579,3 +579,42 @@ def test_recreate_of_a_subclass_with_options_of_its_own(server):
     pool = server.pool(ScraperPool, pool_size=3)
     assert type(pool.recreate()) is ScraperPool
     assert pool.recreate().size() == 3
+
+
+def test_successor_opens_connections_of_its_own(make_pool, server):
+    pool = make_pool(pool_size=2)
+    connect(pool, "a").close()
+    successor = pool.recreate()
+    connect(successor, "a").close()
+    assert server.opened == 2
+    successor.dispose()
+    assert server.open == 1, "what the first has left is not touched"
+    pool.dispose()
+    assert server.open == 0
+
+
+def test_what_a_former_pool_has_left_gives_way_when_it_is_in_the_way(make_pool, server):
+    pool = make_pool(pool_size=2, soft_limit=2, max_limit=2)
+    for connection in [connect(pool, "a"), connect(pool, "a")]:
+        connection.close()
+    successor = pool.recreate()
+    held = [connect(successor, "a") for _ in range(2)]
+    assert server.most == 2
+    assert server.open == 2
+    for connection in held:
+        connection.close()
+
+
+def test_pool_goes_on_while_its_successor_is_not_used(make_pool, server):
+    pool = make_pool(pool_size=2)
+    pool.recreate()
+    for _ in range(2):
+        connect(pool, "a").close()
+    assert server.opened == 1
+
+
+def test_time_out_has_no_other_error_as_its_context(make_pool):
+    pool = make_pool(pool_size=1, timeout=0)
+    with connect(pool, "a"), pytest.raises(CheckoutTimeout) as caught:
+        connect(pool, "a")
+    assert caught.value.__context__ is None

@@ -23,7 +23,8 @@ LAYERS = [
     {"snapshot"},
     {"pool"},
     {"__init__"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 
 #: Modules that may not know SQLAlchemy, threads or the time.

@@ -1,5 +1,77 @@
-"""The command line."""
+"""The command line, ``sqla-fairpool``.
+
+A sub-command is a module with ``add_command(commands)``, which adds its parser and
+sets its function as the default of ``run``; list it in `_COMMANDS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
+
+from . import demo
+from .common import EXIT_CANNOT_RUN, EXIT_SIGNAL, CommandError, hide_passwords
+
+__all__ = ["main", "make_argument_parser"]
+
+_PROGRAM = "sqla-fairpool"
+_COMMANDS = (demo,)
 
 
-def main() -> int:
-    return 0
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        # It quotes what it did not understand, which may be a URL.
+        super().error(hide_passwords(message))
+
+
+def make_argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of the program with all its sub-commands."""
+    parser = _Parser(
+        prog=_PROGRAM,
+        description="Share the connections of a SQLAlchemy pool fairly among tags.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"{_PROGRAM} {_version()}"
+    )
+    commands = parser.add_subparsers(
+        title="commands", dest="command", metavar="command", required=True
+    )
+    for command in _COMMANDS:
+        command.add_command(commands)
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the program, return its exit status.
+
+    :param args: the arguments, ``sys.argv`` without the program's name by default.
+    """
+    arguments = make_argument_parser().parse_args(args)
+    try:
+        status: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except CommandError as error:
+        text = hide_passwords(" ".join(str(error).split()))
+        print(f"{_PROGRAM} {arguments.command}: {text}", file=sys.stderr)
+        return EXIT_CANNOT_RUN
+    except KeyboardInterrupt as error:
+        print(f"{_PROGRAM} {arguments.command}: interrupted", file=sys.stderr)
+        return EXIT_SIGNAL + getattr(error, "signum", signal.SIGINT)
+    except BrokenPipeError:
+        # The reader has gone, as in `sqla-fairpool demo | head`. What is left in
+        # the buffer would raise again when the interpreter flushes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_SIGNAL + getattr(signal, "SIGPIPE", 13)
+
+
+def _version() -> str:
+    try:
+        return version(_PROGRAM)
+    except PackageNotFoundError:
+        return "(not installed)"
