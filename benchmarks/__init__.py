@@ -1,0 +1,1 @@
+"""How fast and how fair, beside ``QueuePool`` and the least a pool can be."""
