@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 __all__ = ["FREE", "GRANTED", "WAITING", "Account", "LineFull", "Ticket"]
 
@@ -51,6 +52,7 @@ class Account:
         "hold_total",
         "in_use",
         "last_activity",
+        "listed",
         "prompt",
         "silent",
         "tag",
@@ -58,6 +60,7 @@ class Account:
         "wait_max",
         "wait_total",
         "waiters",
+        "warm",
         "weight",
     )
 
@@ -73,6 +76,11 @@ class Account:
         self.in_use = 0
         self.waiters: OrderedDict[Ticket, None] | None = None
         self.last_activity: float | None = None
+        #: For whoever keeps granted slots in reserve, while nobody waits: what he
+        #: keeps for this tag, and if he has noted that. The scheduler looks at
+        #: neither.
+        self.warm: list[Any] = []
+        self.listed = False
         self.checkouts = 0
         self.timeouts = 0
         self.wait_total = 0.0

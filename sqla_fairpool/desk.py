@@ -10,7 +10,7 @@ Rules of this file:
   re-entrant, so that this cannot deadlock, and `_busy` tells the second comer
   that he must not touch anything: he puts the record into the inbox, and the
   first one deals with it before he leaves.
-* Whoever enters clears the shelves first (see :mod:`.exchange`), and again before
+* Whoever enters gives up what is kept warm (see :mod:`.exchange`), and again before
   he leaves.
 """
 
@@ -22,14 +22,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NoReturn
+from typing import NoReturn, cast
 
 from sqlalchemy import exc
 
-from .account import GRANTED, Ticket
+from .account import GRANTED, Account, Ticket
 from .options import PoolOptions
 from .scheduler import Scheduler
-from .seats import Generation, Record, Seat, Shelf
+from .seats import Generation, Record, Seat
 
 __all__ = ["Desk", "refuse_finaliser"]
 
@@ -47,6 +47,8 @@ class Desk:
         self.options = options
         self.clock = clock
         self._use_lifo = use_lifo
+        # Which of the records that came back is the next.
+        self._end = -1 if use_lifo else 0
         self._pool_size = options.pool_size
         # Without overflow there is a place for every record that comes back.
         self._never_full = options.max_overflow == 0
@@ -66,12 +68,11 @@ class Desk:
         self._outbox: deque[Callable[[], object]] = deque()
         # Records in the pool, the one that came back first on the left.
         self._idle: deque[Record] = deque()
-        self._take_idle, self._put_back = self._idle.popleft, self._idle.appendleft
-        if self._use_lifo:
-            self._take_idle, self._put_back = self._idle.pop, self._idle.append
-        # The shelves of the tags that hold slots; those that may not be empty.
-        self._shelves: dict[str, Shelf] = {}
-        self._listed: deque[Shelf] = deque()
+        self._take_idle = self._idle.pop if self._use_lifo else self._idle.popleft
+        # The tags for which records may be kept warm.
+        self._listed: deque[Account] = deque()
+        # Seats that no record has, for those who have to wait.
+        self._spare_seats: list[Seat] = []
         # Every record there is, for the child of a fork.
         self._records: weakref.WeakSet[Record] = weakref.WeakSet()
         # Whose records are kept, and what is left of those that came before.
@@ -138,7 +139,7 @@ class Desk:
 
     def lost(self, seat: Seat) -> None:
         """Take the slot of a seat back whose owner has vanished with the record."""
-        seat.warm = False  # it may have been about to be taken from the shelf
+        seat.warm = False  # it may have been about to be taken
         self._checkin(seat, None, False)
 
     def _flush(self) -> None:
@@ -157,13 +158,13 @@ class Desk:
     # -- inside -------------------------------------------------------------------
 
     def _tidy(self, now: float) -> None:
-        """Clear the shelves, empty the inbox."""
+        """Give up what is kept warm, empty the inbox."""
         while self._listed:
-            shelf = self._listed[0]
-            shelf.listed = False  # first: what comes after this is listed again
-            while shelf.records:
+            account = self._listed[0]
+            account.listed = False  # first: what comes after this is listed again
+            while account.warm:
                 try:
-                    record = shelf.take()
+                    record = account.warm.pop(0)
                 except IndexError:
                     break  # somebody was faster
                 record.seat.warm = False
@@ -203,8 +204,7 @@ class Desk:
 
         Who gets none opens a connection himself.
         """
-        for seat in granted:
-            assert isinstance(seat, Seat)
+        for seat in cast(Sequence[Seat], granted):
             assert seat.waiter is not None
             if record is None and self._idle:
                 record = self._take_idle()
@@ -217,34 +217,17 @@ class Desk:
 
     def _seat_owner(self, seat: Seat, record: Record | None) -> None:
         """Complete a seat that was granted, or moved to another tag."""
-        account = seat.account
-        if account.silent or not self._never_full:
-            seat.shelf = None
-        else:
-            shelf = self._shelves.get(account.tag)
-            if shelf is None:
-                shelf = self._new_shelf(account.tag)
-            seat.shelf = shelf
+        seat.may_warm = self._never_full and not seat.account.silent
         if record is not None:
-            record.seat = seat
+            if record.seat is not seat:
+                self._spare_seats.append(record.seat)
+                record.seat = seat
             seat.record = record
 
-    def _list(self, shelf: Shelf) -> None:
-        """Have the shelf cleared by whoever comes next. Needs no lock."""
-        shelf.listed = True
-        self._listed.append(shelf)
-
-    def _new_shelf(self, tag: str) -> Shelf:
-        if len(self._shelves) > 2 * self.options.capacity:
-            # Those of tags that hold nothing: no record has a way to them.
-            accounts = self.scheduler.roster.accounts
-            self._shelves = {
-                tag: shelf
-                for tag, shelf in self._shelves.items()
-                if tag in accounts and accounts[tag].in_use
-            }
-        shelf = self._shelves[tag] = Shelf()
-        return shelf
+    def _list(self, account: Account) -> None:
+        """Have whoever comes next look for what is kept warm. Needs no lock."""
+        account.listed = True
+        self._listed.append(account)
 
     def _pass_the_watch(self) -> None:
         """Let another waiter wake up for the reallocation.
@@ -260,12 +243,6 @@ class Desk:
 
     # -- one pool after the other ---------------------------------------------------
 
-    def cool_down(self) -> None:
-        """Before another pool takes over: let nothing be kept warm for it."""
-        with self.section():
-            for seat in self.granted_seats():
-                seat.shelf = None
-
     def hand_to(self, generation: Generation) -> None:
         """Let another pool take over: what lies here is not for it."""
         with self.section():
@@ -273,6 +250,8 @@ class Desk:
                 self.owner.left = list(self._idle)
                 self._left.update(self._idle)
                 self._idle.clear()
+                for seat in self.granted_seats():
+                    seat.may_warm = False  # to be closed when it comes back
                 self.owner = generation
 
     def make_room(self) -> None:

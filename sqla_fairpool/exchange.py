@@ -2,12 +2,12 @@
 
 Rules of this file:
 
-* While nobody waits, a record that comes back is *kept warm*: it lies on its
-  tag's shelf, its slot stays with the tag, and the next checkout under that tag
-  takes it from there, without the lock. Whoever enters a critical section clears
-  the shelves first, so nobody misses a slot that somebody else keeps warm; and
-  who puts a record on a shelf looks, after that, if somebody waits, so a waiter
-  who saw the shelf empty is not forgotten.
+* While nobody waits, a record that comes back is *kept warm*: its slot stays with
+  the tag, and the next checkout under that tag takes it from the tag's list
+  without the lock. Whoever enters a critical section gives up first what is kept
+  warm, so nobody misses a slot that somebody else keeps; and who puts a record
+  there looks, after that, if somebody waits, so a waiter who saw the list empty is
+  not forgotten.
 * A seat is bound to a variable of its owner before its state changes, and is
   given back by whoever sees an exception, KeyboardInterrupt included. One that is
   lost all the same (dropped between our return and its next owner's first line)
@@ -58,17 +58,17 @@ class Exchange(Desk):
         :raises CheckoutTimeout: after the options' ``timeout``.
         :raises TooManyWaiting: if the caller may not even wait.
         """
+        if self.owner is not opener.generation:
+            self.hand_to(opener.generation)
+        scheduler = self.scheduler
         try:
-            shelf = self._shelves[tag]
-            record = shelf.take()
+            account = scheduler.accounts[tag]
+            record: Record | None = account.warm.pop(self._end)
         except LookupError:
             record = None
         if record is None:  # not in the clause above, to be no context of errors
             return self._checkout(tag, opener)
         now = self.clock()
-        seat = record.seat
-        account = seat.account
-        scheduler = self.scheduler
         if (
             scheduler.waiting
             or now >= scheduler.next_tick
@@ -76,10 +76,11 @@ class Exchange(Desk):
             or not account.prompt
         ):
             # The slot is not this tag's to keep any more, or there is work to do.
-            self._list(shelf)
-            shelf.put(record)
-            self._list(shelf)
+            self._list(account)
+            account.warm.append(record)
+            self._list(account)
             return self._checkout(tag, opener)
+        seat = record.seat
         seat.warm = False
         seat.again += 1
         seat.since = account.last_activity = now
@@ -92,9 +93,8 @@ class Exchange(Desk):
         """
         seat = record.seat
         account = seat.account
-        shelf = seat.shelf
         waiting = self.scheduler.waiting
-        if shelf is None or waiting or not account.prompt or seat.warm:
+        if waiting or seat.warm or not seat.may_warm or not account.prompt:
             self._checkin(seat, record, generation is self.owner)
             return
         now = self.clock()
@@ -104,20 +104,18 @@ class Exchange(Desk):
             seat.held_max = held
         account.last_activity = now
         seat.warm = True
-        # Listed before, so that an interrupt leaves no record on a shelf that
-        # nobody looks at; and after, if somebody has looked in between.
-        if not shelf.listed:
-            self._list(shelf)
-        shelf.put(record)
-        if not shelf.listed:
-            self._list(shelf)
+        # Listed before, so that an interrupt leaves no record where nobody looks;
+        # and after, if somebody has looked in between.
+        if not account.listed:
+            self._list(account)
+        account.warm.append(record)
+        if not account.listed:
+            self._list(account)
         if self.scheduler.waiting:
             self._visit()
 
     def _checkout(self, tag: str, opener: Opener) -> Record:
         """`checkout` under the lock: a slot is needed from the scheduler."""
-        if self.owner is not opener.generation:
-            self.hand_to(opener.generation)
         now = self.clock()
         seat = None
         try:
@@ -130,15 +128,15 @@ class Exchange(Desk):
                     if now >= self.scheduler.next_tick:
                         self._deliver(self.scheduler.tick(now), None)
                     if self._idle:
-                        record = self._take_idle()
+                        record = self._idle[self._end]
                         seat = record.seat
                         if self.scheduler.request(seat, tag, now):
+                            self._take_idle()
                             self._seat_owner(seat, record)
                         else:
-                            record.seat = Seat(self)
-                            self._put_back(record)
+                            record.seat = self._spare_seat()
                     else:
-                        seat = Seat(self)
+                        seat = self._spare_seat()
                         if self.scheduler.request(seat, tag, now):
                             self._seat_owner(seat, None)
                     if seat.state is WAITING:
@@ -158,6 +156,9 @@ class Exchange(Desk):
             if seat is not None:
                 self._give_up(seat)
             raise
+
+    def _spare_seat(self) -> Seat:
+        return self._spare_seats.pop() if self._spare_seats else Seat(self)
 
     def move(self, seat: Seat, tag: str) -> bool:
         """Charge a checked-out seat to another tag, if that one is next."""
@@ -190,7 +191,7 @@ class Exchange(Desk):
                 self._records.add(record)
             if not self.scheduler.knows(seat):
                 # The process was forked meanwhile: not of this accounting.
-                seat.state, seat.shelf = FREE, None
+                seat.state, seat.may_warm = FREE, False
         seat.record = None
         return record
 
@@ -254,7 +255,7 @@ class Exchange(Desk):
         """In a forked child: an empty pool; what is open belongs to the parent."""
         for record in list(self._records):
             record.seat.state = FREE
-            record.seat.shelf = None
+            record.seat.may_warm = False
             _private.disown(record)
         self._begin()
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import event, exc
-from sqlalchemy.engine import Connection, Dialect, ExecutionContext
+from sqlalchemy import exc
+from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 
 from . import _private, tagging
@@ -143,7 +143,6 @@ class FairQueuePool(Pool):
         this pool still counts, and is closed when it comes back.
         """
         self.logger.info("Pool recreating")
-        self._exchange.cool_down()
         return type(self)(
             self._creator,
             recycle=self._recycle,
@@ -225,10 +224,8 @@ class FairQueuePool(Pool):
 
 def _watch_dialect(dialect: Dialect, tag_option: str) -> None:
     """Hear of the dialect's options and statements, and only of this one's."""
-    tagging.follow(dialect, tag_option, _retag)
-    for name, listener in _STATEMENT_LISTENERS.items():
-        if not event.contains(dialect, name, listener):
-            event.listen(dialect, name, listener)
+    if tagging.follow(dialect, tag_option, _retag):
+        _private.note_statements(dialect)
 
 
 def _retag(connection: Connection, tag: str) -> bool:
@@ -258,35 +255,3 @@ def _retag(connection: Connection, tag: str) -> bool:
 def _seat_of(connection: Connection) -> Seat | None:
     """Return the seat of a connection's checkout, None if it has none of ours."""
     return getattr(_private.record_of(connection), "seat", None)
-
-
-def _note_statement(context: ExecutionContext) -> None:
-    """A statement is activity of its tag. The usual case takes no lock."""
-    seat = _seat_of(context.root_connection)
-    if seat is not None:
-        account = seat.account
-        account.last_activity = seat.exchange.clock()
-        if not account.active:
-            seat.exchange.activity(seat)
-
-
-# DialectEvents, and on one dialect object only: no other engine is slowed.
-
-
-def _do_execute(
-    cursor: Any, statement: str, parameters: Any, context: ExecutionContext
-) -> None:
-    _note_statement(context)
-
-
-def _do_execute_no_params(
-    cursor: Any, statement: str, context: ExecutionContext
-) -> None:
-    _note_statement(context)
-
-
-_STATEMENT_LISTENERS: dict[str, Callable[..., None]] = {
-    "do_execute": _do_execute,
-    "do_executemany": _do_execute,
-    "do_execute_no_params": _do_execute_no_params,
-}

@@ -87,14 +87,16 @@ class Scheduler:
         self.waiting = 0
         #: When idleness is to be looked for next: the shell calls `tick` then.
         self.next_tick = now + reallocation_interval
-        self._accounts = self.roster.accounts
+        #: What is known of each tag.
+        self.accounts = self.roster.accounts
         self._arrivals = 0
         # What was in use when the capacity last changed.
         self._drains_from = 0
         # Accounts with waiters, in the order in which they began to wait.
         self._lines: dict[Account, None] = {}
-        # Those of them that are below their ceiling, by `policy.rank`. May hold
-        # some that are not any more; they are dropped when they come first.
+        # While there are two or more, those of them that are below their ceiling, by
+        # `policy.rank`. May hold some that are not any more, or do not wait; they are
+        # dropped when they come first.
         self._ready: Agenda[Account] = Agenda()
 
     # -- transitions ---------------------------------------------------------
@@ -129,6 +131,8 @@ class Scheduler:
         account.waiters[ticket] = None
         if len(account.waiters) == 1:
             self._lines[account] = None
+            if len(self._lines) == 2:  # the first one was alone and not ranked
+                self._requeue(next(iter(self._lines)))
             self._requeue(account)
         return False
 
@@ -282,7 +286,7 @@ class Scheduler:
     def knows(self, ticket: Ticket) -> bool:
         """Tell if the ticket was last used here, not with another scheduler."""
         account = ticket.account
-        return self._accounts.get(account.tag) is account
+        return self.accounts.get(account.tag) is account
 
     # -- the parts of a transition -------------------------------------------
 
@@ -304,6 +308,8 @@ class Scheduler:
 
     def _requeue(self, account: Account) -> None:
         """Put a tag with waiters where it belongs among those that may be next."""
+        if len(self._lines) == 1:
+            return  # nobody to be ranked with
         if account.in_use < self.ceiling(account):
             self._ready.put(account, self._rank(account))
         else:
@@ -323,6 +329,9 @@ class Scheduler:
 
     def _next(self) -> Account | None:
         """Return the tag whose head is to get the next free slot."""
+        if len(self._lines) == 1:
+            account = next(iter(self._lines))
+            return account if account.in_use < self.ceiling(account) else None
         while (first := self._ready.first()) is not None:
             account = first[1]
             if account.in_use < self.ceiling(account):
@@ -363,12 +372,13 @@ class Scheduler:
     def _grant(self, ticket: Ticket, now: float) -> None:
         account = ticket.account
         waited = now - ticket.since
-        self.in_use += 1
-        account.in_use += 1
-        account.checkouts += 1
         account.wait_total += waited
         if waited > account.wait_max:
             account.wait_max = waited
+        # From here in one go, see the head of this file.
+        self.in_use += 1
+        account.in_use += 1
+        account.checkouts += 1
         ticket.since = now
         ticket.state = GRANTED
 
@@ -380,7 +390,7 @@ class Scheduler:
         :param granted: all granted tickets, if the caller knows them.
         """
         self.roster.check_valid()
-        accounts = list(self._accounts.values())
+        accounts = list(self.accounts.values())
         lines = [a for a in accounts if a.waiters]
         below = [a for a in lines if a.in_use < self.ceiling(a)]
         # 1, 2

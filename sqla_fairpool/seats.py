@@ -1,8 +1,7 @@
-"""The nouns of the exchange: records, the seats on them, the shelves for them."""
+"""The nouns of the exchange: records, the seats on them, whose they are."""
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 from sqlalchemy.pool import ConnectionPoolEntry
@@ -13,7 +12,7 @@ from .waiters import Waiter
 if TYPE_CHECKING:
     from .exchange import Exchange
 
-__all__ = ["Generation", "Opener", "Record", "Seat", "Shelf"]
+__all__ = ["Generation", "Opener", "Record", "Seat"]
 
 
 class Record(ConnectionPoolEntry):
@@ -40,20 +39,6 @@ class Generation:
         self.left: list[Record] = []
 
 
-class Shelf:
-    """Where the records of one tag are kept warm."""
-
-    __slots__ = ("listed", "put", "records", "take")
-
-    def __init__(self) -> None:
-        self.records: deque[Record] = deque()
-        # Both atomic: no lock is held by who calls them.
-        self.take = self.records.popleft
-        self.put = self.records.append
-        #: It is among the shelves to be cleared.
-        self.listed = False
-
-
 class Seat(Ticket):
     """A ticket with what belongs to it on this side.
 
@@ -61,7 +46,7 @@ class Seat(Ticket):
     that has to wait brings a new one.
     """
 
-    __slots__ = ("alive", "exchange", "record", "shelf", "waiter", "warm")
+    __slots__ = ("alive", "exchange", "may_warm", "record", "waiter", "warm")
 
     def __init__(self, exchange: Exchange) -> None:
         super().__init__()
@@ -72,9 +57,9 @@ class Seat(Ticket):
         self.record: Record | None = None
         #: How to wake the owner, until the slot was handed over.
         self.waiter: Waiter | None = None
-        #: Where its record is kept warm, None if it must not be.
-        self.shelf: Shelf | None = None
-        #: Its record lies there.
+        #: Its record may be kept warm when it comes back.
+        self.may_warm = False
+        #: It is, among its tag's.
         self.warm = False
 
     def __del__(self) -> None:

@@ -88,17 +88,19 @@ def asked_by_connection(name: str) -> Iterator[None]:
 
 def follow(
     dialect: Dialect, option: str, retag: Callable[[Connection, str], bool]
-) -> None:
+) -> bool:
     """Watch the execution option `option` of a dialect's engines and connections.
 
-    Does so once, however many pools the dialect gets in turn.
+    Does so once, however many pools the dialect gets in turn; tells if this was
+    the first time.
 
     :param retag: called when the option is set on a connection, with the
       connection and its tag. Tells if the connection has another DBAPI
       connection now, so that its other options must be applied again.
     """
-    if getattr(dialect, _MARK, None) == option:
-        return
+    seen = getattr(dialect, _MARK, None)
+    if seen == option:
+        return False
     set_on_engine = dialect.set_engine_execution_options
     set_on_connection = dialect.set_connection_execution_options
 
@@ -124,6 +126,7 @@ def follow(
     for hook in hooks:
         setattr(dialect, hook.__name__, hook)
     setattr(dialect, _MARK, option)
+    return seen is None
 
 
 def _tag_engine(engine: Engine, name: str) -> None:

@@ -140,7 +140,7 @@ def test_record_lost_between_our_return_and_its_owner_gives_its_slot_back(make_p
 def test_warm_record_lost_as_it_was_taken_gives_its_slot_back(make_pool):
     pool = make_pool(pool_size=1)
     connect(pool, "a").close()
-    pool._exchange._shelves["a"].take()
+    pool._exchange.scheduler.accounts["a"].warm.pop()
     gc.collect()
     connect(pool, "b").close()
     assert pool.checkedout() == 0

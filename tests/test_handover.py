@@ -126,14 +126,14 @@ def test_figures_count_a_warm_connection_as_checked_in(make_pool):
 def test_checkin_that_meets_a_new_waiter_serves_him(narrow):
     """The checkin has seen nobody wait; before it is on the shelf, somebody does."""
     holder = connect(narrow, "a")
-    shelf = narrow._exchange._shelves["a"]
-    put, callers = shelf.put, []
+    callers = []
 
-    def put_late(record):
-        callers.extend(wait_in_line(narrow, "b"))
-        put(record)
+    class Late(list):
+        def append(self, record):
+            callers.extend(wait_in_line(narrow, "b"))
+            super().append(record)
 
-    shelf.put = put_late
+    narrow._exchange.scheduler.accounts["a"].warm = Late()
     holder.close()
     callers[0].result().close()
 
@@ -141,16 +141,17 @@ def test_checkin_that_meets_a_new_waiter_serves_him(narrow):
 def test_checkout_that_meets_a_new_waiter_lets_him_go_first(narrow):
     """The checkout has taken the record from the shelf when somebody else waits."""
     connect(narrow, "a").close()
-    shelf = narrow._exchange._shelves["a"]
-    take, callers = shelf.take, []
+    callers = []
 
-    def take_early():
-        record = take()
-        if not callers:
-            callers.extend(wait_in_line(narrow, "b"))
-        return record
+    class Early(list):
+        def pop(self, index):
+            record = super().pop(index)
+            if not callers:
+                callers.extend(wait_in_line(narrow, "b"))
+            return record
 
-    shelf.take = take_early
+    account = narrow._exchange.scheduler.accounts["a"]
+    account.warm = Early(account.warm)
     again = Caller(connect, narrow, "a")
     eventually(lambda: callers, "the waiter")
     callers[0].result().close()
@@ -341,6 +342,21 @@ def test_one_more_than_max_waiting_is_refused_at_once(make_pool):
     assert caught.value.tag == "b"
     holder.close()
     caller.result().close()
+
+
+def test_refused_caller_takes_no_idle_connection_with_him(make_pool, server):
+    pool = make_pool(pool_size=3, soft_limit=1, max_limit=2, max_waiting=0)
+    held = [connect(pool, "a") for _ in range(2)]
+    for connection in held:
+        connection.close()
+    held = [connect(pool, "a")]
+    with connect(pool, "b"):
+        for _ in range(3):
+            with pytest.raises(TooManyWaiting):
+                connect(pool, "a")
+    assert server.open == 2
+    assert pool.checkedin() == 1
+    held.pop().close()
 
 
 def test_max_waiting_0_means_that_nobody_waits(make_pool):

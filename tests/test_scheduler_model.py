@@ -93,18 +93,18 @@ class Model:
 
     def move(self, ticket, tag, now):
         """Release and request again, tried out on copies."""
-        before = self.holding, self.waiting
         source = next(t for k, t in self.holding if k is ticket)
         if source == tag:
             return []
         if tag != "unknown":
             self.touch(tag, now)
+        before = self.holding, self.waiting, dict(self.last), set(self.active)
         self.holding = [h for h in self.holding if h[0] is not ticket]
         self.arrivals += 1
         self.waiting = [*self.waiting, (self.arrivals, ticket, tag)]
         granted = self.dispatch(now)
         if ticket not in granted:
-            self.holding, self.waiting = before
+            self.holding, self.waiting, self.last, self.active = before
             return None
         return [t for t in granted if t is not ticket]
 

@@ -82,11 +82,13 @@ def run(arguments: argparse.Namespace) -> int:
     :raises CommandError: if it cannot.
     :raises KeyboardInterrupt: after a signal, when everything is put in order.
     """
-    _require_extra(arguments.url)
-    from .demo_view import make_view
-
-    view = make_view(arguments.json)
     with Interrupts() as interrupts:
+        # Signals are noted during the imports: C modules have swallowed a
+        # KeyboardInterrupt that came in the middle of theirs.
+        _require_extra(arguments.url)
+        from .demo_view import make_view
+
+        view = make_view(arguments.json)
         stage = Stage(view, arguments.seconds_per_scenario)
         try:
             with interrupts.raising():

@@ -22,7 +22,7 @@ __all__ = ["POOLS", "compare"]
 POOLS: tuple[tuple[str, type[Pool], dict[str, Any]], ...] = (
     ("FairQueuePool", FairQueuePool, {}),
     (
-        f"FairQueuePool {CAPACITY}/{CAPACITY}",
+        "FairQueuePool*",
         FairQueuePool,
         {"soft_limit": CAPACITY, "max_limit": CAPACITY},
     ),
@@ -77,4 +77,4 @@ def _measure(
     figures = tuple(group.figures() for group in reversed(groups))
     stop_groups(groups)
     stage.close_engine(database, engine)
-    return Comparison(name, round(seconds, 3), figures)
+    return Comparison(name, options, round(seconds, 3), figures)

@@ -205,6 +205,8 @@ class Comparison:
     """One pool under a light and a heavy scraper."""
 
     pool: str
+    #: Its options, but for the size.
+    options: Mapping[str, Any]
     seconds: float
     scrapers: tuple[LoadFigures, ...]
 

@@ -213,6 +213,9 @@ def _parse(url: str) -> URL:
         raise CommandError(
             "--url is not a database URL, like postgresql://user@host/database"
         ) from None
+    if "@" in (parsed.host or ""):
+        # The rest of a password that was cut at its first "@".
+        raise CommandError("--url: write @ in the password as %40, / as %2F")
     name, _, driver = parsed.drivername.partition("+")
     if name not in {"postgresql", "postgres"}:
         raise CommandError(f"--url: the demo needs PostgreSQL, not {name!r}")
@@ -227,4 +230,6 @@ def _parse(url: str) -> URL:
 
 def why(error: Exception) -> str:
     """Return the server's or the driver's own words, without SQL and parameters."""
-    return str(getattr(error, "orig", None) or error)
+    original = getattr(error, "orig", None) or error
+    diagnosis = getattr(original, "diag", None)
+    return getattr(diagnosis, "message_primary", None) or str(original)

@@ -35,7 +35,6 @@ class Stage:
         self.view = view
         self.seconds = seconds
         self._stack = ExitStack()
-        self._stack.callback(view.close)
 
     def at_end(self, function: Callable[[], object]) -> None:
         """Call `function` at the end; the last one registered goes first.
@@ -46,7 +45,10 @@ class Stage:
 
     def close(self) -> None:
         """Undo everything, also if some of it fails."""
-        self._stack.close()
+        try:
+            self.view.close()
+        finally:
+            self._stack.close()
 
     def open_engine(
         self, database: Database, pool: type[Pool], options: dict[str, Any]

@@ -42,11 +42,12 @@ _FRAMES = 8
 _LINE_EVERY = 1.0
 
 
-_COMPARISON_TEXT = """\
-A light scraper beside a heavy one, on pools of the same size. By default the heavy
-one may have half of a FairQueuePool while another is active; with both limits at the
-pool's size, all that nobody else wants. ">": had not ended with the measurement.\
-"""
+_COMPARISON_TEXT = (
+    "A light scraper, with one thread, beside a heavy one, on pools of the same size. "
+    "By default the heavy one may have half of a FairQueuePool while another is "
+    "active; with soft_limit and max_limit at the pool's size (*), all that nobody "
+    'else wants. ">": was still waiting when the measurement ended.'
+)
 
 
 class View:
@@ -177,7 +178,8 @@ class LiveView(View):
 
     def figures(self, stats: PoolStats, server: Mapping[str, int]) -> None:
         if time.monotonic() >= self._next_frame:
-            self._figures = _figures_table(stats, server)
+            bar_width = 20 if self._live.console.width >= _WIDTH else 10
+            self._figures = _figures_table(stats, server, bar_width)
             self._draw()
 
     def verdict(self, verdict: Verdict) -> None:
@@ -263,10 +265,12 @@ def _seen_texts(verdict: Verdict) -> tuple[str, str]:
 def _verdict_text(verdict: Verdict) -> Text:
     if verdict.ok:
         return Text("ok", style="green")
-    return Text("NOT AS EXPECTED", style="bold red")
+    return Text("FAILED", style="bold red")
 
 
-def _figures_table(stats: PoolStats, server: Mapping[str, int]) -> Table:
+def _figures_table(
+    stats: PoolStats, server: Mapping[str, int], bar_width: int
+) -> Table:
     table = _table()
     table.caption_justify = "left"
     table.caption = (
@@ -275,33 +279,39 @@ def _figures_table(stats: PoolStats, server: Mapping[str, int]) -> Table:
     )
     table.add_column("scraper")
     table.add_column("status")
-    table.add_column("connections", min_width=16)
-    for name in ("limit", "fair share", "waiting", "on server", "checkouts"):
+    table.add_column("connections", min_width=bar_width + 3)
+    for name in ("limit", "fair\nshare", "waiting", "on\nserver", "checkouts"):
         table.add_column(name, justify="right")
     names = dict.fromkeys([*SCRAPERS, *(row.name for row in stats.tags)])
     for name in names:
-        table.add_row(*_figures_row(name, stats, stats.tag(name), server.get(name, 0)))
+        row = stats.tag(name)
+        if row is None:
+            table.add_row(name, Text("-", style="dim"))
+            continue
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(
+            f"{row.connections:2d}",
+            ProgressBar(stats.capacity, row.connections, width=bar_width),
+        )
+        table.add_row(*_figures_row(row, bar, server.get(name, 0)))
     return table
 
 
-def _figures_row(
-    name: str, stats: PoolStats, row: TagStats | None, on_server: int
-) -> list[Any]:
-    if row is None:
-        return [name, Text("not seen", style="dim")]
-    bar = Table.grid(padding=(0, 1))
-    bar.add_row(
-        f"{row.connections:2d}",
-        ProgressBar(total=stats.capacity, completed=row.connections, width=20),
-    )
+def _figures_row(row: TagStats, bar: Table, on_server: int) -> list[Any]:
     status = Text("active", "green") if row.active else Text("idle", "yellow")
     numbers = (row.limit, row.fair_share, row.waiting, on_server, row.checkouts)
-    return [name, status, bar, *(f"{number:,}" for number in numbers)]
+    return [row.name, status, bar, *(f"{number:,}" for number in numbers)]
 
 
 def _verdicts_table(verdicts: list[Verdict]) -> Table:
     table = _table()
-    names = ["scenario", "expected", "observed (pool)", "observed (server)", "verdict"]
+    names = [
+        "scenario",
+        "expected",
+        "observed\n(pool)",
+        "observed\n(server)",
+        "verdict",
+    ]
     for name in names:
         table.add_column(name)
     for verdict in verdicts:
@@ -319,9 +329,8 @@ def _comparison_table(comparisons: tuple[Comparison, ...]) -> Table:
     table = _table()
     table.add_column("pool")
     table.add_column("scraper")
-    names = ["threads", "checkouts/s", "p99 wait ms", "longest wait ms"]
-    names += ["time-outs", "never served"]
-    for name in names:
+    names = ["checkouts\nper s", "p99 wait\nms", "longest\nwait ms", "time-\nouts"]
+    for name in [*names, "threads\nnever served"]:
         table.add_column(name, justify="right")
     for comparison in comparisons:
         pool = comparison.pool
@@ -334,7 +343,6 @@ def _comparison_table(comparisons: tuple[Comparison, ...]) -> Table:
 def _load_texts(load: LoadFigures) -> list[Text]:
     starved = "bold red" if load.never_served else ""
     return [
-        Text(f"{load.threads}"),
         Text(f"{load.checkouts_per_second:,.0f}"),
         Text(_wait_text(load.wait_p99, load.p99_still_waiting)),
         Text(_wait_text(load.wait_longest, load.longest_still_waiting)),
@@ -350,7 +358,7 @@ def _wait_text(seconds: float, still_waiting: bool) -> str:
 
 
 def _table() -> Table:
-    # Narrow gaps and headings that may take two lines: eighty columns are enough.
+    # Narrow gaps and headings on two lines: eighty columns are enough.
     return Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
 
 
