@@ -246,21 +246,28 @@ class Desk:
     def hand_to(self, generation: Generation) -> None:
         """Let another pool take over: what lies here is not for it."""
         with self.section():
-            if self.owner is not generation:
-                self.owner.left = list(self._idle)
-                self._left.update(self._idle)
-                self._idle.clear()
-                for seat in self.granted_seats():
-                    seat.may_warm = False  # to be closed when it comes back
-                self.owner = generation
+            former = self.owner
+            if former is generation:
+                return
+            former.left = list(self._idle)
+            self._left.update(self._idle)
+            self._idle.clear()
+            for seat in self.granted_seats():
+                seat.may_warm = False  # to be closed when it comes back
+            self.owner = generation
+        if former.disposed:
+            self.close_left(former)
 
     def make_room(self) -> None:
         """Before opening: close what a former pool has left, if it is in the way."""
         record = None
         with self._lock:
             there = self.scheduler.in_use + len(self._idle) + len(self._left)
-            if self._left and there > self.options.capacity:
-                record = self._left.pop()
+            if there > self.options.capacity:
+                try:
+                    record = self._left.pop()
+                except KeyError:
+                    pass  # the former pool was collected meanwhile
         if record is not None:
             record.close()
 

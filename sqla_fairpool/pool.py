@@ -140,7 +140,7 @@ class FairQueuePool(Pool):
         """Return a pool that takes over from this one when it is first used.
 
         It has the same options and the same accounting: what is checked out of
-        this pool still counts, and is closed when it comes back.
+        this pool still counts, and is closed when it comes back after that.
         """
         self.logger.info("Pool recreating")
         return type(self)(
@@ -160,6 +160,7 @@ class FairQueuePool(Pool):
 
         Those that are checked out stay open until they come back.
         """
+        self.generation.disposed = True
         if self._exchange.owner is self.generation:
             self._exchange.close_idle()
         else:

@@ -32,11 +32,13 @@ class Opener(Protocol):
 class Generation:
     """One of the pools that follow each other at an exchange (``recreate()``)."""
 
-    __slots__ = ("left",)
+    __slots__ = ("disposed", "left")
 
     def __init__(self) -> None:
         #: What lay in the pool when the next one took over: not for use there.
         self.left: list[Record] = []
+        #: It was told to close what lies in it.
+        self.disposed = False
 
 
 class Seat(Ticket):

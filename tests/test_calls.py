@@ -62,11 +62,11 @@ def test_checkout_does_not_cost_more_with_many_tags(engine):
     assert cost() <= before
 
 
-def test_statement_makes_one_call_and_takes_no_lock(engine):
+def test_statement_makes_two_calls_and_takes_no_lock(engine):
     with engine.execution_options(scraper="a").connect() as connection:
         connection.execute(text("select 1"))
         names = our_calls(lambda: connection.execute(text("select 1")))
-    assert names == ["do_execute"]
+    assert names == ["do_execute", "_note"]
 
 
 def test_waiting_checkout_is_handed_its_connection_in_few_calls(make_engine):

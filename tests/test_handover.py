@@ -515,6 +515,18 @@ def test_dispose_keeps_the_bound(make_engine, server):
     assert server.open == 0
 
 
+def test_connection_that_came_back_after_dispose_is_closed_at_the_next_use(
+    make_engine, server
+):
+    engine = make_engine()
+    tagged = engine.execution_options(scraper="a")
+    connection = tagged.connect()
+    engine.dispose()
+    connection.close()
+    with tagged.connect():
+        assert (server.opened, server.open) == (2, 1)
+
+
 def test_connections_being_closed_by_dispose_keep_their_slots(make_engine, server):
     engine = make_engine(pool_size=2, soft_limit=2, max_limit=2)
     tagged = engine.execution_options(scraper="a")

@@ -714,6 +714,23 @@ def test_successor_opens_its_own_connections_and_tells_its_listeners(new_pool):
     assert seen == ["first_connect", "connect", "checkout", "reset", "checkin"]
 
 
+def test_successor_does_not_get_what_was_returned_before_its_first_use(new_pool):
+    former = new_pool()
+    successor = former.recreate()
+    returned = use(former)
+    assert use(successor) is not returned
+
+
+def test_successor_does_not_get_what_is_returned_to_the_former_pool(new_pool):
+    former = new_pool()
+    successor = former.recreate()
+    late = former.connect()
+    returned = late.dbapi_connection
+    with successor.connect():
+        late.close()
+        assert use(successor) is not returned
+
+
 def test_dispose_leaves_the_connections_of_the_successor(new_pool):
     pool = new_pool()
     successor = pool.recreate()

@@ -391,6 +391,18 @@ def test_every_kind_of_statement_is_activity(make_engine, clock, statement):
         assert engine.pool.stats().tag("a").idle_for == 0.0
 
 
+def test_statement_hooks_take_what_the_dialects_methods_take(make_engine):
+    engine = make_engine()
+    with engine.connect() as connection:
+        cursor = connection.connection.cursor()
+        engine.dialect.do_execute(cursor, "select 1", (), context=None)
+        engine.dialect.do_executemany(cursor, "select 1", [()])
+        engine.dialect.do_execute_no_params(cursor, "select 1", context=None)
+        assert (
+            connection.connection.dbapi_connection.statements[-3:] == ["select 1"] * 3
+        )
+
+
 def test_statement_of_an_idle_tag_makes_it_active(make_engine, clock):
     engine = make_engine()
     with engine.execution_options(scraper="a").connect() as connection:
