@@ -185,6 +185,7 @@ class Desk:
         if seat.state is not GRANTED or seat.warm or not self.scheduler.knows(seat):
             return  # back already, or checked out before a fork
         full = len(self._idle) >= self._pool_size
+        keep = keep and not getattr(record, "doomed", False)
         if (
             record is not None
             and record.dbapi_connection is not None
@@ -242,6 +243,14 @@ class Desk:
             self._outbox.append(newest.waiter.wake)
 
     # -- one pool after the other ---------------------------------------------------
+
+    def doom(self) -> None:
+        """Have what is out now closed when it comes back."""
+        with self.section():
+            for record in list(self._records):
+                if record.seat.state is GRANTED:
+                    record.doomed = True
+                    record.seat.may_warm = False
 
     def hand_to(self, generation: Generation) -> None:
         """Let another pool take over: what lies here is not for it."""

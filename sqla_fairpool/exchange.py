@@ -93,7 +93,8 @@ class Exchange(Desk):
         """
         seat = record.seat
         account = seat.account
-        waiting = self.scheduler.waiting
+        scheduler = self.scheduler
+        waiting = scheduler.waiting
         if waiting or seat.warm or not seat.may_warm or not account.prompt:
             self._checkin(seat, record, generation is self.owner)
             return
@@ -111,7 +112,7 @@ class Exchange(Desk):
         account.warm.append(record)
         if not account.listed:
             self._list(account)
-        if self.scheduler.waiting:
+        if scheduler.waiting:
             self._visit()
 
     def _checkout(self, tag: str, opener: Opener) -> Record:

@@ -140,9 +140,12 @@ class FairQueuePool(Pool):
         """Return a pool that takes over from this one when it is first used.
 
         It has the same options and the same accounting: what is checked out of
-        this pool still counts, and is closed when it comes back after that.
+        this pool still counts. It is closed when it comes back after that, or in
+        any case if this pool has been disposed of, as by ``engine.dispose()``.
         """
         self.logger.info("Pool recreating")
+        if self.generation.disposed:
+            self._exchange.doom()
         return type(self)(
             self._creator,
             recycle=self._recycle,

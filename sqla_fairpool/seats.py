@@ -16,9 +16,11 @@ __all__ = ["Generation", "Opener", "Record", "Seat"]
 
 
 class Record(ConnectionPoolEntry):
-    """For the type checker: a connection record with the seat that we put on it."""
+    """For the type checker: a connection record with what we put on it."""
 
     seat: Seat
+    #: Present, and True: to be closed when it comes back.
+    doomed: bool
 
 
 class Opener(Protocol):

@@ -515,16 +515,30 @@ def test_dispose_keeps_the_bound(make_engine, server):
     assert server.open == 0
 
 
-def test_connection_that_came_back_after_dispose_is_closed_at_the_next_use(
-    make_engine, server
+@pytest.mark.parametrize("tag", ["a", "unknown"])
+def test_connection_held_over_a_dispose_is_closed_when_it_comes_back(
+    make_engine, server, tag
 ):
     engine = make_engine()
-    tagged = engine.execution_options(scraper="a")
+    tagged = engine.execution_options(scraper=tag)
     connection = tagged.connect()
     engine.dispose()
     connection.close()
+    assert server.open == 0
     with tagged.connect():
         assert (server.opened, server.open) == (2, 1)
+
+
+def test_connection_held_over_a_dispose_is_not_handed_to_a_waiter(make_engine, server):
+    engine = make_engine(pool_size=1)
+    tagged = engine.execution_options(scraper="a")
+    connection = tagged.connect()
+    engine.dispose()
+    caller = Caller(tagged.connect)
+    ensure_waiting(engine.pool, 1)
+    connection.close()
+    caller.result().close()
+    assert (server.opened, server.most) == (2, 1)
 
 
 def test_connections_being_closed_by_dispose_keep_their_slots(make_engine, server):
