@@ -41,8 +41,9 @@ class Agenda(Generic[_Item]):
         """Enter `item` under `key`, or move it there."""
         self._serial += 1
         entry = (key, self._serial, item)
-        self._live[item] = entry
+        # In this order: an interrupt in between leaves a dead entry, no lost item.
         heapq.heappush(self._heap, entry)
+        self._live[item] = entry
         if len(self._heap) > 2 * len(self._live) + _SLACK:
             self._heap = list(self._live.values())
             heapq.heapify(self._heap)

@@ -10,6 +10,7 @@ Part of the scheduler: called under the same lock, with the time as an argument.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from . import policy
@@ -78,27 +79,26 @@ class Roster:
         """Note activity: the tag counts from now on."""
         account.last_activity = now
         if not account.active:
-            self._set_active(account, True)
+            # In this order: an interrupt must not leave it active for ever.
             self._review.put(account, now + self.idle_timeout)
+            self._set_active(account, True)
 
     def review(self, now: float) -> bool:
         """Look at the tags whose time has come; tell if any became idle."""
         active_before = self.active
-        again = []
         while (due := self._review.first()) is not None and due[0] <= now:
             account = due[1]
-            self._review.remove(account)
             when = self._reviewed(account, now)
-            if when is not None:
-                again.append((account, when))
-        for account, when in again:
-            self._review.put(account, when)
+            if when is None:
+                self._review.remove(account)
+            else:
+                self._review.put(account, when)
         return self.active < active_before
 
     def _reviewed(self, account: Account, now: float) -> float | None:
         """Let the tag become idle or be forgotten; return when to look again."""
         if account.waiters and not account.silent:
-            return now  # that is, at the next review
+            return math.nextafter(now, math.inf)  # that is, at the next review
         if account.active:
             idle_at = self._idle_at(account)
             if idle_at > now:
@@ -106,7 +106,7 @@ class Roster:
             self._set_active(account, False)
             return now + _RETENTION * self.idle_timeout
         if not account.in_use and not account.waiters:
-            del self.accounts[account.tag]
+            self.accounts.pop(account.tag, None)
         return None  # what it still holds makes it active when it comes back
 
     def _idle_at(self, account: Account) -> float:
@@ -120,7 +120,6 @@ class Roster:
             if due is None:
                 return
             when, account = due
-            self._review.remove(account)
             if account.in_use or account.waiters:
                 self._review.put(account, now + self.idle_timeout)
             elif account.active and self._idle_at(account) > when:
@@ -128,15 +127,20 @@ class Roster:
             else:
                 if account.active:
                     self._set_active(account, False)
-                del self.accounts[account.tag]
+                self.accounts.pop(account.tag, None)
+                self._review.remove(account)
                 return
 
     def _set_active(self, account: Account, active: bool) -> None:
+        prompt = active and not account.silent
+        count = self.active + (1 if active else -1)
+        others = max(count - 1, 0)
+        ceiling = policy.ceiling(others, self.soft_limit, self.max_limit)
+        # From here in one go, see the head of scheduler.py.
         account.active = active
-        account.prompt = active and not account.silent
-        self.active += 1 if active else -1
-        others = max(self.active - 1, 0)
-        self.common_ceiling = policy.ceiling(others, self.soft_limit, self.max_limit)
+        account.prompt = prompt
+        self.active = count
+        self.common_ceiling = ceiling
 
     def check_valid(self) -> None:
         """Assert what the scheduler builds on. O(tags)."""

@@ -124,7 +124,7 @@ def test_figures_count_a_warm_connection_as_checked_in(make_pool):
 
 
 def test_checkin_that_meets_a_new_waiter_serves_him(narrow):
-    """The checkin has seen nobody wait; before it is on the shelf, somebody does."""
+    """The checkin has seen nobody wait; before it is kept warm, somebody does."""
     holder = connect(narrow, "a")
     callers = []
 
@@ -139,7 +139,7 @@ def test_checkin_that_meets_a_new_waiter_serves_him(narrow):
 
 
 def test_checkout_that_meets_a_new_waiter_lets_him_go_first(narrow):
-    """The checkout has taken the record from the shelf when somebody else waits."""
+    """The checkout has taken the warm record when somebody else waits."""
     connect(narrow, "a").close()
     callers = []
 

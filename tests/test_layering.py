@@ -88,7 +88,7 @@ def test_no_module_imports_to_the_right():
 
 
 def test_core_knows_no_thread_no_clock_and_no_database():
-    allowed = {"__future__", "collections", "heapq", "typing"}
+    allowed = {"__future__", "collections", "heapq", "math", "typing"}
     for name, tree in modules():
         if name in PURE:
             others = {other for _, other in imports(tree) if other is not None}

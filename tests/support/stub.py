@@ -68,6 +68,9 @@ class StubConnection:
             self.closed = True
             self.server.closing()
 
+    def __del__(self):
+        StubConnection.close(self)  # as a driver's does; no test's replacement
+
     def create_function(self, *args, **kw):
         pass  # the sqlite dialect wants one
 
