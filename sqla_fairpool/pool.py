@@ -241,16 +241,15 @@ def _retag(connection: Connection, tag: str) -> bool:
     if connection.closed or not isinstance(pool, FairQueuePool):
         return False
     seat = _seat_of(connection)
-    _private.remember_tag(connection, partial(tagging.asked_by_connection, tag))
-    if seat is None or seat.account.tag == tag:
-        return False
-    if connection.in_transaction():
+    is_change = seat is not None and seat.account.tag != tag
+    if is_change and connection.in_transaction():
         raise exc.InvalidRequestError(
             "This connection has already initialized a SQLAlchemy Transaction() "
             f"object via begin() or autobegin; {pool.options.tag_option} may not be "
             "altered unless rollback() or commit() is called first."
         )
-    if seat.exchange.move(seat, tag):
+    _private.remember_tag(connection, partial(tagging.asked_by_connection, tag))
+    if seat is None or not is_change or seat.exchange.move(seat, tag):
         return False
     _private.check_out_again(connection)
     return True

@@ -303,6 +303,18 @@ def test_retagging_in_a_transaction_is_refused_as_isolation_level_is(make_engine
         assert holders(engine) == {"b": 1}
 
 
+def test_refused_tag_is_not_remembered(make_engine):
+    engine = make_engine()
+    with engine.connect().execution_options(scraper="a") as connection:
+        connection.execute(text("select 1"))
+        with pytest.raises(InvalidRequestError):
+            connection.execution_options(scraper="b")
+        connection.rollback()
+        connection.invalidate()
+        connection.execute(text("select 1"))
+        assert holders(engine) == {"a": 1}
+
+
 def test_same_tag_again_is_no_change(make_engine):
     engine = make_engine()
     with engine.connect().execution_options(scraper="a") as connection:
