@@ -92,9 +92,3 @@ class Account:
     def waiting(self) -> int:
         """Requests that wait under this tag."""
         return len(self.waiters) if self.waiters else 0
-
-    @property
-    @property
-    def demand(self) -> int:
-        """Slots the tag wants now: in_use + waiting."""
-        return self.in_use + self.waiting

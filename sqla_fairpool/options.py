@@ -168,13 +168,14 @@ class PoolOptions:
 def _limits(soft_limit: Any, max_limit: Any, capacity: int) -> tuple[int, int]:
     """Return (soft_limit, max_limit), defaults filled in."""
     if max_limit is None:
-        most, origin = -(-capacity * 3 // 4), ", by default three quarters of the"
+        most = -(-capacity * 3 // 4)
+        origin = f" (by default three quarters of the capacity, {capacity})"
     else:
         within = f"a whole number from 1 to the capacity, {capacity}"
-        most, origin = _integer("max_limit", max_limit, 1, within), " of"
+        most, origin = _integer("max_limit", max_limit, 1, within), ""
         if most > capacity:
             _refuse("max_limit", max_limit, within)
-    within = f"a whole number from 1 to max_limit, {most}{origin} capacity {capacity}"
+    within = f"a whole number from 1 to max_limit, {most}{origin}"
     if soft_limit is None:
         soft = -(-capacity // 2)
         if soft > most:

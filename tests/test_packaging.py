@@ -23,7 +23,7 @@ def test_metadata_names_the_one_hard_dependency():
     assert {"postgresql", "demo", "test", "bench"} <= set(extras)
 
 
-def test_wheel_builds_from_setup_cfg_and_carries_the_marker_of_types(tmp_path):
+def test_build_system_stands_beside_setup_cfg_and_the_marker_of_types_is_there():
     """setup.cfg alone does not install: pip needs a build system beside it."""
     text = (ROOT / "pyproject.toml").read_text()
     assert "[build-system]" in text
