@@ -15,15 +15,24 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from sqlalchemy.engine import Connection, Dialect
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
 
 __all__ = [
+    "async_connection_dialect",
     "check_out_again",
     "disown",
     "note_statements",
     "record_of",
     "remember_tag",
 ]
+
+
+def async_connection_dialect() -> Any:
+    """Return what stands for a dialect in an asyncio pool that has no engine.
+
+    It tells ``Pool`` that the collector must not close connections by itself.
+    """
+    return AsyncAdaptedQueuePool._dialect
 
 
 def record_of(connection: Connection) -> ConnectionPoolEntry | None:

@@ -2,9 +2,12 @@
 
 Rules of this file:
 
-* One lock. It guards the scheduler, the idle records and the two boxes. No I/O,
-  no wake-up, no logging and no caller's code happens while it is held: what a
-  transition leaves to do goes into the outbox and is done after the lock.
+* One lock. It guards the scheduler, the idle records and the boxes. No I/O, no
+  wake-up, no logging and no caller's code happens while it is held: what a
+  transition leaves to do, bells to ring and chores, is done after the lock. Bells
+  come first, so that nobody sleeps while a connection is being closed; chores are
+  left for the next one by whoever may not wait for the database (a finaliser
+  beside an event loop).
 * A record is returned by its user, or by the collector: then in the middle of
   anything, also of our own critical section on the same thread. The lock is
   re-entrant, so that this cannot deadlock, and `_busy` tells the second comer
@@ -30,6 +33,7 @@ from .account import GRANTED, Account, Ticket
 from .options import PoolOptions
 from .scheduler import Scheduler
 from .seats import Generation, Record, Seat
+from .waiters import Waiter
 
 __all__ = ["Desk", "refuse_finaliser"]
 
@@ -37,14 +41,20 @@ __all__ = ["Desk", "refuse_finaliser"]
 class Desk:
     """The accounting of a pool, the open connections in it, and their lock.
 
+    :param waiter_class: how callers sleep.
     :param use_lifo: hand out the record that came back last, not first.
     :param clock: seconds on a steadily rising scale.
     """
 
     def __init__(
-        self, options: PoolOptions, use_lifo: bool, clock: Callable[[], float]
+        self,
+        options: PoolOptions,
+        waiter_class: type[Waiter],
+        use_lifo: bool,
+        clock: Callable[[], float],
     ) -> None:
         self.options = options
+        self._waiter_class = waiter_class
         self.clock = clock
         self._use_lifo = use_lifo
         # Which of the records that came back is the next.
@@ -64,8 +74,9 @@ class Desk:
         self._busy = False
         # What came back while the lock's holder was busy: (seat, record, keep).
         self._inbox: deque[tuple[Seat, Record | None, bool]] = deque()
-        # What is left to do after the lock.
-        self._outbox: deque[Callable[[], object]] = deque()
+        # What is left to do after the lock: callers to wake, and what takes time.
+        self._bells: deque[Callable[[], None]] = deque()
+        self._chores: deque[Callable[[], None]] = deque()
         # Records in the pool, the one that came back first on the left.
         self._idle: deque[Record] = deque()
         self._take_idle = self._idle.pop if self._use_lifo else self._idle.popleft
@@ -107,10 +118,10 @@ class Desk:
                 self._tidy(now)
             finally:
                 self._busy = False
-        if self._outbox:
+        if self._bells or self._chores:
             self._flush()
 
-    def _visit(self) -> None:
+    def visit(self) -> None:
         """Enter and leave a critical section, which does what there is to do."""
         if not self._in_section():
             with self.section():
@@ -134,7 +145,7 @@ class Desk:
                 self._tidy(now)
             finally:
                 self._busy = False
-        if self._outbox:
+        if self._bells or self._chores:
             self._flush()
 
     def lost(self, seat: Seat) -> None:
@@ -144,16 +155,23 @@ class Desk:
 
     def _flush(self) -> None:
         """Do what was left to do after the lock."""
-        while True:
-            try:
-                todo = self._outbox.popleft()
-            except IndexError:
-                return
-            try:
-                todo()
-            except BaseException:
-                self._flush()
-                raise
+        try:
+            while True:
+                while self._bells:
+                    self._next_of(self._bells)
+                if not self._chores or not self._waiter_class.can_wait():
+                    return
+                self._next_of(self._chores)
+        except BaseException:
+            self._flush()
+            raise
+
+    def _next_of(self, box: deque[Callable[[], None]]) -> None:
+        try:
+            todo = box.popleft()
+        except IndexError:
+            return  # somebody was faster
+        todo()
 
     # -- inside -------------------------------------------------------------------
 
@@ -173,6 +191,7 @@ class Desk:
                     self._deliver(granted, record)
                 else:
                     self._idle.append(record)
+                    self._drain(now)
             self._listed.popleft()  # last: an interrupt leaves it listed
         while self._inbox:
             seat, returned, keep = self._inbox.popleft()
@@ -184,7 +203,11 @@ class Desk:
         """Free the seat's slot; hand the record on, keep it or have it closed."""
         if seat.state is not GRANTED or seat.warm or not self.scheduler.knows(seat):
             return  # back already, or checked out before a fork
-        full = len(self._idle) >= self._pool_size
+        idle = len(self._idle)
+        full = (
+            idle >= self._pool_size
+            or self.scheduler.in_use + idle > self.scheduler.capacity
+        )
         keep = keep and not getattr(record, "doomed", False)
         if (
             record is not None
@@ -192,7 +215,7 @@ class Desk:
             and (not keep or (full and not self.scheduler.wanted(seat)))
         ):
             # Its slot is free when it is closed, not before.
-            self._outbox.append(partial(self._close_then, self._closed, record))
+            self._chores.append(partial(self._close_then, self._closed, record))
             return
         granted = self.scheduler.release(seat, now)
         if granted:
@@ -213,7 +236,7 @@ class Desk:
             record = None
             if seat is self._watch:
                 self._pass_the_watch()
-            self._outbox.append(seat.waiter.wake)
+            self._bells.append(seat.waiter.wake)
             seat.waiter = None  # the last thing: now its owner may look
 
     def _seat_owner(self, seat: Seat, record: Record | None) -> None:
@@ -240,76 +263,29 @@ class Desk:
         assert newest is None or isinstance(newest, Seat)
         self._watch = newest
         if newest is not None and newest.waiter is not None:
-            self._outbox.append(newest.waiter.wake)
-
-    # -- one pool after the other ---------------------------------------------------
-
-    def doom(self) -> None:
-        """Have what is out now closed when it comes back."""
-        with self.section():
-            for record in list(self._records):
-                if record.seat.state is GRANTED:
-                    record.doomed = True
-                    record.seat.may_warm = False
-
-    def hand_to(self, generation: Generation) -> None:
-        """Let another pool take over: what lies here is not for it."""
-        with self.section():
-            former = self.owner
-            if former is generation:
-                return
-            former.left = list(self._idle)
-            self._left.update(self._idle)
-            self._idle.clear()
-            for seat in self.granted_seats():
-                seat.may_warm = False  # to be closed when it comes back
-            self.owner = generation
-        if former.disposed:
-            self.close_left(former)
-
-    def make_room(self) -> None:
-        """Before opening: close what a former pool has left, if it is in the way."""
-        record = None
-        with self._lock:
-            there = self.scheduler.in_use + len(self._idle) + len(self._left)
-            if there > self.options.capacity:
-                try:
-                    record = self._left.pop()
-                except KeyError:
-                    pass  # the former pool was collected meanwhile
-        if record is not None:
-            record.close()
-
-    def close_left(self, generation: Generation) -> None:
-        """Close what a former pool has left."""
-        while generation.left:
-            record = generation.left.pop()
-            with self._lock:
-                self._left.discard(record)
-            record.close()
+            self._bells.append(newest.waiter.wake)
 
     # -- closing ------------------------------------------------------------------
 
-    def close_idle(self) -> None:
-        """Close the connections that are in the pool.
+    def _drain(self, now: float) -> None:
+        """Have idle records closed of which there are too many, the oldest first.
 
-        Until each is closed, a slot is kept out of use for it, so that there are
-        never more connections than the capacity.
+        There are none but after :meth:`~.upkeep.Upkeep.reconfigure`.
         """
-        with self.section() as now:
-            records = list(self._idle)
-            self._idle.clear()
-            left = self.scheduler.capacity - len(records)
-            self.scheduler.set_capacity(left, now)
-        try:
-            while records:
-                self._close_then(self._one_slot_more, records.pop())
-        finally:
-            for record in records:  # an interrupt: the next visitor goes on
-                close = partial(self._close_then, self._one_slot_more, record)
-                self._outbox.append(close)
+        scheduler = self.scheduler
+        while self._idle and (
+            len(self._idle) > self._pool_size
+            or scheduler.in_use + len(self._idle) > scheduler.capacity
+        ):
+            self._retire(self._idle[0], now)
 
-    def _one_slot_more(self, record: Record) -> None:
+    def _retire(self, record: Record, now: float) -> None:
+        """Have an idle record closed, with a slot out of use until it is."""
+        self.scheduler.set_capacity(self.scheduler.capacity - 1, now)
+        self._chores.append(partial(self._close_then, self._one_slot_more, record))
+        self._idle.remove(record)
+
+    def _one_slot_more(self, record: Record | None = None) -> None:
         with self.section() as now:
             capacity = self.scheduler.capacity + 1
             self._deliver(self.scheduler.set_capacity(capacity, now), None)
@@ -329,13 +305,13 @@ class Desk:
     @property
     def idle_count(self) -> int:
         """Records in the pool."""
-        self._visit()
+        self.visit()
         return len(self._idle)
 
     @property
     def in_use(self) -> int:
         """Slots in use."""
-        self._visit()
+        self.visit()
         return self.scheduler.in_use
 
     def count_idle(self) -> tuple[int, int]:

@@ -19,37 +19,27 @@ from __future__ import annotations
 import math
 import os
 import weakref
-from collections.abc import Callable
 from typing import cast
 
 from . import _private
 from .account import FREE, WAITING, Account, LineFull
-from .desk import Desk, refuse_finaliser
+from .desk import refuse_finaliser
 from .errors import CheckoutTimeout, TooManyWaiting, describe_holders
-from .options import PoolOptions
 from .seats import Generation, Opener, Record, Seat
+from .upkeep import Upkeep
 from .waiters import Waiter
 
 __all__ = ["Exchange"]
 
 
-class Exchange(Desk):
+class Exchange(Upkeep):
     """The desk, as callers meet it: they come, wait, take and return.
 
     Serves a pool and its successors.
-
-    :param waiter_class: how callers sleep.
     """
 
-    def __init__(
-        self,
-        options: PoolOptions,
-        waiter_class: Callable[[], Waiter],
-        use_lifo: bool,
-        clock: Callable[[], float],
-    ) -> None:
-        self._waiter_class = waiter_class
-        super().__init__(options, use_lifo, clock)
+    def _begin(self) -> None:
+        super()._begin()
         _living.add(self)
 
     def checkout(self, tag: str, opener: Opener) -> Record:
@@ -71,7 +61,7 @@ class Exchange(Desk):
         now = self.clock()
         if (
             scheduler.waiting
-            or now >= scheduler.next_tick
+            or now >= self.next_visit
             or account.in_use > scheduler.roster.common_ceiling
             or not account.prompt
         ):
@@ -113,7 +103,7 @@ class Exchange(Desk):
         if not account.listed:
             self._list(account)
         if scheduler.waiting:
-            self._visit()
+            self.visit()
 
     def _checkout(self, tag: str, opener: Opener) -> Record:
         """`checkout` under the lock: a slot is needed from the scheduler."""
@@ -126,28 +116,30 @@ class Exchange(Desk):
                 self._busy = True
                 try:
                     self._tidy(now)
-                    if now >= self.scheduler.next_tick:
-                        self._deliver(self.scheduler.tick(now), None)
+                    if now >= self.next_visit:
+                        self.look_around(now)
                     if self._idle:
                         record = self._idle[self._end]
                         seat = record.seat
+                        used = seat.since
                         if self.scheduler.request(seat, tag, now):
                             self._take_idle()
                             self._seat_owner(seat, record)
                         else:
                             record.seat = self._spare_seat()
+                            record.seat.since = used
                     else:
                         seat = self._spare_seat()
                         if self.scheduler.request(seat, tag, now):
                             self._seat_owner(seat, None)
                     if seat.state is WAITING:
-                        seat.waiter = self._waiter_class()
+                        seat.waiter = self._waiter_class(seat)
                         if self._watch is None:
                             self._watch = seat
                     self._tidy(now)
                 finally:
                     self._busy = False
-            if self._outbox:
+            if self._bells or self._chores:
                 self._flush()
             return self._wait_or_open(seat, now, opener)
         except LineFull:
@@ -155,7 +147,7 @@ class Exchange(Desk):
             raise self._too_many_waiting(tag) from None
         except BaseException:
             if seat is not None:
-                self._give_up(seat)
+                self.give_up(seat)
             raise
 
     def _spare_seat(self) -> Seat:
@@ -193,6 +185,9 @@ class Exchange(Desk):
             if not self.scheduler.knows(seat):
                 # The process was forked meanwhile: not of this accounting.
                 seat.state, seat.may_warm = FREE, False
+            elif self.options.min_idle and not opener.generation.warm:
+                seat.record = record  # where `give_up` finds it
+                self._first_use(opener)
         seat.record = None
         return record
 
@@ -203,12 +198,12 @@ class Exchange(Desk):
         while True:
             until = deadline
             if self._watch is seat:
-                until = min(until, self.scheduler.next_tick)
+                until = min(until, self.next_visit)
             waiter.wait(None if until == math.inf else until - now)
             if seat.waiter is None:
                 return
             with self.section() as now:
-                self._deliver(self.scheduler.tick(now), None)
+                self.look_around(now)
                 if now >= deadline and seat.waiter is not None:
                     message, holders = self._expire(seat, now)
                     break
@@ -242,7 +237,7 @@ class Exchange(Desk):
             tag,
         )
 
-    def _give_up(self, seat: Seat) -> None:
+    def give_up(self, seat: Seat) -> None:
         """Leave the line, or pass on what was granted in the same instant."""
         with self.section() as now:
             if self.scheduler.cancel(seat):

@@ -4,20 +4,39 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
 from sqlalchemy import exc
 
-__all__ = ["MAX_TAG_LENGTH", "PoolOptions", "validate_tag"]
+__all__ = [
+    "MAX_TAG_LENGTH",
+    "BadOption",
+    "PoolOptions",
+    "describe_changes",
+    "validate_tag",
+]
 
 #: Longest tag. Tags stand in log lines, error messages and monitors' columns.
 MAX_TAG_LENGTH = 128
 
 
+class BadOption(exc.ArgumentError):
+    """A value that is not allowed, with what its message was made of."""
+
+    def __init__(self, name: str, value: object, allowed: str) -> None:
+        super().__init__(f"{name}={value!r} is not allowed: {allowed}")
+        self.name = name
+        self.value = value
+        self.allowed = allowed
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.name, self.value, self.allowed)
+
+
 def _refuse(name: str, value: object, allowed: str) -> NoReturn:
-    raise exc.ArgumentError(f"{name}={value!r} is not allowed: {allowed}")
+    raise BadOption(name, value, allowed)
 
 
 def _integer(name: str, value: object, least: int, allowed: str) -> int:
@@ -89,6 +108,10 @@ class PoolOptions:
     max_waiting: int | None
     tag_option: str
     default_tag: str
+    min_idle: int
+    idle_connection_ttl: float | None
+    #: The limits that were not given, and so follow the capacity.
+    defaulted: frozenset[str]
 
     @property
     def capacity(self) -> int:
@@ -109,6 +132,8 @@ class PoolOptions:
         max_waiting: Any = None,
         tag_option: Any = "scraper",
         default_tag: Any = "unknown",
+        min_idle: Any = 0,
+        idle_connection_ttl: Any = None,
     ) -> PoolOptions:
         """Check the values as users give them; numbers may come as strings.
 
@@ -129,6 +154,7 @@ class PoolOptions:
             "a whole number of at least 0 (-1, which is no limit in QueuePool, "
             "would leave nothing to share)",
         )
+        limits = (("soft_limit", soft_limit), ("max_limit", max_limit))
         soft, most = _limits(soft_limit, max_limit, size + overflow)
         if timeout is not None:
             timeout = _seconds(
@@ -149,6 +175,17 @@ class PoolOptions:
                 0,
                 "a whole number of at least 0, or None for no limit",
             )
+        within = f"a whole number from 0 to pool_size, {size}"
+        least_idle = _integer("min_idle", min_idle, 0, within)
+        if least_idle > size:
+            _refuse("min_idle", min_idle, within)
+        if idle_connection_ttl is not None:
+            idle_connection_ttl = _seconds(
+                "idle_connection_ttl",
+                idle_connection_ttl,
+                lambda s: s > 0,
+                "seconds, more than 0, or None to keep unused connections open",
+            )
         if not isinstance(tag_option, str) or not tag_option.isidentifier():
             _refuse("tag_option", tag_option, "the name of an execution option")
         return cls(
@@ -162,7 +199,42 @@ class PoolOptions:
             max_waiting=max_waiting,
             tag_option=tag_option,
             default_tag=validate_tag(default_tag, "default_tag"),
+            min_idle=least_idle,
+            idle_connection_ttl=idle_connection_ttl,
+            defaulted=frozenset(name for name, value in limits if value is None),
         )
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Return the names of the options."""
+        return [field.name for field in fields(cls) if field.name != "defaulted"]
+
+    def changed(self, changes: Mapping[str, Any]) -> PoolOptions:
+        """Return these options with some changed; limits not given follow along.
+
+        :raises sqlalchemy.exc.ArgumentError: for a bad value, or for an option
+          that does not exist or cannot be changed in a living pool.
+        """
+        changeable = [name for name in self.names() if name not in _FIXED]
+        for name, value in changes.items():
+            if name not in changeable:
+                _refuse(name, value, f"what can be changed is {', '.join(changeable)}")
+        values = {
+            name: getattr(self, name)
+            for name in self.names()
+            if name not in self.defaulted
+        }
+        return self.parse(**{**values, **changes})
+
+
+#: What engines and connections were told when they were made.
+_FIXED = frozenset({"tag_option", "default_tag"})
+
+
+def describe_changes(before: PoolOptions, now: PoolOptions) -> str:
+    """Return ``soft_limit 10 -> 8, max_limit 15 -> 12``: what differs."""
+    pairs = [(n, getattr(before, n), getattr(now, n)) for n in PoolOptions.names()]
+    return ", ".join(f"{name} {a} -> {b}" for name, a, b in pairs if a != b)
 
 
 def _limits(soft_limit: Any, max_limit: Any, capacity: int) -> tuple[int, int]:

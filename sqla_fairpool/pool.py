@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any, cast
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
+from sqlalchemy.util import greenlet_spawn
 
 from . import _private, tagging
 from .exchange import Exchange
-from .options import PoolOptions
+from .options import PoolOptions, describe_changes
 from .seats import Generation, Seat
 from .snapshot import snapshot
 from .stats import PoolStats
 from .tagging import asked, context_tag
-from .waiters import ThreadWaiter, Waiter
+from .waiters import TaskWaiter, ThreadWaiter, Waiter
 
-__all__ = ["FairQueuePool"]
+__all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool"]
 
 
 class FairQueuePool(Pool):
@@ -61,6 +62,11 @@ class FairQueuePool(Pool):
     :param tag_option: the execution option that carries the tag. Default
       ``"scraper"``.
     :param default_tag: the tag of a checkout that has none. Default ``"unknown"``.
+    :param min_idle: connections that are opened with the first one, or by
+      :meth:`warm_up`, and that `idle_connection_ttl` leaves open. Default 0.
+    :param idle_connection_ttl: seconds after which a connection in the pool that
+      nobody has used is closed, by whoever uses the pool next. Default None:
+      never.
     :param use_lifo: hand out the connection that came back last, so that the
       others fall idle. Default False.
     :param \\**kw: ``recycle``, ``pre_ping``, ``reset_on_return``, ``echo``,
@@ -74,7 +80,7 @@ class FairQueuePool(Pool):
     # Below "sqlalchemy.pool", so that echo_pool and logging settings reach it.
     _sqla_logger_namespace = "sqlalchemy.pool.FairQueuePool"
 
-    _waiter_class: Callable[[], Waiter] = ThreadWaiter
+    _waiter_class: type[Waiter] = ThreadWaiter
 
     #: The clock; a test's seam.
     _clock: Callable[[], float] = staticmethod(time.monotonic)
@@ -92,6 +98,8 @@ class FairQueuePool(Pool):
         max_waiting: int | None = None,
         tag_option: str = "scraper",
         default_tag: str = "unknown",
+        min_idle: int = 0,
+        idle_connection_ttl: float | None = None,
         use_lifo: bool = False,
         *,
         _exchange: Exchange | None = None,
@@ -110,6 +118,8 @@ class FairQueuePool(Pool):
                 max_waiting=max_waiting,
                 tag_option=tag_option,
                 default_tag=default_tag,
+                min_idle=min_idle,
+                idle_connection_ttl=idle_connection_ttl,
             )
             _exchange = Exchange(options, self._waiter_class, use_lifo, self._clock)
         self._exchange = _exchange
@@ -170,6 +180,47 @@ class FairQueuePool(Pool):
             self._exchange.close_left(self.generation)
         self.logger.info("Pool disposed. %s", self.status())
 
+    # -- while it is running ---------------------------------------------------------
+
+    def reconfigure(self, **changes: Any) -> None:
+        """Change options of the living pool, all of those given or none.
+
+        ::
+
+            engine.pool.reconfigure(soft_limit=8, max_limit=12)
+
+        Takes effect at once for whoever comes or waits: a waiter who may go on
+        now is woken. Nothing that is checked out is taken away; what exceeds a
+        lowered limit drains. Connections in the pool that are too many are closed.
+        Limits that were never given follow the capacity. Callers that wait keep
+        the time-out with which they came.
+
+        :param changes: any of the options of this class but `tag_option`,
+          `default_tag` and `use_lifo`; None as a limit stands for its default.
+        :raises sqlalchemy.exc.ArgumentError: for a bad value, naming it. Nothing
+          has changed then.
+        """
+        before, now = self._exchange.reconfigure(changes)
+        if before != now:
+            self.logger.info("Pool reconfigured: %s", describe_changes(before, now))
+
+    def warm_up(self) -> int:
+        """Open connections until `min_idle` are open; return how many were opened.
+
+        Connections that are checked out count as open. What goes wrong in opening
+        one is raised; those opened before stay in the pool.
+        """
+        return self._exchange.warm_up(self)
+
+    def upkeep(self) -> None:
+        """Do what is left to the next visitor, without waiting for one.
+
+        That is: look for idle tags if it is time to, and close connections that
+        nobody has used for `idle_connection_ttl`. For a timer of yours, in a
+        process that may not touch its pool for hours.
+        """
+        self._exchange.keep_up()
+
     # -- figures -------------------------------------------------------------------
 
     def size(self) -> int:
@@ -224,6 +275,31 @@ class FairQueuePool(Pool):
             super().__setattr__(name, value)
             if name == "_dialect" and isinstance(value, Dialect):
                 _watch_dialect(value, self.options.tag_option)
+
+
+class AsyncAdaptedFairQueuePool(FairQueuePool):
+    """:class:`FairQueuePool` for :func:`sqlalchemy.ext.asyncio.create_async_engine`.
+
+    The same class with the same options and the same accounting; only that a
+    caller who has to wait suspends its task instead of its thread. A cancelled
+    one leaves the line, or passes on what it was granted in the same moment.
+    """
+
+    _is_asyncio = True
+    _waiter_class = TaskWaiter
+    # For a pool that is made without an engine; an engine's dialect replaces it.
+    _dialect = _private.async_connection_dialect()
+
+    async def warm_up(self) -> int:  # type: ignore[override]  # as all I/O of asyncio
+        """Open connections until `min_idle` are open; return how many were opened.
+
+        See :meth:`FairQueuePool.warm_up`.
+        """
+        return await greenlet_spawn(super().warm_up)
+
+    async def upkeep(self) -> None:  # type: ignore[override]
+        """Do what is left to the next visitor. See :meth:`FairQueuePool.upkeep`."""
+        await greenlet_spawn(super().upkeep)
 
 
 def _watch_dialect(dialect: Dialect, tag_option: str) -> None:

@@ -75,6 +75,17 @@ class Roster:
             self.accounts[tag] = account
         return account
 
+    def reconfigure(self, soft_limit: int, max_limit: int, idle_timeout: float) -> None:
+        """Change the limits, and when a tag is idle. O(tags)."""
+        self.soft_limit = soft_limit
+        self.max_limit = max_limit
+        self.idle_timeout = idle_timeout
+        others = max(self.active - 1, 0)
+        self.common_ceiling = policy.ceiling(others, soft_limit, max_limit)
+        for account in self.accounts.values():
+            if account.active:
+                self._review.put(account, self._idle_at(account))
+
     def touch(self, account: Account, now: float) -> None:
         """Note activity: the tag counts from now on."""
         account.last_activity = now

@@ -255,6 +255,30 @@ class Scheduler:
         self._drains_from = self.in_use
         return self._dispatch(now)
 
+    def reconfigure(
+        self,
+        *,
+        capacity: int,
+        soft_limit: int,
+        max_limit: int,
+        idle_timeout: float,
+        reallocation_interval: float,
+        max_waiting: int | None,
+        now: float,
+    ) -> Sequence[Ticket]:
+        """Change the rules' numbers; return who is granted by it. O(tags).
+
+        Nothing is taken away: what is in use above a lower limit drains. Who
+        waits already goes on waiting, even if fewer may.
+        """
+        self.max_waiting = max_waiting
+        self.reallocation_interval = reallocation_interval
+        self.next_tick = min(self.next_tick, now + reallocation_interval)
+        self.roster.reconfigure(soft_limit, max_limit, idle_timeout)
+        for account in self._lines:
+            self._requeue(account)
+        return self.set_capacity(capacity, now)
+
     # -- questions -----------------------------------------------------------
 
     def ceiling(self, account: Account) -> int:
@@ -264,7 +288,7 @@ class Scheduler:
 
     def wanted(self, ticket: Ticket) -> bool:
         """Tell if releasing this granted ticket would grant another one."""
-        if not self.waiting:
+        if not self.waiting or self.in_use > self.capacity:
             return False
         account = ticket.account
         if account.waiters and account.in_use <= self.ceiling(account):

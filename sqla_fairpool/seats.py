@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -21,12 +21,16 @@ class Record(ConnectionPoolEntry):
     seat: Seat
     #: Present, and True: to be closed when it comes back.
     doomed: bool
+    #: Present after the first look at it while it was idle: its last checkout's
+    #: time, and since when that has been known to be the last one.
+    seen: tuple[float, float]
 
 
 class Opener(Protocol):
     """Who opens another connection; a pool."""
 
     generation: Generation
+    logger: Any
 
     def _create_connection(self) -> ConnectionPoolEntry: ...
 
@@ -34,13 +38,15 @@ class Opener(Protocol):
 class Generation:
     """One of the pools that follow each other at an exchange (``recreate()``)."""
 
-    __slots__ = ("disposed", "left")
+    __slots__ = ("disposed", "left", "warm")
 
     def __init__(self) -> None:
         #: What lay in the pool when the next one took over: not for use there.
         self.left: list[Record] = []
         #: It was told to close what lies in it.
         self.disposed = False
+        #: Its ``min_idle`` connections have been opened.
+        self.warm = False
 
 
 class Seat(Ticket):
@@ -65,6 +71,10 @@ class Seat(Ticket):
         self.may_warm = False
         #: It is, among its tag's.
         self.warm = False
+
+    def abandon(self) -> None:
+        """Called by its waiter when its owner cannot be woken any more."""
+        self.exchange.give_up(self)
 
     def __del__(self) -> None:
         # An interrupt may have left it without its fields.

@@ -17,17 +17,22 @@ from it; nothing else in the process is touched.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar, cast
 
+from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
 from .options import validate_tag
 
-__all__ = ["asked", "asked_by_connection", "context_tag", "follow", "tag"]
+__all__ = ["asked", "asked_by_connection", "context_tag", "follow", "set_tag", "tag"]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 # Set for the length of one checkout by whoever has options: an engine, or a
 # connection that checks out again.
@@ -36,6 +41,10 @@ _connection_tag: ContextVar[str | None] = ContextVar(
     "sqla_fairpool_connection_tag", default=None
 )
 _context_tag: ContextVar[str | None] = ContextVar("sqla_fairpool_tag", default=None)
+# What was in force outside of each ``with tag(...)``, the innermost last.
+_outer_tags: ContextVar[tuple[str | None, ...]] = ContextVar(
+    "sqla_fairpool_outer_tags", default=()
+)
 
 #: The tag of the options in force, None without; first read by every checkout.
 asked = _asked.get
@@ -47,9 +56,8 @@ context_tag = _context_tag.get
 _MARK = "_sqla_fairpool_tag_option"
 
 
-@contextmanager
-def tag(name: str) -> Iterator[None]:
-    """Tag the checkouts of a block that carry no tag of their own.
+class tag:  # noqa: N801  (read as a verb: with tag(...))
+    """Tag the checkouts of a block, or of a function, that carry no tag.
 
     ::
 
@@ -57,20 +65,74 @@ def tag(name: str) -> Iterator[None]:
             with engine.connect() as connection:
                 ...
 
+
+        @sqla_fairpool.tag("reports")
+        async def report(session): ...
+
     Follows asyncio tasks and ``asyncio.to_thread``; a thread that is started in
     the block begins without it. An engine's or a connection's option wins.
 
     :param name: the tag, a non-empty string of at most 128 printable characters.
     :raises sqlalchemy.exc.ArgumentError: if it is not.
     """
-    validate_tag(name)
-    # No token: an interrupt could come between setting and keeping it.
-    outer = _context_tag.get()
-    try:
-        _context_tag.set(name)
-        yield
-    finally:
-        _context_tag.set(outer)
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: str) -> None:
+        self._name = validate_tag(name)
+
+    # What the blocks around have set is kept in the context as well, not in this
+    # object: threads and tasks may share it. No tokens: an interrupt could come
+    # between setting a variable and keeping its token, and some frameworks leave a
+    # block in another context than they entered it in.
+
+    def __enter__(self) -> None:
+        _outer_tags.set((*_outer_tags.get(), _context_tag.get()))
+        _context_tag.set(self._name)
+
+    def __exit__(self, *exc_info: object) -> None:
+        *outer, last = _outer_tags.get() or (None,)
+        _context_tag.set(last)
+        _outer_tags.set(tuple(outer))
+
+    def __call__(self, function: _F) -> _F:
+        """Tag every call of `function`, which may be a coroutine function."""
+        name = self._name
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(
+            function
+        ):
+            # Its body runs in pieces, between which the tag would be everybody's.
+            raise exc.ArgumentError(
+                f"a generator function cannot be tagged: {function!r}; "
+                f"write `with tag({name!r}):` inside, around what checks out"
+            )
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def tagged(*args: Any, **kwargs: Any) -> Any:
+                with tag(name):
+                    return await function(*args, **kwargs)
+        else:
+
+            @functools.wraps(function)
+            def tagged(*args: Any, **kwargs: Any) -> Any:
+                with tag(name):
+                    return function(*args, **kwargs)
+
+        return cast(_F, tagged)
+
+
+def set_tag(name: str | None) -> None:
+    """Tag what the current thread or task checks out from now on.
+
+    For frameworks that call one function when a request or a job begins and
+    another one when it ends, where no block could be written. Same reach as
+    :class:`tag`.
+
+    :param name: the tag, None for none again.
+    :raises sqlalchemy.exc.ArgumentError: if it cannot be one.
+    """
+    _context_tag.set(None if name is None else validate_tag(name))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How a caller sleeps until it is woken. A thread's way; a task's will stand here.
+"""How a caller sleeps until it is woken: a thread's way, and a task's.
 
 A waiter is a dumb bell: it may ring early or twice. Whoever wakes looks at its
 ticket to learn what happened.
@@ -6,20 +6,38 @@ ticket to learn what happened.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from typing import Protocol
 
-__all__ = ["ThreadWaiter", "Waiter"]
+from sqlalchemy import exc
+from sqlalchemy.util import await_only
+from sqlalchemy.util.concurrency import in_greenlet
+
+__all__ = ["Owner", "TaskWaiter", "ThreadWaiter", "Waiter"]
+
+
+class Owner(Protocol):
+    """Whose waiter it is."""
+
+    def abandon(self) -> None:
+        """Called when there is nobody any more who could be woken."""
 
 
 class Waiter(Protocol):
     """What the pool asks of a waiter."""
+
+    def __init__(self, owner: Owner) -> None: ...
 
     def wait(self, seconds: float | None) -> None:
         """Sleep until :meth:`wake` was called or `seconds` have passed."""
 
     def wake(self) -> None:
         """End the sleep, now or when it begins. May be called from any thread."""
+
+    @staticmethod
+    def can_wait() -> bool:
+        """Tell if the caller is where a database's answer can be waited for."""
 
 
 class ThreadWaiter:
@@ -32,7 +50,7 @@ class ThreadWaiter:
 
     __slots__ = ("_lock",)
 
-    def __init__(self) -> None:
+    def __init__(self, owner: Owner) -> None:
         self._lock = threading.Lock()
         self._lock.acquire()
 
@@ -47,3 +65,72 @@ class ThreadWaiter:
             self._lock.release()
         except RuntimeError:
             pass  # the bell was ringing already
+
+    @staticmethod
+    def can_wait() -> bool:
+        return True
+
+
+class TaskWaiter:
+    """Suspends the calling task, inside SQLAlchemy's greenlet.
+
+    A bare future and a timer. ``asyncio.wait_for`` and conditions have lost
+    wake-ups, or swallowed cancellations, when both came in the same moment
+    (psycopg's issues 509, 1275, 1345 and 1401 tell the story); here a
+    cancellation leaves :meth:`wait` as it came, and who catches it asks the
+    scheduler if there is a slot to give back.
+
+    Everything but :meth:`wake` happens in the thread of the loop.
+    """
+
+    __slots__ = ("_future", "_loop", "_owner")
+
+    def __init__(self, owner: Owner) -> None:
+        try:
+            self._loop = asyncio.get_running_loop()
+        except RuntimeError:
+            raise exc.MissingGreenlet(
+                "a checkout from an asyncio pool would have to wait, and no event "
+                "loop is running here"
+            ) from None
+        self._future = self._loop.create_future()
+        self._owner = owner
+
+    def wait(self, seconds: float | None) -> None:
+        if seconds is None or seconds > 0:
+            await_only(self._sleep(seconds))
+
+    async def _sleep(self, seconds: float | None) -> None:
+        timer = None
+        if seconds is not None:
+            timer = self._loop.call_later(seconds, self._ring)
+        try:
+            await self._future
+        finally:
+            if timer is not None:
+                timer.cancel()
+        self._future = self._loop.create_future()
+
+    def _ring(self) -> None:
+        try:
+            if not self._future.done():
+                self._future.set_result(None)
+        except asyncio.InvalidStateError:
+            pass  # a finaliser in between was faster
+
+    def wake(self) -> None:
+        try:
+            running: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is self._loop:
+            self._ring()  # a third of the cost of the way below
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._ring)
+        except RuntimeError:
+            self._owner.abandon()  # the loop is closed, nobody wakes up there
+
+    @staticmethod
+    def can_wait() -> bool:
+        return in_greenlet()

@@ -19,9 +19,11 @@ LAYERS = [
     {"waiters", "tagging", "_private"},
     {"seats"},
     {"desk"},
+    {"upkeep"},
     {"exchange"},
     {"snapshot"},
     {"pool"},
+    {"plugin"},
     {"__init__"},
     {"cli"},
     {"__main__"},
@@ -105,12 +107,14 @@ def test_only_one_module_uses_sqlalchemys_private_names():
 
 def test_public_names_are_these():
     assert sorted(sqla_fairpool.__all__) == [
+        "AsyncAdaptedFairQueuePool",
         "CheckoutTimeout",
         "FairQueuePool",
         "PoolStats",
         "Summary",
         "TagStats",
         "TooManyWaiting",
+        "set_tag",
         "tag",
     ]
     assert all(hasattr(sqla_fairpool, name) for name in sqla_fairpool.__all__)

@@ -23,6 +23,9 @@ def test_defaults_are_the_contract():
         max_waiting=None,
         tag_option="scraper",
         default_tag="unknown",
+        min_idle=0,
+        idle_connection_ttl=None,
+        defaulted=frozenset({"soft_limit", "max_limit"}),
     )
     assert options.capacity == 20
 
@@ -92,12 +95,14 @@ def test_numbers_may_be_strings(server):
             "sqlalchemy.idle_timeout": "1.5",
             "sqlalchemy.reallocation_interval": "0.5",
             "sqlalchemy.max_waiting": "100",
+            "sqlalchemy.min_idle": "3",
+            "sqlalchemy.idle_connection_ttl": "9.5",
         },
         poolclass=FairQueuePool,
         creator=server.connect,
     )
     assert engine.pool.options == PoolOptions(
-        8, 2, 5.0, 4, 6, 1.5, 0.5, 100, "scraper", "unknown"
+        8, 2, 5.0, 4, 6, 1.5, 0.5, 100, "scraper", "unknown", 3, 9.5, frozenset()
     )
 
 

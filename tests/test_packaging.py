@@ -54,4 +54,4 @@ def test_readme_names_every_option_with_its_default():
     options = PoolOptions.parse()
     rows = re.findall(r"^\| `(\w+)`[^|]*\| ([^|]*) \|", README, re.MULTILINE)
     table = {name: default.strip("`") for name, default in rows}
-    assert table == {name: str(getattr(options, name)) for name in options.__slots__}
+    assert table == {name: str(getattr(options, name)) for name in options.names()}

@@ -11,7 +11,9 @@ def assert_quiet(pool):
         assert exchange.scheduler.in_use == 0
         assert exchange.scheduler.waiting == 0
         assert not exchange._inbox
-        assert not exchange._outbox
+        assert not exchange._bells
+        assert not exchange._chores
+        assert exchange.scheduler.capacity == exchange.options.capacity
         assert exchange._watch is None
         assert len(exchange._idle) <= exchange.options.pool_size
 

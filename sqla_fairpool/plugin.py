@@ -1,0 +1,150 @@
+"""``?plugin=fairpool`` in a database URL: the pool without a line of code.
+
+SQLAlchemy finds the plugin by its entry point, ``fairpool`` in the group
+``sqlalchemy.plugins``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sqlalchemy import exc
+from sqlalchemy.engine import URL, CreateEnginePlugin, Dialect
+from sqlalchemy.pool import Pool
+
+from .options import BadOption, PoolOptions, validate_tag
+from .pool import AsyncAdaptedFairQueuePool, FairQueuePool
+
+__all__ = ["PREFIX", "FairPoolPlugin"]
+
+#: What each key of ours in a URL begins with.
+PREFIX = "fairpool_"
+
+_WORDS = {"true": True, "yes": True, "on": True, "1": True}
+_WORDS |= {"false": False, "no": False, "off": False, "0": False}
+
+
+def _switch(key: str, value: str) -> bool:
+    if value.lower() not in _WORDS:
+        raise BadOption(key, value, "true or false")
+    return _WORDS[value.lower()]
+
+
+def _seconds(key: str, value: str) -> int:
+    try:
+        return int(value)
+    except ValueError:
+        raise BadOption(key, value, "whole seconds, -1 for never") from None
+
+
+def _or_none(key: str, value: str) -> str | None:
+    return None if value.lower() == "none" else value
+
+
+def _as_it_is(key: str, value: str) -> str:
+    return value
+
+
+#: From the text in a URL to what the pool takes; it checks the rest itself.
+_READERS: dict[str, Callable[[str, str], Any]] = {
+    "pool_size": _as_it_is,
+    "max_overflow": _as_it_is,
+    "timeout": _or_none,
+    "soft_limit": _as_it_is,
+    "max_limit": _as_it_is,
+    "idle_timeout": _as_it_is,
+    "reallocation_interval": _as_it_is,
+    "max_waiting": _or_none,
+    "tag_option": _as_it_is,
+    "default_tag": _as_it_is,
+    "min_idle": _as_it_is,
+    "idle_connection_ttl": _or_none,
+    "use_lifo": _switch,
+    "recycle": _seconds,
+    "pre_ping": _switch,
+}
+
+
+class FairPoolPlugin(CreateEnginePlugin):
+    """Gives an engine the fair pool and its options, from its URL.
+
+    ::
+
+        create_engine(
+            "postgresql+psycopg2://app@localhost/app"
+            "?plugin=fairpool&fairpool_soft_limit=8&fairpool_scraper=layer3"
+        )
+
+    The keys are the options of :class:`.FairQueuePool` with ``fairpool_`` before
+    them, and ``fairpool_scraper`` for the engine's tag. They are taken out of the
+    URL before the driver sees it. A keyword argument of ``create_engine`` wins over
+    the URL; so an engine that is given a ``poolclass`` keeps it, as Alembic's
+    ``env.py`` gives its engine a ``NullPool``. An asyncio dialect gets
+    :class:`.AsyncAdaptedFairQueuePool`.
+
+    :raises sqlalchemy.exc.ArgumentError: for a key that is not known or a value
+      that is not allowed, naming the key.
+    """
+
+    def __init__(self, url: URL, kwargs: dict[str, Any]) -> None:
+        self._kwargs = kwargs
+        found = {key: url.query[key] for key in url.query if key.startswith(PREFIX)}
+        self._keys = list(found)
+        self._options = _read(found)
+        scraper = self._options.pop("scraper", None)
+        if scraper is not None:
+            option = self._given("tag_option") or "scraper"
+            given = kwargs.get("execution_options") or {}
+            kwargs["execution_options"] = {option: scraper, **given}
+
+    def _given(self, name: str) -> Any:
+        return self._kwargs.get(name, self._options.get(name))
+
+    def update_url(self, url: URL) -> URL:
+        """Take our keys out of the URL."""
+        return url.difference_update_query(self._keys)
+
+    def handle_dialect_kwargs(
+        self, dialect_cls: type[Dialect], dialect_args: dict[str, Any]
+    ) -> None:
+        """Choose the pool's class, now that the dialect is known."""
+        if self._kwargs.get("poolclass") is None and self._kwargs.get("pool") is None:
+            self._kwargs["poolclass"] = (
+                AsyncAdaptedFairQueuePool if dialect_cls.is_async else FairQueuePool
+            )
+
+    def handle_pool_kwargs(
+        self, pool_cls: type[Pool], pool_args: dict[str, Any]
+    ) -> None:
+        """Give the pool its options, unless it is not ours."""
+        if not issubclass(pool_cls, FairQueuePool):
+            return
+        from_url = {k: v for k, v in self._options.items() if k not in pool_args}
+        pool_args.update(from_url)
+        checked = PoolOptions.names()
+        try:
+            PoolOptions.parse(**{k: v for k, v in pool_args.items() if k in checked})
+        except BadOption as bad:
+            if bad.name not in from_url:
+                raise
+            raise BadOption(PREFIX + bad.name, bad.value, bad.allowed) from None
+
+
+def _read(found: Mapping[str, str | tuple[str, ...]]) -> dict[str, Any]:
+    """Return the options that stand in a URL, by their names in the pool."""
+    options: dict[str, Any] = {}
+    for key, value in found.items():
+        name = key.removeprefix(PREFIX)
+        if name != "scraper" and name not in _READERS:
+            known = ", ".join(PREFIX + name for name in ("scraper", *_READERS))
+            raise exc.ArgumentError(
+                f"unknown key {key!r} in the database URL; the known ones are {known}"
+            )
+        if not isinstance(value, str):
+            raise exc.ArgumentError(f"key {key!r} stands twice in the database URL")
+        if name == "scraper":
+            options[name] = validate_tag(value, key)
+        else:
+            options[name] = _READERS[name](key, value)
+    return options

@@ -1,0 +1,244 @@
+"""What happens to connections in the pool while nobody asks for one.
+
+They are opened ahead (`min_idle`), closed when nobody has used them for a while
+(`idle_connection_ttl`), closed or left behind when another pool takes over, and
+become fewer when the pool is made smaller.
+
+Rules of this file:
+
+* There is no background thread. What is due is done by the next visitor, and
+  the common path of a checkout only compares the time with `next_visit`.
+* A connection that is being opened ahead or closed has a slot: that is kept out
+  of use meanwhile, so there are never more connections than the capacity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+from .account import GRANTED
+from .desk import Desk
+from .options import PoolOptions
+from .seats import Generation, Opener, Record, Seat
+
+__all__ = ["Upkeep"]
+
+#: Looks at the idle connections within one ``idle_connection_ttl``. Each costs a
+#: few microseconds; a connection is closed a look's distance late at most.
+_LOOKS = 4
+
+
+class Upkeep(Desk):
+    """The desk, with what is done there between two callers."""
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._plan(self.clock())
+
+    # -- what is due ----------------------------------------------------------------
+
+    def _plan(self, now: float) -> None:
+        ttl = self.options.idle_connection_ttl
+        self._next_look = math.inf if ttl is None else now + ttl / _LOOKS
+        #: When somebody has to look around.
+        self.next_visit = min(self.scheduler.next_tick, self._next_look)
+
+    def look_around(self, now: float) -> None:
+        """Do what is due, if it is: idle tags, unused connections.
+
+        Caller is in a section.
+        """
+        if now < self.next_visit:
+            return
+        self._deliver(self.scheduler.tick(now), None)
+        if now >= self._next_look:
+            self._close_unused(now)
+            self._plan(now)
+        self.next_visit = min(self.scheduler.next_tick, self._next_look)
+
+    def keep_up(self) -> None:
+        """Look around without coming for anything."""
+        with self.section() as now:
+            self.look_around(now)
+
+    def _close_unused(self, now: float) -> None:
+        """Have the connections closed that nobody has used for too long.
+
+        When a connection was returned is not noted, to spare the common path. But
+        when it was checked out is; if that is the same at two looks, nobody has
+        used it in between.
+        """
+        ttl = cast(float, self.options.idle_connection_ttl)
+        unused = []
+        for record in self._idle:
+            used = record.seat.since
+            seen = getattr(record, "seen", None)
+            if seen is None or seen[0] != used:
+                record.seen = (used, now)
+            elif now - seen[1] >= ttl and record.dbapi_connection is not None:
+                unused.append(record)
+        spare = self._open_connections() - self.options.min_idle
+        unused.sort(key=lambda record: record.seen[1])
+        for record in unused[: max(spare, 0)]:
+            self._retire(record, now)
+
+    def _open_connections(self) -> int:
+        """Connections that are out, being opened or in the pool."""
+        return self.scheduler.in_use + self.count_idle()[1]
+
+    # -- opening ahead -----------------------------------------------------------
+
+    def warm_up(self, opener: Opener) -> int:
+        """Open connections until there are `min_idle`; return how many were opened.
+
+        Those that are checked out count. Raises what opening raises.
+        """
+        opener.generation.warm = True
+        opened = 0
+        while self._keep_a_slot():
+            record = None
+            try:
+                record = cast(Record, opener._create_connection())
+                record.seat = Seat(cast(Any, self))
+                record.seat.since = self.clock()
+                opened += 1
+            finally:
+                self._add_idle(record, opener.generation)
+        return opened
+
+    def _keep_a_slot(self) -> bool:
+        """Keep a slot out of use for one more connection, if one is wanted."""
+        with self.section() as now:
+            scheduler = self.scheduler
+            # Those that others open at this moment have lowered the capacity.
+            opening = self.options.capacity - scheduler.capacity
+            if self._open_connections() + opening >= self.options.min_idle:
+                return False
+            hollow = [r for r in self._idle if r.dbapi_connection is None]
+            if hollow:
+                self._idle.remove(hollow[0])  # its place is taken by the new one
+            if scheduler.in_use + len(self._idle) >= scheduler.capacity:
+                return False
+            scheduler.set_capacity(scheduler.capacity - 1, now)
+        return True
+
+    def _add_idle(self, record: Record | None, generation: Generation) -> None:
+        """Put a new connection, or none, into the pool, and its slot into use."""
+        with self.section() as now:
+            scheduler = self.scheduler
+            granted = scheduler.set_capacity(scheduler.capacity + 1, now)
+            if record is None:
+                self._deliver(granted, None)
+                return
+            self._records.add(record)
+            if granted and generation is self.owner:
+                self._deliver(granted, record)
+                return
+            self._deliver(granted, None)
+            self._idle.append(record)
+            if generation is self.owner:
+                self._drain(now)
+            else:
+                self._retire(record, now)  # another pool has taken over
+
+    def _first_use(self, opener: Opener) -> None:
+        """Open `min_idle` connections because the first one was opened."""
+        try:
+            self.warm_up(opener)
+        except Exception as error:
+            # The caller has what he came for.
+            opener.logger.warning(
+                "%d connections (min_idle) could not be opened ahead: %s",
+                self.options.min_idle,
+                error,
+            )
+
+    # -- changed options --------------------------------------------------------------
+
+    def reconfigure(
+        self, changes: Mapping[str, Any]
+    ) -> tuple[PoolOptions, PoolOptions]:
+        """Change options; return those before and those in force now.
+
+        :raises sqlalchemy.exc.ArgumentError: for a bad value; nothing is changed.
+        """
+        with self.section() as now:
+            before = self.options
+            options = before.changed(changes)
+            self.options = options
+            self._pool_size = options.pool_size
+            self._never_full = options.max_overflow == 0
+            for seat in self.granted_seats():
+                seat.may_warm = False  # to be looked at when it comes back
+            granted = self.scheduler.reconfigure(
+                # Slots that are out of use for a moment stay so.
+                capacity=self.scheduler.capacity + options.capacity - before.capacity,
+                soft_limit=options.soft_limit,
+                max_limit=options.max_limit,
+                idle_timeout=options.idle_timeout,
+                reallocation_interval=options.reallocation_interval,
+                max_waiting=options.max_waiting,
+                now=now,
+            )
+            self._deliver(granted, None)
+            self._drain(now)
+            self._plan(now)
+            self.owner.warm = self.owner.warm and options.min_idle <= before.min_idle
+            # Whoever waits looks at the new times.
+            self._pass_the_watch()
+        return before, options
+
+    # -- one pool after the other ---------------------------------------------------
+
+    def doom(self) -> None:
+        """Have what is out now closed when it comes back."""
+        with self.section():
+            for record in list(self._records):
+                if record.seat.state is GRANTED:
+                    record.doomed = True
+                    record.seat.may_warm = False
+
+    def hand_to(self, generation: Generation) -> None:
+        """Let another pool take over: what lies here is not for it."""
+        with self.section():
+            former = self.owner
+            if former is generation:
+                return
+            former.left = list(self._idle)
+            self._left.update(self._idle)
+            self._idle.clear()
+            for seat in self.granted_seats():
+                seat.may_warm = False  # to be closed when it comes back
+            self.owner = generation
+            generation.warm = False
+        if former.disposed:
+            self.close_left(former)
+
+    def make_room(self) -> None:
+        """Before opening: close what a former pool has left, if it is in the way."""
+        record = None
+        with self._lock:
+            there = self.scheduler.in_use + len(self._idle) + len(self._left)
+            if there > self.options.capacity:
+                try:
+                    record = self._left.pop()
+                except KeyError:
+                    pass  # the former pool was collected meanwhile
+        if record is not None:
+            record.close()
+
+    def close_left(self, generation: Generation) -> None:
+        """Close what a former pool has left."""
+        while generation.left:
+            record = generation.left.pop()
+            with self._lock:
+                self._left.discard(record)
+            record.close()
+
+    def close_idle(self) -> None:
+        """Close the connections that are in the pool."""
+        with self.section() as now:
+            for record in list(self._idle):
+                self._retire(record, now)
