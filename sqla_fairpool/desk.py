@@ -57,8 +57,6 @@ class Desk:
         self._waiter_class = waiter_class
         self.clock = clock
         self._use_lifo = use_lifo
-        # Which of the records that came back is the next.
-        self._end = -1 if use_lifo else 0
         self._pool_size = options.pool_size
         # Without overflow there is a place for every record that comes back.
         self._never_full = options.max_overflow == 0
@@ -79,7 +77,7 @@ class Desk:
         self._chores: deque[Callable[[], None]] = deque()
         # Records in the pool, the one that came back first on the left.
         self._idle: deque[Record] = deque()
-        self._take_idle = self._idle.pop if self._use_lifo else self._idle.popleft
+        self._hand_out(last_first=self._use_lifo)
         # The tags for which records may be kept warm.
         self._listed: deque[Account] = deque()
         # Seats that no record has, for those who have to wait.
@@ -101,6 +99,11 @@ class Desk:
             silent_tag=self.options.default_tag,
             now=self.clock(),
         )
+
+    def _hand_out(self, *, last_first: bool) -> None:
+        # Which of the records that came back is the next.
+        self._end = -1 if last_first else 0
+        self._take_idle = self._idle.pop if last_first else self._idle.popleft
 
     # -- entering and leaving ---------------------------------------------------
 
@@ -272,12 +275,13 @@ class Desk:
 
         There are none but after :meth:`~.upkeep.Upkeep.reconfigure`.
         """
-        scheduler = self.scheduler
-        while self._idle and (
-            len(self._idle) > self._pool_size
-            or scheduler.in_use + len(self._idle) > scheduler.capacity
-        ):
-            self._retire(self._idle[0], now)
+        scheduler, idle = self.scheduler, self._idle
+        while idle and scheduler.in_use + len(idle) > scheduler.capacity:
+            # No slot is left for it, so none is kept out of use.
+            self._chores.append(idle[0].close)
+            idle.popleft()
+        while len(idle) > self._pool_size:
+            self._retire(idle[0], now)
 
     def _retire(self, record: Record, now: float) -> None:
         """Have an idle record closed, with a slot out of use until it is."""

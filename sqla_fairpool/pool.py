@@ -68,7 +68,7 @@ class FairQueuePool(Pool):
       nobody has used is closed, by whoever uses the pool next. Default None:
       never.
     :param use_lifo: hand out the connection that came back last, so that the
-      others fall idle. Default False.
+      others fall idle. Default False, but True with `idle_connection_ttl`.
     :param \\**kw: ``recycle``, ``pre_ping``, ``reset_on_return``, ``echo``,
       ``logging_name``, ``events`` and ``dialect``, as for
       :class:`sqlalchemy.pool.Pool`.

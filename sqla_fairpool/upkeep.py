@@ -42,6 +42,8 @@ class Upkeep(Desk):
     def _plan(self, now: float) -> None:
         ttl = self.options.idle_connection_ttl
         self._next_look = math.inf if ttl is None else now + ttl / _LOOKS
+        # What is to fall idle must not be handed out in turn.
+        self._hand_out(last_first=self._use_lifo or ttl is not None)
         #: When somebody has to look around.
         self.next_visit = min(self.scheduler.next_tick, self._next_look)
 
@@ -73,16 +75,28 @@ class Upkeep(Desk):
         ttl = cast(float, self.options.idle_connection_ttl)
         unused = []
         for record in self._idle:
-            used = record.seat.since
             seen = getattr(record, "seen", None)
-            if seen is None or seen[0] != used:
-                record.seen = (used, now)
-            elif now - seen[1] >= ttl and record.dbapi_connection is not None:
+            if seen is None or seen[0] != record.seat.since:
+                seen = record.seen = (
+                    record.seat.since,
+                    self._unused_since(record, now),
+                )
+            if now - seen[1] >= ttl and record.dbapi_connection is not None:
                 unused.append(record)
         spare = self._open_connections() - self.options.min_idle
         unused.sort(key=lambda record: record.seen[1])
         for record in unused[: max(spare, 0)]:
             self._retire(record, now)
+
+    def _unused_since(self, record: Record, now: float) -> float:
+        """Return a time since which an idle record surely was not used.
+
+        That is now; or, if its tag has been quiet for longer, since then.
+        """
+        account = getattr(record.seat, "account", None)
+        if account is None or account.silent or account.last_activity is None:
+            return now
+        return cast(float, account.last_activity)
 
     def _open_connections(self) -> int:
         """Connections that are out, being opened or in the pool."""

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import getpass
 import os
 import shutil
+import subprocess
 import tempfile
 import warnings
 
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from support.state import assert_quiet
 from support.stub import StubServer
-from support.threads import VirtualClock
+from support.threads import VirtualClock, eventually
 
 from sqla_fairpool import FairQueuePool
 
@@ -78,4 +80,32 @@ def postgres_url():
         yield server.get_uri().replace("postgresql://", "postgresql+psycopg2://", 1)
     finally:
         server.cleanup()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def mariadb_url(tmp_path_factory):
+    """The URL of a real MariaDB, where one is installed."""
+    if not (shutil.which("mariadbd") and shutil.which("mariadb-install-db")):
+        pytest.skip("no MariaDB server is installed (mariadbd is not on the PATH)")
+    folder = tempfile.mkdtemp(prefix="fairpool-maria-")
+    data, socket = f"{folder}/data", f"{folder}/socket"
+    options = ["--no-defaults", f"--datadir={data}", f"--user={getpass.getuser()}"]
+    install = [
+        "mariadb-install-db",
+        *options,
+        "--auth-root-authentication-method=normal",
+    ]
+    subprocess.run(install, check=True, capture_output=True)
+    server = subprocess.Popen(
+        ["mariadbd", *options, f"--socket={socket}", "--skip-networking"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        eventually(lambda: os.path.exists(socket), "MariaDB's socket")
+        yield f"mysql+pymysql://root@localhost/test?unix_socket={socket}"
+    finally:
+        server.terminate()
+        server.wait(30)
         shutil.rmtree(folder, ignore_errors=True)

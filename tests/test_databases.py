@@ -1,58 +1,54 @@
-"""One contract on real databases: a SQLite file and PostgreSQL."""
+"""One contract, on every driver: threads and tasks, on real databases."""
 
 from __future__ import annotations
 
 import pytest
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import make_url, text
 from sqlalchemy.orm import Session
-from support.state import assert_quiet
-from support.threads import Caller, ensure_waiting
+from support.worlds import Tasks, Threads, contract, count_opened
 
 import sqla_fairpool
-from sqla_fairpool import CheckoutTimeout, FairQueuePool
+from sqla_fairpool import CheckoutTimeout
+
+postgres = pytest.mark.postgres
+
+
+def _uvloop():
+    return pytest.importorskip("uvloop", reason="no uvloop here").new_event_loop()
 
 
 @pytest.fixture(
-    params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)]
+    params=[
+        "sqlite",
+        "sqlite+aiosqlite",
+        pytest.param("postgresql+psycopg2", marks=postgres),
+        pytest.param("postgresql+psycopg", marks=postgres),
+        pytest.param("postgresql+psycopg tasks", marks=postgres),
+        pytest.param("postgresql+asyncpg", marks=postgres),
+        pytest.param("postgresql+asyncpg uvloop", marks=postgres),
+        "mysql+pymysql",
+    ]
 )
-def url(request, tmp_path):
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'test.db'}"
-    return request.getfixturevalue("postgres_url")
+def world(request, tmp_path):
+    """Threads or tasks, with the URL of a database."""
+    driver, _, variant = request.param.partition(" ")
+    if driver.startswith("sqlite"):
+        url = f"{driver}:///{tmp_path / 'test.db'}"
+    elif driver.startswith("mysql"):
+        url = request.getfixturevalue("mariadb_url")
+    else:
+        url = make_url(request.getfixturevalue("postgres_url"))
+        url = url.set(drivername=driver)
+    if variant == "uvloop":
+        return Tasks(url, _uvloop)
+    if variant == "tasks" or driver.endswith(("aiosqlite", "asyncpg")):
+        return Tasks(url)
+    return Threads(url)
 
 
-@pytest.fixture
-def make_engine(url):
-    engines = []
-
-    def make(**options):
-        if url.startswith("sqlite"):
-            # As for any pool of SQLite connections that threads hand on.
-            options.setdefault("connect_args", {"check_same_thread": False})
-        engine = create_engine(url, poolclass=FairQueuePool, **options)
-        engines.append(engine)
-        return engine
-
-    yield make
-    for engine in engines:
-        assert_quiet(engine.pool)
-        engine.dispose()
-
-
-@pytest.fixture
-def opened():
-    """Count the connections that engines open: `opened(engine)` is a list."""
-
-    def count(engine):
-        seen = []
-        event.listen(engine, "connect", lambda connection, record: seen.append(1))
-        return seen
-
-    return count
-
-
-def test_reads_and_writes_under_every_kind_of_tag(make_engine):
-    engine = make_engine()
+@contract
+def test_reads_and_writes_under_every_kind_of_tag(world):
+    engine = world.engine()
     with engine.execution_options(scraper="engine").begin() as connection:
         connection.execute(text("create table contract (x int)"))
     try:
@@ -70,18 +66,20 @@ def test_reads_and_writes_under_every_kind_of_tag(make_engine):
             connection.execute(text("drop table contract"))
 
 
-def test_one_connection_serves_one_caller_after_the_other(make_engine, opened):
-    engine = make_engine()
-    seen = opened(engine)
+@contract
+def test_one_connection_serves_one_caller_after_the_other(world):
+    engine = world.engine()
+    seen = count_opened(engine)
     for tag in ("a", "a", "b", "a"):
         with engine.execution_options(scraper=tag).connect() as connection:
             assert connection.scalar(text("select 1")) == 1
     assert len(seen) == 1
 
 
-def test_connection_is_handed_from_thread_to_thread(make_engine, opened):
-    engine = make_engine(pool_size=1)
-    seen = opened(engine)
+@contract
+def test_connection_is_handed_from_thread_to_thread(world):
+    engine = world.engine(pool_size=1)
+    seen = count_opened(engine)
     tagged = engine.execution_options(scraper="a")
 
     def work():
@@ -89,15 +87,16 @@ def test_connection_is_handed_from_thread_to_thread(make_engine, opened):
             return connection.scalar(text("select 1"))
 
     with tagged.connect() as connection:
-        caller = Caller(work)
-        ensure_waiting(engine.pool, 1)
+        caller = world.start(work)
+        world.ensure_waiting(engine, 1)
         assert connection.scalar(text("select 1")) == 1
     assert caller.result() == 1
     assert len(seen) == 1
 
 
-def test_tag_at_its_ceiling_times_out_and_others_do_not(make_engine):
-    engine = make_engine(pool_size=4, soft_limit=2, max_limit=2, pool_timeout=0)
+@contract
+def test_tag_at_its_ceiling_times_out_and_others_do_not(world):
+    engine = world.engine(pool_size=4, soft_limit=2, max_limit=2, pool_timeout=0)
     a, b = (engine.execution_options(scraper=tag) for tag in "ab")
     held = [a.connect(), a.connect()]
     with pytest.raises(CheckoutTimeout, match="tag 'a' in_use=2 ceiling=2"):
@@ -108,8 +107,9 @@ def test_tag_at_its_ceiling_times_out_and_others_do_not(make_engine):
         connection.close()
 
 
-def test_open_transaction_is_rolled_back_when_the_connection_comes_back(make_engine):
-    engine = make_engine(pool_size=1)
+@contract
+def test_open_transaction_is_rolled_back_when_the_connection_comes_back(world):
+    engine = world.engine(pool_size=1)
     tagged = engine.execution_options(scraper="a")
     with tagged.begin() as connection:
         connection.execute(text("create table contract (x int)"))
@@ -123,9 +123,10 @@ def test_open_transaction_is_rolled_back_when_the_connection_comes_back(make_eng
             connection.execute(text("drop table contract"))
 
 
-def test_overflow_connection_is_closed_on_return(make_engine, opened):
-    engine = make_engine(pool_size=1, max_overflow=1, soft_limit=2, max_limit=2)
-    seen = opened(engine)
+@contract
+def test_overflow_connection_is_closed_on_return(world):
+    engine = world.engine(pool_size=1, max_overflow=1, soft_limit=2, max_limit=2)
+    seen = count_opened(engine)
     tagged = engine.execution_options(scraper="a")
     with tagged.connect(), tagged.connect():
         assert engine.pool.stats().overflow == 1
@@ -134,8 +135,15 @@ def test_overflow_connection_is_closed_on_return(make_engine, opened):
         assert len(seen) == 3
 
 
-def test_invalidated_connection_is_replaced_and_detached_one_is_left(make_engine):
-    engine = make_engine(pool_size=1)
+# psycopg's asyncio connections are dropped by SQLAlchemy without being closed when
+# they are invalidated, with its own pools as well; psycopg warns of that.
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in.*BaseConnection.__del__"
+    ":pytest.PytestUnraisableExceptionWarning"
+)
+@contract
+def test_invalidated_connection_is_replaced_and_detached_one_is_left(world):
+    engine = world.engine(pool_size=1)
     with engine.execution_options(scraper="a").connect() as connection:
         connection.invalidate()
         assert engine.pool.checkedout() == 0
@@ -146,9 +154,10 @@ def test_invalidated_connection_is_replaced_and_detached_one_is_left(make_engine
         assert connection.scalar(text("select 1")) == 1
 
 
-def test_dispose_closes_what_is_in_the_pool(make_engine, opened):
-    engine = make_engine()
-    seen = opened(engine)
+@contract
+def test_dispose_closes_what_is_in_the_pool(world):
+    engine = world.engine()
+    seen = count_opened(engine)
     tagged = engine.execution_options(scraper="a")
     tagged.connect().close()
     engine.dispose()
@@ -158,8 +167,9 @@ def test_dispose_closes_what_is_in_the_pool(make_engine, opened):
     assert len(seen) == 2
 
 
-def test_pre_ping_and_recycle_leave_a_working_connection(make_engine):
-    engine = make_engine(pool_pre_ping=True, pool_recycle=0, pool_use_lifo=True)
+@contract
+def test_pre_ping_and_recycle_leave_a_working_connection(world):
+    engine = world.engine(pool_pre_ping=True, pool_recycle=0, pool_use_lifo=True)
     for _ in range(3):
         with engine.execution_options(scraper="a").connect() as connection:
             assert connection.scalar(text("select 1")) == 1

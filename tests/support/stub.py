@@ -66,6 +66,7 @@ class StubConnection:
     def close(self):
         if not self.closed:
             self.closed = True
+            self.server.called("close")
             self.server.closing()
 
     def __del__(self):
@@ -81,8 +82,8 @@ class StubConnection:
 class StubServer:
     """Opens connections, knows how many are open and how many ever were at once.
 
-    :attr:`before` maps ``connect`` or ``rollback`` to a function that is called
-    there: it may block on an event, or raise.
+    :attr:`before` maps ``connect``, ``rollback`` or ``close`` to a function that is
+    called there: it may block on an event, or raise.
     """
 
     def __init__(self):
