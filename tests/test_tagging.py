@@ -13,10 +13,11 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import ArgumentError, InvalidRequestError, StatementError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import QueuePool
-from support.threads import Caller, ensure_waiting
+from support.threads import PATIENCE, Caller, ensure_waiting
 
 import sqla_fairpool
 from sqla_fairpool import CheckoutTimeout, FairQueuePool
+from sqla_fairpool.tagging import context_tag
 
 SQLALCHEMY_21 = tuple(map(int, sqlalchemy.__version__.split(".")[:2])) >= (2, 1)
 
@@ -505,3 +506,47 @@ def test_wrong_pool_class_for_the_dialect_is_sqlalchemys_error(server):
         create_engine(
             "sqlite+pretended://", creator=server.connect, poolclass=FairQueuePool
         )
+
+
+def test_tag_object_is_shared_by_threads_and_nested(make_pool):
+    """What was in force outside belongs to the context, not to the object."""
+    shared = sqla_fairpool.tag("shared")
+    pool = make_pool()
+    inside = threading.Barrier(2)
+
+    def tags_now():
+        fairy = pool.connect()
+        rows = pool.stats().tags
+        fairy.close()
+        return [row.name for row in rows if row.connections]
+
+    def visit(outer):
+        with sqla_fairpool.tag(outer), shared:
+            inside.wait(PATIENCE)
+            with shared:
+                pass
+            inside.wait(PATIENCE)
+        return context_tag()
+
+    callers = [Caller(visit, "a"), Caller(visit, "b")]
+    for caller in callers:
+        assert caller.result() is None
+    with shared, shared:
+        assert tags_now() == ["shared"]
+    assert context_tag() is None
+
+
+def test_decorated_function_is_tagged_while_it_runs():
+    @sqla_fairpool.tag("job")
+    def job(number):
+        return context_tag(), number
+
+    assert job(3) == ("job", 3)
+    assert job.__name__ == "job"
+    assert context_tag() is None
+
+
+def test_set_tag_refuses_what_is_no_tag():
+    with pytest.raises(ArgumentError, match="tag='' is not allowed"):
+        sqla_fairpool.set_tag("")
+    assert context_tag() is None
