@@ -37,7 +37,11 @@ def test_build_system_stands_beside_setup_cfg_and_the_marker_of_types_is_there()
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 def test_readme_code_runs_when_pasted(block, tmp_path):
-    block = block.replace("postgresql+psycopg2://app@localhost/app", "sqlite:///t.db")
+    for driver, file in (
+        ("postgresql+psycopg2", "sqlite:///t.db"),
+        ("postgresql+asyncpg", "sqlite+aiosqlite:///t.db"),
+    ):
+        block = block.replace(f"{driver}://app@localhost/app", file)
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", block],
         cwd=tmp_path,
