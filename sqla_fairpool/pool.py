@@ -233,7 +233,9 @@ class FairQueuePool(Pool):
 
     def checkedin(self) -> int:
         """Return the number of records in the pool, invalidated ones included."""
-        return self._exchange.idle_count
+        if self._exchange.owner is self.generation:
+            return self._exchange.idle_count
+        return len(self.generation.left)  # not in use yet, or not any more
 
     def checkedout(self) -> int:
         """Return the number of connections out or being opened."""

@@ -660,3 +660,17 @@ def test_time_out_has_no_other_error_as_its_context(make_pool):
     with connect(pool, "a"), pytest.raises(CheckoutTimeout) as caught:
         connect(pool, "a")
     assert caught.value.__context__ is None
+
+
+def test_successor_that_was_not_used_yet_is_empty(make_engine, server):
+    """As after ``engine.dispose(close=False)``, which leaves the old one as it is."""
+    engine = make_engine()
+    engine.connect().close()
+    former = engine.pool
+    engine.dispose(close=False)
+    assert (former.checkedin(), engine.pool.checkedin()) == (1, 0)
+    engine.connect().close()
+    assert (former.checkedin(), engine.pool.checkedin()) == (1, 1)
+    former.dispose()
+    assert (former.checkedin(), engine.pool.checkedin()) == (0, 1)
+    assert server.open == 1
