@@ -87,8 +87,14 @@ class tag:  # noqa: N801  (read as a verb: with tag(...))
     # block in another context than they entered it in.
 
     def __enter__(self) -> None:
-        _outer_tags.set((*_outer_tags.get(), _context_tag.get()))
-        _context_tag.set(self._name)
+        outer, last = _outer_tags.get(), _context_tag.get()
+        try:
+            _outer_tags.set((*outer, last))
+            _context_tag.set(self._name)
+        except BaseException:  # an interrupt: the block is not entered
+            _context_tag.set(last)
+            _outer_tags.set(outer)
+            raise
 
     def __exit__(self, *exc_info: object) -> None:
         *outer, last = _outer_tags.get() or (None,)

@@ -204,13 +204,17 @@ def strike(work):
 
     The handler raises, as that of Ctrl-C does, where the signal finds us; here
     only if that is in our own package. (SQLAlchemy's checkout has moments of its
-    own, between our return and its first reference to the record.)
+    own, between our return and its first reference to the record; and one that ends a
+    `with tag(...)` at the very call of its `__exit__` leaves it open, as it does with
+    those of contextlib.)
     """
     armed = True
 
     def handler(signum, frame):
         nonlocal armed
-        if armed and frame.f_code.co_filename.startswith(PACKAGE):
+        code = frame.f_code
+        is_ours = code.co_filename.startswith(PACKAGE)
+        if armed and is_ours and code.co_name != "__exit__":
             armed = False
             raise Interrupt
 
