@@ -109,9 +109,12 @@ class Upkeep(Desk):
 
         Those that are checked out count. Raises what opening raises.
         """
-        opener.generation.warm = True
+        generation = opener.generation
+        if self.owner is not generation:
+            self.hand_to(generation)
+        generation.warm = True
         opened = 0
-        while self._keep_a_slot():
+        while self.owner is generation and self._keep_a_slot():
             record = None
             try:
                 record = cast(Record, opener._create_connection())
@@ -119,7 +122,7 @@ class Upkeep(Desk):
                 record.seat.since = self.clock()
                 opened += 1
             finally:
-                self._add_idle(record, opener.generation)
+                self._add_idle(record, generation)
         return opened
 
     def _keep_a_slot(self) -> bool:

@@ -137,6 +137,30 @@ def test_forked_child_or_new_pool_opens_them_again(make_pool, server):
     assert server.opened == 9
 
 
+def test_new_pool_is_warmed_up_before_its_first_use(make_pool, server):
+    pool = make_pool(min_idle=3)
+    pool.warm_up()
+    pool.dispose()
+    successor = pool.recreate()
+    assert successor.warm_up() == 3
+    assert (server.open, successor.checkedin()) == (3, 3)
+
+
+def test_warming_up_ends_when_another_pool_takes_over(make_pool, server):
+    pool = make_pool(min_idle=3)
+    successor = pool.recreate()
+
+    def connect():
+        server.before.clear()
+        successor.connect().close()
+
+    server.before["connect"] = connect
+    assert pool.warm_up() == 1
+    # The new one counted the connection that was being opened, and this was closed.
+    assert server.open == successor.checkedin() == 2
+    assert successor.warm_up() == 1
+
+
 def test_asyncio_pool_is_warmed_up_in_a_task(server):
     async def main():
         pool = server.pool(AsyncAdaptedFairQueuePool, min_idle=4)
