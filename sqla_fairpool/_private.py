@@ -21,6 +21,7 @@ __all__ = [
     "async_connection_dialect",
     "check_out_again",
     "disown",
+    "in_greenlet",
     "note_statements",
     "record_of",
     "remember_tag",
@@ -33,6 +34,17 @@ def async_connection_dialect() -> Any:
     It tells ``Pool`` that the collector must not close connections by itself.
     """
     return AsyncAdaptedQueuePool._dialect
+
+
+def in_greenlet() -> bool:
+    """Tell if the caller runs in SQLAlchemy's greenlet, so that it can await.
+
+    ``sqlalchemy.util.concurrency`` tells it too, from some release of 2.0 on. A
+    caller who is in no greenlet of its own has no parent to switch to.
+    """
+    from greenlet import getcurrent  # there whenever something can be awaited
+
+    return getcurrent().parent is not None
 
 
 def record_of(connection: Connection) -> ConnectionPoolEntry | None:

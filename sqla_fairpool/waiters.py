@@ -12,7 +12,8 @@ from typing import Protocol
 
 from sqlalchemy import exc
 from sqlalchemy.util import await_only
-from sqlalchemy.util.concurrency import in_greenlet
+
+from ._private import in_greenlet
 
 __all__ = ["Owner", "TaskWaiter", "ThreadWaiter", "Waiter"]
 

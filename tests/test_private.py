@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 from contextlib import contextmanager
 
@@ -9,6 +10,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import Connection
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
+from sqlalchemy.util import greenlet_spawn
 
 from sqla_fairpool import _private
 
@@ -114,3 +116,16 @@ def test_disowned_record_reaches_the_dbapi_connection_no_more(engine, server):
     assert dbapi_connection.rollbacks == rollbacks
     assert not dbapi_connection.closed
     _private.disown(record)  # twice does no harm
+
+
+def test_in_greenlet_is_true_where_something_can_be_awaited():
+    async def main():
+        assert not _private.in_greenlet()
+        return await greenlet_spawn(_private.in_greenlet)
+
+    assert asyncio.run(main())
+    assert not _private.in_greenlet()
+
+
+def test_asyncio_pool_without_an_engine_is_one_of_asyncios():
+    assert _private.async_connection_dialect().is_async
