@@ -180,6 +180,29 @@ class SchedulerAgreesWithModel(RuleBasedStateMachine):
             self.model.touch(ticket.account.tag, self.now)
             self.scheduler.activity(ticket, self.now)
 
+    @rule(
+        capacity=st.integers(1, 8),
+        soft=st.integers(1, 8),
+        most=st.integers(1, 8),
+        idle_timeout=st.sampled_from([1.0, 60.0]),
+        max_waiting=st.one_of(st.none(), st.integers(0, 6)),
+    )
+    def reconfigure(self, capacity, soft, most, idle_timeout, max_waiting):
+        most = min(most, capacity)
+        numbers = {
+            "capacity": capacity,
+            "soft_limit": min(soft, most),
+            "max_limit": most,
+            "idle_timeout": idle_timeout,
+            "max_waiting": max_waiting,
+        }
+        vars(self.model).update(numbers)
+        expected = self.model.dispatch(self.now)
+        granted = self.scheduler.reconfigure(
+            **numbers, reallocation_interval=1.0, now=self.now
+        )
+        self.agree(granted, expected)
+
     @rule(seconds=st.sampled_from([0.0, 0.5, 1.0, 30.0, 61.0, 400.0]))
     def time_passes(self, seconds):
         self.now += seconds

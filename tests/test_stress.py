@@ -85,12 +85,30 @@ class Visitor:
     def step(self):
         action = self.chance.random()
         try:
-            if action < 0.5:
+            if action < 0.01:
+                self.change()
+            elif action < 0.5:
                 self.held.append(connect(self.pool, self.chance.choice(TAGS)))
             elif self.held:
                 self.leave(self.chance.randrange(len(self.held)), action)
         except EXPECTED:
             pass
+
+    def change(self):
+        """What an operator does meanwhile; the capacity stays as it is."""
+        size = self.pool.options.pool_size
+        number = self.chance.randint(1, size)
+        change = self.chance.choice(
+            [
+                {"soft_limit": 1, "max_limit": number},
+                {"soft_limit": None, "max_limit": None},
+                {"min_idle": number},
+                {"idle_connection_ttl": 0.001},
+                {"idle_connection_ttl": None},
+            ]
+        )
+        self.pool.reconfigure(**change)
+        self.chance.choice([self.pool.warm_up, self.pool.upkeep])()
 
     def leave(self, index, action):
         connection = self.held.pop(index)
@@ -145,6 +163,37 @@ def test_random_operations_with_faults_in_one_thread(overflow, caplog):
     server.before.clear()
     assert_quiet(pool)
     assert server.most <= 3 + overflow
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_random_changes_of_the_capacity(caplog):
+    """Open at the server: never more than the largest capacity since it drained."""
+    caplog.set_level("CRITICAL", "sqlalchemy.pool")
+    server = StubServer()
+    pool = server.pool(pool_size=4, soft_limit=1, max_limit=4, timeout=0)
+    Faults(server, 6)
+    visitor = Visitor(pool, 7)
+    chance = random.Random(8)
+    for step in range(20_000):
+        if step % 20 == 0:
+            size, overflow = chance.randint(1, 6), chance.randint(0, 2)
+            pool.reconfigure(
+                pool_size=size,
+                max_overflow=overflow,
+                soft_limit=None,
+                max_limit=None,
+                min_idle=chance.randint(0, size),
+            )
+        visitor.step()
+        assert_consistent(pool)
+        out = sum(c.is_valid for c in visitor.held)
+        assert pool.checkedout() == out
+        assert pool.checkedin() <= pool.options.pool_size
+        assert pool.checkedin() + out <= max(pool.options.capacity, out)
+    visitor.go()
+    server.before.clear()
+    assert_quiet(pool)
 
 
 @pytest.mark.slow
