@@ -228,6 +228,7 @@ def test_random_operations_with_faults_in_many_threads(overflow, caplog):
         caller.result()
     server.before.clear()
     assert_quiet(pool)
+    pool.reconfigure(soft_limit=3, max_limit=4)
     held = [connect(pool, tag) for tag in ("late", "late", "later", "later")]
     assert pool.checkedout() == 4
     for connection in held:
