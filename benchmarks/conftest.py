@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pytest
 import sqlalchemy
 
-from .figures import TARGETS, Figure, render
+from sqla_fairpool.bench.figures import TARGETS, Figure, render
 
 _T = TypeVar("_T")
 

@@ -15,10 +15,11 @@ from functools import partial
 
 from sqlalchemy import Engine
 
+from sqla_fairpool.bench.crowd import Crowd, Member, Outcome
+from sqla_fairpool.bench.figures import Figure, interleave, pairwise
+from sqla_fairpool.bench.peers import fair_engine, handoff_engine, queue_engine
+
 from .conftest import Sheet
-from .crowd import Crowd, Member, Outcome
-from .figures import Figure, interleave, pairwise
-from .peers import fair_engine, handoff_engine, queue_engine
 
 HOLD = 0.005
 

@@ -14,10 +14,11 @@ from functools import partial
 import pytest
 from sqlalchemy import Engine
 
+from sqla_fairpool.bench.crowd import Closing, Crowd, Member, Outcome
+from sqla_fairpool.bench.figures import interleave, percentile
+from sqla_fairpool.bench.peers import fair_engine, queue_engine
+
 from .conftest import Sheet
-from .crowd import Closing, Crowd, Member, Outcome
-from .figures import interleave, percentile
-from .peers import fair_engine, queue_engine
 
 HOLD = 0.005
 ROUNDS, SECONDS = 3, 1.5

@@ -13,12 +13,12 @@ import pytest
 from sqlalchemy import Engine
 
 from sqla_fairpool.account import Ticket
+from sqla_fairpool.bench.crowd import Closing
+from sqla_fairpool.bench.figures import interleave, pairwise
+from sqla_fairpool.bench.peers import fair_engine, queue_engine
 from sqla_fairpool.scheduler import Scheduler
 
 from .conftest import Sheet
-from .crowd import Closing
-from .figures import interleave, pairwise
-from .peers import fair_engine, queue_engine
 
 FEW, MANY = 10, 10_000
 #: Rounds of some 5 ms: most of them fall between two disturbances.

@@ -11,9 +11,10 @@ from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.engine import Engine
 from sqlalchemy.pool import NullPool
 
+from sqla_fairpool.bench.figures import interleave, pairwise
+from sqla_fairpool.bench.peers import fair_engine, queue_engine
+
 from .conftest import Sheet
-from .figures import interleave, pairwise
-from .peers import fair_engine, queue_engine
 
 #: Rounds of one or two milliseconds; each block on a backend of its own, because one
 #: may be lucky in its memory or its core for as long as it lives.

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
+from sqla_fairpool.bench.figures import interleave, pairwise
+from sqla_fairpool.bench.peers import fair_engine, floor_engine, queue_engine
+
 from .conftest import Sheet
-from .figures import interleave, pairwise
-from .peers import fair_engine, floor_engine, queue_engine
 
 #: Rounds of some 2 ms: most of them fall between two disturbances.
 ROUNDS, CYCLES = 400, 250

@@ -2,21 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
-# By path: the benchmarks are no part of what is installed, which is all that the
-# other tests can import.
-_PATH = Path(__file__).parents[1] / "benchmarks" / "figures.py"
-_SPEC = importlib.util.spec_from_file_location("bench_figures", _PATH)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-figures = importlib.util.module_from_spec(_SPEC)
-sys.modules["bench_figures"] = figures  # where dataclasses look for it
-_SPEC.loader.exec_module(figures)
+from sqla_fairpool.bench import figures
 
 Figure, Target = figures.Figure, figures.Target
 

@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, QueuePool
 
-from sqla_fairpool import FairQueuePool
+from .. import FairQueuePool
 
 __all__ = [
     "FloorPool",
