@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import pytest
 import sqlalchemy
 
-from sqla_fairpool.bench.figures import TARGETS, Figure, render
+from sqla_fairpool.bench.figures import Figure, render
+from sqla_fairpool.bench.targets import TARGETS
 
 _T = TypeVar("_T")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sqla_fairpool.bench import figures
+from sqla_fairpool.bench.targets import TARGETS
 
 Figure, Target = figures.Figure, figures.Target
 
@@ -46,11 +47,11 @@ def test_jain_index_of_nobody_is_refused():
     ],
 )
 def test_unfair_division_does_not_meet_the_target(key, amounts):
-    assert not figures.TARGETS[key].met(figures.jain(amounts))
+    assert not TARGETS[key].met(figures.jain(amounts))
 
 
 def test_division_that_differs_by_one_meets_the_target():
-    assert figures.TARGETS["fair 7679"].met(figures.jain([97] * 50 + [98] * 50))
+    assert TARGETS["fair 7679"].met(figures.jain([97] * 50 + [98] * 50))
 
 
 # -- percentiles and rounds -----------------------------------------------------------

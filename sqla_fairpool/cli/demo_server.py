@@ -84,18 +84,20 @@ class Database:
 
     :param url: its URL.
     :param is_embedded: it is the demo's own server.
+    :param command: whose database it is.
     :raises CommandError: if the URL will not do.
     """
 
-    def __init__(self, url: str, is_embedded: bool) -> None:
-        self.url = _parse(url)
+    def __init__(self, url: str, is_embedded: bool, command: str = "demo") -> None:
+        self.url = _parse(url, command)
         self.is_embedded = is_embedded
+        self._command = command
         self._run = secrets.token_hex(4)
         #: In a database of somebody else the name must be free, and stay ours.
         self.table = (
             "workflows" if is_embedded else f"sqla_fairpool_demo_workflows_{self._run}"
         )
-        self._name = f"sqla-fairpool demo {self._run}"
+        self._name = f"sqla-fairpool {command} {self._run}"
         # Outside of the pools that are observed, and not counted with them.
         self._observer = self._engine(f"{self._name} observer", poolclass=NullPool)
         self._connection: Connection | None = None
@@ -134,9 +136,9 @@ class Database:
         ):
             if room is not None and room < sessions:
                 raise CommandError(
-                    f"the demo needs {sessions} more connections and {whose} has "
-                    f"room for only {max(room, 0)}: raise the limit, or end other "
-                    f"sessions"
+                    f"the {self._command} needs {sessions} more connections and "
+                    f"{whose} has room for only {max(room, 0)}: raise the limit, or "
+                    f"end other sessions"
                 )
         return {
             "url": self.shown,
@@ -205,7 +207,7 @@ class Database:
         return hidden.render_as_string(hide_password=True)
 
 
-def _parse(url: str) -> URL:
+def _parse(url: str, command: str) -> URL:
     try:
         parsed = make_url(url)
     except (exc.ArgumentError, ValueError):
@@ -218,11 +220,11 @@ def _parse(url: str) -> URL:
         raise CommandError("--url: write @ in the password as %40, / as %2F")
     name, _, driver = parsed.drivername.partition("+")
     if name not in {"postgresql", "postgres"}:
-        raise CommandError(f"--url: the demo needs PostgreSQL, not {name!r}")
+        raise CommandError(f"--url: the {command} needs PostgreSQL, not {name!r}")
     driver = driver or _DRIVERS[0]
     if driver not in _DRIVERS:
         raise CommandError(
-            f"--url: the demo works with the drivers {' and '.join(_DRIVERS)}, "
+            f"--url: the {command} works with the drivers {' and '.join(_DRIVERS)}, "
             f"not {driver!r}"
         )
     return parsed.set(drivername=f"postgresql+{driver}")

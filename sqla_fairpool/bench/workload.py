@@ -1,0 +1,268 @@
+"""Scrapers that do real work: fetch a batch, process it, write it back, commit.
+
+A *workflow* is one such pass. It is due at some moment, whoever may have time for
+it; its latency is counted from then, not from when a thread got round to it. So
+a pool that keeps workflows waiting cannot hide that by being asked less often.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.pool import NullPool
+
+from .figures import percentile
+from .stage import Place
+
+__all__ = ["Job", "Outcome", "Scraper", "Work", "backlog", "bursts", "run", "work_on"]
+
+#: Rows that a scraper takes at a time, and rows it has.
+_BATCH, _ROWS = 3, 400
+
+_CREATE = """
+    CREATE TABLE {table} (
+        id integer PRIMARY KEY,
+        scraper text NOT NULL,
+        payload text NOT NULL,
+        runs integer NOT NULL DEFAULT 0,
+        updated_at timestamptz NOT NULL DEFAULT clock_timestamp()
+    ) WITH (fillfactor = 50)
+"""
+
+# On what an update leaves alone, and pages are filled by half: so updates stay on
+# their page, and the table does not get slower from round to round.
+_INDEX = "CREATE INDEX ON {table} (scraper)"
+
+_FILL = """
+    INSERT INTO {table} (id, scraper, payload)
+    SELECT n, (CAST(:scrapers AS text[]))[1 + n % :count], md5(n::text)
+    FROM generate_series(1, :rows) AS n
+"""
+
+_FETCH = """
+    SELECT id, payload FROM {table} WHERE scraper = :scraper
+    LIMIT :batch FOR UPDATE SKIP LOCKED"""
+
+_SERVICE = "SELECT pg_sleep(:seconds)"
+
+_WRITE_BACK = """
+    UPDATE {table} SET runs = runs + 1, payload = md5(payload),
+        updated_at = clock_timestamp()
+    WHERE id = ANY(:ids)"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A workflow that is to be done."""
+
+    #: Seconds after the start.
+    due: float
+    #: Seconds that the server spends on it.
+    service: float
+
+
+#: Does a workflow on a connection: the scraper's name, seconds of service.
+Work = Callable[[Connection, str, float], None]
+
+
+@contextmanager
+def work_on(place: Place, scrapers: Sequence[str]) -> Iterator[Work]:
+    """Create the scrapers' table, yield their work, drop the table."""
+    table = f"sqla_fairpool_bench_{secrets.token_hex(4)}"
+    engine = place.engine(NullPool)
+    values = {
+        "scrapers": list(scrapers),
+        "count": len(scrapers),
+        "rows": _ROWS * len(scrapers),
+    }
+    fetch, write = (text(s.format(table=table)) for s in (_FETCH, _WRITE_BACK))
+    service = text(_SERVICE)
+
+    def work(connection: Connection, scraper: str, seconds: float) -> None:
+        rows = connection.execute(fetch, {"scraper": scraper, "batch": _BATCH}).all()
+        if seconds:
+            connection.execute(service, {"seconds": seconds})
+        connection.execute(write, {"ids": [row.id for row in rows]})
+        connection.commit()
+
+    try:
+        with engine.begin() as connection:
+            connection.execute(text(_CREATE.format(table=table)))
+            connection.execute(text(_INDEX.format(table=table)))
+            connection.execute(text(_FILL.format(table=table)), values)
+        yield work
+    finally:
+        with engine.begin() as connection:
+            connection.execute(text("SET LOCAL lock_timeout = '10s'"))
+            connection.execute(text(f"DROP TABLE IF EXISTS {table}"))
+
+
+def backlog(count: int, service: float, seed: int) -> list[Job]:
+    """Return workflows that are all due at once.
+
+    Their service times lie evenly between half and one and a half of `service`.
+    """
+    chance = random.Random(seed)
+    return [Job(0.0, service * chance.uniform(0.5, 1.5)) for _ in range(count)]
+
+
+def bursts(
+    seconds: float, demand: float, most: int, service: float, seed: int
+) -> list[Job]:
+    """Return workflows that come in bursts, at random moments, each all at once.
+
+    :param demand: connections that they keep busy on average.
+    :param most: workflows of the largest burst; the smallest has a third of that.
+    """
+    chance = random.Random(seed)
+    least = max(most // 3, 1)
+    rate = demand / service / ((least + most) / 2)
+    jobs = []
+    due = chance.expovariate(rate)
+    while due < seconds:
+        for _ in range(chance.randint(least, most)):
+            jobs.append(Job(due, service * chance.uniform(0.5, 1.5)))
+        due += chance.expovariate(rate)
+    return jobs
+
+
+@dataclass(frozen=True)
+class Scraper:
+    """Who has workflows to do, and with which connections.
+
+    :param engine: carries the scraper's tag, if its pool knows tags.
+    :param held: tells how many connections the scraper holds now.
+    """
+
+    name: str
+    engine: Engine
+    held: Callable[[], int]
+    threads: int = 25
+
+
+@dataclass
+class Outcome:
+    """What happened in one run."""
+
+    #: Until the last workflow was done.
+    seconds: float = 0.0
+    #: Of each scraper's workflows, from due to done.
+    latencies: dict[str, list[float]] = field(default_factory=dict)
+    #: Of each scraper, pairs of a moment and the connections it held then.
+    held: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+    #: Processor time of this process, as a part of `seconds`.
+    client: float = 0.0
+
+    @property
+    def done(self) -> int:
+        """Workflows, of all scrapers."""
+        return sum(map(len, self.latencies.values()))
+
+    @property
+    def throughput(self) -> float:
+        """Workflows per second."""
+        return self.done / self.seconds
+
+    @property
+    def mean(self) -> float:
+        """Mean latency."""
+        return sum(map(sum, self.latencies.values())) / self.done
+
+    def latency(self, percent: float) -> float:
+        """Return a percentile of all latencies."""
+        return percentile(self.all_latencies, percent)
+
+    @property
+    def all_latencies(self) -> list[float]:
+        """All scrapers' latencies."""
+        return [value for values in self.latencies.values() for value in values]
+
+
+class _Run:
+    """The threads of one run."""
+
+    def __init__(
+        self, work: Work, tasks: Mapping[Scraper, Sequence[Job]], limit: float
+    ) -> None:
+        self._work = work
+        self._limit = limit
+        self.outcome = Outcome()
+        self._ended = threading.Event()
+        self._error: BaseException | None = None
+        self._start = 0.0
+        self._done: list[float] = []
+        self._threads: list[threading.Thread] = []
+        for scraper, jobs in tasks.items():
+            self.outcome.latencies[scraper.name] = []
+            self.outcome.held[scraper.name] = []
+            # next() of a list's iterator is atomic: each job is taken once.
+            line = iter(sorted(jobs, key=lambda job: job.due))
+            for _ in range(scraper.threads):
+                self._threads.append(
+                    threading.Thread(
+                        target=self._worker, args=(scraper, line), daemon=True
+                    )
+                )
+        self._scrapers = list(tasks)
+
+    def __call__(self) -> Outcome:
+        outcome = self.outcome
+        self._start = time.perf_counter()
+        cpu = time.process_time()
+        try:
+            for thread in self._threads:
+                thread.start()
+            while any(thread.is_alive() for thread in self._threads):
+                self._look()
+                if time.perf_counter() - self._start > self._limit:
+                    break
+                self._ended.wait(0.01)
+        finally:
+            self._ended.set()
+            for thread in self._threads:
+                if thread.ident is not None:
+                    thread.join(10.0)
+        if self._error is not None:
+            raise self._error
+        outcome.seconds = max(self._done, default=self._limit)
+        outcome.client = (time.process_time() - cpu) / outcome.seconds
+        return outcome
+
+    def _look(self) -> None:
+        for scraper in self._scrapers:
+            now = time.perf_counter() - self._start
+            self.outcome.held[scraper.name].append((now, scraper.held()))
+
+    def _worker(self, scraper: Scraper, line: Iterator[Job]) -> None:
+        try:
+            for job in line:
+                early = job.due - (time.perf_counter() - self._start)
+                if early > 0:
+                    self._ended.wait(early)
+                if self._ended.is_set():
+                    return
+                with scraper.engine.connect() as connection:
+                    self._work(connection, scraper.name, job.service)
+                done = time.perf_counter() - self._start
+                self.outcome.latencies[scraper.name].append(done - job.due)
+                self._done.append(done)
+        except BaseException as error:
+            self._error = error
+            self._ended.set()
+
+
+def run(
+    work: Work, tasks: Mapping[Scraper, Sequence[Job]], limit: float = 60.0
+) -> Outcome:
+    """Let the scrapers do their workflows; return when all are done.
+
+    :param limit: seconds after which no workflow is begun any more.
+    """
+    return _Run(work, tasks, limit)()

