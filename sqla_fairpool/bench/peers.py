@@ -68,7 +68,15 @@ class NullDialect(DefaultDialect):
         pass  # there is no version or isolation level to be found out
 
 
+class NullAsyncDialect(NullDialect):
+    """The same for asyncio. There is nothing that it would have to wait for."""
+
+    driver = "async"
+    is_async = True
+
+
 registry.register("null", __name__, "NullDialect")
+registry.register("null.async", __name__, "NullAsyncDialect")
 
 
 class FloorPool(Pool):

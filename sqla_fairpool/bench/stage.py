@@ -89,6 +89,7 @@ class Stage:
         self.audience: Audience = audience or _Nobody()
         self._place = place
         self._part, self._parts = 0, 1
+        self._call, self._calls = 0, 1
 
     @property
     def place(self) -> Place:
@@ -107,6 +108,11 @@ class Stage:
     def part(self, number: int, parts: int) -> None:
         """Part `number`, from 0, of so many begins."""
         self._part, self._parts = number, parts
+        self.expect(1)
+
+    def expect(self, calls: int) -> None:
+        """The part is going to call :meth:`interleave` so many times."""
+        self._call, self._calls = 0, calls
 
     def interleave(
         self, what: str, contenders: Mapping[_Name, Callable[[], _T]], rounds: int
@@ -114,11 +120,14 @@ class Stage:
         """Run the contenders in turn, as :func:`.interleave`; tell the audience."""
         turns = rounds * len(contenders)
         turn = 0
+        call = min(self._call, self._calls - 1)
+        self._call += 1
 
         def told(name: _Name, run: Callable[[], _T]) -> Callable[[], _T]:
             def run_and_tell() -> _T:
                 nonlocal turn
-                done = (self._part + turn / turns) / self._parts
+                part = (call + turn / turns) / self._calls
+                done = (self._part + part) / self._parts
                 number = turn // len(contenders) + 1
                 self.audience.step(f"{what}: {name}, {number} of {rounds}", done)
                 turn += 1
@@ -149,5 +158,3 @@ class Scenario:
     modules: tuple[str, ...] = ()
     #: Sessions of a database that it needs at a time; 0 for no database.
     sessions: int = 0
-    #: It is left out of the short form.
-    only_full: bool = False

@@ -56,8 +56,9 @@ def _compare(
 ) -> dict[str, list[Outcome]]:
     with work_on(stage.place, NAMES) as work:
         contenders = {w.name: _contender(w, work, demand) for w in worlds}
-        for world in worlds:  # plans, caches, and every thread's first steps
-            _contender(world, work, demand)()
+        for world in worlds:  # plans and caches, and a connection's first statements
+            scrapers = [world.scrapers[name] for name in demand(0)]
+            run(work, {s: backlog(60, 0.005, 0) for s in scrapers})
         return stage.interleave(what, contenders, rounds)
 
 
@@ -232,7 +233,7 @@ def _three_worlds(stage: Stage) -> Iterator[list[World]]:
 
 def bursty(stage: Stage) -> Findings:
     """All three have bursts, at times of their own."""
-    demand = _bursty(stage.pick(5.0, 2.5), _DEMAND)
+    demand = _bursty(stage.pick(5.0, 2.0), _DEMAND)
     with _three_worlds(stage) as worlds:
         rounds = stage.pick(9, 3)
         runs = _compare(stage, "three bursty scrapers", worlds, demand, rounds)
@@ -318,7 +319,7 @@ BURSTS = Scenario(
 
 def saturated(stage: Stage) -> Findings:
     """All three want everything: fewer connections do less."""
-    workflows = stage.pick(160, 100)
+    workflows = stage.pick(160, 80)
 
     def demand(number: int) -> Mapping[str, Sequence[Job]]:
         return {

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from html import escape
 
-from .report import Bars, Distribution, Distributions, Lines, Plot, Series
+from .report import Bar, Bars, Distribution, Distributions, Lines, Plot, Series
 
 __all__ = ["draw", "nice_number", "seconds_text"]
 
@@ -154,8 +154,13 @@ def _lines(plot: Lines) -> Iterator[str]:
     x = _Axis(x_low, x_high, LEFT, WIDTH - RIGHT, plot.log_x)
     y = _Axis(y_low, y_high, HEIGHT - BOTTOM, TOP, plot.log_y)
     yield from _frame(plot, x, y)
-    for series in plot.series:
-        yield _path(series, x, y, plot)
+    middle = (len(plot.series) - 1) / 2
+    for number, series in enumerate(plot.series):
+        path = _path(series, x, y, plot)
+        if plot.steps and not plot.stacked:
+            # Side by side where they are equal, or the last would hide the others.
+            path = f'<g transform="translate(0 {(middle - number) * 2.6:g})">{path}</g>'
+        yield path
     for value, text in plot.levels:
         yield _line(LEFT, y(value), WIDTH - RIGHT, y(value), "level")
         yield _text(WIDTH - RIGHT - 2, y(value) - 4, text, "small", "end")
@@ -224,30 +229,38 @@ def _legend(every: Sequence[Series]) -> Iterator[str]:
 
 # -- bars -----------------------------------------------------------------------------
 
-_NAMES = 168
+
+def _margin(texts: Iterable[str]) -> float:
+    """Return the room that the longest of the texts takes, in pixels."""
+    return 6.9 * max(map(len, texts), default=0) + 14
+
+
+def _bar_text(bar: Bar) -> str:
+    return nice_number(bar.value) + (f", {bar.remark}" if bar.remark else "")
 
 
 def _bars(plot: Bars) -> Iterator[str]:
     highest = max([bar.high for bar in plot.bars] + [bar.value for bar in plot.bars])
     if plot.level is not None:
         highest = max(highest, plot.level[0])
-    x = _Axis(0.0, highest * 1.02 or 1.0, _NAMES, WIDTH - 96)
+    left = _margin(bar.name for bar in plot.bars)
+    texts = [_bar_text(bar) for bar in plot.bars]
+    x = _Axis(0.0, highest or 1.0, left, WIDTH - _margin(texts))
     top = 24
     bottom = top + 30 * len(plot.bars)
-    yield _text(_NAMES, 14, plot.unit, "label")
+    yield _text(left, 14, plot.unit, "label")
     for number, bar in enumerate(plot.bars):
         y = top + 30 * number
         strong = " strong" if bar.role == "ours" else ""
-        yield _text(_NAMES - 8, y + 16, bar.name, f"name{strong}", "end")
-        yield _rect(_NAMES, y + 4, x(bar.value) - _NAMES, 17, f"bar {bar.role}")
+        yield _text(left - 8, y + 16, bar.name, f"name{strong}", "end")
+        yield _rect(left, y + 4, x(bar.value) - left, 17, f"bar {bar.role}")
         if bar.high > bar.low:
             yield _line(x(bar.low), y + 12.5, x(bar.high), y + 12.5, "whisker")
             for end in (bar.low, bar.high):
                 yield _line(x(end), y + 8.5, x(end), y + 16.5, "whisker")
-        text = nice_number(bar.value) + (f"  {bar.remark}" if bar.remark else "")
         end = max(x(bar.value), x(bar.high))
-        yield _text(end + 7, y + 17, text, f"value{strong}")
-    yield _line(_NAMES, top, _NAMES, bottom, "axis")
+        yield _text(end + 7, y + 17, texts[number], f"value{strong}")
+    yield _line(left, top, left, bottom, "axis")
     if plot.level is not None:
         value, text = plot.level
         yield _line(x(value), top, x(value), bottom, "level")
@@ -258,37 +271,41 @@ def _bars(plot: Bars) -> Iterator[str]:
 
 
 def _distributions(plot: Distributions) -> Iterator[str]:
+    names = [text for row in plot.rows for text in (row.name, row.remark[:24])]
+    left = _margin(names)
     low = min(row.histogram[0][0] for row in plot.rows)
     high = max(row.most for row in plot.rows)
     x = _Axis(
         10 ** math.floor(math.log10(low)),
         10 ** math.ceil(math.log10(high) + 0.02),
-        _NAMES,
+        left,
         WIDTH - RIGHT - 24,
         log=True,
     )
     bottom = 24 + 44 * len(plot.rows)
+    yield _text(left, 13, "| median    ◆ p99    ● longest", "label")
     for tick in x.ticks():
         yield _line(x(tick), 20, x(tick), bottom, "grid")
         yield _text(x(tick), bottom + 15, seconds_text(tick), "tick", "middle")
-    yield _line(_NAMES, bottom, WIDTH - RIGHT - 24, bottom, "axis")
+    yield _line(left, bottom, WIDTH - RIGHT - 24, bottom, "axis")
     for number, row in enumerate(plot.rows):
-        yield from _distribution(row, x, 24 + 44 * number)
-    yield _text(_NAMES, 13, "| median    ◆ p99    ● longest", "label")
+        yield from _distribution(row, x, 24 + 44 * number, left)
 
 
-def _distribution(row: Distribution, x: _Axis, top: float) -> Iterator[str]:
+def _distribution(
+    row: Distribution, x: _Axis, top: float, left: float
+) -> Iterator[str]:
     strong = " strong" if row.role == "ours" else ""
-    yield _text(_NAMES - 8, top + 20, row.name, f"name{strong}", "end")
+    yield _text(left - 8, top + 20, row.name, f"name{strong}", "end")
     if row.remark:
-        yield _text(_NAMES - 8, top + 34, row.remark, "small alarm", "end")
+        yield _text(left - 8, top + 34, row.remark, "small alarm", "end")
     base = top + 38
     tallest = max(count for _, count in row.histogram)
     words = []
     for bound, count in row.histogram:
-        left, right = x(bound), x(bound * 10 ** (1 / 12))
+        begin, end = x(bound), x(bound * 10 ** (1 / 12))
         height = max(26 * math.sqrt(count / tallest), 1.5)
-        words.append(f"M{left:g} {base:g}V{base - height:.1f}H{right:g}V{base:g}Z")
+        words.append(f"M{begin:g} {base:g}V{base - height:.1f}H{end:g}V{base:g}Z")
     yield f'<path d="{"".join(words)}" class="area {row.role}"/>'
     middle, p99, most = x(row.p50), x(row.p99), x(row.most)
     yield _line(middle, base - 30, middle, base, "median")

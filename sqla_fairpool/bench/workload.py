@@ -7,11 +7,12 @@ a pool that keeps workflows waiting cannot hide that by being asked less often.
 
 from __future__ import annotations
 
+import math
 import random
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -21,7 +22,17 @@ from sqlalchemy.pool import NullPool
 from .figures import percentile
 from .stage import Place
 
-__all__ = ["Job", "Outcome", "Scraper", "Work", "backlog", "bursts", "run", "work_on"]
+__all__ = [
+    "Job",
+    "Outcome",
+    "Scraper",
+    "Shift",
+    "Work",
+    "backlog",
+    "bursts",
+    "run",
+    "work_on",
+]
 
 #: Rows that a scraper takes at a time, and rows it has.
 _BATCH, _ROWS = 3, 400
@@ -133,6 +144,29 @@ def bursts(
     return jobs
 
 
+class Shift:
+    """As many workflows as can be done between two moments.
+
+    :param begin: seconds after the start of the run.
+    :param end: likewise; what has begun by then is finished.
+    """
+
+    def __init__(self, begin: float, end: float, service: float) -> None:
+        self._end = end
+        self._service = service
+        self._begin = begin
+        self._start = math.nan
+
+    def __iter__(self) -> Iterator[Job]:
+        self._start = time.perf_counter()
+        return self
+
+    def __next__(self) -> Job:
+        if time.perf_counter() - self._start >= self._end:
+            raise StopIteration
+        return Job(self._begin, self._service * random.uniform(0.5, 1.5))
+
+
 @dataclass(frozen=True)
 class Scraper:
     """Who has workflows to do, and with which connections.
@@ -145,6 +179,10 @@ class Scraper:
     engine: Engine
     held: Callable[[], int]
     threads: int = 25
+
+
+#: What each scraper has to do.
+Tasks = Mapping[Scraper, Iterable[Job]]
 
 
 @dataclass
@@ -188,11 +226,10 @@ class Outcome:
 class _Run:
     """The threads of one run."""
 
-    def __init__(
-        self, work: Work, tasks: Mapping[Scraper, Sequence[Job]], limit: float
-    ) -> None:
+    def __init__(self, work: Work, tasks: Tasks, limit: float, every: float) -> None:
         self._work = work
         self._limit = limit
+        self._every = every
         self.outcome = Outcome()
         self._ended = threading.Event()
         self._error: BaseException | None = None
@@ -202,8 +239,7 @@ class _Run:
         for scraper, jobs in tasks.items():
             self.outcome.latencies[scraper.name] = []
             self.outcome.held[scraper.name] = []
-            # next() of a list's iterator is atomic: each job is taken once.
-            line = iter(sorted(jobs, key=lambda job: job.due))
+            line = iter(jobs)
             for _ in range(scraper.threads):
                 self._threads.append(
                     threading.Thread(
@@ -223,7 +259,7 @@ class _Run:
                 self._look()
                 if time.perf_counter() - self._start > self._limit:
                     break
-                self._ended.wait(0.01)
+                self._ended.wait(self._every)
         finally:
             self._ended.set()
             for thread in self._threads:
@@ -258,11 +294,12 @@ class _Run:
             self._ended.set()
 
 
-def run(
-    work: Work, tasks: Mapping[Scraper, Sequence[Job]], limit: float = 60.0
-) -> Outcome:
+def run(work: Work, tasks: Tasks, limit: float = 60.0, every: float = 0.01) -> Outcome:
     """Let the scrapers do their workflows; return when all are done.
 
+    :param tasks: each one's workflows, the first due first. A list or another
+      collection whose iterator several threads may call.
     :param limit: seconds after which no workflow is begun any more.
+    :param every: seconds between two looks at what the scrapers hold.
     """
-    return _Run(work, tasks, limit)()
+    return _Run(work, tasks, limit, every)()

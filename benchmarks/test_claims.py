@@ -1,0 +1,41 @@
+"""The scenarios that need a PostgreSQL, and the peers' own benchmarks."""
+
+from __future__ import annotations
+
+import pytest
+
+from sqla_fairpool.bench import styles
+from sqla_fairpool.bench.catalogue import PEERS, SHIFT
+from sqla_fairpool.bench.generator import headroom, sleepers
+from sqla_fairpool.bench.stage import Part, Place
+from sqla_fairpool.bench.static import ALONE, BURSTS, SATURATED
+
+from .conftest import Sheet
+
+PARTS = {
+    f"{scenario.name}{number}": part
+    for scenario in (SHIFT, ALONE, BURSTS, SATURATED, PEERS)
+    for number, part in enumerate(scenario.parts)
+}
+
+
+@pytest.mark.postgres
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
+def test_claim(sheet: Sheet, place: Place, part: Part) -> None:
+    sheet.run(part, place=place)
+
+
+@pytest.mark.parametrize("part", [styles.pg_doorman, styles.hikaricp])
+def test_style(sheet: Sheet, part: Part) -> None:
+    sheet.run(part)
+
+
+@pytest.mark.postgres
+def test_style_of_asyncpg(sheet: Sheet, place: Place) -> None:
+    sheet.run(styles.asyncpg_1247, place=place)
+
+
+@pytest.mark.parametrize("part", [headroom, sleepers])
+def test_generator(sheet: Sheet, part: Part) -> None:
+    sheet.run(part)
