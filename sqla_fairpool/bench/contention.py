@@ -95,7 +95,7 @@ def by_rank(title: str, outcomes: dict[str, Outcome]) -> Lines:
 def with_hold(stage: Stage) -> Findings:
     """200 threads on 20 connections."""
     contenders = {
-        name: partial(under_three_tags, make, 200, _HOLD, stage.pick(1.0, 0.6))
+        name: partial(under_three_tags, make, 200, _HOLD, stage.pick(1.0, 0.4))
         for name, make in PEERS.items()
     }
     what = "200 threads, 5 ms hold"
@@ -133,7 +133,7 @@ def one_core() -> Iterator[bool]:
 
 def _without_hold(stage: Stage, what: str) -> dict[str, list[Outcome]]:
     contenders = {
-        name: partial(under_three_tags, make, 40, 0.0, stage.pick(0.4, 0.3))
+        name: partial(under_three_tags, make, 40, 0.0, stage.pick(0.4, 0.2))
         for name, make in PEERS.items()
     }
     return stage.interleave(what, contenders, stage.pick(9, 5))
@@ -196,7 +196,7 @@ def starvation(stage: Stage) -> Findings:
     There are no tags in that issue, so there is one here, and it may use all.
     """
     all_ten = partial(fair_engine, 10, soft_limit=10, max_limit=10)
-    seconds = stage.pick(2.0, 1.0)
+    seconds = stage.pick(2.0, 0.8)
     contenders = {
         "FairQueuePool": partial(under_one_tag, all_ten, seconds),
         "QueuePool": partial(under_one_tag, partial(queue_engine, 10), seconds),

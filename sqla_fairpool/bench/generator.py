@@ -72,7 +72,7 @@ def headroom(stage: Stage) -> Findings:
         "crowd alone": partial(alone_in_threads, 1, 0.0, seconds),
         "QueuePool": partial(cheapest, seconds),
     }
-    runs = stage.interleave("generator, no hold", contenders, stage.pick(9, 5))
+    runs = stage.interleave("generator, no hold", contenders, stage.pick(9, 3))
     rates = {name: [o.throughput for o in each] for name, each in runs.items()}
     target = TARGETS["generator: cost"]
     values = tuple(pairwise(rates["QueuePool"], rates["crowd alone"]))
@@ -85,7 +85,7 @@ def headroom(stage: Stage) -> Findings:
 
 def sleepers(stage: Stage) -> Findings:
     """What the crowd reaches with ten callers that only sleep, of what is possible."""
-    seconds, hold, callers = stage.pick(1.0, 0.4), 0.005, 10
+    seconds, hold, callers = stage.pick(1.0, 0.3), 0.005, 10
     contenders: dict[str, Callable[[], Outcome]] = {
         "threads": partial(alone_in_threads, callers, hold, seconds),
         "tasks": partial(alone_in_tasks, callers, hold, seconds),

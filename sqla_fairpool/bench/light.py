@@ -85,7 +85,7 @@ def _row(name: str, outcomes: Sequence[Outcome], role: Role) -> Distribution:
 def light_tag(stage: Stage, key: str = "light") -> Findings:
     """Measure one of `CASES`."""
     road, options = CASES[key]
-    seconds = stage.pick(1.5, 0.6)
+    seconds = stage.pick(1.5, 0.5)
     contenders = {
         "FairQueuePool": partial(
             beside_a_flood, partial(fair_engine, **options), road, seconds

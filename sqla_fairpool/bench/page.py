@@ -35,7 +35,7 @@ th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--rule);
 td.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .met { color: var(--good); font-weight: 600; white-space: nowrap; }
 .not { color: var(--bad); font-weight: 600; white-space: nowrap; }
-.plots { display: grid; gap: 18px; margin: 14px 0;
+.plots { display: grid; gap: 18px; margin: 14px 0; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 520px), 1fr)); }
 figure { margin: 0; background: var(--card); border-radius: 10px;
   padding: 14px 16px 8px; break-inside: avoid; }
@@ -175,11 +175,16 @@ def _figures(figures: Sequence[Figure]) -> Iterator[str]:
         low, high = figure.spread
         yield (
             f"<tr><td>{escape(figure.what)}</td><td>{escape(figure.beside)}</td>"
-            f'<td class="n">{figure.median:.3f}</td>'
-            f'<td class="n soft">{low:.3f} .. {high:.3f}</td>'
+            f'<td class="n">{_number(figure.median)}</td>'
+            f'<td class="n soft">{_number(low)} .. {_number(high)}</td>'
             f'<td class="soft small-print">{escape(figure.remark)}</td></tr>'
         )
     yield "</table></div>"
+
+
+def _number(value: float) -> str:
+    """Return a ratio; what is not one may be large."""
+    return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def _table(table: Table) -> Iterator[str]:

@@ -302,10 +302,10 @@ class _Rivalry:
 def _measure(side: _Side, stage: Stage) -> Findings:
     rivalry = _Rivalry(side, stage)
     stage.expect(stage.pick(9, 4))
-    seconds = stage.pick(1.5, 0.3)
+    seconds = stage.pick(1.5, 0.25)
     found = rivalry.uncontended()
     for hold in stage.pick((0.0, 0.001, HOLD, 0.05), (HOLD,)):
-        found += rivalry.hold(hold, 3.0 if hold > HOLD else max(seconds, 0.6))
+        found += rivalry.hold(hold, 3.0 if hold > HOLD else max(seconds, 0.55))
     found += rivalry.tags(seconds) + rivalry.light(seconds)
     if not stage.short:
         found += rivalry.giving_up(seconds) + rivalry.alone(seconds)

@@ -42,8 +42,9 @@ def _play(world: World, stage: Stage) -> Outcome:
 
 
 def _story(title: str, outcome: Outcome) -> Lines:
+    held = outcome.changes
     series = tuple(
-        Series(name, tuple((t, float(n)) for t, n in outcome.held[name]), _ROLES[name])
+        Series(name, tuple((t, float(n)) for t, n in held[name]), _ROLES[name])
         for name in NAMES
     )
     return Lines(

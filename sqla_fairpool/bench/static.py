@@ -88,7 +88,7 @@ def _over_time(
     """Return a plot of what the scrapers held, one on top of the other."""
     series = tuple(
         Series(name, tuple((t, float(n)) for t, n in points), role)
-        for (name, points), role in zip(outcome.held.items(), _ROLES, strict=False)
+        for (name, points), role in zip(outcome.changes.items(), _ROLES, strict=False)
     )
     return Lines(
         title,
@@ -233,7 +233,7 @@ def _three_worlds(stage: Stage) -> Iterator[list[World]]:
 
 def bursty(stage: Stage) -> Findings:
     """All three have bursts, at times of their own."""
-    demand = _bursty(stage.pick(5.0, 2.0), _DEMAND)
+    demand = _bursty(stage.pick(5.0, 1.6), _DEMAND)
     with _three_worlds(stage) as worlds:
         rounds = stage.pick(9, 3)
         runs = _compare(stage, "three bursty scrapers", worlds, demand, rounds)

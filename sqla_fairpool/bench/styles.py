@@ -61,7 +61,7 @@ def pg_doorman(stage: Stage) -> Findings:
     They measure a proxy with pgbench; here it is threads and a hold of 5 ms, and
     what is compared is the same: how far the unlucky are from the usual.
     """
-    seconds = stage.pick(3.0, 1.2)
+    seconds = stage.pick(3.0, 0.8)
     contenders = {
         name: partial(_crowd, make, 500, 0.005, seconds)
         for name, make in _contenders(40).items()

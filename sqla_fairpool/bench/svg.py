@@ -232,7 +232,7 @@ def _legend(every: Sequence[Series]) -> Iterator[str]:
 
 def _margin(texts: Iterable[str]) -> float:
     """Return the room that the longest of the texts takes, in pixels."""
-    return 6.9 * max(map(len, texts), default=0) + 14
+    return 7.5 * max(map(len, texts), default=0) + 16
 
 
 def _bar_text(bar: Bar) -> str:
@@ -271,7 +271,7 @@ def _bars(plot: Bars) -> Iterator[str]:
 
 
 def _distributions(plot: Distributions) -> Iterator[str]:
-    names = [text for row in plot.rows for text in (row.name, row.remark[:24])]
+    names = [text for row in plot.rows for text in (row.name, row.remark)]
     left = _margin(names)
     low = min(row.histogram[0][0] for row in plot.rows)
     high = max(row.most for row in plot.rows)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.pool import NullPool
@@ -197,6 +198,21 @@ class Outcome:
     held: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
     #: Processor time of this process, as a part of `seconds`.
     client: float = 0.0
+
+    @property
+    def changes(self) -> dict[str, list[tuple[float, int]]]:
+        """`held` without the moments at which it was what it was before."""
+        looks = list(zip(*self.held.values(), strict=False))
+        kept = [
+            now
+            for before, now in pairwise(looks)
+            if [n for _, n in before] != [n for _, n in now]
+        ]
+        ends = looks[:1], kept, looks[-1:]
+        return {
+            name: [look[place] for part in ends for look in part]
+            for place, name in enumerate(self.held)
+        }
 
     @property
     def done(self) -> int:
