@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import glob
 import json
+import os
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 
 import pytest
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.pool import NullPool
 
 from sqla_fairpool.bench.figures import Figure, Target
 from sqla_fairpool.bench.report import Findings
@@ -159,3 +166,110 @@ def test_bad_url_is_one_line_without_the_password(capsys, tmp_path, url, complai
     assert complaint in err
     assert err.count("\n") == 1
     assert "hidden" not in err
+
+
+# -- real runs ------------------------------------------------------------------------
+
+
+def start(folder, *args):
+    return subprocess.Popen(
+        [sys.executable, "-m", "sqla_fairpool", "bench", "--short", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        # A group of its own, which a signal reaches as Ctrl-C in a terminal does.
+        start_new_session=True,
+        env={**os.environ, "TMPDIR": str(folder)},
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def left_in(folder):
+    """Return what a run left of its server: folders, and processes that work there."""
+    psutil = pytest.importorskip("psutil")
+    processes = [
+        process.info
+        for process in psutil.process_iter(["pid", "cmdline", "cwd"])
+        if any(folder in word for word in process.info["cmdline"] or ())
+        or folder in (process.info["cwd"] or "")
+    ]
+    return [n for n in os.listdir(folder) if n.startswith("sqla")], processes
+
+
+@pytest.fixture
+def folder():
+    """A temporary directory with a short name, for sockets, that all may enter."""
+    name = tempfile.mkdtemp(prefix="bench-", dir="/tmp")
+    yield name
+    shutil.rmtree(name, ignore_errors=True)
+
+
+@pytest.mark.slow
+@pytest.mark.postgres
+def test_scenario_runs_on_an_embedded_server(folder):
+    status, out, err = finish(start(folder, "--only", "alone"))
+    assert (status, err) == (0, ""), out
+    assert "\x1b" not in out
+    with open(f"{folder}/fairpool-bench.json", encoding="utf-8") as file:
+        report = json.load(file)
+    assert report["about"]["server"]["embedded"] is True
+    assert len(report["targets"]) == 3
+    unused = report["targets"][2]
+    assert unused["remark"] == "20 of 30 before, 5 of 20 now"
+    assert unused["verdict"] == "met"
+    assert left_in(folder) == ([], [])
+
+
+@pytest.mark.slow
+@pytest.mark.postgres
+@pytest.mark.parametrize(
+    ("only", "line"),
+    [
+        ("alone", "starting"),
+        ("alone", "[1/1]"),
+        ("saturated", "       "),
+        ("peers", "       "),
+    ],
+)
+def test_signal_leaves_nothing_behind(folder, only, line):
+    process = start(folder, "--only", only)
+    for shown in process.stdout:
+        if shown.startswith(line):
+            break
+    else:
+        pytest.fail(f"{line} was not shown")
+    os.killpg(process.pid, signal.SIGINT)
+    status, _, err = finish(process)
+    assert status == 130
+    assert err == "sqla-fairpool bench: interrupted\n"
+    assert left_in(folder) == ([], [])
+
+
+@pytest.mark.slow
+@pytest.mark.postgres
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_given_database_is_left_as_it_was(folder, postgres_url, interrupted):
+    url = make_url(postgres_url).set(password="s3cret")
+    shown = url.render_as_string(hide_password=False)
+    process = start(folder, "--only", "saturated", "--url", shown)
+    if interrupted:
+        while not process.stdout.readline().startswith("      "):
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+    status, out, err = finish(process)
+    assert status == (130 if interrupted else 0), err
+    texts = [out, err]
+    for file in glob.glob(f"{folder}/fairpool-bench.*"):
+        with open(file, encoding="utf-8") as opened:
+            texts.append(opened.read())
+    assert len(texts) == (2 if interrupted else 4)
+    assert "s3cret" not in "".join(texts)
+    engine = create_engine(postgres_url, poolclass=NullPool)
+    with engine.connect() as connection:
+        tables = text("SELECT tablename FROM pg_tables WHERE tablename LIKE 'sqla%'")
+        assert connection.execute(tables).scalars().all() == []

@@ -53,6 +53,10 @@ def _connect(*args: Any, **kw: Any) -> NullConnection:
     return NullConnection()
 
 
+class NullError(Exception):
+    """The base of the DBAPI's errors, none of which ever happens."""
+
+
 class NullDialect(DefaultDialect):
     """A dialect that asks its database nothing."""
 
@@ -62,7 +66,7 @@ class NullDialect(DefaultDialect):
 
     @classmethod
     def import_dbapi(cls) -> Any:
-        return SimpleNamespace(paramstyle="qmark", Error=Exception, connect=_connect)
+        return SimpleNamespace(paramstyle="qmark", Error=NullError, connect=_connect)
 
     def initialize(self, connection: Connection) -> None:
         pass  # there is no version or isolation level to be found out
