@@ -168,6 +168,18 @@ def test_bad_url_is_one_line_without_the_password(capsys, tmp_path, url, complai
     assert "hidden" not in err
 
 
+def test_program_needs_no_extra_to_start():
+    """Neither greenlet, for asyncio, nor what draws or drives."""
+    program = "import sys\n"
+    for name in ("greenlet", "rich", "psycopg2", "psycopg", "asyncpg", "psutil"):
+        program += f"sys.modules[{name!r}] = None\n"
+    program += "from sqla_fairpool.cli import main; sys.exit(main(['bench', '--list']))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 # -- real runs ------------------------------------------------------------------------
 
 

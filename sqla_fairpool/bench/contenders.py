@@ -19,10 +19,9 @@ from contextlib import (
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine, exc
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, QueuePool
 
 from .. import AsyncAdaptedFairQueuePool, FairQueuePool
@@ -30,6 +29,9 @@ from .crowd import Closing
 from .report import Role
 from .stage import Place
 from .tasks import AsyncClosing
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 __all__ = ["TASKS", "THREADS", "Setup", "TaskPeer", "ThreadPeer"]
 
@@ -210,6 +212,9 @@ def _psycopg_timeout() -> type[BaseException]:
 
 
 def _async_engine(setup: Setup, pool: type[Pool], **options: Any) -> AsyncEngine:
+    # Imported when it is used: it needs greenlet.
+    from sqlalchemy.ext.asyncio import create_async_engine
+
     async def connect() -> Any:
         # asyncpg reads a URL as libpq does; SQLAlchemy's dialect does not.
         return await import_module("asyncpg").connect(

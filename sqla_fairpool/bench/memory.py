@@ -7,7 +7,6 @@ import gc
 import tracemalloc
 from collections.abc import Callable
 
-from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
 
 from .. import AsyncAdaptedFairQueuePool
@@ -53,6 +52,9 @@ def of_a_tag(stage: Stage) -> Findings:
 
 async def _line(pool: type[Pool], waiters: int, options: dict[str, int]) -> float:
     """Return the bytes for each of so many tasks that wait for a connection."""
+    # Imported when it is used: it needs greenlet.
+    from sqlalchemy.ext.asyncio import create_async_engine
+
     engine = create_async_engine(
         "null+async://",
         poolclass=pool,
