@@ -56,6 +56,7 @@ def test_readme_names_every_option_with_its_default():
     from sqla_fairpool.options import PoolOptions
 
     options = PoolOptions.parse()
-    rows = re.findall(r"^\| `(\w+)`[^|]*\| ([^|]*) \|", README, re.MULTILINE)
+    (section,) = re.findall(r"^\| option \|.*?\n\n", README, re.MULTILINE | re.DOTALL)
+    rows = re.findall(r"^\| `(\w+)`[^|]*\| ([^|]*) \|", section, re.MULTILINE)
     table = {name: default.strip("`") for name, default in rows}
     assert table == {name: str(getattr(options, name)) for name in options.names()}
