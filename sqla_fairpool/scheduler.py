@@ -386,6 +386,10 @@ class Scheduler:
             assert account.waiters
             ticket, _ = account.waiters.popitem(last=False)
             self.waiting -= 1
+            waited = now - ticket.since
+            account.wait_total += waited
+            if waited > account.wait_max:
+                account.wait_max = waited
             self._grant(ticket, now)
             self._head_left(account)
             if not account.silent:
@@ -395,10 +399,6 @@ class Scheduler:
 
     def _grant(self, ticket: Ticket, now: float) -> None:
         account = ticket.account
-        waited = now - ticket.since
-        account.wait_total += waited
-        if waited > account.wait_max:
-            account.wait_max = waited
         # From here in one go, see the head of this file.
         self.in_use += 1
         account.in_use += 1
