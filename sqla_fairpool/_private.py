@@ -9,22 +9,27 @@ holds each function to its promise on whichever is installed. The names that a
 from __future__ import annotations
 
 import ctypes
+import math
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from sqlalchemy.engine import Connection, Dialect
-from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry
+from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool
 
 __all__ = [
     "async_connection_dialect",
     "check_out_again",
     "disown",
+    "expired",
+    "handed_out",
     "in_greenlet",
     "note_statements",
     "record_of",
     "remember_tag",
+    "time_creator",
 ]
 
 
@@ -95,10 +100,12 @@ def _note(context: Any) -> None:
         seat = context.root_connection._dbapi_connection._connection_record.seat
     except AttributeError:
         return  # no connection of ours, or its first
-    account = seat.account
-    account.last_activity = seat.exchange.clock()
+    account, exchange = seat.account, seat.exchange
+    account.last_activity = seat.used = exchange.clock()
+    # Whoever works with it has it, whoever checked it out.
+    seat.holder = exchange.here.caller
     if not account.active:
-        seat.exchange.activity(seat)
+        exchange.activity(seat)
 
 
 def check_out_again(connection: Connection) -> None:
@@ -136,6 +143,48 @@ def remember_tag(
     connection.__dict__["_revalidate_connection"] = revalidate
 
 
+def time_creator(
+    pool: Pool,
+    clock: Callable[[], float],
+    note: Callable[[ConnectionPoolEntry, float | None], None],
+) -> None:
+    """Tell how long each call of a pool's creator takes; None if it fails.
+
+    ``_invoke_creator`` is what a record calls, the creator made to take a record or
+    not. Nothing public is called before and after a connection is opened.
+    """
+    any_pool: Any = pool
+    invoke = any_pool._invoke_creator
+
+    def timed(record: ConnectionPoolEntry) -> Any:
+        began = clock()
+        try:
+            connection = invoke(record)
+        except BaseException:
+            note(record, None)
+            raise
+        note(record, clock() - began)
+        return connection
+
+    any_pool._invoke_creator = timed
+
+
+def expired(pool: Pool, record: ConnectionPoolEntry) -> bool:
+    """Tell if a record's connection is as old as the pool's ``recycle``."""
+    recycle = pool._recycle
+    starttime: float = getattr(record, "starttime", math.inf)
+    return recycle > -1 and time.time() - starttime > recycle
+
+
+def handed_out(record: ConnectionPoolEntry) -> Any:
+    """Return what the pool has handed out with a record, None if nothing.
+
+    A ``PoolProxiedConnection``. ``fairy_ref`` is the only road to it from a record.
+    """
+    fairy_ref = getattr(record, "fairy_ref", None)
+    return None if fairy_ref is None else fairy_ref()
+
+
 def disown(record: ConnectionPoolEntry) -> None:
     """Make a forked child forget a connection that is its parent's.
 
@@ -143,15 +192,12 @@ def disown(record: ConnectionPoolEntry) -> None:
     neither a rollback nor a close can reach the socket shared with the parent.
     The driver's object is made immortal: some drivers say goodbye to the server
     when theirs is deallocated, even at the end of the process.
-
-    ``fairy_ref`` is the only road from a record to the object that has it.
     """
     dbapi_connection = record.dbapi_connection
     if dbapi_connection is None:
         return
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(dbapi_connection))
     setattr(record, "dbapi_connection", None)  # noqa: B010  (no slot in the interface)
-    fairy_ref = getattr(record, "fairy_ref", None)
-    fairy = fairy_ref() if fairy_ref is not None else None
+    fairy = handed_out(record)
     if fairy is not None:
         fairy.dbapi_connection = None

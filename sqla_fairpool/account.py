@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+from .meters import BOUNDS, Meter
+
 __all__ = ["FREE", "GRANTED", "WAITING", "Account", "LineFull", "Ticket"]
 
 FREE = "free"
@@ -25,7 +27,17 @@ class Ticket:
     tag's figures when the slot comes back.
     """
 
-    __slots__ = ("account", "again", "held", "held_max", "number", "since", "state")
+    __slots__ = (
+        "account",
+        "again",
+        "held",
+        "held_max",
+        "long_holds",
+        "notable",
+        "number",
+        "since",
+        "state",
+    )
 
     account: Account
     #: Arrival number, while waiting.
@@ -40,6 +52,32 @@ class Ticket:
         #: How long those took that are over: in all, and the longest. Seconds.
         self.held = 0.0
         self.held_max = 0.0
+        #: A checkout that takes longer than this is to be told to `note`: the others
+        #: neither are the longest nor leave the histogram's first bucket.
+        self.notable = 0.0
+        self.long_holds: list[float] = []
+
+    def note(self, held: float) -> None:
+        """Note a checkout that took long."""
+        if held > self.held_max:
+            self.held_max = held
+            self.notable = min(held, BOUNDS[0])
+        if held > BOUNDS[0]:
+            self.long_holds.append(held)
+
+    def book(self, account: Account) -> None:
+        """Add the checkouts that are over to the figures of their tag."""
+        account.checkouts += self.again  # the first was counted when it was granted
+        account.hold_total += self.held
+        if self.held_max > account.hold_max:
+            account.hold_max = self.held_max
+        meter = account.meter
+        meter.checkouts += self.again + account.silent
+        meter.hold.add_all(self.again + 1, self.held, self.long_holds)
+        if self.long_holds:
+            self.long_holds = []
+        self.again = 0
+        self.held = self.held_max = self.notable = 0.0
 
 
 class Account:
@@ -53,6 +91,7 @@ class Account:
         "in_use",
         "last_activity",
         "listed",
+        "meter",
         "prompt",
         "silent",
         "tag",
@@ -64,8 +103,10 @@ class Account:
         "weight",
     )
 
-    def __init__(self, tag: str, weight: float, silent: bool) -> None:
+    def __init__(self, tag: str, weight: float, silent: bool, meter: Meter) -> None:
         self.tag = tag
+        #: What is counted for monitoring; other tags may share it.
+        self.meter = meter
         self.weight = weight
         #: True for the default tag: asking, waiting and returning are no
         #: activity of it, because the caller may still say who it is.

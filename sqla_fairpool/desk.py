@@ -19,21 +19,27 @@ Rules of this file:
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from sqlalchemy import exc
 
 from .account import GRANTED, Account, Ticket
+from .callers import TaskHere, ThreadHere
+from .journal import Journal
 from .options import PoolOptions
 from .scheduler import Scheduler
 from .seats import Generation, Record, Seat
 from .waiters import Waiter
+
+if TYPE_CHECKING:
+    from .leaks import LeakWatch
 
 __all__ = ["Desk", "refuse_finaliser"]
 
@@ -46,6 +52,43 @@ class Desk:
     :param clock: seconds on a steadily rising scale.
     """
 
+    # Slots, because an object with more than thirty attributes is slow to read from
+    # (CPython's SHARED_KEYS_MAX_SIZE).
+    __slots__ = (
+        "__weakref__",
+        "_bells",
+        "_busy",
+        "_chores",
+        "_end",
+        "_idle",
+        "_inbox",
+        "_left",
+        "_listed",
+        "_lock",
+        "_never_full",
+        "_opening",
+        "_pool_size",
+        "_records",
+        "_spare_seats",
+        "_take_idle",
+        "_use_lifo",
+        "_waiter_class",
+        "_watch",
+        "alive",
+        "clock",
+        "closures",
+        "here",
+        "journal",
+        "leaks",
+        "logger",
+        "options",
+        "owner",
+        "scheduler",
+    )
+
+    #: Who looks for what is out for too long, if anybody does.
+    leaks: LeakWatch | None
+
     def __init__(
         self,
         options: PoolOptions,
@@ -55,6 +98,8 @@ class Desk:
     ) -> None:
         self.options = options
         self._waiter_class = waiter_class
+        #: Tells who is asking.
+        self.here: ThreadHere | TaskHere = waiter_class.here
         self.clock = clock
         self._use_lifo = use_lifo
         self._pool_size = options.pool_size
@@ -63,7 +108,12 @@ class Desk:
         # With a callback: only such a reference is sure to be cleared before the
         # finalisers of a cycle run (CPython changed this in 3.15).
         self.alive = weakref.ref(self, lambda ref: None)
+        self.logger: Any = logging.getLogger(__name__)
         self._begin()
+
+    def log_to(self, logger: Any) -> None:
+        """Write what an operator is to read to a pool's logger."""
+        self.logger = self.journal.logger = logger
 
     def _begin(self) -> None:
         # Guards everything below; see the head of this file.
@@ -84,6 +134,8 @@ class Desk:
         self._spare_seats: list[Seat] = []
         # Every record there is, for the child of a fork.
         self._records: weakref.WeakSet[Record] = weakref.WeakSet()
+        # Seats whose owners open a connection for them.
+        self._opening: set[Seat] = set()
         # Whose records are kept, and what is left of those that came before.
         self.owner = Generation()
         self._left: weakref.WeakSet[Record] = weakref.WeakSet()
@@ -99,6 +151,11 @@ class Desk:
             silent_tag=self.options.default_tag,
             now=self.clock(),
         )
+        #: Connections closed, by reason.
+        self.closures: Counter[str] = Counter()
+        self.journal = Journal(self._chores)
+        self.journal.logger = self.logger
+        self.scheduler.roster.on_change = self.journal.changed
 
     def _hand_out(self, *, last_first: bool) -> None:
         # Which of the records that came back is the next.
@@ -206,6 +263,8 @@ class Desk:
         """Free the seat's slot; hand the record on, keep it or have it closed."""
         if seat.state is not GRANTED or seat.warm or not self.scheduler.knows(seat):
             return  # back already, or checked out before a fork
+        if seat.reported and self.leaks is not None:
+            self._chores.append(self.leaks.returned(seat, now))
         idle = len(self._idle)
         full = (
             idle >= self._pool_size
@@ -217,6 +276,7 @@ class Desk:
             and record.dbapi_connection is not None
             and (not keep or (full and not self.scheduler.wanted(seat)))
         ):
+            record.reason = "overflow" if keep else "disposed"
             # Its slot is free when it is closed, not before.
             self._chores.append(partial(self._close_then, self._closed, record))
             return
@@ -245,6 +305,7 @@ class Desk:
     def _seat_owner(self, seat: Seat, record: Record | None) -> None:
         """Complete a seat that was granted, or moved to another tag."""
         seat.may_warm = self._never_full and not seat.account.silent
+        seat.reported = False
         if record is not None:
             if record.seat is not seat:
                 self._spare_seats.append(record.seat)
@@ -278,13 +339,15 @@ class Desk:
         scheduler, idle = self.scheduler, self._idle
         while idle and scheduler.in_use + len(idle) > scheduler.capacity:
             # No slot is left for it, so none is kept out of use.
+            idle[0].reason = "resized"
             self._chores.append(idle[0].close)
             idle.popleft()
         while len(idle) > self._pool_size:
-            self._retire(idle[0], now)
+            self._retire(idle[0], now, "resized")
 
-    def _retire(self, record: Record, now: float) -> None:
+    def _retire(self, record: Record, now: float, reason: str) -> None:
         """Have an idle record closed, with a slot out of use until it is."""
+        record.reason = reason
         self.scheduler.set_capacity(self.scheduler.capacity - 1, now)
         self._chores.append(partial(self._close_then, self._one_slot_more, record))
         self._idle.remove(record)
@@ -303,6 +366,19 @@ class Desk:
     def _closed(self, record: Record) -> None:
         with self.section() as now:
             self._take_back(record.seat, None, False, now)
+
+    def count_closure(self, reason: str) -> None:
+        """Count a connection that is closed."""
+        with self._lock:
+            self.closures[reason] += 1
+
+    def count_opening(self, account: Account, seconds: float | None) -> None:
+        """Count a connection that was opened for a tag, or None if it could not be."""
+        with self._lock:
+            if seconds is None:
+                account.meter.create_failures += 1
+            else:
+                account.meter.create.add(seconds)
 
     # -- figures ------------------------------------------------------------------
 
@@ -330,6 +406,22 @@ class Desk:
         """Return the seats of the records that are out. Caller is in a section."""
         seats = [record.seat for record in self._records]
         return [seat for seat in seats if seat.state is GRANTED]
+
+    def records_of(self, seats: Collection[Seat]) -> list[Record]:
+        """Return the records on which seats are. Caller is in a section."""
+        return [record for record in self._records if record.seat in seats]
+
+    def is_opening(self, seat: Seat) -> bool:
+        """Tell if a connection is being opened for a seat."""
+        return seat in self._opening
+
+    def seats_out(self) -> list[Seat]:
+        """Return :meth:`granted_seats` and those for which a connection is opened.
+
+        Caller is in a section.
+        """
+        opening = [seat for seat in self._opening if seat.state is GRANTED]
+        return list({*self.granted_seats(), *opening})
 
 
 def refuse_finaliser() -> NoReturn:

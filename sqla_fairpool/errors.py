@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from sqlalchemy import exc
 
-__all__ = ["CheckoutTimeout", "TooManyWaiting"]
+from .diagnosis import Diagnosis
 
-#: Holders named in a message; the others are summed up. Six fit on a line.
-_HOLDERS_NAMED = 6
+__all__ = ["CheckoutTimeout", "SelfDeadlock", "TooManyWaiting"]
 
 
 class CheckoutTimeout(exc.TimeoutError):
-    """A checkout waited for as long as the pool's ``timeout`` and got nothing.
+    """A checkout waited for as long as it may and got nothing.
 
     .. attribute:: tag
 
@@ -22,17 +19,35 @@ class CheckoutTimeout(exc.TimeoutError):
     .. attribute:: waited
 
        seconds it waited.
+
+    .. attribute:: diagnosis
+
+       a :class:`.Diagnosis`: who has the connections, since when, and what could be
+       done; what the message says, as data.
     """
 
     __module__ = "sqla_fairpool"
 
-    def __init__(self, message: str, tag: str, waited: float) -> None:
+    def __init__(
+        self, message: str, tag: str, waited: float, diagnosis: Diagnosis | None = None
+    ) -> None:
         super().__init__(message)
         self.tag = tag
         self.waited = waited
+        self.diagnosis = diagnosis
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.args[0], self.tag, self.waited)
+        return type(self), (self.args[0], self.tag, self.waited, self.diagnosis)
+
+
+class SelfDeadlock(CheckoutTimeout):
+    """A checkout that would wait for its own caller: it was refused at once.
+
+    Whoever could return a connection waits in the same way. The attributes are those
+    of :class:`.CheckoutTimeout`.
+    """
+
+    __module__ = "sqla_fairpool"
 
 
 class TooManyWaiting(exc.TimeoutError):
@@ -51,15 +66,3 @@ class TooManyWaiting(exc.TimeoutError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.args[0], self.tag)
-
-
-def describe_holders(holders: Sequence[tuple[str, int]]) -> str:
-    """Return ``held by web=12 jobs=6``, the largest holders first."""
-    ordered = sorted((h for h in holders if h[1]), key=lambda h: (-h[1], h[0]))
-    if not ordered:
-        return "held by nobody"
-    named = [f"{tag}={in_use}" for tag, in_use in ordered[:_HOLDERS_NAMED]]
-    rest = ordered[_HOLDERS_NAMED:]
-    if rest:
-        named.append(f"and {len(rest)} more tags={sum(n for _, n in rest)}")
-    return "held by " + " ".join(named)

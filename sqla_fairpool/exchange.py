@@ -22,14 +22,20 @@ import weakref
 from typing import cast
 
 from . import _private
-from .account import FREE, WAITING, Account, LineFull
+from .account import FREE, WAITING, LineFull
+from .callers import places
+from .deadlock import Guard
 from .desk import refuse_finaliser
-from .errors import CheckoutTimeout, TooManyWaiting, describe_holders
+from .errors import CheckoutTimeout, SelfDeadlock, TooManyWaiting
+from .inquiry import Scene, copy_scene
+from .leaks import LeakWatch
 from .seats import Generation, Opener, Record, Seat
+from .server_tag import TOLD
+from .tagging import timeout_in_force
 from .upkeep import Upkeep
 from .waiters import Waiter
 
-__all__ = ["Exchange"]
+__all__ = ["Exchange", "TracedExchange"]
 
 
 class Exchange(Upkeep):
@@ -38,8 +44,12 @@ class Exchange(Upkeep):
     Serves a pool and its successors.
     """
 
+    __slots__ = ("_guard",)
+
     def _begin(self) -> None:
         super()._begin()
+        self._guard = Guard(self)
+        self.leaks = None
         _living.add(self)
 
     def checkout(self, tag: str, opener: Opener) -> Record:
@@ -73,6 +83,7 @@ class Exchange(Upkeep):
         seat = record.seat
         seat.warm = False
         seat.again += 1
+        seat.holder = self.here.caller
         seat.since = account.last_activity = now
         return record
 
@@ -91,8 +102,8 @@ class Exchange(Upkeep):
         now = self.clock()
         held = now - seat.since
         seat.held += held
-        if held > seat.held_max:
-            seat.held_max = held
+        if held > seat.notable:
+            seat.note(held)
         account.last_activity = now
         seat.warm = True
         # Listed before, so that an interrupt leaves no record where nobody looks;
@@ -120,10 +131,12 @@ class Exchange(Upkeep):
                         self.look_around(now)
                     if self._idle:
                         record = self._idle[self._end]
+                        if self.options.server_tag:
+                            record = self._prefer(tag, record)
                         seat = record.seat
                         used = seat.since
                         if self.scheduler.request(seat, tag, now):
-                            self._take_idle()
+                            self._take_out(record)
                             self._seat_owner(seat, record)
                         else:
                             record.seat = self._spare_seat()
@@ -132,10 +145,13 @@ class Exchange(Upkeep):
                         seat = self._spare_seat()
                         if self.scheduler.request(seat, tag, now):
                             self._seat_owner(seat, None)
+                    seat.holder = self.here.caller
                     if seat.state is WAITING:
                         seat.waiter = self._waiter_class(seat)
                         if self._watch is None:
                             self._watch = seat
+                        if not self.journal.exhausted:
+                            self._note_exhaustion(tag, now)
                     self._tidy(now)
                 finally:
                     self._busy = False
@@ -149,6 +165,27 @@ class Exchange(Upkeep):
             if seat is not None:
                 self.give_up(seat)
             raise
+
+    def _note_exhaustion(self, tag: str, now: float) -> None:
+        """Let the log say that somebody waits because everything is in use."""
+        scheduler = self.scheduler
+        if scheduler.in_use < scheduler.capacity:
+            return  # he waits for his own tag
+        accounts = scheduler.roster.accounts.values()
+        holders = [(a.tag, a.in_use) for a in accounts if a.in_use]
+        self.journal.begin(tag, now, scheduler.capacity, holders)
+        self._plan_visit()
+
+    def _prefer(self, tag: str, record: Record) -> Record:
+        """Return an idle record that the server knows under `tag`, or `record`."""
+        known = (r for r in self._idle if r.info.get(TOLD) == tag)
+        return next(known, record)
+
+    def _take_out(self, record: Record) -> None:
+        if self._idle[self._end] is record:
+            self._take_idle()
+        else:
+            self._idle.remove(record)
 
     def _spare_seat(self) -> Seat:
         return self._spare_seats.pop() if self._spare_seats else Seat(self)
@@ -178,10 +215,7 @@ class Exchange(Upkeep):
         if record is None:
             if self._left:
                 self.make_room()
-            record = cast(Record, opener._create_connection())
-            record.seat = seat
-            with self._lock:
-                self._records.add(record)
+            record = self._open(seat, opener)
             if not self.scheduler.knows(seat):
                 # The process was forked meanwhile: not of this accounting.
                 seat.state, seat.may_warm = FREE, False
@@ -191,45 +225,80 @@ class Exchange(Upkeep):
         seat.record = None
         return record
 
+    def _open(self, seat: Seat, opener: Opener) -> Record:
+        """Open a connection for a seat."""
+        account, began = seat.account, self.clock()
+        record = None
+        try:
+            with self._lock:
+                self._opening.add(seat)
+            record = cast(Record, opener._create_connection())
+            record.seat = seat
+            return record
+        finally:
+            took = None if record is None else self.clock() - began
+            with self._lock:
+                self._opening.discard(seat)
+                if record is not None:
+                    self._records.add(record)
+                self.count_opening(account, took)
+
     def _wait(self, seat: Seat, waiter: Waiter, since: float) -> None:
-        timeout = self.options.timeout
+        timeout = timeout_in_force()
+        if timeout is None:
+            timeout = self.options.timeout
         deadline = math.inf if timeout is None else since + timeout
+        if deadline > since and self._guard.suspects(seat):
+            self._refuse_deadlock(seat, deadline)
         now = since
         while True:
             until = deadline
             if self._watch is seat:
-                until = min(until, self.next_visit)
+                until = min(until, self.next_duty)
             waiter.wait(None if until == math.inf else until - now)
             if seat.waiter is None:
                 return
             with self.section() as now:
                 self.look_around(now)
                 if now >= deadline and seat.waiter is not None:
-                    message, holders = self._expire(seat, now)
+                    scene = self._expire(seat, now)
                     break
+        diagnosis = scene.diagnose()
         raise CheckoutTimeout(
-            f"{message}; {describe_holders([(a.tag, a.in_use) for a in holders])}",
-            seat.account.tag,
-            now - since,
+            f"checkout timed out after {scene.waited:.2f}s: {diagnosis}; "
+            f"advice: {diagnosis.advice}",
+            diagnosis.tag,
+            scene.waited,
+            diagnosis,
         )
 
-    def _expire(self, seat: Seat, now: float) -> tuple[str, list[Account]]:
-        """End a wait under the lock; return what the error says, and the accounts."""
-        scheduler, account = self.scheduler, seat.account
-        message = (
-            f"checkout timed out after {now - seat.since:.2f}s: tag {account.tag!r} "
-            f"in_use={account.in_use} ceiling={scheduler.ceiling(account)} "
-            f"waiting={account.waiting} place={scheduler.place(seat)}; "
-            f"pool in_use={scheduler.in_use}/{self.options.capacity} "
-            f"idle={len(self._idle)}"
-        )
-        scheduler.expire(seat)
+    def _expire(self, seat: Seat, now: float) -> Scene:
+        """End a wait under the lock; return how things were."""
+        scene = copy_scene(self, seat, now)
+        self.scheduler.expire(seat)
         if seat is self._watch:
             self._pass_the_watch()
-        return message, list(scheduler.roster.accounts.values())
+        return scene
+
+    def _refuse_deadlock(self, seat: Seat, deadline: float) -> None:
+        """Raise if a waiting seat could only be served by its own caller."""
+        scene = self._guard.examine(seat, deadline)
+        if scene is None:
+            return
+        with self._lock:
+            seat.account.meter.deadlocks += 1
+        diagnosis = scene.diagnose()
+        raise SelfDeadlock(
+            f"checkout would wait for itself: {diagnosis}; advice: {diagnosis.advice}",
+            diagnosis.tag,
+            scene.waited,
+            diagnosis,
+        )
 
     def _too_many_waiting(self, tag: str) -> TooManyWaiting:
         scheduler = self.scheduler
+        with self._lock:
+            scheduler.roster.meters.of(tag).refusals += 1
         return TooManyWaiting(
             f"too many waiting: tag {tag!r} refused, waiting={scheduler.waiting} "
             f"max_waiting={self.options.max_waiting}; "
@@ -254,6 +323,25 @@ class Exchange(Upkeep):
             record.seat.may_warm = False
             _private.disown(record)
         self._begin()
+
+
+class TracedExchange(Exchange):
+    """Notes where connections are checked out, and reports those out for too long."""
+
+    __slots__ = ()
+
+    def _begin(self) -> None:
+        super()._begin()
+        assert self.options.leak_threshold is not None
+        self.leaks = LeakWatch(self, self.options.leak_threshold)
+
+    def checkout(self, tag: str, opener: Opener) -> Record:
+        assert self.leaks is not None
+        self.leaks.start()
+        stack = places(self.here.frames())
+        record = super().checkout(tag, opener)
+        record.seat.stack = stack
+        return record
 
 
 _living: weakref.WeakSet[Exchange] = weakref.WeakSet()

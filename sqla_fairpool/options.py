@@ -15,7 +15,9 @@ __all__ = [
     "BadOption",
     "PoolOptions",
     "describe_changes",
+    "read_switch",
     "validate_tag",
+    "validate_timeout",
 ]
 
 #: Longest tag. Tags stand in log lines, error messages and monitors' columns.
@@ -70,6 +72,24 @@ def _seconds(
     return number
 
 
+_WORDS = {"true": True, "yes": True, "on": True, "1": True}
+_WORDS |= {"false": False, "no": False, "off": False, "0": False}
+
+
+def read_switch(name: str, value: object) -> bool:
+    """Return a yes or no, which may come as a word."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in _WORDS:
+        return _WORDS[value.lower()]
+    _refuse(name, value, "true or false")
+
+
+def validate_timeout(value: object, name: str) -> float:
+    """Return the seconds that a checkout may wait."""
+    return _seconds(name, value, lambda s: s >= 0, "seconds, at least 0")
+
+
 def validate_tag(value: object, name: str = "tag") -> str:
     """Return `value` if it may be a tag, raise ``ArgumentError`` otherwise.
 
@@ -110,6 +130,9 @@ class PoolOptions:
     default_tag: str
     min_idle: int
     idle_connection_ttl: float | None
+    leak_threshold: float | None
+    deadlock_guard: bool
+    server_tag: bool
     #: The limits that were not given, and so follow the capacity.
     defaulted: frozenset[str]
 
@@ -134,6 +157,9 @@ class PoolOptions:
         default_tag: Any = "unknown",
         min_idle: Any = 0,
         idle_connection_ttl: Any = None,
+        leak_threshold: Any = None,
+        deadlock_guard: Any = True,
+        server_tag: Any = False,
     ) -> PoolOptions:
         """Check the values as users give them; numbers may come as strings.
 
@@ -186,6 +212,13 @@ class PoolOptions:
                 lambda s: s > 0,
                 "seconds, more than 0, or None to keep unused connections open",
             )
+        if leak_threshold is not None:
+            leak_threshold = _seconds(
+                "leak_threshold",
+                leak_threshold,
+                lambda s: s > 0,
+                "seconds, more than 0, or None to look for no leaks",
+            )
         if not isinstance(tag_option, str) or not tag_option.isidentifier():
             _refuse("tag_option", tag_option, "the name of an execution option")
         return cls(
@@ -201,6 +234,9 @@ class PoolOptions:
             default_tag=validate_tag(default_tag, "default_tag"),
             min_idle=least_idle,
             idle_connection_ttl=idle_connection_ttl,
+            leak_threshold=leak_threshold,
+            deadlock_guard=read_switch("deadlock_guard", deadlock_guard),
+            server_tag=read_switch("server_tag", server_tag),
             defaulted=frozenset(name for name, value in limits if value is None),
         )
 
@@ -228,7 +264,7 @@ class PoolOptions:
 
 
 #: What engines and connections were told when they were made.
-_FIXED = frozenset({"tag_option", "default_tag"})
+_FIXED = frozenset({"tag_option", "default_tag", "leak_threshold", "server_tag"})
 
 
 def describe_changes(before: PoolOptions, now: PoolOptions) -> str:

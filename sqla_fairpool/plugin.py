@@ -13,22 +13,13 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL, CreateEnginePlugin, Dialect
 from sqlalchemy.pool import Pool
 
-from .options import BadOption, PoolOptions, validate_tag
+from .options import BadOption, PoolOptions, read_switch, validate_tag
 from .pool import AsyncAdaptedFairQueuePool, FairQueuePool
 
 __all__ = ["PREFIX", "FairPoolPlugin"]
 
 #: What each key of ours in a URL begins with.
 PREFIX = "fairpool_"
-
-_WORDS = {"true": True, "yes": True, "on": True, "1": True}
-_WORDS |= {"false": False, "no": False, "off": False, "0": False}
-
-
-def _switch(key: str, value: str) -> bool:
-    if value.lower() not in _WORDS:
-        raise BadOption(key, value, "true or false")
-    return _WORDS[value.lower()]
 
 
 def _seconds(key: str, value: str) -> int:
@@ -60,9 +51,12 @@ _READERS: dict[str, Callable[[str, str], Any]] = {
     "default_tag": _as_it_is,
     "min_idle": _as_it_is,
     "idle_connection_ttl": _or_none,
-    "use_lifo": _switch,
+    "leak_threshold": _or_none,
+    "deadlock_guard": read_switch,
+    "server_tag": read_switch,
+    "use_lifo": read_switch,
     "recycle": _seconds,
-    "pre_ping": _switch,
+    "pre_ping": read_switch,
 }
 
 

@@ -18,9 +18,11 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import greenlet_spawn
 
 from . import _private, tagging
-from .exchange import Exchange
-from .options import PoolOptions, describe_changes
+from .exchange import Exchange, TracedExchange
+from .lifetimes import observe, time_openings
+from .options import BadOption, PoolOptions, describe_changes
 from .seats import Generation, Seat
+from .server_tag import tell, tell_on_checkout
 from .snapshot import snapshot
 from .stats import PoolStats
 from .tagging import asked, context_tag
@@ -67,6 +69,13 @@ class FairQueuePool(Pool):
     :param idle_connection_ttl: seconds after which a connection in the pool that
       nobody has used is closed, by whoever uses the pool next. Default None:
       never.
+    :param leak_threshold: seconds after which a connection that is out is reported
+      in the log, with the stack of its checkout, which is noted for that. Default
+      None: never.
+    :param deadlock_guard: refuse a checkout with :class:`.SelfDeadlock` that only
+      its own caller, or others who wait in the same way, could serve. Default True.
+    :param server_tag: tell PostgreSQL the tag as ``application_name``, when a
+      connection goes from one tag to another. Default False.
     :param use_lifo: hand out the connection that came back last, so that the
       others fall idle. Default False, but True with `idle_connection_ttl`.
     :param \\**kw: ``recycle``, ``pre_ping``, ``reset_on_return``, ``echo``,
@@ -100,6 +109,9 @@ class FairQueuePool(Pool):
         default_tag: str = "unknown",
         min_idle: int = 0,
         idle_connection_ttl: float | None = None,
+        leak_threshold: float | None = None,
+        deadlock_guard: bool = True,
+        server_tag: bool = False,
         use_lifo: bool = False,
         *,
         _exchange: Exchange | None = None,
@@ -120,14 +132,26 @@ class FairQueuePool(Pool):
                 default_tag=default_tag,
                 min_idle=min_idle,
                 idle_connection_ttl=idle_connection_ttl,
+                leak_threshold=leak_threshold,
+                deadlock_guard=deadlock_guard,
+                server_tag=server_tag,
             )
-            _exchange = Exchange(options, self._waiter_class, use_lifo, self._clock)
+            traced = options.leak_threshold is not None
+            _exchange = (TracedExchange if traced else Exchange)(
+                options, self._waiter_class, use_lifo, self._clock
+            )
         self._exchange = _exchange
         self._default_tag = _exchange.options.default_tag
         self.generation = Generation()
         if owns:
             _exchange.owner = self.generation
         super().__init__(creator, **kw)
+        _exchange.log_to(self.logger)
+        time_openings(self, _exchange)
+        if owns:  # its successors inherit what listens
+            observe(self, _exchange)
+            if _exchange.options.server_tag:
+                tell_on_checkout(self)
 
     @property
     def options(self) -> PoolOptions:
@@ -196,7 +220,8 @@ class FairQueuePool(Pool):
         the time-out with which they came.
 
         :param changes: any of the options of this class but `tag_option`,
-          `default_tag` and `use_lifo`; None as a limit stands for its default.
+          `default_tag`, `leak_threshold`, `server_tag` and `use_lifo`; None as a
+          limit stands for its default.
         :raises sqlalchemy.exc.ArgumentError: for a bad value, naming it. Nothing
           has changed then.
         """
@@ -276,7 +301,7 @@ class FairQueuePool(Pool):
             # property: SQLAlchemy reads the attribute at every checkin.
             super().__setattr__(name, value)
             if name == "_dialect" and isinstance(value, Dialect):
-                _watch_dialect(value, self.options.tag_option)
+                _watch_dialect(value, self.options)
 
 
 class AsyncAdaptedFairQueuePool(FairQueuePool):
@@ -304,14 +329,18 @@ class AsyncAdaptedFairQueuePool(FairQueuePool):
         await greenlet_spawn(super().upkeep)
 
 
-def _watch_dialect(dialect: Dialect, tag_option: str) -> None:
+def _watch_dialect(dialect: Dialect, options: PoolOptions) -> None:
     """Hear of the dialect's options and statements, and only of this one's."""
-    if tagging.follow(dialect, tag_option, _retag):
+    if options.server_tag and dialect.name != "postgresql":
+        raise BadOption(
+            "server_tag", True, f"False, because {dialect.name} is not PostgreSQL"
+        )
+    if tagging.follow(dialect, options.tag_option, _retag):
         _private.note_statements(dialect)
 
 
-def _retag(connection: Connection, tag: str) -> bool:
-    """The tag was set on a connection: charge it there, or have it wait there.
+def _retag(connection: Connection, tag: str | None, timeout: float | None) -> bool:
+    """An option was set on a connection: charge it to its tag, or have it wait there.
 
     Tells if the connection has another DBAPI connection now.
     """
@@ -319,15 +348,24 @@ def _retag(connection: Connection, tag: str) -> bool:
     if connection.closed or not isinstance(pool, FairQueuePool):
         return False
     seat = _seat_of(connection)
-    is_change = seat is not None and seat.account.tag != tag
+    is_change = seat is not None and tag is not None and seat.account.tag != tag
     if is_change and connection.in_transaction():
         raise exc.InvalidRequestError(
             "This connection has already initialized a SQLAlchemy Transaction() "
             f"object via begin() or autobegin; {pool.options.tag_option} may not be "
             "altered unless rollback() or commit() is called first."
         )
-    _private.remember_tag(connection, partial(tagging.asked_by_connection, tag))
-    if seat is None or not is_change or seat.exchange.move(seat, tag):
+    _private.remember_tag(
+        connection, partial(tagging.asked_by_connection, tag, timeout)
+    )
+    if not is_change:
+        return False
+    assert seat is not None and tag is not None
+    if seat.exchange.move(seat, tag):
+        if pool.options.server_tag:
+            record = _private.record_of(connection)
+            assert record is not None
+            tell(record.dbapi_connection, record, connection.dialect)
         return False
     _private.check_out_again(connection)
     return True

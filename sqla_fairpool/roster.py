@@ -11,11 +11,12 @@ Part of the scheduler: called under the same lock, with the time as an argument.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from . import policy
 from .account import Account
 from .agenda import Agenda
+from .meters import Meters
 
 __all__ = ["Roster"]
 
@@ -53,10 +54,14 @@ class Roster:
         self.silent_tag = silent_tag
         self.weights = dict(weights)
         self.accounts: dict[str, Account] = {}
+        self.meters = Meters()
         #: How many tags are active.
         self.active = 0
         #: The ceiling of every active tag: they all have the same.
         self.common_ceiling = max_limit
+        #: Called after a tag has become active or idle: its name, which of the two, how
+        #: many are active, and the ceiling that follows.
+        self.on_change: Callable[[str, bool, int, int], None] | None = None
         # When to look at an account again: is it idle, may it be forgotten?
         self._review: Agenda[Account] = Agenda()
 
@@ -71,7 +76,9 @@ class Roster:
         if account is None:
             if len(self.accounts) >= _MAX_REMEMBERED:
                 self._forget_one(now)
-            account = Account(tag, self.weights.get(tag, 1.0), tag == self.silent_tag)
+            weight = self.weights.get(tag, 1.0)
+            silent = tag == self.silent_tag
+            account = Account(tag, weight, silent, self.meters.of(tag))
             self.accounts[tag] = account
         return account
 
@@ -152,6 +159,8 @@ class Roster:
         account.prompt = prompt
         self.active = count
         self.common_ceiling = ceiling
+        if self.on_change is not None and not account.silent:
+            self.on_change(account.tag, active, count, ceiling)
 
     def check_valid(self) -> None:
         """Assert what the scheduler builds on. O(tags)."""

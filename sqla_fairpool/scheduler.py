@@ -34,7 +34,7 @@ O(log waiting tags) otherwise, O(log tags) for a tag that is new or was idle;
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from . import policy
 from .account import FREE, GRANTED, WAITING, Account, LineFull, Ticket
@@ -89,7 +89,8 @@ class Scheduler:
         self.next_tick = now + reallocation_interval
         #: What is known of each tag.
         self.accounts = self.roster.accounts
-        self._arrivals = 0
+        #: Requests that had to wait, in all.
+        self.arrivals = 0
         # What was in use when the capacity last changed.
         self._drains_from = 0
         # Accounts with waiters, in the order in which they began to wait.
@@ -122,8 +123,8 @@ class Scheduler:
             return True
         if self.max_waiting is not None and self.waiting >= self.max_waiting:
             raise LineFull
-        self._arrivals += 1
-        ticket.number = self._arrivals
+        self.arrivals += 1
+        ticket.number = self.arrivals
         ticket.state = WAITING
         self.waiting += 1
         if account.waiters is None:
@@ -141,8 +142,8 @@ class Scheduler:
         account = ticket.account
         held = now - ticket.since
         ticket.held += held
-        if held > ticket.held_max:
-            ticket.held_max = held
+        if held > ticket.notable:
+            ticket.note(held)
         if account.prompt:
             account.last_activity = now
         elif not account.silent:
@@ -159,7 +160,7 @@ class Scheduler:
         ticket.state = FREE
         self.in_use -= 1
         account.in_use -= 1
-        self._book(ticket)
+        ticket.book(account)
         if not self.waiting:
             return _NO_GRANTS
         if account.waiters:
@@ -190,6 +191,7 @@ class Scheduler:
         if not self.cancel(ticket):
             return False
         ticket.account.timeouts += 1
+        ticket.account.meter.timeouts += 1
         return True
 
     def activity(self, ticket: Ticket, now: float) -> None:
@@ -227,9 +229,11 @@ class Scheduler:
         else:
             held = now - ticket.since
             ticket.held += held
-            ticket.held_max = max(ticket.held_max, held)
-            self._book(ticket)
+            ticket.note(held)
+            ticket.book(source)
         target.checkouts += 1
+        if not target.silent:
+            target.meter.checkouts += 1
         ticket.account = target
         ticket.since = now
         return self._dispatch(now)
@@ -295,6 +299,10 @@ class Scheduler:
             return True
         return self._next() is not None
 
+    def waiting_accounts(self) -> Iterable[Account]:
+        """Return the accounts under which somebody waits."""
+        return self._lines
+
     def newest_waiter(self) -> Ticket | None:
         """Return a ticket that is likely to wait for long, None if none waits."""
         for account in reversed(self._lines):
@@ -313,16 +321,6 @@ class Scheduler:
         return self.accounts.get(account.tag) is account
 
     # -- the parts of a transition -------------------------------------------
-
-    def _book(self, ticket: Ticket) -> None:
-        """Add what the ticket counted to the figures of its tag."""
-        account = ticket.account
-        account.checkouts += ticket.again
-        account.hold_total += ticket.held
-        if ticket.held_max > account.hold_max:
-            account.hold_max = ticket.held_max
-        ticket.again = 0
-        ticket.held = ticket.held_max = 0.0
 
     def _shift(self, account: Account, by: int) -> None:
         self.in_use += by
@@ -374,7 +372,7 @@ class Scheduler:
         waiting = self._next()
         if waiting is None or self.in_use + 1 < self.capacity:
             return True  # nobody else, or a slot for each
-        rank = policy.rank(newcomer.in_use, newcomer.weight, self._arrivals + 1)
+        rank = policy.rank(newcomer.in_use, newcomer.weight, self.arrivals + 1)
         return rank < self._rank(waiting)
 
     def _dispatch(self, now: float) -> Sequence[Ticket]:
@@ -390,6 +388,7 @@ class Scheduler:
             account.wait_total += waited
             if waited > account.wait_max:
                 account.wait_max = waited
+            account.meter.wait.add(waited)
             self._grant(ticket, now)
             self._head_left(account)
             if not account.silent:
@@ -403,6 +402,8 @@ class Scheduler:
         self.in_use += 1
         account.in_use += 1
         account.checkouts += 1
+        if not account.silent:
+            account.meter.checkouts += 1
         ticket.since = now
         ticket.state = GRANTED
 

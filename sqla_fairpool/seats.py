@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from .account import FREE, GRANTED, Ticket
+from .callers import Caller, Place
 from .waiters import Waiter
 
 if TYPE_CHECKING:
@@ -15,12 +17,19 @@ if TYPE_CHECKING:
 __all__ = ["Generation", "Opener", "Record", "Seat"]
 
 
+#: Long checkouts that a seat notes before they are booked, which takes the lock. So
+#: many that it happens rarely, so few that the list is no burden.
+_LONG_HOLDS_KEPT = 256
+
+
 class Record(ConnectionPoolEntry):
     """For the type checker: a connection record with what we put on it."""
 
     seat: Seat
     #: Present, and True: to be closed when it comes back.
     doomed: bool
+    #: Present from when it is decided that it is closed: why.
+    reason: str
     #: Present after the first look at it while it was idle: its last checkout's
     #: time, and since when that has been known to be the last one.
     seen: tuple[float, float]
@@ -56,7 +65,18 @@ class Seat(Ticket):
     that has to wait brings a new one.
     """
 
-    __slots__ = ("alive", "exchange", "may_warm", "record", "waiter", "warm")
+    __slots__ = (
+        "alive",
+        "exchange",
+        "holder",
+        "may_warm",
+        "record",
+        "reported",
+        "stack",
+        "used",
+        "waiter",
+        "warm",
+    )
 
     def __init__(self, exchange: Exchange) -> None:
         super().__init__()
@@ -71,6 +91,19 @@ class Seat(Ticket):
         self.may_warm = False
         #: It is, among its tag's.
         self.warm = False
+        #: Who asked for it, or was the last to use it. Stale while it is warm.
+        self.holder: Caller | None = None
+        #: When a statement was last executed, by whomever.
+        self.used = -math.inf
+        #: Where it was checked out, if that is noted, innermost place first.
+        self.stack: tuple[Place, ...] = ()
+        #: It was reported as out for too long.
+        self.reported = False
+
+    def note(self, held: float) -> None:
+        super().note(held)
+        if len(self.long_holds) >= _LONG_HOLDS_KEPT:
+            self.may_warm = False  # they are booked when it comes back
 
     def abandon(self) -> None:
         """Called by its waiter when its owner cannot be woken any more."""

@@ -28,9 +28,21 @@ from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from .options import validate_tag
+from .options import validate_tag, validate_timeout
 
-__all__ = ["asked", "asked_by_connection", "context_tag", "follow", "set_tag", "tag"]
+__all__ = [
+    "TIMEOUT_OPTION",
+    "asked",
+    "asked_by_connection",
+    "context_tag",
+    "follow",
+    "set_tag",
+    "tag",
+    "timeout_in_force",
+]
+
+#: The execution option that says how long a checkout may wait.
+TIMEOUT_OPTION = "fairpool_timeout"
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -41,9 +53,19 @@ _connection_tag: ContextVar[str | None] = ContextVar(
     "sqla_fairpool_connection_tag", default=None
 )
 _context_tag: ContextVar[str | None] = ContextVar("sqla_fairpool_tag", default=None)
+# The same for how long a checkout may wait. Read only by those who have to wait.
+_asked_timeout: ContextVar[float | None] = ContextVar(
+    "sqla_fairpool_asked_timeout", default=None
+)
+_connection_timeout: ContextVar[float | None] = ContextVar(
+    "sqla_fairpool_connection_timeout", default=None
+)
+_context_timeout: ContextVar[float | None] = ContextVar(
+    "sqla_fairpool_timeout", default=None
+)
 # What was in force outside of each ``with tag(...)``, the innermost last.
-_outer_tags: ContextVar[tuple[str | None, ...]] = ContextVar(
-    "sqla_fairpool_outer_tags", default=()
+_outer: ContextVar[tuple[tuple[str | None, float | None], ...]] = ContextVar(
+    "sqla_fairpool_outer", default=()
 )
 
 #: The tag of the options in force, None without; first read by every checkout.
@@ -51,6 +73,13 @@ asked = _asked.get
 
 #: The tag of the innermost ``with tag(...)``, None without.
 context_tag = _context_tag.get
+
+
+def timeout_in_force() -> float | None:
+    """Return how long this checkout may wait, None if the pool is to say."""
+    asked_timeout = _asked_timeout.get()
+    return _context_timeout.get() if asked_timeout is None else asked_timeout
+
 
 #: What is set on a dialect, to recognise it when a pool is recreated.
 _MARK = "_sqla_fairpool_tag_option"
@@ -73,13 +102,19 @@ class tag:  # noqa: N801  (read as a verb: with tag(...))
     the block begins without it. An engine's or a connection's option wins.
 
     :param name: the tag, a non-empty string of at most 128 printable characters.
-    :raises sqlalchemy.exc.ArgumentError: if it is not.
+    :param timeout: seconds that each checkout in the block may wait, instead of the
+      pool's ``timeout``. Default: as outside of the block. The execution option
+      ``fairpool_timeout`` of an engine or a connection wins.
+    :raises sqlalchemy.exc.ArgumentError: for a bad value, naming it.
     """
 
-    __slots__ = ("_name",)
+    __slots__ = ("_name", "_timeout")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, timeout: float | None = None) -> None:
         self._name = validate_tag(name)
+        self._timeout = (
+            None if timeout is None else validate_timeout(timeout, "timeout")
+        )
 
     # What the blocks around have set is kept in the context as well, not in this
     # object: threads and tasks may share it. No tokens: an interrupt could come
@@ -87,23 +122,28 @@ class tag:  # noqa: N801  (read as a verb: with tag(...))
     # block in another context than they entered it in.
 
     def __enter__(self) -> None:
-        outer, last = _outer_tags.get(), _context_tag.get()
+        outer = _outer.get()
+        last = _context_tag.get(), _context_timeout.get()
         try:
-            _outer_tags.set((*outer, last))
+            _outer.set((*outer, last))
             _context_tag.set(self._name)
+            if self._timeout is not None:
+                _context_timeout.set(self._timeout)
         except BaseException:  # an interrupt: the block is not entered
-            _context_tag.set(last)
-            _outer_tags.set(outer)
+            _context_tag.set(last[0])
+            _context_timeout.set(last[1])
+            _outer.set(outer)
             raise
 
     def __exit__(self, *exc_info: object) -> None:
-        *outer, last = _outer_tags.get() or (None,)
-        _context_tag.set(last)
-        _outer_tags.set(tuple(outer))
+        *outer, (name, timeout) = _outer.get() or ((None, None),)
+        _context_tag.set(name)
+        _context_timeout.set(timeout)
+        _outer.set(tuple(outer))
 
     def __call__(self, function: _F) -> _F:
         """Tag every call of `function`, which may be a coroutine function."""
-        name = self._name
+        name, timeout = self._name, self._timeout
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(
             function
         ):
@@ -116,13 +156,13 @@ class tag:  # noqa: N801  (read as a verb: with tag(...))
 
             @functools.wraps(function)
             async def tagged(*args: Any, **kwargs: Any) -> Any:
-                with tag(name):
+                with tag(name, timeout=timeout):
                     return await function(*args, **kwargs)
         else:
 
             @functools.wraps(function)
             def tagged(*args: Any, **kwargs: Any) -> Any:
-                with tag(name):
+                with tag(name, timeout=timeout):
                     return function(*args, **kwargs)
 
         return cast(_F, tagged)
@@ -142,28 +182,37 @@ def set_tag(name: str | None) -> None:
 
 
 @contextmanager
-def asked_by_connection(name: str) -> Iterator[None]:
-    """Let the next checkout be that of a connection whose own tag is `name`."""
-    outer = _connection_tag.get(), _asked.get()
+def asked_by_connection(name: str | None, timeout: float | None) -> Iterator[None]:
+    """Let the next checkout be that of a connection with options of its own."""
+    variables: list[tuple[ContextVar[Any], Any]] = [
+        (_connection_tag, name),
+        (_asked, name),
+        (_connection_timeout, timeout),
+        (_asked_timeout, timeout),
+    ]
+    outer = [variable.get() for variable, _ in variables]
     try:
-        _connection_tag.set(name)
-        _asked.set(name)
+        for variable, value in variables:
+            variable.set(value)
         yield
     finally:
-        _connection_tag.set(outer[0])
-        _asked.set(outer[1])
+        for (variable, _), value in zip(variables, outer, strict=True):
+            variable.set(value)
 
 
 def follow(
-    dialect: Dialect, option: str, retag: Callable[[Connection, str], bool]
+    dialect: Dialect,
+    option: str,
+    retag: Callable[[Connection, str | None, float | None], bool],
 ) -> bool:
-    """Watch the execution option `option` of a dialect's engines and connections.
+    """Watch the options of a dialect's engines and connections: tag and time-out.
 
     Does so once, however many pools the dialect gets in turn; tells if this was
     the first time.
 
-    :param retag: called when the option is set on a connection, with the
-      connection and its tag. Tells if the connection has another DBAPI
+    :param option: the execution option that carries the tag.
+    :param retag: called when an option is set on a connection, with the connection,
+      its tag and its time-out. Tells if the connection has another DBAPI
       connection now, so that its other options must be applied again.
     """
     seen = getattr(dialect, _MARK, None)
@@ -175,17 +224,19 @@ def follow(
     def set_engine_execution_options(engine: Engine, opts: Mapping[str, Any]) -> None:
         # All its options, not only the new ones: a derived engine has its tag
         # from its parent and reports only what it adds.
-        name = engine.get_execution_options().get(option)
-        if name is not None:
-            _tag_engine(engine, validate_tag(name, option))
+        name, timeout = _read(engine.get_execution_options(), option)
+        if name is not None or timeout is not None:
+            _tag_engine(engine, name, timeout)
         set_on_engine(engine, opts)
 
     def set_connection_execution_options(
         connection: Connection, opts: Mapping[str, Any]
     ) -> None:
-        if option in opts:
-            name = validate_tag(opts[option], option)
-            if retag(connection, name):
+        if option in opts or TIMEOUT_OPTION in opts:
+            if option in opts:
+                validate_tag(opts[option], option)  # not None: that says nothing
+            name, timeout = _read(connection.get_execution_options(), option)
+            if retag(connection, name, timeout):
                 opts = connection.get_execution_options()
         set_on_connection(connection, opts)
 
@@ -197,8 +248,17 @@ def follow(
     return seen is None
 
 
-def _tag_engine(engine: Engine, name: str) -> None:
-    """Have `engine` check out under tag `name`."""
+def _read(options: Mapping[str, Any], option: str) -> tuple[str | None, float | None]:
+    """Return the tag and the time-out that stand among execution options."""
+    name, timeout = options.get(option), options.get(TIMEOUT_OPTION)
+    return (
+        None if name is None else validate_tag(name, option),
+        None if timeout is None else validate_timeout(timeout, TIMEOUT_OPTION),
+    )
+
+
+def _tag_engine(engine: Engine, name: str | None, timeout: float | None) -> None:
+    """Have `engine` check out under tag `name`, waiting for `timeout` at most."""
     set_asked, connection_tag = _asked.set, _connection_tag.get
 
     def raw_connection() -> PoolProxiedConnection:
@@ -210,7 +270,16 @@ def _tag_engine(engine: Engine, name: str) -> None:
         finally:
             set_asked(outer)
 
+    def raw_connection_in_time() -> PoolProxiedConnection:
+        outer = _asked_timeout.get()
+        try:
+            _asked_timeout.set(timeout if _connection_timeout.get() is None else outer)
+            return raw_connection()
+        finally:
+            _asked_timeout.set(outer)
+
     # A reference cycle, so engines that are dropped wait for the collector. They
     # hold no connection; and a weak reference would fail whoever calls
     # engine.execution_options(...).raw_connection() in one breath.
-    setattr(engine, raw_connection.__name__, raw_connection)
+    ask = raw_connection if timeout is None else raw_connection_in_time
+    setattr(engine, raw_connection.__name__, ask)

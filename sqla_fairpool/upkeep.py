@@ -33,6 +33,8 @@ _LOOKS = 4
 class Upkeep(Desk):
     """The desk, with what is done there between two callers."""
 
+    __slots__ = ("_next_look", "next_visit")
+
     def _begin(self) -> None:
         super()._begin()
         self._plan(self.clock())
@@ -44,8 +46,10 @@ class Upkeep(Desk):
         self._next_look = math.inf if ttl is None else now + ttl / _LOOKS
         # What is to fall idle must not be handed out in turn.
         self._hand_out(last_first=self._use_lifo or ttl is not None)
-        #: When somebody has to look around.
-        self.next_visit = min(self.scheduler.next_tick, self._next_look)
+        self._plan_visit()
+
+    #: When somebody has to look around.
+    next_visit: float
 
     def look_around(self, now: float) -> None:
         """Do what is due, if it is: idle tags, unused connections.
@@ -58,7 +62,21 @@ class Upkeep(Desk):
         if now >= self._next_look:
             self._close_unused(now)
             self._plan(now)
-        self.next_visit = min(self.scheduler.next_tick, self._next_look)
+        if now >= self.journal.next_look:
+            scheduler = self.scheduler
+            self.journal.look(now, scheduler.waiting, scheduler.arrivals)
+        self._plan_visit()
+
+    @property
+    def next_duty(self) -> float:
+        """When somebody has to look around for whom a waiter is woken.
+
+        Not for the journal: while he waits, the pool is as exhausted as before.
+        """
+        return min(self.scheduler.next_tick, self._next_look)
+
+    def _plan_visit(self) -> None:
+        self.next_visit = min(self.next_duty, self.journal.next_look)
 
     def keep_up(self) -> None:
         """Look around without coming for anything."""
@@ -86,7 +104,7 @@ class Upkeep(Desk):
         spare = self._open_connections() - self.options.min_idle
         unused.sort(key=lambda record: record.seen[1])
         for record in unused[: max(spare, 0)]:
-            self._retire(record, now)
+            self._retire(record, now, "unused")
 
     def _unused_since(self, record: Record, now: float) -> float:
         """Return a time since which an idle record surely was not used.
@@ -117,7 +135,12 @@ class Upkeep(Desk):
         while self.owner is generation and self._keep_a_slot():
             record = None
             try:
+                began = self.clock()
                 record = cast(Record, opener._create_connection())
+                # Nobody's in particular, so the default tag's.
+                default = self.options.default_tag
+                account = self.scheduler.roster.get(default, began)
+                self.count_opening(account, self.clock() - began)
                 record.seat = Seat(cast(Any, self))
                 record.seat.since = self.clock()
                 opened += 1
@@ -158,7 +181,7 @@ class Upkeep(Desk):
             if generation is self.owner:
                 self._drain(now)
             else:
-                self._retire(record, now)  # another pool has taken over
+                self._retire(record, now, "disposed")  # another pool has taken over
 
     def _first_use(self, opener: Opener) -> None:
         """Open `min_idle` connections because the first one was opened."""
@@ -244,6 +267,7 @@ class Upkeep(Desk):
                 except KeyError:
                     pass  # the former pool was collected meanwhile
         if record is not None:
+            record.reason = "disposed"
             record.close()
 
     def close_left(self, generation: Generation) -> None:
@@ -252,10 +276,11 @@ class Upkeep(Desk):
             record = generation.left.pop()
             with self._lock:
                 self._left.discard(record)
+            record.reason = "disposed"
             record.close()
 
     def close_idle(self) -> None:
         """Close the connections that are in the pool."""
         with self.section() as now:
             for record in list(self._idle):
-                self._retire(record, now)
+                self._retire(record, now, "disposed")

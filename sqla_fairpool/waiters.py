@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 from sqlalchemy import exc
 from sqlalchemy.util import await_only
 
 from ._private import in_greenlet
+from .callers import TaskHere, ThreadHere
 
 __all__ = ["Owner", "TaskWaiter", "ThreadWaiter", "Waiter"]
 
@@ -27,6 +28,9 @@ class Owner(Protocol):
 
 class Waiter(Protocol):
     """What the pool asks of a waiter."""
+
+    #: Tells who is asking: a ThreadHere or a TaskHere.
+    here: ClassVar[Any]
 
     def __init__(self, owner: Owner) -> None: ...
 
@@ -50,6 +54,8 @@ class ThreadWaiter:
     """
 
     __slots__ = ("_lock",)
+
+    here: ClassVar[Any] = ThreadHere()
 
     def __init__(self, owner: Owner) -> None:
         self._lock = threading.Lock()
@@ -85,6 +91,8 @@ class TaskWaiter:
     """
 
     __slots__ = ("_future", "_loop", "_owner")
+
+    here: ClassVar[Any] = TaskHere()
 
     def __init__(self, owner: Owner) -> None:
         try:

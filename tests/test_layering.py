@@ -11,16 +11,19 @@ PACKAGE = Path(sqla_fairpool.__file__).parent
 
 #: Each layer may import the ones above it.
 LAYERS = [
-    {"options", "errors", "stats"},
-    {"policy", "agenda"},
+    {"diagnosis", "options", "stats"},
+    {"errors"},
+    {"policy", "agenda", "meters"},
     {"account"},
     {"roster"},
     {"scheduler"},
-    {"tagging", "_private"},
-    {"waiters"},
+    {"tagging", "_private", "callers", "journal"},
+    {"waiters", "reach"},
     {"seats"},
+    {"server_tag"},
     {"desk"},
-    {"upkeep"},
+    {"inquiry", "lifetimes"},
+    {"deadlock", "leaks", "upkeep"},
     {"exchange"},
     {"snapshot"},
     {"pool"},
@@ -32,7 +35,7 @@ LAYERS = [
 ]
 
 #: Modules that may not know SQLAlchemy, threads or the time.
-PURE = {"policy", "agenda", "account", "roster", "scheduler"}
+PURE = {"policy", "agenda", "meters", "account", "roster", "scheduler"}
 
 
 def modules():
@@ -96,7 +99,7 @@ def test_no_module_imports_to_the_right():
 
 
 def test_core_knows_no_thread_no_clock_and_no_database():
-    allowed = {"__future__", "collections", "heapq", "math", "typing"}
+    allowed = {"__future__", "bisect", "collections", "heapq", "math", "typing"}
     for name, tree in modules():
         if name in PURE:
             others = {other for _, other in imports(tree) if other is not None}

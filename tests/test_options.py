@@ -25,6 +25,9 @@ def test_defaults_are_the_contract():
         default_tag="unknown",
         min_idle=0,
         idle_connection_ttl=None,
+        leak_threshold=None,
+        deadlock_guard=True,
+        server_tag=False,
         defaulted=frozenset({"soft_limit", "max_limit"}),
     )
     assert options.capacity == 20
@@ -97,12 +100,29 @@ def test_numbers_may_be_strings(server):
             "sqlalchemy.max_waiting": "100",
             "sqlalchemy.min_idle": "3",
             "sqlalchemy.idle_connection_ttl": "9.5",
+            "sqlalchemy.leak_threshold": "60",
+            "sqlalchemy.deadlock_guard": "off",
         },
         poolclass=FairQueuePool,
         creator=server.connect,
     )
     assert engine.pool.options == PoolOptions(
-        8, 2, 5.0, 4, 6, 1.5, 0.5, 100, "scraper", "unknown", 3, 9.5, frozenset()
+        pool_size=8,
+        max_overflow=2,
+        timeout=5.0,
+        soft_limit=4,
+        max_limit=6,
+        idle_timeout=1.5,
+        reallocation_interval=0.5,
+        max_waiting=100,
+        tag_option="scraper",
+        default_tag="unknown",
+        min_idle=3,
+        idle_connection_ttl=9.5,
+        leak_threshold=60.0,
+        deadlock_guard=False,
+        server_tag=False,
+        defaulted=frozenset(),
     )
 
 

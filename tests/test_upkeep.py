@@ -14,6 +14,7 @@ from support.threads import Caller, ensure_waiting
 
 import sqla_fairpool
 from sqla_fairpool import AsyncAdaptedFairQueuePool
+from sqla_fairpool.exchange import Exchange
 
 
 def take(pool, number, name="a"):
@@ -274,17 +275,14 @@ def test_slot_is_taken_until_the_unused_connection_is_closed(make_pool, server, 
     assert server.most == 1
 
 
-def test_common_path_does_not_look(make_pool, server, clock):
+def test_common_path_does_not_look(make_pool, server, clock, monkeypatch):
     """With a connection kept warm, a checkout enters no critical section."""
     pool = make_pool(idle_connection_ttl=100.0, min_idle=2)
     give(take(pool, 1))
-    exchange = pool._exchange
-    exchange.section = None  # entering one would fail
-    exchange._checkout = None
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(Exchange, "section", None)  # entering one would fail
+        patch.setattr(Exchange, "_checkout", None)
         give(take(pool, 1))
-    finally:
-        del exchange.section, exchange._checkout
 
 
 # -- reconfigure ----------------------------------------------------------------------

@@ -1,0 +1,219 @@
+"""Why somebody waits in vain: the facts, and the sentences made of them.
+
+Pure: from what the pool has copied under its lock to what an operator reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+__all__ = ["Diagnosis", "Holding", "describe_holders", "duration"]
+
+#: Holders named in a message; the others are summed up. Six fit on a line.
+_HOLDERS_NAMED = 6
+
+#: Oldest checkouts that a message tells of.
+_OLDEST_NAMED = 3
+
+#: A connection without a statement for so many seconds is held by somebody who does
+#: something else: a statement that takes longer is running, and is seen as that
+#: by its place in the code.
+_QUIET = 5.0
+
+#: A checkout that is so many times as old as the wait that it has made vain is the
+#: one to look at.
+_OLD = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A connection that is out, or being opened."""
+
+    tag: str
+    #: Seconds since it was checked out.
+    age: float
+    #: Who has it: ``thread 'worker-3'``.
+    caller: str
+    #: Where it was checked out, if that is noted (`leak_threshold`).
+    taken_at: str | None = None
+    #: Where the caller is now.
+    now_at: str | None = None
+    #: Seconds since its last statement began; None if it had none in this checkout.
+    statement_age: float | None = None
+    #: It is being opened: the database has not answered yet.
+    opening: bool = False
+    #: Its caller is the one who is waiting.
+    own: bool = False
+
+    @property
+    def quiet_for(self) -> float:
+        """Seconds since anything was done with it."""
+        return self.age if self.statement_age is None else self.statement_age
+
+    def __str__(self) -> str:
+        parts = [f"{self.tag!r} for {duration(self.age)} by {self.caller}"]
+        if self.taken_at is not None:
+            parts.append(f"taken at {self.taken_at}")
+        if self.opening:
+            parts.append("still connecting")
+        elif self.statement_age is None:
+            parts.append("no statement yet")
+        else:
+            parts.append(f"last statement {duration(self.statement_age)} ago")
+        if self.now_at is not None and not self.own:
+            parts.append(f"now at {self.now_at}")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """What the pool looked like when a checkout was given up."""
+
+    #: Who waited, and for how many seconds.
+    tag: str
+    waited: float
+    #: What the tag held, its ceiling, how many waited under it, and at which place.
+    in_use: int
+    ceiling: int
+    waiting: int
+    place: int
+    #: How many tags were active: the reason for the ceiling.
+    active_tags: int
+    #: The pool's slots in use, how many there are, connections in the pool.
+    pool_in_use: int
+    capacity: int
+    idle: int
+    #: Connections by tag, the largest holders first.
+    holders: tuple[tuple[str, int], ...]
+    #: What is out, the oldest first.
+    holdings: tuple[Holding, ...]
+
+    def __str__(self) -> str:
+        oldest = "; ".join(map(str, self.oldest[:_OLDEST_NAMED]))
+        return "; ".join(filter(None, [self.figures, oldest and f"oldest: {oldest}"]))
+
+    @property
+    def figures(self) -> str:
+        """The counts, on one line."""
+        return (
+            f"tag {self.tag!r} in_use={self.in_use} ceiling={self.ceiling} "
+            f"waiting={self.waiting} place={self.place}; "
+            f"pool in_use={self.pool_in_use}/{self.capacity} idle={self.idle} "
+            f"active_tags={self.active_tags}; {describe_holders(self.holders)}"
+        )
+
+    @property
+    def at_ceiling(self) -> bool:
+        """The tag had all it may have, and the pool had more."""
+        return self.in_use >= self.ceiling and self.pool_in_use < self.capacity
+
+    @property
+    def oldest(self) -> tuple[Holding, ...]:
+        """What would have had to come back: the tag's own, or anybody's."""
+        if self.in_use < self.ceiling:
+            return self.holdings
+        return tuple(h for h in self.holdings if h.tag == self.tag)
+
+    @property
+    def advice(self) -> str:
+        """One sentence that fits the case."""
+        held = self.oldest
+        for say in (_nested, _connecting, _leaked, _idle_holder):
+            sentence = say(self, held)
+            if sentence is not None:
+                return sentence
+        if self.at_ceiling:
+            return (
+                f"tag {self.tag!r} is at its ceiling while the pool has "
+                f"{self.capacity - self.pool_in_use} free: {_why(self)}"
+            )
+        return (
+            f"all {self.capacity} connections are at work and "
+            f"{self.waiting} wait under {self.tag!r} alone: hold them for shorter, "
+            "or give the pool more"
+        )
+
+
+def _nested(case: Diagnosis, held: Sequence[Holding]) -> str | None:
+    own = next((h for h in held if h.own), None)
+    if own is None:
+        return None
+    where = f" at {own.taken_at}" if own.taken_at else ""
+    return (
+        f"the caller itself holds a connection of {own.tag!r}, taken{where} "
+        f"{duration(own.age)} ago, and waits for one more: return the first before, "
+        "or pass it on"
+    )
+
+
+def _connecting(case: Diagnosis, held: Sequence[Holding]) -> str | None:
+    opening = [h for h in held if h.opening and h.age >= case.waited / 2]
+    if 2 * len(opening) < len(held) or not opening:
+        return None
+    return (
+        f"{len(opening)} of {len(held)} connections are being opened, the first for "
+        f"{duration(opening[0].age)}: the database does not answer"
+    )
+
+
+def _leaked(case: Diagnosis, held: Sequence[Holding]) -> str | None:
+    old = [h for h in held if h.age >= _OLD * max(case.waited, _QUIET)]
+    if not old or 2 * len(old) > len(held) > 2:
+        return None  # when most are old, it is how they work
+    first = old[0]
+    where = f", taken at {first.taken_at}" if first.taken_at else ""
+    how = "" if first.taken_at else "; leak_threshold would tell where it was taken"
+    return (
+        f"a connection of {first.tag!r} is out for {duration(first.age)} "
+        f"({first.caller}{where}): it may never come back{how}"
+    )
+
+
+def _idle_holder(case: Diagnosis, held: Sequence[Holding]) -> str | None:
+    quiet = [h for h in held if not h.opening and h.quiet_for >= _QUIET]
+    if 2 * len(quiet) < len(held) or not quiet:
+        return None
+    by_tag: dict[str, list[Holding]] = {}
+    for holding in quiet:
+        by_tag.setdefault(holding.tag, []).append(holding)
+    tag, most = max(by_tag.items(), key=lambda item: len(item[1]))
+    since = min(h.quiet_for for h in most)
+    example = next((h.now_at for h in most if h.now_at), None)
+    where = f" ({most[0].caller} is at {example})" if example else ""
+    return (
+        f"{tag!r} keeps {len(most)} connections and uses none of them, the last "
+        f"statement was {duration(since)} ago{where}: end the transaction and close "
+        "before waiting for something else"
+    )
+
+
+def _why(case: Diagnosis) -> str:
+    if case.active_tags > 1:
+        return (
+            f"of {case.active_tags} active tags each may have {case.ceiling} "
+            "(soft_limit)"
+        )
+    return f"alone it may have {case.ceiling} (max_limit)"
+
+
+def duration(seconds: float) -> str:
+    """Return ``0.25s``, ``41s`` or ``12m05s``."""
+    if seconds < 10:
+        return f"{seconds:.2f}s"
+    if seconds < 60:
+        return f"{seconds:.0f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+
+
+def describe_holders(holders: Sequence[tuple[str, int]]) -> str:
+    """Return ``held by web=12 jobs=6``, the largest holders first."""
+    if not holders:
+        return "held by nobody"
+    named = [f"{tag}={in_use}" for tag, in_use in holders[:_HOLDERS_NAMED]]
+    rest = holders[_HOLDERS_NAMED:]
+    if rest:
+        named.append(f"and {len(rest)} more tags={sum(n for _, n in rest)}")
+    return "held by " + " ".join(named)
