@@ -73,6 +73,7 @@ class Ticket:
             account.hold_max = self.held_max
         meter = account.meter
         meter.checkouts += self.again + account.silent
+        meter.at_once += self.again
         meter.hold.add_all(self.again + 1, self.held, self.long_holds)
         if self.long_holds:
             self.long_holds = []

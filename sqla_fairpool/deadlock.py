@@ -99,7 +99,7 @@ def _stuck_with(desk: Desk, seat: Seat, deadline: float) -> Sequence[Seat]:
         return ()  # granted; or a slot is out of use for a moment
     out = desk.seats_out()
     helpful = _helpful(scheduler, seat, out)
-    if not any(other.holder is seat.holder for other in helpful):
+    if not any(other.holder is seat.holder for other in out):
         return ()
     if _may_rise(scheduler, seat.account, deadline):
         return ()

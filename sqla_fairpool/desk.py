@@ -19,6 +19,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import weakref
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from .leaks import LeakWatch
 
 __all__ = ["Desk", "refuse_finaliser"]
+
+_numbers = itertools.count(1)
 
 
 class Desk:
@@ -81,6 +84,7 @@ class Desk:
         "journal",
         "leaks",
         "logger",
+        "number",
         "options",
         "owner",
         "scheduler",
@@ -96,6 +100,8 @@ class Desk:
         use_lifo: bool,
         clock: Callable[[], float],
     ) -> None:
+        #: Tells it from others in this process.
+        self.number = next(_numbers)
         self.options = options
         self._waiter_class = waiter_class
         #: Tells who is asking.

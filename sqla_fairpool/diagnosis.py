@@ -119,7 +119,7 @@ class Diagnosis:
     def advice(self) -> str:
         """One sentence that fits the case."""
         held = self.oldest
-        for say in (_nested, _connecting, _leaked, _idle_holder):
+        for say in (_nested, _connecting, _idle_holder, _leaked):
             sentence = say(self, held)
             if sentence is not None:
                 return sentence
@@ -179,10 +179,14 @@ def _idle_holder(case: Diagnosis, held: Sequence[Holding]) -> str | None:
         by_tag.setdefault(holding.tag, []).append(holding)
     tag, most = max(by_tag.items(), key=lambda item: len(item[1]))
     since = min(h.quiet_for for h in most)
-    example = next((h.now_at for h in most if h.now_at), None)
-    where = f" ({most[0].caller} is at {example})" if example else ""
+    first = next((h for h in most if h.now_at or h.taken_at), most[0])
+    where = ""
+    if first.now_at:
+        where = f" ({first.caller} is at {first.now_at})"
+    elif first.taken_at:
+        where = f" (one was taken at {first.taken_at})"
     return (
-        f"{tag!r} keeps {len(most)} connections and uses none of them, the last "
+        f"{tag!r} keeps {len(most)} of {len(held)} connections unused, the last "
         f"statement was {duration(since)} ago{where}: end the transaction and close "
         "before waiting for something else"
     )

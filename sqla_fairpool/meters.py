@@ -11,7 +11,8 @@ all others share one.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 
 __all__ = ["BOUNDS", "MAX_METERS", "OTHER", "Histogram", "Meter", "Meters"]
 
@@ -49,12 +50,15 @@ OTHER = "other"
 class Histogram:
     """Durations by size. Seconds."""
 
-    __slots__ = ("counts", "total")
+    __slots__ = ("counts", "raw", "total")
 
     def __init__(self) -> None:
         #: Durations up to each bound, and above the last; not cumulated.
         self.counts = [0] * (len(BOUNDS) + 1)
         self.total = 0.0
+        #: Each duration, for an exporter that wants them one by one and has put an
+        #: empty one here. If it does not fetch them, the oldest are dropped.
+        self.raw: deque[float] | None = None
 
     @property
     def count(self) -> int:
@@ -65,6 +69,8 @@ class Histogram:
         """Count one duration."""
         self.counts[bisect_left(BOUNDS, seconds)] += 1
         self.total += seconds
+        if self.raw is not None:
+            self.raw.append(seconds)
 
     def add_all(self, count: int, total: float, longer: Sequence[float]) -> None:
         """Count many, of which those in `longer` are above the first bound."""
@@ -73,12 +79,19 @@ class Histogram:
         for seconds in longer:
             counts[bisect_left(BOUNDS, seconds)] += 1
         self.total += total
+        if self.raw is not None:
+            self.raw.extend(longer)
+            shorter = count - len(longer)
+            # Which of these took how long is not known; for any purpose, alike.
+            mean = (total - sum(longer)) / max(shorter, 1)
+            self.raw.extend([mean] * shorter)
 
 
 class Meter:
     """What is counted for one tag, since the pool was made."""
 
     __slots__ = (
+        "at_once",
         "checkouts",
         "create",
         "create_failures",
@@ -93,6 +106,8 @@ class Meter:
         #: Checkouts granted. Of the default tag, those that came back: until
         #: then it may turn out that they are somebody else's.
         self.checkouts = 0
+        #: Those that had not to wait.
+        self.at_once = 0
         #: How long those that had to wait and were granted waited.
         self.wait = Histogram()
         #: How long connections were kept, counted when they came back.
@@ -111,6 +126,8 @@ class Meters:
 
     def __init__(self) -> None:
         self.by_tag: dict[str, Meter] = {}
+        #: Called with each new meter, under the pool's lock.
+        self.on_new: list[Callable[[str, Meter], None]] = []
         self._other: Meter | None = None
 
     def of(self, tag: str) -> Meter:
@@ -119,8 +136,13 @@ class Meters:
         if meter is not None:
             return meter
         if len(self.by_tag) < MAX_METERS:
-            meter = self.by_tag[tag] = Meter()
-            return meter
+            return self._new(tag)
         if self._other is None:
-            self._other = self.by_tag.setdefault(OTHER, Meter())
+            self._other = self.by_tag.get(OTHER) or self._new(OTHER)
         return self._other
+
+    def _new(self, tag: str) -> Meter:
+        meter = self.by_tag[tag] = Meter()
+        for tell in self.on_new:
+            tell(tag, meter)
+        return meter

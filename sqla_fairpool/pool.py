@@ -20,6 +20,7 @@ from sqlalchemy.util import greenlet_spawn
 from . import _private, tagging
 from .exchange import Exchange, TracedExchange
 from .lifetimes import observe, time_openings
+from .metrics import PoolMetrics, Source, collect
 from .options import BadOption, PoolOptions, describe_changes
 from .seats import Generation, Seat
 from .server_tag import tell, tell_on_checkout
@@ -28,7 +29,7 @@ from .stats import PoolStats
 from .tagging import asked, context_tag
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
 
-__all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool"]
+__all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool", "metrics_source"]
 
 
 class FairQueuePool(Pool):
@@ -283,6 +284,19 @@ class FairQueuePool(Pool):
         """Return a snapshot of the pool and a row for each tag. O(tags log tags)."""
         return snapshot(self._exchange)
 
+    def metrics(self) -> PoolMetrics:
+        """Return counters and histograms for monitoring. O(tags).
+
+        :mod:`sqla_fairpool.prometheus` and :mod:`sqla_fairpool.opentelemetry` export
+        them.
+        """
+        return collect(self._exchange, self.metrics_name)
+
+    @property
+    def metrics_name(self) -> str:
+        """What tells this pool from others: ``pool_logging_name``, or a number."""
+        return self._orig_logging_name or f"pool-{self._exchange.number}"
+
     def __repr__(self) -> str:
         exchange = self._exchange
         scheduler = exchange.scheduler
@@ -327,6 +341,20 @@ class AsyncAdaptedFairQueuePool(FairQueuePool):
     async def upkeep(self) -> None:  # type: ignore[override]
         """Do what is left to the next visitor. See :meth:`FairQueuePool.upkeep`."""
         await greenlet_spawn(super().upkeep)
+
+
+def metrics_source(engine: Any) -> Source:
+    """Return what exporters read from: the figures of an engine's pool.
+
+    :param engine: an engine, an asyncio engine, or a pool.
+    :raises sqlalchemy.exc.ArgumentError: if its pool is not a fair one.
+    """
+    pool = getattr(engine, "pool", engine)
+    if not isinstance(pool, FairQueuePool):
+        raise exc.ArgumentError(
+            f"{engine!r} has no FairQueuePool, so there are no figures of it"
+        )
+    return Source(pool._exchange, pool.metrics_name)
 
 
 def _watch_dialect(dialect: Dialect, options: PoolOptions) -> None:

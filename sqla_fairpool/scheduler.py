@@ -120,6 +120,7 @@ class Scheduler:
         # (promise 3); this tag is not, so none of them is of this tag.
         if self.in_use < self.capacity and account.in_use < self.ceiling(account):
             self._grant(ticket, now)
+            account.meter.at_once += 1
             return True
         if self.max_waiting is not None and self.waiting >= self.max_waiting:
             raise LineFull
@@ -234,6 +235,7 @@ class Scheduler:
         target.checkouts += 1
         if not target.silent:
             target.meter.checkouts += 1
+        target.meter.at_once += 1
         ticket.account = target
         ticket.since = now
         return self._dispatch(now)

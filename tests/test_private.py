@@ -129,3 +129,45 @@ def test_in_greenlet_is_true_where_something_can_be_awaited():
 
 def test_asyncio_pool_without_an_engine_is_one_of_asyncios():
     assert _private.async_connection_dialect().is_async
+
+
+def test_handed_out_is_what_the_pool_gave_to_the_connection(engine):
+    with engine.connect() as connection:
+        record = _private.record_of(connection)
+        assert _private.handed_out(record) is connection.connection
+    assert _private.handed_out(record) is None
+    assert _private.handed_out(ConnectionPoolEntry()) is None
+
+
+def test_creator_is_timed_at_every_opening(engine, server, clock):
+    noted = []
+    pool = engine.pool
+    _private.time_creator(pool, clock, lambda *args: noted.append(args))
+    server.before["connect"] = lambda: clock.advance(0.5)
+    with engine.connect() as connection:
+        record = _private.record_of(connection)
+        connection.invalidate()
+    with engine.connect():
+        pass
+    assert noted == [(record, 0.5), (record, 0.5)]
+
+    def fail():
+        raise RuntimeError("no")
+
+    server.before["connect"] = fail
+    engine.dispose()
+    _private.time_creator(engine.pool, clock, lambda *args: noted.append(args))
+    with pytest.raises(RuntimeError):
+        engine.connect()
+    assert noted[2][1] is None
+
+
+def test_record_expires_with_the_pools_recycle(server, monkeypatch):
+    engine = server.engine(poolclass=QueuePool, pool_recycle=100)
+    with engine.connect() as connection:
+        record = _private.record_of(connection)
+        assert not _private.expired(engine.pool, record)
+        monkeypatch.setattr("time.time", lambda: record.starttime + 101)
+        assert _private.expired(engine.pool, record)
+    never = server.engine(poolclass=QueuePool)
+    assert not _private.expired(never.pool, record)
