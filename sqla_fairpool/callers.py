@@ -29,6 +29,7 @@ __all__ = [
     "describe_place",
     "describe_stack",
     "frames_of",
+    "has_ended",
     "places",
     "users_place",
 ]
@@ -116,6 +117,8 @@ def frames_of(caller: Caller | None) -> list[FrameType]:
     """Return the frames in which a caller is at this moment, innermost first."""
     someone = caller() if caller is not None else None
     if isinstance(someone, threading.Thread):
+        if not someone.is_alive():
+            return []  # another thread may have its number by now
         return list(_up(sys._current_frames().get(someone.ident or 0)))
     if isinstance(someone, asyncio.Task) and not someone.done():
         found = [getattr(c, "cr_frame", None) for c in coroutines_of(someone)]
@@ -196,6 +199,16 @@ def describe_stack(stack: Sequence[Place]) -> str:
     return "\nchecked out at (most recent call last):" + "".join(lines)
 
 
+def has_ended(caller: Caller | None) -> bool:
+    """Tell if a caller is no more, so that nobody will return what he took."""
+    if caller is None:
+        return False
+    someone = caller()
+    if isinstance(someone, threading.Thread):
+        return not someone.is_alive()
+    return someone is None or bool(someone.done())
+
+
 # -- in words ------------------------------------------------------------------------
 
 
@@ -205,8 +218,7 @@ def describe_caller(caller: Caller | None) -> str:
         return "a caller outside of any task"
     someone = caller()
     if isinstance(caller, _Thread):
-        alive = someone is not None and someone.is_alive()
-        return f"thread {caller.name!r}" + ("" if alive else " (ended)")
+        return f"thread {caller.name!r}" + (" (ended)" if has_ended(caller) else "")
     if someone is None:
         return "a task that has ended"
-    return f"task {someone.get_name()!r}" + (" (ended)" if someone.done() else "")
+    return f"task {someone.get_name()!r}" + (" (ended)" if has_ended(caller) else "")

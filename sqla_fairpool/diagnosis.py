@@ -45,6 +45,8 @@ class Holding:
     opening: bool = False
     #: Its caller is the one who is waiting.
     own: bool = False
+    #: Its caller has ended and left it behind.
+    abandoned: bool = False
 
     @property
     def quiet_for(self) -> float:
@@ -88,10 +90,17 @@ class Diagnosis:
     holders: tuple[tuple[str, int], ...]
     #: What is out, the oldest first.
     holdings: tuple[Holding, ...]
+    #: Where the caller waited, in the user's code.
+    asked_at: str | None = None
 
     def __str__(self) -> str:
         oldest = "; ".join(map(str, self.oldest[:_OLDEST_NAMED]))
-        return "; ".join(filter(None, [self.figures, oldest and f"oldest: {oldest}"]))
+        parts = [
+            self.figures,
+            oldest and f"oldest: {oldest}",
+            self.asked_at and f"asked for at {self.asked_at}",
+        ]
+        return "; ".join(filter(None, parts))
 
     @property
     def figures(self) -> str:
@@ -158,8 +167,8 @@ def _connecting(case: Diagnosis, held: Sequence[Holding]) -> str | None:
 
 
 def _leaked(case: Diagnosis, held: Sequence[Holding]) -> str | None:
-    old = [h for h in held if h.age >= _OLD * max(case.waited, _QUIET)]
-    if not old or 2 * len(old) > len(held) > 2:
+    old = [h for h in held if h.abandoned or h.age >= _OLD * max(case.waited, _QUIET)]
+    if not old or (2 * len(old) > len(held) > 2 and not old[0].abandoned):
         return None  # when most are old, it is how they work
     first = old[0]
     where = f", taken at {first.taken_at}" if first.taken_at else ""
@@ -171,7 +180,9 @@ def _leaked(case: Diagnosis, held: Sequence[Holding]) -> str | None:
 
 
 def _idle_holder(case: Diagnosis, held: Sequence[Holding]) -> str | None:
-    quiet = [h for h in held if not h.opening and h.quiet_for >= _QUIET]
+    quiet = [
+        h for h in held if not h.opening and not h.abandoned and h.quiet_for >= _QUIET
+    ]
     if 2 * len(quiet) < len(held) or not quiet:
         return None
     by_tag: dict[str, list[Holding]] = {}

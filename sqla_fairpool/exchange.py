@@ -263,7 +263,7 @@ class Exchange(Upkeep):
                 if now >= deadline and seat.waiter is not None:
                     scene = self._expire(seat, now)
                     break
-        diagnosis = scene.diagnose()
+        diagnosis = scene.diagnose(self.here.frames())
         raise CheckoutTimeout(
             f"checkout timed out after {scene.waited:.2f}s: {diagnosis}; "
             f"advice: {diagnosis.advice}",
@@ -287,7 +287,7 @@ class Exchange(Upkeep):
             return
         with self._lock:
             seat.account.meter.deadlocks += 1
-        diagnosis = scene.diagnose()
+        diagnosis = scene.diagnose(self.here.frames())
         raise SelfDeadlock(
             f"checkout would wait for itself: {diagnosis}; advice: {diagnosis.advice}",
             diagnosis.tag,

@@ -6,8 +6,9 @@ after it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from types import FrameType
 
 from .callers import (
     Caller,
@@ -15,6 +16,7 @@ from .callers import (
     describe_caller,
     describe_place,
     frames_of,
+    has_ended,
     places,
     users_place,
 )
@@ -53,8 +55,11 @@ class Scene:
     holders: list[tuple[str, int]]
     copies: list[Copy]
 
-    def diagnose(self) -> Diagnosis:
-        """Return it as facts, for whoever reads the error. Without the lock."""
+    def diagnose(self, frames: Iterable[FrameType]) -> Diagnosis:
+        """Return it as facts, for whoever reads the error. Without the lock.
+
+        :param frames: those of the caller who waited.
+        """
         tag, in_use, ceiling, waiting, place = self.account
         active, pool_in_use, capacity, idle = self.pool
         copies = sorted(self.copies, key=lambda copy: copy.since)
@@ -74,6 +79,7 @@ class Scene:
                 as_holding(copy, self.now, self.caller, look_up=n < _LOOKED_UP)
                 for n, copy in enumerate(copies)
             ),
+            asked_at=describe_place(users_place(places(frames))),
         )
 
 
@@ -140,4 +146,5 @@ def as_holding(
         statement_age=max(now - copy.used, 0.0) if copy.used >= copy.since else None,
         opening=copy.opening,
         own=own,
+        abandoned=has_ended(copy.holder),
     )

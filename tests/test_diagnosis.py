@@ -21,7 +21,7 @@ from sqla_fairpool import (
     Holding,
     tag,
 )
-from sqla_fairpool.callers import ThreadHere, describe_caller
+from sqla_fairpool.callers import ThreadHere, describe_caller, frames_of
 from sqla_fairpool.diagnosis import duration
 
 
@@ -102,6 +102,12 @@ def test_leak():
     assert unknown.advice.endswith("; leak_threshold would tell where it was taken")
 
 
+def test_holder_that_has_ended():
+    left = holding(caller="thread 'w' (ended)", abandoned=True)
+    advice = case(holdings=(left, holding())).advice
+    assert advice.startswith("a connection of 'web' is out for 0.50s (thread 'w' (end")
+
+
 def test_nested_checkout():
     found = case(holdings=(holding(own=True, taken_at="x.py:3 in run"), holding()))
     assert found.advice == (
@@ -166,6 +172,9 @@ def test_message_names_thread_age_statement_and_line(make_engine, clock):
     assert "oldest: 'layer2' for 41s by thread 'Thread-" in message
     assert "last statement 41s ago, now at " in message
     assert "tests/test_diagnosis.py:" in message
+    name = test_message_names_thread_age_statement_and_line.__name__
+    assert facts.asked_at.endswith(f" in {name}")
+    assert f"asked for at {facts.asked_at}; advice:" in message
     assert "advice: 'layer2' keeps 1 of 1 connections unused" in message
     assert "\n" not in message
 
@@ -211,6 +220,7 @@ def test_callers_in_words():
     thread.start()
     thread.join()
     assert describe_caller(names[0]) == "thread 'spider' (ended)"
+    assert frames_of(names[0]) == []
     del thread
     assert describe_caller(names[0]) == "thread 'spider' (ended)"
     assert describe_caller(None) == "a caller outside of any task"

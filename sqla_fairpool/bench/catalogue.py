@@ -5,7 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-from . import contention, light, memory, scale, statements, styles, uncontended
+from . import (
+    contention,
+    light,
+    memory,
+    scale,
+    settings,
+    statements,
+    styles,
+    uncontended,
+)
 from .generator import GENERATOR
 from .report import Findings, Section
 from .rivalry import PEERS
@@ -31,6 +40,9 @@ POOL = Scenario(
         light.all_cases,
         statements.statement_on_postgresql,
         statements.statement_on_sqlite,
+        settings.of_diagnosis,
+        settings.of_figures,
+        settings.of_server_tag,
     ),
     ("uncontended", "floor", "hold", "fair 200", "no hold", "light", "statement"),
     modules=("psycopg2",),
