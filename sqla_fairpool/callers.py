@@ -116,14 +116,12 @@ def coroutines_of(task: asyncio.Task[Any]) -> Iterator[Any]:
 def frames_of(caller: Caller | None) -> list[FrameType]:
     """Return the frames in which a caller is at this moment, innermost first."""
     someone = caller() if caller is not None else None
-    if isinstance(someone, threading.Thread):
-        if not someone.is_alive():
-            return []  # another thread may have its number by now
+    if someone is None or has_ended(caller):
+        return []  # another thread may have its number by now
+    if isinstance(caller, _Thread):
         return list(_up(sys._current_frames().get(someone.ident or 0)))
-    if isinstance(someone, asyncio.Task) and not someone.done():
-        found = [getattr(c, "cr_frame", None) for c in coroutines_of(someone)]
-        return [frame for frame in reversed(found) if frame is not None]
-    return []
+    found = [getattr(c, "cr_frame", None) for c in coroutines_of(someone)]
+    return [frame for frame in reversed(found) if frame is not None]
 
 
 # -- places --------------------------------------------------------------------------
@@ -204,9 +202,10 @@ def has_ended(caller: Caller | None) -> bool:
     if caller is None:
         return False
     someone = caller()
-    if isinstance(someone, threading.Thread):
-        return not someone.is_alive()
-    return someone is None or bool(someone.done())
+    if someone is None:
+        return True
+    # By what refers to it: under gevent the main thread is no threading.Thread.
+    return not someone.is_alive() if isinstance(caller, _Thread) else someone.done()
 
 
 # -- in words ------------------------------------------------------------------------

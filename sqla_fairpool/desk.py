@@ -59,6 +59,7 @@ class Desk:
     # (CPython's SHARED_KEYS_MAX_SIZE).
     __slots__ = (
         "__weakref__",
+        "_allotted",
         "_bells",
         "_busy",
         "_chores",
@@ -70,6 +71,7 @@ class Desk:
         "_lock",
         "_never_full",
         "_opening",
+        "_out_of_use",
         "_pool_size",
         "_records",
         "_spare_seats",
@@ -147,6 +149,10 @@ class Desk:
         self._left: weakref.WeakSet[Record] = weakref.WeakSet()
         # The waiting seat whose owner wakes up for the next reallocation.
         self._watch: Seat | None = None
+        # How many connections there may be, and how many of them are being closed, or
+        # opened ahead, or were detached: whose slots are out of use meanwhile.
+        self._allotted = self.options.capacity
+        self._out_of_use = 0
         self.scheduler = Scheduler(
             capacity=self.options.capacity,
             soft_limit=self.options.soft_limit,
@@ -340,28 +346,39 @@ class Desk:
     def _drain(self, now: float) -> None:
         """Have idle records closed of which there are too many, the oldest first.
 
-        There are none but after :meth:`~.upkeep.Upkeep.reconfigure`.
+        There are none but after a limit has fallen.
         """
-        scheduler, idle = self.scheduler, self._idle
-        while idle and scheduler.in_use + len(idle) > scheduler.capacity:
-            # No slot is left for it, so none is kept out of use.
-            idle[0].reason = "resized"
-            self._chores.append(idle[0].close)
-            idle.popleft()
-        while len(idle) > self._pool_size:
+        idle = self._idle
+        while idle and (
+            len(idle) > self._pool_size
+            or self.scheduler.in_use + len(idle) > self._allotted
+        ):
             self._retire(idle[0], now, "resized")
 
     def _retire(self, record: Record, now: float, reason: str) -> None:
         """Have an idle record closed, with a slot out of use until it is."""
         record.reason = reason
-        self.scheduler.set_capacity(self.scheduler.capacity - 1, now)
-        self._chores.append(partial(self._close_then, self._one_slot_more, record))
+        self._chores.append(partial(self._close_then, self._retired, record))
         self._idle.remove(record)
+        self._keep_out_of_use(+1, now)
 
-    def _one_slot_more(self, record: Record | None = None) -> None:
+    def _retired(self, record: Record) -> None:
         with self.section() as now:
-            capacity = self.scheduler.capacity + 1
-            self._deliver(self.scheduler.set_capacity(capacity, now), None)
+            self._deliver(self._keep_out_of_use(-1, now), None)
+
+    def _keep_out_of_use(self, by: int, now: float) -> Sequence[Ticket]:
+        """Let fewer, or more, slots be granted; return who is granted by it."""
+        self._out_of_use += by
+        return self.scheduler.set_capacity(self._capacity(), now)
+
+    def _capacity(self) -> int:
+        """Return how many slots may be in use now.
+
+        Those out of use count, unless they are beyond what is allotted: who has a
+        connection, or takes one that is there, opens none.
+        """
+        there = self.scheduler.in_use + len(self._idle)
+        return min(self._allotted, max(self._allotted - self._out_of_use, there))
 
     def _close_then(self, after: Callable[[Record], None], record: Record) -> None:
         try:

@@ -152,23 +152,21 @@ class Upkeep(Desk):
         """Keep a slot out of use for one more connection, if one is wanted."""
         with self.section() as now:
             scheduler = self.scheduler
-            # Those that others open at this moment have lowered the capacity.
-            opening = self.options.capacity - scheduler.capacity
-            if self._open_connections() + opening >= self.options.min_idle:
+            # Among those out of use are the ones that others open at this moment.
+            if self._open_connections() + self._out_of_use >= self.options.min_idle:
                 return False
             hollow = [r for r in self._idle if r.dbapi_connection is None]
             if hollow:
                 self._idle.remove(hollow[0])  # its place is taken by the new one
             if scheduler.in_use + len(self._idle) >= scheduler.capacity:
                 return False
-            scheduler.set_capacity(scheduler.capacity - 1, now)
+            self._keep_out_of_use(+1, now)
         return True
 
     def _add_idle(self, record: Record | None, generation: Generation) -> None:
         """Put a new connection, or none, into the pool, and its slot into use."""
         with self.section() as now:
-            scheduler = self.scheduler
-            granted = scheduler.set_capacity(scheduler.capacity + 1, now)
+            granted = self._keep_out_of_use(-1, now)
             if record is None:
                 self._deliver(granted, None)
                 return
@@ -212,9 +210,10 @@ class Upkeep(Desk):
             self._never_full = options.max_overflow == 0
             for seat in self.granted_seats():
                 seat.may_warm = False  # to be looked at when it comes back
+            self._allotted += options.capacity - before.capacity
             granted = self.scheduler.reconfigure(
                 # Slots that are out of use for a moment stay so.
-                capacity=self.scheduler.capacity + options.capacity - before.capacity,
+                capacity=self._capacity(),
                 soft_limit=options.soft_limit,
                 max_limit=options.max_limit,
                 idle_timeout=options.idle_timeout,
@@ -261,7 +260,7 @@ class Upkeep(Desk):
         record = None
         with self._lock:
             there = self.scheduler.in_use + len(self._idle) + len(self._left)
-            if there > self.options.capacity:
+            if there > self._allotted:
                 try:
                     record = self._left.pop()
                 except KeyError:
