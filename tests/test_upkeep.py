@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 
 import pytest
 from sqlalchemy.exc import ArgumentError
@@ -457,3 +458,27 @@ def test_recreated_pool_has_the_changed_options(make_pool):
     pool = make_pool()
     pool.reconfigure(soft_limit=8)
     assert pool.recreate().options.soft_limit == 8
+
+
+def test_limit_that_rises_while_connections_are_still_being_closed(make_pool, server):
+    """They are connections until they are closed."""
+    pool = make_pool(pool_size=4, soft_limit=4, max_limit=4)
+    give(take(pool, 4))
+    closing, go_on = threading.Event(), threading.Event()
+
+    def slowly():
+        closing.set()
+        assert go_on.wait(30)
+
+    server.before["close"] = slowly
+    few = {"pool_size": 1, "soft_limit": 1, "max_limit": 1}
+    many = {"pool_size": 4, "soft_limit": 4, "max_limit": 4}
+    shrinking = Caller(lambda: pool.reconfigure(**few))
+    assert closing.wait(30)
+    pool.reconfigure(**many)
+    callers = [Caller(pool.connect) for _ in range(4)]
+    ensure_waiting(pool, 3)
+    go_on.set()
+    shrinking.result()
+    give([caller.result() for caller in callers])
+    assert server.most == 4
