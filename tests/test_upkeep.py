@@ -11,7 +11,7 @@ from sqlalchemy.exc import ArgumentError
 from support.state import assert_consistent, assert_quiet
 from support.stub import StubError
 from support.tasks import checkin, checkout
-from support.threads import Caller, ensure_waiting
+from support.threads import Caller, ensure_waiting, eventually
 
 import sqla_fairpool
 from sqla_fairpool import AsyncAdaptedFairQueuePool
@@ -475,10 +475,12 @@ def test_limit_that_rises_while_connections_are_still_being_closed(make_pool, se
     many = {"pool_size": 4, "soft_limit": 4, "max_limit": 4}
     shrinking = Caller(lambda: pool.reconfigure(**few))
     assert closing.wait(30)
-    pool.reconfigure(**many)
+    growing = Caller(lambda: pool.reconfigure(**many))  # helps to close
+    eventually(lambda: pool.options.pool_size == 4)
     callers = [Caller(pool.connect) for _ in range(4)]
     ensure_waiting(pool, 3)
     go_on.set()
     shrinking.result()
+    growing.result()
     give([caller.result() for caller in callers])
     assert server.most == 4
