@@ -18,6 +18,7 @@ from support.threads import PATIENCE, Caller, ensure_waiting
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, SelfDeadlock
 from sqla_fairpool import deadlock as deadlock_module
+from sqla_fairpool.reach import held_by_others
 
 FOR_EVER = 1000.0
 
@@ -395,3 +396,35 @@ def test_not_if_another_task_has_it(run):
         await task
 
     run(main)
+
+
+def test_looking_keeps_nothing_alive(engine):
+    """What others drop afterwards comes back at once, without the collector."""
+    taken, looked, dropped, done = (threading.Event() for _ in range(4))
+
+    def other():
+        connection = engine.connect()
+        taken.set()
+        assert looked.wait(PATIENCE)
+        connection = None  # noqa: F841  (leaked, while this function goes on)
+        dropped.set()
+        assert done.wait(PATIENCE)
+
+    gc.collect()
+    gc.disable()
+    try:
+        caller = Caller(other)
+        assert taken.wait(PATIENCE)
+        exchange = engine.pool._exchange
+        me = exchange.here.caller
+        fairies = [record.fairy_ref() for record in exchange._records]
+        assert held_by_others(fairies, [me], exchange.here.frames())
+        del fairies
+        assert engine.pool.checkedout() == 1
+        looked.set()
+        assert dropped.wait(PATIENCE)
+        assert engine.pool.checkedout() == 0
+        done.set()
+        caller.result()
+    finally:
+        gc.enable()
