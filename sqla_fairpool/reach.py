@@ -28,8 +28,8 @@ __all__ = ["held_by_others"]
 _MOST_STEPS = 16
 _MOST_OBJECTS = 500
 
-#: Before Python 3.13 (PEP 667) one sees a copy of a function's variables. To it are three
-#: references while nobody else looks: the frame's, ours, and the question's.
+#: Before Python 3.13 (PEP 667) one sees a copy of a function's variables. To it are
+#: three references while nobody else looks: the frame's, ours, and the question's.
 _IS_A_COPY = sys.version_info < (3, 13)
 _REFERENCES = 3
 
