@@ -23,6 +23,7 @@ LAYERS = [
     {"upkeep"},
     {"exchange"},
     {"snapshot"},
+    {"ledger"},
     {"pool"},
     {"plugin"},
     {"__init__"},
