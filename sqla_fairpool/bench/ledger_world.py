@@ -61,6 +61,7 @@ class MemoryStore:
         self.host = host
         self.member = host.new_member()
         self.is_open = False
+        self.signed = True
         #: The process itself has rung.
         self.nudged = False
 
@@ -75,14 +76,15 @@ class MemoryStore:
         self.point("open")
         self._reach()
         self.host.alive.add(self.member)
-        self.is_open = True
+        self.is_open = self.signed = True
 
     @contextmanager
     def transaction(self) -> Iterator[MutableMapping[str, str]]:
         host = self.host
         self.point("begin")
         self._reach()
-        assert self.is_open, "a transaction without a sign of life"
+        if not self.is_open:
+            raise StoreAway("the connection was lost")
         if host.holder is not None:
             raise StoreAway("the lock is taken")
         host.holder = self
@@ -117,9 +119,14 @@ class MemoryStore:
         self.is_open = False
         self.host.alive.discard(self.member)
 
+    def lose(self) -> None:
+        """Lose the sign of life, as with a connection that is cut."""
+        self.is_open = self.signed = False
+        self.host.alive.discard(self.member)
+
     def after_fork(self) -> None:
         self.member = self.host.new_member()
-        self.is_open = False
+        self.is_open, self.signed, self.nudged = False, True, False
 
 
 class Server:

@@ -433,6 +433,11 @@ class Keeper:
     @contextmanager
     def _transaction(self) -> Iterator[MutableMapping[str, str]]:
         if not self._opened:
+            if not getattr(self._store, "signed", True):
+                # Meanwhile our slots may have been taken for those of a dead member.
+                # Until we have seen our row, nothing is opened; a new sign of life
+                # must not cover what the lost one did.
+                self._tell_pool(0, {}, 0)
             self._store.open()
             self._opened = True
         self.transactions += 1

@@ -22,6 +22,9 @@ class Store(Protocol):
     name: str
     #: This process, unique for ever; another one after a fork.
     member: str
+    #: False once it is known that the sign of life was lost, until :meth:`open` makes
+    #: another one. A store whose signs cannot be lost may leave this out.
+    signed: bool
     #: Server connections that the store holds now.
     control_connections: int
 
