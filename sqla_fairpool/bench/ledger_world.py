@@ -12,9 +12,9 @@ from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 
-from ..ledger.book import TagDemand
 from ..ledger.errors import LedgerError
 from ..ledger.keeper import Keeper
+from ..ledger.local import TagDemand
 from ..ledger.store import StoreAway
 
 __all__ = ["Host", "MemoryStore", "Server", "SimKeeper", "SimPool"]
@@ -203,6 +203,7 @@ class SimPool:
     def close_surplus(self) -> None:
         while self.idle and self.open > self.slots:
             self._close_idle()
+        self._dispatch()
 
     def refuse(self, error: LedgerError) -> None:
         self.refusals.append(error)

@@ -63,12 +63,12 @@ unless nobody else lives; then its own are in force.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, MutableMapping
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping, MutableMapping
+from dataclasses import replace
+from typing import Any
 
 from .. import policy
-from .allocation import Allocation, Line, allocate
+from .allocation import Allocation, allocate
 from .errors import LedgerError, TermsDiffer
 from .rows import (
     DUE,
@@ -86,57 +86,7 @@ from .rows import (
     parse_member,
 )
 
-__all__ = ["Book", "Orders", "TagDemand", "has_news"]
-
-
-class TagDemand(NamedTuple):
-    """What a process wants under one tag, now."""
-
-    in_use: int
-    waiting: int
-    active: bool
-
-    @property
-    def wants(self) -> int:
-        return self.in_use + self.waiting
-
-
-@dataclass(frozen=True, slots=True)
-class Orders:
-    """What a member learns from a transaction."""
-
-    number: int
-    owned: int
-    target: int
-    #: By tag: what it posted, what it got of that, what is the most for its pool.
-    lines: Mapping[str, Line]
-    claims: Mapping[str, int]
-    ceilings: Mapping[str, int]
-    #: Ceiling of any other tag.
-    other: int
-    #: Slots wanted by anybody that there are not.
-    unmet: int
-    #: Others go short: what is not used is to be given up.
-    pressed: bool
-    #: Tags under which it is asked to yield.
-    asked: frozenset[str]
-    #: Members that go short.
-    hungry: int
-    members: int
-    free: int
-    gone: Mapping[int, Gone]
-    #: Whom to ring.
-    bells: tuple[str, ...]
-    #: The row, to see if anybody has changed it.
-    text: str
-
-
-def has_news(rows: Mapping[str, str], member: str, text: str) -> bool:
-    """Tell if a member has to look, at the price of two rows.
-
-    :param text: its row as it knows it.
-    """
-    return rows.get(member_key(member)) != text or member in _parse(rows.get(DUE))
+__all__ = ["Book"]
 
 
 def _parse(text: str | None) -> dict[str, Any]:
@@ -197,36 +147,43 @@ class Book:
 
     # -- coming and going -------------------------------------------------------
 
-    def accepts(self, terms: Terms) -> bool:
-        """Tell if somebody with these terms may join as things stand."""
-        return self.meta is None or self.meta.terms == terms or not self.members
+    def accepts(self, key: str, terms: Terms) -> bool:
+        """Tell if `key` may join with these terms as things stand."""
+        others = self.members.keys() - {key}
+        return self.meta is None or self.meta.terms == terms or not others
 
     def join(
         self, key: str, who: Mapping[str, Any], terms: Terms, number: int | None = None
     ) -> int:
-        """Add a member; return its number.
+        """Add a member, unless it is one; return its number.
 
-        :param number: the one it had, if it was a member before: it takes what is
-          in quarantine for that number back.
+        :param number: the one it had, if it was a member before. Its connections may
+          be marked with that; and it takes back what is in quarantine for it.
         :raises TermsDiffer: if a member has other terms.
         """
-        if self.meta is None:
-            self.meta = Meta(terms)
-        elif self.meta.terms != terms:
-            if self.members:
-                raise TermsDiffer(self._difference(terms))
-            self.meta = replace(self.meta, terms=terms)
-        owned = 0
-        if number is not None and number in self.gone:
-            owned = self.gone.pop(number).slots
-            del self._rows[gone_key(number)]
-        else:
-            number = self.meta.next_number
-            self.meta = replace(self.meta, next_number=number + 1)
-        # A row unlike any that this member may have had before, see `reap`.
-        self._write(key, Member(number, who, owned, beat=self._next_place()))
+        if not self.accepts(key, terms):
+            raise TermsDiffer(self._difference(terms))
+        self.meta = replace(self.meta or Meta(terms), terms=terms)
+        if key not in self.members:
+            owned = 0
+            if number is None or self._is_anothers(number, key):
+                number = self.meta.next_number
+            elif number in self.gone:
+                owned = self.gone.pop(number).slots
+                del self._rows[gone_key(number)]
+            next_number = max(number + 1, self.meta.next_number)
+            self.meta = replace(self.meta, next_number=next_number)
+            # A row unlike any that this member may have had before, see `reap`.
+            self.write(key, Member(number, who, owned, beat=self.next_place()))
         self._rows[META] = self._known_meta.text
-        return number
+        return self.members[key].number
+
+    def _is_anothers(self, number: int, key: str) -> bool:
+        """Tell if a ledger that was made anew has given the number to another."""
+        gone = self.gone.get(number)
+        return any(member.number == number for member in self.members.values()) or (
+            gone is not None and gone.member != key
+        )
 
     def _difference(self, terms: Terms) -> str:
         there = self.terms
@@ -272,7 +229,7 @@ class Book:
         member = self.members.pop(key)
         del self._rows[member_key(key)], self.texts[key]
         if slots:
-            gone = Gone(slots, why, member.who, stamp=self._next_place())
+            gone = Gone(slots, why, member.who, key, self.next_place())
             self.gone[member.number] = gone
             self._rows[gone_key(member.number)] = gone.text
 
@@ -289,7 +246,7 @@ class Book:
         """Note that members do not answer, if their rows are still as they were."""
         for key, text in texts.items():
             if self.texts.get(key) == text:
-                self._write(key, replace(self.members[key], stalled=True))
+                self.write(key, replace(self.members[key], stalled=True))
 
     def reset(self) -> None:
         """Forget all members and quarantines. Numbers are not given again."""
@@ -302,101 +259,15 @@ class Book:
         self.places.clear()
         self.due.clear()
 
-    # -- a member's look ----------------------------------------------------------
+    # -- what settling is made of --------------------------------------------------
 
-    def settle(
-        self,
-        key: str,
-        demand: Mapping[str, TagDemand],
-        open_: int,
-        floor: int,
-        *,
-        ready: Collection[str] = (),
-        keep: int | None = None,
-        sign: bool = False,
-    ) -> Orders:
-        """Post what a member wants, give back or take, and see who is to be told.
-
-        :param open_: connections that it has open.
-        :param floor: what its pool may open, or has open, until it is told anew: not
-          below that it gives back now.
-        :param ready: tags under which it would yield if it is asked.
-        :param keep: it does not need more than that and what it claims.
-        :param sign: write the row though nothing has changed: it answers.
-        """
-        before = self.members[key]
-        member = replace(before, stalled=False)
-        if member.owned < open_:
-            # Its slots were taken from it though it lives (it was taken for dead, or
-            # the ledger was reset). What is open comes before what anybody wants.
-            more = min(open_ - member.owned, self.free)
-            member = replace(member, owned=member.owned + more)
-        member = self._post(key, member, demand)
-        plan = self.allocation()
-        turns = {tag for tag in ready if (tag, key) in plan.asked}
-        if turns:
-            member = self._yield(key, member, turns, plan)
-            plan = self.allocation()
-        target = plan.targets[key]
-        if keep is not None:
-            target = max(min(target, keep), plan.claimed[key])
-            plan.targets[key] = target
-        if member.owned > target:
-            given = min(member.owned, max(target, floor))
-            self.members[key] = member = replace(member, owned=given)
-        elif taken := self._grants(plan).get(key, 0):
-            member = replace(member, owned=member.owned + taken)
-        pressed = plan.presses(key, member.lines)
-        lines = {
-            tag: line._replace(limit=plan.limits[tag, key])
-            for tag, line in member.lines.items()
-        }
-        member = replace(member, pressed=pressed, lines=lines)
-        if member != before or sign:
-            member = replace(member, beat=member.beat + 1)
-        self._write(key, member)
-        return self._orders(key, member, target, plan)
-
-    def _post(
-        self, key: str, member: Member, demand: Mapping[str, TagDemand]
-    ) -> Member:
-        """Write down what is wanted, with places for what was not wanted before."""
-        lines = {}
-        for tag, (in_use, waiting, active) in demand.items():
-            if not (in_use or waiting or active):
-                continue
-            line = member.lines.get(tag, Line())
-            place = line.place
-            if not in_use + waiting:
-                place = 0
-            elif not place:
-                place = self._next_place()
-            if tag not in self.places:
-                self.places[tag] = self._next_place()
-            lines[tag] = Line(in_use, waiting, active, place, line.limit)
-        member = replace(member, lines=lines)
-        self.members[key] = member
-        return member
-
-    def _yield(
-        self, key: str, member: Member, turns: Collection[str], plan: Allocation
-    ) -> Member:
-        """Go to the end of these tags' lines."""
-        lines = dict(member.lines)
-        for tag in sorted(turns):
-            lines[tag] = lines[tag]._replace(place=self._next_place())
-            if tag in plan.asked_tags:
-                self.places[tag] = self._next_place()
-        member = replace(member, lines=lines)
-        self.members[key] = member
-        return member
-
-    def _next_place(self) -> int:
+    def next_place(self) -> int:
+        """Return a number that nobody has had."""
         meta = self._known_meta
         self.meta = replace(meta, next_place=meta.next_place + 1)
         return meta.next_place
 
-    def _grants(self, plan: Allocation) -> dict[str, int]:
+    def grants(self, plan: Allocation) -> dict[str, int]:
         """Divide the free slots among those who are below their targets."""
         free = self.free
         if not free:
@@ -415,33 +286,13 @@ class Book:
             if share > had
         }
 
-    def _orders(
-        self, key: str, member: Member, target: int, plan: Allocation
-    ) -> Orders:
-        bells = self.tell(plan)
-        ceilings = {
-            tag: max(1, ceiling - plan.shares[tag])
-            for tag, ceiling in plan.ceilings.items()
-        }
-        ceilings |= {tag: line.limit for tag, line in member.lines.items()}
-        return Orders(
-            number=member.number,
-            owned=member.owned,
-            target=target,
-            lines=member.lines,
-            claims={tag: plan.claims.get((tag, key), 0) for tag in member.lines},
-            ceilings=ceilings,
-            other=plan.newcomer,
-            unmet=plan.unmet,
-            pressed=member.pressed,
-            asked=frozenset(tag for tag, asked in plan.asked if asked == key),
-            hungry=len(set().union(*plan.hungry.values())) if plan.hungry else 0,
-            members=len(self.members),
-            free=self.free,
-            gone=dict(self.gone),
-            bells=tuple(bell for bell in bells if bell != key),
-            text=self.texts[key],
-        )
+    def write(self, key: str, member: Member) -> None:
+        """Write a member's row, if it is another one now."""
+        self.members[key] = member
+        text = member.text
+        if text != self.texts.get(key):
+            self.texts[key] = text
+            self._rows[member_key(key)] = text
 
     # -- who is told ------------------------------------------------------------------
 
@@ -468,7 +319,7 @@ class Book:
         return bells
 
     def _due(self, plan: Allocation) -> dict[str, str]:
-        grants = self._grants(plan)
+        grants = self.grants(plan)
         asked = {key for _, key in plan.asked}
         due = {}
         for key, member in self.members.items():
@@ -496,13 +347,6 @@ class Book:
             min(line.wants, line.limit) != min(line.wants, plan.limits[tag, key])
             for tag, line in member.lines.items()
         )
-
-    def _write(self, key: str, member: Member) -> None:
-        self.members[key] = member
-        text = member.text
-        if text != self.texts.get(key):
-            self.texts[key] = text
-            self._rows[member_key(key)] = text
 
 
 #: Why a member stands in ``due`` that is written down as stalled: so that it sees

@@ -137,6 +137,8 @@ class Gone:
     slots: int
     why: str
     who: Mapping[str, Any] = field(default_factory=dict)
+    #: Whose slots they were.
+    member: str = ""
     #: Unlike any other's: a number may go and come back more than once.
     stamp: int = 0
 
@@ -147,7 +149,7 @@ class Gone:
     @classmethod
     def parse(cls, text: str) -> Gone:
         row = json.loads(text)
-        return cls(row["slots"], row["why"], row["who"], row["stamp"])
+        return cls(**{name: row[name] for name in cls.__slots__})
 
 
 def member_key(member: str) -> str:
