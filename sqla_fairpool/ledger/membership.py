@@ -230,6 +230,7 @@ class Membership:
                     )
                 else:
                     self._orders = None
+                    book.tell(book.allocation())
         if self._orders is None:
             # Taken for dead, or the ledger was reset: as a newcomer, with the number
             # we had and the connections that are open.
