@@ -42,6 +42,7 @@ def fair_shares(
     demands: Sequence[int],
     capacity: int,
     weights: Sequence[float] | None = None,
+    floors: Sequence[int] | None = None,
 ) -> list[int]:
     """Divide `capacity` whole slots by max-min fairness.
 
@@ -62,16 +63,23 @@ def fair_shares(
     :param demands: slots each party wants; cap a demand at its ceiling to have
       the ceiling respected.
     :param weights: relative entitlements, all 1.0 if not given.
+    :param floors: what each party has already and keeps, whatever it demands; only
+      the rest of the capacity is divided, to whoever has least. The statements
+      above hold for what is given beyond the floors.
 
     Costs O(n + capacity * log n).
     """
     if weights is None:
         weights = [1.0] * len(demands)
-    shares = [0] * len(demands)
+    shares = [0] * len(demands) if floors is None else list(floors)
     # Handing out slot by slot to whoever `rank` puts first *is* the definition.
-    line = [rank(0, weights[i], i) for i, demand in enumerate(demands) if demand > 0]
+    line = [
+        rank(share, weights[i], i)
+        for i, share in enumerate(shares)
+        if demands[i] > share
+    ]
     heapq.heapify(line)
-    for _ in range(capacity):
+    for _ in range(capacity - sum(shares)):
         if not line:
             break
         _, i = line[0]

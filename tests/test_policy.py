@@ -66,6 +66,23 @@ def test_equal_demands_get_shares_that_differ_by_one_at_most(demands, capacity):
     assert all(max(group) - min(group) <= 1 for group in by_demand.values())
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), max_size=12),
+    st.integers(0, 100),
+)
+def test_floors_are_kept_and_only_the_rest_is_divided(parties, capacity):
+    demands = [demand for demand, _ in parties]
+    floors = [floor for _, floor in parties]
+    shares = policy.fair_shares(demands, capacity, floors=floors)
+    given_ = [s - f for s, f in zip(shares, floors, strict=True)]
+    wanted = [max(d - f, 0) for d, f in parties]
+    assert all(0 <= g <= w for g, w in zip(given_, wanted, strict=True))
+    assert sum(given_) == min(max(capacity - sum(floors), 0), sum(wanted))
+    for share, demand in zip(shares, demands, strict=True):
+        if share < demand:
+            assert all(s - 1 <= share for s, g in zip(shares, given_, strict=True) if g)
+
+
 def test_definition_rejects_an_unfair_division():
     with pytest.raises(AssertionError):
         assert_max_min([8, 6, 6], [9, 9, 9], 20, [1.0] * 3)

@@ -1,0 +1,289 @@
+"""A ledger without processes, files or time: for simulations and model checks.
+
+The keepers are the real ones, and so is everything that they write. What is made up:
+the store (a dictionary), the pools (connections that are numbers, callers that are
+counted), the server (a count), and the clock.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+
+from ..ledger.errors import LedgerError
+from ..ledger.keeper import Keeper
+from ..ledger.local import TagDemand
+from ..ledger.store import StoreAway
+
+__all__ = ["Host", "MemoryStore", "Server", "SimKeeper", "SimPool"]
+
+
+class Host:
+    """What the members' stores have in common."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, str] = {}
+        self.holder: MemoryStore | None = None
+        #: Signs of life.
+        self.alive: set[str] = set()
+        #: Members whose bells ring.
+        self.rung: set[str] = set()
+        self.is_away = False
+        self.transactions = 0
+        self.commits = 0
+        self.rows_written = 0
+        self._ids = itertools.count(1)
+
+    def new_member(self) -> str:
+        """Return an id that nobody has had."""
+        return f"m{next(self._ids):05d}"
+
+    def commit(self, rows: dict[str, str]) -> None:
+        """Make these the rows, and count what is new in them."""
+        changed = rows.items() ^ self.rows.items() if rows != self.rows else ()
+        if changed:
+            self.commits += 1
+            self.rows_written += len({key for key, _ in changed})
+            self.rows = rows
+
+
+class MemoryStore:
+    """A store in a dictionary. :meth:`point` is called wherever something may happen:
+    the model check has the process stop, die or fail there."""
+
+    kind = "memory"
+    name = "memory"
+    control_connections = 0
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+        self.member = host.new_member()
+        self.is_open = False
+        self.signed = True
+        #: The process itself has rung.
+        self.nudged = False
+
+    def point(self, name: str) -> None:
+        """Called at each step of which the outside may see the effect."""
+
+    def _reach(self) -> None:
+        if self.host.is_away:
+            raise StoreAway("no answer")
+
+    def open(self) -> None:
+        self.point("open")
+        self._reach()
+        self.host.alive.add(self.member)
+        self.is_open = self.signed = True
+
+    @contextmanager
+    def transaction(self) -> Iterator[MutableMapping[str, str]]:
+        host = self.host
+        self.point("begin")
+        self._reach()
+        if not self.is_open:
+            raise StoreAway("the connection was lost")
+        if host.holder is not None:
+            raise StoreAway("the lock is taken")
+        host.holder = self
+        host.transactions += 1
+        try:
+            rows = dict(host.rows)
+            self.point("locked")
+            yield rows
+            self.point("commit")
+            self._reach()
+            host.commit(rows)
+        finally:
+            host.holder = None
+        self.point("committed")
+
+    def living(self, members: Collection[str]) -> set[str]:
+        self.point("living")
+        self._reach()
+        return self.host.alive.intersection(members)
+
+    def ring(self, members: Iterable[str]) -> None:
+        self.point("ring")
+        self.host.rung.update(members)
+
+    def wait(self, seconds: float | None) -> bool:
+        raise AssertionError("nobody sleeps in a simulation")
+
+    def nudge(self) -> None:
+        self.nudged = True
+
+    def close(self) -> None:
+        self.is_open = False
+        self.host.alive.discard(self.member)
+
+    def lose(self) -> None:
+        """Lose the sign of life, as with a connection that is cut."""
+        self.is_open = self.signed = False
+        self.host.alive.discard(self.member)
+
+    def after_fork(self) -> None:
+        self.member = self.host.new_member()
+        self.is_open, self.signed, self.nudged = False, True, False
+
+
+class Server:
+    """Counts who has how many connections, as a database would."""
+
+    def __init__(self) -> None:
+        self.sessions: Counter[object] = Counter()
+        self.most = 0
+
+    @property
+    def open(self) -> int:
+        return self.sessions.total()
+
+    def connect(self, whose: object) -> None:
+        self.sessions[whose] += 1
+        self.most = max(self.most, self.open)
+
+    def disconnect(self, whose: object) -> None:
+        self.sessions[whose] -= 1
+        assert self.sessions[whose] >= 0
+
+
+class SimKeeper(Keeper):
+    """A keeper whose rounds are done by somebody else."""
+
+    def _start(self) -> None:
+        pass
+
+    def _wake(self) -> None:
+        self._store.nudge()
+
+
+class SimPool:
+    """A pool that counts: the keeper's view of one, with the promises of a real one.
+
+    :param session: whose connections these are at the server.
+    """
+
+    def __init__(self, server: Server, session: object) -> None:
+        self.server = server
+        self.session = session
+        self.keeper: Keeper | None = None
+        self.slots = 0
+        self.ceilings: Mapping[str, int] = {}
+        self.other = 0
+        #: By tag.
+        self.in_use: Counter[str] = Counter()
+        self.waiting: Counter[str] = Counter()
+        self.active: set[str] = set()
+        self.idle = 0
+        self.detached = 0
+        self.refusals: list[LedgerError] = []
+        #: Tags of callers who were served since somebody looked.
+        self.served: deque[str] = deque()
+
+    @property
+    def open(self) -> int:
+        """Connections that exist."""
+        return self.in_use.total() + self.idle + self.detached
+
+    # -- called by the keeper -------------------------------------------------------
+
+    def demand(self) -> tuple[int, Mapping[str, TagDemand]]:
+        tags = {t for t, n in (self.in_use + self.waiting).items() if n} | self.active
+        return self.open, {
+            tag: TagDemand(self.in_use[tag], self.waiting[tag], tag in self.active)
+            for tag in sorted(tags)
+        }
+
+    def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
+        self.slots, self.ceilings, self.other = slots, ceilings, other
+        self._dispatch()
+
+    def close_surplus(self) -> None:
+        while self.idle and self.open > self.slots:
+            self._close_idle()
+        self._dispatch()
+
+    def refuse(self, error: LedgerError) -> None:
+        self.refusals.append(error)
+        self.waiting.clear()
+
+    # -- called by callers ------------------------------------------------------------
+
+    def request(self, tag: str) -> None:
+        """Ask for a connection."""
+        self.active.add(tag)
+        self.waiting[tag] += 1
+        self._dispatch()
+        if self.waiting[tag]:
+            self._ring(tag)
+
+    def give_up(self, tag: str) -> None:
+        """Stop waiting."""
+        self.waiting[tag] -= 1
+
+    def release(self, tag: str) -> None:
+        """Return a connection."""
+        self.in_use[tag] -= 1
+        self.idle += 1
+        if self.open > self.slots:
+            self._close_idle()
+            self._ring()
+        self._dispatch()
+        if self.idle and self.keeper is not None and self.keeper.pressed:
+            self._ring()
+
+    def detach(self, tag: str) -> None:
+        """Take a connection out of the pool; it keeps its slot."""
+        self.in_use[tag] -= 1
+        self.detached += 1
+
+    def close_detached(self) -> None:
+        self.detached -= 1
+        self._disconnect()
+        self._dispatch()
+        self._ring()
+
+    def ceiling(self, tag: str) -> int:
+        return self.ceilings.get(tag, self.other)
+
+    def connect(self) -> bool:
+        """Open a connection; tell if that was possible."""
+        self.server.connect(self.session)
+        return True
+
+    # -- inside -----------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        """Serve who is next, while there is something to serve him with."""
+        while True:
+            eligible = [
+                tag
+                for tag, n in self.waiting.items()
+                if n and self.in_use[tag] < self.ceiling(tag)
+            ]
+            if not eligible:
+                return
+            if self.open > self.slots:
+                return  # what is idle is to be closed
+            if not self.idle:
+                if self.open >= self.slots or not self.connect():
+                    return
+                self.idle += 1
+            tag = min(eligible, key=lambda tag: (self.in_use[tag], tag))
+            self.idle -= 1
+            self.in_use[tag] += 1
+            self.waiting[tag] -= 1
+            self.served.append(tag)
+
+    def _close_idle(self) -> None:
+        self.idle -= 1
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        self.server.disconnect(self.session)
+
+    def _ring(self, tag: str | None = None) -> None:
+        if self.keeper is not None:
+            self.keeper.ring(tag)

@@ -1,0 +1,253 @@
+"""The one thread of a process that talks to the ledger's store.
+
+It turns what the pool wants into rows, and what it reads there into two numbers for
+the pool: how many connections it may open, and the ceiling of each tag. A checkout
+never waits for it while there is a connection, or a slot for one.
+
+No exception leaves the thread. While the store is away, what is owned is kept, nothing
+grows, and the pool's shrinking goes on by itself; giving back follows.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import LedgerError
+from .identity import describe_process
+from .local import Local, TagDemand
+from .membership import Membership
+from .needs import Pace
+from .rows import Terms
+from .store import Store, StoreAway
+from .watch import Sessions
+
+__all__ = ["Keeper", "KeeperStatus", "Local", "Pace", "TagDemand", "Terms"]
+
+_log = logging.getLogger(__name__)
+
+#: A step is not followed by another one at once, unless somebody rings.
+_LEAST = 0.001
+
+
+@dataclass(frozen=True, slots=True)
+class KeeperStatus:
+    """What a monitor shows of the ledger."""
+
+    kind: str
+    name: str
+    member: int | None
+    owned: int
+    target: int
+    allotted: int
+    free: int
+    quarantined: int
+    members: int
+    #: Seconds, None while it is there.
+    away_for: float | None
+    #: Why it is away, or why we are refused.
+    trouble: str | None
+    transactions: int
+    control_connections: int
+
+
+class Keeper(Membership):
+    """Keeps one pool's slots in a ledger.
+
+    :param store: where the ledger is.
+    :param terms: the limits that all members have to share.
+    :param local: the pool.
+    :param sessions: asks the server for sessions of members that are gone.
+    :param clock: seconds on a steadily rising scale.
+    :param chance: a random number below 1.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        terms: Terms,
+        local: Local,
+        sessions: Sessions | None = None,
+        *,
+        pace: Pace | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        chance: Callable[[], float] = random.random,
+        who: Callable[[], Mapping[str, Any]] = describe_process,
+    ) -> None:
+        self._clock = clock
+        super().__init__(store, terms, local, sessions, pace or Pace(), chance, who)
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._thread: threading.Thread | None = None
+        # Held by whoever starts the thread.
+        self._starting = threading.Lock()
+        # Rings while the store cannot: taken by the keeper, released to wake it.
+        self._bell = threading.Lock()
+        self._bell.acquire()
+        self._rung = False
+        self._closing = False
+        # When to try again what did not work.
+        self._retry_at = 0.0
+
+    # -- called by the pool -------------------------------------------------------
+
+    def ring(self, tag: str | None = None) -> None:
+        """Have the keeper look at the pool: somebody waits, or something was closed.
+
+        Never blocks; cheap when it is rung already, or when more waiting under `tag`
+        would change nothing. Starts the thread on first use.
+
+        :param tag: who waits; None if that is not the reason.
+        """
+        if self._rung or tag in self._vain:
+            return
+        self._rung = True
+        if self._thread is None:
+            self._start()
+        if self._opened:
+            self._store.nudge()
+        else:
+            self._wake()
+
+    def _wake(self) -> None:
+        try:
+            self._bell.release()
+        except RuntimeError:
+            pass  # it was ringing already
+
+    def _start(self) -> None:
+        if not self._starting.acquire(blocking=False):
+            return  # somebody else starts it
+        try:
+            if self._thread is None and not self._closing:
+                thread = threading.Thread(
+                    target=self._run, name="sqla_fairpool-keeper", daemon=True
+                )
+                thread.start()
+                self._thread = thread
+        except RuntimeError:
+            self._rung = False  # at the interpreter's end
+        finally:
+            self._starting.release()
+
+    def after_fork(self) -> None:
+        """In the child: be a new process that owns nothing."""
+        self._store.after_fork()
+        self._begin()
+        self._tell_pool(0, {}, 0)
+
+    def close(self) -> None:
+        """Give everything back that is closed, and leave. Waits for the thread."""
+        self._closing = True
+        thread = self._thread
+        if thread is None:
+            self._leave()
+            return
+        if self._opened:
+            self._store.nudge()
+        self._wake()
+        if thread is not threading.current_thread():
+            thread.join(self._pace.retry)
+
+    def status(self) -> KeeperStatus:
+        """Return what a monitor shows."""
+        orders, away = self._orders, self.away_since
+        return KeeperStatus(
+            kind=self._store.kind,
+            name=self._store.name,
+            member=self._number,
+            owned=orders.owned if orders else 0,
+            target=orders.target if orders else 0,
+            allotted=self._allotted,
+            free=orders.free if orders else 0,
+            quarantined=sum(g.slots for g in orders.gone.values()) if orders else 0,
+            members=orders.members if orders else 0,
+            away_for=None if away is None else self._clock() - away,
+            trouble=self.trouble,
+            transactions=self.transactions,
+            control_connections=self._store.control_connections,
+        )
+
+    # -- the thread -----------------------------------------------------------------
+
+    def _run(self) -> None:
+        rung = False
+        while not self._closing:
+            wake_at = self.step(self._clock(), rung)
+            rung = False
+            if not self._rung and not self._closing:
+                woken = self._sleep(max(wake_at - self._clock(), 0.0))
+                # By the pool, or from outside? Where it matters, from both.
+                rung = woken and (self.is_uneasy or not self._is_rung())
+        self._leave()
+
+    def _sleep(self, seconds: float) -> bool:
+        """Return if somebody rang."""
+        if self._opened:
+            try:
+                return self._store.wait(seconds)
+            except Exception as error:
+                self._lost(error, self._clock())
+                return False
+        return self._bell.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
+
+    def step(self, now: float, rung: bool = False) -> float:
+        """Do one round; return when to do the next at the latest.
+
+        :param rung: the bell may have been rung by another process.
+        """
+        self._rung = False
+        try:
+            if now < self._retry_at:
+                self._local.close_surplus()
+            else:
+                self._round(now, rung)
+        except LedgerError as error:
+            self._refused(error, now)
+        except Exception as error:
+            self._lost(error, now)
+        return self._next_step(now)
+
+    def _is_rung(self) -> bool:
+        return self._rung
+
+    # -- trouble ----------------------------------------------------------------------
+
+    def _lost(self, error: Exception, now: float) -> None:
+        """The store is away, or something broke: keep what is owned, try again."""
+        if not isinstance(error, StoreAway):
+            _log.error("the ledger %s: %r", self._store.name, error, exc_info=error)
+        if self.away_since is None:
+            self.away_since = now
+            _log.warning("the ledger %s is away: %s", self._store.name, error)
+        self.trouble = str(error)
+        self._opened = False
+        self._returning = True
+        delay = min(self._pace.beat * 0.1 * 2**self._failures, self._pace.retry)
+        self._failures = min(self._failures + 1, 16)
+        self._retry_at = now + delay * (0.5 + 0.5 * self._chance())
+
+    def _refused(self, error: LedgerError, now: float) -> None:
+        """The operator has to mend something: tell those who wait, grow no more."""
+        self.trouble = str(error)
+        self._retry_at = now + self._pace.beat
+        self._local.refuse(error)
+        if self._orders is None:
+            self._shrink_pool(0)  # no member: what is open is to be closed
+            self._opened = False
+            self._store.close()
+
+    def _next_step(self, now: float) -> float:
+        """Return when to look again, if nobody rings."""
+        if now < self._retry_at:
+            return self._retry_at
+        times = [self._look_at]
+        if self._orders is not None:
+            times += self._needs.times(self._orders, now)
+        return max(min(times), now + _LEAST)

@@ -1,0 +1,68 @@
+"""What the keeper asks of the pool in its process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+from .errors import LedgerError
+
+__all__ = ["Local", "TagDemand", "condense"]
+
+#: Tags of one process on the board. Tags may be made from user data; those beyond are
+#: summed up under the name of none.
+_MAX_TAGS = 256
+_REST = ""
+
+
+class TagDemand(NamedTuple):
+    """What a process wants under one tag, now."""
+
+    in_use: int
+    waiting: int
+    active: bool
+
+    @property
+    def wants(self) -> int:
+        """Its demand."""
+        return self.in_use + self.waiting
+
+
+class Local(Protocol):
+    """The pool in this process. Called by the keeper's thread only."""
+
+    def demand(self) -> tuple[int, Mapping[str, TagDemand]]:
+        """Return the connections that are open, and what is wanted by tag.
+
+        A connection counts as open from before it is opened until after it is closed,
+        detached ones included.
+        """
+        ...
+
+    def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
+        """Open a connection only while there are less than `slots` from now on.
+
+        Until the first call, that is none. Nothing that is checked out is taken away.
+        The ceilings are by tag, `other` that of any tag not named.
+        """
+
+    def close_surplus(self) -> None:
+        """Close idle connections above the allotment."""
+
+    def refuse(self, error: LedgerError) -> None:
+        """Raise this in those who wait now."""
+
+
+def condense(demand: Mapping[str, TagDemand]) -> Mapping[str, TagDemand]:
+    """Return the demand with a bounded number of tags."""
+    if len(demand) <= _MAX_TAGS:
+        return demand
+    by_wants = sorted(demand, key=lambda tag: (-demand[tag].wants, tag))
+    rest = [demand[tag] for tag in by_wants[_MAX_TAGS:]]
+    named = {tag: demand[tag] for tag in by_wants[:_MAX_TAGS]}
+    named[_REST] = TagDemand(
+        sum(want.in_use for want in rest),
+        sum(want.waiting for want in rest),
+        any(want.active for want in rest),
+    )
+    return named

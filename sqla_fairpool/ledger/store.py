@@ -1,0 +1,56 @@
+"""What the ledger asks of a store."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, MutableMapping
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+__all__ = ["Store", "StoreAway"]
+
+
+class StoreAway(Exception):  # noqa: N818  (a state, not an error)
+    """The store cannot be reached, or does not answer, now; try again later."""
+
+
+class Store(Protocol):
+    """Rows of text under one lock over all processes, signs of life, bells."""
+
+    #: "host" or "postgresql".
+    kind: str
+    #: For people, never a secret: a path, or host, port and database.
+    name: str
+    #: This process, unique for ever; another one after a fork.
+    member: str
+    #: False once it is known that the sign of life was lost, until :meth:`open` makes
+    #: another one. A store whose signs cannot be lost may leave this out.
+    signed: bool
+    #: Server connections that the store holds now.
+    control_connections: int
+
+    def open(self) -> None:
+        """Create the schema if need be, check it, give a sign of life. Idempotent."""
+
+    def transaction(self) -> AbstractContextManager[MutableMapping[str, str]]:
+        """The rows, for this process alone; kept on leaving, undone by an exception."""
+        ...
+
+    def living(self, members: Collection[str]) -> set[str]:
+        """Return those whose sign of life stands, by kernel or server, not by time."""
+        ...
+
+    def ring(self, members: Iterable[str]) -> None:
+        """Wake them from their :meth:`wait`. Best effort."""
+
+    def wait(self, seconds: float | None) -> bool:
+        """Sleep until rung or nudged; return False when the time was up."""
+        ...
+
+    def nudge(self) -> None:
+        """End this process's wait. From any thread, never blocks."""
+
+    def close(self) -> None:
+        """Give up the sign of life and all handles. Idempotent."""
+
+    def after_fork(self) -> None:
+        """In the child: become a closed store with a member id of its own."""

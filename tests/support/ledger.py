@@ -1,0 +1,246 @@
+"""Processes that share a ledger, in one thread: each may stop or die anywhere."""
+
+from __future__ import annotations
+
+import copy
+
+import greenlet
+
+from sqla_fairpool.bench.ledger_world import (
+    Host,
+    MemoryStore,
+    Server,
+    SimKeeper,
+    SimPool,
+)
+from sqla_fairpool.ledger.book import Book
+from sqla_fairpool.ledger.keeper import Pace
+from sqla_fairpool.ledger.rows import Terms
+from sqla_fairpool.ledger.store import StoreAway
+
+TERMS = Terms(20, 10, 15, 60.0, 30.0)
+
+
+class Store(MemoryStore):
+    process: Process
+
+    def point(self, name):
+        self.process.point(name)
+
+
+class Pool(SimPool):
+    """Connects only while the sign of life stands, as a marked connection would."""
+
+    process: Process
+
+    def connect(self):
+        if self.process.store.member not in self.process.world.host.alive:
+            self.keeper.ring()
+            return False
+        self.session = self.process.session
+        return super().connect()
+
+    def _disconnect(self):
+        # Whatever it was opened as: one number less.
+        self.server.disconnect(
+            next(s for s in self.process.sessions if self.server.sessions[s])
+        )
+
+    def demand(self):
+        self.process.point("demand")
+        return super().demand()
+
+    def allot(self, slots, ceilings, other):
+        self.process.point("allot")
+        super().allot(slots, ceilings, other)
+        self.process.point("allotted")
+
+    def close_surplus(self):
+        self.process.point("close")
+        super().close_surplus()
+
+
+class World:
+    """The host, the server, the time, and everybody there is."""
+
+    def __init__(self, terms=TERMS, pace=None, can_ask=True):
+        self.host = Host()
+        self.server = Server()
+        self.terms = terms
+        self.pace = pace or Pace()
+        self.can_ask = can_ask
+        self.now = 0.0
+        self.living = []
+        self.dead = []
+
+    def start(self, terms=None):
+        process = Process(self, terms or self.terms)
+        self.living.append(process)
+        return process
+
+    def sessions(self, numbers):
+        if not self.can_ask:
+            return None
+        return {
+            number
+            for (_, number), n in self.server.sessions.items()
+            if n and number in numbers
+        }
+
+    @property
+    def book(self):
+        return Book(dict(self.host.rows))
+
+    def run(self, seconds, busy=lambda: None, tick=0.002):
+        """Let time pass, with everybody who runs doing what is to be done."""
+        end = self.now + seconds
+        while self.now < end:
+            busy()
+            for process in self.living:
+                for _ in range(20):
+                    if not process.has_to_step():
+                        break
+                    process.step()
+            self.now += tick
+
+
+class Process:
+    def __init__(self, world, terms):
+        self.world = world
+        self.terms = terms
+        self.store = Store(world.host)
+        self.store.process = self
+        self._new_pool()
+        self.keeper = SimKeeper(
+            self.store,
+            terms,
+            self.pool,
+            sessions=world.sessions,
+            pace=world.pace,
+            clock=self.clock,
+            chance=lambda: 0.5,
+            who=lambda: {"host": "here", "pid": self.store.member},
+        )
+        self.pool.keeper = self.keeper
+        self._begin()
+
+    def _new_pool(self):
+        self.pool = Pool(self.world.server, None)
+        self.pool.process = self
+
+    def _begin(self):
+        #: Every session key that connections of this process were opened under.
+        self.sessions = []
+        self.wake_at = 0.0
+        #: Its clock is ahead by so much.
+        self.ahead = 0.0
+        self.stopped = False
+        self.left = False
+        # The round that is under way, and at how many more points it stops.
+        self.round = None
+        self.budget = None
+        #: Where the store fails next.
+        self.fails_at = None
+        self.passed = []
+
+    def __repr__(self):
+        return f"<{self.store.member}>"
+
+    def clock(self):
+        return self.world.now + self.ahead
+
+    @property
+    def session(self):
+        key = self.store.member, self.keeper._number
+        if key not in self.sessions:
+            self.sessions.append(key)
+        return key
+
+    @property
+    def row(self):
+        return self.world.book.members.get(self.store.member)
+
+    # -- its keeper ---------------------------------------------------------------
+
+    def has_to_step(self):
+        if self.stopped or self.left:
+            return False
+        return (
+            self.round is not None
+            or self.keeper._rung
+            or self.store.member in self.world.host.rung
+            or self.clock() >= self.wake_at
+        )
+
+    def step(self, budget=None):
+        """Do a round, or a part of one: up to so many points, and go on from there."""
+        if self.round is None:
+            rung = self.store.member in self.world.host.rung
+            self.world.host.rung.discard(self.store.member)
+            now = self.clock()
+            self._go(lambda: self.keeper.step(now, rung), budget)
+        else:
+            self._go_on(budget)
+
+    def _go(self, what, budget=None):
+        assert self.round is None
+        self.round = greenlet.greenlet(what)
+        self._go_on(budget)
+
+    def _go_on(self, budget):
+        self.budget = budget
+        result = self.round.switch()
+        if self.round.dead:
+            self.round = None
+            if result is not None:
+                self.wake_at = result
+
+    def point(self, name):
+        if self.round is None or greenlet.getcurrent() is not self.round:
+            return  # the pool's own business, not the keeper's
+        self.passed.append(name)
+        if self.budget is not None:
+            if self.budget == 0:
+                self.round.parent.switch()
+            if self.budget is not None:
+                self.budget -= 1
+        if self.fails_at == name:
+            self.fails_at = None
+            raise StoreAway(f"failed at {name}")
+
+    # -- what may happen to it --------------------------------------------------------
+
+    def kill(self):
+        """Gone, at this point. Its server sessions are not, yet."""
+        if self.round is not None:
+            self.round.throw(greenlet.GreenletExit)
+            self.round = None
+        self.world.host.alive.discard(self.store.member)
+        self.world.living.remove(self)
+        self.world.dead.append(self)
+
+    def close(self, budget=None):
+        """Leave in good order."""
+        self.left = True
+        self._go(self.keeper.close, budget)
+
+    def fork(self):
+        """Return the child: everything is copied, and then told."""
+        child = copy.copy(self)
+        child.store = copy.copy(self.store)
+        child.store.process = child
+        child._new_pool()
+        child.keeper = copy.copy(self.keeper)
+        child.keeper._store = child.store
+        child.keeper._local = child.pool
+        child.keeper._clock = child.clock
+        child.pool.keeper = child.keeper
+        child._begin()
+        child.keeper.after_fork()
+        self.world.living.append(child)
+        return child
+
+    def server_notices(self):
+        """The server ends the sessions of a dead process."""
+        for session in self.sessions:
+            self.world.server.sessions.pop(session, None)
