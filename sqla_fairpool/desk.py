@@ -24,7 +24,14 @@ import logging
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -41,6 +48,7 @@ from .waiters import Waiter
 
 if TYPE_CHECKING:
     from .leaks import LeakWatch
+    from .share import Share
 
 __all__ = ["Desk", "refuse_finaliser"]
 
@@ -73,6 +81,7 @@ class Desk:
         "_opening",
         "_out_of_use",
         "_pool_size",
+        "_pressed",
         "_records",
         "_spare_seats",
         "_take_idle",
@@ -90,6 +99,7 @@ class Desk:
         "options",
         "owner",
         "scheduler",
+        "share",
     )
 
     #: Who looks for what is out for too long, if anybody does.
@@ -102,6 +112,8 @@ class Desk:
         use_lifo: bool,
         clock: Callable[[], float],
     ) -> None:
+        #: The pool's part in a ledger, None without one.
+        self.share: Share | None = None
         #: Tells it from others in this process.
         self.number = next(_numbers)
         self.options = options
@@ -153,6 +165,8 @@ class Desk:
         # opened ahead, or were detached: whose slots are out of use meanwhile.
         self._allotted = self.options.capacity
         self._out_of_use = 0
+        # Others go short: what falls idle is asked for.
+        self._pressed = False
         self.scheduler = Scheduler(
             capacity=self.options.capacity,
             soft_limit=self.options.soft_limit,
@@ -292,11 +306,30 @@ class Desk:
             # Its slot is free when it is closed, not before.
             self._chores.append(partial(self._close_then, self._closed, record))
             return
+        if self.share is not None:
+            self._note_for_share(record, now)
         granted = self.scheduler.release(seat, now)
         if granted:
             self._deliver(granted, record if keep else None)
         elif record is not None and keep and not full:
             self._idle.append(record)
+            if self._pressed and self.share is not None:
+                self._bells.append(self.share.ring)
+
+    def _note_for_share(self, record: Record | None, now: float) -> None:
+        """Keep account of a connection that comes back, or does not, for the ledger."""
+        assert self.share is not None
+        detached = (
+            record is not None
+            and record.dbapi_connection is None
+            and not record.__dict__.get("gone", True)
+        )
+        if detached:
+            # Open, and no longer ours: it keeps a slot until it is closed.
+            self._out_of_use += 1
+            self.scheduler.set_capacity(self._capacity(leaving=1), now)
+        if self.connections_there() > self._allotted:
+            self._bells.append(self.share.ring)  # others wait for what is too much
 
     def _deliver(self, granted: Sequence[Ticket], record: Record | None) -> None:
         """Give the granted their records: this one, then idle ones, then none.
@@ -316,7 +349,9 @@ class Desk:
 
     def _seat_owner(self, seat: Seat, record: Record | None) -> None:
         """Complete a seat that was granted, or moved to another tag."""
-        seat.may_warm = self._never_full and not seat.account.silent
+        seat.may_warm = (
+            self._never_full and not seat.account.silent and not self._pressed
+        )
         seat.reported = False
         if record is not None:
             if record.seat is not seat:
@@ -340,6 +375,63 @@ class Desk:
         self._watch = newest
         if newest is not None and newest.waiter is not None:
             self._bells.append(newest.waiter.wake)
+
+    # -- as the member of a ledger ---------------------------------------------------
+
+    def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
+        """Set how many connections there may be, and the ceiling of each tag."""
+        with self.section() as now:
+            self._allotted = slots
+            if self.connections_there() > slots:
+                for seat in self.granted_seats():
+                    seat.may_warm = False  # to be looked at when it comes back
+            capacity = self._capacity()
+            self._deliver(self.scheduler.impose(capacity, ceilings, other, now), None)
+            self._drain(now)
+
+    def press(self, pressed: bool) -> None:
+        """Ring for the ledger when a connection falls idle, or do not any more."""
+        with self.section():
+            self._pressed = pressed
+            if pressed:
+                for seat in self.granted_seats():
+                    seat.may_warm = False
+
+    def connections_there(self) -> int:
+        """Return how many connections there are, from before their opening until after
+        their closing. Caller is in a section.
+        """
+        there = self.scheduler.in_use + len(self._idle)
+        return there + len(self._left) + self._out_of_use
+
+    def settle(self, now: float) -> int:
+        """Return :meth:`connections_there`; no more will be, but what is allotted.
+
+        Caller is in a section.
+        """
+        self._deliver(self.scheduler.set_capacity(self._capacity(), now), None)
+        return self.connections_there()
+
+    def detached_is_over(self) -> None:
+        """Put the slot of a connection into use that was detached, and is no more.
+
+        Called by its finaliser as well, hence by whoever comes next.
+        """
+        self._chores.append(self._slot_back)
+
+    def _slot_back(self) -> None:
+        with self.section() as now:
+            self._deliver(self._keep_out_of_use(-1, now), None)
+        if self.share is not None:
+            self.share.ring()
+
+    def wake_all(self) -> None:
+        """Wake whoever waits, to look for himself."""
+        with self.section():
+            for account in self.scheduler.waiting_accounts():
+                for seat in cast(Iterable[Seat], account.waiters or ()):
+                    if seat.waiter is not None:
+                        self._bells.append(seat.waiter.wake)
 
     # -- closing ------------------------------------------------------------------
 
@@ -365,19 +457,24 @@ class Desk:
     def _retired(self, record: Record) -> None:
         with self.section() as now:
             self._deliver(self._keep_out_of_use(-1, now), None)
+        if self.share is not None:
+            self.share.ring()
 
     def _keep_out_of_use(self, by: int, now: float) -> Sequence[Ticket]:
         """Let fewer, or more, slots be granted; return who is granted by it."""
         self._out_of_use += by
         return self.scheduler.set_capacity(self._capacity(), now)
 
-    def _capacity(self) -> int:
+    def _capacity(self, leaving: int = 0) -> int:
         """Return how many slots may be in use now.
 
         Those out of use count, unless they are beyond what is allotted: who has a
         connection, or takes one that is there, opens none.
+
+        :param leaving: slots in use that are about to be released without anything
+          to come back.
         """
-        there = self.scheduler.in_use + len(self._idle)
+        there = self.scheduler.in_use - leaving + len(self._idle)
         return min(self._allotted, max(self._allotted - self._out_of_use, there))
 
     def _close_then(self, after: Callable[[Record], None], record: Record) -> None:

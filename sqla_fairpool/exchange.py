@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import os
 import weakref
+from functools import partial
 from typing import cast
 
 from . import _private
@@ -31,6 +32,7 @@ from .inquiry import Scene, copy_scene
 from .leaks import LeakWatch
 from .seats import Generation, Opener, Record, Seat
 from .server_tag import TOLD
+from .share import Share
 from .tagging import timeout_in_force
 from .upkeep import Upkeep
 from .waiters import Waiter
@@ -150,7 +152,9 @@ class Exchange(Upkeep):
                         seat.waiter = self._waiter_class(seat)
                         if self._watch is None:
                             self._watch = seat
-                        if not self.journal.exhausted:
+                        if self.share is not None:
+                            self._bells.append(partial(self.share.ring, tag))
+                        elif not self.journal.exhausted:
                             self._note_exhaustion(tag, now)
                     self._tidy(now)
                 finally:
@@ -230,6 +234,8 @@ class Exchange(Upkeep):
         account, began = seat.account, self.clock()
         record = None
         try:
+            if self.share is not None:
+                self.share.note_loop()
             with self._lock:
                 self._opening.add(seat)
             record = cast(Record, opener._create_connection())
@@ -248,7 +254,8 @@ class Exchange(Upkeep):
         if timeout is None:
             timeout = self.options.timeout
         deadline = math.inf if timeout is None else since + timeout
-        if deadline > since and self._guard.suspects(seat):
+        # With a ledger, others may give way whom nobody sees here.
+        if deadline > since and self.share is None and self._guard.suspects(seat):
             self._refuse_deadlock(seat, deadline)
         now = since
         while True:
@@ -258,6 +265,8 @@ class Exchange(Upkeep):
             waiter.wait(None if until == math.inf else until - now)
             if seat.waiter is None:
                 return
+            if self.share is not None and self.share.refusal is not None:
+                raise self.share.refusal
             with self.section() as now:
                 self.look_around(now)
                 if now >= deadline and seat.waiter is not None:
@@ -323,6 +332,15 @@ class Exchange(Upkeep):
             record.seat.may_warm = False
             _private.disown(record)
         self._begin()
+        if self.share is not None:
+            self.allot(0, {}, 0)
+            if self.share.keeper is not None:
+                self.share.keeper.after_fork()
+
+    def join(self, share: Share) -> None:
+        """Become the member of a ledger, with nothing allotted yet."""
+        self.share = share
+        self.allot(0, {}, 0)
 
 
 class TracedExchange(Exchange):

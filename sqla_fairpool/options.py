@@ -133,6 +133,7 @@ class PoolOptions:
     leak_threshold: float | None
     deadlock_guard: bool
     server_tag: bool
+    ledger: str | None
     #: The limits that were not given, and so follow the capacity.
     defaulted: frozenset[str]
 
@@ -160,6 +161,7 @@ class PoolOptions:
         leak_threshold: Any = None,
         deadlock_guard: Any = True,
         server_tag: Any = False,
+        ledger: Any = None,
     ) -> PoolOptions:
         """Check the values as users give them; numbers may come as strings.
 
@@ -219,6 +221,8 @@ class PoolOptions:
                 lambda s: s > 0,
                 "seconds, more than 0, or None to look for no leaks",
             )
+        if ledger is not None and not isinstance(ledger, str):
+            _refuse("ledger", ledger, "'host', a path, or None for no ledger")
         if not isinstance(tag_option, str) or not tag_option.isidentifier():
             _refuse("tag_option", tag_option, "the name of an execution option")
         return cls(
@@ -237,6 +241,7 @@ class PoolOptions:
             leak_threshold=leak_threshold,
             deadlock_guard=read_switch("deadlock_guard", deadlock_guard),
             server_tag=read_switch("server_tag", server_tag),
+            ledger=ledger,
             defaulted=frozenset(name for name, value in limits if value is None),
         )
 
@@ -264,7 +269,9 @@ class PoolOptions:
 
 
 #: What engines and connections were told when they were made.
-_FIXED = frozenset({"tag_option", "default_tag", "leak_threshold", "server_tag"})
+_FIXED = frozenset(
+    {"tag_option", "default_tag", "leak_threshold", "server_tag", "ledger"}
+)
 
 
 def describe_changes(before: PoolOptions, now: PoolOptions) -> str:

@@ -54,6 +54,7 @@ _READERS: dict[str, Callable[[str, str], Any]] = {
     "leak_threshold": _or_none,
     "deadlock_guard": read_switch,
     "server_tag": read_switch,
+    "ledger": _or_none,
     "use_lifo": read_switch,
     "recycle": _seconds,
     "pre_ping": read_switch,

@@ -19,6 +19,7 @@ from sqlalchemy.util import greenlet_spawn
 
 from . import _private, tagging
 from .exchange import Exchange, TracedExchange
+from .joining import await_url, join_ledger
 from .lifetimes import observe, time_openings
 from .metrics import PoolMetrics, Source, collect
 from .options import BadOption, PoolOptions, describe_changes
@@ -77,6 +78,9 @@ class FairQueuePool(Pool):
       its own caller, or others who wait in the same way, could serve. Default True.
     :param server_tag: tell PostgreSQL the tag as ``application_name``, when a
       connection goes from one tag to another. Default False.
+    :param ledger: share the connections with all processes that name the same
+      ledger: ``"host"``, a file at a place that follows from the database, or a path.
+      Default None: this pool alone.
     :param use_lifo: hand out the connection that came back last, so that the
       others fall idle. Default False, but True with `idle_connection_ttl`.
     :param \\**kw: ``recycle``, ``pre_ping``, ``reset_on_return``, ``echo``,
@@ -113,6 +117,7 @@ class FairQueuePool(Pool):
         leak_threshold: float | None = None,
         deadlock_guard: bool = True,
         server_tag: bool = False,
+        ledger: str | None = None,
         use_lifo: bool = False,
         *,
         _exchange: Exchange | None = None,
@@ -136,6 +141,7 @@ class FairQueuePool(Pool):
                 leak_threshold=leak_threshold,
                 deadlock_guard=deadlock_guard,
                 server_tag=server_tag,
+                ledger=ledger,
             )
             traced = options.leak_threshold is not None
             _exchange = (TracedExchange if traced else Exchange)(
@@ -153,6 +159,9 @@ class FairQueuePool(Pool):
             observe(self, _exchange)
             if _exchange.options.server_tag:
                 tell_on_checkout(self)
+            if _exchange.options.ledger is not None:
+                join_ledger(self, _exchange)
+                await_url(self, _exchange, self._dialect)
 
     @property
     def options(self) -> PoolOptions:

@@ -57,8 +57,13 @@ class Roster:
         self.meters = Meters()
         #: How many tags are active.
         self.active = 0
-        #: The ceiling of every active tag: they all have the same.
+        #: The ceiling of every active tag: they all have the same. While ceilings are
+        #: imposed, the lowest of these; who looks only at this one errs on the safe
+        #: side.
         self.common_ceiling = max_limit
+        #: Ceilings from outside, by tag, and for all others; None without.
+        self.imposed: Mapping[str, int] | None = None
+        self.imposed_other = 0
         #: Called after a tag has become active or idle: its name, which of the two, how
         #: many are active, and the ceiling that follows.
         self.on_change: Callable[[str, bool, int, int], None] | None = None
@@ -67,7 +72,19 @@ class Roster:
 
     def ceiling(self, account: Account) -> int:
         """Return the most slots `account` may hold now."""
+        if self.imposed is not None:
+            return self.imposed.get(account.tag, self.imposed_other)
         others = self.active - account.active
+        return policy.ceiling(others, self.soft_limit, self.max_limit)
+
+    def impose(self, ceilings: Mapping[str, int], other: int) -> None:
+        """Replace the rules for ceilings by numbers from outside."""
+        self.imposed, self.imposed_other = ceilings, other
+        self.common_ceiling = self._lowest_ceiling(0)
+
+    def _lowest_ceiling(self, others: int) -> int:
+        if self.imposed is not None:
+            return min([self.imposed_other, *self.imposed.values()])
         return policy.ceiling(others, self.soft_limit, self.max_limit)
 
     def get(self, tag: str, now: float) -> Account:
@@ -87,8 +104,7 @@ class Roster:
         self.soft_limit = soft_limit
         self.max_limit = max_limit
         self.idle_timeout = idle_timeout
-        others = max(self.active - 1, 0)
-        self.common_ceiling = policy.ceiling(others, soft_limit, max_limit)
+        self.common_ceiling = self._lowest_ceiling(max(self.active - 1, 0))
         for account in self.accounts.values():
             if account.active:
                 self._review.put(account, self._idle_at(account))
@@ -152,8 +168,7 @@ class Roster:
     def _set_active(self, account: Account, active: bool) -> None:
         prompt = active and not account.silent
         count = self.active + (1 if active else -1)
-        others = max(count - 1, 0)
-        ceiling = policy.ceiling(others, self.soft_limit, self.max_limit)
+        ceiling = self._lowest_ceiling(max(count - 1, 0))
         # From here in one go, see the head of scheduler.py.
         account.active = active
         account.prompt = prompt
@@ -169,4 +184,8 @@ class Roster:
         assert all(a.active for a in accounts if a.waiters and not a.silent)
         assert all(a in self._review for a in accounts if a.active)
         assert all(a.prompt == (a.active and not a.silent) for a in accounts)
-        assert all(self.ceiling(a) == self.common_ceiling for a in accounts if a.active)
+        if self.imposed is None:
+            equal = self.common_ceiling
+            assert all(self.ceiling(a) == equal for a in accounts if a.active)
+        else:
+            assert all(self.ceiling(a) >= self.common_ceiling for a in accounts)

@@ -285,12 +285,30 @@ class Scheduler:
             self._requeue(account)
         return self.set_capacity(capacity, now)
 
+    def impose(
+        self, capacity: int, ceilings: Mapping[str, int], other: int, now: float
+    ) -> Sequence[Ticket]:
+        """Replace capacity and ceilings by numbers from outside, until the next call.
+
+        Returns who is granted by it. Nothing is taken away: what is in use above
+        a lower number drains.
+
+        :param ceilings: by tag.
+        :param other: the ceiling of any tag not named.
+        """
+        self.roster.impose(ceilings, other)
+        for account in self._lines:
+            self._requeue(account)
+        return self.set_capacity(capacity, now)
+
     # -- questions -----------------------------------------------------------
 
     def ceiling(self, account: Account) -> int:
         """Return the most slots `account` may hold now."""
         roster = self.roster
-        return roster.common_ceiling if account.active else roster.ceiling(account)
+        if account.active and roster.imposed is None:
+            return roster.common_ceiling
+        return roster.ceiling(account)
 
     def wanted(self, ticket: Ticket) -> bool:
         """Tell if releasing this granted ticket would grant another one."""

@@ -20,10 +20,13 @@ from typing import Any, cast
 
 from .account import GRANTED
 from .desk import Desk
-from .options import PoolOptions
+from .options import BadOption, PoolOptions
 from .seats import Generation, Opener, Record, Seat
 
 __all__ = ["Upkeep"]
+
+#: With the capacity, what the members of a ledger agree on.
+TERMS = ("soft_limit", "max_limit", "idle_timeout", "reallocation_interval")
 
 #: Looks at the idle connections within one ``idle_connection_ttl``. Each costs a
 #: few microseconds; a connection is closed a look's distance late at most.
@@ -205,6 +208,8 @@ class Upkeep(Desk):
         with self.section() as now:
             before = self.options
             options = before.changed(changes)
+            if self.share is not None:
+                self._refuse_other_terms(before, options)
             self.options = options
             self._pool_size = options.pool_size
             self._never_full = options.max_overflow == 0
@@ -228,6 +233,16 @@ class Upkeep(Desk):
             # Whoever waits looks at the new times.
             self._pass_the_watch()
         return before, options
+
+    @staticmethod
+    def _refuse_other_terms(before: PoolOptions, options: PoolOptions) -> None:
+        """Raise if what the members of a ledger agree on would change."""
+        for name in ("capacity", *TERMS):
+            value = getattr(options, name)
+            if value != getattr(before, name):
+                raise BadOption(
+                    name, value, f"{getattr(before, name)}, as agreed with the ledger"
+                )
 
     # -- one pool after the other ---------------------------------------------------
 
@@ -259,8 +274,7 @@ class Upkeep(Desk):
         """Before opening: close what a former pool has left, if it is in the way."""
         record = None
         with self._lock:
-            there = self.scheduler.in_use + len(self._idle) + len(self._left)
-            if there > self._allotted:
+            if self.connections_there() > self._allotted:
                 try:
                     record = self._left.pop()
                 except KeyError:

@@ -28,6 +28,7 @@ def test_defaults_are_the_contract():
         leak_threshold=None,
         deadlock_guard=True,
         server_tag=False,
+        ledger=None,
         defaulted=frozenset({"soft_limit", "max_limit"}),
     )
     assert options.capacity == 20
@@ -122,6 +123,7 @@ def test_numbers_may_be_strings(server):
         leak_threshold=60.0,
         deadlock_guard=False,
         server_tag=False,
+        ledger=None,
         defaulted=frozenset(),
     )
 

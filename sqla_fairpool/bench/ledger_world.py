@@ -205,6 +205,9 @@ class SimPool:
             self._close_idle()
         self._dispatch()
 
+    def press(self, pressed: bool) -> None:
+        pass  # it looks at its keeper
+
     def refuse(self, error: LedgerError) -> None:
         self.refusals.append(error)
         self.waiting.clear()

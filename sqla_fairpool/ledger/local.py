@@ -49,6 +49,9 @@ class Local(Protocol):
     def close_surplus(self) -> None:
         """Close idle connections above the allotment."""
 
+    def press(self, pressed: bool) -> None:
+        """Ring from now on when a connection falls idle, or do not any more."""
+
     def refuse(self, error: LedgerError) -> None:
         """Raise this in those who wait now."""
 

@@ -251,7 +251,9 @@ class Membership:
         self._tell_pool(min(orders.owned, orders.target), orders.ceilings, orders.other)
         if orders.bells:
             self._store.ring(orders.bells)
-        self.pressed = orders.pressed
+        if orders.pressed != self.pressed:
+            self.pressed = orders.pressed
+            self._local.press(orders.pressed)
         self._vain = frozenset(
             tag
             for tag, line in orders.lines.items()

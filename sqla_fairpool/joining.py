@@ -1,0 +1,143 @@
+"""How a pool becomes the member of a ledger."""
+
+from __future__ import annotations
+
+import atexit
+import weakref
+from collections.abc import Collection
+from typing import Any
+
+from sqlalchemy import event
+from sqlalchemy.engine import URL, Dialect
+from sqlalchemy.pool import Pool
+
+from .exchange import Exchange
+from .ledger.host import HostStore
+from .ledger.keeper import Keeper
+from .ledger.places import make_store, needs_database
+from .ledger.rows import Terms
+from .ledger.sessions import mark, members_with_sessions, refuse_pooler
+from .options import PoolOptions
+from .share import Share
+
+__all__ = ["await_url", "join_ledger"]
+
+
+def terms_of(options: PoolOptions) -> Terms:
+    """Return what all members have to agree on."""
+    return Terms(
+        capacity=options.capacity,
+        soft_limit=options.soft_limit,
+        max_limit=options.max_limit,
+        idle_timeout=options.idle_timeout,
+        reallocation_interval=options.reallocation_interval,
+    )
+
+
+def join_ledger(pool: Pool, exchange: Exchange) -> None:
+    """Let a pool share the slots of its ledger. Needs :func:`await_url` for some."""
+    share = Share(exchange)
+    exchange.join(share)
+    share.watch(pool)
+    ledger = exchange.options.ledger
+    assert ledger is not None
+    if not needs_database(ledger):
+        _begin(pool, exchange, share, None)
+
+
+def await_url(pool: Pool, exchange: Exchange, dialect: Any) -> None:
+    """Begin when the engine tells its dialect which database it is.
+
+    ``on_connect_url()`` is called by ``create_engine`` with the URL, which a pool
+    is never told.
+    """
+    share = exchange.share
+    if share is None or share.keeper is not None or not isinstance(dialect, Dialect):
+        return
+    on_connect_url = dialect.on_connect_url
+
+    def told(url: URL) -> Any:
+        if share.keeper is None:
+            _begin(pool, exchange, share, url)
+        return on_connect_url(url)
+
+    setattr(dialect, on_connect_url.__name__, told)
+
+
+def _begin(pool: Pool, exchange: Exchange, share: Share, url: URL | None) -> None:
+    assert exchange.options.ledger is not None
+    store = make_store(exchange.options.ledger, url)
+    sessions = _Sessions(pool, store)
+    keeper = Keeper(store, terms_of(exchange.options), share, sessions.of_the_gone)
+    share.keeper = keeper
+    sessions.mark_for(keeper)
+    _keepers.add(keeper)
+
+
+class _Sessions:
+    """Marks a pool's connections on PostgreSQL, and finds those of others."""
+
+    def __init__(self, pool: Pool, store: HostStore) -> None:
+        self._pool = weakref.ref(pool)
+        self._store = store
+
+    def mark_for(self, keeper: Keeper) -> None:
+        """Have each new connection counted as `keeper`'s."""
+        pool = self._pool()
+        assert pool is not None
+
+        @event.listens_for(pool, "connect")
+        def connected(dbapi_connection: Any, record: Any) -> None:
+            if not self._on_postgresql():
+                return
+            number = keeper.status().member
+            assert number is not None, "a connection without a slot"
+            cursor = dbapi_connection.cursor()
+            try:
+                refuse_pooler(cursor, _backend_pid(dbapi_connection))
+                mark(cursor, self._store.key, number)
+            finally:
+                cursor.close()
+            dbapi_connection.rollback()
+
+    def _on_postgresql(self) -> bool:
+        pool: Any = self._pool()
+        return getattr(pool and pool._dialect, "name", None) == "postgresql"
+
+    def of_the_gone(self, numbers: set[int]) -> Collection[int] | None:
+        """Return which of these members still have sessions; None if unknown.
+
+        Takes a connection of its own for that, beside the budget: at most one for
+        each process that looks, for a moment, while there are slots in quarantine.
+        """
+        pool: Any = self._pool()
+        if pool is None or not self._on_postgresql() or pool._dialect.is_async:
+            return None
+        connection = pool._creator()
+        try:
+            cursor = connection.cursor()
+            found = members_with_sessions(cursor, self._store.key)
+            cursor.close()
+        finally:
+            connection.close()
+        return found & numbers
+
+
+def _backend_pid(dbapi_connection: Any) -> int | None:
+    """Return the server process as the driver knows it, None if it tells nothing."""
+    driver = getattr(dbapi_connection, "driver_connection", dbapi_connection)
+    if hasattr(driver, "get_server_pid"):  # asyncpg
+        return int(driver.get_server_pid())
+    info = getattr(driver, "info", None)
+    pid = getattr(info, "backend_pid", None)
+    return None if pid is None else int(pid)
+
+
+# Those that are to leave before the interpreter goes.
+_keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
+
+
+@atexit.register
+def _leave_all() -> None:
+    for keeper in list(_keepers):
+        keeper.close()

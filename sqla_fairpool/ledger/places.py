@@ -1,0 +1,91 @@
+"""Where a ledger is: from what the user writes to a store."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import tempfile
+from pathlib import Path
+
+from sqlalchemy.engine import URL
+
+from ..options import BadOption
+from .errors import LedgerError
+from .host import HostStore
+
+__all__ = ["default_path", "make_store", "needs_database"]
+
+_ALLOWED = (
+    "'host' (a file at a default place, for the processes of this host), or the "
+    "path of a file, with a / in it"
+)
+
+
+def needs_database(ledger: str) -> bool:
+    """Tell if the database's URL is needed to find the ledger."""
+    return ledger == "host"
+
+
+def make_store(ledger: str, database: URL | None) -> HostStore:
+    """Return the store that `ledger` names.
+
+    :param ledger: ``host``, or a path.
+    :param database: the URL of the pool's database, for ``host``.
+    :raises sqlalchemy.exc.ArgumentError: for anything else.
+    :raises LedgerError: if the default place is not safe.
+    """
+    if ledger == "host":
+        if database is None:
+            raise BadOption(
+                "ledger", ledger, "a path, where no URL says which database"
+            )
+        return HostStore(default_path(database))
+    if "/" in ledger and "://" not in ledger:
+        return HostStore(os.path.expanduser(ledger))
+    shown = ledger.partition("://")[0] + "://..." if "://" in ledger else ledger
+    raise BadOption("ledger", shown, _ALLOWED)
+
+
+def default_path(database: URL) -> Path:
+    """Return the default ledger's file for a database, by its host, port and name.
+
+    Never by user or password. The directory is this user's alone, which is checked: in
+    a directory that is open to everybody, somebody else could have made it.
+    """
+    parts = [database.get_backend_name(), *_place(database)]
+    told = "-".join(filter(None, (re.sub(r"[^\w.]+", "_", part) for part in parts)))
+    # What is told may be the same for two databases, so this is the name's substance.
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+    return _directory() / f"{told[:80]}-{digest}.ledger"
+
+
+def _place(database: URL) -> tuple[str, str, str]:
+    host = database.host or database.query.get("host") or ""
+    if not isinstance(host, str):
+        host = ",".join(host)
+    name = database.database or ""
+    if database.get_backend_name() == "sqlite" and name not in ("", ":memory:"):
+        name = os.path.abspath(name)  # it may be named from here
+    return host, str(database.port or ""), name
+
+
+def _directory() -> Path:
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime and os.path.isdir(runtime):
+        path = Path(runtime) / "sqla-fairpool"
+    else:
+        path = Path(tempfile.gettempdir()) / f"sqla-fairpool-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    found = path.lstat()
+    if (
+        not stat.S_ISDIR(found.st_mode)
+        or found.st_uid != os.getuid()
+        or found.st_mode & 0o077
+    ):
+        raise LedgerError(
+            f"the directory {path} for ledgers is not a directory of this user alone "
+            "(mode 700): mend that, or name another path as the ledger"
+        )
+    return path
