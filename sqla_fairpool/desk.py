@@ -401,7 +401,7 @@ class Desk:
         """Return how many connections there are, from before their opening until after
         their closing. Caller is in a section.
         """
-        there = self.scheduler.in_use + len(self._idle)
+        there = self.scheduler.in_use + self.count_idle()[1]
         return there + len(self._left) + self._out_of_use
 
     def settle(self, now: float) -> int:
@@ -474,7 +474,7 @@ class Desk:
         :param leaving: slots in use that are about to be released without anything
           to come back.
         """
-        there = self.scheduler.in_use - leaving + len(self._idle)
+        there = self.scheduler.in_use - leaving + self.count_idle()[1]
         return min(self._allotted, max(self._allotted - self._out_of_use, there))
 
     def _close_then(self, after: Callable[[Record], None], record: Record) -> None:

@@ -98,7 +98,13 @@ class Exchange(Upkeep):
         account = seat.account
         scheduler = self.scheduler
         waiting = scheduler.waiting
-        if waiting or seat.warm or not seat.may_warm or not account.prompt:
+        if (
+            waiting
+            or seat.warm
+            or not seat.may_warm
+            or not account.prompt
+            or record.dbapi_connection is None  # there is nothing to keep warm
+        ):
             self._checkin(seat, record, generation is self.owner)
             return
         now = self.clock()

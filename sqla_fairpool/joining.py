@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import os
+import socket
 import weakref
 from collections.abc import Collection
 from typing import Any
@@ -21,6 +23,10 @@ from .options import PoolOptions
 from .share import Share
 
 __all__ = ["await_url", "join_ledger"]
+
+#: Seconds that a server may take to end a session that is closed. It takes one or two
+#: milliseconds; a server that is gone is not waited for any longer.
+_GOODBYE = 2.0
 
 
 def terms_of(options: PoolOptions) -> Terms:
@@ -46,13 +52,16 @@ def join_ledger(pool: Pool, exchange: Exchange) -> None:
 
 
 def await_url(pool: Pool, exchange: Exchange, dialect: Any) -> None:
-    """Begin when the engine tells its dialect which database it is.
+    """Prepare the engine's dialect; begin when it is told which database it is.
 
     ``on_connect_url()`` is called by ``create_engine`` with the URL, which a pool
     is never told.
     """
     share = exchange.share
-    if share is None or share.keeper is not None or not isinstance(dialect, Dialect):
+    if share is None or not isinstance(dialect, Dialect):
+        return
+    _close_for_good(dialect)
+    if share.keeper is not None:
         return
     on_connect_url = dialect.on_connect_url
 
@@ -62,6 +71,41 @@ def await_url(pool: Pool, exchange: Exchange, dialect: Any) -> None:
         return on_connect_url(url)
 
     setattr(dialect, on_connect_url.__name__, told)
+
+
+def _close_for_good(dialect: Any) -> None:
+    """Have a connection's close return when the server has ended the session.
+
+    libpq says goodbye and does not wait; for a moment the server has the session and
+    the one that takes its slot. A copy of the socket sees when the server closes it.
+    """
+    do_close = dialect.do_close
+
+    def close(dbapi_connection: Any) -> None:
+        copy = None
+        try:
+            copy = socket.socket(fileno=os.dup(dbapi_connection.fileno()))
+        except Exception:
+            pass  # broken already, or a driver without sockets
+        try:
+            do_close(dbapi_connection)
+            if copy is not None:
+                _await_the_end(copy)
+        finally:
+            if copy is not None:
+                copy.close()
+
+    if dialect.name == "postgresql" and not dialect.is_async:
+        setattr(dialect, do_close.__name__, close)
+
+
+def _await_the_end(copy: socket.socket) -> None:
+    copy.settimeout(_GOODBYE)
+    try:
+        while copy.recv(4096):
+            pass  # what nobody has read
+    except OSError:
+        pass
 
 
 def _begin(pool: Pool, exchange: Exchange, share: Share, url: URL | None) -> None:

@@ -137,6 +137,7 @@ class Share:
                 self.keeper.close()  # nobody has the pool any more
             return 0, {}
         with exchange.section() as now:
+            exchange.look_around(now)  # others want to know who is idle
             tags = {
                 account.tag: TagDemand(
                     in_use=account.in_use,

@@ -1,0 +1,209 @@
+"""Several processes, one ledger, a real PostgreSQL: the bound holds at every instant.
+
+The server itself holds them to it: their role has a connection limit of as many, and
+one more connection would be refused, which fails the test.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.pool import NullPool
+from support.threads import PATIENCE
+
+pytestmark = [pytest.mark.postgres, pytest.mark.slow]
+
+PROGRAM = Path(__file__).parent / "support" / "scraper_program.py"
+CAPACITY = 20
+ROLE = (
+    "do $$ begin create role scraper login; "
+    "exception when duplicate_object then end $$",
+    f"alter role scraper connection limit {CAPACITY}",
+)
+
+
+class Server:
+    """Looks at ``pg_stat_activity`` all the time."""
+
+    def __init__(self, url):
+        self.url = make_url(url).set(username="scraper")
+        engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+        self._connection = engine.connect()
+        for statement in ROLE:
+            self._connection.execute(text(statement))
+        self._query = text(
+            "select application_name, count(*), "
+            "count(*) filter (where state = 'active') from pg_stat_activity "
+            "where application_name like 'scraper %' group by 1"
+        )
+        self._over = threading.Event()
+        #: Connections at work, and all, by scraper.
+        self.now, self.open = {}, {}
+        #: Most connections ever seen in two looks one after the other. The view is read
+        #: backend by backend, so a single look may see who goes and who comes instead.
+        self.most = 0
+        self.looks = 0
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+
+    def _look(self):
+        while not self._over.is_set():
+            rows = self._connection.execute(self._query).all()
+            self.now = {r[0].removeprefix("scraper "): r[2] for r in rows if r[2]}
+            before = sum(self.open.values())
+            self.open = {row[0].removeprefix("scraper "): row[1] for row in rows}
+            self.most = max(self.most, min(before, sum(self.open.values())))
+            self.looks += 1
+
+    def close(self):
+        self._over.set()
+        self._thread.join()
+        self._connection.close()
+
+    def until(self, **expected):
+        """Return how long it took until just these had so many at work."""
+        began = time.monotonic()
+        while self.now != expected:
+            assert time.monotonic() - began < PATIENCE, f"{self.now}, not {expected}"
+            time.sleep(0.002)
+        return time.monotonic() - began
+
+    def stays(self, seconds, **expected):
+        """Assert that it stays so, but for connections that change hands."""
+        looks, others = self.looks, 0
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            others += self.now != expected
+            time.sleep(0.01)
+        assert self.looks > looks
+        # Who is between two statements is not at work at that moment.
+        assert others <= seconds * 100 / 2, f"{others} times not {expected}"
+
+
+@pytest.fixture
+def server(postgres_url):
+    server = Server(postgres_url)
+    yield server
+    server.close()
+    assert server.most <= CAPACITY
+    assert server.looks > 10
+
+
+@pytest.fixture
+def scraper(server, tmp_path):
+    """Start scrapers, each a process; they are gone after the test."""
+    processes = []
+
+    @contextmanager
+    def scraper(name, threads=25, hold=0.05, *how):
+        process = start(name, threads, hold, *how)
+        yield process
+        process.stdin.close()
+        code = process.wait(PATIENCE)
+        assert code == 0, process.stderr.read()
+
+    def start(name, threads=25, hold=0.05, *how):
+        url = server.url.render_as_string(hide_password=False)
+        command = [sys.executable, PROGRAM, url, tmp_path / "app.ledger"]
+        process = subprocess.Popen(
+            [*map(str, [*command, name, threads, hold]), *how],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        processes.append(process)
+        assert process.stdout.readline() == "working\n"
+        return process
+
+    scraper.start = start
+    yield scraper
+    for process in processes:
+        process.kill()
+        process.wait()
+        print(process.args[4], process.stderr.read())  # shown if the test fails
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            pipe.close()
+
+
+def test_four_scenarios_with_a_process_per_scraper(server, scraper):
+    with scraper("layer1"):
+        server.until(layer1=15)
+        server.stays(0.5, layer1=15)
+        with scraper("layer3"):
+            server.until(layer1=10, layer3=10)
+            server.stays(0.5, layer1=10, layer3=10)
+            with scraper("layer2"):
+                server.until(layer1=7, layer2=6, layer3=7)
+                server.stays(0.5, layer1=7, layer2=6, layer3=7)
+            server.until(layer1=10, layer3=10)
+            server.stays(0.5, layer1=10, layer3=10)
+    server.until()
+
+
+def test_idle_scraper_frees_everything_and_comes_back(server, scraper):
+    with scraper("layer1"), scraper("layer2") as idle:
+        server.until(layer1=10, layer2=10)
+        idle.stdin.write("pause\n")
+        idle.stdin.flush()
+        assert idle.stdout.readline() == "paused\n"
+        server.until(layer1=15)
+        server.stays(0.5, layer1=15)
+
+
+def test_two_processes_under_one_tag_have_one_ceiling(server, scraper):
+    with scraper("layer1"), scraper("layer1"):
+        server.until(layer1=15)
+        server.stays(0.5, layer1=15)
+        with scraper("layer2"):
+            server.until(layer1=10, layer2=10)
+            server.stays(0.5, layer1=10, layer2=10)
+
+
+def test_killed_in_the_middle_of_a_query(server, scraper):
+    """Its server sessions outlive it, and its slots are theirs until they end."""
+    victim = scraper.start("victim", 25, 3.0)
+    server.until(victim=15)
+    victim.kill()
+    with scraper("heir"):
+        server.until(heir=15)
+        server.stays(0.3, heir=15)
+
+
+def test_stopped_process_keeps_what_it_has(server, scraper):
+    with scraper("stopped") as stopped:
+        server.until(stopped=15)
+        os.kill(stopped.pid, signal.SIGSTOP)
+        with scraper("other"):
+            server.until(other=5)
+            server.stays(1.5, other=5)
+            assert server.open == {"stopped": 15, "other": 5}
+            os.kill(stopped.pid, signal.SIGCONT)
+            server.until(stopped=10, other=10)
+    server.until()
+
+
+def test_forked_worker_is_a_member_of_its_own(server, scraper):
+    with scraper("parent", 25, 0.05, "fork"), scraper("other"):
+        server.until(parent=10, other=10)
+        server.stays(0.5, parent=10, other=10)
+
+
+def test_members_killed_again_and_again(server, scraper):
+    """Whenever it hits them: in a connect, a transaction, a query."""
+    with scraper("steady"):
+        for n in range(8):
+            victim = scraper.start("victim", 25, 0.02)
+            time.sleep(n * 0.03)  # another moment each time; orders nothing
+            victim.kill()
+            victim.wait()
+        server.until(steady=15)
