@@ -17,6 +17,7 @@ from .exchange import Exchange
 from .ledger.host import HostStore
 from .ledger.keeper import Keeper
 from .ledger.places import make_store, needs_database
+from .ledger.postgres import PostgresStore
 from .ledger.rows import Terms
 from .ledger.sessions import mark, members_with_sessions, refuse_pooler
 from .options import PoolOptions
@@ -121,7 +122,7 @@ def _begin(pool: Pool, exchange: Exchange, share: Share, url: URL | None) -> Non
 class _Sessions:
     """Marks a pool's connections on PostgreSQL, and finds those of others."""
 
-    def __init__(self, pool: Pool, store: HostStore) -> None:
+    def __init__(self, pool: Pool, store: HostStore | PostgresStore) -> None:
         self._pool = weakref.ref(pool)
         self._store = store
 

@@ -7,32 +7,40 @@ import os
 import re
 import stat
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
-from sqlalchemy.engine import URL
+from sqlalchemy import exc
+from sqlalchemy.engine import URL, make_url
 
 from ..options import BadOption
 from .errors import LedgerError
 from .host import HostStore
+from .postgres import PostgresStore
 
 __all__ = ["default_path", "make_store", "needs_database"]
 
 _ALLOWED = (
-    "'host' (a file at a default place, for the processes of this host), or the "
-    "path of a file, with a / in it"
+    "'host' (a file at a default place, for the processes of this host), the path of "
+    "a file, with a / in it, 'database' (the pool's own, for any number of hosts), or "
+    "the URL of a PostgreSQL database"
 )
+
+#: Drivers that a ledger can use, by what the pool's URL names.
+_DRIVERS = {"psycopg2": "psycopg2", "psycopg": "psycopg"}
 
 
 def needs_database(ledger: str) -> bool:
     """Tell if the database's URL is needed to find the ledger."""
-    return ledger == "host"
+    return ledger in ("host", "database")
 
 
-def make_store(ledger: str, database: URL | None) -> HostStore:
+def make_store(ledger: str, database: URL | None) -> HostStore | PostgresStore:
     """Return the store that `ledger` names.
 
-    :param ledger: ``host``, or a path.
-    :param database: the URL of the pool's database, for ``host``.
+    :param ledger: ``host``, ``database``, a path, or a PostgreSQL URL, in which the key
+      ``ledger`` tells several in one database apart.
+    :param database: the URL of the pool's database, for the first two.
     :raises sqlalchemy.exc.ArgumentError: for anything else.
     :raises LedgerError: if the default place is not safe.
     """
@@ -42,10 +50,38 @@ def make_store(ledger: str, database: URL | None) -> HostStore:
                 "ledger", ledger, "a path, where no URL says which database"
             )
         return HostStore(default_path(database))
+    if ledger == "database":
+        if database is None:
+            raise BadOption("ledger", ledger, "a URL, where the pool has none")
+        return _in_database(ledger, database)
+    if "://" in ledger:
+        try:
+            url = make_url(ledger)
+        except exc.ArgumentError:
+            url = None
+        if url is not None:
+            return _in_database(ledger, url)
     if "/" in ledger and "://" not in ledger:
         return HostStore(os.path.expanduser(ledger))
     shown = ledger.partition("://")[0] + "://..." if "://" in ledger else ledger
     raise BadOption("ledger", shown, _ALLOWED)
+
+
+def _in_database(ledger: str, url: URL) -> PostgresStore:
+    if url.get_backend_name() != "postgresql":
+        shown = f"{url.get_backend_name()}://..." if "://" in ledger else ledger
+        raise BadOption("ledger", shown, "a PostgreSQL database, or " + _ALLOWED)
+    name = url.query.get("ledger", "default")
+    keys = [key for key in url.query if key in ("ledger", "plugin")]
+    keys += [key for key in url.query if key.startswith("fairpool_")]
+    driver = _DRIVERS.get(url.get_driver_name()) or _installed_driver()
+    url = url.difference_update_query(keys).set(drivername=f"postgresql+{driver}")
+    return PostgresStore(url, str(name))
+
+
+def _installed_driver() -> str:
+    """Return a driver for a ledger beside an asyncio pool."""
+    return "psycopg" if find_spec("psycopg") else "psycopg2"
 
 
 def default_path(database: URL) -> Path:
