@@ -6,6 +6,7 @@ SQLAlchemy finds the plugin by its entry point, ``fairpool`` in the group
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,10 +17,13 @@ from sqlalchemy.pool import Pool
 from .options import BadOption, PoolOptions, read_switch, validate_tag
 from .pool import AsyncAdaptedFairQueuePool, FairQueuePool
 
-__all__ = ["PREFIX", "FairPoolPlugin"]
+__all__ = ["LEDGER", "PREFIX", "FairPoolPlugin"]
 
 #: What each key of ours in a URL begins with.
 PREFIX = "fairpool_"
+
+#: The environment variable that names the ledger where the URL does not.
+LEDGER = "FAIRPOOL_LEDGER"
 
 
 def _seconds(key: str, value: str) -> int:
@@ -87,6 +91,8 @@ class FairPoolPlugin(CreateEnginePlugin):
         found = {key: url.query[key] for key in url.query if key.startswith(PREFIX)}
         self._keys = list(found)
         self._options = _read(found)
+        if LEDGER in os.environ:
+            self._options.setdefault("ledger", os.environ[LEDGER])
         scraper = self._options.pop("scraper", None)
         if scraper is not None:
             option = self._given("tag_option") or "scraper"

@@ -396,6 +396,15 @@ def test_plugin_takes_a_ledger(tmp_path):
     engine.pool._exchange.share.keeper.close()
 
 
+def test_environment_names_the_ledger_where_the_url_does_not(tmp_path, monkeypatch):
+    monkeypatch.setenv("FAIRPOOL_LEDGER", f"{tmp_path}/env.ledger")
+    url = f"sqlite:///{tmp_path}/x.db?plugin=fairpool"
+    assert create_engine(url).pool.options.ledger == f"{tmp_path}/env.ledger"
+    named = create_engine(f"{url}&fairpool_ledger=none")
+    assert named.pool.options.ledger is None
+    assert FairQueuePool(lambda: None).options.ledger is None
+
+
 def test_tasks_share_with_threads(tmp_path, ledger):
     """The asyncio pool gives way too: its idle connections are closed in its loop."""
     server = StubServer()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -98,8 +99,17 @@ def server(postgres_url):
     assert server.looks > 10
 
 
+@pytest.fixture(params=["host", "postgresql"])
+def ledger(request, tmp_path, postgres_url):
+    """Where a new ledger is, of each kind."""
+    if request.param == "host":
+        return str(tmp_path / "app.ledger")
+    url = make_url(postgres_url).update_query_dict({"ledger": uuid.uuid4().hex})
+    return url.render_as_string(hide_password=False)
+
+
 @pytest.fixture
-def scraper(server, tmp_path):
+def scraper(server, ledger):
     """Start scrapers, each a process; they are gone after the test."""
     processes = []
 
@@ -113,7 +123,7 @@ def scraper(server, tmp_path):
 
     def start(name, threads=25, hold=0.05, *how):
         url = server.url.render_as_string(hide_password=False)
-        command = [sys.executable, PROGRAM, url, tmp_path / "app.ledger"]
+        command = [sys.executable, PROGRAM, url, ledger]
         process = subprocess.Popen(
             [*map(str, [*command, name, threads, hold]), *how],
             stdin=subprocess.PIPE,

@@ -186,8 +186,8 @@ class PostgresStore:
     def after_fork(self) -> None:
         """In the child: become a closed store with a member id of its own."""
         if self._connection is not None:
-            # Never to be deallocated: that would say goodbye to the parent's server. But
-            # without its socket, or the parent would seem to live as long as we do.
+            # Never to be deallocated, which would say goodbye to the parent's server;
+            # and without its socket, or the parent would live as long as we do.
             with contextlib.suppress(Exception):
                 nothing = os.open(os.devnull, os.O_RDWR)
                 os.dup2(nothing, self._driver.fileno(), inheritable=False)

@@ -25,8 +25,11 @@ class Store(Protocol):
     #: False once it is known that the sign of life was lost, until :meth:`open` makes
     #: another one. A store whose signs cannot be lost may leave this out.
     signed: bool
-    #: Server connections that the store holds now.
-    control_connections: int
+
+    @property
+    def control_connections(self) -> int:
+        """Server connections that the store holds now."""
+        ...
 
     def open(self) -> None:
         """Create the schema if need be, check it, give a sign of life. Idempotent."""
