@@ -115,8 +115,8 @@ class Watch:
         self._expected = expected
         return {key: since for key, (_, since) in expected.items()}
 
-    def _released(self, gone: Mapping[int, Gone], now: float) -> dict[int, Gone]:
-        """Return the quarantines that are over."""
+    def note(self, gone: Mapping[int, Gone], now: float) -> None:
+        """See which quarantines there are: their time begins."""
         seen = self._gone
         self._gone = {
             number: seen[number]
@@ -124,6 +124,10 @@ class Watch:
             else (row, now)
             for number, row in gone.items()
         }
+
+    def _released(self, gone: Mapping[int, Gone], now: float) -> dict[int, Gone]:
+        """Return the quarantines that are over."""
+        self.note(gone, now)
         age = {number: now - since for number, (_, since) in self._gone.items()}
         ripe = {number for number in gone if age[number] >= self._grace}
         if not ripe:
