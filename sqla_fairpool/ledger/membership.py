@@ -75,14 +75,7 @@ class Membership:
         self._told: tuple[int, Mapping[str, int], int] | None = None
         self._allotted = 0
         self._needs = Needs(pace)
-        self._watch = Watch(
-            self._store,
-            self._sessions,
-            beat=pace.beat,
-            patience=pace.patience,
-            grace=pace.grace,
-            reclaim_after=pace.reclaim_after,
-        )
+        self._watch = Watch(self._store, self._sessions, pace)
         # Times: of the next look; of the next one without need; of the last watch.
         self._look_at = 0.0
         self._slow_at = 0.0
@@ -221,7 +214,7 @@ class Membership:
         posted = self._needs.steady(orders, demand, now)
         told = None
         with self._transaction() as rows:
-            if findings is not None or matters or has_news(rows, key, orders.text):
+            if findings is not None or matters or has_news(rows, key, orders):
                 book = Book(rows)
                 if findings is not None:
                     findings.apply(book)

@@ -15,7 +15,7 @@ from .allocation import Line
 from .local import TagDemand
 from .settling import Orders
 
-__all__ = ["Needs", "Pace"]
+__all__ = ["Needs", "Pace", "turn_length"]
 
 _NOTHING = TagDemand(0, 0, False)
 
@@ -46,6 +46,17 @@ class Pace:
     retry: float = 5.0
 
 
+#: Slots that change hands per second, because others are to have a turn. Each costs
+#: three transactions with the whole board, milliseconds where there are a thousand
+#: members: where more are asked, turns last longer.
+_TURNS = 50.0
+
+
+def turn_length(pace: Pace, asked: int) -> float:
+    """Return how long a turn is when so many are asked to yield."""
+    return max(pace.turn, asked / _TURNS)
+
+
 class Needs:
     """What one process wants, beside what the board knows of that."""
 
@@ -56,6 +67,7 @@ class Needs:
         self._slack_since: float | None = None
         self._gone_since: float | None = None
         self._had_since: dict[str, float] = {}
+        self._turn = pace.turn
         # When the pool was asked last, and is to be asked again.
         self._asked_at = float("-inf")
         self._ask_at = float("-inf")
@@ -135,11 +147,12 @@ class Needs:
 
     def ready(self, now: float) -> list[str]:
         """Return the tags whose turn is over."""
-        return [t for t, s in self._had_since.items() if _over(s, self._pace.turn, now)]
+        return [t for t, s in self._had_since.items() if _over(s, self._turn, now)]
 
     def told(self, before: Orders | None, orders: Orders, now: float) -> None:
         """Take note of new orders."""
         self._slack_since = self._gone_since = None
+        self._turn = turn_length(self._pace, orders.turns)
         old = {t: line.place for t, line in before.lines.items()} if before else {}
         self._had_since = {
             tag: self._had_since.get(tag, now)
@@ -159,7 +172,7 @@ class Needs:
             if self._ask_at > now:
                 yield self._ask_at
         for tag in orders.asked:
-            yield self._had_since.get(tag, now) + self._pace.turn
+            yield self._had_since.get(tag, now) + self._turn
 
 
 def slack_of(orders: Orders, demand: Mapping[str, TagDemand]) -> int:
