@@ -67,11 +67,12 @@ def fair_shares(
       the rest of the capacity is divided, to whoever has least. The statements
       above hold for what is given beyond the floors.
 
-    Costs O(n + capacity * log n).
+    Costs O(n + capacity * log n); without weights O(n * log capacity).
     """
+    shares = [0] * len(demands) if floors is None else list(floors)
     if weights is None:
         weights = [1.0] * len(demands)
-    shares = [0] * len(demands) if floors is None else list(floors)
+        shares = _fill(shares, demands, capacity)
     # Handing out slot by slot to whoever `rank` puts first *is* the definition.
     line = [
         rank(share, weights[i], i)
@@ -89,3 +90,19 @@ def fair_shares(
         else:
             heapq.heappop(line)
     return shares
+
+
+def _fill(shares: Sequence[int], demands: Sequence[int], capacity: int) -> list[int]:
+    """Return the shares when the last whole round of handing out is over.
+
+    What slot by slot comes to, while all who want more have the same: a level that
+    rises like water.
+    """
+    low, high = 0, min(max(demands, default=0), max(capacity, 0))
+    while low < high:
+        level = (low + high + 1) // 2
+        if sum(map(max, shares, [min(d, level) for d in demands])) <= capacity:
+            low = level
+        else:
+            high = level - 1
+    return [max(share, min(d, low)) for share, d in zip(shares, demands, strict=True)]

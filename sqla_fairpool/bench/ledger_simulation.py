@@ -200,7 +200,7 @@ class _World:
         if process.store.nudged:
             process.store.nudged = False
             process.plan(self.now + _WAKE)
-        for member in self.host.rung:
+        for member in sorted(self.host.rung):
             self.by_member[member].plan(self.now + _WAKE)
 
     def run(self, until: float) -> None:

@@ -175,6 +175,7 @@ class SimPool:
         #: By tag.
         self.in_use: Counter[str] = Counter()
         self.waiting: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
         self.active: set[str] = set()
         self.idle = 0
         self.detached = 0
@@ -190,9 +191,10 @@ class SimPool:
     # -- called by the keeper -------------------------------------------------------
 
     def demand(self) -> tuple[int, Mapping[str, TagDemand]]:
-        tags = {t for t, n in (self.in_use + self.waiting).items() if n} | self.active
+        peak, self.peak = self.peak, self.in_use.copy()
+        tags = {t for t, n in (peak + self.waiting).items() if n} | self.active
         return self.open, {
-            tag: TagDemand(self.in_use[tag], self.waiting[tag], tag in self.active)
+            tag: TagDemand(peak[tag], self.waiting[tag], tag in self.active)
             for tag in sorted(tags)
         }
 
@@ -277,6 +279,7 @@ class SimPool:
             tag = min(eligible, key=lambda tag: (self.in_use[tag], tag))
             self.idle -= 1
             self.in_use[tag] += 1
+            self.peak[tag] = max(self.peak[tag], self.in_use[tag])
             self.waiting[tag] -= 1
             self.served.append(tag)
 

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from .. import policy
@@ -111,17 +112,11 @@ class _Row(NamedTuple):
 
     place: int
     member: str
-    line: Line
+    wants: int
+    #: It waits, and it answers.
+    hungry: bool
     #: What a stalled member is taken to hold here; None for one that answers.
     fixed: int | None
-
-    @property
-    def wants(self) -> int:
-        return self.line.wants if self.fixed is None else self.fixed
-
-    @property
-    def hungry(self) -> bool:
-        return self.line.waiting > 0 and self.fixed is None
 
 
 def allocate(
@@ -171,15 +166,18 @@ def _lines(
     active: set[str] = set()
     locked = 0
     for member, party in parties.items():
-        fixed: list[int | None] = [None] * len(party.lines)
         if party.stalled:
-            wants = [line.in_use for line in party.lines.values()]
-            held = policy.fair_shares(wants, party.owned)
+            in_use = [line.in_use for line in party.lines.values()]
+            held = policy.fair_shares(in_use, party.owned)
             locked += party.owned - sum(held)
-            fixed = list(held)
-        for (tag, line), slots in zip(party.lines.items(), fixed, strict=True):
-            lines.setdefault(tag, []).append(_Row(line.place, member, line, slots))
-            if line.active and slots is None:
+            for (tag, line), slots in zip(party.lines.items(), held, strict=True):
+                row = _Row(line.place, member, slots, False, slots)
+                lines.setdefault(tag, []).append(row)
+            continue
+        for tag, (in_use_now, waiting, is_active, place, _) in party.lines.items():
+            row = _Row(place, member, in_use_now + waiting, waiting > 0, None)
+            lines.setdefault(tag, []).append(row)
+            if is_active:
                 active.add(tag)
     for rows in lines.values():
         rows.sort()
@@ -202,32 +200,38 @@ def _divide_among_tags(
 def _divide_tag(found: Allocation, tag: str, line: list[_Row]) -> None:
     """Divide a tag's share among its members, and its ceiling as their limits."""
     share, ceiling = found.shares[tag], found.ceilings[tag]
-    floors = [row.fixed or 0 for row in line]
-    claims = policy.fair_shares([row.wants for row in line], share, floors=floors)
-    without_end = [ceiling] * len(line)
-    rooms = policy.fair_shares(without_end, ceiling, floors=claims)
+    claims, rooms, hungry, asked = _divide_line(tuple(line), share, ceiling)
     for row, claim, room in zip(line, claims, rooms, strict=True):
         if claim:
             found.claims[tag, row.member] = claim
             found.claimed[row.member] += claim
-        # One that wants nothing now is not to wait for an answer when it does.
-        found.limits[tag, row.member] = room if row.wants else max(room, 1)
-    hungry = [
-        row.member
-        for row, claim in zip(line, claims, strict=True)
-        if row.hungry and claim < row.wants
-    ]
+        found.limits[tag, row.member] = room
     if hungry:
-        found.hungry[tag] = frozenset(hungry)
+        found.hungry[tag] = hungry
+    found.asked.update((tag, member) for member in asked)
+
+
+# Of many tags few change between two looks.
+@lru_cache(maxsize=1024)
+def _divide_line(
+    line: tuple[_Row, ...], share: int, ceiling: int
+) -> tuple[list[int], list[int], frozenset[str], list[str]]:
+    """Return claims, limits, those that go short and those that are asked to yield."""
+    floors = [row.fixed or 0 for row in line]
+    claims = policy.fair_shares([row.wants for row in line], share, floors=floors)
+    without_end = [ceiling] * len(line)
+    rooms = policy.fair_shares(without_end, ceiling, floors=claims)
+    # One that wants nothing now is not to wait for an answer when it does.
+    rooms = [
+        room if row.wants else max(room, 1)
+        for row, room in zip(line, rooms, strict=True)
+    ]
+    pairs = [*zip(line, claims, strict=True)]
+    hungry = frozenset(r.member for r, claim in pairs if r.hungry and claim < r.wants)
     # Round robin: as many of the first are asked as get nothing at all.
-    empty = sum(row.hungry and not c for row, c in zip(line, claims, strict=True))
-    if share and empty:
-        holders = [
-            row.member
-            for row, claim in zip(line, claims, strict=True)
-            if claim and row.fixed is None
-        ]
-        found.asked.update((tag, member) for member in holders[:empty])
+    empty = sum(row.hungry and not claim for row, claim in pairs)
+    holders = [row.member for row, claim in pairs if claim and row.fixed is None]
+    return claims, rooms, hungry, holders[:empty]
 
 
 def _ask_tags(

@@ -73,7 +73,9 @@ from .errors import LedgerError, TermsDiffer
 from .rows import (
     DUE,
     META,
+    STALLED,
     TAGS,
+    TURN,
     Gone,
     Member,
     Meta,
@@ -305,7 +307,7 @@ class Book:
         bells = [
             key
             for key, why in due.items()
-            if why != self.due.get(key) and why != _STALLED
+            if why != self.due.get(key) and why != STALLED
         ]
         if due != self.due:
             self._rows[DUE] = dump(due)
@@ -325,7 +327,7 @@ class Book:
         for key, member in self.members.items():
             target = plan.targets[key]
             if member.stalled:
-                due[key] = _STALLED
+                due[key] = STALLED
             elif member.owned > target:
                 due[key] = f"give {target}"
             elif key in grants:
@@ -335,7 +337,7 @@ class Book:
             elif self._is_bound_anew(key, member, plan):
                 due[key] = "limit"
             elif key in asked:
-                due[key] = "turn"
+                due[key] = TURN
             elif not member.pressed and plan.presses(key, member.lines):
                 due[key] = "press"
         return due
@@ -347,8 +349,3 @@ class Book:
             min(line.wants, line.limit) != min(line.wants, plan.limits[tag, key])
             for tag, line in member.lines.items()
         )
-
-
-#: Why a member stands in ``due`` that is written down as stalled: so that it sees
-#: that when it goes on.
-_STALLED = "stalled"

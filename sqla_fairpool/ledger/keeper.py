@@ -202,6 +202,8 @@ class Keeper(Membership):
 
         :param rung: the bell may have been rung by another process.
         """
+        if self._rung:
+            self._needs.rung(now)
         self._rung = False
         try:
             if now < self._retry_at:

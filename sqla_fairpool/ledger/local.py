@@ -18,6 +18,7 @@ _REST = ""
 class TagDemand(NamedTuple):
     """What a process wants under one tag, now."""
 
+    #: The most that were in use at once since this was asked last.
     in_use: int
     waiting: int
     active: bool
@@ -35,7 +36,8 @@ class Local(Protocol):
         """Return the connections that are open, and what is wanted by tag.
 
         A connection counts as open from before it is opened until after it is closed,
-        detached ones included.
+        detached ones included. One that was in use since the last call counts as in
+        use: else a moment between two checkouts would look like a fall of demand.
         """
         ...
 

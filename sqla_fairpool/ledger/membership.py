@@ -75,20 +75,15 @@ class Membership:
         self._told: tuple[int, Mapping[str, int], int] | None = None
         self._allotted = 0
         self._needs = Needs(pace)
-        self._watch = Watch(
-            self._store,
-            self._sessions,
-            beat=pace.beat,
-            patience=pace.patience,
-            grace=pace.grace,
-            reclaim_after=pace.reclaim_after,
-        )
+        self._watch = Watch(self._store, self._sessions, pace)
         # Times: of the next look; of the next one without need; of the last watch.
         self._look_at = 0.0
         self._slow_at = 0.0
         self._watched_at = float("-inf")
         # Most connections that were open since the last slow look.
         self._peak = 0
+        # What was in use since the last round, by tag.
+        self._seen: dict[str, int] = {}
         # We have put slots into quarantine and look until they are out.
         self._guards = False
         # Our sign of life may have been lost; write something, so that others see.
@@ -100,6 +95,7 @@ class Membership:
 
     def _round(self, now: float, rung: bool) -> None:
         """See what is wanted here, and do what is to be done about that."""
+        self._seen.clear()
         open_, demand = self._demand()
         self._peak = max(self._peak, open_)
         orders = self._orders
@@ -120,7 +116,12 @@ class Membership:
 
     def _demand(self) -> tuple[int, Mapping[str, TagDemand]]:
         open_, demand = self._local.demand()
-        return open_, condense(demand)
+        seen = self._seen
+        for tag, want in demand.items():
+            seen[tag] = max(seen.get(tag, 0), want.in_use)
+        return open_, condense(
+            {tag: want._replace(in_use=seen[tag]) for tag, want in demand.items()}
+        )
 
     @property
     def is_uneasy(self) -> bool:
@@ -210,9 +211,10 @@ class Membership:
         """Bring our row up to date, if need be; return if we are a member."""
         orders, key = self._orders, self._store.member
         assert orders is not None
+        posted = self._needs.steady(orders, demand, now)
         told = None
         with self._transaction() as rows:
-            if findings is not None or matters or has_news(rows, key, orders.text):
+            if findings is not None or matters or has_news(rows, key, orders):
                 book = Book(rows)
                 if findings is not None:
                     findings.apply(book)
@@ -220,7 +222,7 @@ class Membership:
                     told = settle(
                         book,
                         key,
-                        demand,
+                        posted,
                         open_,
                         max(self._allotted, open_),
                         ready=self._needs.ready(now),
@@ -265,7 +267,10 @@ class Membership:
         pace = self._pace
         if now >= self._slow_at:
             self._slow_at = now + pace.slow
-        self._look_at = now + pace.beat if self.is_uneasy else self._slow_at
+        if self._guards:
+            self._look_at = now + min(pace.grace, pace.beat)
+        else:
+            self._look_at = now + pace.beat if self.is_uneasy else self._slow_at
 
     def _tell_pool(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
         told = slots, ceilings, other
@@ -329,7 +334,8 @@ class Membership:
     def _watch_others(self, now: float, patrol: bool = False) -> None:
         """Look after the dead and the stopped, if it is for us to do that."""
         orders, pace = self._orders, self._pace
-        if orders is None or now - self._watched_at < pace.beat * 0.9:
+        pause = pace.grace if self._guards else pace.beat * 0.9
+        if orders is None or now - self._watched_at < pause:
             return
         short = bool(self._vain) or orders.owned < orders.target
         lucky = self._chance() * max(orders.hungry, 1) < _WATCHERS
@@ -344,6 +350,8 @@ class Membership:
             if not self._settle(now, open_, demand, True, findings):
                 return
             self._guards = self._guards or bool(findings.dead)
+            if self._orders is not None:
+                self._watch.note(self._orders.gone, now)
             self._give_back(now)
         if self._orders is not None:
             self._guards = self._guards and bool(self._orders.gone)

@@ -15,7 +15,7 @@ from .allocation import Line
 from .local import TagDemand
 from .settling import Orders
 
-__all__ = ["Needs", "Pace"]
+__all__ = ["Needs", "Pace", "turn_length"]
 
 _NOTHING = TagDemand(0, 0, False)
 
@@ -46,6 +46,17 @@ class Pace:
     retry: float = 5.0
 
 
+#: Slots that change hands per second, because others are to have a turn. Each costs
+#: three transactions with the whole board, milliseconds where there are a thousand
+#: members: where more are asked, turns last longer.
+_TURNS = 50.0
+
+
+def turn_length(pace: Pace, asked: int) -> float:
+    """Return how long a turn is when so many are asked to yield."""
+    return max(pace.turn, asked / _TURNS)
+
+
 class Needs:
     """What one process wants, beside what the board knows of that."""
 
@@ -56,11 +67,23 @@ class Needs:
         self._slack_since: float | None = None
         self._gone_since: float | None = None
         self._had_since: dict[str, float] = {}
+        self._turn = pace.turn
+        # When the pool was asked last, and is to be asked again.
+        self._asked_at = float("-inf")
+        self._ask_at = float("-inf")
+
+    def rung(self, now: float) -> None:
+        """The pool has rung. If something fell idle, see later if it stays so."""
+        self._ask_at = now + self._pace.linger
 
     def matter(
         self, orders: Orders, demand: Mapping[str, TagDemand], now: float
     ) -> bool:
         """Tell if the store has to hear of what is wanted here."""
+        since, self._asked_at = self._asked_at, now
+        self._slack_since = _since(
+            self._slack_since, slack_of(orders, demand) > 0, since
+        )
         active = {tag for tag, want in demand.items() if want.active}
         return (
             active != {tag for tag, line in orders.lines.items() if line.active}
@@ -83,8 +106,6 @@ class Needs:
         self, orders: Orders, demand: Mapping[str, TagDemand], now: float
     ) -> bool:
         """Tell if less has been wanted for a while than others could use."""
-        slack = orders.pressed and slack_of(orders, demand) > 0
-        self._slack_since = _since(self._slack_since, slack, now)
         gone = any(
             line.waiting
             and orders.claims[tag] < line.wants
@@ -92,14 +113,33 @@ class Needs:
             for tag, line in orders.lines.items()
         )
         self._gone_since = _since(self._gone_since, gone, now)
-        return self._is_slack(now) or _over(self._gone_since, self._pace.beat, now)
+        return (orders.pressed and self._is_slack(now)) or _over(
+            self._gone_since, self._pace.beat, now
+        )
 
+    # What is in use is the most since the pool was asked last: so a fall began then.
     def _is_slack(self, now: float) -> bool:
         return _over(self._slack_since, self._pace.linger, now)
 
+    def steady(
+        self, orders: Orders, demand: Mapping[str, TagDemand], now: float
+    ) -> Mapping[str, TagDemand]:
+        """Return the demand as it is to be posted, for whatever reason it is.
+
+        What has only just fallen is posted as it was.
+        """
+        if self._is_slack(now):
+            return demand
+        steady = dict(demand)
+        for tag, claim in orders.claims.items():
+            want = demand.get(tag, _NOTHING)
+            if want.wants < claim:
+                steady[tag] = want._replace(in_use=claim - want.waiting)
+        return steady
+
     def spare(self, orders: Orders, demand: Mapping[str, TagDemand], now: float) -> int:
         """Return how many slots are unused that others go short of."""
-        if not self._is_slack(now):
+        if not (orders.pressed and self._is_slack(now)):
             return 0
         wanted = sum(want.wants for want in demand.values())
         slack = slack_of(orders, demand)
@@ -107,11 +147,12 @@ class Needs:
 
     def ready(self, now: float) -> list[str]:
         """Return the tags whose turn is over."""
-        return [t for t, s in self._had_since.items() if _over(s, self._pace.turn, now)]
+        return [t for t, s in self._had_since.items() if _over(s, self._turn, now)]
 
     def told(self, before: Orders | None, orders: Orders, now: float) -> None:
         """Take note of new orders."""
         self._slack_since = self._gone_since = None
+        self._turn = turn_length(self._pace, orders.turns)
         old = {t: line.place for t, line in before.lines.items()} if before else {}
         self._had_since = {
             tag: self._had_since.get(tag, now)
@@ -125,10 +166,13 @@ class Needs:
         """Yield the times at which something may have to be said."""
         if orders.lines:
             yield now + self._pace.beat
-        if self._slack_since is not None:
-            yield self._slack_since + self._pace.linger
+        if orders.pressed:
+            if self._slack_since is not None:
+                yield self._slack_since + self._pace.linger
+            if self._ask_at > now:
+                yield self._ask_at
         for tag in orders.asked:
-            yield self._had_since.get(tag, now) + self._pace.turn
+            yield self._had_since.get(tag, now) + self._turn
 
 
 def slack_of(orders: Orders, demand: Mapping[str, TagDemand]) -> int:

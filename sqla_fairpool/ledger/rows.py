@@ -22,12 +22,27 @@ from typing import Any
 from .allocation import Limits, Line
 from .errors import LedgerError
 
-__all__ = ["DUE", "META", "PROTOCOL", "TAGS", "Gone", "Member", "Meta", "Terms"]
+__all__ = [
+    "DUE",
+    "META",
+    "PROTOCOL",
+    "STALLED",
+    "TAGS",
+    "TURN",
+    "Gone",
+    "Member",
+    "Meta",
+    "Terms",
+]
 
 #: Version of the rows' meaning. Members refuse a ledger with a higher one.
 PROTOCOL = 1
 
 META, TAGS, DUE = "meta", "tags", "due"
+
+#: Two of the reasons in ``due``: asked to yield a place in a line; and written down as
+#: stalled, so that the member sees that when it goes on.
+TURN, STALLED = "turn", "stalled"
 _MEMBER, _GONE = "member/", "gone/"
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from .allocation import Allocation, Line
 from .book import Book
 from .local import TagDemand
-from .rows import DUE, Gone, Member, member_key
+from .rows import DUE, TURN, Gone, Member, member_key
 
 __all__ = ["Orders", "has_news", "settle"]
 
@@ -36,25 +36,31 @@ class Orders:
     pressed: bool
     #: Tags under which it is asked to yield.
     asked: frozenset[str]
+    #: How many are asked to yield, of all members.
+    turns: int
     #: Members that go short.
     hungry: int
     members: int
     free: int
     gone: Mapping[int, Gone]
+    #: Why it is expected to look again, if it is.
+    due: str | None
     #: Whom to ring.
     bells: tuple[str, ...]
     #: The row, to see if anybody has changed it.
     text: str
 
 
-def has_news(rows: Mapping[str, str], member: str, text: str) -> bool:
+def has_news(rows: Mapping[str, str], member: str, orders: Orders) -> bool:
     """Tell if a member has to look, at the price of two rows.
 
-    :param text: its row as it knows it.
+    :param orders: what it knows.
     """
-    return rows.get(member_key(member)) != text or member in json.loads(
-        rows.get(DUE, "{}")
-    )
+    if rows.get(member_key(member)) != orders.text:
+        return True
+    why = json.loads(rows.get(DUE, "{}")).get(member)
+    # Being asked to yield is not to be answered before the turn is over.
+    return why is not None and not (why == TURN == orders.due)
 
 
 def settle(
@@ -167,10 +173,12 @@ def _orders(
         unmet=plan.unmet,
         pressed=member.pressed,
         asked=frozenset(tag for tag, asked in plan.asked if asked == key),
+        turns=len(plan.asked),
         hungry=len(set().union(*plan.hungry.values())) if plan.hungry else 0,
         members=len(book.members),
         free=book.free,
         gone=dict(book.gone),
+        due=book.due.get(key),
         bells=tuple(bell for bell in bells if bell != key),
         text=book.texts[key],
     )

@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 from .book import Book
-from .rows import Gone
+from .needs import Pace, turn_length
+from .rows import STALLED, TURN, Gone
 from .store import Store
 
 __all__ = ["Findings", "Sessions", "View", "Watch"]
@@ -56,30 +57,17 @@ class Watch:
 
     Its clock decides nothing that safety rests on, with one stated exception:
     quarantines end by `reclaim_after` where the server cannot be asked.
-
-    :param beat: after that long, who is expected to look is rung again.
-    :param patience: after that long, it is taken to be stopped.
-    :param grace: slots stay in quarantine for so long at least. Where the server is
-      asked, it does not know of a connection that was just being opened.
-    :param reclaim_after: how long the quarantine is if the server cannot be asked.
     """
 
     def __init__(
         self,
         store: Store,
         sessions: Sessions | None,
-        *,
-        beat: float,
-        patience: float,
-        grace: float,
-        reclaim_after: float,
+        pace: Pace,
     ) -> None:
         self._store = store
         self._sessions = sessions
-        self._beat = beat
-        self._patience = patience
-        self._grace = grace
-        self._reclaim_after = reclaim_after
+        self._pace = pace
         # Since when each has been expected to look, with the same row.
         self._expected: dict[str, tuple[tuple[str, str], float]] = {}
         self._gone: dict[int, tuple[Gone, float]] = {}
@@ -90,33 +78,37 @@ class Watch:
         living = self._store.living(list(others)) if others else set()
         dead = {key: text for key, text in others.items() if key not in living}
         late = self._late(view, living, now)
+        pace = self._pace
         return Findings(
             dead=dead,
             released=self._released(view.gone, now),
             stalled={
                 key: others[key]
-                for key, since in late.items()
-                if now - since >= self._patience and view.due[key] != "stalled"
+                for key, seconds in late.items()
+                if seconds >= pace.patience and view.due[key] != STALLED
             },
-            bells=[key for key, since in late.items() if now - since >= self._beat],
+            bells=[key for key, seconds in late.items() if seconds >= pace.beat],
         )
 
     def _late(
         self, view: View, living: Collection[str], now: float
     ) -> dict[str, float]:
-        """Return who is expected to look, and since when we have seen that."""
-        expected = {}
+        """Return for how long we have seen those who are expected to look, in vain."""
+        turn = turn_length(self._pace, list(view.due.values()).count(TURN))
+        late, expected = {}, {}
         for key, why in view.due.items():
             if key in living and key in view.texts:
                 state = view.texts[key], why
                 seen = self._expected.get(key)
                 since = seen[1] if seen is not None and seen[0] == state else now
                 expected[key] = state, since
+                # Whose turn it is does not answer before it is over.
+                late[key] = now - since - (turn if why == TURN else 0.0)
         self._expected = expected
-        return {key: since for key, (_, since) in expected.items()}
+        return late
 
-    def _released(self, gone: Mapping[int, Gone], now: float) -> dict[int, Gone]:
-        """Return the quarantines that are over."""
+    def note(self, gone: Mapping[int, Gone], now: float) -> None:
+        """See which quarantines there are: their time begins."""
         seen = self._gone
         self._gone = {
             number: seen[number]
@@ -124,13 +116,19 @@ class Watch:
             else (row, now)
             for number, row in gone.items()
         }
+
+    def _released(self, gone: Mapping[int, Gone], now: float) -> dict[int, Gone]:
+        """Return the quarantines that are over."""
+        self.note(gone, now)
         age = {number: now - since for number, (_, since) in self._gone.items()}
-        ripe = {number for number in gone if age[number] >= self._grace}
+        ripe = {number for number in gone if age[number] >= self._pace.grace}
         if not ripe:
             return {}
         left = self._sessions(ripe) if self._sessions is not None else None
         if left is None:
-            over = {number for number in ripe if age[number] >= self._reclaim_after}
+            over = {
+                number for number in ripe if age[number] >= self._pace.reclaim_after
+            }
         else:
             over = ripe - set(left)
         return {number: gone[number] for number in over}
