@@ -1,0 +1,301 @@
+"""``sqla-fairpool ledger``: what an operator does with a ledger."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import create_engine, exc, make_url, text
+from sqlalchemy.engine import URL, Connection
+from sqlalchemy.pool import NullPool
+
+from ..ledger.book import Book
+from ..ledger.errors import LedgerError
+from ..ledger.host import HostStore
+from ..ledger.places import make_store
+from ..ledger.postgres import PostgresStore
+from ..ledger.report import LedgerReport, MemberReport, read
+from ..ledger.sessions import members_with_sessions
+from ..ledger.store import StoreAway
+from .common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError, hide_passwords
+
+__all__ = ["add_command"]
+
+_Store = HostStore | PostgresStore
+
+_EPILOG = """\
+examples:
+  sqla-fairpool ledger show --url postgresql://app@db/app      its default ledger
+  sqla-fairpool ledger show --ledger /run/scrapers/app.ledger
+  sqla-fairpool ledger reap --ledger database --url postgresql://app@db/app
+  sqla-fairpool ledger limit --url postgresql://app@db/app --connections 20
+
+The environment's FAIRPOOL_LEDGER and DATABASE_URL stand in for --ledger and --url.
+"""
+
+
+def add_command(commands: Any) -> None:
+    """Add ``ledger`` and what it can do."""
+    parser = commands.add_parser(
+        "ledger",
+        help="show and mend the budget that processes share",
+        description="Show and mend the budget that processes share.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    actions = parser.add_subparsers(dest="action", metavar="action", required=True)
+    show = actions.add_parser("show", help="who owns what, and what is in quarantine")
+    show.add_argument("--json", action="store_true", help="for programs")
+    show.set_defaults(run=_show)
+    reap = actions.add_parser("reap", help="free what the dead have left")
+    reap.set_defaults(run=_reap)
+    reset = actions.add_parser(
+        "reset", help="forget everybody; refused while one lives"
+    )
+    reset.add_argument("--yes", action="store_true", help="do not ask")
+    reset.set_defaults(run=_reset)
+    limit = actions.add_parser(
+        "limit", help="check the budget against the server, and hold it there"
+    )
+    limit.add_argument("--connections", type=int, help="default: the ledger's capacity")
+    limit.add_argument("--run", action="store_true", dest="execute", help="set it")
+    limit.set_defaults(run=_limit)
+    for action in (show, reap, reset, limit):
+        action.add_argument(
+            "--ledger", default=os.environ.get("FAIRPOOL_LEDGER", "host")
+        )
+        action.add_argument("--url", default=os.environ.get("DATABASE_URL"))
+
+
+# -- the ledger ------------------------------------------------------------------------
+
+
+def _url(arguments: argparse.Namespace) -> URL | None:
+    if arguments.url is None:
+        return None
+    try:
+        return make_url(arguments.url)
+    except exc.ArgumentError as error:
+        raise CommandError(f"--url: {error}") from None
+
+
+@contextmanager
+def _opened(arguments: argparse.Namespace) -> Iterator[_Store]:
+    try:
+        store = make_store(arguments.ledger, _url(arguments))
+    except (exc.ArgumentError, LedgerError) as error:
+        raise CommandError(str(error)) from None
+    if isinstance(store, HostStore) and not os.path.exists(store.name):
+        raise CommandError(
+            f"there is no ledger at {store.name}: nobody has used it yet"
+        )
+    try:
+        store.open()
+        yield store
+    except (StoreAway, LedgerError) as error:
+        raise CommandError(str(error)) from None
+    finally:
+        store.close()
+
+
+def _report(store: _Store) -> LedgerReport:
+    report = read(store)
+    if report is None:
+        raise CommandError(
+            f"the ledger {store.name} is empty: nobody has joined it yet"
+        )
+    return report
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    with _opened(arguments) as store:
+        report = _report(store)
+    if arguments.json:
+        print(json.dumps(report.as_dict(), indent=1))
+    else:
+        print("\n".join(_lines(report)))
+    return EXIT_OK
+
+
+def _lines(report: LedgerReport) -> Iterator[str]:
+    yield f"ledger {report.name}"
+    yield (
+        f"{report.capacity} slots: {report.owned} owned by {len(report.members)} "
+        f"members, {report.quarantined} in quarantine, {report.free} free; "
+        f"at most {report.soft_limit} for each tag of several, {report.max_limit} alone"
+    )
+    for member in report.members:
+        who = _who(member.number, member.who)
+        yield f"  {who}{_state(member)}: {member.owned} slots"
+        for tag in member.tags:
+            idle = "" if tag.active else ", idle"
+            yield (
+                f"    {tag.tag!r} {tag.in_use} in use, {tag.waiting} waiting, "
+                f"at most {tag.limit}{idle}"
+            )
+    for gone in report.gone:
+        yield f"  {_who(gone.number, gone.who)}: {gone.slots} in quarantine, {gone.why}"
+
+
+def _who(number: int, who: Any) -> str:
+    parts = [str(who.get(key, "?")) for key in ("host", "pid", "program", "since")]
+    host, pid, program, since = (
+        part.encode("unicode_escape").decode() for part in parts
+    )
+    return f"#{number} {program} ({host}:{pid}, since {since})"
+
+
+def _state(member: MemberReport) -> str:
+    if not member.alive:
+        return " DEAD"
+    return " STOPPED" if member.stalled else ""
+
+
+def _reap(arguments: argparse.Namespace) -> int:
+    """Do what the next keeper that goes short would do."""
+    with _opened(arguments) as store:
+        with store.transaction() as rows:
+            texts = Book(rows).texts
+        living = store.living(list(texts))
+        with store.transaction() as rows:
+            book = Book(rows)
+            dead = book.reap({k: v for k, v in texts.items() if k not in living})
+            gone = dict(book.gone)
+            if book.meta is not None:
+                book.tell(book.allocation())
+        left = _sessions(arguments, store)
+        over = {n: row for n, row in gone.items() if left is not None and n not in left}
+        with store.transaction() as rows:
+            book = Book(rows)
+            book.release(over)
+            bells = book.tell(book.allocation()) if book.meta is not None else []
+        store.ring(bells)
+    print(
+        f"{len(dead)} dead found, {sum(row.slots for row in over.values())} slots freed"
+    )
+    kept = sum(row.slots for number, row in gone.items() if number not in over)
+    if kept:
+        reason = (
+            "without --url of a PostgreSQL the server cannot be asked"
+            if left is None
+            else "their sessions live on the server"
+        )
+        print(f"{kept} slots stay in quarantine: {reason}")
+        return EXIT_NOT_AS_EXPECTED
+    return EXIT_OK
+
+
+def _sessions(arguments: argparse.Namespace, store: _Store) -> set[int] | None:
+    url = _url(arguments)
+    if url is None or url.get_backend_name() != "postgresql":
+        return None
+    with _connected(url) as connection:
+        cursor = connection.connection.cursor()
+        try:
+            return members_with_sessions(cursor, store.key)
+        finally:
+            cursor.close()
+
+
+def _reset(arguments: argparse.Namespace) -> int:
+    with _opened(arguments) as store:
+        report = _report(store)
+        alive = [member for member in report.members if member.alive]
+        if alive:
+            raise CommandError(
+                f"{len(alive)} members live, the first is "
+                f"{_who(alive[0].number, alive[0].who)}: stop them before"
+            )
+        question = (
+            f"forget {len(report.members)} members and {report.quarantined} slots in "
+            f"quarantine of {report.name}? [y/N] "
+        )
+        if not arguments.yes and input(question).strip().lower() not in ("y", "yes"):
+            print("nothing done")
+            return EXIT_NOT_AS_EXPECTED
+        with store.transaction() as rows:
+            book = Book(rows)
+            if store.living(list(book.members)):
+                raise CommandError("a member has joined meanwhile: nothing done")
+            book.reset()
+    print("done")
+    return EXIT_OK
+
+
+# -- the server ------------------------------------------------------------------------
+
+
+@contextmanager
+def _connected(url: URL) -> Iterator[Connection]:
+    engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
+    try:
+        with engine.connect() as connection:
+            yield connection
+    except exc.SQLAlchemyError as error:
+        text_of = str(getattr(error, "orig", None) or error)
+        raise CommandError(hide_passwords(text_of)) from None
+    finally:
+        engine.dispose()
+
+
+def _limit(arguments: argparse.Namespace) -> int:
+    url = _url(arguments)
+    if url is None or url.get_backend_name() != "postgresql":
+        raise CommandError("--url of a PostgreSQL database is needed")
+    wanted = arguments.connections
+    if wanted is None:
+        with _opened(arguments) as store:
+            wanted = _report(store).capacity
+    if wanted < 1:
+        raise CommandError(f"--connections: {wanted} is not a number of at least 1")
+    with _connected(url) as connection:
+        role, statement = _statement(connection, wanted)
+        for line in (problems := list(_problems(connection, role, wanted))):
+            print(line)
+        if not problems:
+            print(f"{wanted} connections fit")
+        if arguments.execute:
+            connection.execute(text(statement))
+            print(f"done: {statement}")
+        else:
+            print(f"to have the server hold it: {statement}")
+    return EXIT_NOT_AS_EXPECTED if problems else EXIT_OK
+
+
+def _statement(connection: Connection, wanted: int) -> tuple[str, str]:
+    role = str(connection.scalar(text("select current_user")))
+    quoted = connection.dialect.identifier_preparer.quote(role)
+    return role, f"ALTER ROLE {quoted} CONNECTION LIMIT {wanted}"
+
+
+def _problems(connection: Connection, role: str, wanted: int) -> Iterator[str]:
+    """Yield what stands against so many connections of a role."""
+    most, reserved = (
+        int(str(connection.scalar(text(f"show {name}"))))
+        for name in ("max_connections", "superuser_reserved_connections")
+    )
+    others = int(
+        connection.scalar(
+            text("select count(*) from pg_stat_activity where usename <> :role"),
+            {"role": role},
+        )
+        or 0
+    )
+    superuser, limit = connection.execute(
+        text("select rolsuper, rolconnlimit from pg_roles where rolname = :role"),
+        {"role": role},
+    ).one()
+    room = most - reserved - others
+    if wanted > room:
+        yield (
+            f"{wanted} connections do not fit: max_connections is {most}, {reserved} "
+            f"are reserved, other roles have {others}, which leaves {room}"
+        )
+    if 0 <= limit < wanted:
+        yield f"the role {role!r} may have {limit} connections only"
+    if superuser:
+        yield f"the role {role!r} is a superuser, whom no limit binds"

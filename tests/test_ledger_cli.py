@@ -1,0 +1,216 @@
+"""``sqla-fairpool ledger``: what an operator sees and does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from sqlalchemy import create_engine, make_url, text
+from support.stub import StubServer
+from support.threads import eventually
+
+from sqla_fairpool.cli import main
+from sqla_fairpool.ledger.book import Book
+from sqla_fairpool.ledger.host import HostStore
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "app.ledger")
+
+
+@pytest.fixture
+def member(path):
+    """A pool of this process that has three connections out."""
+    engine = StubServer().engine(ledger=path).execution_options(scraper="layer\u00e93")
+    held = [engine.connect() for _ in range(3)]
+    keeper = engine.pool._exchange.share.keeper
+    eventually(lambda: keeper.status().owned == 3)
+    yield engine
+    for connection in held:
+        connection.close()
+    engine.dispose()
+    keeper.close()
+
+
+def run(capsys, *args):
+    """Run a command; return its status and what it printed."""
+    status = main(["ledger", *map(str, args)])
+    return status, *capsys.readouterr()
+
+
+def test_show(capsys, member, path):
+    status, out, _ = run(capsys, "show", "--ledger", path)
+    first, second, who, tag = out.splitlines()
+    assert status == 0
+    assert first == f"ledger {path}"
+    assert second.startswith("20 slots: 3 owned by 1 members, 0 in quarantine, 17 free")
+    assert f":{os.getpid()}, since 20" in who
+    assert who.endswith(": 3 slots")
+    assert tag.startswith("    'layer\u00e93' ")
+
+
+def test_show_for_programs(capsys, member, path, monkeypatch):
+    monkeypatch.setenv("FAIRPOOL_LEDGER", path)
+    _, out, _ = run(capsys, "show", "--json")
+    report = json.loads(out)
+    assert (report["capacity"], report["owned"], report["free"]) == (20, 3, 17)
+    assert report["members"][0]["alive"] is True
+    assert report["members"][0]["tags"][0]["tag"] == "layer\u00e93"
+
+
+@pytest.mark.parametrize(
+    ("ledger", "says"),
+    [
+        ("nonsense", "ledger='nonsense' is not allowed"),
+        ("/nowhere/x.ledger", "there is no ledger at /nowhere/x.ledger"),
+        ("host", "a path, where no URL says which database"),
+        ("mysql://u:s3cret@h/d", "a PostgreSQL database"),
+    ],
+)
+def test_ledger_that_is_none(capsys, ledger, says, monkeypatch):
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    status, out, err = run(capsys, "show", "--ledger", ledger)
+    assert (status, out) == (2, "")
+    assert says in err
+    assert "s3cret" not in err
+
+
+def test_reset_is_refused_while_a_member_lives(capsys, member, path):
+    status, _, err = run(capsys, "reset", "--ledger", path, "--yes")
+    assert status == 2
+    assert "1 members live" in err
+
+
+@pytest.fixture
+def left(path):
+    """A ledger with a member that was killed: two connections."""
+    program = (
+        "import sys\n"
+        f"sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+        "from support.stub import StubServer\n"
+        f"engine = StubServer().engine(ledger={path!r})\n"
+        "held = [engine.connect(), engine.connect()]\n"
+        "print('holding', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "holding\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+    return path
+
+
+def test_reset_asks_first(capsys, left, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    assert run(capsys, "reset", "--ledger", left)[:2] == (1, "nothing done\n")
+    assert "DEAD: 2 slots" in run(capsys, "show", "--ledger", left)[1]
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    assert run(capsys, "reset", "--ledger", left)[:2] == (0, "done\n")
+    assert ": 0 owned by 0 members" in run(capsys, "show", "--ledger", left)[1]
+
+
+def test_reap_keeps_what_the_server_cannot_be_asked_about(capsys, left, monkeypatch):
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    status, out, _ = run(capsys, "reap", "--ledger", left)
+    assert status == 1
+    assert out.splitlines() == [
+        "1 dead found, 0 slots freed",
+        "2 slots stay in quarantine: without --url of a PostgreSQL the server cannot "
+        "be asked",
+    ]
+    assert "2 in quarantine, died" in run(capsys, "show", "--ledger", left)[1]
+
+
+@pytest.mark.postgres
+def test_reap_asks_the_server(capsys, left, postgres_url):
+    store = HostStore(left)
+    store.open()
+    with store.transaction() as rows:
+        (number,) = [member.number for member in Book(rows).members.values()]
+    engine = create_engine(postgres_url)
+    with engine.connect() as session:
+        lock = text("select pg_advisory_lock_shared(:key, :number)")
+        session.execute(lock, {"key": store.key, "number": number})
+        status, out, _ = run(capsys, "reap", "--ledger", left, "--url", postgres_url)
+        assert status == 1
+        assert "2 slots stay in quarantine: their sessions live on the server" in out
+    engine.dispose()
+
+    def freed():
+        return run(capsys, "reap", "--ledger", left, "--url", postgres_url)[0] == 0
+
+    eventually(freed)
+    assert "20 free" in run(capsys, "show", "--ledger", left)[1]
+    store.close()
+
+
+# -- limit ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def role(postgres_url):
+    """The URL of an ordinary role, and the operator's connection."""
+    engine = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text('create role "lim ited" login'))
+        yield make_url(postgres_url).set(username="lim ited"), connection
+        connection.execute(text('drop role "lim ited"'))
+    engine.dispose()
+
+
+@pytest.mark.postgres
+def test_limit_is_printed_or_set(capsys, role, postgres_url):
+    url, connection = role
+    url = url.render_as_string(hide_password=False)
+    status, out, _ = run(capsys, "limit", "--url", url, "--connections", 20)
+    assert (status, out.splitlines()) == (
+        0,
+        [
+            "20 connections fit",
+            'to have the server hold it: ALTER ROLE "lim ited" CONNECTION LIMIT 20',
+        ],
+    )
+    status, out, _ = run(capsys, "limit", "--url", url, "--connections", 9000)
+    assert status == 1
+    assert "9000 connections do not fit: max_connections is " in out
+    args = ("limit", "--url", postgres_url, "--connections", 5)
+    assert "is a superuser, whom no limit binds" in run(capsys, *args)[1]
+    connection.execute(text('alter role "lim ited" connection limit 3'))
+    status, out, _ = run(capsys, "limit", "--url", url, "--connections", 20)
+    assert status == 1
+    assert "the role 'lim ited' may have 3 connections only" in out
+
+
+@pytest.mark.postgres
+def test_limit_of_the_ledgers_capacity_is_set(capsys, member, path, postgres_url):
+    engine = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    args = ("limit", "--ledger", path, "--url", postgres_url, "--run")
+    try:
+        _, out, _ = run(capsys, *args)
+        assert "done: ALTER ROLE " in out
+        with engine.connect() as connection:
+            query = text(
+                "select rolconnlimit from pg_roles where rolname = current_user"
+            )
+            assert connection.scalar(query) == 20
+    finally:
+        with engine.connect() as connection:
+            connection.execute(text("alter role current_user connection limit -1"))
+        engine.dispose()
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "no url"])
+def test_limit_needs_postgresql(capsys, url):
+    status, _, err = run(capsys, "limit", "--url", url)
+    assert status == 2
+    assert "--url" in err
