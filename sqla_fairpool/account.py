@@ -93,6 +93,7 @@ class Account:
         "last_activity",
         "listed",
         "meter",
+        "peak",
         "prompt",
         "silent",
         "tag",
@@ -116,6 +117,8 @@ class Account:
         #: active and not silent: what its holders do is known to be activity.
         self.prompt = False
         self.in_use = 0
+        #: The most that were in use at once since whoever asks asked last.
+        self.peak = 0
         self.waiters: OrderedDict[Ticket, None] | None = None
         self.last_activity: float | None = None
         #: For whoever keeps granted slots in reserve, while nobody waits: what he

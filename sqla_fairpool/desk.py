@@ -72,6 +72,7 @@ class Desk:
         "_busy",
         "_chores",
         "_end",
+        "_frozen",
         "_idle",
         "_inbox",
         "_left",
@@ -167,6 +168,8 @@ class Desk:
         self._out_of_use = 0
         # Others go short: what falls idle is asked for.
         self._pressed = False
+        # Only what there is may be used: each that is closed is one less.
+        self._frozen = False
         self.scheduler = Scheduler(
             capacity=self.options.capacity,
             soft_limit=self.options.soft_limit,
@@ -327,6 +330,10 @@ class Desk:
         if detached:
             # Open, and no longer ours: it keeps a slot until it is closed.
             self._out_of_use += 1
+        gone = record is None or record.dbapi_connection is None
+        if self._frozen and gone:
+            self._allotted = min(self._allotted, self.connections_there() - 1)
+        if detached or (self._frozen and gone):
             self.scheduler.set_capacity(self._capacity(leaving=1), now)
         if self.connections_there() > self._allotted:
             self._bells.append(self.share.ring)  # others wait for what is too much
@@ -382,12 +389,20 @@ class Desk:
         """Set how many connections there may be, and the ceiling of each tag."""
         with self.section() as now:
             self._allotted = slots
+            self._frozen = False
             if self.connections_there() > slots:
                 for seat in self.granted_seats():
                     seat.may_warm = False  # to be looked at when it comes back
             capacity = self._capacity()
             self._deliver(self.scheduler.impose(capacity, ceilings, other, now), None)
             self._drain(now)
+
+    def freeze(self) -> None:
+        """Let those connections be used that there are, until the next `allot`."""
+        with self.section() as now:
+            self._frozen = True
+            self._allotted = min(self._allotted, self.settle(now))
+            self.settle(now)
 
     def press(self, pressed: bool) -> None:
         """Ring for the ledger when a connection falls idle, or do not any more."""
@@ -463,6 +478,8 @@ class Desk:
     def _keep_out_of_use(self, by: int, now: float) -> Sequence[Ticket]:
         """Let fewer, or more, slots be granted; return who is granted by it."""
         self._out_of_use += by
+        if self._frozen and by < 0:
+            self._allotted = min(self._allotted, self.connections_there())
         return self.scheduler.set_capacity(self._capacity(), now)
 
     def _capacity(self, leaving: int = 0) -> int:

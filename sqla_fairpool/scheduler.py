@@ -345,6 +345,7 @@ class Scheduler:
     def _shift(self, account: Account, by: int) -> None:
         self.in_use += by
         account.in_use += by
+        account.peak = max(account.peak, account.in_use)
         if account.waiters:
             self._requeue(account)
 
@@ -422,6 +423,8 @@ class Scheduler:
         self.in_use += 1
         account.in_use += 1
         account.checkouts += 1
+        if account.in_use > account.peak:
+            account.peak = account.in_use
         if not account.silent:
             account.meter.checkouts += 1
         ticket.since = now

@@ -138,15 +138,11 @@ class Share:
             return 0, {}
         with exchange.section() as now:
             exchange.look_around(now)  # others want to know who is idle
-            tags = {
-                account.tag: TagDemand(
-                    in_use=account.in_use,
-                    waiting=account.waiting,
-                    active=account.active,
-                )
-                for account in exchange.scheduler.accounts.values()
-                if account.in_use or account.waiting or account.active
-            }
+            tags = {}
+            for account in exchange.scheduler.accounts.values():
+                peak, account.peak = account.peak, account.in_use
+                if peak or account.waiting or account.active:
+                    tags[account.tag] = TagDemand(peak, account.waiting, account.active)
             return exchange.settle(now), tags
 
     def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
@@ -170,6 +166,12 @@ class Share:
             asyncio.run_coroutine_threadsafe(coroutine, loop)
         except RuntimeError:  # closed in between
             coroutine.close()
+
+    def freeze(self) -> None:
+        """Let those connections be used that there are, and no other be opened."""
+        exchange = self._exchange()
+        if exchange is not None:
+            exchange.freeze()
 
     def press(self, pressed: bool) -> None:
         """Ring when a connection falls idle, or do not any more."""

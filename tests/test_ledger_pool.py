@@ -450,3 +450,38 @@ def test_imposed_ceilings_keep_the_promises(server):
         assert_consistent(pool)
         give(held)
         assert_consistent(pool)
+
+
+def test_frozen_pool_uses_what_there_is_and_opens_nothing(joined, server):
+    pool, share, _ = joined
+    share.allot(5, {"a": 5}, 5)
+    held = [connect(pool) for _ in range(3)]
+    held.pop().close()
+    share.freeze()
+    held.append(connect(pool))
+    waiter = Caller(connect, pool)
+    ensure_waiting(pool, 1)
+    held.pop().invalidate()  # one less, for good
+    assert (server.open, there(share)) == (2, 2)
+    ensure_waiting(pool, 1)
+    held.pop().close()
+    waiter.result().close()
+    assert server.opened == 3
+    share.allot(5, {"a": 5}, 5)
+    held += [connect(pool) for _ in range(4)]
+    assert server.open == 5
+    give(held)
+
+
+def test_demand_tells_the_most_that_were_in_use(joined):
+    pool, share, _ = joined
+    share.allot(5, {"a": 5}, 5)
+    give([connect(pool) for _ in range(3)])
+    assert share.demand()[1]["a"].in_use == 3
+    assert share.demand()[1]["a"].in_use == 0
+    held = connect(pool)
+    assert share.demand()[1]["a"].in_use == 1
+    assert share.demand()[1]["a"].in_use == 1
+    held.close()
+    assert share.demand()[1]["a"].in_use == 1
+    assert share.demand()[1]["a"].in_use == 0

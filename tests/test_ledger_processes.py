@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -216,4 +217,57 @@ def test_members_killed_again_and_again(server, scraper):
             time.sleep(n * 0.03)  # another moment each time; orders nothing
             victim.kill()
             victim.wait()
+        server.until(steady=15)
+
+
+def test_killed_while_it_holds_the_stores_lock(server, scraper, ledger):
+    """The kernel, or the server, releases the lock with its process."""
+    with scraper("steady"):
+        victim = subprocess.Popen(
+            [sys.executable, PROGRAM.with_name("lock_holder.py"), ledger],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert victim.stdout.readline() == "locked\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            victim.wait(0.5)
+        victim.kill()
+        victim.wait()
+        victim.stdout.close()
+        with scraper("other"):
+            server.until(steady=10, other=10)
+
+
+def test_store_that_is_away_under_load(server, scraper, ledger, postgres_url):
+    """What is owned is kept, and nothing grows; then all goes on."""
+    with scraper("steady"):
+        server.until(steady=15)
+        holder = subprocess.Popen(
+            [sys.executable, PROGRAM.with_name("lock_holder.py"), ledger],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert holder.stdout.readline() == "locked\n"
+        with ThreadPoolExecutor() as pool:
+            late = pool.submit(scraper.start, "late")
+            server.stays(1.0, steady=15)
+            if ledger.startswith("postgresql"):  # and its sessions are cut
+                engine = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+                with engine.connect() as connection:
+                    connection.execute(
+                        text(
+                            "select pg_terminate_backend(pid) from pg_stat_activity "
+                            "where application_name = 'sqla_fairpool ledger' "
+                            "and state <> 'idle in transaction'"  # the holder
+                        )
+                    )
+                engine.dispose()
+            server.stays(1.0, steady=15)
+            holder.kill()
+            holder.wait()
+            holder.stdout.close()
+            late = late.result(PATIENCE)
+        server.until(steady=10, late=10)
+        late.stdin.close()
+        assert late.wait(PATIENCE) == 0, late.stderr.read()
         server.until(steady=15)

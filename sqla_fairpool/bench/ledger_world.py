@@ -170,6 +170,7 @@ class SimPool:
         self.session = session
         self.keeper: Keeper | None = None
         self.slots = 0
+        self.frozen = False
         self.ceilings: Mapping[str, int] = {}
         self.other = 0
         #: By tag.
@@ -200,12 +201,17 @@ class SimPool:
 
     def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
         self.slots, self.ceilings, self.other = slots, ceilings, other
+        self.frozen = False
         self._dispatch()
 
     def close_surplus(self) -> None:
         while self.idle and self.open > self.slots:
             self._close_idle()
         self._dispatch()
+
+    def freeze(self) -> None:
+        self.frozen = True
+        self.slots = min(self.slots, self.open)
 
     def press(self, pressed: bool) -> None:
         pass  # it looks at its keeper
@@ -289,6 +295,8 @@ class SimPool:
 
     def _disconnect(self) -> None:
         self.server.disconnect(self.session)
+        if self.frozen:
+            self.slots = min(self.slots, self.open)
 
     def _ring(self, tag: str | None = None) -> None:
         if self.keeper is not None:

@@ -51,6 +51,12 @@ class Local(Protocol):
     def close_surplus(self) -> None:
         """Close idle connections above the allotment."""
 
+    def freeze(self) -> None:
+        """Open no connection any more, until the next :meth:`allot`.
+
+        Those that are open may be used. One that is closed is not replaced.
+        """
+
     def press(self, pressed: bool) -> None:
         """Ring from now on when a connection falls idle, or do not any more."""
 

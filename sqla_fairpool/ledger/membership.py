@@ -141,9 +141,11 @@ class Membership:
         if not self._opened:
             if not getattr(self._store, "signed", True):
                 # Meanwhile our slots may have been taken for those of a dead member.
-                # Until we have seen our row, nothing is opened; a new sign of life
-                # must not cover what the lost one did.
-                self._tell_pool(0, {}, 0)
+                # They are not given on while a session of ours stands. Until we have
+                # seen our row, nothing is opened; a new sign of life must not cover
+                # what the lost one did.
+                self._local.freeze()
+                self._told = None
             self._store.open()
             self._opened = True
         self.transactions += 1
