@@ -12,6 +12,7 @@ comes back without its first holder), :mod:`.reach` has the last word.
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 import weakref
@@ -75,9 +76,12 @@ class Guard:
             now = desk.clock()
             self._next_question = now + _PAUSE * (now - began)
             return None
+        # Nobody may have them: dropped in a cycle, they wait for the collector.
+        del connections
+        gc.collect()
         with desk.section() as now:
             if not _stuck_with(desk, seat, deadline):
-                return None  # somebody has given up meanwhile
+                return None  # somebody has given up, or something was collected
             return copy_scene(desk, seat, now)
 
 

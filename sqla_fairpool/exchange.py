@@ -103,7 +103,7 @@ class Exchange(Upkeep):
             or seat.warm
             or not seat.may_warm
             or not account.prompt
-            or record.dbapi_connection is None  # there is nothing to keep warm
+            or (record.dbapi_connection is None and self.share is not None)
         ):
             self._checkin(seat, record, generation is self.owner)
             return

@@ -398,6 +398,20 @@ def test_not_if_another_task_has_it(run):
     run(main)
 
 
+def test_what_was_dropped_in_a_cycle_is_collected_instead(engine):
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            knot = [engine.connect()]
+            knot.append(knot)
+        del knot
+        assert engine.pool.checkedout() == 2
+        engine.connect().close()
+    finally:
+        gc.enable()
+
+
 def test_looking_keeps_nothing_alive(engine):
     """What others drop afterwards comes back at once, without the collector."""
     taken, looked, dropped, done = (threading.Event() for _ in range(4))
