@@ -442,6 +442,72 @@ def test_one_that_was_taken_for_dead_takes_its_slots_back(world):
     assert used(a, b) == [10, 10]
 
 
+def test_one_that_was_taken_for_dead_opens_nothing_before_it_has_seen_its_row(world):
+    """The server had nothing to keep its slots for: they are others' now."""
+    a, b = world.start(), world.start()
+    ask(a, "a", 15)
+    world.run(0.1)
+    free(a, "a", 15)
+    while a.pool.idle:
+        a.pool._close_idle()
+    assert (a.pool.slots, a.pool.open) == (15, 0)
+    a.stopped = True
+    a.store.lose()
+    ask(b, "b", 10)
+    ask(b, "c", 10)
+    world.run(4.0)
+    assert used(b) == [20]
+    a.stopped = False
+    points = 0
+    while a.row is None:
+        a.step(budget=points)  # wherever it is stopped on its way back
+        a.pool.request("a")
+        assert world.server.most <= 20
+        points = 1
+    world.run(1.0)
+    assert world.server.most <= 20
+
+
+def test_a_quarantine_that_was_left_and_entered_again_is_another_one(world):
+    a = world.start()
+    ask(a, "a", 3)
+    world.run(0.1)
+    rows = dict(world.host.rows)
+    key = a.store.member
+    book = Book(rows)
+    book.reap(dict(book.texts))
+    asked_about = dict(book.gone)
+    book.join(key, {}, TERMS, 1)
+    book.reap(dict(book.texts))
+    book.release(asked_about)
+    assert book.gone[1].slots == 3
+    book.release(dict(book.gone))
+    assert not book.gone
+    assert book.free == 20
+
+
+def test_who_has_written_since_is_not_dead(world):
+    a = world.start()
+    ask(a, "a", 3)
+    world.run(0.1)
+    texts = dict(world.book.texts)
+    ask(a, "a", 1)
+    world.run(0.1)
+    book = world.book
+    assert book.reap(texts) == []
+    assert not book.gone
+
+
+def test_a_number_that_a_new_ledger_gave_to_another_is_not_taken(world):
+    rows = {}
+    book = Book(rows)
+    assert book.join("one", {}, TERMS) == 1
+    assert book.join("two", {}, TERMS, 1) == 2
+    assert book.join("three", {}, TERMS, 7) == 7
+    assert book.join("four", {}, TERMS) == 8
+    assert book.join("four", {}, TERMS, 3) == 8  # it is a member already
+
+
 # -- coming and going --------------------------------------------------------------
 
 

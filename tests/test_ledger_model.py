@@ -269,9 +269,10 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
             if row is None:
                 assert not waiting
                 continue
-            # Nobody waits who could have a slot.
+            # Nobody waits who could have a slot; nobody who is stopped keeps one free.
             if book.free:
                 assert row.owned >= plan.targets[process.store.member]
+                assert not plan.unmet
             for tag in waiting:
                 assert row.lines[tag].waiting, "nobody knows that it waits"
             # Nothing is unused that somebody else could use.

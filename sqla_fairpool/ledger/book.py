@@ -1,7 +1,8 @@
 """The ledger's book: who owns which slots, and who may change that, how.
 
 Pure: rows in, rows out, in one transaction of a store, which is exclusive over all
-members. No clock, no I/O, no thread. A transaction either happens or does not.
+members. No clock, no I/O, no thread. A transaction either happens or does not. What a
+member does for itself in one is :func:`.settling.settle`; the rest is here.
 
 **A slot** is the right to have one connection open. Of the N slots each is
 
@@ -48,6 +49,15 @@ life, so its slots; it goes on from where it stood. Others may write into its ro
 it is `stalled`, which takes its demand off the board and nothing else. A forked child
 is another process with an id of its own, and owns nothing. Commits of which the answer
 was lost do no harm either: what counts is the row, which is read at the next look.
+
+A sign of life can be *lost* while its process lives, where it depends on a connection.
+Then the slots of a living member go into quarantine, and are free once the server knows
+no session of it. So there a pool marks each new connection with the member's number
+first, looks for the sign of life second, and gives the connection up if that is gone:
+either the mark is seen by who asks for sessions, or the missing sign by who opened it.
+And a keeper lets its pool open nothing from before it makes a new sign until it has
+seen its row: it takes its quarantine back, or takes free slots for what is open, before
+anything else.
 
 **Who is told.** Each transaction computes the allocation for the whole board
 (:mod:`.allocation`) and writes down, in the row ``due``, who is expected to look and
