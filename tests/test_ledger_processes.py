@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
-from support.threads import PATIENCE
+from support.counting_server import CountingServer
+from support.threads import PATIENCE, eventually
 
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
@@ -271,3 +272,47 @@ def test_store_that_is_away_under_load(server, scraper, ledger, postgres_url):
         late.stdin.close()
         assert late.wait(PATIENCE) == 0, late.stderr.read()
         server.until(steady=15)
+
+
+@contextmanager
+def counted(server, ledger, name):
+    """A process whose connections a counting server counts."""
+    program = PROGRAM.with_name("counting_server.py")
+    process = subprocess.Popen(
+        [sys.executable, program, str(server.port), ledger, name, "25"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "working\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+
+
+def test_accepts_and_closes_are_counted_exactly(ledger):
+    """Any database, which cannot be asked: killed, stopped and polite members."""
+    server = CountingServer()
+    try:
+        with counted(server, ledger, "a") as polite, counted(server, ledger, "b") as b:
+            eventually(lambda: server.open == 20)
+            os.kill(b.pid, signal.SIGSTOP)
+            polite.stdin.close()
+            assert polite.wait(PATIENCE) == 0
+            eventually(lambda: server.open < 20)
+            with counted(server, ledger, "c"):
+                eventually(lambda: server.open == 20)
+                os.kill(b.pid, signal.SIGCONT)
+                for _ in range(3):
+                    with counted(server, ledger, "killed"):
+                        pass
+                b.kill()  # what it had is in quarantine for ten seconds
+                eventually(lambda: server.open < 20)
+                eventually(lambda: server.open >= 15)
+    finally:
+        server.close()
+    assert server.most == CAPACITY

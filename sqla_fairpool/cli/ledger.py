@@ -128,6 +128,8 @@ def _lines(report: LedgerReport) -> Iterator[str]:
         f"members, {report.quarantined} in quarantine, {report.free} free; "
         f"at most {report.soft_limit} for each tag of several, {report.max_limit} alone"
     )
+    if report.control_connections:
+        yield f"{report.control_connections} control connections beside them"
     for member in report.members:
         who = _who(member.number, member.who)
         yield f"  {who}{_state(member)}: {member.owned} slots"

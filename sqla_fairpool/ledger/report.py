@@ -63,6 +63,8 @@ class LedgerReport:
     owned: int
     quarantined: int
     free: int
+    #: Connections of the members' keepers to the ledger, beside the slots.
+    control_connections: int
     members: tuple[MemberReport, ...]
     gone: tuple[GoneReport, ...]
 
@@ -103,6 +105,7 @@ def read(store: Store) -> LedgerReport | None:
         owned=book.owned,
         quarantined=book.quarantined,
         free=book.free,
+        control_connections=store.control_connections * len(living),
         members=tuple(sorted(members, key=lambda member: member.number)),
         gone=tuple(
             GoneReport(number, gone.slots, gone.why, dict(gone.who))
