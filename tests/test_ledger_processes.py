@@ -300,6 +300,9 @@ def test_accepts_and_closes_are_counted_exactly(ledger):
     try:
         with counted(server, ledger, "a") as polite, counted(server, ledger, "b") as b:
             eventually(lambda: server.open == 20)
+            # Until nothing moves any more: who is stopped in a transaction has the
+            # store to himself as long as he sleeps.
+            time.sleep(1.0)
             os.kill(b.pid, signal.SIGSTOP)
             polite.stdin.close()
             assert polite.wait(PATIENCE) == 0

@@ -16,7 +16,7 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import ArgumentError
 from support.threads import PATIENCE, Caller, eventually
 
-from sqla_fairpool.ledger import host, sessions
+from sqla_fairpool.ledger import host, postgres, sessions
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.places import default_path, make_store
@@ -450,6 +450,26 @@ def test_connection_that_is_lost_ends_the_wait(in_database, database):
 
 
 @pytest.mark.postgres
+def test_transaction_of_a_stopped_process_is_ended(in_database, monkeypatch):
+    monkeypatch.setattr(postgres, "_STATEMENT_TIMEOUT", "100ms")
+    stopped, other = in_database(), in_database()
+    transaction = stopped.transaction()
+    transaction.__enter__()["a"] = "1"
+
+    def goes_on():
+        try:
+            return rows_of(other) == {}
+        except StoreAway:  # the lock is taken
+            other.open()
+            return False
+
+    eventually(goes_on)
+    with pytest.raises(StoreAway):
+        transaction.__exit__(None, None, None)
+    assert not stopped.signed
+
+
+@pytest.mark.postgres
 def test_ledgers_in_one_database_are_apart(postgres_url):
     url = make_url(postgres_url)
     one = make_store(f"{postgres_url}&ledger=one", None)
@@ -507,8 +527,6 @@ def test_server_that_is_not_there_is_a_store_that_is_away(tmp_path):
 @pytest.mark.postgres
 def test_pooler_in_between_is_refused(postgres_url, monkeypatch):
     """None is installed here: what its driver would say is put in its place."""
-    from sqla_fairpool.ledger import postgres
-
     check = postgres.refuse_pooler
     monkeypatch.setattr(postgres, "refuse_pooler", lambda c, pid: check(c, pid + 1))
     with pytest.raises(LedgerError, match="a pooler like PgBouncer is in between"):

@@ -135,6 +135,10 @@ class PostgresStore:
     def _prepare(self) -> None:
         self._run(f"SET lock_timeout = '{_LOCK_TIMEOUT}'")
         self._run(f"SET statement_timeout = '{_STATEMENT_TIMEOUT}'")
+        # Who is stopped in a transaction must not keep the others from theirs. His
+        # session is ended, and with it his sign of life, which he finds out.
+        idle = "idle_in_transaction_session_timeout"
+        self._run(f"SET {idle} = '{_STATEMENT_TIMEOUT}'")
         cursor = self._driver.cursor()
         try:
             refuse_pooler(cursor, self._driver.info.backend_pid)
