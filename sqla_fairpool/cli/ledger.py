@@ -136,8 +136,8 @@ def _lines(report: LedgerReport) -> Iterator[str]:
         for tag in member.tags:
             idle = "" if tag.active else ", idle"
             yield (
-                f"    {tag.tag!r} {tag.in_use} in use, {tag.waiting} waiting, "
-                f"at most {tag.limit}{idle}"
+                f"    {tag.tag!r} at most {tag.limit}{idle}; last posted: "
+                f"{tag.in_use} in use, {tag.waiting} waiting"
             )
     for gone in report.gone:
         yield f"  {_who(gone.number, gone.who)}: {gone.slots} in quarantine, {gone.why}"
