@@ -210,6 +210,15 @@ def test_forked_worker_is_a_member_of_its_own(server, scraper):
         server.stays(0.5, parent=10, other=10)
 
 
+@pytest.mark.parametrize("how", ["preload", "multiprocessing"])
+def test_workers_of_one_application_share_its_tags_part(server, scraper, how):
+    """As gunicorn's and Celery's: the engine is made before they are forked."""
+    with scraper("workers", 15, 0.05, how) as parent, scraper("other"):
+        assert parent.stdout.readline() == "working\n"  # the second of them, too
+        server.until(workers=10, other=10)
+        server.stays(0.5, workers=10, other=10)
+
+
 def test_members_killed_again_and_again(server, scraper):
     """Whenever it hits them: in a connect, a transaction, a query."""
     with scraper("steady"):
