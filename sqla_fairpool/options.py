@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ __all__ = [
     "BadOption",
     "PoolOptions",
     "describe_changes",
+    "naming",
     "read_switch",
     "validate_tag",
     "validate_timeout",
@@ -35,6 +37,20 @@ class BadOption(exc.ArgumentError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.name, self.value, self.allowed)
+
+
+@contextmanager
+def naming(names: Mapping[str, str]) -> Iterator[None]:
+    """Have a bad value's error name it as the user did.
+
+    :param names: from the options' names to those, an environment variable's say.
+    """
+    try:
+        yield
+    except BadOption as bad:
+        if bad.name not in names:
+            raise
+        raise BadOption(names[bad.name], bad.value, bad.allowed) from None
 
 
 def _refuse(name: str, value: object, allowed: str) -> NoReturn:

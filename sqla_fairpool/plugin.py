@@ -14,16 +14,14 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL, CreateEnginePlugin, Dialect
 from sqlalchemy.pool import Pool
 
-from .options import BadOption, PoolOptions, read_switch, validate_tag
+from .environment import LEDGER
+from .options import BadOption, PoolOptions, naming, read_switch, validate_tag
 from .pool import AsyncAdaptedFairQueuePool, FairQueuePool
 
-__all__ = ["LEDGER", "PREFIX", "FairPoolPlugin"]
+__all__ = ["PREFIX", "FairPoolPlugin"]
 
 #: What each key of ours in a URL begins with.
 PREFIX = "fairpool_"
-
-#: The environment variable that names the ledger where the URL does not.
-LEDGER = "FAIRPOOL_LEDGER"
 
 
 def _seconds(key: str, value: str) -> int:
@@ -91,8 +89,11 @@ class FairPoolPlugin(CreateEnginePlugin):
         found = {key: url.query[key] for key in url.query if key.startswith(PREFIX)}
         self._keys = list(found)
         self._options = _read(found)
-        if LEDGER in os.environ:
-            self._options.setdefault("ledger", os.environ[LEDGER])
+        # The ledger is the one thing that an engine takes from the environment: named
+        # there, it is meant for all of a program's.
+        if os.environ.get(LEDGER):
+            ledger = _or_none(LEDGER, os.environ[LEDGER])
+            self._options.setdefault("ledger", ledger)
         scraper = self._options.pop("scraper", None)
         if scraper is not None:
             option = self._given("tag_option") or "scraper"
@@ -124,12 +125,8 @@ class FairPoolPlugin(CreateEnginePlugin):
         from_url = {k: v for k, v in self._options.items() if k not in pool_args}
         pool_args.update(from_url)
         checked = PoolOptions.names()
-        try:
+        with naming({name: PREFIX + name for name in from_url}):
             PoolOptions.parse(**{k: v for k, v in pool_args.items() if k in checked})
-        except BadOption as bad:
-            if bad.name not in from_url:
-                raise
-            raise BadOption(PREFIX + bad.name, bad.value, bad.allowed) from None
 
 
 def _read(found: Mapping[str, str | tuple[str, ...]]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ LAYERS = [
     {"errors"},
     {"policy", "agenda", "meters"},
     {"ledger"},
+    {"environment"},
     {"account"},
     {"roster"},
     {"scheduler"},

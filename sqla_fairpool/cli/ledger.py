@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import create_engine, exc, make_url, text
-from sqlalchemy.engine import URL, Connection
-from sqlalchemy.pool import NullPool
+from sqlalchemy import exc, text
+from sqlalchemy.engine import URL
 
+from ..environment import DATABASE, LEDGER, parse_url
 from ..ledger.book import Book
 from ..ledger.errors import LedgerError
 from ..ledger.host import HostStore
@@ -21,7 +21,8 @@ from ..ledger.postgres import PostgresStore
 from ..ledger.report import LedgerReport, MemberReport, read
 from ..ledger.sessions import members_with_sessions
 from ..ledger.store import StoreAway
-from .common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError, hide_passwords
+from .budget import ask_room, connected, limit_statement
+from .common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
 
 __all__ = ["add_command"]
 
@@ -65,22 +66,18 @@ def add_command(commands: Any) -> None:
     limit.add_argument("--run", action="store_true", dest="execute", help="set it")
     limit.set_defaults(run=_limit)
     for action in (show, reap, reset, limit):
-        action.add_argument(
-            "--ledger", default=os.environ.get("FAIRPOOL_LEDGER", "host")
-        )
-        action.add_argument("--url", default=os.environ.get("DATABASE_URL"))
+        action.add_argument("--ledger", default=os.environ.get(LEDGER, "host"))
+        action.add_argument("--url", default=os.environ.get(DATABASE))
 
 
 # -- the ledger ------------------------------------------------------------------------
 
 
 def _url(arguments: argparse.Namespace) -> URL | None:
-    if arguments.url is None:
-        return None
     try:
-        return make_url(arguments.url)
+        return None if arguments.url is None else parse_url(arguments.url, "--url")
     except exc.ArgumentError as error:
-        raise CommandError(f"--url: {error}") from None
+        raise CommandError(str(error)) from None
 
 
 @contextmanager
@@ -195,7 +192,7 @@ def _sessions(arguments: argparse.Namespace, store: _Store) -> set[int] | None:
     url = _url(arguments)
     if url is None or url.get_backend_name() != "postgresql":
         return None
-    with _connected(url) as connection:
+    with connected(url) as connection:
         cursor = connection.connection.cursor()
         try:
             return members_with_sessions(cursor, store.key)
@@ -231,19 +228,6 @@ def _reset(arguments: argparse.Namespace) -> int:
 # -- the server ------------------------------------------------------------------------
 
 
-@contextmanager
-def _connected(url: URL) -> Iterator[Connection]:
-    engine = create_engine(url, poolclass=NullPool, isolation_level="AUTOCOMMIT")
-    try:
-        with engine.connect() as connection:
-            yield connection
-    except exc.SQLAlchemyError as error:
-        text_of = str(getattr(error, "orig", None) or error)
-        raise CommandError(hide_passwords(text_of)) from None
-    finally:
-        engine.dispose()
-
-
 def _limit(arguments: argparse.Namespace) -> int:
     url = _url(arguments)
     if url is None or url.get_backend_name() != "postgresql":
@@ -254,9 +238,15 @@ def _limit(arguments: argparse.Namespace) -> int:
             wanted = _report(store).capacity
     if wanted < 1:
         raise CommandError(f"--connections: {wanted} is not a number of at least 1")
-    with _connected(url) as connection:
-        role, statement = _statement(connection, wanted)
-        for line in (problems := list(_problems(connection, role, wanted))):
+    with connected(url) as connection:
+        room = ask_room(connection)
+        statement = limit_statement(connection, room.role, wanted)
+        problems = list(room.problems(wanted))
+        if room.is_superuser:
+            problems.append(
+                f"the role {room.role!r} is a superuser, whom no limit binds"
+            )
+        for line in problems:
             print(line)
         if not problems:
             print(f"{wanted} connections fit")
@@ -266,38 +256,3 @@ def _limit(arguments: argparse.Namespace) -> int:
         else:
             print(f"to have the server hold it: {statement}")
     return EXIT_NOT_AS_EXPECTED if problems else EXIT_OK
-
-
-def _statement(connection: Connection, wanted: int) -> tuple[str, str]:
-    role = str(connection.scalar(text("select current_user")))
-    quoted = connection.dialect.identifier_preparer.quote(role)
-    return role, f"ALTER ROLE {quoted} CONNECTION LIMIT {wanted}"
-
-
-def _problems(connection: Connection, role: str, wanted: int) -> Iterator[str]:
-    """Yield what stands against so many connections of a role."""
-    most, reserved = (
-        int(str(connection.scalar(text(f"show {name}"))))
-        for name in ("max_connections", "superuser_reserved_connections")
-    )
-    others = int(
-        connection.scalar(
-            text("select count(*) from pg_stat_activity where usename <> :role"),
-            {"role": role},
-        )
-        or 0
-    )
-    superuser, limit = connection.execute(
-        text("select rolsuper, rolconnlimit from pg_roles where rolname = :role"),
-        {"role": role},
-    ).one()
-    room = most - reserved - others
-    if wanted > room:
-        yield (
-            f"{wanted} connections do not fit: max_connections is {most}, {reserved} "
-            f"are reserved, other roles have {others}, which leaves {room}"
-        )
-    if 0 <= limit < wanted:
-        yield f"the role {role!r} may have {limit} connections only"
-    if superuser:
-        yield f"the role {role!r} is a superuser, whom no limit binds"

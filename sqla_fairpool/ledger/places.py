@@ -18,7 +18,15 @@ from .errors import LedgerError
 from .host import HostStore
 from .postgres import PostgresStore
 
-__all__ = ["default_path", "make_store", "needs_database"]
+__all__ = [
+    "database_place",
+    "default_ledger",
+    "default_path",
+    "known_ledgers",
+    "make_store",
+    "needs_database",
+    "with_threads_driver",
+]
 
 _ALLOWED = (
     "'host' (a file at a default place, for the processes of this host), the path of "
@@ -28,6 +36,22 @@ _ALLOWED = (
 
 #: Drivers that a ledger can use, by what the pool's URL names.
 _DRIVERS = {"psycopg2": "psycopg2", "psycopg": "psycopg"}
+
+#: Where a server listens if the URL says nothing.
+_PORTS = {"postgresql": "5432", "mysql": "3306", "mssql": "1433", "oracle": "1521"}
+
+#: Hosts that are this one.
+_HERE = frozenset({"", "localhost", "127.0.0.1", "::1"})
+
+#: Other names of backends.
+_SAME = {"mariadb": "mysql", "postgres": "postgresql"}
+
+_SUFFIX = ".ledger"
+
+
+def default_ledger() -> str | None:
+    """Return the ledger of scripts that name none: ``host``, None on Windows."""
+    return "host" if hasattr(os, "mkfifo") else None
 
 
 def needs_database(ledger: str) -> bool:
@@ -72,16 +96,23 @@ def _in_database(ledger: str, url: URL) -> PostgresStore:
         shown = f"{url.get_backend_name()}://..." if "://" in ledger else ledger
         raise BadOption("ledger", shown, "a PostgreSQL database, or " + _ALLOWED)
     name = url.query.get("ledger", "default")
+    return PostgresStore(with_threads_driver(url), str(name))
+
+
+def with_threads_driver(url: URL) -> URL:
+    """Return the URL of a PostgreSQL for psycopg2 or psycopg, without keys of ours.
+
+    Also for the database of an asyncio pool: what is not one of its tasks cannot use
+    its driver.
+    """
     keys = [key for key in url.query if key in ("ledger", "plugin")]
     keys += [key for key in url.query if key.startswith("fairpool_")]
-    driver = _DRIVERS.get(url.get_driver_name()) or _installed_driver()
-    url = url.difference_update_query(keys).set(drivername=f"postgresql+{driver}")
-    return PostgresStore(url, str(name))
-
-
-def _installed_driver() -> str:
-    """Return a driver for a ledger beside an asyncio pool."""
-    return "psycopg" if find_spec("psycopg") else "psycopg2"
+    driver = _DRIVERS.get(url.get_driver_name())
+    if driver is None:
+        driver = "psycopg" if find_spec("psycopg") else "psycopg2"
+        # The others' keys mean nothing to libpq, which refuses what it does not know.
+        keys = [key for key in url.query if key not in ("host", "port")]
+    return url.difference_update_query(keys).set(drivername=f"postgresql+{driver}")
 
 
 def default_path(database: URL) -> Path:
@@ -90,21 +121,38 @@ def default_path(database: URL) -> Path:
     Never by user or password. The directory is this user's alone, which is checked: in
     a directory that is open to everybody, somebody else could have made it.
     """
-    parts = [database.get_backend_name(), *_place(database)]
+    parts = database_place(database)
     told = "-".join(filter(None, (re.sub(r"[^\w.]+", "_", part) for part in parts)))
     # What is told may be the same for two databases, so this is the name's substance.
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
-    return _directory() / f"{told[:80]}-{digest}.ledger"
+    return _directory() / f"{told[:80]}-{digest}{_SUFFIX}"
 
 
-def _place(database: URL) -> tuple[str, str, str]:
-    host = database.host or database.query.get("host") or ""
+def known_ledgers() -> list[Path]:
+    """Return the ledgers that this user's processes have made at default places."""
+    return sorted(_directory().glob(f"*{_SUFFIX}"))
+
+
+def database_place(url: URL) -> tuple[str, str, str, str]:
+    """Return backend, host, port and name of a database, the same for the same one.
+
+    As far as a URL tells: the ways to write this host and the default port count as
+    one, other aliases of a host do not.
+    """
+    backend = url.get_backend_name()
+    backend = _SAME.get(backend, backend)
+    host = url.host or url.query.get("host") or ""
     if not isinstance(host, str):
         host = ",".join(host)
-    name = database.database or ""
-    if database.get_backend_name() == "sqlite" and name not in ("", ":memory:"):
-        name = os.path.abspath(name)  # it may be named from here
-    return host, str(database.port or ""), name
+    name = url.database or ""
+    if backend == "sqlite":
+        if name not in ("", ":memory:"):
+            name = os.path.abspath(name)  # it may be named from here
+        return backend, host, "", name
+    if backend == "postgresql":
+        name = name or url.username or ""  # as libpq has it
+    port = url.port or url.query.get("port") or _PORTS.get(backend, "")
+    return backend, "localhost" if host in _HERE else host, str(port), name
 
 
 def _directory() -> Path:

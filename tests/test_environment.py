@@ -1,0 +1,124 @@
+"""The settings of scripts, from the environment."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy.exc import ArgumentError
+
+from sqla_fairpool.environment import RUN, VARIABLES, Run, Settings, parse_url
+from sqla_fairpool.ledger.places import database_place, default_ledger
+
+
+def test_variables_stand_for_options():
+    settings = Settings.read(
+        {
+            "DATABASE_URL": "postgresql://host/app",
+            "DYNAMIC_POOL_SIZE": "30",
+            "SCRAPER_SOFT_LIMIT": "12",
+            "SCRAPER_MAX_LIMIT": "25",
+            "IDLE_TIMEOUT": "5.5",
+            "REALLOCATION_INTERVAL": "2",
+            "FAIRPOOL_LEDGER": "/run/app.ledger",
+        }
+    )
+    assert settings.url == "postgresql://host/app"
+    assert settings.with_arguments({}) == {
+        "pool_size": "30",
+        "soft_limit": "12",
+        "max_limit": "25",
+        "idle_timeout": "5.5",
+        "reallocation_interval": "2",
+        "ledger": "/run/app.ledger",
+    }
+
+
+def test_nothing_set_is_the_host_ledger_and_the_pools_defaults():
+    settings = Settings.read({"IDLE_TIMEOUT": "", "DATABASE_URL": ""})
+    assert settings.with_arguments({}) == {"ledger": default_ledger()}
+    assert settings.database(None) is None
+
+
+def test_ledger_can_be_switched_off():
+    settings = Settings.read({"FAIRPOOL_LEDGER": "None"})
+    assert settings.with_arguments({}) == {"ledger": None}
+
+
+def test_arguments_win():
+    settings = Settings.read({"DYNAMIC_POOL_SIZE": "30", "IDLE_TIMEOUT": "x"})
+    options = settings.with_arguments({"idle_timeout": 7})
+    assert options["idle_timeout"] == 7
+    assert options["pool_size"] == "30"
+
+
+@pytest.mark.parametrize("variable", sorted(set(VARIABLES) - {"FAIRPOOL_LEDGER"}))
+def test_bad_value_names_the_variable(variable):
+    with pytest.raises(ArgumentError, match=f"^{variable}='none' is not allowed: "):
+        Settings.read({variable: "none"}).with_arguments({})
+
+
+def test_limits_that_do_not_fit_each_other_name_the_variable():
+    settings = Settings.read({"SCRAPER_SOFT_LIMIT": "12"})
+    with pytest.raises(ArgumentError, match="^SCRAPER_SOFT_LIMIT='12' is not allowed"):
+        settings.with_arguments({"max_limit": 11})
+
+
+def test_bad_argument_is_not_taken_for_a_variable():
+    settings = Settings.read({"SCRAPER_SOFT_LIMIT": "12"})
+    with pytest.raises(ArgumentError, match="^soft_limit=0 is not allowed"):
+        settings.with_arguments({"soft_limit": 0})
+
+
+def test_what_the_launcher_was_told_wins_over_what_it_found():
+    run = Run("layer3", ("postgresql", "db", "5432", "app"), {"pool_size": 8}, True)
+    settings = Settings.read({RUN: run.text, "DYNAMIC_POOL_SIZE": "30"})
+    assert settings.run == run
+    assert settings.with_arguments({})["pool_size"] == 8
+    assert Run.of({}) is None
+
+
+@pytest.mark.parametrize(
+    "bad", ["s3cret", "postgresql://u:s3cret@h:port/d", "u:s3cret@h"]
+)
+def test_what_is_no_url_is_not_shown(bad):
+    with pytest.raises(
+        ArgumentError, match="^DATABASE_URL=.* a database URL"
+    ) as caught:
+        Settings.read({"DATABASE_URL": bad}).database(None)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_postgres_is_postgresql():
+    assert parse_url("postgres://u@h/d", "--url").drivername == "postgresql"
+    assert parse_url("postgres+asyncpg://h/d", "x").drivername == "postgresql+asyncpg"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("postgresql://app@localhost/app", "postgresql+asyncpg://x@127.0.0.1:5432/app"),
+        ("postgresql:///app", "postgresql://[::1]/app"),
+        ("postgresql://u@db", "postgresql://db:5432/u"),
+        ("postgresql:///app?host=/tmp/s", "postgresql:///app?host=/tmp/s&port=5432"),
+        ("mysql+pymysql://h/app", "mariadb+asyncmy://h:3306/app"),
+    ],
+)
+def test_ways_to_name_one_database(one, other):
+    assert place(one) == place(other)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "postgresql://db/app2",
+        "postgresql://db:5433/app",
+        "postgresql://db2/app",
+        "mysql://db/app",
+        "postgresql:///app?host=/tmp/s",
+    ],
+)
+def test_databases_that_are_not_one(other):
+    assert place("postgresql://db/app") != place(other)
+
+
+def place(url):
+    return database_place(parse_url(url, "url"))
