@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-__all__ = ["ceiling", "fair_shares", "rank"]
+__all__ = ["ceiling", "fair_shares", "jain", "rank", "standing_shares", "strategy"]
 
 
 def ceiling(other_active_tags: int, soft_limit: int, max_limit: int) -> int:
@@ -22,6 +22,15 @@ def ceiling(other_active_tags: int, soft_limit: int, max_limit: int) -> int:
     :param other_active_tags: how many tags are active beside the one asked for.
     """
     return soft_limit if other_active_tags else max_limit
+
+
+def strategy(active_tags: int, soft_limit: int, max_limit: int) -> str:
+    """Return in words which ceiling is in force."""
+    if active_tags == 0:
+        return f"nobody active: the first may have {max_limit}"
+    if active_tags == 1:
+        return f"1 active: at most {max_limit}"
+    return f"{active_tags} active: equal shares, at most {soft_limit} each"
 
 
 def rank(in_use: int, weight: float, head: int) -> tuple[float, int]:
@@ -90,6 +99,35 @@ def fair_shares(
         else:
             heapq.heappop(line)
     return shares
+
+
+def standing_shares(
+    in_use: Sequence[int], demands: Sequence[int], capacity: int
+) -> list[int]:
+    """Return the fair shares as they stand: the remainder is with those who hold it.
+
+    Seven, six and seven in use of 20, and all want more, is what is fair.
+
+    :param in_use: slots each party holds now.
+    :param demands: as for :func:`fair_shares`.
+    """
+    order = sorted(range(len(demands)), key=lambda i: -in_use[i])
+    shares = fair_shares([demands[i] for i in order], capacity)
+    share_of = dict(zip(order, shares, strict=True))
+    return [share_of[i] for i in range(len(demands))]
+
+
+def jain(amounts: Sequence[float]) -> float:
+    """Return Jain's fairness index of what each party got.
+
+    1.0 when all got the same, ``1 / n`` when one of `n` got everything:
+    ``sum(x)^2 / (n * sum(x^2))``. 0.0 when nobody got anything, which nobody
+    should read as fair. (Jain, Chiu and Hawe, DEC-TR-301, 1984.)
+    """
+    if not amounts:
+        raise ValueError("the fairness of nobody is not defined")
+    squares = sum(x * x for x in amounts)
+    return sum(amounts) ** 2 / (len(amounts) * squares) if squares else 0.0
 
 
 def _fill(shares: Sequence[int], demands: Sequence[int], capacity: int) -> list[int]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from . import policy
+from .account import Account
 from .exchange import Exchange
-from .options import PoolOptions
 from .stats import PoolStats, Summary, TagStats
 
 __all__ = ["snapshot"]
@@ -37,12 +37,12 @@ def snapshot(exchange: Exchange) -> PoolStats:
         records, idle = exchange.count_idle()
         active = scheduler.roster.active
         copies = [
-            (scheduler.ceiling(account), *_figures(account))
+            (scheduler.ceiling(account), _waiting_since(account), *_figures(account))
             for account in scheduler.roster.accounts.values()
         ]
         # What the seats that are out have counted and not yet handed in.
         pending = [
-            (seat.account.tag, seat.again, seat.held, seat.held_max)
+            (seat.account.tag, seat.since, seat.again, seat.held, seat.held_max)
             for seat in exchange.granted_seats()
         ]
     return PoolStats(
@@ -54,43 +54,47 @@ def snapshot(exchange: Exchange) -> PoolStats:
         idle=idle,
         waiting=waiting,
         utilization=in_use / options.capacity,
-        strategy=_strategy(active, options),
+        strategy=policy.strategy(active, options.soft_limit, options.max_limit),
         tags=_rows(copies, pending, options.capacity, now),
     )
 
 
+def _waiting_since(account: Account) -> float | None:
+    """Return since when the first in a tag's line waits."""
+    return next(iter(account.waiters)).since if account.waiters else None
+
+
 def _rows(
     copies: list[tuple[Any, ...]],
-    pending: list[tuple[str, int, float, float]],
+    pending: list[tuple[str, float, int, float, float]],
     capacity: int,
     now: float,
 ) -> tuple[TagStats, ...]:
-    # The remainder of the division is shown with those who hold it.
-    copies.sort(key=lambda copy: (-copy[3], copy[1]))
+    copies.sort(key=itemgetter(2))
     # An idle tag does not count, whatever it still holds.
-    demands = [min(copy[3] + copy[4], copy[0]) if copy[2] else 0 for copy in copies]
-    shares = policy.fair_shares(demands, capacity)
-    more: dict[str, list[tuple[int, float, float]]] = {}
-    for tag, again, held, held_max in pending:
-        more.setdefault(tag, []).append((again, held, held_max))
+    demands = [min(copy[4] + copy[5], copy[0]) if copy[3] else 0 for copy in copies]
+    shares = policy.standing_shares([c[4] for c in copies], demands, capacity)
+    more: dict[str, list[tuple[float, int, float, float]]] = {}
+    for tag, since, again, held, held_max in pending:
+        more.setdefault(tag, []).append((since, again, held, held_max))
     rows = (
-        _row(copy, share, more.get(copy[1], []), now)
+        _row(copy, share, more.get(copy[2], []), now)
         for copy, share in zip(copies, shares, strict=True)
     )
-    return tuple(sorted((row for row in rows if row), key=lambda row: row.name))
+    return tuple(row for row in rows if row)
 
 
 def _row(
     copy: tuple[Any, ...],
     share: int,
-    more: list[tuple[int, float, float]],
+    more: list[tuple[float, int, float, float]],
     now: float,
 ) -> TagStats | None:
-    limit, tag, active, in_use, waiting, last, checkouts, timeouts, *times = copy
-    wait_total, wait_max, hold_total, hold_max = times
+    limit, line_since, tag, active, in_use, waiting, last, checkouts, *rest = copy
+    timeouts, wait_total, wait_max, hold_total, hold_max = rest
     if not (active or in_use or waiting or checkouts or timeouts):
         return None  # the default tag, when everybody said later who he is
-    for again, held, held_max in more:
+    for _, again, held, held_max in more:
         checkouts += again
         hold_total += held
         hold_max = max(hold_max, held_max)
@@ -101,7 +105,9 @@ def _row(
         limit=limit,
         fair_share=share,
         waiting=waiting,
-        idle_for=None if last is None else max(now - last, 0.0),
+        idle_for=_seconds(last, now),
+        waiting_for=_seconds(line_since, now),
+        held_for=_seconds(min((since for since, *_ in more), default=None), now),
         checkouts=checkouts,
         timeouts=timeouts,
         wait_time=Summary(checkouts, wait_total, wait_max),
@@ -109,9 +115,5 @@ def _row(
     )
 
 
-def _strategy(active: int, options: PoolOptions) -> str:
-    if active == 0:
-        return f"nobody active: the first may have {options.max_limit}"
-    if active == 1:
-        return f"1 active: at most {options.max_limit}"
-    return f"{active} active: equal shares, at most {options.soft_limit} each"
+def _seconds(since: float | None, now: float) -> float | None:
+    return None if since is None else max(now - since, 0.0)

@@ -39,6 +39,11 @@ class TagStats:
     waiting: int
     #: Seconds since its last activity, None if it never had any.
     idle_for: float | None
+    #: Seconds for which the one has waited who waits longest, None if nobody waits.
+    waiting_for: float | None
+    #: Seconds for which the connection has been out that has been longest, None
+    #: without one.
+    held_for: float | None
     #: Checkouts granted.
     checkouts: int
     #: Checkouts that gave up waiting.

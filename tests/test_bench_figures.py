@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from sqla_fairpool import policy
 from sqla_fairpool.bench import figures
 from sqla_fairpool.bench.targets import TARGETS
 
@@ -11,30 +12,6 @@ Figure, Target = figures.Figure, figures.Target
 
 
 # -- fairness -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("amounts", "index"),
-    [
-        ([5, 5, 5, 5], 1.0),
-        ([7], 1.0),
-        ([1, 0, 0, 0], 0.25),
-        ([1, 1, 0, 0], 0.5),
-        ([1, 2, 3], 36 / 42),
-        ([0, 0], 0.0),
-    ],
-)
-def test_jain_index_of_known_amounts(amounts, index):
-    assert figures.jain(amounts) == pytest.approx(index)
-
-
-def test_jain_index_knows_no_unit():
-    assert figures.jain([1, 2, 3]) == pytest.approx(figures.jain([10, 20, 30]))
-
-
-def test_jain_index_of_nobody_is_refused():
-    with pytest.raises(ValueError, match="nobody"):
-        figures.jain([])
 
 
 @pytest.mark.parametrize("key", ["fair 200", "fair 7679"])
@@ -47,11 +24,11 @@ def test_jain_index_of_nobody_is_refused():
     ],
 )
 def test_unfair_division_does_not_meet_the_target(key, amounts):
-    assert not TARGETS[key].met(figures.jain(amounts))
+    assert not TARGETS[key].met(policy.jain(amounts))
 
 
 def test_division_that_differs_by_one_meets_the_target():
-    assert TARGETS["fair 7679"].met(figures.jain([97] * 50 + [98] * 50))
+    assert TARGETS["fair 7679"].met(policy.jain([97] * 50 + [98] * 50))
 
 
 # -- percentiles and rounds -----------------------------------------------------------

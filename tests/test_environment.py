@@ -58,13 +58,13 @@ def test_bad_value_names_the_variable(variable):
 
 def test_limits_that_do_not_fit_each_other_name_the_variable():
     settings = Settings.read({"SCRAPER_SOFT_LIMIT": "12"})
-    with pytest.raises(ArgumentError, match="^SCRAPER_SOFT_LIMIT='12' is not allowed"):
+    with pytest.raises(ArgumentError, match=r"^SCRAPER_SOFT_LIMIT=.12. is not"):
         settings.with_arguments({"max_limit": 11})
 
 
 def test_bad_argument_is_not_taken_for_a_variable():
     settings = Settings.read({"SCRAPER_SOFT_LIMIT": "12"})
-    with pytest.raises(ArgumentError, match="^soft_limit=0 is not allowed"):
+    with pytest.raises(ArgumentError, match=r"^soft_limit=0 is not allowed"):
         settings.with_arguments({"soft_limit": 0})
 
 
@@ -81,7 +81,7 @@ def test_what_the_launcher_was_told_wins_over_what_it_found():
 )
 def test_what_is_no_url_is_not_shown(bad):
     with pytest.raises(
-        ArgumentError, match="^DATABASE_URL=.* a database URL"
+        ArgumentError, match=r"^DATABASE_URL=.* a database URL"
     ) as caught:
         Settings.read({"DATABASE_URL": bad}).database(None)
     assert "s3cret" not in str(caught.value)

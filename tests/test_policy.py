@@ -98,3 +98,48 @@ def test_next_is_who_holds_least_per_weight_then_who_came_first():
     assert policy.rank(2, 1.0, 9) < policy.rank(3, 1.0, 1)
     assert policy.rank(3, 2.0, 9) < policy.rank(2, 1.0, 1)
     assert policy.rank(2, 1.0, 1) < policy.rank(2, 1.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("amounts", "index"),
+    [
+        ([5, 5, 5, 5], 1.0),
+        ([7], 1.0),
+        ([1, 0, 0, 0], 0.25),
+        ([1, 1, 0, 0], 0.5),
+        ([1, 2, 3], 36 / 42),
+        ([0, 0], 0.0),
+    ],
+)
+def test_jain_index_of_known_amounts(amounts, index):
+    assert policy.jain(amounts) == pytest.approx(index)
+
+
+def test_jain_index_knows_no_unit():
+    assert policy.jain([1, 2, 3]) == pytest.approx(policy.jain([10, 20, 30]))
+
+
+def test_jain_index_of_nobody_is_refused():
+    with pytest.raises(ValueError, match="nobody"):
+        policy.jain([])
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 30)), max_size=8),
+    st.integers(0, 40),
+)
+def test_standing_shares_are_fair_and_the_remainder_is_with_those_who_hold_it(
+    parties, capacity
+):
+    in_use = [held for held, _ in parties]
+    demands = [max(held, wants) for held, wants in parties]
+    shares = policy.standing_shares(in_use, demands, capacity)
+    assert sorted(shares) == sorted(policy.fair_shares(demands, capacity))
+    for i, one in enumerate(shares):
+        for j, other in enumerate(shares):
+            if in_use[i] > in_use[j] and demands[i] >= demands[j]:
+                assert one >= other
+
+
+def test_seven_six_and_seven_in_use_is_what_is_fair():
+    assert policy.standing_shares([7, 6, 7], [9, 9, 9], 20) == [7, 6, 7]

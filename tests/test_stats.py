@@ -34,6 +34,24 @@ def test_snapshot_of_a_pool_in_use(make_engine, clock):
     other.close()
 
 
+def test_snapshot_tells_the_longest_wait_and_hold_of_this_moment(make_engine, clock):
+    engine = make_engine(pool_size=1).execution_options(scraper="a")
+    held = engine.connect()
+    clock.advance(2.0)
+    callers = []
+    for number in (1, 2):
+        callers.append(Caller(engine.connect))
+        ensure_waiting(engine.pool, number)
+        clock.advance(3.0)
+    row = engine.pool.stats().tag("a")
+    assert (row.waiting_for, row.held_for) == (6.0, 8.0)
+    held.close()
+    callers[0].result().close()
+    callers[1].result().close()
+    row = engine.pool.stats().tag("a")
+    assert (row.waiting_for, row.held_for) == (None, None)
+
+
 def test_snapshot_is_frozen_and_ready_for_json(make_engine):
     engine = make_engine()
     with engine.execution_options(scraper="a").connect():

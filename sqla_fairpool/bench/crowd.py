@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from .figures import jain, percentile
+from ..policy import jain
+from .figures import percentile
 
 __all__ = ["Closing", "Crowd", "Member", "Outcome"]
 

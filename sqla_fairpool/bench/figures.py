@@ -16,7 +16,6 @@ __all__ = [
     "Figure",
     "Target",
     "interleave",
-    "jain",
     "pairwise",
     "percentile",
     "render",
@@ -24,19 +23,6 @@ __all__ = [
 
 _T = TypeVar("_T")
 _Name = TypeVar("_Name", bound=Hashable)
-
-
-def jain(amounts: Sequence[float]) -> float:
-    """Return Jain's fairness index of what each party got.
-
-    1.0 when all got the same, ``1 / n`` when one of `n` got everything:
-    ``sum(x)^2 / (n * sum(x^2))``. 0.0 when nobody got anything, which nobody
-    should read as fair. (Jain, Chiu and Hawe, DEC-TR-301, 1984.)
-    """
-    if not amounts:
-        raise ValueError("the fairness of nobody is not defined")
-    squares = sum(x * x for x in amounts)
-    return sum(amounts) ** 2 / (len(amounts) * squares) if squares else 0.0
 
 
 def percentile(values: Iterable[float], percent: float) -> float:

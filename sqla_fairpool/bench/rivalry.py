@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
+from ..policy import jain
 from . import rivals
 from .contenders import TASKS, THREADS
 from .crowd import Outcome
-from .figures import Figure, jain, pairwise, percentile
+from .figures import Figure, pairwise, percentile
 from .report import (
     Bar,
     Bars,
