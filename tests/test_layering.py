@@ -28,7 +28,7 @@ LAYERS = [
     {"deadlock", "leaks", "upkeep"},
     {"exchange"},
     {"metrics", "overview", "snapshot"},
-    {"joining"},
+    {"joining", "observer"},
     {"pool"},
     {"opentelemetry", "plugin", "prometheus"},
     {"__init__"},
