@@ -28,6 +28,7 @@ LAYERS = [
     {"deadlock", "leaks", "upkeep"},
     {"exchange"},
     {"metrics", "overview", "snapshot"},
+    {"overview_text"},
     {"joining"},
     {"pool"},
     {"opentelemetry", "plugin", "prometheus"},
