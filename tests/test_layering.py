@@ -28,7 +28,7 @@ LAYERS = [
     {"deadlock", "leaks", "upkeep"},
     {"exchange"},
     {"metrics", "overview", "snapshot"},
-    {"joining", "observer"},
+    {"joining", "observer", "overview_text"},
     {"pool"},
     {"opentelemetry", "plugin", "prometheus"},
     {"__init__"},

@@ -1,0 +1,270 @@
+"""Looking at a ledger and its server again and again, whatever becomes of them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol
+
+from sqlalchemy import exc
+from sqlalchemy.engine import URL
+
+from ..environment import DATABASE, LEDGER, Settings
+from ..ledger.errors import LedgerError
+from ..ledger.host import HostStore
+from ..ledger.places import known_ledgers, make_store
+from ..ledger.postgres import PostgresStore
+from ..ledger.store import StoreAway
+from ..overview import Overview
+from ..overview_text import printable
+from .common import CommandError, hide_passwords
+from .server_view import ServerFigures, ServerView
+
+__all__ = ["Looker", "Observer", "Picture", "Place", "Watch", "Worker", "find_place"]
+
+_Store = HostStore | PostgresStore
+
+
+class Observer(Protocol):
+    """What this file needs of :class:`sqla_fairpool.observer.Observer`."""
+
+    @property
+    def key(self) -> int:
+        """The ledger's own number."""
+        ...
+
+    def look(self) -> Overview:
+        """Return the picture of this moment."""
+        ...
+
+    def close(self) -> None:
+        """Close the store."""
+
+
+def _observe(store: _Store) -> Observer:
+    observer: Observer = import_module("sqla_fairpool.observer").Observer(store)
+    return observer
+
+
+# -- where -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A ledger and the database that its pools use."""
+
+    #: The ledger's name, for people.
+    name: str
+    #: The ledger, as :func:`.places.make_store` takes it.
+    ledger: str
+    database: URL | None
+    #: The server to be asked, None if none is.
+    server: URL | None
+
+    def make_store(self) -> _Store:
+        """Return a store that is not open yet.
+
+        :raises LedgerError: if it is a file that is not there, which is not created.
+        """
+        store = make_store(self.ledger, self.database)
+        if isinstance(store, HostStore) and not os.path.exists(store.name):
+            raise LedgerError(
+                f"there is no ledger at {store.name}: nobody has used it yet"
+            )
+        return store
+
+
+def find_place(arguments: argparse.Namespace) -> Place:
+    """Return what the arguments and the environment mean.
+
+    :raises CommandError: if that is nothing, naming what is wrong.
+    """
+    given = {} if arguments.ledger is None else {"ledger": arguments.ledger}
+    try:
+        settings = Settings.read()
+        ledger = settings.with_arguments(given)["ledger"]
+        database = settings.database(arguments.url, "--url")
+        if ledger == "host" and database is None:
+            ledger = _only_ledger()
+        if ledger is None:
+            raise CommandError(
+                f"there is no ledger to look at ({LEDGER} says so, or the system has "
+                "no default one): give --ledger"
+            )
+        with settings.naming(given):
+            name = make_store(ledger, database).name
+    except (exc.ArgumentError, LedgerError) as error:
+        raise CommandError(str(error)) from None
+    except ImportError as error:
+        raise CommandError(
+            f"{error.name} is not installed: pip install 'sqla-fairpool[postgresql]'"
+        ) from None
+    is_asked = database is not None and (
+        arguments.url is not None or database.get_backend_name() == "postgresql"
+    )
+    return Place(name, ledger, database, database if is_asked else None)
+
+
+def _only_ledger() -> str:
+    """Return the host ledger that is meant when no URL says which database."""
+    paths = known_ledgers()
+    if not paths:
+        raise CommandError(
+            f"nobody has used a ledger here yet, and no {DATABASE} says which one to "
+            "wait for: give --url or --ledger PATH"
+        )
+    if len(paths) > 1:
+        found = ", ".join(str(path) for path in paths)
+        raise CommandError(
+            f"there are {len(paths)} ledgers, {found}: give --url or --ledger PATH"
+        )
+    return str(paths[0])
+
+
+# -- looking ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What was seen last, and what is wrong now."""
+
+    #: None if nothing was ever seen.
+    overview: Overview | None = None
+    server: ServerFigures | None = None
+    #: When the overview was taken, on the clock.
+    seen_at: float = 0.0
+    #: Why there is no newer overview, None if it is of now.
+    trouble: str | None = None
+
+    def trouble_at(self, now: float) -> str | None:
+        """Return the trouble, and how old the picture is by now."""
+        if self.trouble is None or self.overview is None:
+            return self.trouble
+        return f"{self.trouble}, last seen {max(now - self.seen_at, 0):.0f} s ago"
+
+
+class Watch:
+    """Looks, and looks again, also after the ledger or its server was away.
+
+    :param place: which ones.
+    :param clock: seconds.
+    :param observe: from a store to an observer.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        clock: Callable[[], float],
+        observe: Callable[[_Store], Observer] = _observe,
+    ) -> None:
+        self._place = place
+        self._clock = clock
+        self._observe = observe
+        self._observer: Observer | None = None
+        self._server = None if place.server is None else ServerView(place.server)
+        self._last = Picture()
+
+    def look(self) -> Picture:
+        """Return the picture of this moment, or the last one and what is wrong."""
+        try:
+            if self._observer is None:
+                self._observer = self._observe(self._place.make_store())
+            overview = self._observer.look()
+            key = self._observer.key
+        except (StoreAway, LedgerError) as error:
+            # The next look begins anew: whatever was broken is made again.
+            self._close_observer()
+            last = self._last
+            self._last = Picture(
+                last.overview, last.server, last.seen_at, _trouble(error)
+            )
+            return self._last
+        server = None if self._server is None else self._server.look(overview, key)
+        self._last = Picture(overview, server, self._clock())
+        return self._last
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._close_observer()
+        if self._server is not None:
+            self._server.close()
+
+    def _close_observer(self) -> None:
+        observer, self._observer = self._observer, None
+        if observer is not None:
+            observer.close()
+
+
+def _trouble(error: Exception) -> str:
+    text = printable(hide_passwords(" ".join(str(error).split())))
+    return f"the ledger is away: {text}" if isinstance(error, StoreAway) else text
+
+
+class Looker:
+    """Looks when it is asked to, in the caller's thread."""
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+        self._found: Any = None
+
+    def ask(self) -> None:
+        """Begin to look."""
+        self._found = self._watch.look()
+
+    def poll(self, seconds: float = 0.0) -> Picture | None:
+        """Return the picture, once; None while there is none.
+
+        :param seconds: how long to wait for it.
+        """
+        found, self._found = self._found, None
+        if isinstance(found, BaseException):
+            raise found
+        picture: Picture | None = found
+        return picture
+
+    def close(self) -> None:
+        """Look no more."""
+        self._watch.close()
+
+
+class Worker(Looker):
+    """Looks in a thread of its own.
+
+    A server that does not answer can hold a driver for minutes, in C. Keys and signals
+    have to be heard meanwhile, so the thread is left behind then.
+    """
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__(watch)
+        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while self._asked.get():
+            try:
+                self._answers.put(self._watch.look())
+            except BaseException as error:
+                self._answers.put(error)  # for the thread that polls
+        self._watch.close()
+
+    def ask(self) -> None:
+        self._asked.put(True)
+
+    def poll(self, seconds: float = 0.0) -> Picture | None:
+        try:
+            self._found = self._answers.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        return super().poll()
+
+    def close(self) -> None:
+        self._asked.put(False)
+        # Closing a healthy connection takes no time.
+        self._thread.join(1.0)
