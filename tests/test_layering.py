@@ -31,6 +31,8 @@ LAYERS = [
     {"joining", "observer", "overview_text"},
     {"pool"},
     {"opentelemetry", "plugin", "prometheus"},
+    {"adoption"},
+    {"launch"},
     {"__init__"},
     {"bench"},
     {"cli"},

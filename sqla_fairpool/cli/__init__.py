@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from . import bench, demo, ledger, monitor
+from . import bench, demo, ledger, monitor, run
 from .common import EXIT_CANNOT_RUN, EXIT_SIGNAL, CommandError, hide_passwords
 
 __all__ = ["main", "make_argument_parser"]
 
 _PROGRAM = "sqla-fairpool"
-_COMMANDS = (demo, bench, ledger, monitor)
+_COMMANDS = (run, monitor, ledger, demo, bench)
 
 
 class _Parser(argparse.ArgumentParser):
