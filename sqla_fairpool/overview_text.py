@@ -7,7 +7,7 @@ been through :func:`printable`.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from .overview import Overview, ScraperRow
 
@@ -23,13 +23,17 @@ __all__ = [
     "seconds_text",
     "slots_text",
     "time_text",
+    "wrapped",
 ]
 
 #: Characters of the bar of utilization.
 _BAR = 20
 
 #: A scraper's name is cut to no less than this many columns.
-_SHORTEST_NAME = 12
+_SHORTEST_NAME = 10
+
+#: Columns between two of the table's.
+_GAP = 2
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
@@ -162,18 +166,40 @@ def _padded(text: str, width: int, is_number: bool) -> str:
 def lines(overview: Overview, width: int | None = None) -> list[str]:
     """Return the overview as lines of plain text, none of them empty.
 
-    :param width: most columns of a line; without it nothing is cut.
+    :param width: most columns of a line; without it nothing is cut nor wrapped.
     """
-    found = [
+    before = [
         f"{time_text(overview)}  {_ledger_text(overview)}".strip(),
         f"Pool: {pool_text(overview)}",
-        f"      utilization {percent(overview.utilization)} {_bar(overview)}",
-        *_table(overview.scrapers, width),
+        f"utilization {percent(overview.utilization)} {_bar(overview)}",
+    ]
+    after = [
         allocation_text(overview),
         efficiency_text(overview),
         *(f"Warning: {printable(warning)}" for warning in overview.warnings),
     ]
-    return found if width is None else [cut(line, width) for line in found]
+    table = _table(overview.scrapers, width)
+    return [*wrapped(before, width), *table, *wrapped(after, width)]
+
+
+def wrapped(texts: Iterable[str], width: int | None) -> Iterator[str]:
+    """Yield texts in lines of no more than so many columns.
+
+    :param width: without it nothing is wrapped. Words that are too long are cut.
+    """
+    for text in texts:
+        if width is None or cells(text) <= width:
+            yield text
+            continue
+        line = ""
+        for word in text.split():
+            longer = f"{line} {word}" if line else cut(word, width)
+            if cells(longer) <= width:
+                line = longer
+            else:
+                yield line
+                line = cut(f"  {word}", width)
+        yield line
 
 
 def _ledger_text(overview: Overview) -> str:
@@ -193,9 +219,9 @@ _COLUMNS: Sequence[tuple[str, _Cell, bool]] = (
     ("status", lambda row: printable(row.status), False),
     ("connections", lambda row: str(row.connections), True),
     ("limit", lambda row: str(row.limit), True),
-    ("fair share", lambda row: str(row.fair_share), True),
+    ("share", lambda row: str(row.fair_share), True),
     ("waiting", lambda row: str(row.waiting), True),
-    ("longest wait", lambda row: seconds_text(row.longest_wait), True),
+    ("longest", lambda row: seconds_text(row.longest_wait), True),
     ("idle", lambda row: seconds_text(row.idle_seconds), True),
     ("processes", lambda row: printable(" ".join(row.processes)) or "-", False),
 )
@@ -203,21 +229,39 @@ _COLUMNS: Sequence[tuple[str, _Cell, bool]] = (
 
 def _table(rows: Sequence[ScraperRow], width: int | None) -> list[str]:
     if not rows:
-        return ["no scrapers"]
+        return [*wrapped(["no scrapers"], width)]
     table = [[heading for heading, _, _ in _COLUMNS]]
     table += [[text(row) for _, text, _ in _COLUMNS] for row in rows]
     widths = [max(map(cells, column)) for column in zip(*table, strict=True)]
     if width is not None:
-        # The figures should stay on the line; the processes come last, and may go.
-        over = sum(widths[:-1]) + 2 * (len(widths) - 2) - width
-        if over > 0:
-            widths[0] = max(widths[0] - over, min(widths[0], _SHORTEST_NAME))
+        widths = _fitting(widths, width)
     return [
         "  ".join(
             _padded(cut(text, columns), columns, is_number)
-            for text, columns, (_, _, is_number) in zip(
-                row, widths, _COLUMNS, strict=True
+            # Columns that have no room are missing at the end.
+            for text, columns, (_, _, is_number) in zip(  # noqa: B905
+                row, widths, _COLUMNS
             )
         ).rstrip()
         for row in table
     ]
+
+
+def _fitting(widths: list[int], width: int) -> list[int]:
+    """Return the widths of the first columns, as many as there is room for.
+
+    The name gives way to the figures, the processes may be cut.
+    """
+    *figures, processes = widths
+    over = sum(figures) + _GAP * (len(figures) - 1) - width
+    if over > 0:
+        figures[0] = max(figures[0] - over, min(figures[0], _SHORTEST_NAME))
+    kept: list[int] = []
+    left = width + _GAP
+    for size in figures:
+        left -= size + _GAP
+        if left < 0:
+            return kept
+        kept.append(size)
+    last = min(processes, left - _GAP)
+    return [*kept, last] if last >= len(_COLUMNS[-1][0]) else kept

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from ..overview_text import lines, printable, slots_text
+from ..overview_text import lines, printable, slots_text, wrapped
 from .common import EXIT_OK, CommandError
 from .interrupts import Interrupted, Interrupts
 from .monitor_board import Board
 from .monitor_live import Live
 from .server_view import server_text
-from .terminal import Terminal, is_terminal
+from .terminal import Keys, Terminal, is_terminal
 from .watching import Looker, Picture, Place, Watch, Worker, find_place
 
 __all__ = ["add_command"]
@@ -134,13 +134,28 @@ def run(
 # -- on the whole screen ---------------------------------------------------------------
 
 
+class _Heard(Keys):
+    """Keys. A signal is raised while they are read, never while a picture is drawn."""
+
+    def __init__(self, keys: Keys, interrupts: Interrupts) -> None:
+        self._keys = keys
+        self._interrupts = interrupts
+
+    def read(self, seconds: float) -> str:
+        with self._interrupts.raising():
+            return self._keys.read(seconds)
+
+    def suspend(self) -> None:
+        self._keys.suspend()
+
+
 def _live(looker: Looker, board: Board) -> int:
     from .monitor_view import Screen
 
     try:
-        with Interrupts() as interrupts, Terminal() as keys, Screen() as screen:
-            with interrupts.raising():
-                Live(board, looker, keys, screen, time.monotonic).run()
+        with Interrupts() as interrupts, Terminal() as terminal, Screen() as screen:
+            keys = _Heard(terminal, interrupts)
+            Live(board, looker, keys, screen, time.monotonic).run()
     except Interrupted as interrupted:
         if interrupted.signum != signal.SIGINT:
             raise
@@ -191,11 +206,11 @@ def _block(picture: Picture) -> str:
         taken = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         return f"{taken}  {trouble}"
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    found = [*lines(picture.overview, width), slots_text(picture.overview)]
+    more = [slots_text(picture.overview)]
     if picture.server is not None:
-        found.append(server_text(picture.server))
-        found += [f"Warning: {printable(text)}" for text in picture.server.warnings]
-    return "\n".join(found)
+        more.append(server_text(picture.server))
+        more += [f"Warning: {printable(text)}" for text in picture.server.warnings]
+    return "\n".join([*lines(picture.overview, width), *wrapped(more, width)])
 
 
 def _document(picture: Picture, indent: int | None = None) -> str:
