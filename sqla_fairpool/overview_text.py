@@ -58,9 +58,14 @@ def printable(text: str) -> str:
 
 
 def seconds_text(seconds: float | None) -> str:
-    """Return a time for people: ``0.3 s``, ``41 s``, ``2 m 05 s``, ``3 h 07 m``."""
+    """Return a time for people: ``0.3 s``, ``41 s``, ``2 m 05 s``, ``3 h 07 m``.
+
+    Without tenths if it is an integer.
+    """
     if seconds is None:
         return "-"
+    if isinstance(seconds, int) and seconds < _MINUTE:
+        return f"{seconds} s"
     if seconds < 9.95:
         return f"{max(seconds, 0.0):.1f} s"
     whole = round(seconds)

@@ -88,47 +88,44 @@ def frame(board: Board, width: int, height: int, now: float) -> Text:
 
     :param now: what the clock says.
     """
-    top = _head(board, width)
-    bottom = [_footer(board, width)]
-    warnings = _warnings(board, now, width, max(height // 4, 1))
+    top, bottom = _head(board, width), _footer(board, width)
+    room = max(height - 2, 0)
     overview = board.picture.overview
     if overview is None:
-        waiting = "" if board.picture.trouble else f"looking at {board.name} ..."
-        body = [Text(printable(waiting))]
-        return _joined([*top, Text(), *warnings, *body], bottom, width, height)
+        middle = _warnings(board, now, width, room)
+        if not middle:
+            middle = [Text(f"looking at {printable(board.name)} ...")]
+    else:
+        # Warnings may have this much, and what is left when all else has its place.
+        reserved = max(height // 4, 1)
+        warnings = _warnings(board, now, width, reserved)
+        middle = _body(board, overview, width, height, room - len(warnings))
+        middle += _warnings(board, now, width, max(room - len(middle), reserved))
+    middle = middle[:room]
+    middle += [Text()] * (room - len(middle))
+    lines = [top, *middle, bottom][:height]
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")
+    return Text("\n", no_wrap=True, overflow="crop", end="").join(lines)
+
+
+def _body(
+    board: Board, overview: Overview, width: int, height: int, room: int
+) -> list[Text]:
+    """Return the pool, the table and what is below it, in so many lines."""
     before, after = _sections(board, overview, width)
     rows = board.rows()
-    room = height - len(top) - len(bottom) - len(warnings)
     wanted = min(len(rows), max(height // 2, _ROWS_WANTED)) + 1
-    kept = _fitting([*before, *after], room - wanted)
-    table_room = room - sum(rank in kept for rank, _ in (*before, *after))
-    middle = [text for rank, text in before if rank in kept]
-    middle += table(board, overview, rows, width, table_room)
-    middle += [text for rank, text in after if rank in kept]
-    return _joined([*top, *middle, *warnings], bottom, width, height)
+    ranks = sorted(rank for rank, _ in (*before, *after))
+    kept = set(ranks[: max(room - wanted, 0)])
+    lines = [text for rank, text in before if rank in kept]
+    lines += table(board, overview, rows, width, room - len(kept))
+    return lines + [text for rank, text in after if rank in kept]
 
 
 #: How important a line is, the smaller the more, with its place in its text, and it.
 _Rank = tuple[int, int]
 _Ranked = tuple[_Rank, Text]
-
-
-def _fitting(lines: Sequence[_Ranked], room: int) -> set[_Rank]:
-    """Return the ranks of the lines that have room."""
-    return set(sorted(rank for rank, _ in lines)[: max(room, 0)])
-
-
-def _joined(
-    lines: Sequence[Text], bottom: Sequence[Text], width: int, height: int
-) -> Text:
-    shown = list(lines)[: max(height - len(bottom), 0)]
-    shown += [Text()] * (height - len(bottom) - len(shown))
-    shown += bottom
-    for line in shown:
-        line.truncate(width, overflow="ellipsis")
-    joined = Text("\n", no_wrap=True, end="").join(shown[:height])
-    joined.no_wrap, joined.end, joined.overflow = True, "", "crop"
-    return joined
 
 
 # -- lines beside the table ------------------------------------------------------------
@@ -138,7 +135,7 @@ def _is_narrow(width: int) -> bool:
     return width < 64
 
 
-def _head(board: Board, width: int) -> list[Text]:
+def _head(board: Board, width: int) -> Text:
     overview = board.picture.overview
     parts: list[str | tuple[str, str]] = [("sqla-fairpool", "bold")]
     if overview is not None:
@@ -149,7 +146,7 @@ def _head(board: Board, width: int) -> list[Text]:
         parts += ["  ", ("PAUSED", "reverse yellow")]
     elif not _is_narrow(width):
         parts.append(f"  every {board.interval:g} s")
-    return [Text.assemble(*parts)]
+    return Text.assemble(*parts)
 
 
 def _footer(board: Board, width: int) -> Text:

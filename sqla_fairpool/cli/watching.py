@@ -21,7 +21,7 @@ from ..ledger.places import known_ledgers, make_store
 from ..ledger.postgres import PostgresStore
 from ..ledger.store import StoreAway
 from ..overview import Overview
-from ..overview_text import printable
+from ..overview_text import printable, seconds_text
 from .common import CommandError, hide_passwords
 from .server_view import ServerFigures, ServerView
 
@@ -145,7 +145,8 @@ class Picture:
         """Return the trouble, and how old the picture is by now."""
         if self.trouble is None or self.overview is None:
             return self.trouble
-        return f"{self.trouble}, last seen {max(now - self.seen_at, 0):.0f} s ago"
+        age = seconds_text(max(int(now - self.seen_at), 0))
+        return f"{self.trouble}, last seen {age} ago"
 
 
 class Watch:
