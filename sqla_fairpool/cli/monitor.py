@@ -10,7 +10,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -21,7 +20,7 @@ from .monitor_board import Board
 from .monitor_live import Live
 from .server_view import server_text
 from .terminal import Keys, Terminal, is_terminal
-from .watching import Looker, Picture, Place, Watch, Worker, find_place
+from .watching import Looker, Picture, Watch, Worker, find_place
 
 __all__ = ["add_command"]
 
@@ -104,10 +103,7 @@ def _seconds(value: str) -> float:
     return number
 
 
-def run(
-    arguments: argparse.Namespace,
-    make_watch: Callable[[Place, Callable[[], float]], Watch] = Watch,
-) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Run the monitor, return the exit status.
 
     :raises CommandError: if there is nothing to watch.
@@ -120,7 +116,7 @@ def run(
     if is_live and find_spec("rich") is None:
         raise CommandError("rich not installed: pip install 'sqla-fairpool[monitor]'")
     place = find_place(arguments)
-    looker = Worker(make_watch(place, time.monotonic))
+    looker = Worker(Watch(place, time.monotonic))
     try:
         if is_live:
             return _live(looker, Board(arguments.seconds, place.name))

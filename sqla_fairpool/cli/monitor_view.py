@@ -7,8 +7,9 @@ first, whole columns and whole lines.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -51,7 +52,13 @@ class Screen:
     @property
     def size(self) -> tuple[int, int]:
         """Columns and lines, now."""
-        return self._console.size
+        try:
+            # Of the terminal: COLUMNS and LINES, which libraries like readline set,
+            # would outlive its next size.
+            columns, lines = os.get_terminal_size(self._console.file.fileno())
+        except (OSError, ValueError):
+            return self._console.size
+        return columns or 80, lines or 24
 
     def __enter__(self) -> Self:
         # Refreshed by us: no thread, one write for each picture.
@@ -68,12 +75,16 @@ class Screen:
     def __exit__(self, *details: object) -> None:
         live, self._live = self._live, None
         if live is not None:
-            live.stop()
+            # The terminal may be gone.
+            with suppress(OSError):
+                live.stop()
 
     def draw(self, board: Board, now: float) -> None:
         """Show the board."""
         assert self._live is not None
-        self._live.update(frame(board, *self.size, now), refresh=True)
+        size = self.size
+        self._console.size = size
+        self._live.update(frame(board, *size, now), refresh=True)
 
     @contextmanager
     def left(self) -> Iterator[None]:

@@ -25,7 +25,16 @@ from ..overview_text import printable, seconds_text
 from .common import CommandError, hide_passwords
 from .server_view import ServerFigures, ServerView
 
-__all__ = ["Looker", "Observer", "Picture", "Place", "Watch", "Worker", "find_place"]
+__all__ = [
+    "Looker",
+    "Observer",
+    "Picture",
+    "Place",
+    "Watch",
+    "Worker",
+    "find_place",
+    "make_observer",
+]
 
 _Store = HostStore | PostgresStore
 
@@ -46,7 +55,8 @@ class Observer(Protocol):
         """Close the store."""
 
 
-def _observe(store: _Store) -> Observer:
+def make_observer(store: _Store) -> Observer:
+    """Return what looks at a ledger."""
     observer: Observer = import_module("sqla_fairpool.observer").Observer(store)
     return observer
 
@@ -154,18 +164,18 @@ class Watch:
 
     :param place: which ones.
     :param clock: seconds.
-    :param observe: from a store to an observer.
+    :param observe: from a store to an observer; default: :func:`make_observer`.
     """
 
     def __init__(
         self,
         place: Place,
         clock: Callable[[], float],
-        observe: Callable[[_Store], Observer] = _observe,
+        observe: Callable[[_Store], Observer] | None = None,
     ) -> None:
         self._place = place
         self._clock = clock
-        self._observe = observe
+        self._observe = observe or make_observer
         self._observer: Observer | None = None
         self._server = None if place.server is None else ServerView(place.server)
         self._last = Picture()
