@@ -13,15 +13,19 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from sqlalchemy import make_url
 from support.overviews import EVIL, FakeObserver, overview
 from support.threads import PATIENCE, VirtualClock
 
 from sqla_fairpool.cli import main, watching
-from sqla_fairpool.cli.watching import Looker, Place, Watch, Worker
+from sqla_fairpool.cli.errand import Errand
+from sqla_fairpool.cli.server_view import ServerFigures, ServerView
+from sqla_fairpool.cli.watching import Place, Watch
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.store import StoreAway
@@ -252,27 +256,50 @@ def test_a_ledger_that_nobody_has_used_yet_is_waited_for(watch, tmp_path):
     assert watch.look().trouble is None
 
 
-def test_a_worker_looks_in_a_thread_of_its_own(watch):
+def test_an_errand_runs_in_a_thread_of_its_own():
+    ended = []
+    errand = Errand(threading.get_ident, lambda: ended.append(threading.get_ident()))
+    assert errand.poll() is None
+    errand.ask()
+    there = errand.poll(PATIENCE)
+    assert there != threading.get_ident()
+    assert errand.poll() is None
+    errand.close()
+    assert ended == [there]
+
+
+def test_what_is_wrong_with_the_program_is_raised():
+    errand = Errand(lambda: 1 // 0, lambda: None)
+    errand.ask()
+    with pytest.raises(ZeroDivisionError):
+        errand.poll(PATIENCE)
+    errand.close()
+
+
+def test_a_server_that_hangs_does_not_hide_the_ledger(path, monkeypatch):
+    go_on = threading.Event()
+    answer = ServerFigures(others=3)
+
+    def look(self, overview, key):
+        go_on.wait(PATIENCE)
+        return answer
+
+    monkeypatch.setattr(ServerView, "look", look)
+    monkeypatch.setattr(watching, "_PATIENCE", 0.01)
+    clock = VirtualClock()
     view = overview()
-    worker = Worker(watch(view)[0])
-    assert worker.poll() is None
-    worker.ask()
-    assert worker.poll(PATIENCE).overview is view
-    assert worker.poll() is None
-    worker.close()
-
-
-@pytest.mark.parametrize("kind", [Looker, Worker])
-def test_what_is_wrong_with_the_program_is_raised(watch, kind):
-    looker = kind(watch(ZeroDivisionError("a bug"))[0])
-
-    def look():
-        looker.ask()
-        looker.poll(PATIENCE)
-
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        look()
-    looker.close()
+    place = Place(path, path, None, make_url("postgresql://h/d"))
+    watch = Watch(place, clock, lambda store: FakeObserver(view))
+    watch.look()
+    clock.advance(8)
+    seen = watch.look()
+    assert seen.overview is view and seen.trouble is None
+    assert seen.server.error == "does not answer, for 8 s"
+    monkeypatch.setattr(watching, "_PATIENCE", PATIENCE)
+    go_on.set()
+    assert watch.look().server is answer
+    assert watch.look().server is answer
+    watch.close()
 
 
 class EnoughError(Exception):

@@ -15,12 +15,13 @@ from typing import Any
 
 from ..overview_text import lines, printable, slots_text, wrapped
 from .common import EXIT_OK, CommandError
+from .errand import Errand
 from .interrupts import Interrupted, Interrupts
 from .monitor_board import Board
 from .monitor_live import Live
 from .server_view import server_text
 from .terminal import Keys, Terminal, is_terminal
-from .watching import Looker, Picture, Watch, Worker, find_place
+from .watching import Picture, Watch, find_place
 
 __all__ = ["add_command"]
 
@@ -116,7 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
     if is_live and find_spec("rich") is None:
         raise CommandError("rich not installed: pip install 'sqla-fairpool[monitor]'")
     place = find_place(arguments)
-    looker = Worker(Watch(place, time.monotonic))
+    watch = Watch(place, time.monotonic)
+    looker = Errand(watch.look, watch.close)
     try:
         if is_live:
             return _live(looker, Board(arguments.seconds, place.name))
@@ -145,7 +147,7 @@ class _Heard(Keys):
         self._keys.suspend()
 
 
-def _live(looker: Looker, board: Board) -> int:
+def _live(looker: Errand[Picture], board: Board) -> int:
     from .monitor_view import Screen
 
     try:
@@ -165,7 +167,7 @@ def _live(looker: Looker, board: Board) -> int:
 # -- as text ---------------------------------------------------------------------------
 
 
-def _once(looker: Looker, as_json: bool) -> int:
+def _once(looker: Errand[Picture], as_json: bool) -> int:
     picture = _wait(looker)
     if picture.overview is None:
         raise CommandError(picture.trouble or "nothing to be seen")
@@ -173,7 +175,7 @@ def _once(looker: Looker, as_json: bool) -> int:
     return EXIT_OK
 
 
-def _repeat(looker: Looker, as_json: bool, interval: float) -> int:
+def _repeat(looker: Errand[Picture], as_json: bool, interval: float) -> int:
     with Interrupts() as interrupts, interrupts.raising():
         between = ""
         while True:
@@ -187,7 +189,7 @@ def _repeat(looker: Looker, as_json: bool, interval: float) -> int:
             time.sleep(max(due - time.monotonic(), 0.0))
 
 
-def _wait(looker: Looker) -> Picture:
+def _wait(looker: Errand[Picture]) -> Picture:
     looker.ask()
     while True:
         picture = looker.poll(_TICK)

@@ -116,7 +116,7 @@ def _columns(
     return [
         *columns,
         _Column(
-            ("history",) * 2,
+            ("trend", "history"),
             lambda row, size: _spark(history.of(row.scraper, size), size, capacity),
             9,
             6,

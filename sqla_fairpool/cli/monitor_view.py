@@ -181,7 +181,7 @@ def _sections(
     """Return the lines above and below the table."""
     server = board.picture.server
     before = [
-        (6, Text(f"ledger {printable(board.name)}", style="dim")),
+        (6, _ledger(board, width)),
         (9, Text()),
         (1, _pool_bar(overview, width)),
         (4, _pool_figures(overview, width)),
@@ -197,6 +197,17 @@ def _sections(
         after.append((3, Text(server_text(server), style="yellow" if is_odd else "")))
     after.append((10, Text(slots_text(overview))))
     return _wrapped(before, width), _wrapped(after, width)
+
+
+def _ledger(board: Board, width: int) -> Text:
+    name = Text(printable(board.name))
+    room = max(width - len("ledger "), 1)
+    if name.cell_len > room:
+        # The end of a path tells more than its beginning.
+        while name.cell_len > room - 1 and name:
+            name = name[1:]
+        name = Text("\u2026").append_text(name)
+    return Text("ledger ", style="dim").append_text(name)
 
 
 def _wrapped(texts: Sequence[tuple[int, Text]], width: int) -> list[_Ranked]:
