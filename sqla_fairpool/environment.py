@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -106,20 +107,26 @@ class Settings:
             names = {name: names[name] for name in names if name not in run.options}
         return cls(environment.get(DATABASE) or None, options, names, run)
 
-    def with_arguments(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options, of which those given as arguments win, checked.
+    def with_arguments(
+        self,
+        arguments: Mapping[str, Any],
+        defaults: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return the options, checked: of the arguments, or of the environment, or else
+        the defaults.
 
         Without any, the ledger is :func:`.places.default_ledger`.
 
         :raises sqlalchemy.exc.ArgumentError: for a bad value, naming its variable.
         """
-        options = {"ledger": default_ledger(), **self.options, **arguments}
+        ledger = {"ledger": default_ledger()}
+        options = {**ledger, **(defaults or {}), **self.options, **arguments}
         known = PoolOptions.names()
         with self.naming(arguments):
             PoolOptions.parse(**{k: v for k, v in options.items() if k in known})
         return options
 
-    def naming(self, arguments: Mapping[str, Any]) -> Any:
+    def naming(self, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
         """Have errors name a variable, where it is not an argument that is bad."""
         names = self.names.items()
         return naming({name: var for name, var in names if name not in arguments})

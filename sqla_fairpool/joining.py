@@ -7,6 +7,8 @@ import os
 import socket
 import weakref
 from collections.abc import Collection
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from sqlalchemy import event
@@ -21,7 +23,9 @@ from .ledger.postgres import PostgresStore
 from .ledger.rows import Terms
 from .ledger.sessions import mark, members_with_sessions, refuse_pooler
 from .options import PoolOptions
+from .overview import figures_of
 from .share import Share
+from .snapshot import snapshot
 
 __all__ = ["await_url", "join_ledger"]
 
@@ -113,10 +117,30 @@ def _begin(pool: Pool, exchange: Exchange, share: Share, url: URL | None) -> Non
     assert exchange.options.ledger is not None
     store = make_store(exchange.options.ledger, url)
     sessions = _Sessions(pool, store)
-    keeper = Keeper(store, terms_of(exchange.options), share, sessions.of_the_gone)
+    keeper = Keeper(
+        store,
+        terms_of(exchange.options),
+        share,
+        sessions.of_the_gone,
+        figures=partial(_figures, weakref.ref(exchange)),
+    )
     share.keeper = keeper
     sessions.mark_for(keeper)
     _keepers.add(keeper)
+
+
+def _figures(ref: weakref.ref[Exchange]) -> dict[str, Any]:
+    """Return what a process says of itself to whoever looks on."""
+    exchange = ref()
+    if exchange is None:
+        return {}
+    with exchange.section():
+        open_ = exchange.connections_there()
+    return {
+        "size": exchange.options.pool_size,
+        "open": open_,
+        "tags": [asdict(figures) for figures in figures_of(snapshot(exchange))],
+    }
 
 
 class _Sessions:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from . import policy
+from .stats import PoolStats
 
 __all__ = [
     "LONG_HOLD",
@@ -21,10 +22,15 @@ __all__ = [
     "ScraperRow",
     "TagFigures",
     "compile_overview",
+    "figures_of",
 ]
 
 #: Seconds after which a connection that is out is worth a warning.
 LONG_HOLD = 60.0
+
+#: Tags that one process names.
+_MAX_TAGS = 256
+_REST = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +211,32 @@ def _plain(row: ScraperRow | ProcessRow) -> dict[str, Any]:
     return {k: [*v] if isinstance(v, tuple) else v for k, v in asdict(row).items()}
 
 
+def figures_of(stats: PoolStats) -> list[TagFigures]:
+    """Return what a process says of its tags.
+
+    Of very many, which may come from user data, those that want most; the others are
+    summed up under the name of none.
+    """
+    figures = [
+        TagFigures(
+            tag=row.name,
+            active=row.active,
+            in_use=row.connections,
+            waiting=row.waiting,
+            idle_for=row.idle_for,
+            waiting_for=row.waiting_for,
+            held_for=row.held_for,
+            checkouts=row.checkouts,
+            timeouts=row.timeouts,
+        )
+        for row in stats.tags
+    ]
+    if len(figures) <= _MAX_TAGS:
+        return figures
+    figures.sort(key=lambda f: (-f.in_use - f.waiting, not f.active, f.tag))
+    return [*figures[:_MAX_TAGS], _Sum(figures[_MAX_TAGS:]).as_figures(_REST)]
+
+
 @dataclass(slots=True)
 class _Sum:
     """A tag's figures over the processes."""
@@ -232,6 +264,27 @@ class _Sum:
     def idle_for(self) -> float | None:
         times = [f.idle_for for f in self.figures if f.idle_for is not None]
         return min(times, default=None)
+
+    @property
+    def checkouts(self) -> int:
+        return sum(figures.checkouts for figures in self.figures)
+
+    @property
+    def timeouts(self) -> int:
+        return sum(figures.timeouts for figures in self.figures)
+
+    def as_figures(self, tag: str) -> TagFigures:
+        return TagFigures(
+            tag=tag,
+            active=self.active,
+            in_use=self.in_use,
+            waiting=self.waiting,
+            idle_for=self.idle_for,
+            waiting_for=self.longest("waiting_for"),
+            held_for=self.longest("held_for"),
+            checkouts=self.checkouts,
+            timeouts=self.timeouts,
+        )
 
     @property
     def status(self) -> str:
@@ -312,9 +365,10 @@ def _rows(
             longest_wait=total.longest("waiting_for"),
             longest_hold=total.longest("held_for"),
             idle_seconds=total.idle_for,
-            checkouts=sum(figures.checkouts for figures in total.figures),
-            timeouts=sum(figures.timeouts for figures in total.figures),
-            processes=tuple(labels[id(process)] for process in total.processes),
+            checkouts=total.checkouts,
+            timeouts=total.timeouts,
+            # One with several engines is a member several times.
+            processes=tuple(dict.fromkeys(labels[id(p)] for p in total.processes)),
         )
         for name, total, ceiling, held, share in zip(
             names, totals, ceilings, in_use, shares, strict=True

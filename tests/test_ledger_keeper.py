@@ -250,6 +250,39 @@ def test_local_traffic_within_what_is_owned_does_no_store_io(world):
     assert world.host.transactions == transactions
 
 
+def test_figures_are_published_for_whoever_asks_and_only_then(world):
+    a = world.start()
+    a.keeper._figures = lambda: {"open": a.pool.in_use.total()}
+    ask(a, "a", 2)
+    world.run(0.1)
+    assert world.host.published == {}
+    for answer in (1, 2):
+        a.store.asked = True
+        a.step()
+        said = json.loads(world.host.published[a.store.member])
+        assert said == {"answer": answer, "open": 2}
+        assert not a.store.asked
+    transactions, rows = world.host.transactions, dict(world.host.rows)
+    a.store.asked = True
+    a.step()
+    assert (world.host.transactions, world.host.rows) == (transactions, rows)
+
+
+def test_figures_that_cannot_be_published_are_trouble_like_any_other(world):
+    a = world.start()
+    a.keeper._figures = dict
+    ask(a, "a")
+    world.run(0.1)
+    world.host.is_away = True
+    a.store.asked = True
+    a.step()
+    assert a.keeper.status().trouble == "no answer"
+    world.host.is_away = False
+    world.run(10.0)
+    assert a.keeper.status().trouble is None
+    assert used(a) == [15]
+
+
 def test_waiting_that_changes_nothing_does_not_ring(world):
     a, b = world.start(), world.start()
     ask(a, "a")

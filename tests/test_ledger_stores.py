@@ -303,6 +303,40 @@ def test_nudges_never_block_and_are_one(make):
 # -- what may be wrong with it --------------------------------------------------------
 
 
+def test_asking_is_heard_and_what_is_published_is_read(make):
+    store, other = make(), make()
+    assert not store.asked
+    other.ring([store.member])
+    assert store.wait(PATIENCE)
+    assert not store.asked
+    other.ask([store.member, "nobody"])
+    assert store.wait(PATIENCE)
+    assert store.asked
+    both = [store.member, other.member]
+    assert other.published(both) == {}
+    store.publish("one")
+    store.publish("two\u20ac")
+    assert other.published(both) == {store.member: "two\u20ac"}
+    assert store.published([other.member]) == {}
+
+
+def test_what_the_dead_have_published_is_removed(make):
+    store, other = make(), make()
+    store.publish("figures")
+    member = store.member
+    store.close()
+    other.living([member])
+    other.published([other.member])
+    assert other.published([member]) == {}
+
+
+def test_figures_that_cannot_be_published_are_a_store_that_is_away(make_host):
+    store = make_host()
+    store._members = store._members / "nowhere"
+    with pytest.raises(StoreAway):
+        store.publish("x")
+
+
 def test_schema_from_the_future_is_refused(make_host, path):
     make_host()
     with sqlite3.connect(path) as database:

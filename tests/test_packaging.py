@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+MIGRATION = (ROOT / "examples" / "migration.md").read_text()
 
 
 def test_metadata_names_the_one_hard_dependency():
@@ -35,8 +37,12 @@ def test_build_system_stands_beside_setup_cfg_and_the_marker_of_types_is_there()
     assert (Path(sqla_fairpool.__file__).parent / "py.typed").exists()
 
 
-@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_readme_code_runs_when_pasted(block, tmp_path):
+def blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", [*blocks(README), *blocks(MIGRATION)])
+def test_code_of_the_documents_runs_when_pasted(block, tmp_path):
     for driver, file in (
         ("postgresql+psycopg2", "sqlite:///t.db"),
         ("postgresql+asyncpg", "sqlite+aiosqlite:///t.db"),
@@ -45,6 +51,11 @@ def test_readme_code_runs_when_pasted(block, tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", block],
         cwd=tmp_path,
+        env={
+            **os.environ,
+            "DATABASE_URL": "sqlite:///t.db",
+            "XDG_RUNTIME_DIR": str(tmp_path),
+        },
         capture_output=True,
         text=True,
         timeout=60,
@@ -60,3 +71,31 @@ def test_readme_names_every_option_with_its_default():
     rows = re.findall(r"^\| `(\w+)`[^|]*\| ([^|]*) \|", section, re.MULTILINE)
     table = {name: default.strip("`") for name, default in rows}
     assert table == {name: str(getattr(options, name)) for name in options.names()}
+
+
+def test_readme_names_every_variable_with_its_default():
+    from sqla_fairpool.environment import DATABASE, LEDGER, VARIABLES
+    from sqla_fairpool.options import PoolOptions
+
+    (section,) = re.findall(r"^\| variable \|.*?\n\n", README, re.MULTILINE | re.DOTALL)
+    rows = [line.split("|")[1:4] for line in section.splitlines()[2:] if line]
+    table = {
+        name.strip(" `"): (default.strip(" `"), option.partition(";")[0].strip(" `"))
+        for name, default, option in rows
+    }
+    options = PoolOptions.parse()
+    expected = {
+        name: (f"{getattr(options, option):g}", option)
+        for name, option in VARIABLES.items()
+        if name != LEDGER
+    }
+    expected[LEDGER] = ("host", "ledger")
+    assert table.pop(DATABASE)
+    assert table == expected
+
+
+def test_links_between_the_documents_lead_somewhere():
+    for name in ("README.md", "examples/migration.md", "examples/deployment.md"):
+        text = (ROOT / name).read_text()
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (ROOT / name).parent.joinpath(target).exists(), f"{name}: {target}"

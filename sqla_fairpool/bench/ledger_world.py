@@ -30,6 +30,8 @@ class Host:
         self.alive: set[str] = set()
         #: Members whose bells ring.
         self.rung: set[str] = set()
+        #: What members say of themselves.
+        self.published: dict[str, str] = {}
         self.is_away = False
         self.transactions = 0
         self.commits = 0
@@ -64,6 +66,7 @@ class MemoryStore:
         self.signed = True
         #: The process itself has rung.
         self.nudged = False
+        self.asked = False
 
     def point(self, name: str) -> None:
         """Called at each step of which the outside may see the effect."""
@@ -108,6 +111,16 @@ class MemoryStore:
     def ring(self, members: Iterable[str]) -> None:
         self.point("ring")
         self.host.rung.update(members)
+
+    def ask(self, members: Iterable[str]) -> None:
+        raise AssertionError("nobody looks on in a simulation")
+
+    def publish(self, text: str) -> None:
+        self._reach()
+        self.host.published[self.member] = text
+
+    def published(self, members: Collection[str]) -> dict[str, str]:
+        return {m: t for m, t in self.host.published.items() if m in members}
 
     def wait(self, seconds: float | None) -> bool:
         raise AssertionError("nobody sleeps in a simulation")

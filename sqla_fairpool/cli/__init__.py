@@ -1,7 +1,8 @@
 """The command line, ``sqla-fairpool``.
 
 A sub-command is a module with ``add_command(commands)``, which adds its parser and
-sets its function as the default of ``run``; list it in `_COMMANDS`.
+sets its function as the default of ``run``; list it in `_COMMANDS`. Only the one that
+is called is imported: a script waits for its launcher.
 """
 
 from __future__ import annotations
@@ -11,16 +12,25 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from . import bench, demo, ledger, monitor
 from .common import EXIT_CANNOT_RUN, EXIT_SIGNAL, CommandError, hide_passwords
 
 __all__ = ["main", "make_argument_parser"]
 
 _PROGRAM = "sqla-fairpool"
-_COMMANDS = (demo, bench, ledger, monitor)
+
+#: The modules, by the commands that they add.
+_COMMANDS = {
+    "run": "run",
+    "monitor": "monitor",
+    "stats": "monitor",
+    "ledger": "ledger",
+    "demo": "demo",
+    "bench": "bench",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,8 +39,11 @@ class _Parser(argparse.ArgumentParser):
         super().error(hide_passwords(message))
 
 
-def make_argument_parser() -> argparse.ArgumentParser:
-    """Return the parser of the program with all its sub-commands."""
+def make_argument_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser of the program.
+
+    :param command: the only sub-command that is needed. Default: all.
+    """
     parser = _Parser(
         prog=_PROGRAM,
         description="Share the connections of a SQLAlchemy pool fairly among tags.",
@@ -41,8 +54,9 @@ def make_argument_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         title="commands", dest="command", metavar="command", required=True
     )
-    for command in _COMMANDS:
-        command.add_command(commands)
+    needed = _COMMANDS.values() if command is None else [_COMMANDS[command]]
+    for module in dict.fromkeys(needed):
+        import_module(f".{module}", __package__).add_command(commands)
     return parser
 
 
@@ -51,7 +65,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
     :param args: the arguments, ``sys.argv`` without the program's name by default.
     """
-    arguments = make_argument_parser().parse_args(args)
+    args = sys.argv[1:] if args is None else args
+    command = args[0] if args and args[0] in _COMMANDS else None
+    arguments = make_argument_parser(command).parse_args(args)
     try:
         status: int = arguments.run(arguments)
         sys.stdout.flush()

@@ -4,6 +4,7 @@
     app.ledger.members/        of each member:
         <id>.sign              a file that it has locked as long as it lives
         <id>.bell              a FIFO that others write into to wake it
+        <id>.figures           what it says of itself, for who asks
 
 Containers that share the directory share the ledger: nothing in it depends on a
 process id. It has to be on a local file system, as SQLite's WAL mode asks.
@@ -47,7 +48,10 @@ _PATIENCE = 2.0
 #: Version of the tables.
 SCHEMA = 1
 
-_SIGN, _BELL = ".sign", ".bell"
+_SIGN, _BELL, _FIGURES = ".sign", ".bell", ".figures"
+
+# What is written into a bell: somebody else rings, it is its own, somebody asks.
+_RING, _NUDGE, _ASK = b"r", b"n", b"a"
 
 
 class HostStore:
@@ -73,6 +77,7 @@ class HostStore:
         self._database: sqlite3.Connection | None = None
         self._sign: int | None = None
         self._bell: int | None = None
+        self.asked = False
         # One transaction at a time, also among the threads of this process.
         self._lock = threading.RLock()
 
@@ -276,7 +281,7 @@ class HostStore:
         return self._members / f"{member}{kind}"
 
     def _unlink(self, member: str) -> None:
-        for kind in (_BELL, _SIGN):
+        for kind in (_BELL, _FIGURES, _SIGN):
             with contextlib.suppress(OSError):
                 self._file(member, kind).unlink()
 
@@ -284,13 +289,20 @@ class HostStore:
 
     def ring(self, members: Iterable[str]) -> None:
         """Wake them from their :meth:`wait`. Best effort."""
+        self._write_into_bells(members, _RING)
+
+    def ask(self, members: Iterable[str]) -> None:
+        """Wake them, and have them publish. Best effort."""
+        self._write_into_bells(members, _ASK)
+
+    def _write_into_bells(self, members: Iterable[str], what: bytes) -> None:
         for member in members:
             try:
                 bell = os.open(self._file(member, _BELL), os.O_WRONLY | os.O_NONBLOCK)
             except OSError:
                 continue  # gone, or going
             try:
-                os.write(bell, b"r")
+                os.write(bell, what)
             except OSError:
                 pass  # full: it rings already
             finally:
@@ -306,8 +318,8 @@ class HostStore:
         if not poll.poll(None if seconds is None else max(seconds, 0.0) * 1000):
             return False
         with contextlib.suppress(BlockingIOError):
-            while os.read(bell, 4096):
-                pass
+            while heard := os.read(bell, 4096):
+                self.asked = self.asked or _ASK in heard
         return True
 
     def nudge(self) -> None:
@@ -315,4 +327,24 @@ class HostStore:
         bell = self._bell
         if bell is not None:
             with contextlib.suppress(OSError):  # full, or closed meanwhile
-                os.write(bell, b"n")
+                os.write(bell, _NUDGE)
+
+    # -- figures ----------------------------------------------------------------------
+
+    def publish(self, text: str) -> None:
+        """Let others read what this process says of itself."""
+        new = self._file(self.member, ".said")
+        try:
+            new.write_text(text)
+            new.chmod(self._mode)
+            new.rename(self._file(self.member, _FIGURES))  # whole, or not at all
+        except OSError as error:
+            raise StoreAway(f"{self.name}: {error}") from error
+
+    def published(self, members: Collection[str]) -> dict[str, str]:
+        """Return what each of `members` has published last, if anything."""
+        found = {}
+        for member in members:
+            with contextlib.suppress(OSError):
+                found[member] = self._file(member, _FIGURES).read_text()
+        return found

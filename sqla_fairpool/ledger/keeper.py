@@ -23,7 +23,7 @@ from .identity import describe_process
 from .local import Local, TagDemand
 from .membership import Membership
 from .needs import Pace
-from .rows import Terms
+from .rows import Terms, dump
 from .store import Store, StoreAway
 from .watch import Sessions
 
@@ -63,6 +63,7 @@ class Keeper(Membership):
     :param terms: the limits that all members have to share.
     :param local: the pool.
     :param sessions: asks the server for sessions of members that are gone.
+    :param figures: what the process says of itself, ready for JSON, to whom asks.
     :param clock: seconds on a steadily rising scale.
     :param chance: a random number below 1.
     """
@@ -74,12 +75,15 @@ class Keeper(Membership):
         local: Local,
         sessions: Sessions | None = None,
         *,
+        figures: Callable[[], Mapping[str, Any]] | None = None,
         pace: Pace | None = None,
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
         who: Callable[[], Mapping[str, Any]] = describe_process,
     ) -> None:
         self._clock = clock
+        self._figures = figures
+        self._answers = 0
         super().__init__(store, terms, local, sessions, pace or Pace(), chance, who)
 
     def _begin(self) -> None:
@@ -209,12 +213,22 @@ class Keeper(Membership):
             if now < self._retry_at:
                 self._local.close_surplus()
             else:
+                if self._store.asked:
+                    self._answer()
                 self._round(now, rung)
         except LedgerError as error:
             self._refused(error, now)
         except Exception as error:
             self._lost(error, now)
         return self._next_step(now)
+
+    def _answer(self) -> None:
+        """Somebody has asked for our figures: publish them."""
+        self._store.asked = False
+        if self._figures is not None:
+            # Unlike the answer before, which is how it is told from that.
+            self._answers += 1
+            self._store.publish(dump({"answer": self._answers, **self._figures()}))
 
     def _is_rung(self) -> bool:
         return self._rung

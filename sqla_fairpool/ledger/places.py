@@ -34,8 +34,8 @@ _ALLOWED = (
     "the URL of a PostgreSQL database"
 )
 
-#: Drivers that a ledger can use, by what the pool's URL names.
-_DRIVERS = {"psycopg2": "psycopg2", "psycopg": "psycopg"}
+#: Drivers that a ledger can use.
+_DRIVERS = ("psycopg2", "psycopg")
 
 #: Where a server listens if the URL says nothing.
 _PORTS = {"postgresql": "5432", "mysql": "3306", "mssql": "1433", "oracle": "1521"}
@@ -107,11 +107,12 @@ def with_threads_driver(url: URL) -> URL:
     """
     keys = [key for key in url.query if key in ("ledger", "plugin")]
     keys += [key for key in url.query if key.startswith("fairpool_")]
-    driver = _DRIVERS.get(url.get_driver_name())
-    if driver is None:
-        driver = "psycopg" if find_spec("psycopg") else "psycopg2"
-        # The others' keys mean nothing to libpq, which refuses what it does not know.
+    driver = url.get_driver_name()
+    if driver not in _DRIVERS:
+        # Its keys mean nothing to libpq, which refuses what it does not know.
         keys = [key for key in url.query if key not in ("host", "port")]
+    if driver not in _DRIVERS or find_spec(driver) is None:
+        driver = "psycopg" if find_spec("psycopg") else "psycopg2"
     return url.difference_update_query(keys).set(drivername=f"postgresql+{driver}")
 
 

@@ -2,6 +2,7 @@
 
     fairpool_ledger(name, version, number)      the ledgers in this database
     fairpool_ledger_row(ledger, key, value)     their rows
+    fairpool_figures(ledger, member, value)     what members say of themselves, if asked
 
 One session per process, the *control connection*, does everything: it holds the sign of
 life, a session advisory lock that the server releases exactly when the session ends; it
@@ -45,6 +46,9 @@ SCHEMA = 1
 #: How long a transaction waits for another one, and for the server.
 _LOCK_TIMEOUT, _STATEMENT_TIMEOUT, _CONNECT_TIMEOUT = "2s", "5s", 5
 
+#: What a notification says when its receiver is to publish.
+_ASK = "ask"
+
 #: First key of the locks on ledgers; the second one is the ledger's number. Any number
 #: would do; this one is "fair".
 _EXCLUSIVE = 0x66616972
@@ -54,12 +58,23 @@ _TABLES = (
     "(name text PRIMARY KEY, version int NOT NULL, number int NOT NULL)",
     "CREATE TABLE IF NOT EXISTS fairpool_ledger_row (ledger text NOT NULL, "
     "key text NOT NULL, value text NOT NULL, PRIMARY KEY (ledger, key))",
+    # Nothing that has to outlive the server.
+    "CREATE UNLOGGED TABLE IF NOT EXISTS fairpool_figures (ledger text NOT NULL, "
+    "member text NOT NULL, value text NOT NULL, PRIMARY KEY (ledger, member))",
 )
 _READ = text("SELECT key, value FROM fairpool_ledger_row WHERE ledger = :ledger")
 _DELETE = text("DELETE FROM fairpool_ledger_row WHERE ledger = :ledger AND key = :key")
 _WRITE = text(
     "INSERT INTO fairpool_ledger_row VALUES (:ledger, :key, :value) "
     "ON CONFLICT (ledger, key) DO UPDATE SET value = excluded.value"
+)
+_PUBLISH = text(
+    "INSERT INTO fairpool_figures VALUES (:ledger, :member, :value) "
+    "ON CONFLICT (ledger, member) DO UPDATE SET value = excluded.value"
+)
+_PUBLISHED = text("SELECT member, value FROM fairpool_figures WHERE ledger = :ledger")
+_UNPUBLISH = text(
+    "DELETE FROM fairpool_figures WHERE ledger = :ledger AND member = :member"
 )
 _SIGNS = text(
     "SELECT (classid::bigint << 32) | objid::bigint FROM pg_locks "
@@ -100,6 +115,7 @@ class PostgresStore:
         self.signed = True
         self._connection: Connection | None = None
         self._pipe: tuple[int, int] | None = None
+        self.asked = False
 
     @property
     def control_connections(self) -> int:
@@ -283,12 +299,19 @@ class PostgresStore:
 
     def ring(self, members: Iterable[str]) -> None:
         """Wake them from their :meth:`wait`. Best effort."""
+        self._notify(members, "")
+
+    def ask(self, members: Iterable[str]) -> None:
+        """Wake them, and have them publish. Best effort."""
+        self._notify(members, _ASK)
+
+    def _notify(self, members: Iterable[str], what: str) -> None:
         channels = [_channel(member) for member in members]
         if channels:
             with self._translated():
                 self._live.execute(
-                    text("SELECT pg_notify(:channel, '')"),
-                    [{"channel": channel} for channel in channels],
+                    text("SELECT pg_notify(:channel, :what)"),
+                    [{"channel": channel, "what": what} for channel in channels],
                 )
 
     def wait(self, seconds: float | None) -> bool:
@@ -312,21 +335,30 @@ class PostgresStore:
     def _heard(self, connection: Any) -> bool:
         """Take in what the server has sent; tell if there was a bell."""
         try:
-            if hasattr(connection, "poll"):  # psycopg2
-                connection.poll()
-                if connection.closed:
-                    raise StoreAway("the server has closed the connection")
-                heard = bool(connection.notifies)
-                connection.notifies.clear()
-                return heard
-            connection.pgconn.consume_input()
-            heard = False
-            while connection.pgconn.notifies() is not None:
-                heard = True
-            return heard
+            heard = _notifications(connection)
         except Exception as error:
             self._lost()
             raise StoreAway(f"{self.name}: {error}") from error
+        self.asked = self.asked or _ASK in heard
+        return bool(heard)
+
+    # -- figures ----------------------------------------------------------------------
+
+    def publish(self, text: str) -> None:
+        """Let others read what this process says of itself."""
+        row = {"ledger": self._ledger, "member": self.member, "value": text}
+        with self._translated():
+            self._live.execute(_PUBLISH, row)
+
+    def published(self, members: Collection[str]) -> dict[str, str]:
+        """Return what each of `members` has published last, if anything."""
+        with self._translated():
+            rows = self._live.execute(_PUBLISHED, {"ledger": self._ledger}).all()
+            left = [row.member for row in rows if row.member not in members]
+            for member in left:
+                gone = {"ledger": self._ledger, "member": member}
+                self._live.execute(_UNPUBLISH, gone)
+        return {row.member: row.value for row in rows if row.member in members}
 
     def nudge(self) -> None:
         """End this process's wait. From any thread, never blocks."""
@@ -334,6 +366,22 @@ class PostgresStore:
         if pipe is not None:
             with contextlib.suppress(OSError):  # full, or closed meanwhile
                 os.write(pipe[1], b"n")
+
+
+def _notifications(connection: Any) -> list[str]:
+    """Return what the notifications say that have come."""
+    if hasattr(connection, "poll"):  # psycopg2
+        connection.poll()
+        if connection.closed:
+            raise StoreAway("the server has closed the connection")
+        heard = [notification.payload for notification in connection.notifies]
+        connection.notifies.clear()
+        return heard
+    connection.pgconn.consume_input()
+    heard = []
+    while (notification := connection.pgconn.notifies()) is not None:
+        heard.append(notification.extra.decode())
+    return heard
 
 
 def _sign(member: str) -> int:

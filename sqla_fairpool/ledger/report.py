@@ -29,6 +29,8 @@ class MemberReport:
     """A process that takes part."""
 
     number: int
+    #: What the store calls it.
+    key: str
     #: Host, pid, program, since when; for people.
     who: Mapping[str, Any]
     #: Its sign of life stands.
@@ -84,6 +86,7 @@ def read(store: Store) -> LedgerReport | None:
     members = [
         MemberReport(
             number=member.number,
+            key=key,
             who=dict(member.who),
             alive=key in living,
             stalled=member.stalled,

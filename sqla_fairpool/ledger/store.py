@@ -14,7 +14,7 @@ class StoreAway(Exception):  # noqa: N818  (a state, not an error)
 
 
 class Store(Protocol):
-    """Rows of text under one lock over all processes, signs of life, bells."""
+    """Rows of text under one lock over all processes, signs of life, bells, figures."""
 
     #: "host" or "postgresql".
     kind: str
@@ -25,6 +25,9 @@ class Store(Protocol):
     #: False once it is known that the sign of life was lost, until :meth:`open` makes
     #: another one. A store whose signs cannot be lost may leave this out.
     signed: bool
+    #: Somebody has asked this process for its figures, see :meth:`ask`. Whoever
+    #: answers sets it back.
+    asked: bool
 
     @property
     def control_connections(self) -> int:
@@ -51,6 +54,19 @@ class Store(Protocol):
 
     def nudge(self) -> None:
         """End this process's wait. From any thread, never blocks."""
+
+    def ask(self, members: Iterable[str]) -> None:
+        """Wake them like :meth:`ring`, and have them publish. Best effort."""
+
+    def publish(self, text: str) -> None:
+        """Let others read what this process says of itself. In no transaction."""
+
+    def published(self, members: Collection[str]) -> dict[str, str]:
+        """Return what each of `members` has published last, if anything.
+
+        :param members: all that there are: what is left of others may be removed.
+        """
+        ...
 
     def close(self) -> None:
         """Give up the sign of life and all handles. Idempotent."""

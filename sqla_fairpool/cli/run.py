@@ -1,0 +1,258 @@
+"""``sqla-fairpool run``: an unchanged script, whose engines get the pool."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import exc
+from sqlalchemy.engine import URL
+
+from ..adoption import say, show_place
+from ..environment import DATABASE, LEDGER, RUN, Run, Settings
+from ..ledger.errors import LedgerError
+from ..ledger.places import database_place, make_store, needs_database
+from ..options import PoolOptions, naming, validate_tag
+from .budget import ask_room, connected
+from .common import EXIT_SIGNAL, CommandError, hide_passwords
+
+__all__ = ["add_command"]
+
+_EPILOG = """\
+examples:
+  DATABASE_URL=postgresql://app@db/app sqla-fairpool run scrapers/layer3.py --all
+  sqla-fairpool run --scraper layer3 --pool-size 30 -m scrapers.layer3 --all
+  sqla-fairpool run --url postgresql://app@db/app --strict -v scrapers/layer3.py
+
+Options of this command come before SCRIPT; all that follows it is the script's. Several
+scripts share one budget as long as they have the same options and the same ledger; the
+environment's DYNAMIC_POOL_SIZE, SCRAPER_SOFT_LIMIT, SCRAPER_MAX_LIMIT, IDLE_TIMEOUT,
+REALLOCATION_INTERVAL and FAIRPOOL_LEDGER stand in for those that are not given.
+"""
+
+#: The options of the pool, and what stands for their value in the help.
+_OPTIONS = {
+    "pool_size": ("N", "connections of all scripts together; default 20"),
+    "soft_limit": ("N", "most of each tag while several are active; default half"),
+    "max_limit": ("N", "most of a tag that is alone; default three quarters"),
+    "idle_timeout": ("SECONDS", "without activity, then a tag is idle; default 60"),
+    "reallocation_interval": ("SECONDS", "between looks for idle tags; default 30"),
+}
+
+#: The directory with the sitecustomize for the script's process.
+_HOOK = str(Path(__file__).parent.parent.absolute() / "launch")
+
+
+def add_command(commands: Any) -> None:
+    """Add ``run``."""
+    parser = commands.add_parser(
+        "run",
+        help="run an unchanged script on the shared pool",
+        usage="%(prog)s [options] (SCRIPT | -m MODULE) [ARGS...]",
+        description="Run an unchanged Python script, as python would, whose SQLAlchemy "
+        "engines share their connections with those of other such scripts.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # An abbreviation would be looked for among the script's options as well.
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--scraper",
+        metavar="NAME",
+        help="the tag of what the script does not tag itself; default: its file's name "
+        "without .py, a module's full name",
+    )
+    parser.add_argument(
+        "--url",
+        help="the database whose engines are meant; default: DATABASE_URL, or without "
+        "it every database. Everybody on this host can read a password in a command "
+        "line, which is not so in DATABASE_URL",
+    )
+    parser.add_argument(
+        "--ledger",
+        metavar="LEDGER",
+        help="what the scripts share by: host, a path, database, a PostgreSQL URL, or "
+        "none; default: FAIRPOOL_LEDGER, or host",
+    )
+    for name, (metavar, text) in _OPTIONS.items():
+        parser.add_argument(_flag(name), metavar=metavar, help=text)
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="do not start unless the server has room for the connections",
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="say what is done, on stderr"
+    )
+    # Not the module as its value: what comes after it is the module's, like -v.
+    parser.add_argument(
+        "-m", action="store_true", dest="module", help="SCRIPT is a module's name"
+    )
+    # One for the script and its arguments: argparse would look for options of ours
+    # between two, and drop a "--".
+    parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.set_defaults(run=_run)
+
+
+def _flag(option: str) -> str:
+    return "--" + option.replace("_", "-")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    program = arguments.program
+    if program[:1] == ["--"]:
+        program = program[1:]
+    if not program:
+        what = "MODULE" if arguments.module else "SCRIPT"
+        raise CommandError(f"{what} is missing: what is to be run?")
+    environment = dict(os.environ)
+    if environment.get(LEDGER):
+        environment[LEDGER] = _absolute(environment[LEDGER])
+    try:
+        run = _told(arguments, environment)
+    except (exc.ArgumentError, LedgerError) as error:
+        raise CommandError(str(error)) from None
+    environment[RUN] = run.text
+    environment["PYTHONPATH"] = _python_path(environment.get("PYTHONPATH"))
+    flag = ["-m"] if arguments.module else []
+    return _start([sys.executable, *flag, *program], environment)
+
+
+# -- what the script's process is told -------------------------------------------------
+
+
+def _told(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Run:
+    """Check everything, and return what the script's process is told.
+
+    :raises sqlalchemy.exc.ArgumentError: for a bad value, naming it.
+    """
+    settings = Settings.read(environment)
+    given = {
+        name: getattr(arguments, name)
+        for name in _OPTIONS
+        if getattr(arguments, name) is not None
+    }
+    if arguments.ledger is not None:
+        none = arguments.ledger.lower() == "none"
+        given["ledger"] = None if none else _absolute(arguments.ledger)
+    url = settings.database(arguments.url, "--url")
+    names = {name: _flag(name) for name in given}
+    with naming(names):
+        options = settings.with_arguments(given)
+        with settings.naming(given):
+            _check_ledger(options["ledger"], url)
+    above = settings.run  # a script that the launcher has started starts it again
+    run = Run(
+        _tag(arguments),
+        above.database if url is None and above else url and database_place(url),
+        {**(above.options if above else {}), **given},
+        arguments.verbose or (above is not None and above.verbose),
+    )
+    if run.verbose:
+        meant = "every database" if run.database is None else show_place(run.database)
+        say(f"tag {run.scraper!r}, for engines of {meant}")
+    known = PoolOptions.names()
+    pool = PoolOptions.parse(**{k: v for k, v in options.items() if k in known})
+    _check_budget(url, pool.capacity, arguments.strict, run.verbose)
+    return run
+
+
+def _tag(arguments: argparse.Namespace) -> str:
+    if arguments.scraper is not None:
+        return validate_tag(arguments.scraper, "--scraper")
+    name = next(part for part in arguments.program if part != "--")
+    if not arguments.module:
+        path = Path(name)
+        name = (path if path.name else path.absolute()).name
+        name = name.removesuffix(".py") or name
+    try:
+        return validate_tag(name)
+    except exc.ArgumentError as error:
+        raise CommandError(
+            f"the script's name is no tag, so give --scraper: {error}"
+        ) from None
+
+
+def _absolute(ledger: str) -> str:
+    """Return a ledger's name, for whatever directory the script changes to."""
+    if "/" not in ledger or "://" in ledger:
+        return ledger
+    return os.path.abspath(os.path.expanduser(ledger))
+
+
+def _check_ledger(ledger: str | None, url: URL | None) -> None:
+    """Refuse a ledger that there cannot be, as far as it can be told now."""
+    if ledger is not None and (url is not None or not needs_database(ledger)):
+        make_store(ledger, url).close()
+
+
+def _python_path(given: str | None) -> str:
+    """Return PYTHONPATH with the hook in front, once."""
+    others = given.split(os.pathsep) if given else []
+    return os.pathsep.join([_HOOK, *(entry for entry in others if entry != _HOOK)])
+
+
+# -- the server ------------------------------------------------------------------------
+
+
+def _check_budget(url: URL | None, wanted: int, strict: bool, verbose: bool) -> None:
+    """Warn in one line if the server may not have room, or refuse if `strict`."""
+    if url is None or url.get_backend_name() != "postgresql":
+        if strict:
+            raise CommandError(
+                "--strict asks a PostgreSQL server: name one by --url or "
+                f"{DATABASE}{'' if url is None else f', not {url.get_backend_name()}'}"
+            )
+        return
+    try:
+        with connected(url) as connection:
+            problems = "; ".join(ask_room(connection).problems(wanted))
+    except CommandError as error:
+        problem = f"whether {wanted} connections fit could not be checked: {error}"
+    else:
+        if not problems:
+            if verbose:
+                say(f"{wanted} connections fit {show_place(database_place(url))}")
+            return
+        problem = f"{problems}; lower --pool-size, or raise the server's limit"
+    if strict:
+        raise CommandError(problem)
+    say(f"warning: {hide_passwords(' '.join(problem.split()))}")
+
+
+# -- the start -------------------------------------------------------------------------
+
+
+def _start(command: list[str], environment: Mapping[str, str]) -> int:
+    """Become the script; where there is no exec, wait for it."""
+    if not command[0]:
+        raise CommandError("this Python does not know its executable")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    try:
+        if os.name != "nt":
+            os.execve(command[0], command, environment)
+        return _wait(command, environment)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{command[0]} cannot be started: {error}") from None
+
+
+def _wait(command: list[str], environment: Mapping[str, str]) -> int:
+    """Run a command to its end and return its status.
+
+    Windows has no exec: its own lets the shell go on while the program runs. Ctrl-C
+    reaches both processes there, and is the script's business.
+    """
+    with subprocess.Popen(command, env=environment) as process:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            status = process.wait()
+        finally:
+            signal.signal(signal.SIGINT, before)
+    return status if status >= 0 else EXIT_SIGNAL - status

@@ -1,0 +1,1 @@
+"""What the launcher puts in front of ``PYTHONPATH``; see ``sitecustomize.py``."""

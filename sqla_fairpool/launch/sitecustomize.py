@@ -1,0 +1,181 @@
+"""Python imports this at its start, in a script that ``sqla-fairpool run`` starts.
+
+It waits for SQLAlchemy to be imported and puts itself in front of ``create_engine``,
+which then asks :mod:`sqla_fairpool.adoption` for its arguments. Until a script makes
+its first engine, nothing else of this package is imported, nor is SQLAlchemy.
+
+Rules of this file:
+
+* It also runs in children with another interpreter, which know nothing of this package
+  and may be old: no syntax newer than Python 3.6 (so no ``annotations`` from
+  ``__future__``), and whatever goes wrong leaves the script as it would be without.
+* It leaves no trace where a script may look: its directory is taken out of
+  ``sys.path``, and another ``sitecustomize``, which it has hidden, is imported.
+
+Covered are the script's process, its forks, and its children that inherit the
+environment: those of ``subprocess``, and of ``multiprocessing`` with each of its start
+methods. Not covered, because Python does not import this then: an interpreter with
+``-I``, ``-E`` or ``-S``, and a child without ``PYTHONPATH`` and ``FAIRPOOL_RUN``.
+"""
+
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing costs a script that never uses it some milliseconds
+    from collections.abc import Callable
+    from typing import Any
+
+_DIRECTORY = os.path.dirname(__file__)
+
+#: What the launcher was told, kept now: the script's environment is the script's.
+_RUN = os.environ.get("FAIRPOOL_RUN", "")
+
+#: The module that has create_engine; SQLAlchemy's packages copy the name from there.
+_MODULE = "sqlalchemy.engine.create"
+
+
+def _say(text: str) -> None:
+    if '"verbose": true' not in _RUN:
+        return
+    try:
+        sys.stderr.write("sqla-fairpool run: " + text + "\n")
+    except (AttributeError, OSError, ValueError):
+        pass  # there is none, or it is closed
+
+
+# -- what create_engine is given -------------------------------------------------------
+
+_adopt = None  # type: "Callable[..., dict[str, Any]] | None"
+
+
+def _leave_alone(
+    run: str, args: "tuple[Any, ...]", kwargs: "dict[str, Any]"
+) -> "dict[str, Any]":
+    return kwargs
+
+
+def _find() -> "Callable[..., dict[str, Any]]":
+    """Import what chooses an engine's arguments."""
+    sqlalchemy = sys.modules["sqlalchemy"]
+    if sqlalchemy.__version__.startswith(("0.", "1.")):
+        raise ImportError("SQLAlchemy " + sqlalchemy.__version__ + " is too old")
+    try:
+        from sqla_fairpool.adoption import adopt
+    except ImportError as error:
+        root = os.path.dirname(os.path.dirname(_DIRECTORY))
+        if error.name != "sqla_fairpool" or os.path.basename(root) in (
+            "site-packages",
+            "dist-packages",
+        ):
+            raise  # what is installed for another interpreter is not for this one
+        sys.path.append(root)  # a checkout
+        try:
+            from sqla_fairpool.adoption import adopt
+        finally:
+            sys.path.remove(root)
+    return adopt
+
+
+def _arguments(args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> "dict[str, Any]":
+    """Return the keyword arguments that create_engine gets for those given."""
+    global _adopt
+    if _adopt is None:
+        try:
+            _adopt = _find()
+        except Exception as error:
+            _say(f"engines of {sys.executable} are left alone: {error}")
+            _adopt = _leave_alone
+    return _adopt(_RUN, args, kwargs)
+
+
+def _wrapped(module: "Any") -> "Any":
+    """Return a create_engine that asks before it goes on."""
+    import functools
+    import types
+
+    original, arguments = module.create_engine, _arguments
+
+    def create_engine(*args: "Any", **kwargs: "Any") -> "Any":
+        return original(*args, **arguments(args, kwargs))
+
+    # With the module's globals: SQLAlchemy blames its warnings on the first caller
+    # outside of its modules, which is to be the script.
+    function = types.FunctionType(
+        create_engine.__code__,
+        vars(module),
+        "create_engine",
+        None,
+        create_engine.__closure__,
+    )
+    return functools.wraps(original)(function)
+
+
+# -- the moment it is imported ---------------------------------------------------------
+
+
+class _Loader(object):  # noqa: UP004
+    """Loads the module as its own loader does, and then wraps."""
+
+    def __init__(self, loader: "Any") -> None:
+        self._loader = loader
+
+    def create_module(self, spec: "Any") -> "Any":
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: "Any") -> None:
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        if hasattr(module, "create_engine"):
+            module.create_engine = _wrapped(module)
+
+
+class _Finder(object):  # noqa: UP004
+    """Stands first among the finders, and finds that one module with the others."""
+
+    def find_spec(self, name: str, path: "Any" = None, target: "Any" = None) -> "Any":
+        if name != _MODULE:
+            return None
+        for finder in sys.meta_path:
+            find_spec = getattr(finder, "find_spec", None)
+            if finder is self or find_spec is None:
+                continue
+            spec = find_spec(name, path, target)
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _Loader(spec.loader)
+                return spec
+        return None
+
+
+def _wrap_everywhere(module: "Any") -> None:
+    """Wrap what has been imported already, by a ``.pth`` file say."""
+    original = module.create_engine
+    wrapped = _wrapped(module)
+    for other in list(sys.modules.values()):
+        names = getattr(other, "__dict__", None) or {}
+        for name in [name for name, value in names.items() if value is original]:
+            setattr(other, name, wrapped)
+
+
+def _begin() -> None:
+    sys.path[:] = [entry for entry in sys.path if entry != _DIRECTORY]
+    sys.path_importer_cache.pop(_DIRECTORY, None)
+    if _RUN and sys.version_info >= (3, 6):
+        module = sys.modules.get(_MODULE)
+        if hasattr(module, "create_engine"):
+            _wrap_everywhere(module)
+        sys.meta_path.insert(0, _Finder())
+    # The one that this has hidden, with what it raises. If there is none, there has to
+    # be one nevertheless: the import system takes it from here.
+    this = sys.modules.pop("sitecustomize")
+    try:
+        __import__("sitecustomize")
+    except ImportError as error:
+        if error.name != "sitecustomize":
+            raise
+        sys.modules["sitecustomize"] = this
+
+
+if __name__ == "sitecustomize":
+    _begin()
