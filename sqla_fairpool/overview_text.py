@@ -17,6 +17,7 @@ __all__ = [
     "cut",
     "efficiency_text",
     "lines",
+    "name_text",
     "percent",
     "pool_text",
     "printable",
@@ -55,6 +56,12 @@ def printable(text: str) -> str:
         char if char.isprintable() else char.encode("unicode_escape").decode()
         for char in text
     )
+
+
+def name_text(row: ScraperRow) -> str:
+    """Return whose row it is."""
+    # What a process sums up of very many scrapers has no name.
+    return printable(row.scraper) or "(others)"
 
 
 def seconds_text(seconds: float | None) -> str:
@@ -220,7 +227,7 @@ def _bar(overview: Overview) -> str:
 
 #: Heading, text of a row, and if it is a number.
 _COLUMNS: Sequence[tuple[str, _Cell, bool]] = (
-    ("scraper", lambda row: printable(row.scraper), False),
+    ("scraper", name_text, False),
     ("status", lambda row: printable(row.status), False),
     ("connections", lambda row: str(row.connections), True),
     ("limit", lambda row: str(row.limit), True),

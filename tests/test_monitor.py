@@ -18,10 +18,11 @@ import time
 from pathlib import Path
 
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import create_engine, make_url, text
 from support.overviews import EVIL, FakeObserver, overview
 from support.threads import PATIENCE, VirtualClock
 
+from sqla_fairpool import FairQueuePool
 from sqla_fairpool.cli import main, watching
 from sqla_fairpool.cli.errand import Errand
 from sqla_fairpool.cli.server_view import ServerFigures, ServerView
@@ -191,6 +192,29 @@ def test_the_server_is_asked(capsys, path, show, monkeypatch, postgres_url):
     assert "server: no sessions of the ledger's members here; " in out
     _, out, _ = run(capsys, "stats", "--json", "--ledger", path)
     assert json.loads(out)["server"]["sessions"] == 0
+
+
+@pytest.mark.postgres
+def test_a_pool_is_seen_by_ledger_and_server(capsys, tmp_path, postgres_url):
+    path = str(tmp_path / "real.ledger")
+    engine = create_engine(postgres_url, poolclass=FairQueuePool, ledger=path)
+    tagged = engine.execution_options(scraper="layer3")
+    args = ("stats", "--json", "--ledger", path, "--url", postgres_url)
+    with tagged.connect(), tagged.connect() as second:
+        second.execute(text("select 1"))
+        document = json.loads(run(capsys, *args)[1])
+        (row,) = document["scrapers"]
+        assert (row["scraper"], row["status"], row["connections"]) == (
+            "layer3",
+            "active",
+            2,
+        )
+        server = document["server"]
+        assert server["sessions"] == server["scrapers"]["layer3"]["sessions"] == 2
+        assert server["idle_in_transaction"] == 1
+        assert [warning for warning in server["warnings"] if "bug" in warning] == []
+    engine.dispose()
+    engine.pool._exchange.share.keeper.close()
 
 
 # -- again and again -------------------------------------------------------------------

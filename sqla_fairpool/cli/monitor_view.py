@@ -1,4 +1,4 @@
-"""The monitor's screen, made of rich's texts. Knows sizes, and nothing of a terminal.
+"""The monitor's screen: made of rich's texts, and shown on a terminal.
 
 Every line is cut to the width, and the lines to the height. What is less important goes
 first, whole columns and whole lines.

@@ -6,7 +6,6 @@ import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Protocol
 
 from sqlalchemy import exc
@@ -18,6 +17,7 @@ from ..ledger.host import HostStore
 from ..ledger.places import known_ledgers, make_store
 from ..ledger.postgres import PostgresStore
 from ..ledger.store import StoreAway
+from ..observer import Observer
 from ..overview import Overview
 from ..overview_text import printable, seconds_text
 from .common import CommandError, hide_passwords
@@ -25,7 +25,7 @@ from .errand import Errand
 from .server_view import ServerFigures, ServerView
 
 __all__ = [
-    "Observer",
+    "Looks",
     "Picture",
     "Place",
     "Watch",
@@ -39,8 +39,8 @@ _Store = HostStore | PostgresStore
 _PATIENCE = 1.0
 
 
-class Observer(Protocol):
-    """What this file needs of :class:`sqla_fairpool.observer.Observer`."""
+class Looks(Protocol):
+    """What this file needs of an :class:`.observer.Observer`."""
 
     @property
     def key(self) -> int:
@@ -55,10 +55,9 @@ class Observer(Protocol):
         """Close the store."""
 
 
-def make_observer(store: _Store) -> Observer:
+def make_observer(store: _Store) -> Looks:
     """Return what looks at a ledger."""
-    observer: Observer = import_module("sqla_fairpool.observer").Observer(store)
-    return observer
+    return Observer(store)
 
 
 # -- where -----------------------------------------------------------------------------
@@ -171,12 +170,12 @@ class Watch:
         self,
         place: Place,
         clock: Callable[[], float],
-        observe: Callable[[_Store], Observer] | None = None,
+        observe: Callable[[_Store], Looks] | None = None,
     ) -> None:
         self._place = place
         self._clock = clock
         self._observe = observe or make_observer
-        self._observer: Observer | None = None
+        self._observer: Looks | None = None
         server = place.server
         self._server = None if server is None else _PatientServer(server, clock)
         self._last = Picture()
