@@ -114,11 +114,12 @@ def test_members_that_are_not_here():
         "server: no sessions of the ledger's members here; 1 others; "
         "max_connections 100"
     )
-    # Nobody has a connection: nothing is missing.
-    nobody = compile_overview(
-        [Part(process("a", 1, slots=0, open=0))], Limits(20, 20, 10, 15)
-    )
-    assert not count([], nobody, ROOM).is_elsewhere
+    # Nobody has a connection, or nobody lives: nothing is missing.
+    for more in ({"slots": 0, "open": 0}, {"state": "dead", "open": None}):
+        nobody = compile_overview(
+            [Part(process("a", 1, **more))], Limits(20, 20, 10, 15)
+        )
+        assert not count([], nobody, ROOM).is_elsewhere
 
 
 def test_another_backend_is_told():
