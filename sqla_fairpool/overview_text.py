@@ -17,6 +17,7 @@ __all__ = [
     "cut",
     "efficiency_text",
     "lines",
+    "name_text",
     "percent",
     "pool_text",
     "printable",
@@ -57,10 +58,21 @@ def printable(text: str) -> str:
     )
 
 
+def name_text(row: ScraperRow) -> str:
+    """Return whose row it is."""
+    # What a process sums up of very many scrapers has no name.
+    return printable(row.scraper) or "(others)"
+
+
 def seconds_text(seconds: float | None) -> str:
-    """Return a time for people: ``0.3 s``, ``41 s``, ``2 m 05 s``, ``3 h 07 m``."""
+    """Return a time for people: ``0.3 s``, ``41 s``, ``2 m 05 s``, ``3 h 07 m``.
+
+    Without tenths if it is an integer.
+    """
     if seconds is None:
         return "-"
+    if isinstance(seconds, int) and seconds < _MINUTE:
+        return f"{seconds} s"
     if seconds < 9.95:
         return f"{max(seconds, 0.0):.1f} s"
     whole = round(seconds)
@@ -215,7 +227,7 @@ def _bar(overview: Overview) -> str:
 
 #: Heading, text of a row, and if it is a number.
 _COLUMNS: Sequence[tuple[str, _Cell, bool]] = (
-    ("scraper", lambda row: printable(row.scraper), False),
+    ("scraper", name_text, False),
     ("status", lambda row: printable(row.status), False),
     ("connections", lambda row: str(row.connections), True),
     ("limit", lambda row: str(row.limit), True),

@@ -120,6 +120,10 @@ def test_a_long_name_leaves_room_for_the_figures():
     assert row.startswith("xxxxxxxxxxxxxxxxx...  active") and row.endswith("0.3 s")
 
 
+def test_the_sum_of_very_many_has_a_name():
+    assert any(line.startswith("(others)  ") for line in lines(overview([""])))
+
+
 def test_what_is_less_important_goes_first():
     def last(width):
         (header,) = [line for line in lines(overview(), width) if "status" in line]

@@ -10,18 +10,18 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
 from ..overview_text import lines, printable, slots_text, wrapped
 from .common import EXIT_OK, CommandError
+from .errand import Errand
 from .interrupts import Interrupted, Interrupts
 from .monitor_board import Board
 from .monitor_live import Live
 from .server_view import server_text
 from .terminal import Keys, Terminal, is_terminal
-from .watching import Looker, Picture, Place, Watch, Worker, find_place
+from .watching import Picture, Watch, find_place
 
 __all__ = ["add_command"]
 
@@ -104,10 +104,7 @@ def _seconds(value: str) -> float:
     return number
 
 
-def run(
-    arguments: argparse.Namespace,
-    make_watch: Callable[[Place, Callable[[], float]], Watch] = Watch,
-) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Run the monitor, return the exit status.
 
     :raises CommandError: if there is nothing to watch.
@@ -120,7 +117,8 @@ def run(
     if is_live and find_spec("rich") is None:
         raise CommandError("rich not installed: pip install 'sqla-fairpool[monitor]'")
     place = find_place(arguments)
-    looker = Worker(make_watch(place, time.monotonic))
+    watch = Watch(place, time.monotonic)
+    looker = Errand(watch.look, watch.close)
     try:
         if is_live:
             return _live(looker, Board(arguments.seconds, place.name))
@@ -149,7 +147,7 @@ class _Heard(Keys):
         self._keys.suspend()
 
 
-def _live(looker: Looker, board: Board) -> int:
+def _live(looker: Errand[Picture], board: Board) -> int:
     from .monitor_view import Screen
 
     try:
@@ -169,7 +167,7 @@ def _live(looker: Looker, board: Board) -> int:
 # -- as text ---------------------------------------------------------------------------
 
 
-def _once(looker: Looker, as_json: bool) -> int:
+def _once(looker: Errand[Picture], as_json: bool) -> int:
     picture = _wait(looker)
     if picture.overview is None:
         raise CommandError(picture.trouble or "nothing to be seen")
@@ -177,7 +175,7 @@ def _once(looker: Looker, as_json: bool) -> int:
     return EXIT_OK
 
 
-def _repeat(looker: Looker, as_json: bool, interval: float) -> int:
+def _repeat(looker: Errand[Picture], as_json: bool, interval: float) -> int:
     with Interrupts() as interrupts, interrupts.raising():
         between = ""
         while True:
@@ -191,7 +189,7 @@ def _repeat(looker: Looker, as_json: bool, interval: float) -> int:
             time.sleep(max(due - time.monotonic(), 0.0))
 
 
-def _wait(looker: Looker) -> Picture:
+def _wait(looker: Errand[Picture]) -> Picture:
     looker.ask()
     while True:
         picture = looker.poll(_TICK)

@@ -8,12 +8,20 @@ from typing import Protocol
 
 from .monitor_board import Board
 from .terminal import END, SUSPEND, Keys
-from .watching import Looker
+from .watching import Picture
 
 __all__ = ["Live"]
 
 #: Seconds until a new size of the terminal is noticed, and an answer.
 _TICK, _SHORT_TICK = 0.2, 0.05
+
+
+class _Looker(Protocol):
+    """An :class:`.errand.Errand` that brings pictures."""
+
+    def ask(self) -> None: ...
+
+    def poll(self) -> Picture | None: ...
 
 
 class _Screen(Protocol):
@@ -34,7 +42,7 @@ class Live:
     def __init__(
         self,
         board: Board,
-        looker: Looker,
+        looker: _Looker,
         keys: Keys,
         screen: _Screen,
         clock: Callable[[], float],

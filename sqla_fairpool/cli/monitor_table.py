@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from ..overview import Overview, ScraperRow
-from ..overview_text import printable, seconds_text
+from ..overview_text import name_text, printable, seconds_text
 from .monitor_board import Board
 
 __all__ = ["bar", "table"]
@@ -86,7 +86,7 @@ def _columns(
     board: Board, overview: Overview, rows: Sequence[ScraperRow], width: int
 ) -> list[_Column]:
     capacity = overview.limits.capacity
-    longest = max(cell_len(printable(row.scraper)) for row in rows)
+    longest = max(cell_len(name_text(row)) for row in rows)
     # A long name must not take the place of all figures.
     name = min(longest, max(width // 4, 10))
     digits = max(len(str(capacity)), 2)
@@ -116,7 +116,7 @@ def _columns(
     return [
         *columns,
         _Column(
-            ("history",) * 2,
+            ("trend", "history"),
             lambda row, size: _spark(history.of(row.scraper, size), size, capacity),
             9,
             6,
@@ -183,7 +183,7 @@ def _line(
 
 
 def _name(row: ScraperRow, size: int) -> Text:
-    return Text(printable(row.scraper))
+    return Text(name_text(row))
 
 
 def _status(row: ScraperRow, size: int) -> Text:

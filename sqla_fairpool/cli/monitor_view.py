@@ -1,4 +1,4 @@
-"""The monitor's screen, made of rich's texts. Knows sizes, and nothing of a terminal.
+"""The monitor's screen: made of rich's texts, and shown on a terminal.
 
 Every line is cut to the width, and the lines to the height. What is less important goes
 first, whole columns and whole lines.
@@ -7,8 +7,9 @@ first, whole columns and whole lines.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -51,7 +52,13 @@ class Screen:
     @property
     def size(self) -> tuple[int, int]:
         """Columns and lines, now."""
-        return self._console.size
+        try:
+            # Of the terminal: COLUMNS and LINES, which libraries like readline set,
+            # would outlive its next size.
+            columns, lines = os.get_terminal_size(self._console.file.fileno())
+        except (OSError, ValueError):
+            return self._console.size
+        return columns or 80, lines or 24
 
     def __enter__(self) -> Self:
         # Refreshed by us: no thread, one write for each picture.
@@ -68,12 +75,16 @@ class Screen:
     def __exit__(self, *details: object) -> None:
         live, self._live = self._live, None
         if live is not None:
-            live.stop()
+            # The terminal may be gone.
+            with suppress(OSError):
+                live.stop()
 
     def draw(self, board: Board, now: float) -> None:
         """Show the board."""
         assert self._live is not None
-        self._live.update(frame(board, *self.size, now), refresh=True)
+        size = self.size
+        self._console.size = size
+        self._live.update(frame(board, *size, now), refresh=True)
 
     @contextmanager
     def left(self) -> Iterator[None]:
@@ -88,47 +99,44 @@ def frame(board: Board, width: int, height: int, now: float) -> Text:
 
     :param now: what the clock says.
     """
-    top = _head(board, width)
-    bottom = [_footer(board, width)]
-    warnings = _warnings(board, now, width, max(height // 4, 1))
+    top, bottom = _head(board, width), _footer(board, width)
+    room = max(height - 2, 0)
     overview = board.picture.overview
     if overview is None:
-        waiting = "" if board.picture.trouble else f"looking at {board.name} ..."
-        body = [Text(printable(waiting))]
-        return _joined([*top, Text(), *warnings, *body], bottom, width, height)
+        middle = _warnings(board, now, width, room)
+        if not middle:
+            middle = [Text(f"looking at {printable(board.name)} ...")]
+    else:
+        # Warnings may have this much, and what is left when all else has its place.
+        reserved = max(height // 4, 1)
+        warnings = _warnings(board, now, width, reserved)
+        middle = _body(board, overview, width, height, room - len(warnings))
+        middle += _warnings(board, now, width, max(room - len(middle), reserved))
+    middle = middle[:room]
+    middle += [Text()] * (room - len(middle))
+    lines = [top, *middle, bottom][:height]
+    for line in lines:
+        line.truncate(width, overflow="ellipsis")
+    return Text("\n", no_wrap=True, overflow="crop", end="").join(lines)
+
+
+def _body(
+    board: Board, overview: Overview, width: int, height: int, room: int
+) -> list[Text]:
+    """Return the pool, the table and what is below it, in so many lines."""
     before, after = _sections(board, overview, width)
     rows = board.rows()
-    room = height - len(top) - len(bottom) - len(warnings)
     wanted = min(len(rows), max(height // 2, _ROWS_WANTED)) + 1
-    kept = _fitting([*before, *after], room - wanted)
-    table_room = room - sum(rank in kept for rank, _ in (*before, *after))
-    middle = [text for rank, text in before if rank in kept]
-    middle += table(board, overview, rows, width, table_room)
-    middle += [text for rank, text in after if rank in kept]
-    return _joined([*top, *middle, *warnings], bottom, width, height)
+    ranks = sorted(rank for rank, _ in (*before, *after))
+    kept = set(ranks[: max(room - wanted, 0)])
+    lines = [text for rank, text in before if rank in kept]
+    lines += table(board, overview, rows, width, room - len(kept))
+    return lines + [text for rank, text in after if rank in kept]
 
 
 #: How important a line is, the smaller the more, with its place in its text, and it.
 _Rank = tuple[int, int]
 _Ranked = tuple[_Rank, Text]
-
-
-def _fitting(lines: Sequence[_Ranked], room: int) -> set[_Rank]:
-    """Return the ranks of the lines that have room."""
-    return set(sorted(rank for rank, _ in lines)[: max(room, 0)])
-
-
-def _joined(
-    lines: Sequence[Text], bottom: Sequence[Text], width: int, height: int
-) -> Text:
-    shown = list(lines)[: max(height - len(bottom), 0)]
-    shown += [Text()] * (height - len(bottom) - len(shown))
-    shown += bottom
-    for line in shown:
-        line.truncate(width, overflow="ellipsis")
-    joined = Text("\n", no_wrap=True, end="").join(shown[:height])
-    joined.no_wrap, joined.end, joined.overflow = True, "", "crop"
-    return joined
 
 
 # -- lines beside the table ------------------------------------------------------------
@@ -138,7 +146,7 @@ def _is_narrow(width: int) -> bool:
     return width < 64
 
 
-def _head(board: Board, width: int) -> list[Text]:
+def _head(board: Board, width: int) -> Text:
     overview = board.picture.overview
     parts: list[str | tuple[str, str]] = [("sqla-fairpool", "bold")]
     if overview is not None:
@@ -149,7 +157,7 @@ def _head(board: Board, width: int) -> list[Text]:
         parts += ["  ", ("PAUSED", "reverse yellow")]
     elif not _is_narrow(width):
         parts.append(f"  every {board.interval:g} s")
-    return [Text.assemble(*parts)]
+    return Text.assemble(*parts)
 
 
 def _footer(board: Board, width: int) -> Text:
@@ -173,7 +181,7 @@ def _sections(
     """Return the lines above and below the table."""
     server = board.picture.server
     before = [
-        (6, Text(f"ledger {printable(board.name)}", style="dim")),
+        (6, _ledger(board, width)),
         (9, Text()),
         (1, _pool_bar(overview, width)),
         (4, _pool_figures(overview, width)),
@@ -189,6 +197,17 @@ def _sections(
         after.append((3, Text(server_text(server), style="yellow" if is_odd else "")))
     after.append((10, Text(slots_text(overview))))
     return _wrapped(before, width), _wrapped(after, width)
+
+
+def _ledger(board: Board, width: int) -> Text:
+    name = Text(printable(board.name))
+    room = max(width - len("ledger "), 1)
+    if name.cell_len > room:
+        # The end of a path tells more than its beginning.
+        while name.cell_len > room - 1 and name:
+            name = name[1:]
+        name = Text("\u2026").append_text(name)
+    return Text("ledger ", style="dim").append_text(name)
 
 
 def _wrapped(texts: Sequence[tuple[int, Text]], width: int) -> list[_Ranked]:

@@ -206,7 +206,9 @@ def count(rows: Iterable[Any], overview: Overview, room: Room) -> ServerFigures:
             scrapers.setdefault(tag, []).append(row)
     total = _sum([row for found in members.values() for row in found])
     by_scraper = {tag: _sum(scrapers[tag]) for tag in sorted(scrapers)}
-    is_open = any(p.slots if p.open is None else p.open for p in overview.processes)
+    # The sessions of the dead may well be gone.
+    living = [process for process in overview.processes if process.state != "dead"]
+    is_open = any(p.slots if p.open is None else p.open for p in living)
     return ServerFigures(
         total=total,
         members={number: _sum(members[number]) for number in sorted(members)},

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import queue
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, Protocol
+from typing import Protocol
 
 from sqlalchemy import exc
 from sqlalchemy.engine import URL
@@ -20,18 +17,30 @@ from ..ledger.host import HostStore
 from ..ledger.places import known_ledgers, make_store
 from ..ledger.postgres import PostgresStore
 from ..ledger.store import StoreAway
+from ..observer import Observer
 from ..overview import Overview
-from ..overview_text import printable
+from ..overview_text import printable, seconds_text
 from .common import CommandError, hide_passwords
+from .errand import Errand
 from .server_view import ServerFigures, ServerView
 
-__all__ = ["Looker", "Observer", "Picture", "Place", "Watch", "Worker", "find_place"]
+__all__ = [
+    "Looks",
+    "Picture",
+    "Place",
+    "Watch",
+    "find_place",
+    "make_observer",
+]
 
 _Store = HostStore | PostgresStore
 
+#: Seconds for the server's answer, which takes milliseconds.
+_PATIENCE = 1.0
 
-class Observer(Protocol):
-    """What this file needs of :class:`sqla_fairpool.observer.Observer`."""
+
+class Looks(Protocol):
+    """What this file needs of an :class:`.observer.Observer`."""
 
     @property
     def key(self) -> int:
@@ -46,9 +55,9 @@ class Observer(Protocol):
         """Close the store."""
 
 
-def _observe(store: _Store) -> Observer:
-    observer: Observer = import_module("sqla_fairpool.observer").Observer(store)
-    return observer
+def make_observer(store: _Store) -> Looks:
+    """Return what looks at a ledger."""
+    return Observer(store)
 
 
 # -- where -----------------------------------------------------------------------------
@@ -145,7 +154,8 @@ class Picture:
         """Return the trouble, and how old the picture is by now."""
         if self.trouble is None or self.overview is None:
             return self.trouble
-        return f"{self.trouble}, last seen {max(now - self.seen_at, 0):.0f} s ago"
+        age = seconds_text(max(int(now - self.seen_at), 0))
+        return f"{self.trouble}, last seen {age} ago"
 
 
 class Watch:
@@ -153,20 +163,21 @@ class Watch:
 
     :param place: which ones.
     :param clock: seconds.
-    :param observe: from a store to an observer.
+    :param observe: from a store to an observer; default: :func:`make_observer`.
     """
 
     def __init__(
         self,
         place: Place,
         clock: Callable[[], float],
-        observe: Callable[[_Store], Observer] = _observe,
+        observe: Callable[[_Store], Looks] | None = None,
     ) -> None:
         self._place = place
         self._clock = clock
-        self._observe = observe
-        self._observer: Observer | None = None
-        self._server = None if place.server is None else ServerView(place.server)
+        self._observe = observe or make_observer
+        self._observer: Looks | None = None
+        server = place.server
+        self._server = None if server is None else _PatientServer(server, clock)
         self._last = Picture()
 
     def look(self) -> Picture:
@@ -184,8 +195,9 @@ class Watch:
                 last.overview, last.server, last.seen_at, _trouble(error)
             )
             return self._last
+        now = self._clock()
         server = None if self._server is None else self._server.look(overview, key)
-        self._last = Picture(overview, server, self._clock())
+        self._last = Picture(overview, server, now)
         return self._last
 
     def close(self) -> None:
@@ -205,66 +217,37 @@ def _trouble(error: Exception) -> str:
     return f"the ledger is away: {text}" if isinstance(error, StoreAway) else text
 
 
-class Looker:
-    """Looks when it is asked to, in the caller's thread."""
+class _PatientServer:
+    """Asks a server, and says so if it does not answer.
 
-    def __init__(self, watch: Watch) -> None:
-        self._watch = watch
-        self._found: Any = None
-
-    def ask(self) -> None:
-        """Begin to look."""
-        self._found = self._watch.look()
-
-    def poll(self, seconds: float = 0.0) -> Picture | None:
-        """Return the picture, once; None while there is none.
-
-        :param seconds: how long to wait for it.
-        """
-        found, self._found = self._found, None
-        if isinstance(found, BaseException):
-            raise found
-        picture: Picture | None = found
-        return picture
-
-    def close(self) -> None:
-        """Look no more."""
-        self._watch.close()
-
-
-class Worker(Looker):
-    """Looks in a thread of its own.
-
-    A server that does not answer can hold a driver for minutes, in C. Keys and signals
-    have to be heard meanwhile, so the thread is left behind then.
+    When a server hangs, people look at a monitor: the ledger's figures go on.
     """
 
-    def __init__(self, watch: Watch) -> None:
-        super().__init__(watch)
-        self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+    def __init__(self, url: URL, clock: Callable[[], float]) -> None:
+        view = ServerView(url)
+        self._clock = clock
+        self._asked_at: float | None = None
+        self._question: tuple[Overview, int] | None = None
+        self._errand = Errand(lambda: self._look(view), view.close)
 
-    def _run(self) -> None:
-        while self._asked.get():
-            try:
-                self._answers.put(self._watch.look())
-            except BaseException as error:
-                self._answers.put(error)  # for the thread that polls
-        self._watch.close()
+    def _look(self, view: ServerView) -> ServerFigures:
+        assert self._question is not None
+        return view.look(*self._question)
 
-    def ask(self) -> None:
-        self._asked.put(True)
-
-    def poll(self, seconds: float = 0.0) -> Picture | None:
-        try:
-            self._found = self._answers.get(timeout=seconds)
-        except queue.Empty:
-            return None
-        return super().poll()
+    def look(self, overview: Overview, key: int) -> ServerFigures:
+        """Return what the server says, in a moment."""
+        if self._asked_at is not None and self._errand.poll() is not None:
+            self._asked_at = None  # that came too late
+        if self._asked_at is None:
+            self._question = overview, key
+            self._asked_at = self._clock()
+            self._errand.ask()
+        figures = self._errand.poll(_PATIENCE)
+        if figures is None:
+            silent = seconds_text(int(self._clock() - self._asked_at))
+            return ServerFigures(error=f"does not answer, for {silent}")
+        self._asked_at = None
+        return figures
 
     def close(self) -> None:
-        self._asked.put(False)
-        # Closing a healthy connection takes no time.
-        self._thread.join(1.0)
+        self._errand.close()
