@@ -302,7 +302,11 @@ class DynamicConnectionManager:
 
         :param file: default: standard output.
         """
-        print("\n".join(overview_text.lines(self._overview())), file=file)
+        out = file or sys.stdout
+        text = "\n".join(overview_text.lines(self._overview()))
+        # A name may have characters that the output's encoding has not.
+        encoding = getattr(out, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=out)
 
     def _overview(self) -> Overview:
         started: Started[Any] | None = self._started or self._started_async

@@ -136,7 +136,8 @@ class Observer:
         if said is not None:
             figures = [_parse(row) for row in said.get("tags", ())]
         else:
-            figures = _posted(member)
+            # The dead use nothing, whatever their sessions still do.
+            figures = _posted(member) if member.alive else []
         # Who has joined since we asked has had no time to be silent.
         is_silent = member.key in self._silent or member.stalled
         state = "silent" if said is None and is_silent else "answers"
@@ -176,7 +177,9 @@ def _limits(report: LedgerReport, said: Mapping[str, Mapping[str, Any]]) -> Limi
         capacity=report.capacity,
         soft_limit=report.soft_limit,
         max_limit=report.max_limit,
-        quarantined=report.quarantined,
+        # Those of the dead are to be there in a moment.
+        quarantined=report.quarantined
+        + sum(member.owned for member in report.members if not member.alive),
     )
 
 

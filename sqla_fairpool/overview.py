@@ -396,4 +396,5 @@ def _warnings(
             yield f"{who} has not reached the ledger for {process.away_for:.0f} s"
     for row in rows:
         if row.longest_hold is not None and row.longest_hold >= long_hold:
-            yield f"{row.scraper} holds a connection for {row.longest_hold:.0f} s"
+            who = row.scraper or "a scraper of very many"
+            yield f"{who} holds a connection for {row.longest_hold:.0f} s"

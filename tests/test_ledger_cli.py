@@ -14,6 +14,7 @@ from support.stub import StubServer
 from support.threads import eventually
 
 from sqla_fairpool.cli import main
+from sqla_fairpool.cli.budget import ask_room, connected
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.host import HostStore
 
@@ -189,6 +190,20 @@ def test_limit_is_printed_or_set(capsys, role, postgres_url):
     status, out, _ = run(capsys, "limit", "--url", url, "--connections", 20)
     assert status == 1
     assert "the role 'lim ited' may have 3 connections only" in out
+
+
+@pytest.mark.postgres
+def test_sessions_of_others_count_though_a_role_may_not_see_what_they_are(role):
+    url, connection = role
+    before = ask(url).others
+    more = connection.engine.connect()
+    assert ask(url).others == before + 1
+    more.close()
+
+
+def ask(url):
+    with connected(url) as connection:
+        return ask_room(connection)
 
 
 @pytest.mark.postgres

@@ -525,6 +525,14 @@ def test_figures_are_printed(one, capsys):
     assert "Allocation: " in file.getvalue()
 
 
+def test_name_that_the_output_cannot_show_is_escaped(one):
+    one.register_scraper("l\u00e4yer\u20ac")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    one.print_connection_stats(out)
+    out.flush()
+    assert b"l\xe4yer\\u20ac" in out.buffer.getvalue()
+
+
 # -- the functions --------------------------------------------------------------------
 
 

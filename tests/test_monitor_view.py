@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from contextlib import contextmanager
 
@@ -169,6 +170,19 @@ def test_history_is_bounded_and_forgets_who_is_gone():
     assert history.of("new", 100) == [None] * 11 + [2] * 60
     assert history.of("new", 3) == [2, 2, 2]
     assert history.of("old", 5) == [None] * 5
+
+
+def test_few_cells_show_all_the_time_that_is_kept():
+    def look(connections):
+        row = dataclasses.replace(overview(["a"]).scrapers[0], connections=connections)
+        return dataclasses.replace(overview(["a"]), scrapers=(row,))
+
+    history = History()
+    for connections in range(1, 61):
+        history.add(look(connections))
+    assert history.of("a", 6) == [19, 29, 39, 49, 59, 60]
+    history.add(look(0))
+    assert history.of("a", 6) == [19, 29, 39, 49, 59, 60]  # they do not dance
 
 
 def test_sorts_cycle_and_order_the_rows():

@@ -141,7 +141,8 @@ def test_dead_ones_and_quarantines_are_told(world):
     dead, other = join(), join()
     with dead.store.transaction() as rows:
         key = f"member/{dead.store.member}"
-        rows[key] = json.dumps({**json.loads(rows[key]), "owned": 4})
+        tags = {"a": [4, 2, True, 1, 10]}
+        rows[key] = json.dumps({**json.loads(rows[key]), "owned": 4, "tags": tags})
     member = dead.store.member
     dead.store.close()
     dead.closed = True
@@ -149,6 +150,8 @@ def test_dead_ones_and_quarantines_are_told(world):
     assert overview.warnings[0] == (
         "a.py (here:4711) is dead: its 4 slots are to be freed"
     )
+    assert overview.scrapers == ()
+    assert (overview.checked_out, overview.available) == (0, 16)
     with other.store.transaction() as rows:
         book = Book(rows)
         assert book.reap({member: book.texts[member]})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -81,21 +82,30 @@ def monitor(environment):
     def look():
         command = [sys.executable, "-m", "sqla_fairpool", "monitor", "--once", "--json"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if "nobody has used it yet" in done.stderr:
+            return {"scrapers": []}  # the scripts are only starting
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 
     return look
 
 
-def until(look, expected):
-    """Return the first picture in which the scrapers have so many connections."""
+def until(look, is_so):
+    """Return the first picture of which something is so."""
     deadline = time.monotonic() + PATIENCE
-    while True:
-        picture = look()
+    while not is_so(picture := look()):
+        assert time.monotonic() < deadline, picture
+    return picture
+
+
+def have(*counts, **by_name):
+    """What to wait for: the scrapers have so many connections, all together."""
+
+    def is_so(picture):
         seen = {row["scraper"]: row["connections"] for row in picture["scrapers"]}
-        if seen == expected or sorted(seen.values()) == expected:
-            return picture
-        assert time.monotonic() < deadline, f"{seen}, not {expected}: {picture}"
+        return seen == by_name if by_name else sorted(seen.values()) == sorted(counts)
+
+    return is_so
 
 
 def rows(picture):
@@ -116,9 +126,9 @@ def sessions(server):
 def test_three_unchanged_scripts_and_what_the_monitor_says(server, launch, monitor):
     first = launch(SCRIPTS / "layer1_5.py")
     # The pipe holds it open when it has nothing to do any more.
-    second = launch(SCRIPTS / "layer2.py", "4")
+    second = launch(SCRIPTS / "layer2.py", "10")
     third = launch(SCRIPTS / "layer3.py")
-    picture = until(monitor, [6, 7, 7])
+    picture = until(monitor, have(6, 7, 7))
     assert picture["pool"]["checked_out"] == picture["pool"]["open"] == 20
     assert sessions(server) == picture["server"]["sessions"] == 20
     assert picture["strategy"] == "3 active: equal shares, at most 10 each"
@@ -130,16 +140,15 @@ def test_three_unchanged_scripts_and_what_the_monitor_says(server, launch, monit
     assert picture["warnings"] == []
 
     # One has nothing to do: first it holds none, then it does not count.
-    picture = until(monitor, {"layer1_5": 10, "layer2": 0, "layer3": 10})
+    picture = until(monitor, have(layer1_5=10, layer2=0, layer3=10))
     assert sessions(server) == 20
-    while rows(picture)["layer2"]["active"]:
-        picture = monitor()
+    picture = until(monitor, lambda p: not rows(p)["layer2"]["active"])
     assert rows(picture)["layer2"]["status"] == "idle"
     assert picture["strategy"] == "2 active: equal shares, at most 10 each"
 
     # One is killed: its slots are the other's as soon as the server knows.
     third.kill()
-    picture = until(monitor, {"layer1_5": 15, "layer2": 0})
+    picture = until(monitor, have(layer1_5=15, layer2=0))
     assert picture["server"]["sessions"] == 15
 
     # One is stopped: it keeps what it has, and the monitor says so.
@@ -175,7 +184,16 @@ def test_script_that_fails_leaves_nothing(launch, monitor, tmp_path):
     assert err.splitlines()[-1] == "RuntimeError: on purpose"
     assert "sqla_fairpool" not in err
     picture = monitor()
-    while picture["pool"]["quarantined"]:
-        picture = monitor()
     assert picture["scrapers"] == []
-    assert picture["pool"]["available"] == 20
+    # It ended with its connection open: nobody may have that slot until somebody has
+    # seen that the server has ended the session.
+    assert picture["pool"]["quarantined"] == 1
+    assert picture["warnings"] == [
+        f"1 slots in quarantine: failing.py ({socket.gethostname()}:{process.pid}) "
+        "left connections open"
+    ]
+    launch(SCRIPTS / "layer1_5.py")
+    until(monitor, have(layer1_5=15))
+    launch(SCRIPTS / "layer3.py")
+    picture = until(monitor, have(layer1_5=10, layer3=10))
+    assert picture["pool"]["quarantined"] == 0, picture

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import os
 import sys
-import time
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from sqlalchemy import create_engine, text
 
 engine = create_engine(os.environ["DATABASE_URL"], pool_size=10, max_overflow=5)
-end = time.monotonic() + float(sys.argv[1] if len(sys.argv) > 1 else "inf")
+over = threading.Event()
 
 
 def fetch_pages() -> int:
     pages = 0
-    while time.monotonic() < end:
+    while not over.is_set():
         with engine.begin() as connection:
             connection.execute(text("select pg_sleep(0.2)"))
         pages += 1
@@ -28,5 +28,9 @@ def fetch_pages() -> int:
 
 
 with ThreadPoolExecutor(25) as threads:
-    pages = sum(threads.map(lambda _: fetch_pages(), range(25)))
-print(f"layer1_5: {pages} pages")
+    fetched = [threads.submit(fetch_pages) for _ in range(25)]
+    try:
+        over.wait(float(sys.argv[1]) if len(sys.argv) > 1 else None)
+    finally:
+        over.set()
+print(f"layer1_5: {sum(pages.result() for pages in fetched)} pages")

@@ -8,6 +8,7 @@ is called is imported: a script waits for its launcher.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -77,7 +78,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"{_PROGRAM} {arguments.command}: {text}", file=sys.stderr)
         return EXIT_CANNOT_RUN
     except KeyboardInterrupt as error:
-        print(f"{_PROGRAM} {arguments.command}: interrupted", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may have gone
+            print(f"{_PROGRAM} {arguments.command}: interrupted", file=sys.stderr)
         return EXIT_SIGNAL + getattr(error, "signum", signal.SIGINT)
     except BrokenPipeError:
         # The reader has gone, as in `sqla-fairpool demo | head`. What is left in

@@ -22,13 +22,15 @@ __all__ = ["Room", "ask_room", "connected", "limit_statement"]
 _CONNECT_TIMEOUT = 5
 
 # Superusers' and others' reserved slots are not for the role; neither are those that
-# other roles have now. The first comes with PostgreSQL 16.
+# other roles have now. The first comes with PostgreSQL 16. Of others' sessions a role
+# may see whose they are and in which database, and not what they are.
 _ROOM = """
     SELECT current_setting('max_connections')::int AS most,
         coalesce(current_setting('reserved_connections', true)::int, 0)
         + current_setting('superuser_reserved_connections')::int AS reserved,
-        (SELECT count(*) FROM pg_stat_activity WHERE usename <> current_user
-         AND backend_type = 'client backend') AS others,
+        (SELECT count(*) FROM pg_stat_activity
+         WHERE usename <> current_user AND datid IS NOT NULL
+         AND coalesce(backend_type, 'client backend') = 'client backend') AS others,
         rolname, rolsuper, rolconnlimit
     FROM pg_roles WHERE rolname = current_user
 """

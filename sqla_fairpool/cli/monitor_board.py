@@ -56,10 +56,20 @@ class History:
             del self._samples[name]
 
     def of(self, scraper: str, length: int) -> list[int | None]:
-        """Return the last samples, None where the scraper was not there."""
-        found = dict(self._samples.get(scraper, ()))
-        first = max(self._looks - length, 0) + 1
-        return [found.get(look) for look in range(first, self._looks + 1)]
+        """Return what there was in the time that is kept, None where there was nothing.
+
+        :param length: most numbers that may be returned. Where there were more looks,
+          each stands for as many of them as all others, for the most that was seen.
+        """
+        step = max(-(-min(self._looks, _SAMPLES) // length), 1)
+        groups: dict[int, int] = {}
+        # Counted from the first look of all, so that a group keeps its looks.
+        for look, connections in self._samples.get(scraper, ()):
+            group = look // step
+            groups[group] = max(groups.get(group, 0), connections)
+        last = self._looks // step
+        first = max(last - length + 1, 1 // step)
+        return [groups.get(group) for group in range(first, last + 1)]
 
     def __len__(self) -> int:
         return len(self._samples)
