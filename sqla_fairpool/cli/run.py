@@ -55,8 +55,8 @@ def add_command(commands: Any) -> None:
         "run",
         help="run an unchanged script on the shared pool",
         usage="%(prog)s [options] (SCRIPT | -m MODULE) [ARGS...]",
-        description="Run an unchanged Python script, as python would, whose SQLAlchemy "
-        "engines share their connections with those of other such scripts.",
+        description="Run an unchanged Python script, whose SQLAlchemy engines share "
+        "their\nconnections with those of other such scripts.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         # An abbreviation would be looked for among the script's options as well.
@@ -118,6 +118,10 @@ def _run(arguments: argparse.Namespace) -> int:
         run = _told(arguments, environment)
     except (exc.ArgumentError, LedgerError) as error:
         raise CommandError(str(error)) from None
+    except ImportError as error:  # a ledger's driver
+        raise CommandError(
+            f"{error.name} is not installed: pip install 'sqla-fairpool[postgresql]'"
+        ) from None
     environment[RUN] = run.text
     environment["PYTHONPATH"] = _python_path(environment.get("PYTHONPATH"))
     flag = ["-m"] if arguments.module else []
