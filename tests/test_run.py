@@ -686,9 +686,13 @@ def test_database_is_told_without_user_and_password(told, monkeypatch):
 def test_launcher_below_a_launcher_goes_on_with_what_that_was_told(told, monkeypatch):
     above = Run("a", ("mysql", "db", "3306", "app"), {"pool_size": "8"}, True)
     monkeypatch.setenv(RUN, above.text)
+    monkeypatch.setenv("DATABASE_URL", "postgresql://127.0.0.1:1/other")
     environment = told("--soft-limit", 3, "x.py")[1][1]
     options = {"pool_size": "8", "soft_limit": "3"}
     assert Run.of(environment) == Run("x", above.database, options, True)
+    _, (_, environment), err = told("--url", "mysql://db/new", "--scraper", "y", "x.py")
+    assert Run.of(environment).database == ("mysql", "db", "3306", "new")
+    assert "warning" not in err
 
 
 @pytest.mark.parametrize(
