@@ -16,8 +16,9 @@ Rules of this file:
 Covered are the script's process, its forks, and its children that inherit the
 environment: those of ``subprocess``, and of ``multiprocessing`` with each of its start
 methods. Not covered, because Python does not import this then: an interpreter with
-``-I``, ``-E`` or ``-S``, and a child without ``PYTHONPATH`` and ``FAIRPOOL_RUN``. Nor
-is one of another interpreter, unless this package is installed for it.
+``-I``, ``-E`` or ``-S`` (whose ``sys.path`` keeps this directory), and a child without
+``PYTHONPATH`` and ``FAIRPOOL_RUN``. Nor is one of another interpreter, unless this
+package is installed for it.
 """
 
 import os
