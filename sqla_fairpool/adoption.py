@@ -38,6 +38,8 @@ def say(text: str) -> None:
 def show_place(place: tuple[str, ...]) -> str:
     """Return a database's place as a URL, without user and password."""
     backend, host, port, name = place
+    if host.startswith("/"):  # a socket's directory
+        return f"{backend}:///{name}?host={host}&port={port}"
     return f"{backend}://{host}{port and ':'}{port}/{name}"
 
 
@@ -123,7 +125,8 @@ class Adoption:
         if self._run.database not in (None, place):
             assert self._run.database is not None
             return f"its database is not {show_place(self._run.database)}"
-        plugins = (*url.normalized_query.get("plugin", ()), *given.get("plugins", ()))
+        named = given.get("plugins") or ()
+        plugins = (*url.normalized_query.get("plugin", ()), *named)
         if "fairpool" in plugins:
             return "its plugin fairpool sees to it"
         if "strategy" in given:

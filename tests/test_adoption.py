@@ -243,6 +243,7 @@ def test_call_without_a_url_is_left_to_create_engine():
         ("sqlite:////tmp/x.db", "sqlite:////tmp/x.db"),
         ("sqlite://", "sqlite:///"),
         ("oracle+x://h:1/d", "oracle://h:1/d"),
+        ("postgresql://u:s3cret@/d?host=/run", "postgresql:///d?host=/run&port=5432"),
     ],
 )
 def test_place_is_shown_as_a_url(url, shown):

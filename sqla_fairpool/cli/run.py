@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,33 @@ def add_command(commands: Any) -> None:
         "run",
         help="run an unchanged script on the shared pool",
         usage="%(prog)s [options] (SCRIPT | -m MODULE) [ARGS...]",
-        description="Run an unchanged Python script, as python would, whose SQLAlchemy "
-        "engines share their connections with those of other such scripts.",
+        description="Run an unchanged Python script, whose SQLAlchemy engines share "
+        "their\nconnections with those of other such scripts.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         # An abbreviation would be looked for among the script's options as well.
         allow_abbrev=False,
     )
+    _add_options(parser)
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="do not start unless the server has room for the connections",
+    )
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="say what is done, on stderr"
+    )
+    # Not the module as its value: what comes after it is the module's, like -v.
+    parser.add_argument(
+        "-m", action="store_true", dest="module", help="SCRIPT is a module's name"
+    )
+    # One for the script and its arguments: argparse would look for options of ours
+    # between two, and drop a "--".
+    parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.set_defaults(run=_run)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scraper",
         metavar="NAME",
@@ -82,22 +103,6 @@ def add_command(commands: Any) -> None:
     )
     for name, (metavar, text) in _OPTIONS.items():
         parser.add_argument(_flag(name), metavar=metavar, help=text)
-    parser.add_argument(
-        "--strict",
-        action="store_true",
-        help="do not start unless the server has room for the connections",
-    )
-    parser.add_argument(
-        "-v", "--verbose", action="store_true", help="say what is done, on stderr"
-    )
-    # Not the module as its value: what comes after it is the module's, like -v.
-    parser.add_argument(
-        "-m", action="store_true", dest="module", help="SCRIPT is a module's name"
-    )
-    # One for the script and its arguments: argparse would look for options of ours
-    # between two, and drop a "--".
-    parser.add_argument("program", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    parser.set_defaults(run=_run)
 
 
 def _flag(option: str) -> str:
@@ -115,9 +120,23 @@ def _run(arguments: argparse.Namespace) -> int:
     if environment.get(LEDGER):
         environment[LEDGER] = _absolute(environment[LEDGER])
     try:
-        run = _told(arguments, environment)
+        settings = Settings.read(environment)
+        url, place = _database(settings, arguments.url)
+        given = _given(arguments)
+        pool = _checked(settings, given, url)
+        run = Run(_tag(arguments, program[0]), place, given, arguments.verbose)
     except (exc.ArgumentError, LedgerError) as error:
         raise CommandError(str(error)) from None
+    except ImportError as error:  # a ledger's driver
+        raise CommandError(
+            f"{error.name} is not installed: pip install 'sqla-fairpool[postgresql]'"
+        ) from None
+    if settings.run is not None:
+        run = _below(settings.run, run)
+    if run.verbose:
+        meant = "every database" if run.database is None else show_place(run.database)
+        say(f"tag {run.scraper!r}, for engines of {meant}")
+    _check_budget(url, pool.capacity, arguments.strict, run.verbose)
     environment[RUN] = run.text
     environment["PYTHONPATH"] = _python_path(environment.get("PYTHONPATH"))
     flag = ["-m"] if arguments.module else []
@@ -127,46 +146,58 @@ def _run(arguments: argparse.Namespace) -> int:
 # -- what the script's process is told -------------------------------------------------
 
 
-def _told(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Run:
-    """Check everything, and return what the script's process is told.
+def _below(above: Run, run: Run) -> Run:
+    """Return what is told by a launcher in a script that was launched itself."""
+    return replace(
+        run,
+        options={**above.options, **run.options},
+        verbose=above.verbose or run.verbose,
+    )
 
-    :raises sqlalchemy.exc.ArgumentError: for a bad value, naming it.
-    """
-    settings = Settings.read(environment)
-    given = {
-        name: getattr(arguments, name)
-        for name in _OPTIONS
-        if getattr(arguments, name) is not None
-    }
+
+def _database(
+    settings: Settings, given: str | None
+) -> tuple[URL | None, tuple[str, ...] | None]:
+    """Return the URL of the database that is meant, and its place; None if unknown."""
+    url = settings.database(given, "--url")
+    place = None if url is None else database_place(url)
+    above = settings.run
+    if given is None and above is not None and above.database not in (None, place):
+        return None, above.database  # a --url wins over DATABASE_URL from there as well
+    return url, place
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the pool's options that stand in the command line."""
+    found = {name: getattr(arguments, name) for name in _OPTIONS}
+    given = {name: value for name, value in found.items() if value is not None}
     if arguments.ledger is not None:
         none = arguments.ledger.lower() == "none"
         given["ledger"] = None if none else _absolute(arguments.ledger)
-    url = settings.database(arguments.url, "--url")
-    names = {name: _flag(name) for name in given}
-    with naming(names):
+    return given
+
+
+def _checked(
+    settings: Settings, given: Mapping[str, Any], url: URL | None
+) -> PoolOptions:
+    """Return the options that the script's pools will have.
+
+    :raises sqlalchemy.exc.ArgumentError: for a bad value, naming it as it was given.
+    """
+    with naming({name: _flag(name) for name in given}):
         options = settings.with_arguments(given)
-        with settings.naming(given):
-            _check_ledger(options["ledger"], url)
-    above = settings.run  # a script that the launcher has started starts it again
-    run = Run(
-        _tag(arguments),
-        above.database if url is None and above else url and database_place(url),
-        {**(above.options if above else {}), **given},
-        arguments.verbose or (above is not None and above.verbose),
-    )
-    if run.verbose:
-        meant = "every database" if run.database is None else show_place(run.database)
-        say(f"tag {run.scraper!r}, for engines of {meant}")
-    known = PoolOptions.names()
-    pool = PoolOptions.parse(**{k: v for k, v in options.items() if k in known})
-    _check_budget(url, pool.capacity, arguments.strict, run.verbose)
-    return run
+        ledger = options["ledger"]
+        if ledger is not None and (url is not None or not needs_database(ledger)):
+            with settings.naming(given):
+                make_store(ledger, url).close()
+        known = PoolOptions.names()
+        return PoolOptions.parse(**{k: v for k, v in options.items() if k in known})
 
 
-def _tag(arguments: argparse.Namespace) -> str:
+def _tag(arguments: argparse.Namespace, name: str) -> str:
+    """Return the tag that was given, or what follows from the script's name."""
     if arguments.scraper is not None:
         return validate_tag(arguments.scraper, "--scraper")
-    name = next(part for part in arguments.program if part != "--")
     if not arguments.module:
         path = Path(name)
         name = (path if path.name else path.absolute()).name
@@ -184,12 +215,6 @@ def _absolute(ledger: str) -> str:
     if "/" not in ledger or "://" in ledger:
         return ledger
     return os.path.abspath(os.path.expanduser(ledger))
-
-
-def _check_ledger(ledger: str | None, url: URL | None) -> None:
-    """Refuse a ledger that there cannot be, as far as it can be told now."""
-    if ledger is not None and (url is not None or not needs_database(ledger)):
-        make_store(ledger, url).close()
 
 
 def _python_path(given: str | None) -> str:

@@ -7,15 +7,18 @@ its first engine, nothing else of this package is imported, nor is SQLAlchemy.
 Rules of this file:
 
 * It also runs in children with another interpreter, which know nothing of this package
-  and may be old: no syntax newer than Python 3.6 (so no ``annotations`` from
-  ``__future__``), and whatever goes wrong leaves the script as it would be without.
+  and may be old: no syntax that Python 2.7 does not know (so types stand in comments,
+  and there is no ``annotations`` from ``__future__``), and whatever goes wrong leaves
+  the script as it would be without.
 * It leaves no trace where a script may look: its directory is taken out of
   ``sys.path``, and another ``sitecustomize``, which it has hidden, is imported.
 
 Covered are the script's process, its forks, and its children that inherit the
 environment: those of ``subprocess``, and of ``multiprocessing`` with each of its start
 methods. Not covered, because Python does not import this then: an interpreter with
-``-I``, ``-E`` or ``-S``, and a child without ``PYTHONPATH`` and ``FAIRPOOL_RUN``.
+``-I``, ``-E`` or ``-S`` (whose ``sys.path`` keeps this directory), and a child without
+``PYTHONPATH`` and ``FAIRPOOL_RUN``. Nor is one of another interpreter, unless this
+package is installed for it.
 """
 
 import os
@@ -23,8 +26,8 @@ import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # typing costs a script that never uses it some milliseconds
-    from collections.abc import Callable
-    from typing import Any
+    from collections.abc import Callable  # noqa: F401
+    from typing import Any  # noqa: F401
 
 _DIRECTORY = os.path.dirname(__file__)
 
@@ -35,7 +38,8 @@ _RUN = os.environ.get("FAIRPOOL_RUN", "")
 _MODULE = "sqlalchemy.engine.create"
 
 
-def _say(text: str) -> None:
+def _say(text):
+    # type: (str) -> None
     if '"verbose": true' not in _RUN:
         return
     try:
@@ -46,16 +50,16 @@ def _say(text: str) -> None:
 
 # -- what create_engine is given -------------------------------------------------------
 
-_adopt = None  # type: "Callable[..., dict[str, Any]] | None"
+_adopt = None  # type: Callable[..., dict[str, Any]] | None
 
 
-def _leave_alone(
-    run: str, args: "tuple[Any, ...]", kwargs: "dict[str, Any]"
-) -> "dict[str, Any]":
+def _leave_alone(run, args, kwargs):
+    # type: (str, tuple[Any, ...], dict[str, Any]) -> dict[str, Any]
     return kwargs
 
 
-def _find() -> "Callable[..., dict[str, Any]]":
+def _find():
+    # type: () -> Callable[..., dict[str, Any]]
     """Import what chooses an engine's arguments."""
     sqlalchemy = sys.modules["sqlalchemy"]
     if sqlalchemy.__version__.startswith(("0.", "1.")):
@@ -77,26 +81,29 @@ def _find() -> "Callable[..., dict[str, Any]]":
     return adopt
 
 
-def _arguments(args: "tuple[Any, ...]", kwargs: "dict[str, Any]") -> "dict[str, Any]":
+def _arguments(args, kwargs):
+    # type: (tuple[Any, ...], dict[str, Any]) -> dict[str, Any]
     """Return the keyword arguments that create_engine gets for those given."""
     global _adopt
     if _adopt is None:
         try:
             _adopt = _find()
         except Exception as error:
-            _say(f"engines of {sys.executable} are left alone: {error}")
+            _say("engines of " + sys.executable + " are left alone: " + str(error))
             _adopt = _leave_alone
     return _adopt(_RUN, args, kwargs)
 
 
-def _wrapped(module: "Any") -> "Any":
+def _wrapped(module):
+    # type: (Any) -> Any
     """Return a create_engine that asks before it goes on."""
     import functools
     import types
 
     original, arguments = module.create_engine, _arguments
 
-    def create_engine(*args: "Any", **kwargs: "Any") -> "Any":
+    def create_engine(*args, **kwargs):
+        # type: (Any, Any) -> Any
         return original(*args, **arguments(args, kwargs))
 
     # With the module's globals: SQLAlchemy blames its warnings on the first caller
@@ -117,13 +124,16 @@ def _wrapped(module: "Any") -> "Any":
 class _Loader(object):  # noqa: UP004
     """Loads the module as its own loader does, and then wraps."""
 
-    def __init__(self, loader: "Any") -> None:
+    def __init__(self, loader):
+        # type: (Any) -> None
         self._loader = loader
 
-    def create_module(self, spec: "Any") -> "Any":
+    def create_module(self, spec):
+        # type: (Any) -> Any
         return self._loader.create_module(spec)
 
-    def exec_module(self, module: "Any") -> None:
+    def exec_module(self, module):
+        # type: (Any) -> None
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
         if hasattr(module, "create_engine"):
@@ -133,7 +143,8 @@ class _Loader(object):  # noqa: UP004
 class _Finder(object):  # noqa: UP004
     """Stands first among the finders, and finds that one module with the others."""
 
-    def find_spec(self, name: str, path: "Any" = None, target: "Any" = None) -> "Any":
+    def find_spec(self, name, path=None, target=None):
+        # type: (str, Any, Any) -> Any
         if name != _MODULE:
             return None
         for finder in sys.meta_path:
@@ -148,7 +159,8 @@ class _Finder(object):  # noqa: UP004
         return None
 
 
-def _wrap_everywhere(module: "Any") -> None:
+def _wrap_everywhere(module):
+    # type: (Any) -> None
     """Wrap what has been imported already, by a ``.pth`` file say."""
     original = module.create_engine
     wrapped = _wrapped(module)
@@ -158,7 +170,8 @@ def _wrap_everywhere(module: "Any") -> None:
             setattr(other, name, wrapped)
 
 
-def _begin() -> None:
+def _begin():
+    # type: () -> None
     sys.path[:] = [entry for entry in sys.path if entry != _DIRECTORY]
     sys.path_importer_cache.pop(_DIRECTORY, None)
     if _RUN and sys.version_info >= (3, 6):
@@ -172,7 +185,7 @@ def _begin() -> None:
     try:
         __import__("sitecustomize")
     except ImportError as error:
-        if error.name != "sitecustomize":
+        if getattr(error, "name", "sitecustomize") != "sitecustomize":
             raise
         sys.modules["sitecustomize"] = this
 
