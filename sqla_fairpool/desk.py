@@ -397,6 +397,11 @@ class Desk:
             self._deliver(self.scheduler.impose(capacity, ceilings, other, now), None)
             self._drain(now)
 
+    @property
+    def allotted(self) -> int:
+        """How many connections there may be."""
+        return self._allotted
+
     def freeze(self) -> None:
         """Let those connections be used that there are, until the next `allot`."""
         with self.section() as now:

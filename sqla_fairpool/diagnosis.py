@@ -92,6 +92,10 @@ class Diagnosis:
     holdings: tuple[Holding, ...]
     #: Where the caller waited, in the user's code.
     asked_at: str | None = None
+    #: With a ledger: how many connections it let this process have, and why it could
+    #: not be reached, if it could not.
+    allotted: int | None = None
+    ledger_trouble: str | None = None
 
     def __str__(self) -> str:
         oldest = "; ".join(map(str, self.oldest[:_OLDEST_NAMED]))
@@ -128,7 +132,7 @@ class Diagnosis:
     def advice(self) -> str:
         """One sentence that fits the case."""
         held = self.oldest
-        for say in (_nested, _connecting, _idle_holder, _leaked):
+        for say in (_nested, _no_ledger, _connecting, _idle_holder, _leaked, _others):
             sentence = say(self, held)
             if sentence is not None:
                 return sentence
@@ -153,6 +157,25 @@ def _nested(case: Diagnosis, held: Sequence[Holding]) -> str | None:
         f"the caller itself holds a connection of {own.tag!r}, taken{where} "
         f"{duration(own.age)} ago, and waits for one more: return the first before, "
         "or pass it on"
+    )
+
+
+def _no_ledger(case: Diagnosis, held: Sequence[Holding]) -> str | None:
+    if case.ledger_trouble is None:
+        return None
+    return (
+        f"without the ledger, no more than {case.allotted} connections may be open "
+        f"here: {case.ledger_trouble}"
+    )
+
+
+def _others(case: Diagnosis, held: Sequence[Holding]) -> str | None:
+    if case.allotted is None or case.allotted >= case.capacity:
+        return None
+    return (
+        f"the ledger lets this process have {case.allotted} of {case.capacity} "
+        "connections now, the others are other processes': sqla-fairpool monitor "
+        "shows whose"
     )
 
 

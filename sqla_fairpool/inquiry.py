@@ -54,6 +54,7 @@ class Scene:
     pool: tuple[int, int, int, int]
     holders: list[tuple[str, int]]
     copies: list[Copy]
+    ledger: tuple[int | None, str | None]
 
     def diagnose(self, frames: Iterable[FrameType]) -> Diagnosis:
         """Return it as facts, for whoever reads the error. Without the lock.
@@ -80,6 +81,8 @@ class Scene:
                 for n, copy in enumerate(copies)
             ),
             asked_at=describe_place(users_place(places(frames))),
+            allotted=self.ledger[0],
+            ledger_trouble=self.ledger[1],
         )
 
 
@@ -110,6 +113,9 @@ def copy_scene(desk: Desk, seat: Seat, now: float) -> Scene:
             (a.tag, a.in_use) for a in scheduler.roster.accounts.values() if a.in_use
         ],
         copies=[copy_seat(desk, out) for out in desk.seats_out()],
+        ledger=(
+            (None, None) if desk.share is None else (desk.allotted, desk.share.trouble)
+        ),
     )
 
 

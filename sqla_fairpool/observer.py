@@ -2,7 +2,9 @@
 
 A ledger's rows are written when they can move a slot, not for onlookers. So whoever
 looks asks the members for their figures, and waits a moment until they have answered:
-nothing is done for onlookers while there are none, and what they see is of now.
+nothing is done for onlookers while there are none, and what they see is of now. Each
+process's figures are of one moment; those of two are some milliseconds apart, so a
+connection that changes hands meanwhile may be seen with both, or with none.
 """
 
 from __future__ import annotations

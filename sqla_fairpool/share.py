@@ -36,6 +36,9 @@ __all__ = ["Keeper", "Share"]
 class Keeper(Protocol):
     """What a pool asks of a ledger's keeper."""
 
+    #: Why the ledger cannot be reached or used, None if it can.
+    trouble: str | None
+
     def ring(self, tag: str | None = None) -> None:
         """Look at the pool soon: somebody waits under `tag`, or something else."""
 
@@ -69,6 +72,11 @@ class Share:
             self.keeper.ring()
 
     # -- for the pool ---------------------------------------------------------------
+
+    @property
+    def trouble(self) -> str | None:
+        """Why there can be no other share than this, None if there can."""
+        return None if self.keeper is None else self.keeper.trouble
 
     def ring(self, tag: str | None = None) -> None:
         """Have the keeper look. Called without the lock.

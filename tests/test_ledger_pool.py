@@ -27,6 +27,7 @@ class FakeKeeper:
     def __init__(self):
         self.rings = []
         self.closed = False
+        self.trouble = None
 
     def ring(self, tag=None):
         self.rings.append(tag)
@@ -261,6 +262,26 @@ def test_waiting_for_a_slot_times_out_as_ever(server):
     share.keeper = FakeKeeper()
     with pytest.raises(CheckoutTimeout):
         connect(pool)
+
+
+def test_time_out_says_what_the_ledger_has_to_do_with_it(joined):
+    pool, share, keeper = joined
+    pool.reconfigure(timeout=0.01)
+    share.allot(0, {"a": 5}, 5)
+    with pytest.raises(CheckoutTimeout) as caught:
+        connect(pool)
+    assert caught.value.diagnosis.allotted == 0
+    assert str(caught.value).endswith(
+        "advice: the ledger lets this process have 0 of 10 connections now, the others "
+        "are other processes': sqla-fairpool monitor shows whose"
+    )
+    keeper.trouble = "db:5432: no route to host"
+    with pytest.raises(CheckoutTimeout) as caught:
+        connect(pool, "b")
+    assert str(caught.value).endswith(
+        "advice: without the ledger, no more than 0 connections may be open here: "
+        "db:5432: no route to host"
+    )
 
 
 def test_what_all_have_agreed_on_is_not_reconfigured(joined):

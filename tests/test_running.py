@@ -195,5 +195,10 @@ def test_script_that_fails_leaves_nothing(launch, monitor, tmp_path):
     launch(SCRIPTS / "layer1_5.py")
     until(monitor, have(layer1_5=15))
     launch(SCRIPTS / "layer3.py")
-    picture = until(monitor, have(layer1_5=10, layer3=10))
-    assert picture["pool"]["quarantined"] == 0, picture
+    until(
+        monitor,
+        lambda picture: (
+            have(layer1_5=10, layer3=10)(picture)
+            and picture["pool"]["quarantined"] == 0
+        ),
+    )

@@ -1,6 +1,6 @@
 """Another one, which works for a while and then has nothing to do.
 
-    DATABASE_URL=postgresql+psycopg2://app@localhost/app python layer2.py [SECONDS]
+DATABASE_URL=postgresql+psycopg2://app@localhost/app python layer2.py [SECONDS]
 """
 
 from __future__ import annotations
