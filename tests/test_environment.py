@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
+from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
+from sqla_fairpool.drivers import for_asyncio, for_threads
 from sqla_fairpool.environment import RUN, VARIABLES, Run, Settings, parse_url
-from sqla_fairpool.ledger.places import database_place, default_ledger
+from sqla_fairpool.ledger.places import (
+    database_place,
+    default_ledger,
+    with_threads_driver,
+)
 
 
 def test_variables_stand_for_options():
@@ -122,3 +130,55 @@ def test_databases_that_are_not_one(other):
 
 def place(url):
     return database_place(parse_url(url, "url"))
+
+
+@pytest.mark.parametrize(
+    ("given", "missing", "chosen"),
+    [
+        ("postgresql+psycopg2://u@h/d", (), "postgresql+psycopg2://u@h/d"),
+        ("postgresql+psycopg2://u@h/d", ("psycopg2",), "postgresql+psycopg://u@h/d"),
+        ("postgresql://u@h/d", ("psycopg",), "postgresql+psycopg2://u@h/d"),
+        (
+            "postgresql+asyncpg://u@/d?host=/tmp&prepared_statement_cache_size=0",
+            (),
+            "postgresql+psycopg://u@/d?host=%2Ftmp",
+        ),
+        (
+            "postgresql+psycopg://h/d?sslmode=require&plugin=fairpool&fairpool_x=1",
+            (),
+            "postgresql+psycopg://h/d?sslmode=require",
+        ),
+    ],
+)
+def test_driver_for_questions_to_a_postgresql(given, missing, chosen, monkeypatch):
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    url = with_threads_driver(make_url(given))
+    assert url == make_url(chosen)
+
+
+@pytest.mark.parametrize(
+    ("given", "threads", "asyncio"),
+    [
+        ("postgresql+psycopg2", "postgresql+psycopg2", "postgresql+asyncpg"),
+        ("postgresql+asyncpg", "postgresql+psycopg2", "postgresql+asyncpg"),
+        ("postgresql+psycopg", "postgresql+psycopg", "postgresql+psycopg"),
+        ("sqlite", "sqlite", "sqlite+aiosqlite"),
+        ("sqlite+aiosqlite", "sqlite+pysqlite", "sqlite+aiosqlite"),
+    ],
+)
+def test_driver_for_threads_and_for_asyncio(given, threads, asyncio):
+    url = make_url(f"{given}:///d")
+    assert for_threads(url).drivername == threads
+    assert for_asyncio(url).drivername == asyncio
+
+
+def test_url_without_a_driver_gets_one_that_is_installed(monkeypatch):
+    url = make_url("postgresql://h/d")
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    assert for_threads(url).get_driver_name() == "psycopg2"
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    with pytest.raises(ArgumentError, match="install one of asyncpg, psycopg"):
+        for_asyncio(url)
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    assert for_threads(url) == url  # SQLAlchemy will complain

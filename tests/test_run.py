@@ -823,7 +823,8 @@ def test_server_that_cannot_be_asked(told, tmp_path):
 
 
 def test_driver_that_is_not_installed(told, monkeypatch):
-    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    for name in ("psycopg", "psycopg2"):
+        monkeypatch.setitem(sys.modules, name, None)
     url = ["--url", "postgresql+psycopg2://h/d"]
     status, start, err = told("--ledger", "database", *url, "x.py")
     assert (status, start) == (2, None)
