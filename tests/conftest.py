@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import getpass
 import os
 import shutil
@@ -20,6 +21,15 @@ settings.register_profile(
 )
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture
+def light_heap():
+    """Let collections look at what the test has made, not at all that others left."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

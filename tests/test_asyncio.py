@@ -574,6 +574,7 @@ def test_stress_with_cancellations_time_outs_and_leaks(make_pool, run, server):
     chance = random.Random(7)
     server.before["connect"] = lambda: await_only(steps(chance.randrange(3)))
     outcomes = {"served": 0, "cancelled": 0, "timed out": 0}
+    enough = {"served": 100, "cancelled": 50}
 
     async def visit():
         with sqla_fairpool.tag(chance.choice("abc")):
@@ -592,7 +593,11 @@ def test_stress_with_cancellations_time_outs_and_leaks(make_pool, run, server):
             await checkin(fairy)
 
     async def main():
-        for _ in range(20):
+        rounds = 0
+        # How many are cancelled in time is a matter of the machine's speed.
+        while rounds < 20 or any(outcomes[k] < n for k, n in enough.items()):
+            rounds += 1
+            assert rounds < 500, outcomes
             tasks = [asyncio.create_task(visit()) for _ in range(50)]
             for _ in range(30):
                 await steps(chance.randrange(4))
@@ -608,6 +613,5 @@ def test_stress_with_cancellations_time_outs_and_leaks(make_pool, run, server):
             assert_quiet(pool)
 
     run(main())
-    assert outcomes["served"] > 100 and outcomes["cancelled"] > 50
     assert server.most <= 5
     eventually(lambda: server.open <= 5)

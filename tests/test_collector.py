@@ -236,6 +236,7 @@ def strike(work):
     not hasattr(signal, "setitimer"), reason="the system has no interval timer"
 )
 @pytest.mark.parametrize("tags", [["a"], ["a", "b", "unknown"]])
+@pytest.mark.usefixtures("light_heap")
 def test_signal_at_any_moment_in_our_code_loses_no_slot(tags):
     server = StubServer()
     pool = server.pool(pool_size=4, soft_limit=4, max_limit=4, timeout=5.0)
@@ -253,6 +254,7 @@ def test_signal_at_any_moment_in_our_code_loses_no_slot(tags):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("light_heap")
 def test_collections_at_random_moments_in_many_threads_lose_nothing():
     server = StubServer()
     pool = server.pool(pool_size=5, soft_limit=5, max_limit=5)
