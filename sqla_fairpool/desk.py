@@ -1,42 +1,31 @@
-"""The pool's critical section: what is guarded, and what is done in it.
+"""What is accounted of a pool, and done in its critical section.
 
 Rules of this file:
 
-* One lock. It guards the scheduler, the idle records and the boxes. No I/O, no
-  wake-up, no logging and no caller's code happens while it is held: what a
-  transition leaves to do, bells to ring and chores, is done after the lock. Bells
-  come first, so that nobody sleeps while a connection is being closed; chores are
-  left for the next one by whoever may not wait for the database (a finaliser
-  beside an event loop).
-* A record is returned by its user, or by the collector: then in the middle of
-  anything, also of our own critical section on the same thread. The lock is
-  re-entrant, so that this cannot deadlock, and `_busy` tells the second comer
-  that he must not touch anything: he puts the record into the inbox, and the
-  first one deals with it before he leaves.
-* Whoever enters gives up what is kept warm (see :mod:`.exchange`), and again before
-  he leaves.
+* All that is here is guarded by the lock of :mod:`.section`: the scheduler, the idle
+  records, the inbox.
+* A record is returned by its user, or by the collector: then in the middle of anything,
+  also of our own critical section on the same thread. Who comes second puts the record
+  into the inbox, and the first one deals with it before he leaves.
+* Whoever enters gives up what is kept warm (see :mod:`.exchange`), and again before he
+  leaves.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
-import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import (
     Callable,
     Collection,
     Iterable,
-    Iterator,
     Mapping,
     Sequence,
 )
-from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, cast
-
-from sqlalchemy import exc
+from typing import TYPE_CHECKING, Any, cast
 
 from .account import GRANTED, Account, Ticket
 from .callers import TaskHere, ThreadHere
@@ -44,18 +33,19 @@ from .journal import Journal
 from .options import PoolOptions
 from .scheduler import Scheduler
 from .seats import Generation, Record, Seat
+from .section import Section
 from .waiters import Waiter
 
 if TYPE_CHECKING:
     from .leaks import LeakWatch
     from .share import Share
 
-__all__ = ["Desk", "refuse_finaliser"]
+__all__ = ["Desk"]
 
 _numbers = itertools.count(1)
 
 
-class Desk:
+class Desk(Section):
     """The accounting of a pool, the open connections in it, and their lock.
 
     :param waiter_class: how callers sleep.
@@ -68,16 +58,12 @@ class Desk:
     __slots__ = (
         "__weakref__",
         "_allotted",
-        "_bells",
-        "_busy",
-        "_chores",
         "_end",
         "_frozen",
         "_idle",
         "_inbox",
         "_left",
         "_listed",
-        "_lock",
         "_never_full",
         "_opening",
         "_out_of_use",
@@ -90,7 +76,6 @@ class Desk:
         "_waiter_class",
         "_watch",
         "alive",
-        "clock",
         "closures",
         "here",
         "journal",
@@ -118,10 +103,10 @@ class Desk:
         #: Tells it from others in this process.
         self.number = next(_numbers)
         self.options = options
+        super().__init__(clock, waiter_class.can_wait)
         self._waiter_class = waiter_class
         #: Tells who is asking.
         self.here: ThreadHere | TaskHere = waiter_class.here
-        self.clock = clock
         self._use_lifo = use_lifo
         self._pool_size = options.pool_size
         # Without overflow there is a place for every record that comes back.
@@ -137,15 +122,9 @@ class Desk:
         self.logger = self.journal.logger = logger
 
     def _begin(self) -> None:
-        # Guards everything below; see the head of this file.
-        self._lock = threading.RLock()
-        # True in the middle of a transition.
-        self._busy = False
+        super()._begin()
         # What came back while the lock's holder was busy: (seat, record, keep).
         self._inbox: deque[tuple[Seat, Record | None, bool]] = deque()
-        # What is left to do after the lock: callers to wake, and what takes time.
-        self._bells: deque[Callable[[], None]] = deque()
-        self._chores: deque[Callable[[], None]] = deque()
         # Records in the pool, the one that came back first on the left.
         self._idle: deque[Record] = deque()
         self._hand_out(last_first=self._use_lifo)
@@ -191,35 +170,7 @@ class Desk:
         self._end = -1 if last_first else 0
         self._take_idle = self._idle.pop if last_first else self._idle.popleft
 
-    # -- entering and leaving ---------------------------------------------------
-
-    @contextmanager
-    def section(self) -> Iterator[float]:
-        """A critical section off the hot path; gives the time."""
-        with self._lock:
-            if self._busy:
-                refuse_finaliser()
-            self._busy = True
-            try:
-                now = self.clock()
-                self._tidy(now)
-                yield now
-                self._tidy(now)
-            finally:
-                self._busy = False
-        if self._bells or self._chores:
-            self._flush()
-
-    def visit(self) -> None:
-        """Enter and leave a critical section, which does what there is to do."""
-        if not self._in_section():
-            with self.section():
-                pass
-
-    def _in_section(self) -> bool:
-        """Tell if this thread is in a critical section: we are in a finaliser."""
-        with self._lock:
-            return self._busy
+    # -- what comes back ----------------------------------------------------------
 
     def _checkin(self, seat: Seat, record: Record | None, keep: bool) -> None:
         """Take a record back under the lock, or a seat that has lost its record."""
@@ -241,26 +192,6 @@ class Desk:
         """Take the slot of a seat back whose owner has vanished with the record."""
         seat.warm = False  # it may have been about to be taken
         self._checkin(seat, None, False)
-
-    def _flush(self) -> None:
-        """Do what was left to do after the lock."""
-        try:
-            while True:
-                while self._bells:
-                    self._next_of(self._bells)
-                if not self._chores or not self._waiter_class.can_wait():
-                    return
-                self._next_of(self._chores)
-        except BaseException:
-            self._flush()
-            raise
-
-    def _next_of(self, box: deque[Callable[[], None]]) -> None:
-        try:
-            todo = box.popleft()
-        except IndexError:
-            return  # somebody was faster
-        todo()
 
     # -- inside -------------------------------------------------------------------
 
@@ -564,11 +495,3 @@ class Desk:
         """
         opening = [seat for seat in self._opening if seat.state is GRANTED]
         return list({*self.granted_seats(), *opening})
-
-
-def refuse_finaliser() -> NoReturn:
-    """Raise for a call that came in the middle of a critical section's thread."""
-    raise exc.InvalidRequestError(
-        "the pool was called by a finaliser in the middle of its own bookkeeping; "
-        "only returning a connection is possible there"
-    )

