@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, make_url, text
 from support.overviews import EVIL, FakeObserver, overview
+from support.stub import StubServer
 from support.threads import PATIENCE, VirtualClock
 
 from sqla_fairpool import FairQueuePool
@@ -96,6 +97,20 @@ def test_the_only_ledger_is_meant(capsys, tmp_path, show):
     assert status == 2
     assert f"there are 2 ledgers, {folder}/one.ledger, {folder}/two.ledger: " in err
     assert "--ledger PATH" in err
+
+
+def test_the_only_ledger_in_use_is_meant(capsys, tmp_path):
+    folder = tmp_path / "sqla-fairpool"
+    folder.mkdir(mode=0o700)
+    (folder / "old.ledger").touch()
+    engine = StubServer().engine(ledger=str(folder / "used.ledger"))
+    with engine.execution_options(scraper="a").connect():
+        status, out, _ = run(capsys, "stats")
+    assert status == 0
+    assert f"ledger {folder}/used.ledger\n" in out
+    assert "\na " in out
+    engine.dispose()
+    engine.pool._exchange.share.keeper.close()
 
 
 def test_the_url_tells_which_ledger(capsys, monkeypatch):

@@ -6,12 +6,14 @@ import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from sqlalchemy import exc
 from sqlalchemy.engine import URL
 
 from ..environment import DATABASE, LEDGER, Settings
+from ..ledger.book import Book
 from ..ledger.errors import LedgerError
 from ..ledger.host import HostStore
 from ..ledger.places import known_ledgers, make_store
@@ -127,12 +129,28 @@ def _only_ledger() -> str:
             f"nobody has used a ledger here yet, and no {DATABASE} says which one to "
             "wait for: give --url or --ledger PATH"
         )
+    # Of those that are left from earlier, nobody wants to hear.
+    paths = [path for path in paths if _is_in_use(path)] or paths
     if len(paths) > 1:
         found = ", ".join(str(path) for path in paths)
         raise CommandError(
             f"there are {len(paths)} ledgers, {found}: give --url or --ledger PATH"
         )
     return str(paths[0])
+
+
+def _is_in_use(path: Path) -> bool:
+    """Tell if a member of a host ledger lives. If it cannot be told, one may."""
+    store = HostStore(path)
+    try:
+        store.open()
+        with store.transaction() as rows:
+            members = Book(rows).members
+        return bool(store.living(list(members)))
+    except (StoreAway, LedgerError):
+        return True
+    finally:
+        store.close()
 
 
 # -- looking ---------------------------------------------------------------------------
