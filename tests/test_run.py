@@ -210,7 +210,7 @@ def test_signal_handler_of_the_script_runs(script):
 
 def test_where_there_is_no_exec_it_is_waited_for(capfd):
     before = signal.getsignal(signal.SIGINT)
-    command = [sys.executable, "-c", "import os; print('x'); os._exit(7)"]
+    command = [sys.executable, "-c", "import os; print('x', flush=True); os._exit(7)"]
     assert run._wait(command, dict(os.environ)) == 7
     assert capfd.readouterr().out == "x\n"
     command[-1] = "import os; os.kill(os.getpid(), 15)"
