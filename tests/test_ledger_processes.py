@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 import uuid
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -83,18 +82,14 @@ class Server:
 
     def stays(self, seconds, **expected):
         """Assert that it stays so, but for connections that change hands."""
-        looks, seen = self.looks, []
+        looks, others = self.looks, 0
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            seen.append(self.now)
+            others += self.now != expected
             time.sleep(0.01)
         assert self.looks > looks
-        # Who is between two statements is not at work at that moment: of each scraper
-        # the number that was seen most often is the one.
-        for name in {*expected, *(name for now in seen for name in now)}:
-            counts = Counter(now.get(name, 0) for now in seen)
-            ((most, _),) = counts.most_common(1)
-            assert most == expected.get(name, 0), f"{name}: {counts}"
+        # Who is between two statements is not at work at that moment.
+        assert others <= seconds * 100 / 2, f"{others} times not {expected}"
 
 
 @pytest.fixture
@@ -121,14 +116,14 @@ def scraper(server, ledger):
     processes = []
 
     @contextmanager
-    def scraper(name, threads=25, hold=0.05, *how):
+    def scraper(name, threads=25, hold=0.2, *how):
         process = start(name, threads, hold, *how)
         yield process
         process.stdin.close()
         code = process.wait(PATIENCE)
         assert code == 0, process.stderr.read()
 
-    def start(name, threads=25, hold=0.05, *how):
+    def start(name, threads=25, hold=0.2, *how):
         url = server.url.render_as_string(hide_password=False)
         command = [sys.executable, PROGRAM, url, ledger]
         process = subprocess.Popen(
@@ -210,7 +205,7 @@ def test_stopped_process_keeps_what_it_has(server, scraper):
 
 
 def test_forked_worker_is_a_member_of_its_own(server, scraper):
-    with scraper("parent", 25, 0.05, "fork"), scraper("other"):
+    with scraper("parent", 25, 0.2, "fork"), scraper("other"):
         server.until(parent=10, other=10)
         server.stays(0.5, parent=10, other=10)
 
@@ -218,7 +213,7 @@ def test_forked_worker_is_a_member_of_its_own(server, scraper):
 @pytest.mark.parametrize("how", ["preload", "multiprocessing"])
 def test_workers_of_one_application_share_its_tags_part(server, scraper, how):
     """As gunicorn's and Celery's: the engine is made before they are forked."""
-    with scraper("workers", 15, 0.05, how) as parent, scraper("other"):
+    with scraper("workers", 15, 0.2, how) as parent, scraper("other"):
         assert parent.stdout.readline() == "working\n"  # the second of them, too
         server.until(workers=10, other=10)
         server.stays(0.5, workers=10, other=10)

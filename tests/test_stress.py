@@ -225,7 +225,8 @@ def test_random_operations_with_faults_in_many_threads(overflow, caplog):
         visitor.go()
 
     for caller in [Caller(work, seed) for seed in range(10)]:
-        caller.result()
+        # 20,000 steps: much work, which takes 100 s on a slow machine.
+        caller.result(300.0)
     server.before.clear()
     assert_quiet(pool)
     pool.reconfigure(soft_limit=3, max_limit=4)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
-#: How long anything that must happen may take, on a slow and busy machine: a test that
-#: hangs is ended by this, and none depends on it. The longest takes 100 s on some.
-PATIENCE = 300.0
+#: How long anything that must happen may take, on a slow and busy machine.
+PATIENCE = 30.0
 
 
 def eventually(condition, what="the condition"):
@@ -40,9 +39,12 @@ class Caller(threading.Thread):
         except BaseException as error:
             self.error = error
 
-    def result(self):
-        """Return what the function returned, raise what it raised."""
-        self.join(PATIENCE)
+    def result(self, patience=PATIENCE):
+        """Return what the function returned, raise what it raised.
+
+        :param patience: seconds after which it is taken to hang.
+        """
+        self.join(patience)
         assert not self.is_alive(), "the thread hangs"
         if self.error is not None:
             raise self.error
