@@ -18,9 +18,11 @@ from typing import Any
 
 from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool
+from sqlalchemy.pool.base import _ConnectionRecord
 
 __all__ = [
     "async_connection_dialect",
+    "bare_record",
     "check_out_again",
     "disown",
     "expired",
@@ -29,7 +31,6 @@ __all__ = [
     "note_statements",
     "record_of",
     "remember_tag",
-    "time_creator",
 ]
 
 
@@ -143,30 +144,12 @@ def remember_tag(
     connection.__dict__["_revalidate_connection"] = revalidate
 
 
-def time_creator(
-    pool: Pool,
-    clock: Callable[[], float],
-    note: Callable[[ConnectionPoolEntry, float | None], None],
-) -> None:
-    """Tell how long each call of a pool's creator takes; None if it fails.
+def bare_record(pool: Pool) -> Any:
+    """Return a record of the pool that has no connection, for the creator to see.
 
-    ``_invoke_creator`` is what a record calls, the creator made to take a record or
-    not. Nothing public is called before and after a connection is opened.
+    Creators and ``do_connect`` listeners may keep something on it.
     """
-    any_pool: Any = pool
-    invoke = any_pool._invoke_creator
-
-    def timed(record: ConnectionPoolEntry) -> Any:
-        began = clock()
-        try:
-            connection = invoke(record)
-        except BaseException:
-            note(record, None)
-            raise
-        note(record, clock() - began)
-        return connection
-
-    any_pool._invoke_creator = timed
+    return _ConnectionRecord(pool, connect=False)
 
 
 def expired(pool: Pool, record: ConnectionPoolEntry) -> bool:

@@ -23,7 +23,7 @@ from functools import partial
 from typing import cast
 
 from . import _private
-from .account import FREE, WAITING, LineFull
+from .account import FREE, GRANTED, WAITING, LineFull
 from .callers import places
 from .deadlock import Guard
 from .errors import CheckoutTimeout, SelfDeadlock, TooManyWaiting
@@ -103,7 +103,7 @@ class Exchange(Upkeep):
             or seat.warm
             or not seat.may_warm
             or not account.prompt
-            or (record.dbapi_connection is None and self.share is not None)
+            or (record.dbapi_connection is None and not self._is_over(record))
         ):
             self._checkin(seat, record, generation is self.owner)
             return
@@ -123,6 +123,10 @@ class Exchange(Upkeep):
             self._list(account)
         if scheduler.waiting:
             self.visit()
+
+    def _is_over(self, record: Record) -> bool:
+        """Tell if nothing is left of the connection that a record has lost."""
+        return self.share is None and record.physical not in self.connections
 
     def _checkout(self, tag: str, opener: Opener) -> Record:
         """`checkout` under the lock: a slot is needed from the scheduler."""
@@ -155,13 +159,7 @@ class Exchange(Upkeep):
                             self._seat_owner(seat, None)
                     seat.holder = self.here.caller
                     if seat.state is WAITING:
-                        seat.waiter = self._waiter_class(seat)
-                        if self._watch is None:
-                            self._watch = seat
-                        if self.share is not None:
-                            self._bells.append(partial(self.share.ring, tag))
-                        elif not self.journal.exhausted:
-                            self._note_exhaustion(tag, now)
+                        self._stand_in_line(seat, tag, now)
                     self._tidy(now)
                 finally:
                     self._busy = False
@@ -237,6 +235,10 @@ class Exchange(Upkeep):
 
     def _open(self, seat: Seat, opener: Opener) -> Record:
         """Open a connection for a seat."""
+        if self._frozen:
+            record = self._ask_again(seat)
+            if record is not None:
+                return record
         account, began = seat.account, self.clock()
         record = None
         try:
@@ -246,6 +248,7 @@ class Exchange(Upkeep):
                 self._opening.add(seat)
             record = cast(Record, opener._create_connection())
             record.seat = seat
+            record.physical.opening = False
             return record
         finally:
             took = None if record is None else self.clock() - began
@@ -254,6 +257,61 @@ class Exchange(Upkeep):
                 if record is not None:
                     self._records.add(record)
                 self.count_opening(account, took)
+
+    def open_again(self, seat: Seat) -> None:
+        """Before a connection is opened in the place of one that was lost.
+
+        The session of the one before may not be over, or the pool may have fewer slots
+        now. Then this one would be one too many, and its caller waits for a slot again.
+        """
+        while seat.state is GRANTED and self.scheduler.knows(seat):
+            with self._lock:  # no section: what is kept warm stays so
+                there = self.connections_there()
+                if there <= self._allotted and not self._frozen:
+                    return
+            handed = self._ask_again(seat)
+            if handed is None:
+                return
+            self._replace(handed, seat)
+
+    def _replace(self, record: Record, seat: Seat) -> None:
+        """Close a connection, so that its slot can be used for another one."""
+        with self.section() as now:
+            record.seat = Seat(self)
+            record.seat.since = now
+            record.reason = "invalidated"
+            seat.record = None
+        record.close()
+        self.visit()
+
+    def _ask_again(self, seat: Seat) -> Record | None:
+        """Give a seat's slot back and ask for another one under the same tag.
+
+        Returns the record that came with it, if one did.
+        """
+        with self.section() as now:
+            tag = seat.account.tag
+            self._part_with(None, now)
+            self._deliver(self.scheduler.release(seat, now), None)
+            if not self.scheduler.request(seat, tag, now):
+                self._stand_in_line(seat, tag, now)
+            else:
+                self._seat_owner(seat, None)
+        waiter = seat.waiter
+        if waiter is not None:
+            self._wait(seat, waiter, now)
+        record, seat.record = seat.record, None
+        return record
+
+    def _stand_in_line(self, seat: Seat, tag: str, now: float) -> None:
+        """Prepare a seat that has to wait. Caller is in a section."""
+        seat.waiter = self._waiter_class(seat)
+        if self._watch is None:
+            self._watch = seat
+        if self.share is not None:
+            self._bells.append(partial(self.share.ring, tag))
+        elif not self.journal.exhausted:
+            self._note_exhaustion(tag, now)
 
     def _wait(self, seat: Seat, waiter: Waiter, since: float) -> None:
         timeout = timeout_in_force()
@@ -337,8 +395,10 @@ class Exchange(Upkeep):
             record.seat.state = FREE
             record.seat.may_warm = False
             _private.disown(record)
+        self.connections.disown()
         self._begin()
         if self.share is not None:
+            self.connections.on_lost = self.share.ring
             self.allot(0, {}, 0)
             if self.share.keeper is not None:
                 self.share.keeper.after_fork()
@@ -346,6 +406,7 @@ class Exchange(Upkeep):
     def join(self, share: Share) -> None:
         """Become the member of a ledger, with nothing allotted yet."""
         self.share = share
+        self.connections.on_lost = share.ring
         self.allot(0, {}, 0)
 
 

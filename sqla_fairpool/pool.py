@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import greenlet_spawn
 
 from . import _private, tagging
 from .exchange import Exchange, TracedExchange
 from .joining import await_url, join_ledger
-from .lifetimes import observe, time_openings
+from .lifetimes import observe, open_for_record
 from .metrics import PoolMetrics, Source, collect
 from .options import BadOption, PoolOptions, describe_changes
 from .seats import Generation, Seat
@@ -154,7 +155,6 @@ class FairQueuePool(Pool):
             _exchange.owner = self.generation
         super().__init__(creator, **kw)
         _exchange.log_to(self.logger)
-        time_openings(self, _exchange)
         if owns:  # its successors inherit what listens
             observe(self, _exchange)
             if _exchange.options.server_tag:
@@ -179,6 +179,14 @@ class FairQueuePool(Pool):
 
     # Pool's own would only call the other: one frame less on every checkin.
     _return_conn = _do_return_conn
+
+    def _close_connection(
+        self, connection: DBAPIConnection, *, terminate: bool = False
+    ) -> None:
+        # Every way of closing comes through here: records, detached connections,
+        # those whose `connect` events failed.
+        close = partial(super()._close_connection, connection, terminate=terminate)
+        self._exchange.connections.close(connection, close)
 
     def recreate(self) -> FairQueuePool:
         """Return a pool that takes over from this one when it is first used.
@@ -213,6 +221,14 @@ class FairQueuePool(Pool):
         else:
             self._exchange.close_left(self.generation)
         self.logger.info("Pool disposed. %s", self.status())
+
+    def open_another(self) -> DBAPIConnection:
+        """Open a connection as the pool's are, which is none of the pool's.
+
+        For questions to the server; the caller closes it.
+        """
+        record = _private.bare_record(self)
+        return cast(DBAPIConnection, self._open_another(record))
 
     # -- while it is running ---------------------------------------------------------
 
@@ -322,6 +338,9 @@ class FairQueuePool(Pool):
         def __setattr__(self, name, value):
             # Pool.__init__ and create_engine(pool=...) assign the dialect. Not a
             # property: SQLAlchemy reads the attribute at every checkin.
+            if name == "_invoke_creator":  # set with the creator, see _private
+                self._open_another = value
+                value = partial(open_for_record, self._exchange, value)
             super().__setattr__(name, value)
             if name == "_dialect" and isinstance(value, Dialect):
                 _watch_dialect(value, self.options)

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from .account import GRANTED
-from .desk import Desk
+from .desk import Desk, Reservation
 from .options import BadOption, PoolOptions
 from .seats import Generation, Opener, Record, Seat
 
@@ -135,7 +135,7 @@ class Upkeep(Desk):
             self.hand_to(generation)
         generation.warm = True
         opened = 0
-        while self.owner is generation and self._keep_a_slot():
+        while self.owner is generation and (slot := self._reserve()) is not None:
             record = None
             try:
                 began = self.clock()
@@ -148,32 +148,43 @@ class Upkeep(Desk):
                 record.seat.since = self.clock()
                 opened += 1
             finally:
-                self._add_idle(record, generation)
+                self._add_idle(slot, record, generation)
         return opened
 
-    def _keep_a_slot(self) -> bool:
-        """Keep a slot out of use for one more connection, if one is wanted."""
+    def _reserve(self) -> Reservation | None:
+        """Reserve a slot for one more connection, if one is wanted and free."""
         with self.section() as now:
             scheduler = self.scheduler
             # Among those out of use are the ones that others open at this moment.
-            if self._open_connections() + self._out_of_use >= self.options.min_idle:
-                return False
+            there = self._open_connections() + self._out_of_use()
+            if there >= self.options.min_idle or self._frozen:
+                return None
             hollow = [r for r in self._idle if r.dbapi_connection is None]
             if hollow:
                 self._idle.remove(hollow[0])  # its place is taken by the new one
             if scheduler.in_use + len(self._idle) >= scheduler.capacity:
-                return False
-            self._keep_out_of_use(+1, now)
-        return True
+                return None
+            slot = Reservation()
+            self._reserved.add(slot)
+            self._recount(now)
+        return slot
 
-    def _add_idle(self, record: Record | None, generation: Generation) -> None:
+    def _add_idle(
+        self, slot: Reservation, record: Record | None, generation: Generation
+    ) -> None:
         """Put a new connection, or none, into the pool, and its slot into use."""
         with self.section() as now:
-            granted = self._keep_out_of_use(-1, now)
+            self._reserved.discard(slot)
+            if record is not None:
+                record.physical.opening = False
+                self._records.add(record)
+                self._idle.append(record)  # it pays for itself
+            granted = self.scheduler.set_capacity(self._capacity(), now)
+            if record is not None:
+                self._idle.remove(record)
             if record is None:
                 self._deliver(granted, None)
                 return
-            self._records.add(record)
             if granted and generation is self.owner:
                 self._deliver(granted, record)
                 return
@@ -291,6 +302,26 @@ class Upkeep(Desk):
                 self._left.discard(record)
             record.reason = "disposed"
             record.close()
+
+    def hang_up_surplus(self) -> None:
+        """End sessions that are too many, without the drivers and their loop.
+
+        Those are idle, or wait to be closed by a loop that does not run.
+        """
+        with self.section() as now:
+            self._drain(now)
+            idle = {id(record) for record in self._idle}
+            waiting = [
+                physical
+                for physical in self.connections
+                if (record := physical.record()) is not None
+                and not physical.opening
+                and id(record) not in idle
+                and record not in self._left
+                and record.seat.state is not GRANTED
+            ]
+        for physical in waiting:
+            self.connections.hang_up(physical)
 
     def close_idle(self) -> None:
         """Close the connections that are in the pool."""

@@ -31,6 +31,8 @@ class Waiter(Protocol):
 
     #: Tells who is asking: a ThreadHere or a TaskHere.
     here: ClassVar[Any]
+    #: A caller may be kept from everything else for a moment, as a thread may.
+    may_block: ClassVar[bool]
 
     def __init__(self, owner: Owner) -> None: ...
 
@@ -56,6 +58,7 @@ class ThreadWaiter:
     __slots__ = ("_lock",)
 
     here: ClassVar[Any] = ThreadHere()
+    may_block: ClassVar[bool] = True
 
     def __init__(self, owner: Owner) -> None:
         self._lock = threading.Lock()
@@ -93,6 +96,7 @@ class TaskWaiter:
     __slots__ = ("_future", "_loop", "_owner")
 
     here: ClassVar[Any] = TaskHere()
+    may_block: ClassVar[bool] = False
 
     def __init__(self, owner: Owner) -> None:
         try:

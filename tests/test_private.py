@@ -139,27 +139,36 @@ def test_handed_out_is_what_the_pool_gave_to_the_connection(engine):
     assert _private.handed_out(ConnectionPoolEntry()) is None
 
 
-def test_creator_is_timed_at_every_opening(engine, server, clock):
-    noted = []
-    pool = engine.pool
-    _private.time_creator(pool, clock, lambda *args: noted.append(args))
-    server.before["connect"] = lambda: clock.advance(0.5)
+def test_creator_can_be_called_with_a_record_of_no_connection(server):
+    """As the pool calls it: it may keep something on the record."""
+    engine, seen = server.engine(), []
+
+    def creator(record):
+        record.info["token"] = "secret"
+        seen.append(record)
+        return server.connect()
+
+    engine.pool._creator = creator
+    record = _private.bare_record(engine.pool)
+    assert record.dbapi_connection is None
+    connection = engine.pool.open_another()
+    assert seen[0].dbapi_connection is None
+    assert connection.closed is False
+    assert engine.pool.checkedout() == 0
+
+
+def test_every_opening_and_closing_passes_through_the_pool(server):
+    engine = server.engine()
+    existing = engine.pool._exchange.connections
     with engine.connect() as connection:
-        record = _private.record_of(connection)
+        (physical,) = existing
+        assert physical.driver is connection.connection.dbapi_connection
         connection.invalidate()
+        assert not list(existing)
     with engine.connect():
-        pass
-    assert noted == [(record, 0.5), (record, 0.5)]
-
-    def fail():
-        raise RuntimeError("no")
-
-    server.before["connect"] = fail
+        assert len(list(existing)) == 1
     engine.dispose()
-    _private.time_creator(engine.pool, clock, lambda *args: noted.append(args))
-    with pytest.raises(RuntimeError):
-        engine.connect()
-    assert noted[2][1] is None
+    assert not list(existing)
 
 
 def test_record_expires_with_the_pools_recycle(server, monkeypatch):

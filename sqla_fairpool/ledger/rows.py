@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from .allocation import Limits, Line
 from .errors import LedgerError
@@ -32,6 +32,7 @@ __all__ = [
     "Gone",
     "Member",
     "Meta",
+    "Session",
     "Terms",
 ]
 
@@ -44,6 +45,16 @@ META, TAGS, DUE = "meta", "tags", "due"
 #: stalled, so that the member sees that when it goes on.
 TURN, STALLED = "turn", "stalled"
 _MEMBER, _GONE = "member/", "gone/"
+
+
+class Session(NamedTuple):
+    """A session of a server: its process, and when that began.
+
+    Microseconds since the epoch by the server's clock; None where it may not be seen.
+    """
+
+    pid: int
+    began: int | None
 
 
 def dump(value: object) -> str:
