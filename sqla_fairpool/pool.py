@@ -27,7 +27,7 @@ from .seats import Generation, Seat
 from .server_tag import tell, tell_on_checkout
 from .snapshot import snapshot
 from .stats import PoolStats
-from .tagging import asked, context_tag
+from .tagging import context_tag, make_request, requested
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
 
 __all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool", "metrics_source"]
@@ -171,8 +171,12 @@ class FairQueuePool(Pool):
     # -- what Pool asks of a pool ------------------------------------------------
 
     def _do_get(self) -> ConnectionPoolEntry:
-        tag = asked() or context_tag() or self._default_tag
-        return self._exchange.checkout(tag, self)
+        request = requested()
+        if request is None or request.dialect is not self._dialect:
+            return self._exchange.checkout(context_tag() or self._default_tag, self)
+        make_request(None)  # before it waits or connects, see `tagging`
+        tag = request.tag or context_tag() or self._default_tag
+        return self._exchange.checkout(tag, self, request.timeout)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         self._exchange.checkin(record, self.generation)  # type: ignore[arg-type]
@@ -392,9 +396,8 @@ def _retag(connection: Connection, tag: str | None, timeout: float | None) -> bo
             f"object via begin() or autobegin; {pool.options.tag_option} may not be "
             "altered unless rollback() or commit() is called first."
         )
-    _private.remember_tag(
-        connection, partial(tagging.asked_by_connection, tag, timeout)
-    )
+    request = tagging.Request(connection.dialect, tag, timeout, is_connections=True)
+    _private.remember_tag(connection, partial(tagging.requesting, request))
     if not is_change:
         return False
     assert seat is not None and tag is not None

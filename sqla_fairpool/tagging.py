@@ -1,13 +1,14 @@
 """Who is asking: from execution options and the context to the current tag.
 
-The pool is asked for a connection without an argument, so the tag travels in a
-context variable; greenlets, threads' contexts and asyncio tasks carry it along.
-SQLAlchemy reports options as they are set, to the dialect of the engine:
+The pool is asked for a connection without an argument, so what options say travels
+in a context variable, as a :class:`Request`. The pool takes it out of there before it
+does anything else, so that nothing else sees it: not a task that the driver starts
+while it connects, not another pool that a listener uses. SQLAlchemy reports options as
+they are set, to the dialect of the engine:
 
 * an engine's: its ``raw_connection()``, the public method through which every
   :class:`~sqlalchemy.engine.Connection` is filled, is wrapped on that engine, so
-  that the tag is in force for just that call. Engines derived from it report
-  themselves in the same way.
+  that it makes the request. Engines derived from it report themselves in the same way.
 * a connection's: it has been checked out by then. What happens is the pool's
   decision, so the pool's function is called.
 
@@ -22,6 +23,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import exc
@@ -32,13 +34,15 @@ from .options import validate_tag, validate_timeout
 
 __all__ = [
     "TIMEOUT_OPTION",
-    "asked",
-    "asked_by_connection",
+    "Request",
     "context_tag",
+    "context_timeout",
     "follow",
+    "make_request",
+    "requested",
+    "requesting",
     "set_tag",
     "tag",
-    "timeout_in_force",
 ]
 
 #: The execution option that says how long a checkout may wait.
@@ -46,20 +50,23 @@ TIMEOUT_OPTION = "fairpool_timeout"
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-# Set for the length of one checkout by whoever has options: an engine, or a
-# connection that checks out again.
-_asked: ContextVar[str | None] = ContextVar("sqla_fairpool_asked", default=None)
-_connection_tag: ContextVar[str | None] = ContextVar(
-    "sqla_fairpool_connection_tag", default=None
-)
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What options say about one checkout, None where they say nothing."""
+
+    #: That of the pool which is meant; another pool takes no notice.
+    dialect: Dialect
+    tag: str | None
+    timeout: float | None
+    #: It is made for a connection, whose options go before those of its engine.
+    is_connections: bool = False
+
+
+# Set for the few instructions between who has options and the pool.
+_request: ContextVar[Request | None] = ContextVar("sqla_fairpool_request", default=None)
 _context_tag: ContextVar[str | None] = ContextVar("sqla_fairpool_tag", default=None)
 # The same for how long a checkout may wait. Read only by those who have to wait.
-_asked_timeout: ContextVar[float | None] = ContextVar(
-    "sqla_fairpool_asked_timeout", default=None
-)
-_connection_timeout: ContextVar[float | None] = ContextVar(
-    "sqla_fairpool_connection_timeout", default=None
-)
 _context_timeout: ContextVar[float | None] = ContextVar(
     "sqla_fairpool_timeout", default=None
 )
@@ -68,17 +75,15 @@ _outer: ContextVar[tuple[tuple[str | None, float | None], ...]] = ContextVar(
     "sqla_fairpool_outer", default=()
 )
 
-#: The tag of the options in force, None without; first read by every checkout.
-asked = _asked.get
+#: The request of the checkout that begins; first read by every checkout.
+requested = _request.get
+#: Make a request, or with None take it back.
+make_request = _request.set
 
 #: The tag of the innermost ``with tag(...)``, None without.
 context_tag = _context_tag.get
-
-
-def timeout_in_force() -> float | None:
-    """Return how long this checkout may wait, None if the pool is to say."""
-    asked_timeout = _asked_timeout.get()
-    return _context_timeout.get() if asked_timeout is None else asked_timeout
+#: How long it lets a checkout wait, None if it does not say.
+context_timeout = _context_timeout.get
 
 
 #: What is set on a dialect, to recognise it when a pool is recreated.
@@ -182,22 +187,14 @@ def set_tag(name: str | None) -> None:
 
 
 @contextmanager
-def asked_by_connection(name: str | None, timeout: float | None) -> Iterator[None]:
-    """Let the next checkout be that of a connection with options of its own."""
-    variables: list[tuple[ContextVar[Any], Any]] = [
-        (_connection_tag, name),
-        (_asked, name),
-        (_connection_timeout, timeout),
-        (_asked_timeout, timeout),
-    ]
-    outer = [variable.get() for variable, _ in variables]
+def requesting(request: Request) -> Iterator[None]:
+    """Let the checkout in the block be that of a connection with options of its own."""
+    outer = requested()
+    make_request(request)
     try:
-        for variable, value in variables:
-            variable.set(value)
         yield
     finally:
-        for (variable, _), value in zip(variables, outer, strict=True):
-            variable.set(value)
+        make_request(outer)
 
 
 def follow(
@@ -259,27 +256,23 @@ def _read(options: Mapping[str, Any], option: str) -> tuple[str | None, float | 
 
 def _tag_engine(engine: Engine, name: str | None, timeout: float | None) -> None:
     """Have `engine` check out under tag `name`, waiting for `timeout` at most."""
-    set_asked, connection_tag = _asked.set, _connection_tag.get
+    dialect = engine.dialect
+    request = Request(dialect, name, timeout)
 
     def raw_connection() -> PoolProxiedConnection:
-        # A connection that checks out again goes first, see `asked_by_connection`.
-        outer = asked()
+        outer = requested()
+        if outer is not None and outer.is_connections and outer.dialect is dialect:
+            return engine.pool.connect()
+        make_request(request)
         try:
-            set_asked(connection_tag() or name)
             return engine.pool.connect()
         finally:
-            set_asked(outer)
-
-    def raw_connection_in_time() -> PoolProxiedConnection:
-        outer = _asked_timeout.get()
-        try:
-            _asked_timeout.set(timeout if _connection_timeout.get() is None else outer)
-            return raw_connection()
-        finally:
-            _asked_timeout.set(outer)
+            # Another one is there if a signal handler runs this in the middle of a
+            # checkout; ours is if it was not taken: by another kind of pool, say.
+            if requested() is not outer:
+                make_request(outer)
 
     # A reference cycle, so engines that are dropped wait for the collector. They
     # hold no connection; and a weak reference would fail whoever calls
     # engine.execution_options(...).raw_connection() in one breath.
-    ask = raw_connection if timeout is None else raw_connection_in_time
-    setattr(engine, raw_connection.__name__, ask)
+    setattr(engine, raw_connection.__name__, raw_connection)
