@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import exc
@@ -380,35 +379,34 @@ def _watch_dialect(dialect: Dialect, options: PoolOptions) -> None:
         _private.note_statements(dialect)
 
 
-def _retag(connection: Connection, tag: str | None, timeout: float | None) -> bool:
+def _retag(connection: Connection, tag: str | None) -> None:
     """An option was set on a connection: charge it to its tag, or have it wait there.
 
-    Tells if the connection has another DBAPI connection now.
+    If it is refused, the connection has no DBAPI connection any more. It checks out
+    again when it is used next, as after an invalidation: under its former tag.
     """
     pool = connection.engine.pool
     if connection.closed or not isinstance(pool, FairQueuePool):
-        return False
+        return
     seat = _seat_of(connection)
-    is_change = seat is not None and tag is not None and seat.account.tag != tag
-    if is_change and connection.in_transaction():
+    if seat is None or tag is None or seat.account.tag == tag:
+        return
+    if connection.in_transaction():
         raise exc.InvalidRequestError(
             "This connection has already initialized a SQLAlchemy Transaction() "
             f"object via begin() or autobegin; {pool.options.tag_option} may not be "
             "altered unless rollback() or commit() is called first."
         )
-    request = tagging.Request(connection.dialect, tag, timeout, is_connections=True)
-    _private.remember_tag(connection, partial(tagging.requesting, request))
-    if not is_change:
-        return False
-    assert seat is not None and tag is not None
-    if seat.exchange.move(seat, tag):
-        if pool.options.server_tag:
+    try:
+        if not seat.exchange.move(seat, tag):
+            _private.check_out_again(connection)
+        elif pool.options.server_tag:
             record = _private.record_of(connection)
             assert record is not None
             tell(record.dbapi_connection, record, connection.dialect)
-        return False
-    _private.check_out_again(connection)
-    return True
+    except BaseException as error:
+        connection.invalidate(error)
+        raise
 
 
 def _seat_of(connection: Connection) -> Seat | None:

@@ -10,7 +10,8 @@ they are set, to the dialect of the engine:
   :class:`~sqlalchemy.engine.Connection` is filled, is wrapped on that engine, so
   that it makes the request. Engines derived from it report themselves in the same way.
 * a connection's: it has been checked out by then. What happens is the pool's
-  decision, so the pool's function is called.
+  decision, so the pool's function is called. SQLAlchemy has stored the options by
+  then as well, so they are taken back if it refuses.
 
 Both are set on one dialect object, which belongs to one engine and those derived
 from it; nothing else in the process is touched.
@@ -30,6 +31,7 @@ from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
+from . import _private
 from .options import validate_tag, validate_timeout
 
 __all__ = [
@@ -88,6 +90,9 @@ context_timeout = _context_timeout.get
 
 #: What is set on a dialect, to recognise it when a pool is recreated.
 _MARK = "_sqla_fairpool_tag_option"
+
+#: What is set on an engine or a connection: those of its options that were accepted.
+_ACCEPTED = "_sqla_fairpool_accepted"
 
 
 class tag:  # noqa: N801  (read as a verb: with tag(...))
@@ -198,9 +203,7 @@ def requesting(request: Request) -> Iterator[None]:
 
 
 def follow(
-    dialect: Dialect,
-    option: str,
-    retag: Callable[[Connection, str | None, float | None], bool],
+    dialect: Dialect, option: str, retag: Callable[[Connection, str | None], None]
 ) -> bool:
     """Watch the options of a dialect's engines and connections: tag and time-out.
 
@@ -208,50 +211,113 @@ def follow(
     the first time.
 
     :param option: the execution option that carries the tag.
-    :param retag: called when an option is set on a connection, with the connection,
-      its tag and its time-out. Tells if the connection has another DBAPI
-      connection now, so that its other options must be applied again.
+    :param retag: called when an option is set on a connection, with the connection
+      and its tag. What it raises refuses the options.
     """
     seen = getattr(dialect, _MARK, None)
     if seen == option:
         return False
-    set_on_engine = dialect.set_engine_execution_options
-    set_on_connection = dialect.set_connection_execution_options
-
-    def set_engine_execution_options(engine: Engine, opts: Mapping[str, Any]) -> None:
-        # All its options, not only the new ones: a derived engine has its tag
-        # from its parent and reports only what it adds.
-        name, timeout = _read(engine.get_execution_options(), option)
-        if name is not None or timeout is not None:
-            _tag_engine(engine, name, timeout)
-        set_on_engine(engine, opts)
-
-    def set_connection_execution_options(
-        connection: Connection, opts: Mapping[str, Any]
-    ) -> None:
-        if option in opts or TIMEOUT_OPTION in opts:
-            if option in opts:
-                validate_tag(opts[option], option)  # not None: that says nothing
-            name, timeout = _read(connection.get_execution_options(), option)
-            if retag(connection, name, timeout):
-                opts = connection.get_execution_options()
-        set_on_connection(connection, opts)
-
+    hooks = _Hooks(dialect, option, retag)
     # Set by name: to the type checker they are methods, here they are hooks.
-    hooks = (set_engine_execution_options, set_connection_execution_options)
-    for hook in hooks:
+    for hook in (
+        hooks.set_engine_execution_options,
+        hooks.set_connection_execution_options,
+    ):
         setattr(dialect, hook.__name__, hook)
     setattr(dialect, _MARK, option)
     return seen is None
 
 
-def _read(options: Mapping[str, Any], option: str) -> tuple[str | None, float | None]:
-    """Return the tag and the time-out that stand among execution options."""
-    name, timeout = options.get(option), options.get(TIMEOUT_OPTION)
-    return (
-        None if name is None else validate_tag(name, option),
-        None if timeout is None else validate_timeout(timeout, TIMEOUT_OPTION),
-    )
+class _Hooks:
+    """What a dialect does, from now on, when options are set."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        option: str,
+        retag: Callable[[Connection, str | None], None],
+    ) -> None:
+        self._option = option
+        self._retag = retag
+        self._apply_to_engine = dialect.set_engine_execution_options
+        self._apply = dialect.set_connection_execution_options
+
+    def set_engine_execution_options(
+        self, engine: Engine, opts: Mapping[str, Any]
+    ) -> None:
+        # All its options, not only the new ones: a derived engine has its tag
+        # from its parent and reports only what it adds.
+        options = engine.get_execution_options()
+        try:
+            name, timeout = self._read(options)
+        except exc.ArgumentError:
+            without = {key: options[key] for key in options if key not in opts}
+            _private.set_options(
+                engine, vars(engine).get(_ACCEPTED, type(options)(without))
+            )
+            raise
+        vars(engine)[_ACCEPTED] = options
+        if name is not None or timeout is not None:
+            _tag_engine(engine, name, timeout)
+        self._apply_to_engine(engine, opts)
+
+    def set_connection_execution_options(
+        self, connection: Connection, opts: Mapping[str, Any]
+    ) -> None:
+        before = accepted = _accepted_of(connection)
+        ours = {key: opts[key] for key in (self._option, TIMEOUT_OPTION) if key in opts}
+        try:
+            if ours:
+                if self._option in ours:
+                    validate_tag(ours[self._option], self._option)  # None says nothing
+                name, _ = self._read(before.union(ours))
+                vars(connection)[_ACCEPTED] = before.union(ours)
+                _private.check_out_by(connection, self._check_out)
+                self._retag(connection, name)
+                accepted = before.union(ours)
+            self._apply(connection, opts)
+        except BaseException:
+            if connection.invalidated:
+                accepted = before  # there is nothing of which they could be true
+            vars(connection)[_ACCEPTED] = accepted
+            _private.set_options(connection, accepted)
+            raise
+        vars(connection)[_ACCEPTED] = before.union(opts)
+
+    def _check_out(
+        self, connection: Connection, check_out: Callable[[], PoolProxiedConnection]
+    ) -> PoolProxiedConnection:
+        """Check out again for a connection that has none, and apply its options.
+
+        SQLAlchemy does not apply them: a connection that was lost, or given back for
+        another tag, would have an isolation level in name only.
+        """
+        options = _accepted_of(connection)
+        name, timeout = self._read(options)
+        request = Request(connection.dialect, name, timeout, is_connections=True)
+        with requesting(request):
+            proxied = check_out()
+        try:
+            self._apply(connection, options)
+        except BaseException as error:
+            connection.invalidate(error)
+            raise
+        return proxied
+
+    def _read(self, options: Mapping[str, Any]) -> tuple[str | None, float | None]:
+        """Return the tag and the time-out that stand among execution options."""
+        name, timeout = options.get(self._option), options.get(TIMEOUT_OPTION)
+        return (
+            None if name is None else validate_tag(name, self._option),
+            None if timeout is None else validate_timeout(timeout, TIMEOUT_OPTION),
+        )
+
+
+def _accepted_of(connection: Connection) -> Any:
+    """Return the options that are in force on a connection, as SQLAlchemy has them."""
+    accepted = vars(connection).get(_ACCEPTED)
+    # The first that are set on it follow those with which it was made.
+    return connection.engine.get_execution_options() if accepted is None else accepted
 
 
 def _tag_engine(engine: Engine, name: str | None, timeout: float | None) -> None:

@@ -236,9 +236,10 @@ def test_block_may_be_left_in_another_context_than_it_was_entered_in():
 
 def test_task_that_is_started_while_a_connection_opens_is_untagged(run):
     async def test(engine):
-        tasks = []
+        tasks, closed = [], asyncio.Event()
 
         async def refresh():
+            await closed.wait()
             async with engine.connect():
                 first = holders(engine)
             with tag("own"):
@@ -252,6 +253,7 @@ def test_task_that_is_started_while_a_connection_opens_is_untagged(run):
         event.listen(engine.sync_engine, "do_connect", start)
         async with engine.execution_options(scraper="a").connect():
             pass
+        closed.set()
         return await tasks[0]
 
     assert run(test) == ({"unknown": 1}, {"own": 1})

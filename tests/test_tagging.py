@@ -10,7 +10,7 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import ArgumentError, InvalidRequestError, StatementError
+from sqlalchemy.exc import ArgumentError, InvalidRequestError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import QueuePool
 from support.threads import PATIENCE, Caller, ensure_waiting
@@ -215,7 +215,31 @@ def test_bad_tag_is_refused_where_it_is_set(make_engine, bad):
     with engine.connect() as connection:
         with pytest.raises(ArgumentError, match="scraper="):
             connection.execution_options(scraper=bad)
+        assert connection.get_execution_options() == {}
         assert holders(engine) == {"unknown": 1}
+
+
+@pytest.mark.parametrize(
+    "bad", [{"scraper": "a\nb"}, {"fairpool_timeout": -1}], ids=["tag", "time-out"]
+)
+def test_refused_option_is_not_among_the_options(make_engine, bad):
+    engine = make_engine(execution_options={"scraper": "a", "mine": 1})
+    derived = engine.execution_options(mine=2)
+    for each in (engine, derived):
+        before = each.get_execution_options()
+        with pytest.raises(ArgumentError):
+            each.update_execution_options(mine=3, **bad)
+        assert each.get_execution_options() == before
+        with each.connect() as connection:
+            with pytest.raises(ArgumentError):
+                connection.execution_options(mine=3, **bad)
+            assert connection.get_execution_options() == before
+            connection.execution_options(fairpool_timeout=1.0)
+            assert holders(engine) == {"a": 1}
+    plain = make_engine()
+    with pytest.raises(ArgumentError):
+        plain.update_execution_options(mine=3, **bad)
+    assert plain.get_execution_options() == {}
 
 
 # -- setting the tag on a connection -------------------------------------------
@@ -279,14 +303,16 @@ def test_options_set_before_the_swap_hold_after_it(make_engine):
 def test_time_out_in_the_new_tags_line_leaves_nothing_held(make_engine):
     engine = make_engine(pool_size=2, soft_limit=1, max_limit=1, pool_timeout=0)
     holder = engine.execution_options(scraper="a").connect()
-    connection = engine.connect()
+    connection = engine.connect().execution_options(scraper="b")
     with pytest.raises(CheckoutTimeout, match="tag 'a' in_use=1 ceiling=1"):
         connection.execution_options(scraper="a")
     assert holders(engine) == {"a": 1}
-    # Like an invalidated connection, it tries again when it is used.
-    with pytest.raises(StatementError, match="checkout timed out after"):
-        connection.execute(text("select 1"))
+    # Like an invalidated connection, it checks out when it is used: as before.
+    connection.execute(text("select 1"))
+    assert holders(engine) == {"a": 1, "b": 1}
+    connection.rollback()
     holder.close()
+    connection.execution_options(scraper="a")
     connection.execute(text("select 1"))
     assert holders(engine) == {"a": 1}
     connection.close()
@@ -310,6 +336,7 @@ def test_refused_tag_is_not_remembered(make_engine):
         connection.execute(text("select 1"))
         with pytest.raises(InvalidRequestError):
             connection.execution_options(scraper="b")
+        assert connection.get_execution_options()["scraper"] == "a"
         connection.rollback()
         connection.invalidate()
         connection.execute(text("select 1"))
