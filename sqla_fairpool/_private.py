@@ -13,24 +13,30 @@ import math
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
-from sqlalchemy.engine import Connection, Dialect
-from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool
+from sqlalchemy.engine import Connection, Dialect, Engine
+from sqlalchemy.pool import (
+    AsyncAdaptedQueuePool,
+    ConnectionPoolEntry,
+    Pool,
+    PoolProxiedConnection,
+)
 from sqlalchemy.pool.base import _ConnectionRecord
 
 __all__ = [
     "async_connection_dialect",
     "bare_record",
     "check_out_again",
+    "check_out_by",
     "disown",
     "expired",
     "handed_out",
     "in_greenlet",
     "note_statements",
     "record_of",
-    "remember_tag",
+    "set_options",
 ]
 
 
@@ -123,11 +129,15 @@ def check_out_again(connection: Connection) -> None:
     connection.connection  # noqa: B018  (the property checks out)
 
 
-def remember_tag(
-    connection: Connection, asking: Callable[[], AbstractContextManager[None]]
+def check_out_by(
+    connection: Connection,
+    check_out: Callable[
+        [Connection, Callable[[], PoolProxiedConnection]], PoolProxiedConnection
+    ],
 ) -> None:
-    """Have a connection's later checkouts, after an invalidation, ask as itself.
+    """Have a connection's later checkouts, after an invalidation, made by a function.
 
+    It is called with the connection and what SQLAlchemy would do.
     ``_revalidate_connection`` is where these happen, and nothing public tells
     which connection a checkout is for. Replaced on this one object; through a weak
     reference, because a cycle would keep a leaked connection until the
@@ -135,13 +145,21 @@ def remember_tag(
     """
     ref = weakref.ref(connection)
 
-    def revalidate() -> Any:
+    def revalidate() -> PoolProxiedConnection:
         this = ref()
         assert this is not None
-        with asking():
-            return type(this)._revalidate_connection(this)
+        return check_out(this, partial(type(this)._revalidate_connection, this))
 
-    connection.__dict__["_revalidate_connection"] = revalidate
+    vars(connection)["_revalidate_connection"] = revalidate
+
+
+def set_options(target: Engine | Connection, options: Any) -> None:
+    """Replace execution options, of which the dialect does not hear.
+
+    ``execution_options`` of engines and connections stores what it is given before
+    the dialect can refuse it, and nothing public takes an option back.
+    """
+    target._execution_options = options
 
 
 def bare_record(pool: Pool) -> Any:

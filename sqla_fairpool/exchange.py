@@ -33,7 +33,7 @@ from .seats import Generation, Opener, Record, Seat
 from .section import refuse_finaliser
 from .server_tag import TOLD
 from .share import Share
-from .tagging import timeout_in_force
+from .tagging import context_timeout
 from .upkeep import Upkeep
 from .waiters import Waiter
 
@@ -54,9 +54,13 @@ class Exchange(Upkeep):
         self.leaks = None
         _living.add(self)
 
-    def checkout(self, tag: str, opener: Opener) -> Record:
+    def checkout(
+        self, tag: str, opener: Opener, timeout: float | None = None
+    ) -> Record:
         """Return a record charged to `tag`, waiting for it if need be.
 
+        :param timeout: how long the caller's options let it wait, None if they do
+          not say.
         :raises CheckoutTimeout: after the options' ``timeout``.
         :raises TooManyWaiting: if the caller may not even wait.
         """
@@ -69,7 +73,7 @@ class Exchange(Upkeep):
         except LookupError:
             record = None
         if record is None:  # not in the clause above, to be no context of errors
-            return self._checkout(tag, opener)
+            return self._checkout(tag, opener, timeout)
         now = self.clock()
         if (
             scheduler.waiting
@@ -81,7 +85,7 @@ class Exchange(Upkeep):
             self._list(account)
             account.warm.append(record)
             self._list(account)
-            return self._checkout(tag, opener)
+            return self._checkout(tag, opener, timeout)
         seat = record.seat
         seat.warm = False
         seat.again += 1
@@ -128,7 +132,7 @@ class Exchange(Upkeep):
         """Tell if nothing is left of the connection that a record has lost."""
         return self.share is None and record.physical not in self.connections
 
-    def _checkout(self, tag: str, opener: Opener) -> Record:
+    def _checkout(self, tag: str, opener: Opener, timeout: float | None) -> Record:
         """`checkout` under the lock: a slot is needed from the scheduler."""
         now = self.clock()
         seat = None
@@ -165,7 +169,7 @@ class Exchange(Upkeep):
                     self._busy = False
             if self._bells or self._chores:
                 self._flush()
-            return self._wait_or_open(seat, now, opener)
+            return self._wait_or_open(seat, now, opener, timeout)
         except LineFull:
             self._flush()
             raise self._too_many_waiting(tag) from None
@@ -214,11 +218,13 @@ class Exchange(Upkeep):
             with self.section() as now:
                 self.scheduler.activity(seat, now)
 
-    def _wait_or_open(self, seat: Seat, since: float, opener: Opener) -> Record:
+    def _wait_or_open(
+        self, seat: Seat, since: float, opener: Opener, timeout: float | None
+    ) -> Record:
         """Return the record for a seat that has none, once it has a slot."""
         waiter = seat.waiter
         if waiter is not None:
-            self._wait(seat, waiter, since)
+            self._wait(seat, waiter, since, timeout)
         record = seat.record
         if record is None:
             if self._left:
@@ -299,7 +305,7 @@ class Exchange(Upkeep):
                 self._seat_owner(seat, None)
         waiter = seat.waiter
         if waiter is not None:
-            self._wait(seat, waiter, now)
+            self._wait(seat, waiter, now, None)
         record, seat.record = seat.record, None
         return record
 
@@ -313,8 +319,11 @@ class Exchange(Upkeep):
         elif not self.journal.exhausted:
             self._note_exhaustion(tag, now)
 
-    def _wait(self, seat: Seat, waiter: Waiter, since: float) -> None:
-        timeout = timeout_in_force()
+    def _wait(
+        self, seat: Seat, waiter: Waiter, since: float, timeout: float | None
+    ) -> None:
+        if timeout is None:
+            timeout = context_timeout()
         if timeout is None:
             timeout = self.options.timeout
         deadline = math.inf if timeout is None else since + timeout
@@ -420,11 +429,13 @@ class TracedExchange(Exchange):
         assert self.options.leak_threshold is not None
         self.leaks = LeakWatch(self, self.options.leak_threshold)
 
-    def checkout(self, tag: str, opener: Opener) -> Record:
+    def checkout(
+        self, tag: str, opener: Opener, timeout: float | None = None
+    ) -> Record:
         assert self.leaks is not None
         self.leaks.start()
         stack = places(self.here.frames())
-        record = super().checkout(tag, opener)
+        record = super().checkout(tag, opener, timeout)
         record.seat.stack = stack
         return record
 

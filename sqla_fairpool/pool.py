@@ -28,7 +28,7 @@ from .seats import Generation, Seat
 from .server_tag import tell, tell_on_checkout
 from .snapshot import snapshot
 from .stats import PoolStats
-from .tagging import asked, context_tag
+from .tagging import context_tag, make_request, requested
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
 
 __all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool", "metrics_source"]
@@ -96,6 +96,9 @@ class FairQueuePool(Pool):
     _sqla_logger_namespace = "sqlalchemy.pool.FairQueuePool"
 
     _waiter_class: type[Waiter] = ThreadWaiter
+
+    #: Opens a connection that is none of the pool's, see `open_another`.
+    _open_another: Callable[[Any], Any]
 
     #: The clock; a test's seam.
     _clock: Callable[[], float] = staticmethod(time.monotonic)
@@ -171,8 +174,12 @@ class FairQueuePool(Pool):
     # -- what Pool asks of a pool ------------------------------------------------
 
     def _do_get(self) -> ConnectionPoolEntry:
-        tag = asked() or context_tag() or self._default_tag
-        return self._exchange.checkout(tag, self)
+        request = requested()
+        if request is None or request.dialect is not self._dialect:
+            return self._exchange.checkout(context_tag() or self._default_tag, self)
+        make_request(None)  # before it waits or connects, see `tagging`
+        tag = request.tag or context_tag() or self._default_tag
+        return self._exchange.checkout(tag, self, request.timeout)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         self._exchange.checkin(record, self.generation)  # type: ignore[arg-type]
@@ -395,36 +402,34 @@ def _watch_dialect(dialect: Dialect, options: PoolOptions) -> None:
         _private.note_statements(dialect)
 
 
-def _retag(connection: Connection, tag: str | None, timeout: float | None) -> bool:
+def _retag(connection: Connection, tag: str | None) -> None:
     """An option was set on a connection: charge it to its tag, or have it wait there.
 
-    Tells if the connection has another DBAPI connection now.
+    If it is refused, the connection has no DBAPI connection any more. It checks out
+    again when it is used next, as after an invalidation: under its former tag.
     """
     pool = connection.engine.pool
     if connection.closed or not isinstance(pool, FairQueuePool):
-        return False
+        return
     seat = _seat_of(connection)
-    is_change = seat is not None and tag is not None and seat.account.tag != tag
-    if is_change and connection.in_transaction():
+    if seat is None or tag is None or seat.account.tag == tag:
+        return
+    if connection.in_transaction():
         raise exc.InvalidRequestError(
             "This connection has already initialized a SQLAlchemy Transaction() "
             f"object via begin() or autobegin; {pool.options.tag_option} may not be "
             "altered unless rollback() or commit() is called first."
         )
-    _private.remember_tag(
-        connection, partial(tagging.asked_by_connection, tag, timeout)
-    )
-    if not is_change:
-        return False
-    assert seat is not None and tag is not None
-    if seat.exchange.move(seat, tag):
-        if pool.options.server_tag:
+    try:
+        if not seat.exchange.move(seat, tag):
+            _private.check_out_again(connection)
+        elif pool.options.server_tag:
             record = _private.record_of(connection)
             assert record is not None
             tell(record.dbapi_connection, record, connection.dialect)
-        return False
-    _private.check_out_again(connection)
-    return True
+    except BaseException as error:
+        connection.invalidate(error)
+        raise
 
 
 def _seat_of(connection: Connection) -> Seat | None:

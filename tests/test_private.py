@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from contextlib import contextmanager
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import ResourceClosedError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 from sqlalchemy.util import greenlet_spawn
 
@@ -69,26 +69,31 @@ def test_connection_that_could_not_check_out_again_holds_nothing(server):
     connection.close()
 
 
-def test_remembered_tag_is_asked_with_at_each_later_checkout(engine):
-    asked = []
+def test_later_checkouts_are_made_by_a_function(engine):
+    made = []
 
-    @contextmanager
-    def asking():
-        asked.append("before")
-        yield
-        asked.append("after")
+    def check_out(connection, revalidate):
+        proxied = revalidate()
+        made.append((connection, proxied.dbapi_connection))
+        return proxied
 
     with engine.connect() as connection:
-        _private.remember_tag(connection, asking)
+        _private.check_out_by(connection, check_out)
         connection.execute(text("select 1"))
-        assert asked == []
+        assert made == []
         connection.rollback()
         connection.invalidate()
         connection.execute(text("select 1"))
-        assert asked == ["before", "after"]
+        assert made == [(connection, connection.connection.dbapi_connection)]
+        connection.rollback()
+        connection.invalidate()
+        with connection.begin():
+            assert len(made) == 2
+    with pytest.raises(ResourceClosedError):
+        connection.execute(text("select 1"))
 
 
-def test_remembering_makes_no_cycle(engine):
+def test_function_for_later_checkouts_makes_no_cycle(engine):
     class Watched(Connection):
         gone = False
 
@@ -98,11 +103,20 @@ def test_remembering_makes_no_cycle(engine):
     gc.disable()
     try:
         connection = Watched(engine)
-        _private.remember_tag(connection, lambda: None)
+        _private.check_out_by(connection, lambda *_: None)
         del connection
         assert Watched.gone
     finally:
         gc.enable()
+
+
+def test_options_are_replaced_without_a_word_to_the_dialect(engine):
+    with engine.connect() as connection:
+        before = connection.get_execution_options()
+        connection.execution_options(logging_token="a")
+        _private.set_options(connection, before)
+        assert connection.get_execution_options() == {}
+        connection.execute(text("select 1"))
 
 
 def test_disowned_record_reaches_the_dbapi_connection_no_more(engine, server):
