@@ -53,10 +53,6 @@ class _Thread(weakref.ref[threading.Thread]):
 class ThreadHere(threading.local):
     """Tells who is asking, among threads."""
 
-    #: References to its `caller` while that holds nothing and waits with one seat:
-    #: this object's, the seat's, and two for the question.
-    references = 4
-
     def __init__(self) -> None:
         thread = threading.current_thread()
         #: The current thread.
@@ -70,8 +66,6 @@ class ThreadHere(threading.local):
 
 class TaskHere:
     """Tells who is asking, among tasks."""
-
-    references = 3
 
     @property
     def caller(self) -> Caller | None:

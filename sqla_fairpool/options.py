@@ -22,9 +22,9 @@ __all__ = [
     "validate_timeout",
 ]
 
-#: Bounds of the options that are times, in seconds. A shorter one would have a waiting
-#: caller do nothing but look at the clock, which hardly moves on; a longer one than some
-#: thirty years is a mistake, and too long for what the system can wait.
+#: Bounds of the options that are times, in seconds. With a shorter one a waiting caller
+#: would do nothing but look at the clock; a longer one than some thirty years is a
+#: mistake, and too long for what an operating system can wait.
 SHORTEST_TIME, LONGEST_TIME = 0.001, 1e9
 
 #: Longest tag. Tags stand in log lines, error messages and monitors' columns.
@@ -157,7 +157,7 @@ class PoolOptions:
     min_idle: int
     idle_connection_ttl: float | None
     leak_threshold: float | None
-    deadlock_guard: bool
+    deadlock_timeout: float | None
     server_tag: bool
     ledger: str | None
     #: The limits that were not given, and so follow the capacity.
@@ -185,7 +185,7 @@ class PoolOptions:
         min_idle: Any = 0,
         idle_connection_ttl: Any = None,
         leak_threshold: Any = None,
-        deadlock_guard: Any = True,
+        deadlock_timeout: Any = 1.0,
         server_tag: Any = False,
         ledger: Any = None,
     ) -> PoolOptions:
@@ -237,6 +237,12 @@ class PoolOptions:
                 leak_threshold,
                 or_none="to look for no leaks",
             )
+        if deadlock_timeout is not None:
+            deadlock_timeout = _seconds(
+                "deadlock_timeout",
+                deadlock_timeout,
+                or_none="to look for no deadlocks",
+            )
         if ledger is not None and not isinstance(ledger, str):
             _refuse("ledger", ledger, "'host', a path, or None for no ledger")
         if not isinstance(tag_option, str) or not tag_option.isidentifier():
@@ -255,7 +261,7 @@ class PoolOptions:
             min_idle=least_idle,
             idle_connection_ttl=idle_connection_ttl,
             leak_threshold=leak_threshold,
-            deadlock_guard=read_switch("deadlock_guard", deadlock_guard),
+            deadlock_timeout=deadlock_timeout,
             server_tag=read_switch("server_tag", server_tag),
             ledger=ledger,
             defaulted=frozenset(name for name, value in limits if value is None),

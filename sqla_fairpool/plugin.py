@@ -54,7 +54,7 @@ _READERS: dict[str, Callable[[str, str], Any]] = {
     "min_idle": _as_it_is,
     "idle_connection_ttl": _or_none,
     "leak_threshold": _or_none,
-    "deadlock_guard": read_switch,
+    "deadlock_timeout": _or_none,
     "server_tag": read_switch,
     "ledger": _or_none,
     "use_lifo": read_switch,

@@ -74,8 +74,9 @@ class FairQueuePool(Pool):
     :param leak_threshold: seconds after which a connection that is out is reported
       in the log, with the stack of its checkout, which is noted for that. Default
       None: never.
-    :param deadlock_guard: refuse a checkout with :class:`.SelfDeadlock` that only
-      its own caller, or others who wait in the same way, could serve. Default True.
+    :param deadlock_timeout: seconds a checkout waits before it is refused with
+      :class:`.SelfDeadlock`, if only its own caller, or callers that wait in the same
+      way, could serve it. Default 1.0; None: it waits for its `timeout`.
     :param server_tag: tell PostgreSQL the tag as ``application_name``, when a
       connection goes from one tag to another. Default False.
     :param ledger: share the connections with all processes that name the same
@@ -115,7 +116,7 @@ class FairQueuePool(Pool):
         min_idle: int = 0,
         idle_connection_ttl: float | None = None,
         leak_threshold: float | None = None,
-        deadlock_guard: bool = True,
+        deadlock_timeout: float | None = 1.0,
         server_tag: bool = False,
         ledger: str | None = None,
         use_lifo: bool = False,
@@ -139,7 +140,7 @@ class FairQueuePool(Pool):
                 min_idle=min_idle,
                 idle_connection_ttl=idle_connection_ttl,
                 leak_threshold=leak_threshold,
-                deadlock_guard=deadlock_guard,
+                deadlock_timeout=deadlock_timeout,
                 server_tag=server_tag,
                 ledger=ledger,
             )

@@ -20,7 +20,7 @@ LAYERS = [
     {"roster"},
     {"scheduler"},
     {"tagging", "_private", "callers", "journal"},
-    {"waiters", "reach"},
+    {"waiters"},
     {"seats", "share"},
     {"section", "server_tag"},
     {"desk"},
