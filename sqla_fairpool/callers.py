@@ -31,6 +31,7 @@ __all__ = [
     "frames_of",
     "has_ended",
     "places",
+    "users_level",
     "users_place",
 ]
 
@@ -135,7 +136,8 @@ _INSTALLED = ("site-packages", "dist-packages")
 def _is_users(code: CodeType) -> bool:
     """Tell if code is neither ours, SQLAlchemy's nor the standard library's."""
     name = code.co_filename
-    if name.startswith("<frozen "):
+    # The second are functions that SQLAlchemy generates, as a decorator's.
+    if name.startswith("<frozen ") or (name[0] == "<" and "sqlalchemy." in name):
         return False
     if name.startswith((_HERE, _SQLALCHEMY)):
         return False
@@ -148,6 +150,16 @@ def users_place(stack: Sequence[Place]) -> Place | None:
         if _is_users(place[0]):
             return place
     return stack[0] if stack else None
+
+
+def users_level() -> int:
+    """Return the ``stacklevel`` with which a warning of the caller names the user's
+    line.
+    """
+    for level, frame in enumerate(_up(sys._getframe(1)), 1):
+        if _is_users(frame.f_code):
+            return level
+    return 1
 
 
 def line_of(place: Place) -> int:

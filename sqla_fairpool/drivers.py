@@ -1,16 +1,22 @@
-"""Which driver a database URL stands for: one for threads, or one for asyncio.
+"""What a database URL stands for: a driver for threads or one for asyncio, a file or
+a database in memory.
 
 Scripts share one ``DATABASE_URL``, and some of them use asyncio.
 """
 
 from __future__ import annotations
 
+import warnings
 from importlib.util import find_spec
+from typing import Any
 
 from sqlalchemy import exc
 from sqlalchemy.engine import URL
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
-__all__ = ["for_asyncio", "for_threads"]
+from .callers import users_level
+
+__all__ = ["for_asyncio", "for_threads", "has_private_memory", "warn_of_memory"]
 
 # By backend: SQLAlchemy's name of a driver and its module, those preferred first.
 _THREADS = {
@@ -69,4 +75,38 @@ def _with_one_of(url: URL, drivers: dict[str, dict[str, str]], what: str) -> URL
     raise exc.ArgumentError(
         f"no driver of {url.drivername} for {what} is installed"
         + (f": install one of {', '.join(known)}" if known else "")
+    )
+
+
+def has_private_memory(dialect: Any, url: URL) -> bool:
+    """Tell if each connection would have a database of its own, in memory.
+
+    Such an engine needs one of SQLAlchemy's pools that have a single connection, or one
+    for each thread. SQLite's shared-cache databases in memory need none.
+
+    :param dialect: a dialect, or its class.
+    """
+    if url.get_backend_name() != "sqlite":
+        with warnings.catch_warnings():
+            # Of whatever the dialect thinks of the URL: create_engine says it again.
+            warnings.simplefilter("ignore")
+            default = dialect.get_pool_class(url)
+        return issubclass(default, (SingletonThreadPool, StaticPool))
+    name = url.database or ""
+    in_memory = name in ("", ":memory:", "file:", "file::memory:")
+    in_memory = in_memory or url.query.get("mode") == "memory"
+    return in_memory and not (name and url.query.get("cache") == "shared")
+
+
+def warn_of_memory(what: str) -> None:
+    """Warn whoever makes an engine with private memory.
+
+    :param what: is done about it, or was done wrong.
+    """
+    warnings.warn(
+        f"{what}: each connection would have a database of its own, in memory; several "
+        "connections need a file, or a shared cache (sqlite:///file:NAME"
+        "?mode=memory&cache=shared&uri=true)",
+        exc.SAWarning,
+        stacklevel=users_level(),
     )

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import exc
-from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.engine import URL, Connection, Dialect
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import greenlet_spawn
 
 from . import _private, tagging
+from .drivers import has_private_memory, warn_of_memory
 from .exchange import Exchange, TracedExchange
 from .joining import await_url, join_ledger
 from .lifetimes import observe, time_openings
@@ -160,6 +161,7 @@ class FairQueuePool(Pool):
             observe(self, _exchange)
             if _exchange.options.server_tag:
                 tell_on_checkout(self)
+            _tell_of_memory(self, self._dialect)
             if _exchange.options.ledger is not None:
                 join_ledger(self, _exchange)
                 await_url(self, _exchange, self._dialect)
@@ -365,6 +367,26 @@ def metrics_source(engine: Any) -> Source:
             f"{engine!r} has no FairQueuePool, so there are no figures of it"
         )
     return Source(pool._exchange, pool.metrics_name)
+
+
+def _tell_of_memory(pool: FairQueuePool, dialect: Any) -> None:
+    """Have ``create_engine`` warn of a URL for which the pool is of no use.
+
+    It tells the dialect the URL, and a pool never. A creator of the user's opens what
+    it likes, whatever the URL says; and a single connection does no harm.
+    """
+    by_url = str(getattr(pool._creator, "__module__", "")).startswith("sqlalchemy.")
+    if not by_url or pool.options.capacity == 1 or not isinstance(dialect, Dialect):
+        return
+    name, on_connect_url = type(pool).__name__, dialect.on_connect_url
+
+    @wraps(on_connect_url)  # a ledger's looks for the name
+    def told(url: URL) -> Any:
+        if has_private_memory(dialect, url):
+            warn_of_memory(f"{name} is of no use here")
+        return on_connect_url(url)
+
+    setattr(dialect, on_connect_url.__name__, told)
 
 
 def _watch_dialect(dialect: Dialect, options: PoolOptions) -> None:

@@ -11,7 +11,7 @@ PACKAGE = Path(sqla_fairpool.__file__).parent
 
 #: Each layer may import the ones above it.
 LAYERS = [
-    {"diagnosis", "options", "stats"},
+    {"callers", "diagnosis", "options", "stats"},
     {"errors"},
     {"policy", "agenda", "meters"},
     {"ledger"},
@@ -19,7 +19,7 @@ LAYERS = [
     {"account"},
     {"roster"},
     {"scheduler"},
-    {"tagging", "_private", "callers", "journal"},
+    {"tagging", "_private", "journal"},
     {"waiters"},
     {"seats", "share"},
     {"section", "server_tag"},
