@@ -12,10 +12,10 @@ PACKAGE = Path(sqla_fairpool.__file__).parent
 #: Each layer may import the ones above it.
 LAYERS = [
     {"callers", "diagnosis", "options", "stats"},
-    {"errors"},
+    {"drivers", "errors"},
     {"policy", "agenda", "meters"},
     {"ledger"},
-    {"drivers", "environment"},
+    {"environment"},
     {"account"},
     {"roster"},
     {"scheduler"},
