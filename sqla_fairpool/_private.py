@@ -34,6 +34,7 @@ __all__ = [
     "expired",
     "handed_out",
     "in_greenlet",
+    "is_dropped",
     "note_statements",
     "record_of",
     "set_options",
@@ -184,6 +185,18 @@ def handed_out(record: ConnectionPoolEntry) -> Any:
     """
     fairy_ref = getattr(record, "fairy_ref", None)
     return None if fairy_ref is None else fairy_ref()
+
+
+def is_dropped(record: ConnectionPoolEntry) -> bool:
+    """Tell if nobody has a connection that was handed out with a record.
+
+    So it is before SQLAlchemy has made its ``PoolProxiedConnection``, and from when
+    that was dropped. No reference to it is taken, which would be the last one if it is
+    dropped meanwhile: a weak reference loses its callback, and SQLAlchemy's has one,
+    together with what it refers to.
+    """
+    fairy_ref: Any = getattr(record, "fairy_ref", None)
+    return fairy_ref is None or fairy_ref.__callback__ is None
 
 
 def disown(record: ConnectionPoolEntry) -> None:

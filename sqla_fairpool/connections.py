@@ -85,7 +85,7 @@ class PhysicalConnection:
     def attach(
         self,
         driver: Any,
-        gone: weakref.WeakMethod[Callable[[PhysicalConnection], None]],
+        gone: Callable[[], Callable[[PhysicalConnection], None] | None],
     ) -> None:
         """Note the driver's connection; call `gone` when nobody has it any more."""
         self.socket = SocketCopy.of(driver)
@@ -147,6 +147,9 @@ class Connections:
 
     def __iter__(self) -> Iterator[PhysicalConnection]:
         return iter(list(self._existing))
+
+    def __len__(self) -> int:
+        return len(self._existing)
 
     def __contains__(self, physical: PhysicalConnection) -> bool:
         return physical in self._existing

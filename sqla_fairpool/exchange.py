@@ -25,7 +25,7 @@ from typing import cast
 from . import _private
 from .account import FREE, GRANTED, WAITING, LineFull
 from .callers import places
-from .deadlock import Guard
+from .deadlock import collect, holds_another, is_stuck
 from .errors import CheckoutTimeout, SelfDeadlock, TooManyWaiting
 from .inquiry import Scene, copy_scene
 from .leaks import LeakWatch
@@ -46,11 +46,10 @@ class Exchange(Upkeep):
     Serves a pool and its successors.
     """
 
-    __slots__ = ("_guard",)
+    __slots__ = ()
 
     def _begin(self) -> None:
         super()._begin()
-        self._guard = Guard(self)
         self.leaks = None
         _living.add(self)
 
@@ -327,12 +326,12 @@ class Exchange(Upkeep):
         if timeout is None:
             timeout = self.options.timeout
         deadline = math.inf if timeout is None else since + timeout
-        # With a ledger, others may give way whom nobody sees here.
-        if deadline > since and self.share is None and self._guard.suspects(seat):
-            self._refuse_deadlock(seat, deadline)
+        # With a ledger, callers of other processes may give way, who are not seen here.
+        patience = math.inf if self.share is not None else self._patience()
+        check = since + patience
         now = since
         while True:
-            until = deadline
+            until = min(deadline, check)
             if self._watch is seat:
                 until = min(until, self.next_duty)
             waiter.wait(None if until == math.inf else until - now)
@@ -345,6 +344,13 @@ class Exchange(Upkeep):
                 if now >= deadline and seat.waiter is not None:
                     scene = self._expire(seat, now)
                     break
+                if now < check:
+                    continue
+                if not holds_another(self, seat):
+                    check = math.inf  # and it will not, while it waits
+                    continue
+                check = now + patience
+            self._refuse_deadlock(seat, deadline)
         diagnosis = scene.diagnose(self.here.frames())
         raise CheckoutTimeout(
             f"checkout timed out after {scene.waited:.2f}s: {diagnosis}; "
@@ -362,12 +368,29 @@ class Exchange(Upkeep):
             self._pass_the_watch()
         return scene
 
+    def _patience(self) -> float:
+        """Return how long a caller waits before it is checked for a deadlock."""
+        timeout = self.options.deadlock_timeout
+        return math.inf if timeout is None else timeout
+
     def _refuse_deadlock(self, seat: Seat, deadline: float) -> None:
-        """Raise if a waiting seat could only be served by its own caller."""
-        scene = self._guard.examine(seat, deadline)
-        if scene is None:
-            return
-        with self._lock:
+        """Raise if a waiting seat could only be served by callers that wait likewise.
+
+        The seat leaves its line in the section that finds it stuck: of two callers that
+        wait for each other, only one is refused.
+        """
+        with self.section():
+            if not is_stuck(self, seat, deadline):
+                return
+        if not collect():
+            return  # another thread collects at this moment: after the next interval
+        with self.section() as now:
+            if not is_stuck(self, seat, deadline):
+                return
+            scene = copy_scene(self, seat, now)
+            self.scheduler.cancel(seat)
+            if seat is self._watch:
+                self._pass_the_watch()
             seat.account.meter.deadlocks += 1
         diagnosis = scene.diagnose(self.here.frames())
         raise SelfDeadlock(

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import exc
-from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.engine import URL, Connection, Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import greenlet_spawn
 
 from . import _private, tagging
+from .drivers import has_private_memory, warn_of_memory
 from .exchange import Exchange, TracedExchange
 from .joining import await_url, join_ledger
 from .lifetimes import observe, open_for_record
@@ -75,8 +76,9 @@ class FairQueuePool(Pool):
     :param leak_threshold: seconds after which a connection that is out is reported
       in the log, with the stack of its checkout, which is noted for that. Default
       None: never.
-    :param deadlock_guard: refuse a checkout with :class:`.SelfDeadlock` that only
-      its own caller, or others who wait in the same way, could serve. Default True.
+    :param deadlock_timeout: seconds a checkout waits before it is refused with
+      :class:`.SelfDeadlock`, if only its own caller, or callers that wait in the same
+      way, could serve it. Default 1.0; None: it waits for its `timeout`.
     :param server_tag: tell PostgreSQL the tag as ``application_name``, when a
       connection goes from one tag to another. Default False.
     :param ledger: share the connections with all processes that name the same
@@ -119,7 +121,7 @@ class FairQueuePool(Pool):
         min_idle: int = 0,
         idle_connection_ttl: float | None = None,
         leak_threshold: float | None = None,
-        deadlock_guard: bool = True,
+        deadlock_timeout: float | None = 1.0,
         server_tag: bool = False,
         ledger: str | None = None,
         use_lifo: bool = False,
@@ -143,7 +145,7 @@ class FairQueuePool(Pool):
                 min_idle=min_idle,
                 idle_connection_ttl=idle_connection_ttl,
                 leak_threshold=leak_threshold,
-                deadlock_guard=deadlock_guard,
+                deadlock_timeout=deadlock_timeout,
                 server_tag=server_tag,
                 ledger=ledger,
             )
@@ -162,6 +164,7 @@ class FairQueuePool(Pool):
             observe(self, _exchange)
             if _exchange.options.server_tag:
                 tell_on_checkout(self)
+            _tell_of_memory(self, self._dialect)
             if _exchange.options.ledger is not None:
                 join_ledger(self, _exchange)
                 await_url(self, _exchange, self._dialect)
@@ -390,6 +393,26 @@ def metrics_source(engine: Any) -> Source:
             f"{engine!r} has no FairQueuePool, so there are no figures of it"
         )
     return Source(pool._exchange, pool.metrics_name)
+
+
+def _tell_of_memory(pool: FairQueuePool, dialect: Any) -> None:
+    """Have ``create_engine`` warn of a URL for which the pool is of no use.
+
+    It tells the dialect the URL, and a pool never. A creator of the user's opens what
+    it likes, whatever the URL says; and a single connection does no harm.
+    """
+    by_url = str(getattr(pool._creator, "__module__", "")).startswith("sqlalchemy.")
+    if not by_url or pool.options.capacity == 1 or not isinstance(dialect, Dialect):
+        return
+    name, on_connect_url = type(pool).__name__, dialect.on_connect_url
+
+    @wraps(on_connect_url)  # a ledger's looks for the name
+    def told(url: URL) -> Any:
+        if has_private_memory(dialect, url):
+            warn_of_memory(f"{name} is of no use here")
+        return on_connect_url(url)
+
+    setattr(dialect, on_connect_url.__name__, told)
 
 
 def _watch_dialect(dialect: Dialect, options: PoolOptions) -> None:

@@ -6,8 +6,9 @@ become fewer when the pool is made smaller.
 
 Rules of this file:
 
-* There is no background thread. What is due is done by the next visitor, and
-  the common path of a checkout only compares the time with `next_visit`.
+* There is no background thread, but for the moment in which connections are opened
+  ahead. What is due is done by the next visitor, and the common path of a checkout only
+  compares the time with `next_visit`.
 * A connection that is being opened ahead or closed has a slot: that is kept out
   of use meanwhile, so there are never more connections than the capacity.
 """
@@ -15,8 +16,12 @@ Rules of this file:
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
+
+from sqlalchemy import exc
 
 from .account import GRANTED
 from .desk import Desk, Reservation
@@ -24,6 +29,9 @@ from .options import BadOption, PoolOptions
 from .seats import Generation, Opener, Record, Seat
 
 __all__ = ["Upkeep"]
+
+#: Seconds that opening ahead waits for slots of a ledger.
+_PATIENCE = 2.0
 
 #: With the capacity, what the members of a ledger agree on.
 TERMS = ("soft_limit", "max_limit", "idle_timeout", "reallocation_interval")
@@ -134,6 +142,8 @@ class Upkeep(Desk):
         if self.owner is not generation:
             self.hand_to(generation)
         generation.warm = True
+        if self.share is not None:
+            return self._check_out_ahead(opener)
         opened = 0
         while self.owner is generation and (slot := self._reserve()) is not None:
             record = None
@@ -150,6 +160,33 @@ class Upkeep(Desk):
             finally:
                 self._add_idle(slot, record, generation)
         return opened
+
+    def _check_out_ahead(self, opener: Opener) -> int:
+        """:meth:`warm_up` with a ledger, which gives slots to those who ask for them.
+
+        Others may need them more: what there is in a moment has to do.
+        """
+        out: list[Record] = []
+        opened = 0
+        try:
+            while len(out) < self.options.min_idle:
+                before = len(self.connections)
+                out.append(self.checkout(self.options.default_tag, opener, _PATIENCE))
+                opened += len(self.connections) > before
+        except exc.TimeoutError:
+            pass
+        finally:
+            for record in out:
+                self.checkin(record, opener.generation)
+        return opened
+
+    @abstractmethod
+    def checkout(
+        self, tag: str, opener: Opener, timeout: float | None = None
+    ) -> Record: ...
+
+    @abstractmethod
+    def checkin(self, record: Record, generation: Generation) -> None: ...
 
     def _reserve(self) -> Reservation | None:
         """Reserve a slot for one more connection, if one is wanted and free."""
@@ -196,11 +233,14 @@ class Upkeep(Desk):
                 self._retire(record, now, "disposed")  # another pool has taken over
 
     def _first_use(self, opener: Opener) -> None:
-        """Open `min_idle` connections because the first one was opened."""
+        """Have `min_idle` connections opened, because the first one was."""
+        opener.generation.warm = True
+        self._waiter_class.run_apart(partial(self._open_ahead, opener))
+
+    def _open_ahead(self, opener: Opener) -> None:
         try:
             self.warm_up(opener)
         except Exception as error:
-            # The caller has what he came for.
             opener.logger.warning(
                 "%d connections (min_idle) could not be opened ahead: %s",
                 self.options.min_idle,

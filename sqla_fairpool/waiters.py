@@ -7,11 +7,13 @@ ticket to learn what happened.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 from sqlalchemy import exc
-from sqlalchemy.util import await_only
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from ._private import in_greenlet
 from .callers import TaskHere, ThreadHere
@@ -46,6 +48,13 @@ class Waiter(Protocol):
     def can_wait() -> bool:
         """Tell if the caller is where a database's answer can be waited for."""
 
+    @staticmethod
+    def run_apart(function: Callable[[], object]) -> None:
+        """Run something of which the caller does not wait for the end.
+
+        Nothing of the caller's context is in force there.
+        """
+
 
 class ThreadWaiter:
     """Blocks the calling thread.
@@ -79,6 +88,12 @@ class ThreadWaiter:
     @staticmethod
     def can_wait() -> bool:
         return True
+
+    @staticmethod
+    def run_apart(function: Callable[[], object]) -> None:
+        threading.Thread(
+            target=function, name="sqla_fairpool-min_idle", daemon=True
+        ).start()
 
 
 class TaskWaiter:
@@ -147,3 +162,14 @@ class TaskWaiter:
     @staticmethod
     def can_wait() -> bool:
         return in_greenlet()
+
+    @staticmethod
+    def run_apart(function: Callable[[], object]) -> None:
+        loop = asyncio.get_running_loop()
+        running = contextvars.Context().run(loop.create_task, greenlet_spawn(function))
+        _running_apart.add(running)
+        running.add_done_callback(_running_apart.discard)
+
+
+# A loop refers to its tasks weakly.
+_running_apart: set[asyncio.Task[Any]] = set()

@@ -153,6 +153,20 @@ def test_handed_out_is_what_the_pool_gave_to_the_connection(engine):
     assert _private.handed_out(ConnectionPoolEntry()) is None
 
 
+def test_dropped_is_what_nobody_has_any_more(engine, server):
+    seen = []
+    connection = engine.connect()
+    record = _private.record_of(connection)
+    assert not _private.is_dropped(record)
+    server.before["rollback"] = lambda: seen.append(_private.is_dropped(record))
+    connection.close()
+    connection = engine.connect()
+    assert not _private.is_dropped(record)
+    del connection
+    assert seen == [False, True]  # told to close it; lost
+    assert _private.is_dropped(ConnectionPoolEntry())
+
+
 def test_creator_can_be_called_with_a_record_of_no_connection(server):
     """As the pool calls it: it may keep something on the record."""
     engine, seen = server.engine(), []

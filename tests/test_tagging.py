@@ -424,10 +424,13 @@ def on_first_connect(engine, function):
 
 @pytest.mark.parametrize("on", [on_connect, on_first_connect, on_do_connect])
 @pytest.mark.parametrize("road", [by_engine, by_connection, by_raw_connection])
-def test_listener_that_runs_while_a_connection_opens_is_untagged(server, on, road):
+def test_listener_that_runs_while_a_connection_opens_is_untagged(
+    server, on, road, tmp_path
+):
     engine, other = server.engine(), server.engine()
     if on is on_do_connect:  # it is not called where there is a creator
-        engine = create_engine("sqlite://", poolclass=FairQueuePool)
+        url = f"sqlite:///{tmp_path / 'listened.db'}"
+        engine = create_engine(url, poolclass=FairQueuePool)
     seen = []
 
     def listener():
