@@ -9,13 +9,12 @@ import os
 import signal
 import socket
 import sqlite3
-import threading
 
 import pytest
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import NullPool
+from support.sessions import Sessions
 from support.state import assert_quiet
 from support.threads import PATIENCE, Caller, eventually
 
@@ -238,35 +237,6 @@ def alarm():
     yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
-
-
-class Sessions:
-    """Counts an application's sessions at the server, all the time."""
-
-    def __init__(self, url, name):
-        self._engine = create_engine(url, poolclass=NullPool)
-        self._count = text(
-            "select count(*) from pg_stat_activity where application_name = :name"
-        )
-        self._name = name
-        self.most = 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._sample)
-
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info):
-        self._over.set()
-        self._thread.join()
-
-    def _sample(self):
-        with self._engine.connect() as connection:
-            connection = connection.execution_options(isolation_level="AUTOCOMMIT")
-            while not self._over.is_set():
-                count = connection.scalar(self._count, {"name": self._name})
-                self.most = max(self.most, count)
 
 
 @pytest.mark.postgres
