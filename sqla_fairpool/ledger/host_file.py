@@ -134,15 +134,18 @@ class LedgerFile:
         try:
             self._lock(handle)
             if not self.in_place():
-                self.close()
-                raise Replaced(
-                    f"the ledger {self.name} was removed or replaced; what is there "
-                    f"now is joined"
-                )
+                raise self._replaced()
             yield
         finally:
             if self._handle == handle:  # neither closed nor forked meanwhile
                 fcntl.flock(handle, fcntl.LOCK_UN)
+
+    def _replaced(self) -> Replaced:
+        self.close()
+        return Replaced(
+            f"the ledger {self.name} was removed or replaced; what is there now is "
+            f"joined"
+        )
 
     def _lock(self, handle: int) -> None:
         deadline = time.monotonic() + _PATIENCE
@@ -232,7 +235,7 @@ class LedgerFile:
             database.execute("pragma synchronous = off")
             (found,) = database.execute("pragma quick_check(1)").fetchone()
             if found != "ok":
-                raise sqlite3.DatabaseError(found)
+                raise sqlite3.DatabaseError(" ".join(found.split()))
             self._make_tables(database, in_use)
 
     def _sqlite(self, options: str) -> sqlite3.Connection:
@@ -354,7 +357,14 @@ class LedgerFile:
         with self._locked():
             try:
                 with no_fork:
+                    # SQLite takes the pages that it keeps for those of the file if
+                    # the same number of transactions has changed them, which is wrong
+                    # when a copy was written over the file: so it keeps none.
+                    database.execute("pragma shrink_memory")
                     database.execute("begin")
+                    (key,) = database.execute("pragma application_id").fetchone()
+                    if key != self.key:  # written over, in place
+                        raise self._replaced()
                     rows = dict(database.execute("select key, value from row"))
                 before = dict(rows)
                 yield rows
