@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -22,7 +21,8 @@ from support.threads import eventually
 import sqla_fairpool
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool, manager
 from sqla_fairpool.environment import RUN, VARIABLES, Run
-from sqla_fairpool.ledger import host
+from sqla_fairpool.ledger import host_file
+from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.manager import DynamicConnectionManager
 
 Base = declarative_base()
@@ -493,12 +493,13 @@ def test_figures_are_of_all_processes_that_share_the_budget(one):
 
 def test_while_the_ledger_is_away_the_figures_are_our_own(one, tmp_path, monkeypatch):
     (path,) = (tmp_path / "sqla-fairpool").glob("*.ledger")
-    monkeypatch.setattr(host, "_PATIENCE", 0.05)
+    monkeypatch.setattr(host_file, "_PATIENCE", 0.05)
     with one.get_session("a") as session:
         session.execute(text("select 1"))
-        with closing(sqlite3.connect(path, isolation_level=None)) as holder:
-            holder.execute("begin immediate")
-            stats = one.get_connection_stats()
+        with closing(HostStore(path)) as holder:
+            holder.open()
+            with holder.transaction():
+                stats = one.get_connection_stats()
     assert {row["scraper"] for row in stats["scrapers"]} == {"a", "setup"}
     assert stats["pool"]["checked_out"] == 1
     (warning,) = stats["warnings"]
@@ -509,8 +510,10 @@ def test_ledger_that_was_reset_is_joined_anew(one, tmp_path):
     (path,) = (tmp_path / "sqla-fairpool").glob("*.ledger")
     with one.get_session("a") as session:
         session.execute(text("select 1"))
-        with closing(sqlite3.connect(path)) as connection, connection:
-            connection.execute("delete from row")
+        with closing(HostStore(path)) as store:
+            store.open()
+            with store.transaction() as rows:
+                rows.clear()
         eventually(lambda: not one.get_connection_stats()["warnings"])
         assert one.get_connection_stats()["pool"]["checked_out"] == 1
 
