@@ -533,23 +533,6 @@ def test_tables_from_the_future_are_refused(in_database, database):
     assert store.control_connections == 0
 
 
-@pytest.mark.postgres
-def test_database_where_nothing_may_be_created_is_refused(postgres_url, database):
-    for statement in (
-        "create role nobody_special login",
-        "create schema theirs",
-    ):
-        database.execute(text(statement))
-    url = make_url(postgres_url).set(username="nobody_special")
-    url = url.update_query_dict({"options": "-csearch_path=theirs"})
-    store = PostgresStore(url)
-    with pytest.raises(
-        LedgerError, match="cannot be used: no schema has been selected"
-    ):
-        store.open()
-    database.execute(text("drop schema theirs"))
-
-
 def test_server_that_is_not_there_is_a_store_that_is_away(tmp_path):
     url = make_url("postgresql+psycopg2://u:s3cret@/db").set(host=None)
     store = PostgresStore(url.update_query_dict({"host": str(tmp_path)}))
