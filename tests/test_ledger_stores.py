@@ -16,7 +16,7 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import ArgumentError
 from support.threads import PATIENCE, Caller, eventually
 
-from sqla_fairpool.ledger import host, postgres, sessions
+from sqla_fairpool.ledger import host, places, postgres, sessions
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.places import default_path, make_store
@@ -380,13 +380,12 @@ def test_an_operator_may_let_a_group_share_it(path):
 # -- where it is ----------------------------------------------------------------------
 
 
-def test_default_place_follows_from_the_database(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def test_default_place_follows_from_the_database(temp):
     url = make_url(
         "postgresql+psycopg2://me:s3cret@db.example:5433/app?sslmode=require"
     )
     path = default_path(url)
-    assert path.parent == tmp_path / "sqla-fairpool"
+    assert path.parent == temp / f"sqla-fairpool-{os.getuid()}"
     assert path.name.startswith("postgresql-db.example-5433-app-")
     other_user = make_url("postgresql+asyncpg://you:other@db.example:5433/app")
     assert default_path(other_user) == path
@@ -400,24 +399,39 @@ def test_default_place_follows_from_the_database(tmp_path, monkeypatch):
     assert "s3cret" not in str(path)
 
 
-def test_default_place_is_this_users_alone(tmp_path, monkeypatch):
-    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+@pytest.mark.parametrize("variable", ["XDG_RUNTIME_DIR", "TMPDIR", "HOME"])
+def test_default_place_is_the_same_in_every_environment(
+    temp, tmp_path, monkeypatch, variable
+):
+    """Shells have these variables, cron and system services have others, or none."""
+    url = make_url("postgresql://host/app")
+    monkeypatch.delenv(variable, raising=False)
+    path = default_path(url)
+    monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    assert default_path(url) == path
+
+
+def test_default_place_that_cannot_be_made_is_refused(temp, monkeypatch):
+    monkeypatch.setattr(places, "_TEMP", temp / "nowhere")
+    with pytest.raises(LedgerError, match=r"cannot be made \(No such file"):
+        default_path(make_url("postgresql://host/app"))
+
+
+def test_default_place_is_this_users_alone(temp):
     url = make_url("postgresql://host/app")
     place = default_path(url).parent
-    assert place == tmp_path / f"sqla-fairpool-{os.getuid()}"
     place.chmod(0o755)
     with pytest.raises(LedgerError, match="this user alone"):
         default_path(url)
     place.rmdir()
-    (tmp_path / "elsewhere").mkdir(mode=0o700)
-    place.symlink_to(tmp_path / "elsewhere")
+    (temp / "elsewhere").mkdir(mode=0o700)
+    place.symlink_to(temp / "elsewhere")
     with pytest.raises(LedgerError, match="this user alone"):
         default_path(url)
 
 
-def test_sqlite_files_are_told_apart_by_where_they_are(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def test_sqlite_files_are_told_apart_by_where_they_are(temp, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     named = default_path(make_url("sqlite:///x.db"))
     assert named == default_path(make_url(f"sqlite:///{tmp_path}/x.db"))
