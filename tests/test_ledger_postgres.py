@@ -10,7 +10,10 @@ import pytest
 from sqlalchemy import create_engine, make_url, text
 from support.threads import PATIENCE, Caller, eventually
 
+from sqla_fairpool.cli import main
+from sqla_fairpool.cli.watching import Place
 from sqla_fairpool.ledger import postgres
+from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.keeper import Keeper
 from sqla_fairpool.ledger.postgres import PostgresStore
@@ -336,6 +339,21 @@ def test_observer_gives_no_sign_of_life(url, make):
     observer.ask([store.member])
     assert store.wait(PATIENCE)
     assert store.asked
+
+
+def test_monitor_and_commands_are_not_counted_as_members(url, make, capsys):
+    store = make(url)
+    monitor = Place("x", "database", url, None).make_store()
+    monitor.open()
+    assert store.strangers([]) == 0
+    monitor.close()
+    with store.transaction() as rows:
+        book = Book(rows)
+        book.join(store.member, {}, TERMS)
+        book.tell(book.allocation())
+    given = url.render_as_string(hide_password=False)
+    assert main(["ledger", "show", "--ledger", "database", "--url", given]) == 0
+    assert "1 members" in capsys.readouterr().out
 
 
 def test_bell_for_all_is_heard_by_those_without_a_row_and_not_by_who_rings(
