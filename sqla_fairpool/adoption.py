@@ -36,7 +36,7 @@ def say(text: str) -> None:
 def show_place(place: tuple[str, ...]) -> str:
     """Return a database's place as a URL, without user and password."""
     backend, host, port, name = place
-    if host.startswith("/"):  # a socket's directory
+    if host.startswith(("/", "@")):  # a socket's directory, or its name
         return f"{backend}:///{name}?host={host}&port={port}"
     return f"{backend}://{host}{port and ':'}{port}/{name}"
 

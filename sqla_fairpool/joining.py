@@ -23,7 +23,8 @@ from .ledger.keeper import Keeper
 from .ledger.places import make_store, needs_database
 from .ledger.postgres import PostgresStore
 from .ledger.rows import Terms
-from .ledger.sessions import Present, identify, look, other_ledgers, sign_stands
+from .ledger.sessions import identify, look, other_ledgers, sign_stands
+from .ledger.watch import Present
 from .options import PoolOptions
 from .overview import figures_of
 from .share import Share
@@ -86,7 +87,7 @@ def _begin(pool: Pool, exchange: Exchange, share: Share, url: URL | None) -> Non
         figures=partial(_figures, weakref.ref(exchange)),
     )
     share.keeper = keeper
-    share.can_lose_slots = getattr(store, "can_lose_sign", False)
+    share.can_lose_slots = store.can_lose_sign
     sessions.listen()
     _keepers.add(keeper)
 
@@ -138,8 +139,10 @@ class _Sessions:
             server, session = identify(cursor, _backend_pid(dbapi_connection))
             if share.server_name is None:
                 share.server_name = server
-            if getattr(store, "server", None) == server and not sign_stands(
-                cursor, store.sign
+            if (
+                isinstance(store, PostgresStore)
+                and store.server == server
+                and not sign_stands(cursor, store.sign)
             ):
                 raise share.unconfirmed("its sign of life is gone at the server")
             if store.key and not share.shows_ledger:

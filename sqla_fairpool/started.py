@@ -81,7 +81,7 @@ class Started(Generic[_E]):
         ledger = self.pool.options.ledger
         if ledger is None:
             return self._own_overview(registered)
-        observer = Observer(make_store(ledger, self._url))
+        observer = Observer(make_store(ledger, self._url, observes=True))
         try:
             return observer.look(registered=registered)
         except StoreAway as error:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import getpass
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -15,12 +16,38 @@ from support.stub import StubServer
 from support.threads import VirtualClock, eventually
 
 from sqla_fairpool import FairQueuePool
+from sqla_fairpool.ledger import places
 
 settings.register_profile(
     "dev", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture
+def temp(tmp_path, monkeypatch):
+    """Directories of default ledgers are in one of the test's own, in this process."""
+    path = tmp_path / "temp"
+    path.mkdir()
+    monkeypatch.setattr(places, "_TEMP", path)
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _default_ledgers_removed(tmp_path_factory):
+    """Remove what other processes have left at default places in this session."""
+    yield
+    _remove_default_ledgers(tmp_path_factory.getbasetemp())
+
+
+def _remove_default_ledgers(folder):
+    """Remove the default ledgers of databases below a folder."""
+    name = re.sub(r"[^\w.]+", "_", str(folder))
+    for path in places.known_ledgers():
+        if name in path.name:
+            for left in path.parent.glob(f"{path.name}*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 @pytest.fixture
@@ -91,6 +118,7 @@ def postgres_url():
     finally:
         server.cleanup()
         shutil.rmtree(folder, ignore_errors=True)
+        _remove_default_ledgers(folder)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from sqlalchemy.exc import ArgumentError
 
 from sqla_fairpool.drivers import asyncpg_arguments, for_asyncio, for_threads
 from sqla_fairpool.environment import RUN, VARIABLES, Run, Settings, parse_url
+from sqla_fairpool.ledger import places
 from sqla_fairpool.ledger.places import (
     database_place,
     default_ledger,
@@ -108,6 +110,24 @@ def test_postgres_is_postgresql():
         ("postgresql://u@db", "postgresql://db:5432/u"),
         ("postgresql:///app?host=/tmp/s", "postgresql:///app?host=/tmp/s&port=5432"),
         ("mysql+pymysql://h/app", "mariadb+asyncmy://h:3306/app"),
+        ("postgresql://LOCALHOST/app", "postgresql:///app?host=/var/run/postgresql"),
+        ("postgresql://127.0.1.1/app", "postgresql:///app?host=/tmp"),
+        ("postgresql://127.1/app", "postgresql://[0:0:0:0:0:0:0:1]:5432/app"),
+        ("postgresql:///app?host=/run/postgresql/", "postgresql://0.0.0.0/app"),
+        ("postgresql:///app", "postgresql://[::ffff:127.0.0.1]/app"),
+        ("postgresql:///app", "postgresql://localhost.localdomain./app"),
+        ("postgresql:///app", f"postgresql://{socket.gethostname().upper()}/app"),
+        ("mysql://localhost/app", f"mysql://{socket.gethostname()}:3306/app"),
+        ("postgresql://DB.example./app", "postgresql://db.example/app"),
+        ("postgresql://10.0.0.1/app", "postgresql://[::ffff:10.0.0.1]/app"),
+        ("postgresql://[2001:DB8::0:1]/app", "postgresql://[2001:db8:0::1]:05432/app"),
+        ("postgresql://h/app", "postgresql://x/app?host=h"),
+        ("postgresql://h/app", "postgresql:///other?host=h:5432&dbname=app"),
+        ("postgresql://10.1.2.3/app", "postgresql://any/app?hostaddr=10.1.2.3"),
+        ("postgresql:///app?host=A,b&port=1,2", "postgresql:///app?host=a:1&host=B:2"),
+        ("postgresql:///app?host=a,b", "postgresql:///app?host=a,b.&port=5432"),
+        ("postgresql:///app?host=localhost,::1", "postgresql:///app"),
+        ("sqlite:////tmp/x/../x.db", "sqlite:////tmp/x.db"),
     ],
 )
 def test_ways_to_name_one_database(one, other):
@@ -122,10 +142,74 @@ def test_ways_to_name_one_database(one, other):
         "postgresql://db2/app",
         "mysql://db/app",
         "postgresql:///app?host=/tmp/s",
+        "postgresql:///app?host=@s",
+        "postgresql:///app?host=db,db2",
+        "postgresql:///app?host=db&port=5433",
     ],
 )
 def test_databases_that_are_not_one(other):
     assert place("postgresql://db/app") != place(other)
+
+
+def test_server_with_a_socket_of_its_own_is_another_one(tmp_path):
+    """Embedded servers have the same port, and each a directory."""
+    one, two, link = (tmp_path / name for name in ("one", "two", "link"))
+    one.mkdir()
+    link.symlink_to(one)
+    here = place("postgresql:///app")
+    places = [place(f"postgresql:///app?host={path}") for path in (one, two, link)]
+    assert places[0] == places[2]
+    assert len({here, *places}) == 3
+    assert place("postgresql:///app?host=@One") not in {
+        here,
+        place("postgresql:///app?host=@one"),
+    }
+
+
+def test_hosts_keep_their_order():
+    one = place("postgresql:///app?host=a,b")
+    assert one != place("postgresql:///app?host=b,a")
+    assert one[1:3] == ("a,b", "5432,5432")
+
+
+def test_file_by_another_name_is_the_same_database(tmp_path):
+    (tmp_path / "x.db").touch()
+    (tmp_path / "link.db").symlink_to(tmp_path / "x.db")
+    assert place(f"sqlite:///{tmp_path}/x.db") == place(f"sqlite:///{tmp_path}/link.db")
+
+
+def test_what_the_url_leaves_out_is_as_libpq_has_it(monkeypatch):
+    monkeypatch.setenv("PGHOST", "DB")
+    monkeypatch.setenv("PGPORT", "5433")
+    monkeypatch.setenv("PGDATABASE", "app")
+    assert place("postgresql://") == place("postgresql://db:5433/app")
+    assert place("postgresql://h:1/d") == ("postgresql", "h", "1", "d")
+    assert place("mysql:///d") == ("mysql", "localhost", "3306", "d")
+
+
+def test_names_in_the_hosts_file_are_known(tmp_path, monkeypatch):
+    hosts = tmp_path / "hosts"
+    hosts.write_text(
+        "# a comment\n"
+        "127.0.1.1\tmachine.example.com machine # of Debian\n"
+        "10.0.0.5 other Machine2\n"
+        "10.0.0.6 elsewhere\n"
+        "\n"
+    )
+    monkeypatch.setattr(places, "_HOSTS_FILE", hosts)
+    monkeypatch.setattr("socket.gethostname", lambda: "machine2.lan")
+    hosts.write_text(hosts.read_text().replace("Machine2", "Machine2.lan"))
+    places._names_of_this_host.cache_clear()
+    try:
+        for name in ("machine", "machine.example.com", "other", "10.0.0.5", "machine2"):
+            assert place(f"postgresql://{name}/app") == place("postgresql:///app"), name
+        for name in ("elsewhere", "10.0.0.6", "comment"):
+            assert place(f"postgresql://{name}/app") != place("postgresql:///app"), name
+        monkeypatch.setattr(places, "_HOSTS_FILE", tmp_path / "none")
+        places._names_of_this_host.cache_clear()
+        assert place("postgresql://other/app") != place("postgresql:///app")
+    finally:
+        places._names_of_this_host.cache_clear()
 
 
 def place(url):

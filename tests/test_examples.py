@@ -122,11 +122,7 @@ def test_celery_with_prefork(postgres_url, tmp_path):
 
 @pytest.mark.postgres
 def test_unchanged_scripts_do_what_they_do_under_the_launcher(postgres_url, tmp_path):
-    environment = {
-        **os.environ,
-        "DATABASE_URL": postgres_url,
-        "XDG_RUNTIME_DIR": str(tmp_path),
-    }
+    environment = {**os.environ, "DATABASE_URL": postgres_url}
     scripts = [
         subprocess.Popen(
             [sys.executable, "-m", "sqla_fairpool", "run", "-v", f"{name}.py", "0.5"],

@@ -395,13 +395,12 @@ def test_default_place_needs_a_database():
         pool.connect()
 
 
-def test_default_place_follows_from_the_engines_url(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def test_default_place_follows_from_the_engines_url(temp, tmp_path):
     engine = create_engine(
         f"sqlite:///{tmp_path}/x.db", poolclass=FairQueuePool, ledger="host"
     )
     with engine.connect():
-        assert list((tmp_path / "sqla-fairpool").glob("sqlite-*.ledger"))
+        assert list(temp.glob("sqla-fairpool-*/sqlite-*.ledger"))
     engine.dispose()
     engine.pool._exchange.share.keeper.close()
 

@@ -17,7 +17,7 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import ArgumentError
 from support.threads import PATIENCE, Caller, eventually
 
-from sqla_fairpool.ledger import host_file, postgres, sessions
+from sqla_fairpool.ledger import host_file, places, postgres, sessions
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.places import default_path, make_store
@@ -382,13 +382,12 @@ def test_an_operator_may_let_a_group_share_it(path):
 # -- where it is ----------------------------------------------------------------------
 
 
-def test_default_place_follows_from_the_database(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def test_default_place_follows_from_the_database(temp):
     url = make_url(
         "postgresql+psycopg2://me:s3cret@db.example:5433/app?sslmode=require"
     )
     path = default_path(url)
-    assert path.parent == tmp_path / "sqla-fairpool"
+    assert path.parent == temp / f"sqla-fairpool-{os.getuid()}"
     assert path.name.startswith("postgresql-db.example-5433-app-")
     other_user = make_url("postgresql+asyncpg://you:other@db.example:5433/app")
     assert default_path(other_user) == path
@@ -402,24 +401,39 @@ def test_default_place_follows_from_the_database(tmp_path, monkeypatch):
     assert "s3cret" not in str(path)
 
 
-def test_default_place_is_this_users_alone(tmp_path, monkeypatch):
-    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+@pytest.mark.parametrize("variable", ["XDG_RUNTIME_DIR", "TMPDIR", "HOME"])
+def test_default_place_is_the_same_in_every_environment(
+    temp, tmp_path, monkeypatch, variable
+):
+    """Shells have these variables, cron and system services have others, or none."""
+    url = make_url("postgresql://host/app")
+    monkeypatch.delenv(variable, raising=False)
+    path = default_path(url)
+    monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    assert default_path(url) == path
+
+
+def test_default_place_that_cannot_be_made_is_refused(temp, monkeypatch):
+    monkeypatch.setattr(places, "_TEMP", temp / "nowhere")
+    with pytest.raises(LedgerError, match=r"cannot be made \(No such file"):
+        default_path(make_url("postgresql://host/app"))
+
+
+def test_default_place_is_this_users_alone(temp):
     url = make_url("postgresql://host/app")
     place = default_path(url).parent
-    assert place == tmp_path / f"sqla-fairpool-{os.getuid()}"
     place.chmod(0o755)
     with pytest.raises(LedgerError, match="this user alone"):
         default_path(url)
     place.rmdir()
-    (tmp_path / "elsewhere").mkdir(mode=0o700)
-    place.symlink_to(tmp_path / "elsewhere")
+    (temp / "elsewhere").mkdir(mode=0o700)
+    place.symlink_to(temp / "elsewhere")
     with pytest.raises(LedgerError, match="this user alone"):
         default_path(url)
 
 
-def test_sqlite_files_are_told_apart_by_where_they_are(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+def test_sqlite_files_are_told_apart_by_where_they_are(temp, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     named = default_path(make_url("sqlite:///x.db"))
     assert named == default_path(make_url(f"sqlite:///{tmp_path}/x.db"))
@@ -535,23 +549,6 @@ def test_tables_from_the_future_are_refused(in_database, database):
     assert store.control_connections == 0
 
 
-@pytest.mark.postgres
-def test_database_where_nothing_may_be_created_is_refused(postgres_url, database):
-    for statement in (
-        "create role nobody_special login",
-        "create schema theirs",
-    ):
-        database.execute(text(statement))
-    url = make_url(postgres_url).set(username="nobody_special")
-    url = url.update_query_dict({"options": "-csearch_path=theirs"})
-    store = PostgresStore(url)
-    with pytest.raises(
-        LedgerError, match="cannot be used: no schema has been selected"
-    ):
-        store.open()
-    database.execute(text("drop schema theirs"))
-
-
 def test_server_that_is_not_there_is_a_store_that_is_away(tmp_path):
     url = make_url("postgresql+psycopg2://u:s3cret@/db").set(host=None)
     store = PostgresStore(url.update_query_dict({"host": str(tmp_path)}))
@@ -563,25 +560,65 @@ def test_server_that_is_not_there_is_a_store_that_is_away(tmp_path):
 @pytest.mark.postgres
 def test_pooler_in_between_is_refused(postgres_url, monkeypatch):
     """None is installed here: what its driver would say is put in its place."""
-    check = postgres.refuse_pooler
-    monkeypatch.setattr(postgres, "refuse_pooler", lambda c, pid: check(c, pid + 1))
+    check = sessions.refuse_pooler
+    monkeypatch.setattr(sessions, "refuse_pooler", lambda c, pid: check(c, pid + 1))
     with pytest.raises(LedgerError, match="a pooler like PgBouncer is in between"):
         PostgresStore(make_url(postgres_url)).open()
 
 
 @pytest.mark.postgres
 @pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
-def test_sessions_are_seen_until_they_end(postgres_url, database, driver):
+def test_sessions_are_seen_until_they_end_whatever_is_done_in_them(
+    postgres_url, database, driver
+):
     url = make_url(postgres_url).set(drivername=f"postgresql+{driver}")
     engine = create_engine(url)
     asking = database.connection.cursor()
+    before = sessions.look(asking)
     with engine.connect() as connection:
         cursor = connection.connection.cursor()
-        driver_connection = connection.connection.driver_connection
-        sessions.refuse_pooler(cursor, driver_connection.info.backend_pid)
-        sessions.mark(cursor, 12345, 7)
+        pid = connection.connection.driver_connection.info.backend_pid
+        server, session = sessions.identify(cursor, pid)
         connection.rollback()
-        assert sessions.members_with_sessions(asking, 12345) == {7}
-        assert sessions.members_with_sessions(asking, 12346) == set()
+        driver_connection = connection.connection.driver_connection
+        driver_connection.autocommit = True
+        cursor.execute("DISCARD ALL")
+        present = sessions.look(asking)
+        assert present.server == server == before.server
+        assert session.pid == pid
+        assert session in present.sessions - before.sessions
+        assert session in present.peers
+        driver_connection.autocommit = False
     engine.dispose()
-    eventually(lambda: sessions.members_with_sessions(asking, 12345) == set())
+    eventually(lambda: session not in sessions.look(asking).sessions)
+
+
+@pytest.mark.postgres
+def test_sessions_of_another_role_are_seen_without_their_beginning(
+    postgres_url, database
+):
+    database.execute(text("create role looks_on login"))
+    try:
+        engine = create_engine(make_url(postgres_url).set(username="looks_on"))
+        cursor = database.connection.cursor()
+        _, session = sessions.identify(cursor, None)
+        with engine.connect() as connection:
+            present = sessions.look(connection.connection.cursor())
+        assert session._replace(began=None) in present.sessions
+        assert session.pid not in {peer.pid for peer in present.peers}
+        engine.dispose()
+    finally:
+        database.execute(text("drop role looks_on"))
+
+
+@pytest.mark.postgres
+def test_pools_of_other_ledgers_are_seen(postgres_url, database):
+    cursor = database.connection.cursor()
+    engine = create_engine(postgres_url)
+    with engine.connect() as connection:
+        assert sessions.other_ledgers(connection.connection.cursor(), 77) == set()
+        assert sessions.other_ledgers(cursor, 78) == {77}
+        assert sessions.other_ledgers(cursor, 77) == {78}
+        connection.invalidate()
+    engine.dispose()
+    cursor.execute("select pg_advisory_unlock_all()")

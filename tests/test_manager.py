@@ -13,7 +13,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Column, Integer, String, select, text
+from sqlalchemy import Column, Integer, String, make_url, select, text
 from sqlalchemy.exc import ArgumentError, IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Session, declarative_base
 from support.threads import eventually
@@ -23,6 +23,7 @@ from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool, manager
 from sqla_fairpool.environment import RUN, VARIABLES, Run
 from sqla_fairpool.ledger import host_file
 from sqla_fairpool.ledger.host import HostStore
+from sqla_fairpool.ledger.places import default_path
 from sqla_fairpool.manager import DynamicConnectionManager
 
 Base = declarative_base()
@@ -40,11 +41,10 @@ def url(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch, tmp_path, url):
-    """A database is named, ledgers are in a directory of the test's, nothing else."""
+def environment(monkeypatch, url):
+    """A database of the test's is named, which has a ledger of its own; no more."""
     for name in (*VARIABLES, RUN):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setenv("DATABASE_URL", url)
 
 
@@ -491,8 +491,8 @@ def test_figures_are_of_all_processes_that_share_the_budget(one):
         assert process.wait(30) == 0
 
 
-def test_while_the_ledger_is_away_the_figures_are_our_own(one, tmp_path, monkeypatch):
-    (path,) = (tmp_path / "sqla-fairpool").glob("*.ledger")
+def test_while_the_ledger_is_away_the_figures_are_our_own(one, url, monkeypatch):
+    path = default_path(make_url(url))
     monkeypatch.setattr(host_file, "_PATIENCE", 0.05)
     with one.get_session("a") as session:
         session.execute(text("select 1"))
@@ -506,8 +506,8 @@ def test_while_the_ledger_is_away_the_figures_are_our_own(one, tmp_path, monkeyp
     assert warning.startswith(f"the ledger is away: {path}: ")
 
 
-def test_ledger_that_was_reset_is_joined_anew(one, tmp_path):
-    (path,) = (tmp_path / "sqla-fairpool").glob("*.ledger")
+def test_ledger_that_was_reset_is_joined_anew(one, url):
+    path = default_path(make_url(url))
     with one.get_session("a") as session:
         session.execute(text("select 1"))
         with closing(HostStore(path)) as store:

@@ -36,10 +36,9 @@ PROGRAM = str(Path(__file__).parent / "support" / "monitor_program.py")
 
 
 @pytest.fixture(autouse=True)
-def _environment(monkeypatch, tmp_path):
+def _environment(monkeypatch, temp):
     for name in ("DATABASE_URL", "FAIRPOOL_LEDGER", "COLUMNS", "LINES"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setenv("TERM", "xterm-256color")
 
 
@@ -86,9 +85,9 @@ def test_nobody_has_used_a_ledger_yet(capsys):
     assert "nobody has used a ledger here yet" in err
 
 
-def test_the_only_ledger_is_meant(capsys, tmp_path, show):
+def test_the_only_ledger_is_meant(capsys, temp, show):
     show(overview())
-    folder = tmp_path / "sqla-fairpool"
+    folder = temp / f"sqla-fairpool-{os.getuid()}"
     folder.mkdir(mode=0o700)
     (folder / "one.ledger").touch()
     assert run(capsys, "stats")[0] == 0
@@ -99,8 +98,8 @@ def test_the_only_ledger_is_meant(capsys, tmp_path, show):
     assert "--ledger PATH" in err
 
 
-def test_the_only_ledger_in_use_is_meant(capsys, tmp_path):
-    folder = tmp_path / "sqla-fairpool"
+def test_the_only_ledger_in_use_is_meant(capsys, temp):
+    folder = temp / f"sqla-fairpool-{os.getuid()}"
     folder.mkdir(mode=0o700)
     (folder / "old.ledger").touch()
     engine = StubServer().engine(ledger=str(folder / "used.ledger"))

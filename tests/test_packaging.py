@@ -51,11 +51,7 @@ def test_code_of_the_documents_runs_when_pasted(block, tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", block],
         cwd=tmp_path,
-        env={
-            **os.environ,
-            "DATABASE_URL": "sqlite:///t.db",
-            "XDG_RUNTIME_DIR": str(tmp_path),
-        },
+        env={**os.environ, "DATABASE_URL": "sqlite:///t.db"},
         capture_output=True,
         text=True,
         timeout=60,

@@ -31,12 +31,10 @@ pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals, fork and exec"
 
 
 @pytest.fixture(autouse=True)
-def environment(monkeypatch, tmp_path):
-    """Nothing of this process's settings, and ledgers of the test's own."""
+def environment(monkeypatch):
+    """Nothing of this process's settings."""
     for name in ("DATABASE_URL", "PYTHONPATH", "PYTHONWARNINGS", RUN, *VARIABLES):
         monkeypatch.delenv(name, raising=False)
-    (tmp_path / "runtime").mkdir()
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ def _url(arguments: argparse.Namespace) -> URL | None:
 @contextmanager
 def _opened(arguments: argparse.Namespace) -> Iterator[_Store]:
     try:
-        store = make_store(arguments.ledger, _url(arguments))
+        store = make_store(arguments.ledger, _url(arguments), observes=True)
     except (exc.ArgumentError, LedgerError) as error:
         raise CommandError(str(error)) from None
     if isinstance(store, HostStore) and not os.path.exists(store.name):

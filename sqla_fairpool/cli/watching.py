@@ -82,7 +82,7 @@ class Place:
 
         :raises LedgerError: if it is a file that is not there, which is not created.
         """
-        store = make_store(self.ledger, self.database)
+        store = make_store(self.ledger, self.database, observes=True)
         if isinstance(store, HostStore) and not os.path.exists(store.name):
             raise LedgerError(
                 f"there is no ledger at {store.name}: nobody has used it yet"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import ipaddress
 import os
 import re
+import socket
 import stat
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,8 +43,18 @@ _DRIVERS = ("psycopg2", "psycopg")
 #: Where a server listens if the URL says nothing.
 _PORTS = {"postgresql": "5432", "mysql": "3306", "mssql": "1433", "oracle": "1521"}
 
-#: Hosts that are this one.
-_HERE = frozenset({"", "localhost", "127.0.0.1", "::1"})
+#: What stands for this host.
+_HERE = "localhost"
+
+#: Where a PostgreSQL server has its socket unless it was told otherwise.
+_SOCKETS = ("/run/postgresql", "/var/run/postgresql", "/tmp")
+
+#: Where directories for default ledgers are. Not what TMPDIR or XDG_RUNTIME_DIR say:
+#: cron, system services and shells of one user have different ones, or none.
+_TEMP = Path("/tmp")
+
+#: What gives names to addresses, before any server is asked.
+_HOSTS_FILE = Path("/etc/hosts")
 
 #: Other names of backends.
 _SAME = {"mariadb": "mysql", "postgres": "postgresql"}
@@ -60,12 +72,15 @@ def needs_database(ledger: str) -> bool:
     return ledger in ("host", "database")
 
 
-def make_store(ledger: str, database: URL | None) -> HostStore | PostgresStore:
+def make_store(
+    ledger: str, database: URL | None, *, observes: bool = False
+) -> HostStore | PostgresStore:
     """Return the store that `ledger` names.
 
     :param ledger: ``host``, ``database``, a path, or a PostgreSQL URL, in which the key
       ``ledger`` tells several in one database apart.
     :param database: the URL of the pool's database, for the first two.
+    :param observes: the store is for looking on, by a process that is no member.
     :raises sqlalchemy.exc.ArgumentError: for anything else.
     :raises LedgerError: if the default place is not safe.
     """
@@ -78,26 +93,26 @@ def make_store(ledger: str, database: URL | None) -> HostStore | PostgresStore:
     if ledger == "database":
         if database is None:
             raise BadOption("ledger", ledger, "a URL, where the pool has none")
-        return _in_database(ledger, database)
+        return _in_database(ledger, database, observes)
     if "://" in ledger:
         try:
             url = make_url(ledger)
         except exc.ArgumentError:
             url = None
         if url is not None:
-            return _in_database(ledger, url)
+            return _in_database(ledger, url, observes)
     if "/" in ledger and "://" not in ledger:
         return HostStore(os.path.expanduser(ledger))
     shown = ledger.partition("://")[0] + "://..." if "://" in ledger else ledger
     raise BadOption("ledger", shown, _ALLOWED)
 
 
-def _in_database(ledger: str, url: URL) -> PostgresStore:
+def _in_database(ledger: str, url: URL, observes: bool) -> PostgresStore:
     if url.get_backend_name() != "postgresql":
         shown = f"{url.get_backend_name()}://..." if "://" in ledger else ledger
         raise BadOption("ledger", shown, "a PostgreSQL database, or " + _ALLOWED)
     name = url.query.get("ledger", "default")
-    return PostgresStore(with_threads_driver(url), str(name))
+    return PostgresStore(with_threads_driver(url), str(name), observes=observes)
 
 
 def with_threads_driver(url: URL) -> URL:
@@ -121,7 +136,8 @@ def with_threads_driver(url: URL) -> URL:
 def default_path(database: URL) -> Path:
     """Return the default ledger's file for a database, by its host, port and name.
 
-    Never by user or password. The directory is this user's alone, which is checked: in
+    Never by user or password. The same for all processes of a user on this host,
+    whatever their environment. The directory is this user's alone, which is checked: in
     a directory that is open to everybody, somebody else could have made it.
     """
     parts = database_place(database)
@@ -139,36 +155,118 @@ def known_ledgers() -> list[Path]:
 def database_place(url: URL) -> tuple[str, str, str, str]:
     """Return backend, host, port and name of a database, the same for the same one.
 
-    As far as a URL tells: the ways to write this host and the default port count as
-    one, other aliases of a host do not.
+    As far as it is known without asking anybody. One host are
+
+    * all ways to write a name or an address, and of PostgreSQL what the environment
+      says (``PGHOST``, ``PGPORT``, ``PGDATABASE``) where the URL says nothing;
+    * ``localhost``: every loopback address, this host's name, the names that
+      ``/etc/hosts`` gives to these, and the sockets in the usual directories. A socket
+      in a directory of its own belongs to a server of its own.
+
+    Several hosts stay in their order. Other names of a host, and the addresses of this
+    one in a network, are not known.
     """
     backend = url.get_backend_name()
     backend = _SAME.get(backend, backend)
-    host = url.host or url.query.get("host") or ""
-    if not isinstance(host, str):
-        host = ",".join(host)
     name = url.database or ""
     if backend == "sqlite":
         if name not in ("", ":memory:"):
-            name = os.path.abspath(name)  # it may be named from here
-        return backend, host, "", name
+            name = os.path.realpath(name)  # it may be named from here
+        return backend, url.host or "", "", name
     if backend == "postgresql":
-        name = name or url.username or ""  # as libpq has it
-    port = url.port or url.query.get("port") or _PORTS.get(backend, "")
-    return backend, "localhost" if host in _HERE else host, str(port), name
+        # As libpq has it.
+        given = name or os.environ.get("PGDATABASE") or url.username
+        name = _last(url, "dbname") or given or os.environ.get("PGUSER", "")
+    # Two names of one address are one.
+    addresses = dict.fromkeys(
+        (_one_host(host), port or _PORTS.get(backend, ""))
+        for host, port in _addresses(url, backend)
+    )
+    hosts, ports = zip(*addresses, strict=True)
+    return backend, ",".join(hosts), ",".join(ports), name
+
+
+def _last(url: URL, key: str) -> str:
+    """Return the value of a key in the URL's query, which wins over its other parts."""
+    return ",".join(url.normalized_query.get(key, ()))
+
+
+def _addresses(url: URL, backend: str) -> list[tuple[str, str]]:
+    """Return hosts and ports as they are given, in each of SQLAlchemy's forms."""
+    is_postgresql = backend == "postgresql"
+    host = _last(url, "hostaddr") or _last(url, "host") or url.host or ""
+    port = _last(url, "port") or str(url.port or "")
+    if is_postgresql:
+        host = host or os.environ.get("PGHOST", "")
+        port = port or os.environ.get("PGPORT", "")
+    hosts, ports = host.split(","), port.split(",")
+    if len(ports) < len(hosts):
+        ports = ports[:1] * len(hosts)
+    found = []
+    for one, its_port in zip(hosts, ports, strict=False):
+        if one.count(":") == 1 and not one.startswith(("/", "@")):
+            one, _, its_port = one.partition(":")  # host=a:1&host=b:2
+        found.append((one, its_port.lstrip("0")))
+    return found
+
+
+def _one_host(host: str) -> str:
+    """Return the name for a host, the same for all its names that are known."""
+    if host.startswith("@"):  # a socket without a file
+        return host
+    if host.startswith("/"):
+        path = os.path.realpath(host)
+        return _HERE if path in map(os.path.realpath, _SOCKETS) else path
+    host = host.strip("[]").rstrip(".").lower()
+    address = _parse_address(host)
+    if address is not None:
+        host = str(address)
+        if address.is_loopback or address.is_unspecified:
+            return _HERE
+    return _HERE if host in _names_of_this_host() else host
+
+
+def _parse_address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        try:
+            return ipaddress.IPv4Address(socket.inet_aton(host))  # 127.1
+        except (OSError, ValueError):
+            return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+@functools.cache
+def _names_of_this_host() -> frozenset[str]:
+    """Return names and addresses that mean this host, asking no server."""
+    name = socket.gethostname().lower()
+    names = {"", _HERE, "localhost.localdomain", name, name.partition(".")[0]}
+    try:
+        lines = _HOSTS_FILE.read_text(errors="replace").lower().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        address, *others = line.partition("#")[0].split() or [""]
+        parsed = _parse_address(address)
+        if (parsed is not None and parsed.is_loopback) or name in others:
+            names.update(others, [address])
+    return frozenset(names)
 
 
 def _directory() -> Path:
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime and os.path.isdir(runtime):
-        path = Path(runtime) / "sqla-fairpool"
-    else:
-        path = Path(tempfile.gettempdir()) / f"sqla-fairpool-{os.getuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
-    found = path.lstat()
+    path = _TEMP / f"sqla-fairpool-{os.geteuid()}"
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise LedgerError(
+            f"the directory {path} for ledgers cannot be made ({error.strerror}): name "
+            "another path as the ledger"
+        ) from None
     if (
         not stat.S_ISDIR(found.st_mode)
-        or found.st_uid != os.getuid()
+        or found.st_uid != os.geteuid()
         or found.st_mode & 0o077
     ):
         raise LedgerError(

@@ -1,13 +1,10 @@
 """The store for any number of hosts: tables in a PostgreSQL database.
 
-    fairpool_ledger(name, version, number)      the ledgers in this database
-    fairpool_ledger_row(ledger, key, value)     their rows
-    fairpool_figures(ledger, member, value)     what members say of themselves, if asked
-
-One session per process, the *control connection*, does everything: it holds the sign of
-life, a session advisory lock that the server releases exactly when the session ends; it
-listens for the bell, a notification; and it runs the transactions, which are
-exclusive by another advisory lock.
+The tables are in :mod:`.postgres_tables`. One session per process, the *control
+connection*, does everything: it holds the sign of life, a session advisory lock that
+the server releases exactly when the session ends; it listens for the bell, a
+notification; and it runs the transactions, which are exclusive by another advisory
+lock.
 
 Rules of this file:
 
@@ -15,6 +12,9 @@ Rules of this file:
   writes into a pipe.
 * A session that ends takes the sign of life with it while the process lives on. That
   is known from then on (`signed`), until :meth:`PostgresStore.open` has made a new one.
+* Tables may be dropped, or restored from a copy, while members live. So what all
+  members of a ledger have in common besides them, locks and channels, follows from the
+  ledger's *place*: the database and the ledger's name.
 """
 
 from __future__ import annotations
@@ -27,60 +27,64 @@ import select
 import uuid
 from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from . import sessions
 from .errors import LedgerError
-from .sessions import refuse_pooler
+from .postgres_tables import Tables, TablesGone
 from .store import StoreAway
+from .watch import Present
 
 __all__ = ["PostgresStore"]
-
-#: Version of the tables.
-SCHEMA = 1
 
 #: How long a transaction waits for another one, and for the server.
 _LOCK_TIMEOUT, _STATEMENT_TIMEOUT, _CONNECT_TIMEOUT = "2s", "5s", 5
 
+#: A network that is cut is noticed within 10 seconds: by probes while nothing is sent,
+#: else by what is sent and not acknowledged (milliseconds). For libpq; a URL may have
+#: others.
+_KEEPALIVES = {
+    "keepalives": 1,
+    "keepalives_idle": 4,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+
 #: What a notification says when its receiver is to publish.
 _ASK = "ask"
 
-#: First key of the locks on ledgers; the second one is the ledger's number. Any number
-#: would do; this one is "fair".
+#: First key of the locks for transactions. Any number would do; this one is "fair".
 _EXCLUSIVE = 0x66616972
 
-_TABLES = (
-    "CREATE TABLE IF NOT EXISTS fairpool_ledger "
-    "(name text PRIMARY KEY, version int NOT NULL, number int NOT NULL)",
-    "CREATE TABLE IF NOT EXISTS fairpool_ledger_row (ledger text NOT NULL, "
-    "key text NOT NULL, value text NOT NULL, PRIMARY KEY (ledger, key))",
-    # Nothing that has to outlive the server.
-    "CREATE UNLOGGED TABLE IF NOT EXISTS fairpool_figures (ledger text NOT NULL, "
-    "member text NOT NULL, value text NOT NULL, PRIMARY KEY (ledger, member))",
-)
-_READ = text("SELECT key, value FROM fairpool_ledger_row WHERE ledger = :ledger")
-_DELETE = text("DELETE FROM fairpool_ledger_row WHERE ledger = :ledger AND key = :key")
-_WRITE = text(
-    "INSERT INTO fairpool_ledger_row VALUES (:ledger, :key, :value) "
-    "ON CONFLICT (ledger, key) DO UPDATE SET value = excluded.value"
-)
-_PUBLISH = text(
-    "INSERT INTO fairpool_figures VALUES (:ledger, :member, :value) "
-    "ON CONFLICT (ledger, member) DO UPDATE SET value = excluded.value"
-)
-_PUBLISHED = text("SELECT member, value FROM fairpool_figures WHERE ledger = :ledger")
-_UNPUBLISH = text(
-    "DELETE FROM fairpool_figures WHERE ledger = :ledger AND member = :member"
-)
+#: Second key of the one for creating tables.
+_CREATION = 0
+
+#: SQLSTATEs for a table and for a schema that does not exist.
+_MISSING = frozenset({"42P01", "3F000"})
+
+# A level that a role may have by default would show the rows as they were before the
+# lock was there.
+_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
+
 _SIGNS = text(
-    "SELECT (classid::bigint << 32) | objid::bigint FROM pg_locks "
+    "SELECT pid, (classid::bigint << 32) | objid::bigint FROM pg_locks "
     "WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND database = "
     "(SELECT oid FROM pg_database WHERE datname = current_database())"
 )
+
+
+class _Heard(NamedTuple):
+    """A notification."""
+
+    channel: str
+    payload: str
+    pid: int
 
 
 class PostgresStore:
@@ -88,34 +92,73 @@ class PostgresStore:
 
     :param url: the database, with psycopg2 or psycopg as the driver.
     :param ledger: which one, if there are several in the database.
+    :param observes: it is opened to look on, by who is no member: it gives no sign of
+      life, and nobody counts it among those who may have connections.
     """
 
     kind = "postgresql"
+    #: The sign of life depends on a connection.
+    can_lose_sign = True
+    #: The tables are looked at in each transaction, and not in between.
+    watches_place = False
 
-    def __init__(self, url: URL, ledger: str = "default") -> None:
+    def __init__(
+        self, url: URL, ledger: str = "default", *, observes: bool = False
+    ) -> None:
+        keepalives = {k: v for k, v in _KEEPALIVES.items() if k not in url.query}
         self._engine = create_engine(
             url,
             poolclass=NullPool,
             isolation_level="AUTOCOMMIT",
             connect_args={
+                **keepalives,
                 "connect_timeout": _CONNECT_TIMEOUT,
                 "application_name": "sqla_fairpool ledger",
             },
         )
         self._ledger = ledger
+        self._observes = observes
+        # Of the place, see the head: the lock that each member shares, as a key of
+        # its own and as a second one, and the channel to which all listen.
+        self._place = _key(f"place {ledger}")
+        self._everybody = _channel(f"place_{self._place:x}")
+        self._exclusion = self._place & 0x7FFFFFFF
         host = url.host or url.query.get("host") or "localhost"
         port = f":{url.port}" if url.port else ""
         self.name = f"postgresql://{host}{port}/{url.database} ledger {ledger!r}"
-        #: The ledger's own number; 0 until it is opened.
-        self.key = 0
+        self._tables = Tables(ledger)
         self._begin()
 
     def _begin(self) -> None:
         self.member = uuid.uuid4().hex
         self.signed = True
+        #: The identity of the server, once it is connected.
+        self.server: str | None = None
         self._connection: Connection | None = None
+        # The tables were found. Not the same as being connected: see `_miss_tables`.
+        self._is_open = False
+        self._inbox: list[_Heard] = []
         self._pipe: tuple[int, int] | None = None
         self.asked = False
+
+    @property
+    def key(self) -> int:
+        """The ledger's own number; 0 until it is opened."""
+        return self._tables.number
+
+    @property
+    def sign(self) -> int:
+        """The key of this process's sign of life, an advisory lock."""
+        return _key(self.member)
+
+    def look(self) -> Present:
+        """Return the sessions of the server in which the ledger is."""
+        with self._translated():
+            cursor = self._driver.cursor()
+            try:
+                return sessions.look(cursor)
+            finally:
+                cursor.close()
 
     @property
     def control_connections(self) -> int:
@@ -130,23 +173,29 @@ class PostgresStore:
         :raises StoreAway: if the server cannot be reached.
         :raises LedgerError: if it cannot be used as it is.
         """
-        if self._connection is not None:
+        if self._is_open:
             return
         if self._pipe is None:
             self._pipe = os.pipe()
             for end in self._pipe:
                 os.set_blocking(end, False)
+        is_connected = self._connection is not None
         try:
-            with self._translated():
-                self._connection = self._engine.connect()
-                self._prepare()
-                self._create_tables()
-                self._run(f"LISTEN {_channel(self.member)}")
-                self._run(f"SELECT pg_advisory_lock({_sign(self.member)})")
-            self.signed = True
+            if not is_connected:
+                with self._translated():
+                    self._connection = self._engine.connect()
+                    self._prepare()
+            with self._exclusive(_CREATION), self._translated():
+                self._tables.open(self._live)
+            if not is_connected and not self._observes:
+                with self._translated():
+                    self._appear()
         except BaseException:
-            self._drop()
+            # One that was there before has a sign of life, which is not given up.
+            if not is_connected:
+                self._drop()
             raise
+        self.signed = self._is_open = True
 
     def _prepare(self) -> None:
         self._run(f"SET lock_timeout = '{_LOCK_TIMEOUT}'")
@@ -157,35 +206,24 @@ class PostgresStore:
         self._run(f"SET {idle} = '{_STATEMENT_TIMEOUT}'")
         cursor = self._driver.cursor()
         try:
-            refuse_pooler(cursor, self._driver.info.backend_pid)
+            pid = self._driver.info.backend_pid
+            self.server, _ = sessions.identify(cursor, pid)
         finally:
             cursor.close()
+        if hasattr(self._driver, "add_notify_handler"):
+            # psycopg gives to nobody else what comes in while a statement runs.
+            self._driver.add_notify_handler(
+                lambda n: self._inbox.append(_Heard(n.channel, n.payload, n.pid))
+            )
 
-    def _create_tables(self) -> None:
-        """Create what is missing, one process at a time."""
-        self._run("BEGIN")
-        self._run(f"SELECT pg_advisory_xact_lock({_EXCLUSIVE}, 0)")
-        for statement in _TABLES:
-            self._run(statement)
-        found = self._run(
-            "SELECT version, number FROM fairpool_ledger WHERE name = :name",
-            name=self._ledger,
-        ).first()
-        if found is None:
-            found = SCHEMA, uuid.uuid4().int & 0x7FFFFFFF
-            self._run(
-                "INSERT INTO fairpool_ledger VALUES (:name, :version, :number)",
-                name=self._ledger,
-                version=found[0],
-                number=found[1],
-            )
-        if found[0] > SCHEMA:
-            raise LedgerError(
-                f"the ledger {self.name} has schema version {found[0]}, and this "
-                f"process knows {SCHEMA}: it runs an older sqla_fairpool"
-            )
-        self.key = found[1]
-        self._run("COMMIT")
+    def _appear(self) -> None:
+        """Give the sign of life, at this place, and listen."""
+        self._run(f"LISTEN {_channel(self.member)}")
+        self._run(f"LISTEN {self._everybody}")
+        self._run(
+            f"SELECT pg_advisory_lock({_key(self.member)}), "
+            f"pg_advisory_lock_shared({self._place})"
+        )
 
     def close(self) -> None:
         """Give up the sign of life and all handles. Idempotent."""
@@ -198,6 +236,8 @@ class PostgresStore:
     def _drop(self) -> None:
         """Close the control connection, whatever state it is in."""
         connection, self._connection = self._connection, None
+        self._is_open = False
+        self._inbox = []
         if connection is not None:
             with contextlib.suppress(SQLAlchemyError):
                 connection.invalidate()
@@ -224,35 +264,31 @@ class PostgresStore:
     @contextmanager
     def transaction(self) -> Iterator[MutableMapping[str, str]]:
         """The rows, for this process alone; kept on leaving, undone by an exception."""
-        try:
+        if not self._is_open:
+            raise StoreAway("the ledger is not open")
+        with self._exclusive(self._exclusion):
             with self._translated():
-                self._run("BEGIN")
-                self._run(f"SELECT pg_advisory_xact_lock({_EXCLUSIVE}, {self.key})")
-                found = self._live.execute(_READ, {"ledger": self._ledger})
-                before = {row[0]: row[1] for row in found}
+                before = self._tables.read(self._live)
             rows = dict(before)
             yield rows
             with self._translated():
-                self._write(before, rows)
+                self._tables.write(self._live, before, rows)
+
+    @contextmanager
+    def _exclusive(self, key: int) -> Iterator[None]:
+        """A transaction of the server's that no other with the same key overlaps."""
+        try:
+            with self._translated():
+                self._run(_BEGIN)
+                self._run(f"SELECT pg_advisory_xact_lock({_EXCLUSIVE}, {key})")
+            yield
+            with self._translated():
                 self._run("COMMIT")
         except BaseException:
             with contextlib.suppress(SQLAlchemyError, StoreAway, LedgerError):
                 with self._translated():
                     self._run("ROLLBACK")
             raise
-
-    def _write(self, before: dict[str, str], rows: dict[str, str]) -> None:
-        ledger = self._ledger
-        for key in before:
-            if key not in rows:
-                self._live.execute(_DELETE, {"ledger": ledger, "key": key})
-        changed = [
-            {"ledger": ledger, "key": key, "value": value}
-            for key, value in rows.items()
-            if before.get(key) != value
-        ]
-        if changed:
-            self._live.execute(_WRITE, changed)
 
     @property
     def _live(self) -> Connection:
@@ -269,17 +305,33 @@ class PostgresStore:
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
+        """Raise `StoreAway` or `LedgerError` for what the server or the driver says."""
         try:
             yield
-        except ProgrammingError as error:  # not allowed, or a table of another shape
-            self._lost()
+        except LedgerError as error:
             raise LedgerError(
-                f"the ledger {self.name} cannot be used: {_first_line(error)}"
+                f"the ledger {self.name} cannot be used: {error}"
             ) from None
+        except TablesGone as error:
+            self._miss_tables()
+            raise StoreAway(f"{self.name}: {error}") from None
         except DBAPIError as error:
+            words = _first_line(error.orig)
             if error.connection_invalidated or self._connection is None:
                 self._lost()
+            elif _sqlstate(error.orig) in _MISSING:
+                self._miss_tables()
+                words = f"the tables were dropped ({words})"
+            elif isinstance(error, ProgrammingError):
+                # Not allowed, or a table of another shape.
+                raise self._unusable(words) from None
+            raise StoreAway(f"{self.name}: {words}") from error
+        except self._engine.dialect.loaded_dbapi.Error as error:
+            self._lost()  # from a cursor of the driver's own
             raise StoreAway(f"{self.name}: {_first_line(error)}") from error
+
+    def _unusable(self, why: object) -> LedgerError:
+        return LedgerError(f"the ledger {self.name} cannot be used: {why}")
 
     def _lost(self) -> None:
         """The session is over, and with it the sign of life."""
@@ -287,32 +339,65 @@ class PostgresStore:
             self.signed = False
         self._drop()
 
+    def _miss_tables(self) -> None:
+        """Be closed for transactions until :meth:`open` has found tables again.
+
+        The session goes on, and the sign of life stands: others may already be in new
+        tables, and must see that we live. But it covers no slot any more.
+        """
+        self._is_open = self.signed = False
+
     # -- signs of life ----------------------------------------------------------------
 
     def living(self, members: Collection[str]) -> set[str]:
         """Return those whose sign of life stands."""
+        signs = {key for keys in self._signs().values() for key in keys}
+        return {member for member in members if _key(member) in signs}
+
+    def strangers(self, members: Collection[str]) -> int:
+        """Return how many live at the ledger's place, but are none of `members`.
+
+        Nor this process. They are members that the tables do not know, because these
+        were dropped or restored.
+        """
+        known = {_key(member) for member in (*members, self.member)}
+        return sum(
+            self._place in keys and known.isdisjoint(keys)
+            for keys in self._signs().values()
+        )
+
+    def _signs(self) -> dict[int, set[int]]:
+        """Return the keys that sessions hold, of members and of places."""
         with self._translated():
-            signs = set(self._live.execute(_SIGNS).scalars())
-        return {member for member in members if _sign(member) in signs}
+            found = self._live.execute(_SIGNS).all()
+        signs: dict[int, set[int]] = {}
+        for pid, key in found:
+            signs.setdefault(pid, set()).add(key)
+        return signs
+
+    def in_place(self) -> bool:
+        """Tell if the control connection is there, as far as is known. No I/O."""
+        return self._connection is not None
 
     # -- bells ------------------------------------------------------------------------
 
     def ring(self, members: Iterable[str]) -> None:
         """Wake them from their :meth:`wait`. Best effort."""
-        self._notify(members, "")
+        self._notify(map(_channel, members), "")
+
+    def ring_all(self) -> None:
+        """Wake all others at the ledger's place. Best effort."""
+        self._notify([self._everybody], "")
 
     def ask(self, members: Iterable[str]) -> None:
         """Wake them, and have them publish. Best effort."""
-        self._notify(members, _ASK)
+        self._notify(map(_channel, members), _ASK)
 
-    def _notify(self, members: Iterable[str], what: str) -> None:
-        channels = [_channel(member) for member in members]
-        if channels:
+    def _notify(self, channels: Iterable[str], what: str) -> None:
+        values = [{"channel": channel, "what": what} for channel in channels]
+        if values:
             with self._translated():
-                self._live.execute(
-                    text("SELECT pg_notify(:channel, :what)"),
-                    [{"channel": channel, "what": what} for channel in channels],
-                )
+                self._live.execute(text("SELECT pg_notify(:channel, :what)"), values)
 
     def wait(self, seconds: float | None) -> bool:
         """Sleep until rung or nudged; return False when the time was up."""
@@ -335,30 +420,41 @@ class PostgresStore:
     def _heard(self, connection: Any) -> bool:
         """Take in what the server has sent; tell if there was a bell."""
         try:
-            heard = _notifications(connection)
+            heard = self._notifications(connection)
         except Exception as error:
             self._lost()
-            raise StoreAway(f"{self.name}: {error}") from error
-        self.asked = self.asked or _ASK in heard
-        return bool(heard)
+            raise StoreAway(f"{self.name}: {_first_line(error)}") from error
+        self.asked = self.asked or any(one.payload == _ASK for one in heard)
+        # What we said to all was not for us.
+        own = connection.info.backend_pid
+        return any((one.channel, one.pid) != (self._everybody, own) for one in heard)
+
+    def _notifications(self, connection: Any) -> list[_Heard]:
+        """Return the notifications that have come."""
+        heard, self._inbox = self._inbox, []
+        if hasattr(connection, "poll"):  # psycopg2
+            connection.poll()
+            if connection.closed:
+                raise StoreAway("the server has closed the connection")
+            heard += [_Heard(n.channel, n.payload, n.pid) for n in connection.notifies]
+            connection.notifies.clear()
+            return heard
+        connection.pgconn.consume_input()
+        while (n := connection.pgconn.notifies()) is not None:
+            heard.append(_Heard(n.relname.decode(), n.extra.decode(), n.be_pid))
+        return heard
 
     # -- figures ----------------------------------------------------------------------
 
     def publish(self, text: str) -> None:
         """Let others read what this process says of itself."""
-        row = {"ledger": self._ledger, "member": self.member, "value": text}
         with self._translated():
-            self._live.execute(_PUBLISH, row)
+            self._tables.publish(self._live, self.member, text)
 
     def published(self, members: Collection[str]) -> dict[str, str]:
         """Return what each of `members` has published last, if anything."""
         with self._translated():
-            rows = self._live.execute(_PUBLISHED, {"ledger": self._ledger}).all()
-            left = [row.member for row in rows if row.member not in members]
-            for member in left:
-                gone = {"ledger": self._ledger, "member": member}
-                self._live.execute(_UNPUBLISH, gone)
-        return {row.member: row.value for row in rows if row.member in members}
+            return self._tables.published(self._live, members)
 
     def nudge(self) -> None:
         """End this process's wait. From any thread, never blocks."""
@@ -368,30 +464,19 @@ class PostgresStore:
                 os.write(pipe[1], b"n")
 
 
-def _notifications(connection: Any) -> list[str]:
-    """Return what the notifications say that have come."""
-    if hasattr(connection, "poll"):  # psycopg2
-        connection.poll()
-        if connection.closed:
-            raise StoreAway("the server has closed the connection")
-        heard = [notification.payload for notification in connection.notifies]
-        connection.notifies.clear()
-        return heard
-    connection.pgconn.consume_input()
-    heard = []
-    while (notification := connection.pgconn.notifies()) is not None:
-        heard.append(notification.extra.decode())
-    return heard
+def _key(name: str) -> int:
+    """Return the key of a lock for a name, a member's say, as a positive int8."""
+    return int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
 
 
-def _sign(member: str) -> int:
-    """Return the key of a member's sign of life, a positive int8."""
-    return int(hashlib.sha256(member.encode()).hexdigest()[:15], 16)
+def _channel(name: str) -> str:
+    return f"fairpool_{name}"
 
 
-def _channel(member: str) -> str:
-    return f"fairpool_{member}"
+def _sqlstate(error: object) -> str | None:
+    # psycopg has the one, psycopg2 the other.
+    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
 
 
-def _first_line(error: DBAPIError) -> str:
-    return str(error.orig).strip().partition("\n")[0]
+def _first_line(error: object) -> str:
+    return str(error).strip().partition("\n")[0]

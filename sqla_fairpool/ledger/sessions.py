@@ -10,13 +10,13 @@ Plain DBAPI cursors, so it works behind each driver of SQLAlchemy's.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from .errors import LedgerError
 from .rows import Session
+from .watch import Present
 
 __all__ = [
-    "Present",
     "identify",
     "look",
     "other_ledgers",
@@ -29,17 +29,6 @@ __all__ = [
 _USES = 0x706F6F6C
 
 _BEGAN = "(extract(epoch from backend_start) * 1000000)::bigint"
-
-
-class Present(NamedTuple):
-    """The sessions of a server at one moment."""
-
-    #: Which server it is.
-    server: str
-    #: All of them; `began` is None where the asking role may not see it.
-    sessions: frozenset[Session]
-    #: Those of the asking role, without the one that asks.
-    peers: frozenset[Session]
 
 
 def _server(cursor: Any) -> str:
@@ -84,7 +73,7 @@ def look(cursor: Any) -> Present:
     """Return the sessions that a server has now."""
     cursor.execute(
         f"SELECT pid, {_BEGAN}, usename = current_user AND pid <> pg_backend_pid() "
-        "FROM pg_stat_activity"
+        "AND application_name <> 'sqla_fairpool ledger' FROM pg_stat_activity"
     )
     rows = cursor.fetchall()
     return Present(
@@ -115,7 +104,3 @@ def other_ledgers(cursor: Any, key: int) -> set[int]:
         "(SELECT oid FROM pg_database WHERE datname = current_database())"
     )
     return {int(row[0]) for row in cursor.fetchall()} - {key}
-
-
-def members_with_sessions(cursor, key):  # gone with the merge
-    return set()

@@ -1,0 +1,479 @@
+"""The PostgreSQL store: its tables and its session, whatever becomes of them."""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from contextlib import contextmanager
+
+import pytest
+from sqlalchemy import create_engine, make_url, text
+from support.threads import PATIENCE, Caller, eventually
+
+from sqla_fairpool.cli import main
+from sqla_fairpool.cli.watching import Place
+from sqla_fairpool.ledger import postgres
+from sqla_fairpool.ledger.book import Book
+from sqla_fairpool.ledger.errors import LedgerError
+from sqla_fairpool.ledger.keeper import Keeper
+from sqla_fairpool.ledger.postgres import PostgresStore
+from sqla_fairpool.ledger.rows import Terms
+from sqla_fairpool.ledger.store import StoreAway
+
+pytestmark = pytest.mark.postgres
+
+TABLES = "fairpool_ledger, fairpool_ledger_row, fairpool_figures"
+TERMS = Terms(4, 2, 3, 60.0, 30.0)
+
+
+@pytest.fixture
+def operator(postgres_url):
+    """Run statements as the operator does, in a database; quotes nothing."""
+
+    def run(url, *statements, **values):
+        engine = create_engine(url, isolation_level="AUTOCOMMIT")
+        with engine.connect() as connection:
+            for statement in statements:
+                result = connection.execute(text(statement), values)
+        found = result.scalars().all() if result.returns_rows else None
+        engine.dispose()
+        return found
+
+    return run
+
+
+@pytest.fixture
+def url(postgres_url, operator):
+    """The URL of a database of the test's own."""
+    name = f"d{uuid.uuid4().hex}"
+    operator(postgres_url, f"create database {name}")
+    yield make_url(postgres_url).set(database=name)
+    operator(postgres_url, f"drop database {name} with (force)")
+
+
+@pytest.fixture(params=["psycopg2", "psycopg"])
+def driver_url(request, url):
+    """The same, with each driver."""
+    return url.set(drivername=f"postgresql+{request.param}")
+
+
+@pytest.fixture
+def make():
+    """Make open stores, closed after the test."""
+    stores = []
+
+    def make(url, ledger="default", **options):
+        store = PostgresStore(url, ledger, **options)
+        stores.append(store)
+        store.open()
+        return store
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def role(url, operator):
+    """Make roles that may log in and nothing else, dropped after the test."""
+    names = []
+
+    def make(*statements):
+        name = f"r{uuid.uuid4().hex}"
+        names.append(name)
+        operator(url, f"create role {name} login", *statements)
+        return url.set(username=name)
+
+    yield make
+    for name in names:
+        operator(url, f"drop owned by {name}", f"drop role {name}")
+
+
+def searching(url, path):
+    return url.update_query_dict({"options": f"-csearch_path={path}"})
+
+
+def rows_of(store):
+    with store.transaction() as rows:
+        return dict(rows)
+
+
+def write(store, **values):
+    with store.transaction() as rows:
+        rows.update(values)
+
+
+# -- tables that go away --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "statements",
+    [
+        [f"drop table {TABLES}"],
+        ["drop table fairpool_ledger_row"],
+        ["delete from fairpool_ledger"],
+        ["truncate fairpool_ledger"],
+        ["drop schema public cascade", "create schema public"],
+        ["update fairpool_ledger set number = number + 1"],
+    ],
+)
+def test_without_its_tables_a_store_is_away_and_keeps_its_sign(
+    driver_url, make, operator, statements
+):
+    store, other = make(driver_url), make(driver_url)
+    write(store, a="1")
+    operator(driver_url, *statements)
+    for _ in range(2):
+        with pytest.raises(StoreAway):
+            rows_of(store)
+        assert (store.signed, store.control_connections) == (False, 1)
+        assert other.living([store.member]) == {store.member}
+    store.open()
+    assert store.signed
+    assert store.in_place()
+    write(store, b="2")
+    with pytest.raises(StoreAway):
+        rows_of(other)
+    other.open()
+    assert rows_of(other)["b"] == "2"
+    assert other.key == store.key
+
+
+def test_tables_that_are_made_anew_by_another_are_not_taken_for_the_old_ones(
+    url, make, operator
+):
+    store = make(url)
+    operator(url, f"drop table {TABLES}")
+    other = make(url)
+    assert other.key != store.key
+    with pytest.raises(StoreAway, match="made anew"):
+        write(store, a="1")
+    assert rows_of(other) == {}
+
+
+def test_figures_without_a_table_are_a_store_that_is_away(url, make, operator):
+    store = make(url)
+    operator(url, "drop table fairpool_figures")
+    with pytest.raises(StoreAway, match="the tables were dropped"):
+        store.publish("x")
+    store.open()
+    store.publish("x")
+    assert store.published([store.member]) == {store.member: "x"}
+
+
+def test_tables_that_cannot_be_made_anew_do_not_cost_the_sign(
+    url, make, operator, role
+):
+    operator(url, "grant create on schema public to public")
+    store, other = make(role()), make(url)
+    operator(url, f"drop table {TABLES}", "revoke create on schema public from public")
+    with pytest.raises(StoreAway):
+        rows_of(store)
+    with pytest.raises(LedgerError, match="no tables yet, and the role may not create"):
+        store.open()
+    assert not store.signed
+    assert other.living([store.member]) == {store.member}
+
+
+def test_rights_that_are_taken_away_do_not_cost_the_sign(url, make, operator, role):
+    other = make(url)
+    url_of_role = role()
+    name = url_of_role.username
+    operator(url, f"grant select, insert, update, delete on {TABLES} to {name}")
+    store = make(url_of_role)
+    operator(url, f"revoke all on {TABLES} from {name}")
+    with pytest.raises(LedgerError, match="permission denied"):
+        rows_of(store)
+    assert store.signed
+    assert other.living([store.member]) == {store.member}
+
+
+# -- which tables ---------------------------------------------------------------------
+
+
+def test_members_with_another_search_path_meet_in_one_ledger(url, make, operator):
+    operator(url, "create schema mine", "create schema theirs")
+    stores = [
+        make(searching(url, path)) for path in ("mine", "theirs", "nowhere", "public")
+    ]
+    write(stores[0], a="1")
+    for store in stores:
+        assert rows_of(store) == {"a": "1"}
+    assert _schemas(operator, url) == ["public"]
+
+
+def _schemas(operator, url):
+    query = (
+        "select relnamespace::regnamespace::text from pg_class "
+        "where relname = 'fairpool_ledger' order by oid"
+    )
+    return operator(url, query)
+
+
+def test_tables_that_are_there_are_used_wherever_they_are(url, make, operator):
+    operator(url, "create schema mine", "create schema public2")
+    first = make(url)
+    write(first, a="1")
+    for table in TABLES.split(", "):
+        operator(url, f"alter table {table} set schema mine")
+    assert rows_of(make(url)) == {"a": "1"}
+    with pytest.raises(StoreAway):
+        rows_of(first)
+    first.open()
+    assert rows_of(first) == {"a": "1"}
+
+
+def test_the_oldest_tables_are_used_if_there_are_several(url, make, operator):
+    operator(url, "create schema mine")
+    first = make(url)
+    write(first, a="1")
+    for table in TABLES.split(", "):
+        operator(url, f"create table mine.{table} (like public.{table})")
+    assert rows_of(make(searching(url, "mine"))) == {"a": "1"}
+
+
+def test_temporary_tables_of_that_name_are_nobodys_ledger(url, make):
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        connection.execute(text("create temporary table fairpool_ledger (x int)"))
+        connection.commit()
+        make(url)
+    engine.dispose()
+
+
+def test_role_without_create_joins_a_ledger_that_is_there(
+    driver_url, make, operator, role
+):
+    write(make(driver_url), a="1")
+    poor = role().set(drivername=driver_url.drivername)
+    with pytest.raises(LedgerError, match="permission denied for table"):
+        make(poor)
+    grant = f"grant select, insert, update, delete on {TABLES} to {poor.username}"
+    operator(driver_url, grant)
+    store = make(poor)
+    write(store, b="2")
+    store.publish("x")
+    assert rows_of(store) == {"a": "1", "b": "2"}
+
+
+def test_role_that_may_not_use_the_tables_schema_gets_no_ledger_of_its_own(
+    url, make, operator, role
+):
+    operator(url, "create schema mine")
+    make(url)
+    for table in TABLES.split(", "):
+        operator(url, f"alter table {table} set schema mine")
+    operator(url, "grant create on schema public to public")
+    with pytest.raises(LedgerError, match="in the schema 'mine', which the role"):
+        make(role())
+
+
+def test_tables_are_created_where_the_role_may_if_not_in_public(
+    url, make, operator, role
+):
+    operator(url, "revoke create on schema public from public")
+    poor = role()
+    with pytest.raises(LedgerError, match="no tables yet, and the role may not create"):
+        make(poor)
+    name = poor.username
+    operator(url, f"create schema {name} authorization {name}")
+    write(make(poor), a="1")
+    assert _schemas(operator, url) == [name]
+    assert rows_of(make(url)) == {"a": "1"}
+
+
+def test_rows_are_those_after_the_lock_whatever_isolation_is_the_default(
+    url, make, operator
+):
+    store = make(url)
+    name = url.database
+    operator(
+        url,
+        f"alter database {name} set default_transaction_isolation = 'serializable'",
+    )
+    other = make(url)
+    with store.transaction() as rows:
+        caller = Caller(rows_of, other)
+        query = "select count(*) from pg_locks where not granted"
+        eventually(lambda: operator(url, query) == [1])
+        rows["a"] = "1"
+    assert caller.result() == {"a": "1"}
+
+
+# -- who lives there ------------------------------------------------------------------
+
+
+def test_who_lives_at_a_place_is_known_without_its_tables(driver_url, make, operator):
+    store, one, two = (make(driver_url) for _ in range(3))
+    make(driver_url, "another")
+    make(driver_url, observes=True)
+    assert store.strangers([]) == 2
+    assert store.strangers([one.member, "nobody"]) == 1
+    assert store.strangers([one.member, two.member, store.member]) == 0
+    operator(driver_url, f"drop table {TABLES}")
+    newcomer = make(driver_url)
+    assert newcomer.strangers([]) == 3
+    one.close()
+    two.close()
+    eventually(lambda: newcomer.strangers([store.member]) == 0)
+
+
+def test_members_of_another_schema_are_strangers(url, make, operator):
+    store = make(url)
+    operator(url, "create schema mine")
+    for table in TABLES.split(", "):
+        operator(url, f"create table mine.{table} (like public.{table})")
+    operator(url, f"drop table {TABLES}")
+    assert make(url).strangers([]) == 1
+    store.close()
+
+
+def test_observer_gives_no_sign_of_life(url, make):
+    store, observer = make(url), make(url, observes=True)
+    write(store, a="1")
+    assert rows_of(observer) == {"a": "1"}
+    assert store.living([observer.member]) == set()
+    assert observer.living([store.member]) == {store.member}
+    store.publish("x")
+    assert observer.published([store.member]) == {store.member: "x"}
+    observer.ask([store.member])
+    assert store.wait(PATIENCE)
+    assert store.asked
+
+
+def test_monitor_and_commands_are_not_counted_as_members(url, make, capsys):
+    store = make(url)
+    monitor = Place("x", "database", url, None).make_store()
+    monitor.open()
+    assert store.strangers([]) == 0
+    monitor.close()
+    with store.transaction() as rows:
+        book = Book(rows)
+        book.join(store.member, {}, TERMS)
+        book.tell(book.allocation())
+    given = url.render_as_string(hide_password=False)
+    assert main(["ledger", "show", "--ledger", "database", "--url", given]) == 0
+    assert "1 members" in capsys.readouterr().out
+
+
+def test_bell_for_all_is_heard_by_those_without_a_row_and_not_by_who_rings(
+    driver_url, make
+):
+    store, other, elsewhere = (
+        make(driver_url),
+        make(driver_url),
+        make(driver_url, "another"),
+    )
+    store.ring_all()
+    assert other.wait(PATIENCE)
+    assert not store.wait(0)
+    assert not elsewhere.wait(0)
+
+
+def test_bell_that_rings_during_a_statement_is_heard_after_it(driver_url, make):
+    store, other = make(driver_url), make(driver_url)
+    other.ask([store.member])
+    rows_of(store)
+    assert store.wait(PATIENCE)
+    assert store.asked
+
+
+# -- the session ----------------------------------------------------------------------
+
+
+def test_store_is_in_place_while_its_session_is_not_known_to_be_lost(
+    driver_url, make, operator
+):
+    store = make(driver_url)
+    assert store.in_place()
+    (pid,) = [store._driver.info.backend_pid]
+    operator(driver_url, "select pg_terminate_backend(:pid)", pid=pid)
+    with pytest.raises(StoreAway):
+        rows_of(store)
+    assert not store.in_place()
+
+
+def test_network_that_is_cut_is_noticed_by_the_kernel_within_ten_seconds(driver_url):
+    def given(url):
+        store = PostgresStore(url)
+        try:
+            store.open()
+            info = store._driver.info
+            return getattr(info, "dsn_parameters", None) or info.get_parameters()
+        finally:
+            store.close()
+
+    found = given(driver_url)
+    idle, interval, count = (
+        int(found[f"keepalives_{what}"]) for what in ("idle", "interval", "count")
+    )
+    assert found.get("keepalives", "1") == "1"
+    assert idle + interval * count <= 10
+    assert 0 < int(found["tcp_user_timeout"]) <= 10_000
+    own = driver_url.update_query_dict({"keepalives_idle": "60"})
+    assert given(own)["keepalives_idle"] == "60"
+
+
+@contextmanager
+def one_session_only(url, operator, role):
+    """A role whose only session is taken."""
+    poor = role()
+    name = poor.username
+    operator(url, f"alter role {name} connection limit 1")
+    engine = create_engine(poor)
+    with engine.connect():
+        yield poor
+    engine.dispose()
+
+
+def test_server_that_has_no_session_for_the_role_is_a_store_that_is_away(
+    driver_url, operator, role, caplog
+):
+    with one_session_only(driver_url, operator, role) as poor:
+        poor = poor.set(drivername=driver_url.drivername)
+        with pytest.raises(StoreAway, match="too many connections for role") as caught:
+            PostgresStore(poor).open()
+        assert "\n" not in str(caught.value)
+        keeper = Keeper(PostgresStore(poor), TERMS, _Wanting())
+        with caplog.at_level(logging.DEBUG):
+            keeper.step(0.0)
+        assert "too many connections for role" in keeper.status().trouble
+        (record,) = caplog.records
+        assert record.exc_info is None
+        assert "\n" not in record.getMessage()
+        keeper.close()
+
+
+class _Wanting:
+    """A pool that wants a connection."""
+
+    def demand(self):
+        return 1, {}
+
+    def freeze(self):
+        pass
+
+    def close_surplus(self):
+        pass
+
+    def allot(self, slots, ceilings, other):
+        pass
+
+
+def test_session_that_ends_while_it_is_prepared_is_a_store_that_is_away(
+    driver_url, operator, monkeypatch
+):
+    check = sessions.refuse_pooler
+
+    def ended(cursor, pid):
+        operator(driver_url, "select pg_terminate_backend(:pid)", pid=pid)
+        check(cursor, pid)
+
+    store = PostgresStore(driver_url)
+    with monkeypatch.context() as patch:
+        patch.setattr(sessions, "refuse_pooler", ended)
+        with pytest.raises(StoreAway):
+            store.open()
+    assert store.control_connections == 0
+    store.open()
+    store.close()
