@@ -180,6 +180,13 @@ class Connections:
             return True
         return record.seat.state is GRANTED
 
+    def detached(self) -> int:
+        """Return how many are open and have left the pool."""
+        return sum(
+            physical.record() is None and not physical.ending
+            for physical in list(self._existing)
+        )
+
     # -- opening ------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -241,14 +248,14 @@ class Connections:
             return
         physical.ending = True
         line.hang_up()  # the copy would keep the connection up
-        state = OPEN
+        state = None
         try:
             if self._may_block:
                 state = line.look(_GOODBYE)
             elif in_greenlet():
                 state = await_only(line.look_in_loop(_GOODBYE))
-        finally:  # also if that is cancelled
-            if state is OPEN and not self._may_block:
+        finally:
+            if state is None:  # interrupted, or not where a task can wait
                 watcher.watch(line, _GOODBYE, lambda s: self._conclude(physical, s))
             else:
                 self._conclude(physical, state)
@@ -302,7 +309,9 @@ class Connections:
     def end_abandoned(self) -> None:
         """End those that nobody has, as far as only a look can tell."""
         for physical in list(self._existing):
-            if physical.record() is None and physical.is_abandoned():
+            # Without a driver's connection: who opened it was interrupted twice.
+            nobodys = physical.driver is None or physical.is_abandoned()
+            if nobodys and physical.record() is None and not physical.ending:
                 self.ended(physical)
 
     # -- for the ledger -------------------------------------------------------------

@@ -244,6 +244,11 @@ class Exchange(Upkeep):
             record = self._ask_again(seat)
             if record is not None:
                 return record
+        # What was begun is finished: the next caller needs it if this one has gone.
+        create = partial(self._create, seat, opener)
+        return cast(Record, self._waiter_class.run_through(create, seat))
+
+    def _create(self, seat: Seat, opener: Opener) -> Record:
         account, began = seat.account, self.clock()
         record = None
         try:
@@ -413,6 +418,8 @@ class Exchange(Upkeep):
 
     def give_up(self, seat: Seat) -> None:
         """Leave the line, or pass on what was granted in the same instant."""
+        if seat.orphaned:
+            return  # its connection is being opened: see `Seat.adopt`
         with self.section() as now:
             if self.scheduler.cancel(seat):
                 if seat is self._watch:

@@ -73,6 +73,7 @@ class Seat(Ticket):
         "exchange",
         "holder",
         "may_warm",
+        "orphaned",
         "record",
         "reported",
         "stack",
@@ -88,6 +89,8 @@ class Seat(Ticket):
         self.alive = exchange.alive
         #: What was handed over, until the owner picks it up.
         self.record: Record | None = None
+        #: The owner has gone while its connection is being opened.
+        self.orphaned = False
         #: How to wake the owner, until the slot was handed over.
         self.waiter: Waiter | None = None
         #: Its record may be kept warm when it comes back.
@@ -110,6 +113,12 @@ class Seat(Ticket):
 
     def abandon(self) -> None:
         """Called by its waiter when its owner cannot be woken any more."""
+        self.exchange.give_up(self)
+
+    def adopt(self, record: Record | None) -> None:
+        """Called by its waiter when that connection is open, or could not be opened."""
+        self.orphaned = False
+        self.record = record
         self.exchange.give_up(self)
 
     def __del__(self) -> None:

@@ -153,7 +153,7 @@ class Share:
         if self.keeper is None:
             return True
         answers: list[bool] = []
-        waiter = self._new_waiter(self)
+        waiter = self._new_waiter(_Nobody())
 
         def done(answer: bool) -> None:
             answers.append(answer)
@@ -165,9 +165,6 @@ class Share:
             waiter.wait(began + _CONFIRMED_WITHIN - now)
             now = time.monotonic()
         return bool(answers and answers[0])
-
-    def abandon(self) -> None:
-        """The loop of a task that waited for the store is closed: see `Waiter`."""
 
     def unconfirmed(self, why: str | None = None) -> CheckoutTimeout:
         """Return what is raised where the slots of this process may be lost."""
@@ -196,6 +193,11 @@ class Share:
                 peak, account.peak = account.peak, account.in_use
                 if peak or account.waiting or account.active:
                     tags[account.tag] = TagDemand(peak, account.waiting, account.active)
+            detached = exchange.connections.detached()
+            if detached:  # nobody's in particular, so the default tag's
+                default = tags.get(self._tag, TagDemand(0, 0, False))
+                in_use = default.in_use + detached
+                tags[self._tag] = default._replace(in_use=in_use)
             return exchange.settle(now), tags
 
     def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
@@ -265,3 +267,15 @@ class Share:
         if exchange is not None:
             self.refusal = error
             exchange.wake_all()
+
+
+class _Nobody:
+    """Owns a waiter, and nothing that would have to be given back."""
+
+    orphaned = False
+
+    def abandon(self) -> None:
+        pass
+
+    def adopt(self, outcome: Any) -> None:
+        pass

@@ -70,6 +70,7 @@ class Upkeep(Desk):
         if now < self.next_visit:
             return
         self._deliver(self.scheduler.tick(now), None)
+        self.connections.end_abandoned()
         if now >= self._next_look:
             self._close_unused(now)
             self._plan(now)

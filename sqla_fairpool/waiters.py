@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 from sqlalchemy import exc
@@ -24,8 +25,14 @@ __all__ = ["Owner", "TaskWaiter", "ThreadWaiter", "Waiter"]
 class Owner(Protocol):
     """Whose waiter it is."""
 
+    #: It has gone while something is being done for it.
+    orphaned: bool
+
     def abandon(self) -> None:
         """Called when there is nobody any more who could be woken."""
+
+    def adopt(self, outcome: Any) -> None:
+        """Called with what was done for an orphan; None if that failed."""
 
 
 class Waiter(Protocol):
@@ -47,6 +54,13 @@ class Waiter(Protocol):
     @staticmethod
     def can_wait() -> bool:
         """Tell if the caller is where a database's answer can be waited for."""
+
+    @staticmethod
+    def run_through(function: Callable[[], Any], owner: Owner) -> Any:
+        """Run something that goes on to its end though the caller is cancelled.
+
+        Its owner is orphaned then, and is told the outcome.
+        """
 
     @staticmethod
     def run_apart(function: Callable[[], object]) -> None:
@@ -88,6 +102,10 @@ class ThreadWaiter:
     @staticmethod
     def can_wait() -> bool:
         return True
+
+    @staticmethod
+    def run_through(function: Callable[[], Any], owner: Owner) -> Any:
+        return function()  # nobody cancels a thread
 
     @staticmethod
     def run_apart(function: Callable[[], object]) -> None:
@@ -164,6 +182,23 @@ class TaskWaiter:
         return in_greenlet()
 
     @staticmethod
+    def run_through(function: Callable[[], Any], owner: Owner) -> Any:
+        if not in_greenlet():
+            return function()
+        running: asyncio.Task[Any] = asyncio.ensure_future(greenlet_spawn(function))
+        try:
+            return await_only(asyncio.shield(running))
+        except BaseException as error:
+            failed = running.done() and (
+                running.cancelled() or running.exception() is error
+            )
+            if not failed:
+                owner.orphaned = True
+                _running_apart.add(running)
+                running.add_done_callback(partial(_adopt, owner))
+            raise
+
+    @staticmethod
     def run_apart(function: Callable[[], object]) -> None:
         loop = asyncio.get_running_loop()
         running = contextvars.Context().run(loop.create_task, greenlet_spawn(function))
@@ -173,3 +208,9 @@ class TaskWaiter:
 
 # A loop refers to its tasks weakly.
 _running_apart: set[asyncio.Task[Any]] = set()
+
+
+def _adopt(owner: Owner, running: asyncio.Task[Any]) -> None:
+    _running_apart.discard(running)
+    failed = running.cancelled() or running.exception() is not None
+    owner.adopt(None if failed else running.result())

@@ -20,7 +20,6 @@ __all__ = [
     "identify",
     "look",
     "other_ledgers",
-    "refuse_pooler",
     "sign_stands",
 ]
 
@@ -31,14 +30,9 @@ _USES = 0x706F6F6C
 _BEGAN = "(extract(epoch from backend_start) * 1000000)::bigint"
 
 
-def _server(cursor: Any) -> str:
-    """Return what tells a server from all others, also from a copy of it in time.
-
-    A standby has its primary's number, and keeps it when it is promoted.
-    """
-    cursor.execute("SELECT system_identifier FROM pg_control_system()")
-    (number,) = cursor.fetchone()
-    return f"postgresql {number}"
+# What tells a server from all others. A standby has its primary's number, and keeps it
+# when it is promoted.
+_SERVER = "(SELECT 'postgresql ' || system_identifier FROM pg_control_system())"
 
 
 def identify(cursor: Any, backend_pid: int | None) -> tuple[str, Session]:
@@ -47,40 +41,32 @@ def identify(cursor: Any, backend_pid: int | None) -> tuple[str, Session]:
     :param backend_pid: the server process as the driver knows it, None if it does not.
     :raises LedgerError: if a pooler is in between.
     """
-    refuse_pooler(cursor, backend_pid)
     cursor.execute(
-        f"SELECT pid, {_BEGAN} FROM pg_stat_activity WHERE pid = pg_backend_pid()"
+        f"SELECT {_SERVER}, pid, {_BEGAN} FROM pg_stat_activity "
+        "WHERE pid = pg_backend_pid()"
     )
-    session = Session(*cursor.fetchone())
-    return _server(cursor), session
-
-
-def refuse_pooler(cursor: Any, backend_pid: int | None) -> None:
-    """Raise if the session is not the driver's: a transaction pooler is in between.
-
-    :param backend_pid: the server process as the driver knows it.
-    """
-    cursor.execute("SELECT pg_backend_pid()")
-    (there,) = cursor.fetchone()
-    if backend_pid is not None and there != backend_pid:
+    server, pid, began = cursor.fetchone()
+    if backend_pid is not None and pid != backend_pid:
         raise LedgerError(
             f"the driver believes to be connected to process {backend_pid} of the "
-            f"server, and is served by {there}: a pooler like PgBouncer is in between, "
+            f"server, and is served by {pid}: a pooler like PgBouncer is in between, "
             "where sessions, by which a ledger counts, mean nothing; connect directly"
         )
+    return server, Session(pid, began)
 
 
 def look(cursor: Any) -> Present:
     """Return the sessions that a server has now."""
     cursor.execute(
         f"SELECT pid, {_BEGAN}, usename = current_user AND pid <> pg_backend_pid() "
-        "AND application_name <> 'sqla_fairpool ledger' FROM pg_stat_activity"
+        f"AND application_name <> 'sqla_fairpool ledger', {_SERVER} "
+        "FROM pg_stat_activity"
     )
     rows = cursor.fetchall()
     return Present(
-        _server(cursor),
-        frozenset(Session(pid, began) for pid, began, _ in rows),
-        frozenset(Session(pid, began) for pid, began, is_peer in rows if is_peer),
+        rows[0][3],
+        frozenset(Session(pid, began) for pid, began, *_ in rows),
+        frozenset(Session(pid, began) for pid, began, is_peer, _ in rows if is_peer),
     )
 
 
