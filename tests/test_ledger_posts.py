@@ -13,7 +13,7 @@ from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError, ServerDiffers
 from sqla_fairpool.ledger.keeper import Keeper
 from sqla_fairpool.ledger.report import read
-from sqla_fairpool.ledger.rows import Session, Terms
+from sqla_fairpool.ledger.rows import Terms
 
 
 @pytest.fixture
@@ -449,11 +449,3 @@ def test_a_reset_while_members_live_hands_out_nothing_before_they_are_back(world
     world.run(12.0)
     assert world.server.most <= 20
     assert served(b)[0] >= 8
-
-
-def test_sessions_are_written_in_one_order():
-    book = Book({})
-    book.join("a", {}, TERMS)
-    sessions = [Session(2, None), Session(1, 5), Session(1, None)]
-    buried = book.quarantine("a", sessions)
-    assert buried == []  # it owns nothing that could be in quarantine

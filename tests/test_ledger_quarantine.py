@@ -326,6 +326,22 @@ def test_a_lost_connection_is_not_put_into_quarantine_twice(world):
     assert a.pool.slots == a.row.owned >= 4
 
 
+def test_lost_connections_wait_for_their_slots_all_or_none():
+    book = Book({})
+    book.join("a", {}, TERMS)
+    lost = [Session(2, None), None, Session(1, 5)]
+    book.write("a", Member(1, {}, 2))
+    assert book.quarantine("a", lost) == []
+    assert book.members["a"].owned == 2
+    book.write("a", Member(1, {}, 4))
+    assert book.quarantine("a", lost) == lost
+    assert book.members["a"].owned == 1
+    (gone,) = book.gone.values()
+    assert (gone.slots, gone.sessions) == (3, (lost[2], lost[0]))
+    assert book.quarantine("a", lost[:1]) == lost[:1]  # it is there already
+    assert book.members["a"].owned == 1
+
+
 def test_who_leaves_with_a_lost_connection_leaves_its_slot(world):
     a = world.start()
     ask(a, "a", 5)
