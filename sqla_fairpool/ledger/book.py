@@ -260,19 +260,21 @@ class Book(Board):
 
         :param lost: what may be open and is not in the member's hands: sessions, None
           where it is not known which.
-        :return: those for which a slot is in quarantine now.
+        :return: those for which a slot is in quarantine now: all, or none while there
+          are not as many.
         """
         known = self.in_quarantine
-        buried = [session for session in lost if session in known]
+        new = [session for session in lost if session not in known]
         member = self.members[key]
-        new = [session for session in lost if session not in known][: member.owned]
+        if member.owned < len(new):
+            return []
         if new:
             meta = self._known_meta
             self.meta = replace(meta, next_number=meta.next_number + 1)
             sessions = [session for session in new if session is not None]
             self._keep(meta.next_number, key, member, why, len(new), sessions)
             self.members[key] = replace(member, owned=member.owned - len(new))
-        return buried + new
+        return list(lost)
 
     def _keep(
         self,

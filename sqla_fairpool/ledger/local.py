@@ -93,6 +93,8 @@ class Local(Protocol):
         """Forget these, and lower the allotment by their number, in one step.
 
         Their slots are in quarantine now.
+
+        :param lost: what :meth:`lost` has returned the last time, all of it.
         """
 
     def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:

@@ -254,9 +254,10 @@ class Membership:
                 if all_there is not None:
                     book.confirm(all_there)
                 if key in book.members and not book.note_server(key, state.server):
-                    # As a newcomer, it may be refused. What it had open before is in
-                    # its row.
-                    book.leave(key, state.open, book.members[key].sessions)
+                    # As a newcomer, it may be refused. What it had open at the other
+                    # server is in its row.
+                    there = book.members[key].sessions
+                    book.leave(key, len(there), there)
                 if key in book.members:
                     told = settle(
                         book,
@@ -272,7 +273,8 @@ class Membership:
                     )
                 else:
                     self._orders = None
-                    book.tell(book.allocation())
+                    if book.meta is not None:  # else the rows were made anew
+                        book.tell(book.allocation())
         if self._orders is None:
             # Taken for dead, or the ledger was reset: as a newcomer, with the number
             # we had and the connections that are open.
@@ -383,7 +385,7 @@ class Membership:
                 with self._transaction() as rows:
                     book = Book(rows)
                     book.leave(self._store.member, state.open, sessions)
-                    bells = book.tell(book.allocation())
+                    bells = book.tell(book.allocation()) if book.meta else []
                 self._store.ring(bells)
         except Exception as error:
             # Others find us dead, and our slots with us.

@@ -102,6 +102,7 @@ def settle(
     )
     buried = _cover(book, key, state)
     member = _post(book, key, book.members[key], demand)
+    # Of the lost ones, those are not open any more for which a slot is kept.
     open_ = state.open - len(buried)
     floor = max(allotted - len(buried), open_)
     plan = book.allocation()
