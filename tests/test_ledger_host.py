@@ -12,6 +12,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 from pathlib import Path
@@ -759,20 +760,21 @@ needs_root = pytest.mark.skipif(
 
 
 @pytest.fixture
-def shared(path, tmp_path):
+def shared():
     """A ledger that was made for a group, as the deployment guide says."""
-    folder = path.parent
+    # Not below pytest's own directory, which other sessions close to other users.
+    top = Path(tempfile.mkdtemp(prefix="fairpool-test-"))
+    top.chmod(0o711)
+    folder = top / "run"
     folder.mkdir()
     os.chown(folder, 0, GROUP)
     folder.chmod(0o2770)
+    path = folder / "app.ledger"
     path.touch()
     os.chown(path, 0, GROUP)
     path.chmod(0o660)
-    for above in tmp_path.parents:
-        if str(above).startswith("/tmp/"):
-            above.chmod(above.stat().st_mode | 0o011)
-    tmp_path.chmod(0o711)
-    return path
+    yield path
+    shutil.rmtree(top)
 
 
 def as_user(user, path, pipe):
