@@ -401,12 +401,25 @@ def _retag(connection: Connection, tag: str | None) -> None:
         if not seat.exchange.move(seat, tag):
             _private.check_out_again(connection)
         elif pool.options.server_tag:
-            record = _private.record_of(connection)
-            assert record is not None
-            tell(record.dbapi_connection, record, connection.dialect)
+            _tell(connection)
     except BaseException as error:
         connection.invalidate(error)
         raise
+
+
+def _tell(connection: Connection) -> None:
+    """Tell the server the new tag of a connection, on another one if that fails.
+
+    As at a checkout, where it is told as well, and SQLAlchemy wraps what goes wrong.
+    """
+    record = _private.record_of(connection)
+    assert record is not None
+    dialect = connection.dialect
+    try:
+        tell(record.dbapi_connection, record, dialect)
+    except (exc.DisconnectionError, dialect.loaded_dbapi.Error) as error:
+        connection.invalidate(error)
+        _private.check_out_again(connection)
 
 
 def _seat_of(connection: Connection) -> Seat | None:
