@@ -26,7 +26,7 @@ from .seats import Generation, Seat
 from .server_tag import tell, tell_on_checkout
 from .snapshot import snapshot
 from .stats import PoolStats
-from .tagging import context_tag, make_request, requested
+from .tagging import blocks, context_tag, make_request, requested
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
 
 __all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool", "metrics_source"]
@@ -172,7 +172,8 @@ class FairQueuePool(Pool):
     def _do_get(self) -> ConnectionPoolEntry:
         request = requested()
         if request is None or request.dialect is not self._dialect:
-            return self._exchange.checkout(context_tag() or self._default_tag, self)
+            tag = (context_tag() if blocks() else None) or self._default_tag
+            return self._exchange.checkout(tag, self)
         make_request(None)  # before it waits or connects, see `tagging`
         tag = request.tag or context_tag() or self._default_tag
         return self._exchange.checkout(tag, self, request.timeout)
