@@ -111,16 +111,23 @@ def read_switch(name: str, value: object) -> bool:
     _refuse(name, value, "true or false")
 
 
+def _plain(text: str) -> str:
+    """Return the text of a member of an Enum, say, which shows itself as another."""
+    return str.__str__(text)
+
+
 def validate_timeout(value: object, name: str) -> float:
     """Return the seconds that a checkout may wait."""
     return _seconds(name, value, least=0)
 
 
 def validate_tag(value: object, name: str = "tag") -> str:
-    """Return `value` if it may be a tag, raise ``ArgumentError`` otherwise.
+    """Return `value` as plain text if it may be a tag, else raise ``ArgumentError``.
 
     :param name: what to call it in the error, the option's name as a rule.
     """
+    if isinstance(value, str):
+        value = _plain(value)
     if (
         isinstance(value, str)
         and 0 < len(value) <= MAX_TAG_LENGTH
@@ -247,6 +254,7 @@ class PoolOptions:
             _refuse("ledger", ledger, "'host', a path, or None for no ledger")
         if not isinstance(tag_option, str) or not tag_option.isidentifier():
             _refuse("tag_option", tag_option, "the name of an execution option")
+        tag_option = _plain(tag_option)
         return cls(
             pool_size=size,
             max_overflow=overflow,

@@ -29,7 +29,7 @@ from .seats import Generation, Seat
 from .server_tag import tell, tell_on_checkout
 from .snapshot import snapshot
 from .stats import PoolStats
-from .tagging import context_tag, make_request, requested
+from .tagging import blocks, context_tag, make_request, requested
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
 
 __all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool", "metrics_source"]
@@ -179,7 +179,8 @@ class FairQueuePool(Pool):
     def _do_get(self) -> ConnectionPoolEntry:
         request = requested()
         if request is None or request.dialect is not self._dialect:
-            return self._exchange.checkout(context_tag() or self._default_tag, self)
+            tag = (context_tag() if blocks() else None) or self._default_tag
+            return self._exchange.checkout(tag, self)
         make_request(None)  # before it waits or connects, see `tagging`
         tag = request.tag or context_tag() or self._default_tag
         return self._exchange.checkout(tag, self, request.timeout)
@@ -447,12 +448,25 @@ def _retag(connection: Connection, tag: str | None) -> None:
         if not seat.exchange.move(seat, tag):
             _private.check_out_again(connection)
         elif pool.options.server_tag:
-            record = _private.record_of(connection)
-            assert record is not None
-            tell(record.dbapi_connection, record, connection.dialect)
+            _tell(connection)
     except BaseException as error:
         connection.invalidate(error)
         raise
+
+
+def _tell(connection: Connection) -> None:
+    """Tell the server the new tag of a connection, on another one if that fails.
+
+    As at a checkout, where it is told as well, and SQLAlchemy wraps what goes wrong.
+    """
+    record = _private.record_of(connection)
+    assert record is not None
+    dialect = connection.dialect
+    try:
+        tell(record.dbapi_connection, record, dialect)
+    except (exc.DisconnectionError, dialect.loaded_dbapi.Error) as error:
+        connection.invalidate(error)
+        _private.check_out_again(connection)
 
 
 def _seat_of(connection: Connection) -> Seat | None:

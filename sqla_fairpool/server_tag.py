@@ -1,7 +1,10 @@
 """``server_tag``: the tag as PostgreSQL's ``application_name``.
 
-So that ``pg_stat_activity`` tells the scrapers apart. It is said when a connection goes
-from one tag to another, and only then.
+So that ``pg_stat_activity`` tells the scrapers apart. The server is told only if the
+session has another name. Which one it has is not remembered here, because a statement
+of the application may change it, or ``RESET ALL`` and ``DISCARD ALL``. PostgreSQL
+reports each change, and the drivers keep the last report: to read it takes no round
+trip.
 """
 
 from __future__ import annotations
@@ -13,8 +16,12 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool
 
 __all__ = ["TOLD", "tell", "tell_on_checkout"]
 
-#: Where it is noted, in a record's ``info``, which a new connection empties.
+#: Where the last tag is noted, in a record's ``info``, which a new connection empties:
+#: the record that is preferred for the tag. Not what the server knows now.
 TOLD = "sqla_fairpool_tag_told"
+
+#: The longest name that PostgreSQL keeps: NAMEDATALEN - 1.
+_LONGEST = 63
 
 
 def tell_on_checkout(pool: Pool) -> None:
@@ -32,19 +39,46 @@ def tell(dbapi_connection: Any, record: ConnectionPoolEntry, dialect: Any) -> No
       dead; the pool opens another one then.
     """
     tag = getattr(record, "seat").account.tag  # noqa: B009
-    if record.info.get(TOLD) == tag:
-        return
+    name = _as_name(tag)
+    driver_connection = dialect.get_driver_connection(dbapi_connection)
+    if _name_known_to(driver_connection) != name:
+        try:
+            _say(dbapi_connection, name)
+        except dialect.loaded_dbapi.Error as error:
+            if not dialect.is_disconnect(error, dbapi_connection, None):
+                raise
+            raise exc.DisconnectionError("found dead when told its tag") from error
+    record.info[TOLD] = tag
+
+
+def _as_name(tag: str) -> str:
+    """Return a tag as PostgreSQL 16 and later would write it.
+
+    That is ASCII, so that it can be said in every encoding, and is not changed by
+    any server: the answer can be compared with what was said.
+    """
+    return tag.encode().decode("ascii", "backslashreplace")[:_LONGEST]
+
+
+def _name_known_to(driver_connection: Any) -> str | None:
+    """Return the session's name as last reported to the driver, None if unknown."""
+    try:
+        if hasattr(driver_connection, "get_settings"):  # asyncpg
+            name = driver_connection.get_settings().application_name
+        else:  # psycopg and psycopg2
+            name = driver_connection.info.parameter_status("application_name")
+    except Exception:
+        return None  # another driver, or a connection that is closed
+    return name if isinstance(name, str) else None
+
+
+def _say(dbapi_connection: Any, name: str) -> None:
     # Doubled quotes and backslashes: as PostgreSQL writes any string.
-    literal = tag.replace("\\", "\\\\").replace("'", "''")
+    literal = name.replace("\\", "\\\\").replace("'", "''")
     cursor = dbapi_connection.cursor()
     try:
         cursor.execute(f"SET application_name = E'{literal}'")
         # Or the rollback at the checkin takes it back.
         dbapi_connection.commit()
-    except dialect.loaded_dbapi.Error as error:
-        if not dialect.is_disconnect(error, dbapi_connection, cursor):
-            raise
-        raise exc.DisconnectionError("found dead when told its tag") from error
     finally:
         cursor.close()
-    record.info[TOLD] = tag

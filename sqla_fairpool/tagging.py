@@ -19,13 +19,16 @@ from it; nothing else in the process is touched.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import inspect
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Dialect, Engine
@@ -37,6 +40,7 @@ from .options import validate_tag, validate_timeout
 __all__ = [
     "TIMEOUT_OPTION",
     "Request",
+    "blocks",
     "context_tag",
     "context_timeout",
     "follow",
@@ -65,27 +69,81 @@ class Request:
     is_connections: bool = False
 
 
+class _Block:
+    """One block that has begun."""
+
+    __slots__ = ("caller", "frame", "has_ended", "source", "timeout")
+
+    def __init__(
+        self,
+        source: object,
+        timeout: float | None,
+        frame: int | None = None,
+        caller: int = 0,
+    ) -> None:
+        #: The object with which it was written.
+        self.source = source
+        self.timeout = timeout
+        #: The generator or coroutine in which it is written, None in a function.
+        self.frame = frame
+        #: The thread or task in which it began.
+        self.caller = caller
+        #: It ended in another context than it began in, where it still stands.
+        self.has_ended = False
+
+
+#: Stands for the code around all blocks, to which ``set_tag`` may give a tag.
+_AROUND = _Block(None, None)
+
+#: What is suspended, so that a block in it may end in any order and anywhere.
+_SUSPENDABLE = (
+    inspect.CO_GENERATOR
+    | inspect.CO_ASYNC_GENERATOR
+    | inspect.CO_COROUTINE
+    | inspect.CO_ITERABLE_COROUTINE
+)
+
+
+#: What a block stands for in one context, its tag; `set_tag` replaces it.
+_Entry: TypeAlias = tuple[str | None, _Block]
+
+
+def _here() -> int:
+    """Tell threads and tasks apart."""
+    # None where no loop runs, whereas asyncio.current_task() raises there.
+    loop = asyncio._get_running_loop()
+    task = None if loop is None else asyncio.current_task(loop)
+    return threading.get_ident() if task is None else id(task)
+
+
 # Set for the few instructions between who has options and the pool.
 _request: ContextVar[Request | None] = ContextVar("sqla_fairpool_request", default=None)
-_context_tag: ContextVar[str | None] = ContextVar("sqla_fairpool_tag", default=None)
-# The same for how long a checkout may wait. Read only by those who have to wait.
-_context_timeout: ContextVar[float | None] = ContextVar(
-    "sqla_fairpool_timeout", default=None
-)
-# What was in force outside of each ``with tag(...)``, the innermost last.
-_outer: ContextVar[tuple[tuple[str | None, float | None], ...]] = ContextVar(
-    "sqla_fairpool_outer", default=()
-)
+# The blocks that have begun and not ended in a context, the innermost last.
+_blocks: ContextVar[tuple[_Entry, ...]] = ContextVar("sqla_fairpool_blocks", default=())
 
 #: The request of the checkout that begins; first read by every checkout.
 requested = _request.get
 #: Make a request, or with None take it back.
 make_request = _request.set
 
-#: The tag of the innermost ``with tag(...)``, None without.
-context_tag = _context_tag.get
-#: How long it lets a checkout wait, None if it does not say.
-context_timeout = _context_timeout.get
+#: The blocks in force, empty for most; first read by a checkout without a request.
+blocks = _blocks.get
+
+
+def context_tag() -> str | None:
+    """Return the tag of the innermost ``with tag(...)``, None without."""
+    for name, block in reversed(blocks()):
+        if not block.has_ended:
+            return name
+    return None
+
+
+def context_timeout() -> float | None:
+    """Return how long the blocks let a checkout wait, None if they do not say."""
+    for _, block in reversed(blocks()):
+        if not block.has_ended and block.timeout is not None:
+            return block.timeout
+    return None
 
 
 #: What is set on a dialect, to recognise it when a pool is recreated.
@@ -109,7 +167,8 @@ class tag:  # noqa: N801  (read as a verb: with tag(...))
         async def report(session): ...
 
     Follows asyncio tasks and ``asyncio.to_thread``; a thread that is started in
-    the block begins without it. An engine's or a connection's option wins.
+    the block begins without it. An engine's or a connection's option wins. One object
+    may be used by many threads and tasks, and by one of them for several blocks.
 
     :param name: the tag, a non-empty string of at most 128 printable characters.
     :param timeout: seconds that each checkout in the block may wait, instead of the
@@ -118,38 +177,63 @@ class tag:  # noqa: N801  (read as a verb: with tag(...))
     :raises sqlalchemy.exc.ArgumentError: for a bad value, naming it.
     """
 
-    __slots__ = ("_name", "_timeout")
+    __slots__ = ("_name", "_open", "_timeout")
 
     def __init__(self, name: str, *, timeout: float | None = None) -> None:
         self._name = validate_tag(name)
         self._timeout = (
             None if timeout is None else validate_timeout(timeout, "timeout")
         )
+        # The open blocks by where they are written: a generator or coroutine, None for
+        # functions. None as well instead of a block where several are open at once.
+        self._open: dict[int | None, _Block | None] = {}
 
-    # What the blocks around have set is kept in the context as well, not in this
-    # object: threads and tasks may share it. No tokens: an interrupt could come
-    # between setting a variable and keeping its token, and some frameworks leave a
-    # block in another context than they entered it in.
+    # A block takes out its own entry, wherever that stands. No tokens: blocks of
+    # generators end in any order, and in other contexts than they began in. Where one
+    # ends in a copy of its context, in the task in which a loop ends an abandoned
+    # generator say, the entry in the original is marked. Not always, because a task
+    # keeps the tag of the block in which it was created, though the block ends.
 
     def __enter__(self) -> None:
-        outer = _outer.get()
-        last = _context_tag.get(), _context_timeout.get()
+        outer, caller = blocks(), sys._getframe(1)
+        frame = id(caller) if caller.f_code.co_flags & _SUSPENDABLE else None
+        block = _Block(self, self._timeout, frame, _here())
         try:
-            _outer.set((*outer, last))
-            _context_tag.set(self._name)
-            if self._timeout is not None:
-                _context_timeout.set(self._timeout)
+            self._open[frame] = None if frame in self._open else block
+            _blocks.set((*_open(outer), (self._name, block)))
         except BaseException:  # an interrupt: the block is not entered
-            _context_tag.set(last[0])
-            _context_timeout.set(last[1])
-            _outer.set(outer)
+            _blocks.set(outer)
             raise
 
     def __exit__(self, *exc_info: object) -> None:
-        *outer, (name, timeout) = _outer.get() or ((None, None),)
-        _context_tag.set(name)
-        _context_timeout.set(timeout)
-        _outer.set(tuple(outer))
+        # Without calls, comprehensions among them, until the entry is out: a handler
+        # of a signal is more likely to run, and to raise, in a function that begins.
+        entries, caller = blocks(), sys._getframe(1)
+        frame = id(caller) if caller.f_code.co_flags & _SUSPENDABLE else None
+        # Which of this object's blocks ends: that of the generator; or the innermost
+        # of the context; or the only one there is, which is in another context.
+        innermost = alike = None
+        for _, block in entries:
+            if block.source is self:
+                innermost = block
+                if block.frame == frame:
+                    alike = block
+        exact = None if frame is None else self._open.get(frame)
+        ended = exact or alike or innermost
+        if ended is None and len(self._open) == 1:
+            (ended,) = self._open.values()
+        if ended is None:
+            return
+        left = []
+        for entry in entries:
+            if entry[1] is not ended:
+                left.append(entry)
+        _blocks.set(tuple(left))
+        is_only = self._open.get(ended.frame) is ended
+        if is_only or ended.frame is not None:
+            self._open.pop(ended.frame, None)
+        if is_only and (len(left) == len(entries) or ended.caller != _here()):
+            ended.has_ended = True
 
     def __call__(self, function: _F) -> _F:
         """Tag every call of `function`, which may be a coroutine function."""
@@ -183,12 +267,26 @@ def set_tag(name: str | None) -> None:
 
     For frameworks that call one function when a request or a job begins and
     another one when it ends, where no block could be written. Same reach as
-    :class:`tag`.
+    :class:`tag`. In a block it lasts until the block ends.
 
     :param name: the tag, None for none again.
     :raises sqlalchemy.exc.ArgumentError: if it cannot be one.
     """
-    _context_tag.set(None if name is None else validate_tag(name))
+    name = None if name is None else validate_tag(name)
+    entries = _open(blocks())
+    block = entries[-1][1] if entries else _AROUND
+    if name is None and block is _AROUND:
+        _blocks.set(())
+    else:
+        _blocks.set((*entries[:-1], (name, block)))
+
+
+def _open(entries: tuple[_Entry, ...]) -> tuple[_Entry, ...]:
+    """Return the entries of those blocks that have not ended elsewhere."""
+    for _, block in entries:
+        if block.has_ended:
+            return tuple([entry for entry in entries if not entry[1].has_ended])
+    return entries
 
 
 @contextmanager

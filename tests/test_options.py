@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import enum
 import math
+import sys
 
 import pytest
 from sqlalchemy import engine_from_config
 from sqlalchemy.exc import ArgumentError
 
-from sqla_fairpool import FairQueuePool, tag
+from sqla_fairpool import FairQueuePool, TooManyWaiting, tag, tagging
 from sqla_fairpool.options import PoolOptions, validate_tag
 
 
@@ -178,3 +180,56 @@ def test_message_for_a_long_tag_is_short():
     with pytest.raises(ArgumentError) as caught:
         validate_tag("x" * 10_000)
     assert len(str(caught.value)) < 200
+
+
+class Old(str, enum.Enum):
+    WEB = "web-old"
+    EMPTY = ""
+
+
+class Option(str, enum.Enum):
+    TENANT = "tenant"
+
+
+class Loud(str):
+    def __str__(self):
+        return "loud"
+
+    __repr__ = __len__ = None
+
+
+KINDS = [Old.WEB, Loud("web-old")]
+if sys.version_info >= (3, 11):
+    KINDS.append(enum.StrEnum("New", {"WEB": "web-old"}).WEB)
+
+
+@pytest.mark.parametrize("value", KINDS, ids=[type(kind).__name__ for kind in KINDS])
+def test_tag_of_a_kind_of_string_is_a_plain_string(make_engine, value):
+    assert type(validate_tag(value)) is str
+    assert validate_tag(value) == "web-old"
+    engine = make_engine(default_tag=value, max_waiting=0, pool_size=1)
+    roads = [
+        lambda: engine.execution_options(scraper=value).connect(),
+        lambda: engine.connect().execution_options(scraper=value),
+        engine.connect,
+    ]
+    for road in roads:
+        with road():
+            (row,) = engine.pool.stats().tags
+            assert type(row.name) is str
+            assert row.name == "web-old"
+            with pytest.raises(TooManyWaiting, match="tag 'web-old' refused"):
+                road()
+    with tag(value):
+        assert type(tagging.context_tag()) is str
+
+
+def test_option_may_be_named_by_an_enum(make_engine):
+    engine = make_engine(tag_option=Option.TENANT)
+    with engine.execution_options(tenant="a").connect():
+        assert [row.name for row in engine.pool.stats().tags] == ["a"]
+
+
+def test_bad_tag_of_a_kind_of_string_is_shown_as_plain_text():
+    with pytest.raises(ArgumentError, match="tag='' is not allowed"):
+        validate_tag(Old.EMPTY)

@@ -1,0 +1,413 @@
+"""Blocks that end in another order, or elsewhere, than they began."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import threading
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+
+import pytest
+from support.threads import Caller
+
+from sqla_fairpool import set_tag, tag, tagging
+from sqla_fairpool.tagging import context_tag, context_timeout
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    yield
+    assert context_tag() is None
+    assert context_timeout() is None
+
+
+def leave(block):
+    block.__exit__(None, None, None)
+
+
+def generator(block):
+    with block:
+        while True:
+            yield context_tag()
+
+
+async def async_generator(block):
+    with block:
+        while True:
+            yield context_tag()
+
+
+# -- in another order ------------------------------------------------------------------
+
+
+def test_block_that_ends_before_an_inner_one_takes_back_its_own_tag():
+    outer, inner = ExitStack(), ExitStack()
+    outer.enter_context(tag("outer", timeout=1.0))
+    inner.enter_context(tag("inner", timeout=2.0))
+    outer.close()
+    assert (context_tag(), context_timeout()) == ("inner", 2.0)
+    inner.close()
+
+
+def test_time_out_of_an_outer_block_ends_with_it():
+    outer, inner = tag("outer", timeout=1.0), tag("inner")
+    outer.__enter__()
+    inner.__enter__()
+    assert context_timeout() == 1.0
+    leave(outer)
+    assert (context_tag(), context_timeout()) == ("inner", None)
+    leave(inner)
+
+
+@pytest.mark.parametrize("order", ["abc", "acb", "bac", "bca", "cab", "cba"])
+def test_innermost_of_the_open_blocks_is_in_force_whichever_ends(order):
+    blocks = {name: tag(name) for name in "abc"}
+    for block in blocks.values():
+        block.__enter__()
+    still = ["a", "b", "c"]
+    for name in order:
+        leave(blocks[name])
+        still.remove(name)
+        assert context_tag() == (still[-1] if still else None)
+
+
+def test_generators_block_ends_in_the_block_of_another():
+    first = generator(tag("a"))
+    next(first)
+    with tag("b"):
+        first.close()
+        assert context_tag() == "b"
+        second = generator(tag("c"))
+        next(second)
+    assert context_tag() == "c"  # that block is still open
+    del second
+    assert context_tag() is None
+
+
+def test_two_generators_that_take_turns_and_end_in_the_order_they_began():
+    a, b = generator(tag("a")), generator(tag("b"))
+    next(a)
+    next(b)
+    a.close()
+    assert context_tag() == "b"
+    b.close()
+
+
+def test_one_object_for_two_blocks_of_a_context():
+    shared, other = tag("shared"), tag("other")
+    with shared:
+        with other, shared:
+            assert context_tag() == "shared"
+        assert context_tag() == "shared"
+        other.__enter__()
+    assert context_tag() == "other"
+    leave(other)
+
+
+def test_one_object_for_the_blocks_of_many_tasks():
+    shared = tag("shared")
+
+    async def visit(number):
+        for _ in range(number):
+            await asyncio.sleep(0)
+        with tag("own"):
+            with shared:
+                for _ in range(number):
+                    await asyncio.sleep(0)
+                assert context_tag() == "shared"
+            await asyncio.sleep(0)
+            assert context_tag() == "own"
+        assert context_tag() is None
+
+    async def main():
+        await asyncio.gather(*map(visit, range(20)))
+
+    asyncio.run(main())
+
+
+def test_one_object_for_two_generators_that_end_in_the_order_they_began():
+    shared = tag("shared")
+    first, second = generator(shared), generator(shared)
+    next(first)
+    with tag("between"):
+        next(second)
+        first.close()
+        assert context_tag() == "shared"
+        second.close()
+        assert context_tag() == "between"
+
+
+def test_one_object_for_a_function_and_a_generator():
+    shared = tag("shared")
+    inner = generator(shared)
+    with shared, tag("between"):
+        next(inner)
+    assert context_tag() == "shared"
+    inner.close()
+
+
+def test_one_object_for_two_blocks_of_a_generator():
+    shared = tag("shared")
+
+    def twice():
+        with shared, tag("between"), shared:
+            yield
+
+    both = twice()
+    next(both)
+    assert context_tag() == "shared"
+    with tag("b"):
+        both.close()
+        assert context_tag() == "b"
+
+
+class Scope:
+    """A tag in methods of its own, as a library would write it."""
+
+    def __init__(self, block):
+        self.block = block
+
+    async def __aenter__(self):
+        self.block.__enter__()
+
+    async def __aexit__(self, *exc_info):
+        self.block.__exit__(*exc_info)
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_block_that_begins_and_ends_in_different_functions(is_shared):
+    shared = tag("a")
+
+    async def visit(scope):
+        with tag("outer"):
+            async with scope(shared if is_shared else tag("a")):
+                await asyncio.sleep(0)
+                assert context_tag() == "a"
+            assert context_tag() == "outer"
+        assert tagging.blocks() == ()
+
+    @asynccontextmanager
+    async def stack(block):
+        async with AsyncExitStack() as stack:
+            stack.enter_context(block)
+            yield
+
+    @asynccontextmanager
+    async def twice(block):
+        async with Scope(block), stack(block):
+            yield
+
+    async def main():
+        for _ in range(2):
+            await asyncio.gather(
+                *[visit(scope) for scope in (Scope, stack, twice, Scope, stack, twice)]
+            )
+
+    asyncio.run(main())
+    assert not shared._open.keys() - {None}
+
+
+# -- elsewhere -------------------------------------------------------------------------
+
+
+def test_generators_block_that_another_thread_ends_is_over():
+    abandoned = generator(tag("a"))
+    next(abandoned)
+    assert context_tag() == "a"
+    Caller(abandoned.close).result()
+    assert context_tag() is None
+
+
+def test_generators_block_that_is_collected_in_another_thread_is_over():
+    class Cycle:
+        pass
+
+    cycle = Cycle()
+    cycle.me, cycle.generator = cycle, generator(tag("a"))
+    next(cycle.generator)
+    gc.disable()
+    try:
+        with tag("b"):
+            del cycle
+
+            def elsewhere():
+                with tag("elsewhere"):
+                    gc.collect()
+                    return context_tag()
+
+            assert Caller(elsewhere).result() == "elsewhere"
+            assert context_tag() == "b"
+    finally:
+        gc.enable()
+    assert context_tag() is None
+
+
+def test_block_of_an_abandoned_async_generator_is_over():
+    """The loop ends it in a task of its own, whose context is a copy."""
+
+    async def main():
+        with tag("b"):
+            abandoned = async_generator(tag("a"))
+            await anext(abandoned)
+            assert context_tag() == "a"
+            del abandoned
+            for _ in range(5):
+                await asyncio.sleep(0)
+            assert context_tag() == "b"
+        assert context_tag() is None
+
+    asyncio.run(main())
+
+
+def test_block_of_an_async_generator_that_another_task_ends_is_over():
+    async def main():
+        a, b = async_generator(tag("a")), async_generator(tag("b"))
+        await anext(a)
+        await anext(b)
+        await asyncio.create_task(a.aclose())
+        assert context_tag() == "b"
+        await asyncio.create_task(b.aclose())
+        assert context_tag() is None
+
+    asyncio.run(main())
+
+
+def test_one_object_in_abandoned_async_generators_of_many_tasks():
+    shared = tag("shared")
+
+    async def consume():
+        for _ in range(10):
+            async for _ in async_generator(shared):
+                break
+            await asyncio.sleep(0)
+            with shared:
+                await asyncio.sleep(0)
+                assert context_tag() == "shared"
+            for _ in range(5):  # the loop ends it meanwhile
+                await asyncio.sleep(0)
+            assert context_tag() is None
+            assert len(tagging.blocks()) <= 1
+
+    async def main():
+        await asyncio.gather(*[consume() for _ in range(5)])
+
+    asyncio.run(main())
+    assert not shared._open.keys() - {None}
+
+
+def test_block_that_ends_in_another_context_ends_in_the_first_as_well():
+    block = tag("a")
+    first = contextvars.copy_context()
+    first.run(block.__enter__)
+    assert first.run(context_tag) == "a"
+    leave(block)
+    assert first.run(context_tag) is None
+
+
+def test_block_that_begins_and_ends_in_threads_of_a_framework():
+    """As FastAPI runs a dependency: each part in a thread, in a copy of the context."""
+    dependency = generator(tag("a"))
+    with tag("request"):
+        for step in (lambda: next(dependency), dependency.close):
+            context = contextvars.copy_context()
+            Caller(context.run, step).result()
+            assert context_tag() == "request"
+
+
+def test_task_keeps_the_tag_of_the_block_in_which_it_was_made():
+    async def main():
+        go = asyncio.Event()
+
+        async def background():
+            await go.wait()
+            first = context_tag()
+            with tag("own"):
+                pass
+            return first, context_tag()
+
+        with tag("a", timeout=1.0):
+            task = asyncio.create_task(background())
+        go.set()
+        assert await task == ("a", "a")
+
+    asyncio.run(main())
+
+
+def test_block_in_a_task_ends_no_block_of_its_maker():
+    shared = tag("shared")
+
+    async def visit():
+        with shared:
+            pass
+
+    async def main():
+        with shared:
+            await asyncio.create_task(visit())
+            await asyncio.gather(visit(), visit())
+            assert context_tag() == "shared"
+
+    asyncio.run(main())
+
+
+def test_blocks_that_end_elsewhere_do_not_pile_up():
+    async def main():
+        with tag("b"):
+            for _ in range(50):
+                abandoned = async_generator(tag("a"))
+                await anext(abandoned)
+                await asyncio.create_task(abandoned.aclose())
+                with tag("c"):
+                    pass
+            assert len(tagging.blocks()) <= 2
+            assert context_tag() == "b"
+
+    asyncio.run(main())
+
+
+def test_object_that_is_used_again_after_it_was_left_elsewhere():
+    block = tag("a")
+    for _ in range(2):
+        block.__enter__()
+        Caller(leave, block).result()
+        assert context_tag() is None
+    with block:
+        assert context_tag() == "a"
+
+
+# -- set_tag ---------------------------------------------------------------------------
+
+
+def test_set_tag_in_a_block_ends_with_the_block():
+    set_tag("outside")
+    with tag("block", timeout=1.0):
+        set_tag("inside")
+        assert (context_tag(), context_timeout()) == ("inside", 1.0)
+        set_tag(None)
+        assert (context_tag(), context_timeout()) == (None, 1.0)
+        set_tag("again")
+    assert (context_tag(), context_timeout()) == ("outside", None)
+    set_tag(None)
+
+
+def test_set_tag_belongs_to_the_innermost_block_whichever_ends_first():
+    outer, inner = tag("outer"), tag("inner")
+    outer.__enter__()
+    inner.__enter__()
+    set_tag("set")
+    leave(outer)
+    assert context_tag() == "set"
+    leave(inner)
+    assert context_tag() is None
+
+
+def test_set_tag_in_a_thread_that_ends_is_not_the_next_ones():
+    barrier = threading.Barrier(2)
+
+    def work(name):
+        set_tag(name)
+        barrier.wait(30)
+        return context_tag()
+
+    callers = [Caller(work, name) for name in "ab"]
+    assert [caller.result() for caller in callers] == ["a", "b"]
