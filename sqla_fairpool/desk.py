@@ -20,7 +20,6 @@ from collections import Counter, deque
 from collections.abc import (
     Callable,
     Collection,
-    Iterable,
     Mapping,
     Sequence,
 )
@@ -379,10 +378,9 @@ class Desk(Section):
     def wake_all(self) -> None:
         """Wake whoever waits, to look for himself."""
         with self.section():
-            for account in self.scheduler.waiting_accounts():
-                for seat in cast(Iterable[Seat], account.waiters or ()):
-                    if seat.waiter is not None:
-                        self._bells.append(seat.waiter.wake)
+            for seat in self.seats_waiting():
+                if seat.waiter is not None:
+                    self._bells.append(seat.waiter.wake)
 
     # -- closing ------------------------------------------------------------------
 
@@ -479,6 +477,14 @@ class Desk(Section):
         """Return the seats of the records that are out. Caller is in a section."""
         seats = [record.seat for record in self._records]
         return [seat for seat in seats if seat.state is GRANTED]
+
+    def seats_waiting(self) -> list[Seat]:
+        """Return the seats that wait for a slot. Caller is in a section."""
+        return [
+            cast(Seat, ticket)
+            for account in self.scheduler.waiting_accounts()
+            for ticket in account.waiters or ()
+        ]
 
     def records_of(self, seats: Collection[Seat]) -> list[Record]:
         """Return the records on which seats are. Caller is in a section."""
