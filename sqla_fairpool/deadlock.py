@@ -63,8 +63,9 @@ def is_stuck(desk: Desk, seat: Seat, deadline: float) -> bool:
         return False
     if _may_rise(scheduler, seat.account, deadline):
         return False
-    # One seat for each caller: a thread or a task waits for one thing at a time.
-    stuck = {s.holder: s for s in _waiting_seats(scheduler) if s.holder is not None}
+    # One seat for each caller, the newest: a signal handler may wait during a wait.
+    waiting = sorted(desk.seats_waiting(), key=lambda waiting: waiting.number)
+    stuck = {s.holder: s for s in waiting if s.holder is not None}
     while True:
         able = [
             caller
@@ -118,15 +119,6 @@ def _helpful(scheduler: Scheduler, seat: Seat, out: Sequence[Seat]) -> Sequence[
     if account.in_use >= scheduler.ceiling(account):
         return [other for other in out if other.account is account]
     return out
-
-
-def _waiting_seats(scheduler: Scheduler) -> list[Seat]:
-    return [
-        ticket
-        for account in scheduler.waiting_accounts()
-        for ticket in account.waiters or ()
-        if isinstance(ticket, Seat) and ticket.state is WAITING
-    ]
 
 
 def _may_rise(scheduler: Scheduler, account: Account, deadline: float) -> bool:

@@ -9,6 +9,11 @@ Rules of this file:
   into the inbox, and the first one deals with it before he leaves.
 * Whoever enters gives up what is kept warm (see :mod:`.exchange`), and again before he
   leaves.
+* A signal handler may check out in the middle of a critical section on the same thread:
+  it is *lent* an idle connection, or one more. The handler ends before the section goes
+  on, and no other thread can enter, so a loan that is over by then leaves no trace; one
+  that is not is accounted for at the end of the section. Therefore a section takes an
+  idle record before it decides, and iterates over copies of `_idle`.
 """
 
 from __future__ import annotations
@@ -20,7 +25,6 @@ from collections import Counter, deque
 from collections.abc import (
     Callable,
     Collection,
-    Iterable,
     Mapping,
     Sequence,
 )
@@ -31,10 +35,11 @@ from .account import GRANTED, Account, Ticket
 from .callers import TaskHere, ThreadHere
 from .connections import Connections
 from .journal import Journal
+from .meters import Meter
 from .options import PoolOptions
 from .scheduler import Scheduler
-from .seats import Generation, Record, Seat
-from .section import Section
+from .seats import Generation, Opener, Record, Seat
+from .section import Section, refuse_inner_call
 from .waiters import Owner, Waiter
 
 if TYPE_CHECKING:
@@ -70,6 +75,7 @@ class Desk(Section):
         "_inbox",
         "_left",
         "_listed",
+        "_loans",
         "_never_full",
         "_opening",
         "_pool_size",
@@ -138,6 +144,8 @@ class Desk(Section):
         # Records in the pool, the one that came back first on the left.
         self._idle: deque[Record] = deque()
         self._hand_out(last_first=self._use_lifo)
+        # What was lent in the middle of a critical section and is not back.
+        self._loans: list[Record] = []
         # The tags for which records may be kept warm.
         self._listed: deque[Account] = deque()
         # Seats that no record has, for those who have to wait.
@@ -190,7 +198,10 @@ class Desk(Section):
         now = self.clock()
         with self._lock:
             if self._busy:
-                self._inbox.append((seat, record, keep))
+                if record is not None and record in self._loans:
+                    self._end_loan(seat, record)
+                else:
+                    self._inbox.append((seat, record, keep))
                 return
             self._busy = True
             try:
@@ -205,6 +216,93 @@ class Desk(Section):
         """Take the slot of a seat back whose owner has vanished with the record."""
         seat.warm = False  # it may have been about to be taken
         self._checkin(seat, None, False)
+
+    # -- in the middle of a critical section ---------------------------------------
+
+    def _lend(self, tag: str, opener: Opener) -> Record:
+        """Check out in the middle of a critical section of the same thread.
+
+        :raises sqlalchemy.exc.InvalidRequestError: if there is nothing to lend.
+        """
+        if isinstance(self.here, TaskHere):
+            refuse_inner_call("nothing can be awaited there")
+        record = self._pop_idle() or self._pop_warm()
+        seat = Seat(cast(Any, self))
+        seat.loan, seat.holder, seat.since = tag, self.here.caller, self.clock()
+        # Not one of the scheduler's, which may be about to change.
+        seat.account = Account(tag, 1.0, False, Meter())
+        if record is None:
+            # The section may have one in its hands, which is counted nowhere. With a
+            # ledger it would have to be asked, by a thread that needs this lock.
+            there = self.connections_there()
+            if there + 1 >= self._allotted or self.share is not None:
+                refuse_inner_call("no connection is idle")
+            record = cast(Record, opener._create_connection())
+        else:
+            seat.former = record.seat
+        record.seat = seat
+        self._loans.append(record)
+        return record
+
+    def _end_loan(self, seat: Seat, record: Record) -> None:
+        """Take back what was lent, as if nothing had been."""
+        self._loans.remove(record)
+        self._bells.append(self._end_noticed)  # it was counted as apart
+        former, seat.loan, seat.former = seat.former, None, None
+        if former is None:
+            record.reason = "overflow"
+            record.close()
+            return
+        record.seat = former
+        if former.state is GRANTED:
+            self._list(former.account)
+            former.account.warm.append(record)
+            self._list(former.account)
+        else:
+            self._put_back(record)
+
+    def _admit_loans(self, now: float) -> None:
+        """Account for what was lent, and was not back when the handler had ended."""
+        while self._loans:
+            record = self._loans.pop()
+            seat = record.seat
+            former, tag = seat.former, seat.loan
+            assert tag is not None
+            seat.loan = seat.former = None
+            if former is not None and former.state is GRANTED:
+                # It was warm, so it has a slot; that is the handler's tag's, if it may.
+                former.warm, former.holder = False, seat.holder
+                seat, record.seat = former, former
+                self._deliver(self.scheduler.move(seat, tag, now) or (), None)
+            else:
+                self.scheduler.admit(seat, tag, now)
+            self._seat_owner(seat, None)
+            record.physical.opening = False
+            self._records.add(record)
+        self._recount(now)
+
+    def _pop_idle(self) -> Record | None:
+        """Take the idle record that is next, None if there is none."""
+        try:
+            return self._take_idle()
+        except IndexError:
+            return None
+
+    def _pop_warm(self) -> Record | None:
+        """Take a record that is kept warm, of whatever tag; None if there is none."""
+        for account in list(self.scheduler.accounts.values()):
+            try:
+                return cast(Record, account.warm.pop())
+            except IndexError:
+                pass
+        return None
+
+    def _put_back(self, record: Record) -> None:
+        """Undo :meth:`_pop_idle`."""
+        if self._end:
+            self._idle.append(record)
+        else:
+            self._idle.appendleft(record)
 
     # -- inside -------------------------------------------------------------------
 
@@ -226,6 +324,8 @@ class Desk(Section):
                     self._idle.append(record)
                     self._drain(now)
             self._listed.popleft()  # last: an interrupt leaves it listed
+        if self._loans:
+            self._admit_loans(now)
         while self._inbox:
             seat, returned, keep = self._inbox.popleft()
             self._take_back(seat, returned, keep, now)
@@ -234,6 +334,8 @@ class Desk(Section):
         self, seat: Seat, record: Record | None, keep: bool, now: float
     ) -> None:
         """Free the seat's slot; hand the record on, keep it or have it closed."""
+        if seat.loan is not None:
+            self._admit_loans(now)
         if seat.state is not GRANTED or seat.warm or not self.scheduler.knows(seat):
             return  # back already, or checked out before a fork
         if seat.reported and self.leaks is not None:
@@ -292,8 +394,8 @@ class Desk(Section):
         """
         for seat in cast(Sequence[Seat], granted):
             assert seat.waiter is not None
-            if record is None and self._idle:
-                record = self._take_idle()
+            if record is None:
+                record = self._pop_idle()
             self._seat_owner(seat, record)
             record = None
             if seat is self._watch:
@@ -390,10 +492,9 @@ class Desk(Section):
     def wake_all(self) -> None:
         """Wake whoever waits, to look for himself."""
         with self.section():
-            for account in self.scheduler.waiting_accounts():
-                for seat in cast(Iterable[Seat], account.waiters or ()):
-                    if seat.waiter is not None:
-                        self._bells.append(seat.waiter.wake)
+            for seat in self.seats_waiting():
+                if seat.waiter is not None:
+                    self._bells.append(seat.waiter.wake)
 
     # -- closing ------------------------------------------------------------------
 
@@ -402,18 +503,22 @@ class Desk(Section):
 
         There are none but after a limit has fallen.
         """
-        idle = self._idle
-        while idle and (
-            len(idle) > self._pool_size
-            or self.scheduler.in_use + len(idle) > self._allotted
-        ):
+        while idle := list(self._idle):
+            if (
+                len(idle) <= self._pool_size
+                and self.scheduler.in_use + len(idle) <= self._allotted
+            ):
+                return
             self._retire(idle[0], now, "resized")
 
     def _retire(self, record: Record, now: float, reason: str) -> None:
         """Have an idle record closed. Its slot is out of use until that is over."""
+        try:
+            self._idle.remove(record)
+        except ValueError:
+            return  # lent a moment ago
         record.reason = reason
         self._chores.append(record.close)
-        self._idle.remove(record)
         self._recount(now)
 
     def connection_ended(self) -> None:
@@ -496,13 +601,21 @@ class Desk(Section):
 
         Caller is in a section.
         """
-        open_ones = [r for r in self._idle if r.dbapi_connection is not None]
-        return len(self._idle), len(open_ones)
+        idle = list(self._idle)
+        return len(idle), len([r for r in idle if r.dbapi_connection is not None])
 
     def granted_seats(self) -> list[Seat]:
         """Return the seats of the records that are out. Caller is in a section."""
         seats = [record.seat for record in self._records]
         return [seat for seat in seats if seat.state is GRANTED]
+
+    def seats_waiting(self) -> list[Seat]:
+        """Return the seats that wait for a slot. Caller is in a section."""
+        return [
+            cast(Seat, ticket)
+            for account in self.scheduler.waiting_accounts()
+            for ticket in account.waiters or ()
+        ]
 
     def records_of(self, seats: Collection[Seat]) -> list[Record]:
         """Return the records on which seats are. Caller is in a section."""

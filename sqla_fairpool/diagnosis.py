@@ -43,8 +43,10 @@ class Holding:
     statement_age: float | None = None
     #: It is being opened: the database has not answered yet.
     opening: bool = False
-    #: Its caller is the one who is waiting.
+    #: Its caller is the one that waited in vain.
     own: bool = False
+    #: Its caller waits for one more, too.
+    waits: bool = False
     #: Its caller has ended and left it behind.
     abandoned: bool = False
 
@@ -63,6 +65,8 @@ class Holding:
             parts.append("no statement yet")
         else:
             parts.append(f"last statement {duration(self.statement_age)} ago")
+        if self.waits and not self.own:
+            parts.append("waits for one more")
         if self.now_at is not None and not self.own:
             parts.append(f"now at {self.now_at}")
         return ", ".join(parts)
@@ -129,10 +133,33 @@ class Diagnosis:
         return tuple(h for h in self.holdings if h.tag == self.tag)
 
     @property
+    def nobodys(self) -> int:
+        """Slots of those that would have helped with which no caller has a connection.
+
+        That is being closed, or opened ahead, or handed over.
+        """
+        there = self.capacity if self.allotted is None else self.allotted
+        slots = self.in_use if self.in_use >= self.ceiling else there
+        return max(slots - len(self.oldest), 0)
+
+    @property
     def advice(self) -> str:
-        """One sentence that fits the case."""
+        """One sentence that fits the case.
+
+        What others have done wrong comes before what is the caller's own, unless nobody
+        but the caller could have helped.
+        """
         held = self.oldest
-        for say in (_nested, _no_ledger, _connecting, _idle_holder, _leaked, _others):
+        for say in (
+            _only_nested,
+            _no_ledger,
+            _connecting,
+            _nobodys,
+            _idle_holder,
+            _leaked,
+            _others,
+            _nested,
+        ):
             sentence = say(self, held)
             if sentence is not None:
                 return sentence
@@ -146,6 +173,11 @@ class Diagnosis:
             f"{self.waiting} wait under {self.tag!r} alone: hold them for shorter, "
             "or give the pool more"
         )
+
+
+def _only_nested(case: Diagnosis, held: Sequence[Holding]) -> str | None:
+    alone = all(h.own or h.waits for h in held) and not case.nobodys
+    return _nested(case, case.holdings) if alone and not _goes_short(case) else None
 
 
 def _nested(case: Diagnosis, held: Sequence[Holding]) -> str | None:
@@ -169,6 +201,13 @@ def _no_ledger(case: Diagnosis, held: Sequence[Holding]) -> str | None:
     )
 
 
+def _goes_short(case: Diagnosis) -> bool:
+    """Tell if other processes have connections that would have helped."""
+    if case.allotted is None or case.in_use >= case.ceiling:
+        return False
+    return case.allotted < case.capacity
+
+
 def _others(case: Diagnosis, held: Sequence[Holding]) -> str | None:
     if case.allotted is None or case.allotted >= case.capacity:
         return None
@@ -181,7 +220,7 @@ def _others(case: Diagnosis, held: Sequence[Holding]) -> str | None:
 
 def _connecting(case: Diagnosis, held: Sequence[Holding]) -> str | None:
     opening = [h for h in held if h.opening and h.age >= case.waited / 2]
-    if 2 * len(opening) < len(held) or not opening:
+    if not _are_most(opening, held):
         return None
     return (
         f"{len(opening)} of {len(held)} connections are being opened, the first for "
@@ -189,7 +228,24 @@ def _connecting(case: Diagnosis, held: Sequence[Holding]) -> str | None:
     )
 
 
+def _are_most(some: Sequence[Holding], held: Sequence[Holding]) -> bool:
+    """Tell if they are half, or more, of what others than the caller hold."""
+    return bool(some) and 2 * len(some) >= sum(not h.own for h in held)
+
+
+def _nobodys(case: Diagnosis, held: Sequence[Holding]) -> str | None:
+    others = sum(not h.own for h in held)
+    if not case.nobodys or case.nobodys < others:
+        return None
+    return (
+        f"{case.nobodys} of {case.nobodys + len(held)} connections are with no caller: "
+        "they are being closed, opened ahead or handed over, and the database is slow "
+        "to answer; if this lasts, the pool has lost them"
+    )
+
+
 def _leaked(case: Diagnosis, held: Sequence[Holding]) -> str | None:
+    held = [h for h in held if not h.own]
     old = [h for h in held if h.abandoned or h.age >= _OLD * max(case.waited, _QUIET)]
     if not old or (2 * len(old) > len(held) > 2 and not old[0].abandoned):
         return None  # when most are old, it is how they work
@@ -204,9 +260,11 @@ def _leaked(case: Diagnosis, held: Sequence[Holding]) -> str | None:
 
 def _idle_holder(case: Diagnosis, held: Sequence[Holding]) -> str | None:
     quiet = [
-        h for h in held if not h.opening and not h.abandoned and h.quiet_for >= _QUIET
+        h
+        for h in held
+        if not (h.own or h.opening or h.abandoned) and h.quiet_for >= _QUIET
     ]
-    if 2 * len(quiet) < len(held) or not quiet:
+    if not _are_most(quiet, held):
         return None
     by_tag: dict[str, list[Holding]] = {}
     for holding in quiet:

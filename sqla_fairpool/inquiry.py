@@ -7,7 +7,7 @@ after it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 
 from .callers import (
@@ -41,6 +41,7 @@ class Copy:
     holder: Caller | None
     stack: tuple[Place, ...]
     opening: bool
+    waits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +113,26 @@ def copy_scene(desk: Desk, seat: Seat, now: float) -> Scene:
         holders=[
             (a.tag, a.in_use) for a in scheduler.roster.accounts.values() if a.in_use
         ],
-        copies=[copy_seat(desk, out) for out in desk.seats_out()],
+        copies=_copies(desk),
         ledger=(
             (None, None) if desk.share is None else (desk.allotted, desk.share.trouble)
         ),
     )
+
+
+def _copies(desk: Desk) -> list[Copy]:
+    out = desk.seats_out()
+    # A record without a connection is out while another one is opened for it.
+    hollow = {id(r.seat) for r in desk.records_of(out) if r.dbapi_connection is None}
+    waiting = {seat.holder for seat in desk.seats_waiting()} - {None}
+    return [
+        replace(
+            copy,
+            opening=copy.opening or id(seat) in hollow,
+            waits=seat.holder in waiting,
+        )
+        for seat, copy in [(seat, copy_seat(desk, seat)) for seat in out]
+    ]
 
 
 def copy_seat(desk: Desk, seat: Seat) -> Copy:
@@ -152,5 +168,6 @@ def as_holding(
         statement_age=max(now - copy.used, 0.0) if copy.used >= copy.since else None,
         opening=copy.opening,
         own=own,
+        waits=copy.waits,
         abandoned=has_ended(copy.holder),
     )

@@ -104,7 +104,7 @@ class Upkeep(Desk):
         """
         ttl = cast(float, self.options.idle_connection_ttl)
         unused = []
-        for record in self._idle:
+        for record in list(self._idle):
             seen = getattr(record, "seen", None)
             if seen is None or seen[0] != record.seat.since:
                 seen = record.seen = (
@@ -197,8 +197,8 @@ class Upkeep(Desk):
             there = self._open_connections() + self._out_of_use()
             if there >= self.options.min_idle or self._frozen:
                 return None
-            hollow = [r for r in self._idle if r.dbapi_connection is None]
-            if hollow:
+            hollow = [r for r in list(self._idle) if r.dbapi_connection is None]
+            if hollow and hollow[0] in self._idle:
                 self._idle.remove(hollow[0])  # its place is taken by the new one
             if scheduler.in_use + len(self._idle) >= scheduler.capacity:
                 return None
@@ -312,9 +312,10 @@ class Upkeep(Desk):
             former = self.owner
             if former is generation:
                 return
-            former.left = list(self._idle)
-            self._left.update(self._idle)
-            self._idle.clear()
+            former.left = []
+            while (record := self._pop_idle()) is not None:
+                former.left.append(record)
+            self._left.update(former.left)
             for seat in self.granted_seats():
                 seat.may_warm = False  # to be closed when it comes back
             self.owner = generation

@@ -23,6 +23,7 @@ from sqla_fairpool import (
 )
 from sqla_fairpool.callers import ThreadHere, describe_caller, frames_of
 from sqla_fairpool.diagnosis import duration
+from sqla_fairpool.seats import Seat
 
 
 def case(**changes):
@@ -104,16 +105,68 @@ def test_leak():
 
 def test_holder_that_has_ended():
     left = holding(caller="thread 'w' (ended)", abandoned=True)
-    advice = case(holdings=(left, holding())).advice
+    advice = case(holdings=(left, *[holding()] * 3)).advice
     assert advice.startswith("a connection of 'web' is out for 0.50s (thread 'w' (end")
 
 
 def test_nested_checkout():
-    found = case(holdings=(holding(own=True, taken_at="x.py:3 in run"), holding()))
+    own = holding(own=True, taken_at="x.py:3 in run")
+    found = case(holdings=(own, *[holding()] * 3))
     assert found.advice == (
         "the caller itself holds a connection of 'web', taken at x.py:3 in run 0.50s "
         "ago, and waits for one more: return the first before, or pass it on"
     )
+
+
+OWN = holding(own=True, tag="reports", age=30.0, statement_age=30.0)
+
+
+@pytest.mark.parametrize(
+    ("others", "changes", "says"),
+    [
+        ([holding(opening=True, age=29.0)], {}, "1 of 2 connections are being opened"),
+        ([], {}, "1 of 2 connections are with no caller: they are being closed"),
+        ([holding(statement_age=9.0, age=10.0)], {}, "'web' keeps 1 of 2 connections"),
+        ([holding(abandoned=True)], {}, "a connection of 'web' is out for 0.50s"),
+        ([holding(age=725.0)], {}, "a connection of 'web' is out for 12m05s"),
+        ([], {"allotted": 1}, "the ledger lets this process have 1 of 2 connections"),
+        (
+            [],
+            {"allotted": 1, "ledger_trouble": "away"},
+            "without the ledger, no more than 1 connections may be open here",
+        ),
+    ],
+)
+def test_others_are_named_although_the_caller_holds_one_itself(others, changes, says):
+    facts = {"holdings": (OWN, *others), "capacity": 2, "pool_in_use": 2, **changes}
+    assert case(**facts).advice.startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("holdings", "changes"),
+    [
+        ([OWN, OWN], {}),
+        ([OWN, holding(waits=True, age=30.0, statement_age=30.0)], {}),
+        # At its ceiling, its tag's connection is all that would help.
+        ([OWN, holding(opening=True, age=29.0)], {"in_use": 1, "ceiling": 1}),
+        ([OWN], {"in_use": 1, "ceiling": 1, "allotted": 1}),
+        # A circle over two tags: the other one waits for what the caller holds.
+        (
+            [holding(own=True), holding(tag="reports", waits=True)],
+            {"in_use": 1, "ceiling": 1},
+        ),
+    ],
+)
+def test_caller_is_named_if_nobody_else_could_have_helped(holdings, changes):
+    facts = {"holdings": tuple(holdings), "capacity": 2, "pool_in_use": 2, **changes}
+    assert case(**facts).advice.startswith("the caller itself holds a connection of '")
+
+
+def test_callers_that_wait_themselves_are_told():
+    both = case(holdings=(holding(waits=True), holding(waits=True, own=True)))
+    first, second = both.oldest
+    assert str(first).endswith("last statement 0.10s ago, waits for one more")
+    assert str(second).endswith("last statement 0.10s ago")
 
 
 def test_database_that_does_not_answer():
@@ -201,6 +254,131 @@ def test_connecting_is_told(make_engine, server, clock):
         engine.connect()
     go_on.set()
     caller.result()
+
+
+def advice_to_nested(engine):
+    """Hold a connection in vain, and return the advice."""
+    with engine.connect(), pytest.raises(CheckoutTimeout) as caught:
+        engine.connect()
+    return caught.value.diagnosis.advice
+
+
+@pytest.fixture
+def two(make_engine):
+    return make_engine(pool_size=2, soft_limit=2, max_limit=2, pool_timeout=0)
+
+
+@pytest.fixture
+def go_on(server):
+    """What the stub server waits for: tests put its ``wait`` where they like."""
+    go_on = threading.Event()
+    yield go_on
+    go_on.set()
+
+
+def blocked(event, go_on):
+    """Return a hook that blocks, once it has set an event."""
+
+    def hook():
+        event.set()
+        assert go_on.wait(PATIENCE)
+
+    return hook
+
+
+def test_slow_connect_of_another_thread_is_named_to_a_nested_caller(two, server, go_on):
+    with two.connect():
+        began = threading.Event()
+        server.before["connect"] = blocked(began, go_on)
+        caller = Caller(lambda: two.connect().close())
+        assert began.wait(PATIENCE)
+        with pytest.raises(CheckoutTimeout, match="1 of 2 connections are being open"):
+            two.connect()
+    go_on.set()
+    caller.result()
+
+
+def test_slow_reconnect_of_another_thread_is_named_as_well(two, server, go_on):
+    """The pool has its record for long; only the connection is new."""
+    with two.connect():
+        lost = two.connect()
+        lost.invalidate()
+        lost.close()
+        began = threading.Event()
+        server.before["connect"] = blocked(began, go_on)
+        caller = Caller(lambda: two.connect().close())
+        assert began.wait(PATIENCE)
+        with pytest.raises(CheckoutTimeout, match="1 of 2 connections are being open"):
+            two.connect()
+    go_on.set()
+    caller.result()
+
+
+def test_connection_that_is_being_closed_is_named_to_a_nested_caller(
+    two, server, go_on
+):
+    with two.connect():
+        two.connect().close()
+        began = threading.Event()
+        server.before["close"] = blocked(began, go_on)
+        caller = Caller(two.pool.dispose)
+        assert began.wait(PATIENCE)
+        with pytest.raises(CheckoutTimeout, match="1 of 2 connections are with no cal"):
+            two.connect()
+    go_on.set()
+    caller.result()
+
+
+def test_lost_slot_is_named_to_a_nested_caller(two):
+    exchange = two.pool._exchange
+    lost = Seat(exchange)
+    with exchange.section() as now:
+        assert exchange.scheduler.request(lost, "a", now)
+    assert "1 of 2 connections are with no caller" in advice_to_nested(two)
+    with exchange.section() as now:
+        exchange.scheduler.release(lost, now)
+
+
+def test_idle_holder_is_named_to_a_nested_caller(make_engine, clock):
+    two = make_engine(pool_size=2, soft_limit=2, max_limit=2, pool_timeout=0)
+    taken, go_on = threading.Event(), threading.Event()
+    tagged = two.execution_options(scraper="layer2")
+    caller = Caller(hold_and_sleep, tagged, taken, go_on)
+    assert taken.wait(PATIENCE)
+    with two.connect():
+        clock.advance(41.0)
+        with pytest.raises(CheckoutTimeout) as caught:
+            two.connect()
+    go_on.set()
+    caller.result()
+    advice = caught.value.diagnosis.advice
+    assert advice.startswith("'layer2' keeps 1 of 2 connections unused")
+
+
+def test_two_that_wait_for_each_other_are_told_so(make_engine):
+    engine = make_engine(
+        pool_size=2,
+        soft_limit=1,
+        max_limit=1,
+        pool_timeout=1000,
+        deadlock_timeout=0.001,
+    )
+    tagged = [engine.execution_options(scraper=tag) for tag in "ab"]
+    both_hold = threading.Barrier(2)
+
+    def hold_and_want(held, wanted):
+        with held.connect():
+            both_hold.wait(PATIENCE)
+            wanted.connect().close()
+
+    callers = [Caller(hold_and_want, *tagged), Caller(hold_and_want, *tagged[::-1])]
+    for caller in callers:
+        caller.join(PATIENCE)
+    (error,) = [c.error for c in callers if c.error is not None]
+    other = next(h for h in error.diagnosis.holdings if not h.own)
+    assert other.waits
+    assert error.diagnosis.advice.startswith("the caller itself holds a connection of")
+    assert "waits for one more" in str(error)
 
 
 def test_error_survives_pickling(make_engine):
