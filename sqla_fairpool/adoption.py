@@ -170,7 +170,12 @@ def _summary(options: Mapping[str, Any], given: Mapping[str, Any]) -> str:
 
 
 def _without_secret(ledger: str) -> str:
-    return show_place(database_place(make_url(ledger))) if "://" in ledger else ledger
+    if "://" not in ledger:
+        return ledger
+    try:
+        return show_place(database_place(make_url(ledger)))
+    except (exc.ArgumentError, ValueError):
+        return f"{ledger.partition('://')[0]}://..."  # the pool says what is wrong
 
 
 def _ledger_of(ledger: str | None, database: URL) -> str | None:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import math
+import pickle
 
 import pytest
 from sqlalchemy import engine_from_config
 from sqlalchemy.exc import ArgumentError
 
 from sqla_fairpool import FairQueuePool
-from sqla_fairpool.options import PoolOptions, validate_tag
+from sqla_fairpool.options import BadOption, PoolOptions, describe_changes, validate_tag
 
 
 def test_defaults_are_the_contract():
@@ -149,3 +151,28 @@ def test_message_for_a_long_tag_is_short():
     with pytest.raises(ArgumentError) as caught:
         validate_tag("x" * 10_000)
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    "ledger",
+    [
+        "postgresql://me:s3cret@db/app?ledger=x",
+        "postgresql://me:s3@cret@db/app",
+        "postgresql+psycopg://me@db/app?password=s3cret",
+        "postgresql://me:s3cret@db:port/app",
+    ],
+)
+def test_passwords_of_a_ledger_are_shown_nowhere(ledger):
+    options = PoolOptions.parse(ledger=ledger)
+    other = dataclasses.replace(options, ledger=None)
+    bad = BadOption("ledger", ledger, "something else")
+    with pytest.raises(ArgumentError) as caught:
+        options.changed({"ledger": ledger})
+    shown = [repr(options), str(options), f"{options}", repr([options]), repr(bad)]
+    shown += [describe_changes(options, other), describe_changes(other, options)]
+    shown += [str(bad), str(caught.value), str(pickle.loads(pickle.dumps(bad)))]
+    for text in shown:
+        assert "postgresql" in text
+        assert "cret" not in text
+    assert options.ledger == ledger
+    assert "pool_size=20" in repr(options)
