@@ -173,23 +173,59 @@ def role(postgres_url):
 def test_limit_is_printed_or_set(capsys, role, postgres_url):
     url, connection = role
     url = url.render_as_string(hide_password=False)
-    status, out, _ = run(capsys, "limit", "--url", url, "--connections", 20)
+    status, out, _ = run(
+        capsys, "limit", "--url", url, "--connections", 20, "--processes", 3
+    )
     assert (status, out.splitlines()) == (
         0,
         [
-            "20 connections fit",
-            'to have the server hold it: ALTER ROLE "lim ited" CONNECTION LIMIT 20',
+            "25 connections are needed: 20 of the pools, 3 to ask for sessions of lost "
+            "members, one for each process, 2 for a monitor and a command",
+            "they fit",
+            'to have the server hold it: ALTER ROLE "lim ited" CONNECTION LIMIT 25',
         ],
     )
     status, out, _ = run(capsys, "limit", "--url", url, "--connections", 9000)
     assert status == 1
-    assert "9000 connections do not fit: max_connections is " in out
+    assert "assuming 9000 processes, as many as connections: see --processes" in out
+    assert "18002 connections do not fit: max_connections is " in out
     args = ("limit", "--url", postgres_url, "--connections", 5)
     assert "is a superuser, whom no limit binds" in run(capsys, *args)[1]
     connection.execute(text('alter role "lim ited" connection limit 3'))
     status, out, _ = run(capsys, "limit", "--url", url, "--connections", 20)
     assert status == 1
-    assert "the role 'lim ited' may have 3 connections only" in out
+    assert "the role 'lim ited' may have 3 connections only, and 42 are needed" in out
+
+
+@pytest.mark.postgres
+def test_limit_leaves_room_for_what_a_ledger_in_the_server_needs(capsys, role):
+    url, _ = role
+    given = url.render_as_string(hide_password=False)
+    args = ("limit", "--url", given, "--connections", 20, "--processes", 3)
+    _, out, _ = run(capsys, *args, "--ledger", "database")
+    assert out.splitlines() == [
+        "30 connections are needed: 20 of the pools, 3 control connections, one for "
+        "each process, 3 to ask for sessions of lost members, one for each process, 4 "
+        "for a monitor and a command",
+        "they fit",
+        'to have the server hold it: ALTER ROLE "lim ited" CONNECTION LIMIT 30',
+    ]
+    other = url.set(username="another").render_as_string(hide_password=False)
+    _, out, _ = run(capsys, *args, "--ledger", other)
+    assert "3 control connections, one for each process and of another role, " in out
+    assert out.endswith("CONNECTION LIMIT 25\n")
+    _, out, _ = run(capsys, *args, "--ledger", "postgresql://other.example/d")
+    assert out.endswith("CONNECTION LIMIT 25\n")
+    status, _, _ = run(capsys, *args, "--ledger", "postgresql://h:port/d")
+    assert status == 2
+
+
+@pytest.mark.parametrize("option", ["--connections", "--processes"])
+def test_limit_of_nothing_is_refused(capsys, option):
+    url = "postgresql://h/d"
+    status, _, err = run(capsys, "limit", "--url", url, "--connections", 5, option, 0)
+    assert status == 2
+    assert f"{option}: 0 is not a number of at least 1" in err
 
 
 @pytest.mark.postgres
@@ -217,7 +253,8 @@ def test_limit_of_the_ledgers_capacity_is_set(capsys, member, path, postgres_url
             query = text(
                 "select rolconnlimit from pg_roles where rolname = current_user"
             )
-            assert connection.scalar(query) == 20
+            # One member lives, which asks by one more; and two for tools.
+            assert connection.scalar(query) == 23
     finally:
         with engine.connect() as connection:
             connection.execute(text("alter role current_user connection limit -1"))

@@ -21,19 +21,22 @@ from ..ledger.postgres import PostgresStore
 from ..ledger.report import LedgerReport, MemberReport, read
 from ..ledger.sessions import members_with_sessions
 from ..ledger.store import StoreAway
-from .budget import ask_room, connected, limit_statement
+from .budget import Need, ask_room, connected, limit_statement, need
 from .common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
 
 __all__ = ["add_command"]
 
 _Store = HostStore | PostgresStore
 
+#: Monitors and commands, launchers included, for which `limit` leaves room.
+_TOOLS = 2
+
 _EPILOG = """\
 examples:
   sqla-fairpool ledger show --url postgresql://app@db/app      its default ledger
   sqla-fairpool ledger show --ledger /run/scrapers/app.ledger
   sqla-fairpool ledger reap --ledger database --url postgresql://app@db/app
-  sqla-fairpool ledger limit --url postgresql://app@db/app --connections 20
+  sqla-fairpool ledger limit --url postgresql://app@db/app --processes 8
 
 The environment's FAIRPOOL_LEDGER and DATABASE_URL stand in for --ledger and --url.
 """
@@ -62,7 +65,17 @@ def add_command(commands: Any) -> None:
     limit = actions.add_parser(
         "limit", help="check the budget against the server, and hold it there"
     )
-    limit.add_argument("--connections", type=int, help="default: the ledger's capacity")
+    limit.add_argument(
+        "--connections",
+        type=int,
+        help="those of the pools in all processes; default: the ledger's capacity",
+    )
+    limit.add_argument(
+        "--processes",
+        type=int,
+        help="most processes at one time, each of which needs connections beside "
+        "those; default: the members that live, or else as many as connections",
+    )
     limit.add_argument("--run", action="store_true", dest="execute", help="set it")
     limit.set_defaults(run=_limit)
     for action in (show, reap, reset, limit):
@@ -80,12 +93,16 @@ def _url(arguments: argparse.Namespace) -> URL | None:
         raise CommandError(str(error)) from None
 
 
-@contextmanager
-def _opened(arguments: argparse.Namespace) -> Iterator[_Store]:
+def _store(arguments: argparse.Namespace) -> _Store:
     try:
-        store = make_store(arguments.ledger, _url(arguments), observes=True)
+        return make_store(arguments.ledger, _url(arguments), observes=True)
     except (exc.ArgumentError, LedgerError) as error:
         raise CommandError(str(error)) from None
+
+
+@contextmanager
+def _opened(arguments: argparse.Namespace) -> Iterator[_Store]:
+    store = _store(arguments)
     if isinstance(store, HostStore) and not os.path.exists(store.name):
         raise CommandError(
             f"there is no ledger at {store.name}: nobody has used it yet"
@@ -232,16 +249,12 @@ def _limit(arguments: argparse.Namespace) -> int:
     url = _url(arguments)
     if url is None or url.get_backend_name() != "postgresql":
         raise CommandError("--url of a PostgreSQL database is needed")
-    wanted = arguments.connections
-    if wanted is None:
-        with _opened(arguments) as store:
-            wanted = _report(store).capacity
-    if wanted < 1:
-        raise CommandError(f"--connections: {wanted} is not a number of at least 1")
+    needed = _need(arguments, url)
+    print(needed)
     with connected(url) as connection:
         room = ask_room(connection)
-        statement = limit_statement(connection, room.role, wanted)
-        problems = list(room.problems(wanted))
+        statement = limit_statement(connection, room.role, needed.of_role)
+        problems = list(room.problems(needed.total, needed.of_role))
         if room.is_superuser:
             problems.append(
                 f"the role {room.role!r} is a superuser, whom no limit binds"
@@ -249,10 +262,32 @@ def _limit(arguments: argparse.Namespace) -> int:
         for line in problems:
             print(line)
         if not problems:
-            print(f"{wanted} connections fit")
+            print("they fit")
         if arguments.execute:
             connection.execute(text(statement))
             print(f"done: {statement}")
         else:
             print(f"to have the server hold it: {statement}")
     return EXIT_NOT_AS_EXPECTED if problems else EXIT_OK
+
+
+def _need(arguments: argparse.Namespace, url: URL) -> Need:
+    """Return what is needed, by the arguments or else by the ledger."""
+    for name in ("connections", "processes"):
+        given = getattr(arguments, name)
+        if given is not None and given < 1:
+            raise CommandError(f"--{name}: {given} is not a number of at least 1")
+    wanted, processes = arguments.connections, arguments.processes
+    if wanted is None:
+        with _opened(arguments) as store:
+            report = _report(store)
+        wanted = report.capacity
+        if processes is None:
+            processes = sum(member.alive for member in report.members)
+    if not processes:
+        processes = wanted
+        print(f"assuming {wanted} processes, as many as connections: see --processes")
+    ledger = None if arguments.ledger.lower() == "none" else arguments.ledger
+    if ledger is not None:
+        _store(arguments)
+    return need(wanted, processes, url, ledger, _TOOLS)
