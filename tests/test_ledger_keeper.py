@@ -16,7 +16,7 @@ from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError, TermsDiffer
 from sqla_fairpool.ledger.keeper import Keeper, Pace
 from sqla_fairpool.ledger.local import TagDemand, condense
-from sqla_fairpool.ledger.rows import Terms
+from sqla_fairpool.ledger.rows import Left, Terms
 
 
 @pytest.fixture
@@ -60,12 +60,20 @@ class Churn:
 # -- getting slots -----------------------------------------------------------------
 
 
-def test_a_newcomer_gets_its_first_slot_in_one_transaction(world):
+def test_a_newcomer_gets_its_first_slot_in_one_transaction_and_posts_in_another(world):
+    first = world.start()
+    ask(first, "a", 1)
+    world.run(0.1)
+    before = world.host.transactions
     process = world.start()
     process.pool.request("a")
     process.step()
-    assert world.host.transactions == 1
+    assert world.host.transactions - before == 1
+    assert (process.pool.open, used(process)) == (1, [0])
+    process.step()
+    assert world.host.transactions - before == 2
     assert used(process) == [1]
+    assert [*process.row.sessions] == process.sessions
 
 
 def test_four_scenarios_with_a_process_for_each_scraper(world):
@@ -88,7 +96,8 @@ def test_four_scenarios_with_a_process_for_each_scraper(world):
     assert world.server.most <= 20
 
 
-def test_a_slot_goes_from_one_process_to_another_by_two_transactions_and_a_bell(world):
+def test_a_slot_goes_to_another_process_by_three_transactions_and_a_bell(world):
+    """It is given, it is taken, and the new session is posted."""
     a, b = world.start(), world.start()
     for process, tag in ((a, "a"), (b, "b")):
         ask(process, tag, 10)
@@ -102,7 +111,7 @@ def test_a_slot_goes_from_one_process_to_another_by_two_transactions_and_a_bell(
     while used(b) == [10]:
         world.run(0.002)
     assert world.now - began < 0.05
-    assert world.host.transactions - transactions == 2
+    assert world.host.transactions - transactions == 3
 
 
 def test_unused_slots_stay_where_they_are_until_somebody_is_short_of_them(world):
@@ -510,12 +519,12 @@ def test_a_quarantine_that_was_left_and_entered_again_is_another_one(world):
     key = a.store.member
     book = Book(rows)
     book.reap(dict(book.texts))
-    asked_about = dict(book.gone)
+    asked_about = {n: Left(gone, (), 0) for n, gone in book.gone.items()}
     book.join(key, {}, TERMS, 1)
     book.reap(dict(book.texts))
     book.release(asked_about)
     assert book.gone[1].slots == 3
-    book.release(dict(book.gone))
+    book.release({n: Left(gone, (), 0) for n, gone in book.gone.items()})
     assert not book.gone
     assert book.free == 20
 
@@ -583,12 +592,12 @@ def test_rows_of_a_later_version_are_refused(world):
     ask(a, "a", 1)
     world.run(0.1)
     meta = json.loads(world.host.rows["meta"])
-    world.host.rows["meta"] = json.dumps(meta | {"protocol": 2})
+    world.host.rows["meta"] = json.dumps(meta | {"protocol": 3})
     b = world.start()
     ask(b, "b", 1)
     world.run(0.1)
     assert type(b.pool.refusals[0]) is LedgerError
-    assert "protocol version 2" in str(b.pool.refusals[0])
+    assert "protocol version 3" in str(b.pool.refusals[0])
 
 
 def test_close_gives_everything_back(world):
@@ -696,14 +705,34 @@ class BlockingStore(MemoryStore):
         return rung
 
 
+class LockedPool(SimPool):
+    """One that its keeper's thread and ours may call at once."""
+
+    def __init__(self, server, session):
+        super().__init__(server, session)
+        lock = threading.RLock()
+        for name in ("demand", "allot", "close_surplus", "buried", "_answered"):
+            setattr(self, name, locked(lock, getattr(self, name)))
+        self.request = locked(lock, self.request)
+        self.release = locked(lock, self.release)
+
+
+def locked(lock, function):
+    def call(*args):
+        with lock:
+            return function(*args)
+
+    return call
+
+
 @pytest.fixture
 def two_threads():
     """The pools of two processes, each with a keeper that has a thread."""
     host, server, bells = Host(), Server(), {}
-    pools = [SimPool(server, name) for name in "ab"]
+    pools = [LockedPool(server, name) for name in "ab"]
     for pool in pools:
         store = BlockingStore(host, bells)
-        pool.keeper = Keeper(store, TERMS, pool, sessions=lambda n: set())
+        pool.keeper = Keeper(store, TERMS, pool, sessions=server.look)
     yield pools
     for pool in pools:
         pool.keeper.close()
@@ -717,10 +746,11 @@ def test_threads_hand_slots_to_each_other(two_threads):
     for _ in range(20):
         b.request("b")
     eventually(lambda: b.in_use["b"] == 5)
+    eventually(lambda: a.slots == 10)  # before, what is free goes to its own callers
     for _ in range(5):
         a.release("a")
     eventually(lambda: b.in_use["b"] == 10)
-    assert a.server.most <= 20
+    assert a.at_server.most <= 20
     assert threading.active_count() >= 3
     a.waiting.clear()
     for _ in range(10):

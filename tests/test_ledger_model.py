@@ -2,6 +2,11 @@
 
 The keepers are the real ones. Each may be stopped between any two of its calls to the
 store and to the pool, for ever or until later, while the pools go on.
+
+In one kind of world signs of life can be lost, in the other the rows can be deleted.
+Not both at once: who has neither a sign of life nor a row is known to nobody. For the
+same reason nobody dies with connections open between the deletion of its row and the
+moment at which it has joined again, unless they end with it.
 """
 
 from __future__ import annotations
@@ -20,13 +25,20 @@ from hypothesis.stateful import (
 from support.ledger import World
 
 from sqla_fairpool import policy
+from sqla_fairpool.ledger.keeper import Pace
 from sqla_fairpool.ledger.rows import Terms
 
 TAGS = ["x", "y", "z"]
 
 #: Where a store may fail: before it did anything, before the commit, and after it,
 #: so that nobody knows.
-FAILURES = ["open", "begin", "locked", "commit", "committed", "living", "ring"]
+FAILURES = [
+    *("open", "begin", "locked", "commit", "committed"),
+    *("living", "strangers", "ring"),
+]
+
+#: No quarantine ends by time: in the model nothing rests on clocks.
+PACE = Pace(reclaim_after=1e9)
 
 
 def anybody(process):
@@ -59,11 +71,13 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
         soft=st.integers(1, 6),
         most=st.integers(1, 6),
         members=st.integers(1, 3),
+        can_be_deleted=st.booleans(),
     )
-    def start(self, capacity, soft, most, members):
+    def start(self, capacity, soft, most, members, can_be_deleted):
         most = min(most, capacity)
         soft = min(soft, most)
-        self.world = World(Terms(capacity, soft, most, 60.0, 30.0))
+        self.world = World(Terms(capacity, soft, most, 60.0, 30.0), PACE)
+        self.can_be_deleted = can_be_deleted
         for _ in range(members):
             self.world.start()
 
@@ -99,6 +113,18 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
     def close_detached(self, data):
         process = self.one(data, lambda p: p.pool.detached and not p.stopped)
         process.pool.close_detached()
+
+    @any_process(holds)
+    @rule(data=st.data(), known=st.booleans())
+    def interrupt(self, data, known):
+        pool = self.one(data, holds).pool
+        pool.interrupt(next(pool.in_use.elements()), known)
+
+    @any_process(lambda p: p.strays)
+    @rule(data=st.data())
+    def the_server_ends_a_lost_session(self, data):
+        process = self.one(data, lambda p: p.strays)
+        self.world.server.disconnect(data.draw(st.sampled_from(process.strays)))
 
     @any_process(works)
     @rule(data=st.data(), tag=st.sampled_from(TAGS))
@@ -139,14 +165,22 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
     @any_process(anybody)
     @rule(data=st.data())
     def kill(self, data):
-        self.one(data).kill()
+        process = self.one(data)
+        process.kill()
+        if self.is_unknown(process):
+            process.server_notices()
 
     @precondition(lambda self: self.world.dead)
-    @rule(data=st.data())
-    def the_server_notices(self, data):
+    @rule(data=st.data(), most=st.one_of(st.none(), st.integers(1, 3)))
+    def the_server_notices(self, data, most):
         dead = data.draw(st.sampled_from(self.world.dead))
-        dead.server_notices()
-        self.world.dead.remove(dead)
+        dead.server_notices(most)
+        if not dead.sessions:
+            self.world.dead.remove(dead)
+
+    @rule()
+    def the_server_can_be_asked_or_not(self):
+        self.world.can_ask = not self.world.can_ask
 
     @any_process(runs)
     @rule(data=st.data())
@@ -164,12 +198,13 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
     def fork(self, data):
         self.one(data, works).fork()
 
-    @any_process(lambda p: not p.stopped and not p.left and p.round is None)
+    def may_leave(self, process):
+        return works(process) and process.round is None and not self.is_unknown(process)
+
+    @precondition(lambda self: any(map(self.may_leave, self.world.living)))
     @rule(data=st.data(), points=st.one_of(st.none(), st.integers(0, 6)))
     def leave(self, data, points):
-        self.one(
-            data, lambda p: not p.stopped and not p.left and p.round is None
-        ).close(points)
+        self.one(data, self.may_leave).close(points)
 
     # -- what happens to the store -------------------------------------------------
 
@@ -182,6 +217,30 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
     def the_store_fails(self, data, where):
         self.one(data).fails_at = where
 
+    def is_unknown(self, process):
+        """Tell if its row was deleted, and it has not joined again."""
+        return self.world.host.deletions and process.row is None
+
+    def nothing_would_be_forgotten(self):
+        """Tell if all sessions are those of living members with a sign of life."""
+        world = self.world
+        known = {
+            session
+            for process in world.living
+            if process.store.member in world.host.alive and not process.left
+            for session in process.sessions
+        }
+        gone = world.book.gone if world.host.rows else ()
+        return not gone and known == world.server.sessions.keys()
+
+    @precondition(
+        lambda self: self.can_be_deleted and self.nothing_would_be_forgotten()
+    )
+    @rule()
+    def the_rows_are_deleted(self):
+        self.world.host.delete()
+
+    @precondition(lambda self: not self.can_be_deleted)
     @any_process(lambda p: p.store.is_open)
     @rule(data=st.data())
     def a_sign_of_life_is_lost(self, data):
@@ -212,25 +271,41 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
     @precondition(made)
     @invariant()
     def for_each_connection_a_slot_is_kept(self):
-        """In the row of its process, or in a quarantine under its number."""
-        book = self.world.book
-        kept = {m.number: m.owned for m in book.members.values()}
-        kept.update({number: gone.slots for number, gone in book.gone.items()})
-        for (_, number), n in self.world.server.sessions.items():
-            assert n <= kept.get(number, 0)
+        """In the row of its process, or in a quarantine of it."""
+        world, book = self.world, self.world.book
+        for process in world.living + world.dead:
+            if not self.is_unknown(process):
+                row = process.row
+                slots = row.owned if row else 0
+                for gone in book.gone.values():
+                    if gone.member == process.store.member:
+                        slots += gone.slots
+                assert len(process.sessions) <= slots
+
+    @precondition(made)
+    @invariant()
+    def what_is_used_is_posted(self):
+        world, book = self.world, self.world.book
+        for process in world.living:
+            if not self.is_unknown(process):
+                used = [s for s in process.pool.there if s not in process.pool.pending]
+                assert book.accounted >= set(used)
 
     @precondition(made)
     @invariant()
     def no_pool_may_open_more_than_its_process_owns(self):
         book = self.world.book
         for process in self.world.living:
-            if process.store.member in self.world.host.alive and not process.left:
-                number = process.keeper._number
-                gone = book.gone.get(number)
-                row = book.members.get(process.store.member)
+            if (
+                process.store.member in self.world.host.alive
+                and process.store.signed
+                and not process.left
+                and not self.is_unknown(process)
+            ):
+                gone = book.gone.get(process.keeper._number)
+                row = process.row
                 kept = row.owned if row else gone.slots if gone else 0
-                if process.store.signed:
-                    assert process.pool.slots <= kept
+                assert process.pool.slots <= kept
 
     def teardown(self):
         if self.made():
@@ -243,6 +318,7 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
         """All is well again but for those who are stopped: nothing is left over."""
         world = self.world
         world.host.is_away = False
+        world.can_ask = True
         for process in [*world.living]:
             process.fails_at = None
             if process.left and process.round is not None and not process.stopped:
@@ -251,6 +327,8 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
                 process.stopped = False  # it may have the store's lock
             if process.left:
                 process.kill()
+            for session in process.strays:
+                world.server.disconnect(session)
         for dead in world.dead:
             dead.server_notices()
         world.dead.clear()
@@ -283,6 +361,7 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
         self.never_more_connections_than_slots()
         self.no_slot_is_there_twice()
         self.for_each_connection_a_slot_is_kept()
+        self.what_is_used_is_posted()
         self.no_pool_may_open_more_than_its_process_owns()
 
     def all_are_saturated(self):

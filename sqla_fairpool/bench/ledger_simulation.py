@@ -103,7 +103,7 @@ class _Process:
             self.store,
             world.terms,
             self.pool,
-            sessions=lambda numbers: set(),
+            sessions=world.server.look,
             pace=world.pace,
             clock=lambda: world.now,
             chance=world.random.random,
@@ -167,7 +167,8 @@ class _Process:
     def kill(self) -> None:
         self.alive = False
         self.world.host.alive.discard(self.store.member)
-        self.pool.server.sessions.pop(self.pool.session, None)
+        for session in self.world.server.sessions_of(self.pool.session):
+            self.world.server.disconnect(session)
         self.pool.in_use.clear()
 
 

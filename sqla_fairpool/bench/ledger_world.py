@@ -1,21 +1,32 @@
 """A ledger without processes, files or time: for simulations and model checks.
 
 The keepers are the real ones, and so is everything that they write. What is made up:
-the store (a dictionary), the pools (connections that are numbers, callers that are
-counted), the server (a count), and the clock.
+the store (a dictionary), the pools (connections that are sessions, callers that are
+counted), the server (a list of sessions), and the clock.
 """
 
 from __future__ import annotations
 
+import heapq
 import itertools
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import (
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    Sequence,
+)
 from contextlib import contextmanager
+from functools import partial
 
 from ..ledger.errors import LedgerError
 from ..ledger.keeper import Keeper
 from ..ledger.local import TagDemand
+from ..ledger.rows import Session
 from ..ledger.store import StoreAway
+from ..ledger.watch import Present
 
 __all__ = ["Host", "MemoryStore", "Server", "SimKeeper", "SimPool"]
 
@@ -25,6 +36,8 @@ class Host:
 
     def __init__(self) -> None:
         self.rows: dict[str, str] = {}
+        #: How often the rows were deleted, with all that was open on them.
+        self.deletions = 0
         self.holder: MemoryStore | None = None
         #: Signs of life.
         self.alive: set[str] = set()
@@ -42,6 +55,11 @@ class Host:
         """Return an id that nobody has had."""
         return f"m{next(self._ids):05d}"
 
+    def delete(self) -> None:
+        """Take the rows away; who opens the store next makes new ones."""
+        self.rows = {}
+        self.deletions += 1
+
     def commit(self, rows: dict[str, str]) -> None:
         """Make these the rows, and count what is new in them."""
         changed = rows.items() ^ self.rows.items() if rows != self.rows else ()
@@ -58,10 +76,13 @@ class MemoryStore:
     kind = "memory"
     name = "memory"
     control_connections = 0
+    can_lose_sign = True
+    watches_place = False
 
     def __init__(self, host: Host) -> None:
         self.host = host
         self.member = host.new_member()
+        self._deletions = 0
         self.is_open = False
         self.signed = True
         #: The process itself has rung.
@@ -79,7 +100,11 @@ class MemoryStore:
         self.point("open")
         self._reach()
         self.host.alive.add(self.member)
+        self._deletions = self.host.deletions
         self.is_open = self.signed = True
+
+    def in_place(self) -> bool:
+        return self._deletions == self.host.deletions
 
     @contextmanager
     def transaction(self) -> Iterator[MutableMapping[str, str]]:
@@ -88,6 +113,9 @@ class MemoryStore:
         self._reach()
         if not self.is_open:
             raise StoreAway("the connection was lost")
+        if not self.in_place():
+            self.is_open = self.signed = False  # the sign of life itself stands
+            raise StoreAway("the rows were deleted")
         if host.holder is not None:
             raise StoreAway("the lock is taken")
         host.holder = self
@@ -98,7 +126,8 @@ class MemoryStore:
             yield rows
             self.point("commit")
             self._reach()
-            host.commit(rows)
+            if self.in_place():  # else it is kept where nobody looks any more
+                host.commit(rows)
         finally:
             host.holder = None
         self.point("committed")
@@ -108,9 +137,17 @@ class MemoryStore:
         self._reach()
         return self.host.alive.intersection(members)
 
+    def strangers(self, members: Collection[str]) -> int:
+        self.point("strangers")
+        self._reach()
+        return len(self.host.alive - {*members, self.member})
+
     def ring(self, members: Iterable[str]) -> None:
         self.point("ring")
         self.host.rung.update(members)
+
+    def ring_all(self) -> None:
+        self.ring(self.host.alive)
 
     def ask(self, members: Iterable[str]) -> None:
         raise AssertionError("nobody looks on in a simulation")
@@ -143,23 +180,38 @@ class MemoryStore:
 
 
 class Server:
-    """Counts who has how many connections, as a database would."""
+    """Knows whose session each is. The ids of processes are given again at once."""
+
+    name = "the server"
 
     def __init__(self) -> None:
-        self.sessions: Counter[object] = Counter()
+        self.sessions: dict[Session, object] = {}
         self.most = 0
+        self._began = itertools.count(1)
+        self._free: list[int] = []
 
     @property
     def open(self) -> int:
-        return self.sessions.total()
+        return len(self.sessions)
 
-    def connect(self, whose: object) -> None:
-        self.sessions[whose] += 1
+    def connect(self, whose: object) -> Session:
+        pid = heapq.heappop(self._free) if self._free else self.open + 1
+        session = Session(pid, next(self._began))
+        self.sessions[session] = whose
         self.most = max(self.most, self.open)
+        return session
 
-    def disconnect(self, whose: object) -> None:
-        self.sessions[whose] -= 1
-        assert self.sessions[whose] >= 0
+    def disconnect(self, session: Session) -> None:
+        del self.sessions[session]
+        heapq.heappush(self._free, session.pid)
+
+    def sessions_of(self, whose: object) -> list[Session]:
+        return [session for session, owner in self.sessions.items() if owner == whose]
+
+    def look(self) -> Present:
+        """What it tells who asks."""
+        there = frozenset(self.sessions)
+        return Present(self.name, there, there)
 
 
 class SimKeeper(Keeper):
@@ -179,7 +231,7 @@ class SimPool:
     """
 
     def __init__(self, server: Server, session: object) -> None:
-        self.server = server
+        self.at_server = server
         self.session = session
         self.keeper: Keeper | None = None
         self.slots = 0
@@ -193,6 +245,15 @@ class SimPool:
         self.active: set[str] = set()
         self.idle = 0
         self.detached = 0
+        #: The sessions of all these, and of those that are not posted yet.
+        self.there: list[Session] = []
+        self.pending: set[Session] = set()
+        #: Connections whose end is not known; None for one whose session is not, too.
+        self.interrupted: list[Session | None] = []
+        #: It knows which server that is.
+        self.has_been_there = False
+        #: The keeper has said no: opens nothing until something changes.
+        self.rebuffed = False
         self.refusals: list[LedgerError] = []
         #: Tags of callers who were served since somebody looked.
         self.served: deque[str] = deque()
@@ -200,7 +261,7 @@ class SimPool:
     @property
     def open(self) -> int:
         """Connections that exist."""
-        return self.in_use.total() + self.idle + self.detached
+        return len(self.there) + len(self.interrupted)
 
     # -- called by the keeper -------------------------------------------------------
 
@@ -212,9 +273,23 @@ class SimPool:
             for tag in sorted(tags)
         }
 
+    def sessions(self) -> Collection[Session]:
+        return self.there
+
+    def server(self) -> str | None:
+        return self.at_server.name if self.has_been_there else None
+
+    def lost(self) -> Sequence[Session | None]:
+        return self.interrupted
+
+    def buried(self, lost: Sequence[Session | None]) -> None:
+        self.slots = max(self.slots - len(lost), 0)
+        for session in lost:
+            self.interrupted.remove(session)
+
     def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
         self.slots, self.ceilings, self.other = slots, ceilings, other
-        self.frozen = False
+        self.frozen = self.rebuffed = False
         self._dispatch()
 
     def close_surplus(self) -> None:
@@ -239,6 +314,7 @@ class SimPool:
         """Ask for a connection."""
         self.active.add(tag)
         self.waiting[tag] += 1
+        self.rebuffed = False
         self._dispatch()
         if self.waiting[tag]:
             self._ring(tag)
@@ -269,32 +345,47 @@ class SimPool:
         self._dispatch()
         self._ring()
 
+    def interrupt(self, tag: str, known: bool = True) -> None:
+        """Lose a connection of which only the server knows when it ends."""
+        self.in_use[tag] -= 1
+        session = self._any_posted()
+        self.there.remove(session)
+        self.interrupted.append(session if known else None)
+        self._ring()
+
     def ceiling(self, tag: str) -> int:
         return self.ceilings.get(tag, self.other)
 
-    def connect(self) -> bool:
-        """Open a connection; tell if that was possible."""
-        self.server.connect(self.session)
-        return True
+    def connect(self) -> Session | None:
+        """Open a connection, if that is possible."""
+        return self.at_server.connect(self.session)
+
+    def try_again(self) -> None:
+        """Open what is wanted, though the keeper has said no before."""
+        self.rebuffed = False
+        self._dispatch()
 
     # -- inside -----------------------------------------------------------------
 
     def _dispatch(self) -> None:
         """Serve who is next, while there is something to serve him with."""
         while True:
-            eligible = [
-                tag
+            eligible = {
+                tag: min(n, self.ceiling(tag) - self.in_use[tag])
                 for tag, n in self.waiting.items()
                 if n and self.in_use[tag] < self.ceiling(tag)
-            ]
-            if not eligible:
-                return
-            if self.open > self.slots:
-                return  # what is idle is to be closed
+            }
+            if not eligible or self.open > self.slots:
+                return  # nobody can be served; or what is idle is to be closed
             if not self.idle:
-                if self.open >= self.slots or not self.connect():
+                if (
+                    self.open >= self.slots
+                    or self.rebuffed
+                    or len(self.pending) >= sum(eligible.values())
+                    or not self._open_another()
+                ):
                     return
-                self.idle += 1
+                continue
             tag = min(eligible, key=lambda tag: (self.in_use[tag], tag))
             self.idle -= 1
             self.in_use[tag] += 1
@@ -302,12 +393,40 @@ class SimPool:
             self.waiting[tag] -= 1
             self.served.append(tag)
 
+    def _open_another(self) -> bool:
+        session = self.connect()
+        if session is None:
+            return False
+        self.has_been_there = True
+        self.there.append(session)
+        self.pending.add(session)
+        if self.keeper is not None:
+            self.keeper.post(partial(self._answered, session))
+        return True
+
+    def _answered(self, session: Session, is_ours: bool) -> None:
+        """Use a connection, or close it: the ledger has it, or has not."""
+        self.pending.discard(session)
+        if is_ours:
+            self.idle += 1
+        else:
+            self.rebuffed = True
+            self._end(session)
+        self._dispatch()
+
     def _close_idle(self) -> None:
         self.idle -= 1
         self._disconnect()
 
+    def _any_posted(self) -> Session:
+        return next(session for session in self.there if session not in self.pending)
+
     def _disconnect(self) -> None:
-        self.server.disconnect(self.session)
+        self._end(self._any_posted())
+
+    def _end(self, session: Session) -> None:
+        self.there.remove(session)
+        self.at_server.disconnect(session)
         if self.frozen:
             self.slots = min(self.slots, self.open)
 

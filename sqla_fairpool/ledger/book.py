@@ -9,9 +9,14 @@ member does for itself in one is :func:`.settling.settle`; the rest is here.
 =============  =======================================================================
 free           counted in no row: N less all the others
 owned          counted in the row of one member, `owned`
-quarantined    counted in a row ``gone/<number>``: its member is gone, but a server
-               session of it may still be open
+quarantined    counted in a row ``gone/<number>``: no member answers for it, but a
+               server session may still be open
 =============  =======================================================================
+
+**A session** is what a connection is at the server: a process there and when it began.
+A member writes each into its row before the connection is used, and takes it out after
+the session has ended. So a slot of a member that is gone is held by a session that is
+known, or *unposted*: by one that was opened a moment before, or by none.
 
 ============================  ==========================================================
 transition                    who may do it, and when
@@ -23,10 +28,13 @@ owned -> free                 `settle`, `leave`: the owner, for itself, after th
 owned -> quarantined          `reap`: anybody, when the kernel or the server says that
                               the owner's sign of life is gone and its row has not
                               changed since before that was asked;
-                              `leave`: the owner, for connections that stay open
-quarantined -> free           `release`: anybody, when the server says that the sessions
-                              of that number are gone (or, where it cannot be asked,
-                              after a stated time)
+                              `leave`: the owner, for connections that stay open;
+                              `quarantine`: the owner, for a single connection of which
+                              it cannot know if its session has ended
+quarantined -> free           `release`: anybody, session by session, when the server
+                              says that it is gone (or, where it cannot be asked, after
+                              a stated time); an unposted slot when there is no session
+                              that could have it, see :mod:`.watch`
 quarantined -> owned          `join`: the owner itself, that was taken for dead
 anything -> free              `reset`: an operator, while no member lives
 ============================  ==========================================================
@@ -42,6 +50,8 @@ stops: the number that its pool may open is raised *after* the row, and lowered
   beat, finds itself in the row ``due``, and takes;
 * in the transaction: the store undoes it;
 * between `reap` and `release`: the quarantine is in the rows, anybody goes on;
+* after `quarantine`, before its pool knows: the other slots are reaped, that one stays;
+* after a connection was opened, before its session was posted: its slot is unposted;
 * in `leave`: before it, as killed; after it, it was no member any more.
 
 A member that only *stops* (SIGSTOP, a debugger, a suspended machine) keeps its sign of
@@ -52,130 +62,96 @@ was lost do no harm either: what counts is the row, which is read at the next lo
 
 A sign of life can be *lost* while its process lives, where it depends on a connection.
 Then the slots of a living member go into quarantine, and are free once the server knows
-no session of it. So there a pool marks each new connection with the member's number
-first, looks for the sign of life second, and gives the connection up if that is gone:
-either the mark is seen by who asks for sessions, or the missing sign by who opened it.
-And a keeper lets its pool open nothing from before it makes a new sign until it has
-seen its row: it takes its quarantine back, or takes free slots for what is open, before
-anything else.
+no session of it. So a pool uses a new connection only after its keeper has said that
+the session is in the row, and that the row covers all that is open. And a keeper lets
+its pool open nothing from before it makes a new sign until it has seen its row: it
+takes its quarantine back, or takes free slots for what is open, before anything else.
 
-**Who is told.** Each transaction computes the allocation for the whole board
-(:mod:`.allocation`) and writes down, in the row ``due``, who is expected to look and
-why: ``give``, its target is below what it owns; ``take``, there are free slots for it;
-``limit``, a ceiling that binds it has changed; ``turn``, it is asked to yield its place
-in a line; ``press``, somebody goes short, so what it does not use has to be given up
-at once. Those whose entry is new are rung. A bell may be lost: the row is not.
+The rows can be *lost* while members live: the file is deleted, the tables are dropped.
+Rows that are made anew are `fresh`: they hand out no slot while there is a sign of life
+that belongs to no member. That is one of the rows before, whose connections are open;
+it finds out, joins, and takes slots for what it has open.
 
-**Terms.** All members have the same numbers. A newcomer with other terms is refused
-unless nobody else lives; then its own are in force.
+The rows can be *older* than what a member knows, if somebody has restored a copy. Then
+it takes free slots for what it has open, and opens nothing while it has fewer.
+
+**Who is told** (:mod:`.board`). Each transaction computes the allocation for the whole
+board (:mod:`.allocation`) and writes down, in the row ``due``, who is expected to look
+and why: ``give``, its target is below what it owns; ``take``, there are free slots for
+it; ``limit``, a ceiling that binds it has changed; ``turn``, it is asked to yield its
+place in a line; ``press``, somebody goes short, so what it does not use has to be given
+up at once. Those whose entry is new are rung. A bell may be lost: the row is not.
+
+**Terms.** All members have the same numbers, and their connections go to one server. A
+newcomer with other terms, or another server, is refused unless nobody else lives; then
+its own are in force. So are members of a later version by those of an earlier one.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .. import policy
-from .allocation import Allocation, allocate
-from .errors import LedgerError, TermsDiffer
+from .board import Board
+from .errors import LedgerError, RowBroken, ServerDiffers, TermsDiffer
 from .rows import (
-    DUE,
     META,
-    STALLED,
-    TAGS,
-    TURN,
+    PROTOCOL,
     Gone,
+    Left,
     Member,
     Meta,
+    Session,
     Terms,
-    dump,
-    gone_in,
     gone_key,
+    in_order,
     member_key,
-    members_in,
-    parse_member,
 )
 
 __all__ = ["Book"]
 
 
-def _parse(text: str | None) -> dict[str, Any]:
-    return json.loads(text) if text else {}
+class Book(Board):
+    """The rows of one transaction, and all that may be done to them.
 
-
-class Book:
-    """The rows of one transaction, understood. Changes are written at once.
-
-    :param rows: what the store gave.
-    :raises LedgerError: if a later version has written them.
+    :meth:`reset` works on rows that cannot be read as well.
     """
-
-    def __init__(self, rows: MutableMapping[str, str]) -> None:
-        self._rows = rows
-        text = rows.get(META)
-        self.meta = Meta.parse(text) if text else None
-        self.texts = dict(members_in(rows))
-        self.members = {key: parse_member(text) for key, text in self.texts.items()}
-        self.gone = dict(gone_in(rows))
-        self.places: dict[str, int] = _parse(rows.get(TAGS))
-        #: Who is expected to look, and why.
-        self.due: dict[str, str] = _parse(rows.get(DUE))
-
-    # -- figures ----------------------------------------------------------------
-
-    @property
-    def terms(self) -> Terms:
-        """The terms in force."""
-        return self._known_meta.terms
-
-    @property
-    def _known_meta(self) -> Meta:
-        if self.meta is None:
-            raise LedgerError("the ledger is empty: nobody has joined it yet")
-        return self.meta
-
-    @property
-    def owned(self) -> int:
-        return sum(member.owned for member in self.members.values())
-
-    @property
-    def quarantined(self) -> int:
-        return sum(gone.slots for gone in self.gone.values())
-
-    @property
-    def free(self) -> int:
-        """Slots that may be taken.
-
-        Not negative, even where the terms were lowered over a quarantine.
-        """
-        return max(self.terms.capacity - self.owned - self.quarantined, 0)
-
-    def allocation(self) -> Allocation:
-        """Return who is to have what."""
-        limits = self.terms.limits(self.quarantined)
-        return allocate(self.members, self.places, limits)
 
     # -- coming and going -------------------------------------------------------
 
-    def accepts(self, key: str, terms: Terms) -> bool:
+    def accepts(self, key: str, terms: Terms, server: str | None = None) -> bool:
         """Tell if `key` may join with these terms as things stand."""
-        others = self.members.keys() - {key}
-        return self.meta is None or self.meta.terms == terms or not others
+        return not self.members.keys() - {key} or (
+            self._known_meta.protocol == PROTOCOL
+            and self.terms == terms
+            and self._is_at(server)
+        )
+
+    def _is_at(self, server: str | None) -> bool:
+        return server is None or self._known_meta.server in (None, server)
 
     def join(
-        self, key: str, who: Mapping[str, Any], terms: Terms, number: int | None = None
+        self,
+        key: str,
+        who: Mapping[str, Any],
+        terms: Terms,
+        number: int | None = None,
+        server: str | None = None,
     ) -> int:
         """Add a member, unless it is one; return its number.
 
-        :param number: the one it had, if it was a member before. Its connections may
-          be marked with that; and it takes back what is in quarantine for it.
+        :param number: the one it had, if it was a member before. It takes back what is
+          in quarantine for it.
+        :param server: where its connections go to, if that is known.
         :raises TermsDiffer: if a member has other terms.
+        :raises ServerDiffers: if a member's connections go elsewhere.
         """
-        if not self.accepts(key, terms):
-            raise TermsDiffer(self._difference(terms))
-        self.meta = replace(self.meta or Meta(terms), terms=terms)
+        if not self.accepts(key, terms, server):
+            raise self._difference(terms, server)
+        meta = self.meta or Meta(terms, fresh=True)
+        self.meta = replace(meta, terms=terms, protocol=PROTOCOL)
+        self.note_server(key, server)
         if key not in self.members:
             owned = 0
             if number is None or self._is_anothers(number, key):
@@ -190,6 +166,23 @@ class Book:
         self._rows[META] = self._known_meta.text
         return self.members[key].number
 
+    def note_server(self, key: str, server: str | None) -> bool:
+        """Note where a member's connections go to; tell if they may go there."""
+        meta = self._known_meta
+        if server is not None and (
+            meta.server is None or not self.members.keys() - {key}
+        ):
+            self.meta = replace(meta, server=server)
+        return self._is_at(server)
+
+    def confirm(self, members: Collection[str]) -> None:
+        """Let slots be handed out: no sign of life stood but those of `members`.
+
+        :param members: those that there were when the signs were looked at.
+        """
+        if self.members.keys() >= set(members):  # else these may be other rows
+            self.meta = replace(self._known_meta, fresh=False)
+
     def _is_anothers(self, number: int, key: str) -> bool:
         """Tell if a ledger that was made anew has given the number to another."""
         gone = self.gone.get(number)
@@ -197,8 +190,7 @@ class Book:
             gone is not None and gone.member != key
         )
 
-    def _difference(self, terms: Terms) -> str:
-        there = self.terms
+    def _difference(self, terms: Terms, server: str | None) -> LedgerError:
         members = [
             f"{m.who.get('host', '?')}:{m.who.get('pid', '?')}"
             for m in self.members.values()
@@ -206,22 +198,39 @@ class Book:
         shown = ", ".join(members[:4])
         if len(members) > 4:
             shown += f" and {len(members) - 4} more"
-        return (
+        meta = self._known_meta
+        if meta.protocol != PROTOCOL:
+            return LedgerError(
+                f"an older version of sqla_fairpool uses the ledger (protocol version "
+                f"{meta.protocol}, here {PROTOCOL}): use the same version everywhere "
+                f"(members: {shown})"
+            )
+        if meta.terms == terms:
+            return ServerDiffers(
+                f"the members of this ledger use server {meta.server}, and this pool's "
+                f"connections go to server {server}: name another ledger for it "
+                f"(members: {shown})"
+            )
+        return TermsDiffer(
             f"the members of a ledger have to agree on its limits: here "
-            f"{terms.differences(there)}, there {there.differences(terms)} "
+            f"{terms.differences(meta.terms)}, there {meta.terms.differences(terms)} "
             f"(members: {shown})"
         )
 
-    def leave(self, key: str, open_: int) -> None:
+    def leave(self, key: str, open_: int, sessions: Collection[Session] = ()) -> None:
         """Take a member off the board, and give back what it has closed.
 
         As after `reap` and `release`, :meth:`tell` comes next.
 
         :param open_: connections it leaves open; their slots go into quarantine.
+        :param sessions: those of them that are known.
         """
         member = self.members.get(key)
         if member is not None:
-            self._bury(key, "left connections open", min(open_, member.owned))
+            known = self.in_quarantine.intersection(sessions)
+            slots = min(open_ - len(known), member.owned)
+            sessions = set(sessions) - known
+            self._bury(key, "left connections open", slots, sessions)
 
     def reap(self, texts: Mapping[str, str]) -> list[int]:
         """Put the slots of dead members into quarantine; return the numbers.
@@ -233,26 +242,69 @@ class Book:
         for key, text in texts.items():
             if self.texts.get(key) == text:
                 member = self.members[key]
-                self._bury(key, "died", member.owned)
+                self._bury(key, "died", member.owned, member.sessions)
                 reaped.append(member.number)
         return reaped
 
-    def _bury(self, key: str, why: str, slots: int) -> None:
+    def _bury(
+        self, key: str, why: str, slots: int, sessions: Collection[Session]
+    ) -> None:
         member = self.members.pop(key)
         del self._rows[member_key(key)], self.texts[key]
-        if slots:
-            gone = Gone(slots, why, member.who, key, self.next_place())
-            self.gone[member.number] = gone
-            self._rows[gone_key(member.number)] = gone.text
+        self._keep(member.number, key, member, why, slots, sessions)
 
-    def release(self, gone: Mapping[int, Gone]) -> None:
-        """Set slots free: the server sessions of their numbers are gone.
+    def quarantine(
+        self, key: str, lost: Sequence[Session | None], why: str = "lost connections"
+    ) -> list[Session | None]:
+        """Put slots of a living member into quarantine, under a number of its own.
 
-        :param gone: the quarantines as they were before the server was asked.
+        :param lost: what may be open and is not in the member's hands: sessions, None
+          where it is not known which.
+        :return: those for which a slot is in quarantine now.
         """
-        for number, row in gone.items():
-            if self.gone.get(number) == row:
+        known = self.in_quarantine
+        buried = [session for session in lost if session in known]
+        member = self.members[key]
+        new = [session for session in lost if session not in known][: member.owned]
+        if new:
+            meta = self._known_meta
+            self.meta = replace(meta, next_number=meta.next_number + 1)
+            sessions = [session for session in new if session is not None]
+            self._keep(meta.next_number, key, member, why, len(new), sessions)
+            self.members[key] = replace(member, owned=member.owned - len(new))
+        return buried + new
+
+    def _keep(
+        self,
+        number: int,
+        key: str,
+        member: Member,
+        why: str,
+        slots: int,
+        sessions: Collection[Session],
+    ) -> None:
+        if slots:
+            gone = Gone(
+                slots, why, member.who, key, self.next_place(), in_order(sessions)
+            )
+            self.gone[number] = gone
+            self._rows[gone_key(number)] = gone.text
+
+    def release(self, found: Mapping[int, Left]) -> None:
+        """Set slots free: the server sessions that had them are gone.
+
+        :param found: for each number, what is left of its quarantine.
+        """
+        for number, left in found.items():
+            if self.gone.get(number) != left.gone:
+                continue
+            if not left.slots:
                 del self.gone[number], self._rows[gone_key(number)]
+                continue
+            # With the stamp that it had: who watches it has watched this one.
+            gone = replace(left.gone, slots=left.slots, sessions=left.sessions)
+            self.gone[number] = gone
+            self._rows[gone_key(number)] = gone.text
 
     def stall(self, texts: Mapping[str, str]) -> None:
         """Note that members do not answer, if their rows are still as they were."""
@@ -261,101 +313,17 @@ class Book:
                 self.write(key, replace(self.members[key], stalled=True))
 
     def reset(self) -> None:
-        """Forget all members and quarantines. Numbers are not given again."""
-        for key in [*self._rows]:
-            if key != META:
-                del self._rows[key]
-        self.members.clear()
-        self.texts.clear()
-        self.gone.clear()
-        self.places.clear()
-        self.due.clear()
+        """Forget all members and quarantines. Numbers are not given again.
 
-    # -- what settling is made of --------------------------------------------------
-
-    def next_place(self) -> int:
-        """Return a number that nobody has had."""
-        meta = self._known_meta
-        self.meta = replace(meta, next_place=meta.next_place + 1)
-        return meta.next_place
-
-    def grants(self, plan: Allocation) -> dict[str, int]:
-        """Divide the free slots among those who are below their targets."""
-        free = self.free
-        if not free:
-            return {}
-        short = [
-            key
-            for key, member in self.members.items()
-            if member.owned < plan.targets[key]
-        ]
-        owned = [self.members[key].owned for key in short]
-        wanted = [plan.targets[key] for key in short]
-        shares = policy.fair_shares(wanted, free + sum(owned), floors=owned)
-        return {
-            key: share - had
-            for key, share, had in zip(short, shares, owned, strict=True)
-            if share > had
-        }
-
-    def write(self, key: str, member: Member) -> None:
-        """Write a member's row, if it is another one now."""
-        self.members[key] = member
-        text = member.text
-        if text != self.texts.get(key):
-            self.texts[key] = text
-            self._rows[member_key(key)] = text
-
-    # -- who is told ------------------------------------------------------------------
-
-    def tell(self, plan: Allocation) -> list[str]:
-        """Write down who is expected to look; return those who are to be rung.
-
-        The last thing in every transaction that changes the board.
+        Rows that cannot be read are forgotten like the others.
         """
-        due = self._due(plan)
-        bells = [
-            key
-            for key, why in due.items()
-            if why != self.due.get(key) and why != STALLED
-        ]
-        if due != self.due:
-            self._rows[DUE] = dump(due)
-            self.due = due
-        places = {tag: self.places[tag] for tag in plan.shares if tag in self.places}
-        if dump(places) != self._rows.get(TAGS):
-            self._rows[TAGS] = dump(places)
-        meta = self._known_meta
-        if meta.text != self._rows.get(META):
-            self._rows[META] = meta.text
-        return bells
-
-    def _due(self, plan: Allocation) -> dict[str, str]:
-        grants = self.grants(plan)
-        asked = {key for _, key in plan.asked}
-        due = {}
-        for key, member in self.members.items():
-            target = plan.targets[key]
-            if member.stalled:
-                due[key] = STALLED
-            elif member.owned > target:
-                due[key] = f"give {target}"
-            elif key in grants:
-                due[key] = f"take {grants[key]}"
-            elif not member.owned:
-                continue
-            elif self._is_bound_anew(key, member, plan):
-                due[key] = "limit"
-            elif key in asked:
-                due[key] = TURN
-            elif not member.pressed and plan.presses(key, member.lines):
-                due[key] = "press"
-        return due
-
-    @staticmethod
-    def _is_bound_anew(key: str, member: Member, plan: Allocation) -> bool:
-        """Tell if a ceiling that it does not know yet makes a difference."""
-        return any(
-            min(line.wants, line.limit) != min(line.wants, plan.limits[tag, key])
-            for tag, line in member.lines.items()
-        )
+        try:
+            # Who lives all the same is to be heard before slots are handed out.
+            self.meta = self.meta and replace(self.meta, fresh=True)
+        except RowBroken:
+            self.meta = None
+        self._rows.clear()
+        if self.meta is not None:
+            self._rows[META] = self.meta.text
+        self.texts, self.members, self.gone = {}, {}, {}
+        self.places, self.due = {}, {}

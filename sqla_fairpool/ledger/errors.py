@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import exc
 
-__all__ = ["LedgerError", "TermsDiffer"]
+__all__ = ["LedgerError", "RowBroken", "ServerDiffers", "TermsDiffer"]
 
 
 class LedgerError(exc.InvalidRequestError):
@@ -13,3 +13,11 @@ class LedgerError(exc.InvalidRequestError):
 
 class TermsDiffer(LedgerError):  # noqa: N818  (says what is so)
     """Another member of the ledger has other limits than this process."""
+
+
+class ServerDiffers(LedgerError):  # noqa: N818
+    """The connections of other members go to another database server."""
+
+
+class RowBroken(LedgerError):  # noqa: N818
+    """The ledger holds something that no member has written."""

@@ -14,6 +14,7 @@ import logging
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -52,6 +53,8 @@ class KeeperStatus:
     away_for: float | None
     #: Why it is away, or why we are refused.
     trouble: str | None
+    #: Why the server cannot be asked for the sessions of members that are gone.
+    unasked: str | None
     transactions: int
     control_connections: int
 
@@ -62,7 +65,7 @@ class Keeper(Membership):
     :param store: where the ledger is.
     :param terms: the limits that all members have to share.
     :param local: the pool.
-    :param sessions: asks the server for sessions of members that are gone.
+    :param sessions: asks the server which sessions there are.
     :param figures: what the process says of itself, ready for JSON, to whom asks.
     :param clock: seconds on a steadily rising scale.
     :param chance: a random number below 1.
@@ -96,6 +99,10 @@ class Keeper(Membership):
         self._bell.acquire()
         self._rung = False
         self._closing = False
+        # The thread has ended, or will not begin.
+        self._ended = False
+        # Who waits to hear that the row is as the pool was then, see `post`.
+        self._posts: deque[Callable[[bool], None]] = deque()
         # When to try again what did not work.
         self._retry_at = 0.0
 
@@ -119,6 +126,35 @@ class Keeper(Membership):
         else:
             self._wake()
 
+    def post(self, done: Callable[[bool], None]) -> None:
+        """Have the pool's state of now in the ledger; say if it is.
+
+        It is if the store has it, the sessions included, and this process is a member
+        that owns a slot for each connection that is open. From any thread; never
+        blocks.
+
+        :param done: called once, by the keeper's thread as a rule: True after the
+          commit, False if there is none now: the store is away, we are refused, the
+          keeper is closed. Must not raise. In a forked child nobody is left who waits.
+        """
+        self._posts.append(done)
+        self.ring()
+        if self._ended:
+            self._answer_posts(self._take_posts(), False)
+
+    def _take_posts(self) -> list[Callable[[bool], None]]:
+        posts = []
+        try:
+            while True:
+                posts.append(self._posts.popleft())
+        except IndexError:
+            return posts
+
+    @staticmethod
+    def _answer_posts(posts: list[Callable[[bool], None]], answer: bool) -> None:
+        for done in posts:
+            done(answer)
+
     def _wake(self) -> None:
         try:
             self._bell.release()
@@ -128,6 +164,7 @@ class Keeper(Membership):
     def _start(self) -> None:
         if not self._starting.acquire(blocking=False):
             return  # somebody else starts it
+        started = True
         try:
             if self._thread is None and not self._closing:
                 thread = threading.Thread(
@@ -136,9 +173,12 @@ class Keeper(Membership):
                 thread.start()
                 self._thread = thread
         except RuntimeError:
-            self._rung = False  # at the interpreter's end
+            started = self._rung = False  # at the interpreter's end
         finally:
             self._starting.release()
+        if not started:
+            # Also those of threads that have found it being started.
+            self._answer_posts(self._take_posts(), False)
 
     def after_fork(self) -> None:
         """In the child: be a new process that owns nothing."""
@@ -151,7 +191,7 @@ class Keeper(Membership):
         self._closing = True
         thread = self._thread
         if thread is None:
-            self._leave()
+            self._end()
             return
         if self._opened:
             self._store.nudge()
@@ -174,6 +214,7 @@ class Keeper(Membership):
             members=orders.members if orders else 0,
             away_for=None if away is None else self._clock() - away,
             trouble=self.trouble,
+            unasked=self.unasked,
             transactions=self.transactions,
             control_connections=self._store.control_connections,
         )
@@ -189,7 +230,12 @@ class Keeper(Membership):
                 woken = self._sleep(max(wake_at - self._clock(), 0.0))
                 # By the pool, or from outside? Where it matters, from both.
                 rung = woken and (self.is_uneasy or not self._is_rung())
+        self._end()
+
+    def _end(self) -> None:
         self._leave()
+        self._ended = True
+        self._answer_posts(self._take_posts(), False)
 
     def _sleep(self, seconds: float) -> bool:
         """Return if somebody rang."""
@@ -209,17 +255,22 @@ class Keeper(Membership):
         if self._rung:
             self._needs.rung(now)
         self._rung = False
+        posts = self._take_posts()  # before the pool is looked at
+        has_posted = False
         try:
             if now < self._retry_at:
                 self._local.close_surplus()
             else:
                 if self._store.asked:
                     self._answer()
-                self._round(now, rung)
+                self._round(now, rung, bool(posts))
+                # As of the last transaction, which was in this round.
+                has_posted = self._orders is not None and self._orders.covered
         except LedgerError as error:
             self._refused(error, now)
         except Exception as error:
             self._lost(error, now)
+        self._answer_posts(posts, has_posted)
         return self._next_step(now)
 
     def _answer(self) -> None:
@@ -242,6 +293,8 @@ class Keeper(Membership):
         if self.away_since is None:
             self.away_since = now
             _log.warning("the ledger %s is away: %s", self._store.name, error)
+        if not self._store.signed:
+            self._freeze()
         self.trouble = str(error)
         self._opened = False
         self._returning = True
@@ -250,20 +303,29 @@ class Keeper(Membership):
         self._retry_at = now + delay * (0.5 + 0.5 * self._chance())
 
     def _refused(self, error: LedgerError, now: float) -> None:
-        """The operator has to mend something: tell those who wait, grow no more."""
-        self.trouble = str(error)
+        """The operator has to mend something: grow no more, try again.
+
+        Who waits is told, unless there are slots here to wait for.
+        """
+        trouble, self.trouble = self.trouble, str(error)
         self._retry_at = now + self._pace.beat
-        self._local.refuse(error)
         if self._orders is None:
-            self._shrink_pool(0)  # no member: what is open is to be closed
+            if self._number is not None:
+                self._close_pool()  # no member: what is open is to be closed
             self._opened = False
             self._store.close()
+        if self._orders is None or not self._orders.owned:
+            self._local.refuse(error)
+        elif trouble != self.trouble:
+            _log.warning("the ledger %s cannot be used: %s", self._store.name, error)
 
     def _next_step(self, now: float) -> float:
         """Return when to look again, if nobody rings."""
         if now < self._retry_at:
             return self._retry_at
         times = [self._look_at]
+        if self._opened and self._store.watches_place:
+            times.append(now + self._pace.beat)
         if self._orders is not None:
             times += self._needs.times(self._orders, now)
         return max(min(times), now + _LEAST)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from .errors import LedgerError
+from .rows import Session
 
-__all__ = ["Local", "TagDemand", "condense"]
+__all__ = ["Local", "State", "TagDemand", "condense"]
 
 #: Tags of one process on the board. Tags may be made from user data; those beyond are
 #: summed up under the name of none.
@@ -29,6 +30,34 @@ class TagDemand(NamedTuple):
         return self.in_use + self.waiting
 
 
+class State(NamedTuple):
+    """What the keeper has seen in the pool at one moment, see :class:`Local`."""
+
+    open: int
+    tags: Mapping[str, TagDemand]
+    sessions: frozenset[Session]
+    #: Of these the sessions are in `sessions` no more.
+    lost: tuple[Session | None, ...]
+    server: str | None
+
+    @property
+    def wants(self) -> bool:
+        """Tell if there is a reason to be a member."""
+        return bool(self.open) or any(want.wants for want in self.tags.values())
+
+    @classmethod
+    def of(cls, local: Local) -> State:
+        """Look at a pool.
+
+        The order matters: what is open is counted before, and what is lost in between
+        has to be seen as lost, not to be missed.
+        """
+        open_, tags = local.demand()
+        sessions = frozenset(local.sessions())
+        lost = tuple(local.lost())
+        return cls(open_, tags, sessions - frozenset(lost), lost, local.server())
+
+
 class Local(Protocol):
     """The pool in this process. Called by the keeper's thread only."""
 
@@ -40,6 +69,31 @@ class Local(Protocol):
         use: else a moment between two checkouts would look like a fall of demand.
         """
         ...
+
+    def sessions(self) -> Collection[Session]:
+        """Return the server sessions that exist now, as far as they are known.
+
+        One is known before it is used for anything but to learn that, and until it has
+        ended.
+        """
+        ...
+
+    def server(self) -> str | None:
+        """Return the identity of the server where they are, None until it is known."""
+        ...
+
+    def lost(self) -> Sequence[Session | None]:
+        """Return what cannot be told to have ended: the sessions, None where unknown.
+
+        They are to be put into quarantine, and count as open until :meth:`buried`.
+        """
+        ...
+
+    def buried(self, lost: Sequence[Session | None]) -> None:
+        """Forget these, and lower the allotment by their number, in one step.
+
+        Their slots are in quarantine now.
+        """
 
     def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
         """Open a connection only while there are less than `slots` from now on.

@@ -49,6 +49,8 @@ class GoneReport:
 
     number: int
     slots: int
+    #: Of how many of them a server session is known.
+    sessions: int
     why: str
     who: Mapping[str, Any]
 
@@ -67,6 +69,12 @@ class LedgerReport:
     free: int
     #: Connections of the members' keepers to the ledger, beside the slots.
     control_connections: int
+    #: Identity of the server in which the members' sessions are, once it is known.
+    server: str | None
+    #: Nothing is handed out yet: somebody lives who was a member before these rows.
+    fresh: bool
+    #: Why a member cannot ask the server what is to be freed of the quarantines.
+    unasked: str | None
     members: tuple[MemberReport, ...]
     gone: tuple[GoneReport, ...]
 
@@ -109,9 +117,12 @@ def read(store: Store) -> LedgerReport | None:
         quarantined=book.quarantined,
         free=book.free,
         control_connections=store.control_connections * len(living),
+        server=book.meta.server,
+        fresh=book.meta.fresh,
+        unasked=next((m.unasked for m in book.members.values() if m.unasked), None),
         members=tuple(sorted(members, key=lambda member: member.number)),
         gone=tuple(
-            GoneReport(number, gone.slots, gone.why, dict(gone.who))
+            GoneReport(number, gone.slots, len(gone.sessions), gone.why, dict(gone.who))
             for number, gone in sorted(book.gone.items())
         ),
     )

@@ -5,14 +5,13 @@ Part of the book, see :mod:`.book`: pure, in one transaction.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from .allocation import Allocation, Line
 from .book import Book
-from .local import TagDemand
-from .rows import DUE, TURN, Gone, Member, member_key
+from .local import State, TagDemand
+from .rows import DUE, TURN, Gone, Member, Session, in_order, member_key, read, words
 
 __all__ = ["Orders", "has_news", "settle"]
 
@@ -43,6 +42,16 @@ class Orders:
     members: int
     free: int
     gone: Mapping[int, Gone]
+    #: The sessions that the row says are ours.
+    sessions: frozenset[Session]
+    #: Of the lost ones those that are in quarantine.
+    buried: tuple[Session | None, ...]
+    #: As many slots are owned as connections are open.
+    covered: bool
+    #: The members, while there may be others that are in no row; or else None.
+    fresh: frozenset[str] | None
+    #: Why we cannot ask the server, as the row says.
+    unasked: str | None
     #: Why it is expected to look again, if it is.
     due: str | None
     #: Whom to ring.
@@ -58,7 +67,7 @@ def has_news(rows: Mapping[str, str], member: str, orders: Orders) -> bool:
     """
     if rows.get(member_key(member)) != orders.text:
         return True
-    why = json.loads(rows.get(DUE, "{}")).get(member)
+    why = read(DUE, rows.get(DUE), words).get(member)
     # Being asked to yield is not to be answered before the turn is over.
     return why is not None and not (why == TURN == orders.due)
 
@@ -66,39 +75,43 @@ def has_news(rows: Mapping[str, str], member: str, orders: Orders) -> bool:
 def settle(
     book: Book,
     key: str,
+    state: State,
     demand: Mapping[str, TagDemand],
-    open_: int,
-    floor: int,
+    allotted: int,
     *,
     ready: Collection[str] = (),
-    keep: int | None = None,
+    keep: bool = False,
     sign: bool = False,
+    unasked: str | None = None,
 ) -> Orders:
     """Post what a member wants, give back or take, and see who is to be told.
 
-    :param open_: connections that it has open.
-    :param floor: what its pool may open, or has open, until it is told anew: not
-      below that it gives back now.
+    :param state: what its pool has.
+    :param demand: what is to be posted.
+    :param allotted: what its pool may open until it is told anew. It does not give back
+      below that now, nor below what is open.
     :param ready: tags under which it would yield if it is asked.
-    :param keep: it does not need more than that and what it claims.
+    :param keep: it does not need more than it has and what it claims.
     :param sign: write the row though nothing has changed: it answers.
+    :param unasked: why it could not ask the server.
     """
     before = book.members[key]
-    member = replace(before, stalled=False)
-    if member.owned < open_:
-        # Its slots were taken from it though it lives (it was taken for dead, or
-        # the ledger was reset). What is open comes before what anybody wants.
-        more = min(open_ - member.owned, book.free)
-        member = replace(member, owned=member.owned + more)
-    member = _post(book, key, member, demand)
+    sessions = in_order(state.sessions)
+    book.members[key] = replace(
+        before, stalled=False, sessions=sessions, unasked=unasked
+    )
+    buried = _cover(book, key, state)
+    member = _post(book, key, book.members[key], demand)
+    open_ = state.open - len(buried)
+    floor = max(allotted - len(buried), open_)
     plan = book.allocation()
     turns = {tag for tag in ready if (tag, key) in plan.asked}
     if turns:
         member = _yield(book, key, member, turns, plan)
         plan = book.allocation()
     target = plan.targets[key]
-    if keep is not None:
-        target = max(min(target, keep), plan.claimed[key])
+    if keep:
+        target = max(min(target, floor), plan.claimed[key])
         plan.targets[key] = target
     if member.owned > target:
         given = min(member.owned, max(target, floor))
@@ -114,7 +127,23 @@ def settle(
     if member != before or sign:
         member = replace(member, beat=member.beat + 1)
     book.write(key, member)
-    return _orders(book, key, member, target, plan)
+    orders = _orders(book, key, member, target, plan)
+    return replace(orders, buried=tuple(buried), covered=member.owned >= open_)
+
+
+def _cover(book: Book, key: str, state: State) -> list[Session | None]:
+    """Have a slot for each connection, as far as there are slots.
+
+    Those of lost connections go into quarantine; return these.
+    """
+    kept = len(book.in_quarantine.intersection(state.lost))
+    member = book.members[key]
+    if member.owned < state.open - kept:
+        # Its slots were taken from it though it lives (it was taken for dead, or
+        # the ledger was reset). What is open comes before what anybody wants.
+        more = min(state.open - kept - member.owned, book.left)
+        book.members[key] = replace(member, owned=member.owned + more)
+    return book.quarantine(key, state.lost)
 
 
 def _post(
@@ -178,6 +207,11 @@ def _orders(
         members=len(book.members),
         free=book.free,
         gone=dict(book.gone),
+        sessions=frozenset(member.sessions),
+        buried=(),
+        covered=False,
+        fresh=frozenset(book.members) if book.is_fresh else None,
+        unasked=member.unasked,
         due=book.due.get(key),
         bells=tuple(bell for bell in bells if bell != key),
         text=book.texts[key],

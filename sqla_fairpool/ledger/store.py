@@ -25,6 +25,11 @@ class Store(Protocol):
     #: False once it is known that the sign of life was lost, until :meth:`open` makes
     #: another one. A store whose signs cannot be lost may leave this out.
     signed: bool
+    #: The sign of life depends on a connection, so it can be lost.
+    can_lose_sign: bool
+    #: What is at the ledger's place can become another one while it is open, so that
+    #: :meth:`in_place` is to be asked now and then.
+    watches_place: bool
     #: Somebody has asked this process for its figures, see :meth:`ask`. Whoever
     #: answers sets it back.
     asked: bool
@@ -35,18 +40,44 @@ class Store(Protocol):
         ...
 
     def open(self) -> None:
-        """Create the schema if need be, check it, give a sign of life. Idempotent."""
+        """Create the schema if need be, check it, give a sign of life. Idempotent.
+
+        After :meth:`in_place` has said no, or a transaction has failed because of that:
+        open what is at the ledger's place now. A sign of life that stands there already
+        stands all the time: others must not take this process for dead in between.
+        """
+
+    def in_place(self) -> bool:
+        """Tell if what is open is what stands at the ledger's place.
+
+        Cheap: asks no server and takes no lock.
+        """
+        ...
 
     def transaction(self) -> AbstractContextManager[MutableMapping[str, str]]:
-        """The rows, for this process alone; kept on leaving, undone by an exception."""
+        """The rows, for this process alone; kept on leaving, undone by an exception.
+
+        :raises StoreAway: also if they are not those at the ledger's place any more;
+          then with :attr:`signed` set to False.
+        """
         ...
 
     def living(self, members: Collection[str]) -> set[str]:
         """Return those whose sign of life stands, by kernel or server, not by time."""
         ...
 
+    def strangers(self, members: Collection[str]) -> int:
+        """Return how many signs of life of others than these stand at this place.
+
+        This process does not count. Nor does who only looks on.
+        """
+        ...
+
     def ring(self, members: Iterable[str]) -> None:
         """Wake them from their :meth:`wait`. Best effort."""
+
+    def ring_all(self) -> None:
+        """Wake all that have a sign of life at the ledger's place, members or not."""
 
     def wait(self, seconds: float | None) -> bool:
         """Sleep until rung or nudged; return False when the time was up."""

@@ -22,6 +22,7 @@ TERMS = Terms(20, 10, 15, 60.0, 30.0)
 
 
 class Store(MemoryStore):
+    watches_place = True
     process: Process
 
     def point(self, name):
@@ -29,22 +30,15 @@ class Store(MemoryStore):
 
 
 class Pool(SimPool):
-    """Connects only while the sign of life stands, as a marked connection would."""
+    """Connects only while the sign of life stands, as a real one makes sure of."""
 
     process: Process
 
     def connect(self):
         if self.process.store.member not in self.process.world.host.alive:
             self.keeper.ring()
-            return False
-        self.session = self.process.session
+            return None
         return super().connect()
-
-    def _disconnect(self):
-        # Whatever it was opened as: one number less.
-        self.server.disconnect(
-            next(s for s in self.process.sessions if self.server.sessions[s])
-        )
 
     def demand(self):
         self.process.point("demand")
@@ -54,6 +48,11 @@ class Pool(SimPool):
         self.process.point("allot")
         super().allot(slots, ceilings, other)
         self.process.point("allotted")
+
+    def buried(self, lost):
+        self.process.point("bury")
+        super().buried(lost)
+        self.process.point("buried")
 
     def close_surplus(self):
         self.process.point("close")
@@ -78,14 +77,8 @@ class World:
         self.living.append(process)
         return process
 
-    def sessions(self, numbers):
-        if not self.can_ask:
-            return None
-        return {
-            number
-            for (_, number), n in self.server.sessions.items()
-            if n and number in numbers
-        }
+    def sessions(self):
+        return self.server.look() if self.can_ask else None
 
     @property
     def book(self):
@@ -97,6 +90,8 @@ class World:
         while self.now < end:
             busy()
             for process in self.living:
+                if not process.stopped and not process.left:
+                    process.pool.try_again()
                 for _ in range(20):
                     if not process.has_to_step():
                         break
@@ -125,12 +120,10 @@ class Process:
         self._begin()
 
     def _new_pool(self):
-        self.pool = Pool(self.world.server, None)
+        self.pool = Pool(self.world.server, self.store.member)
         self.pool.process = self
 
     def _begin(self):
-        #: Every session key that connections of this process were opened under.
-        self.sessions = []
         self.wake_at = 0.0
         #: Its clock is ahead by so much.
         self.ahead = 0.0
@@ -148,13 +141,6 @@ class Process:
 
     def clock(self):
         return self.world.now + self.ahead
-
-    @property
-    def session(self):
-        key = self.store.member, self.keeper._number
-        if key not in self.sessions:
-            self.sessions.append(key)
-        return key
 
     @property
     def row(self):
@@ -237,10 +223,21 @@ class Process:
         child.pool.keeper = child.keeper
         child._begin()
         child.keeper.after_fork()
+        child.pool.session = child.store.member
         self.world.living.append(child)
         return child
 
-    def server_notices(self):
-        """The server ends the sessions of a dead process."""
-        for session in self.sessions:
-            self.world.server.sessions.pop(session, None)
+    @property
+    def sessions(self):
+        """Its sessions at the server."""
+        return self.world.server.sessions_of(self.store.member)
+
+    @property
+    def strays(self):
+        """Those that it does not have in its hands any more."""
+        return [s for s in self.sessions if s not in self.pool.there]
+
+    def server_notices(self, most=None):
+        """The server ends the sessions of a dead process, or some of them."""
+        for session in self.sessions[:most]:
+            self.world.server.disconnect(session)

@@ -1,0 +1,459 @@
+"""What a pool is told about its posts; rows that were deleted, or are older."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from support.ledger import TERMS, World
+from support.threads import PATIENCE
+
+from sqla_fairpool.bench.ledger_world import Host, MemoryStore, Server, SimPool
+from sqla_fairpool.ledger.book import Book
+from sqla_fairpool.ledger.errors import LedgerError, ServerDiffers
+from sqla_fairpool.ledger.keeper import Keeper
+from sqla_fairpool.ledger.report import read
+from sqla_fairpool.ledger.rows import Session, Terms
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+def ask(process, tag, times=30):
+    for _ in range(times):
+        process.pool.request(tag)
+
+
+def served(*processes):
+    return [process.pool.in_use.total() for process in processes]
+
+
+def member(world, times=3):
+    process = world.start()
+    ask(process, "a", times)
+    world.run(0.1)
+    assert served(process) == [times]
+    return process
+
+
+# -- posts -------------------------------------------------------------------------
+
+
+def test_a_post_is_acknowledged_after_the_commit(world):
+    a = member(world)
+    answers = []
+    a.keeper.post(answers.append)
+    assert answers == []
+    a.step(budget=0)
+    while a.passed[-1] != "committed":
+        a.step(budget=1)
+        assert answers == []
+    a.step()
+    assert answers == [True]
+
+
+def test_all_posts_before_a_look_are_answered_by_one_transaction(world):
+    a = member(world)
+    transactions = world.host.transactions
+    answers = []
+    for _ in range(20):
+        a.keeper.post(answers.append)
+    a.step()
+    assert answers == [True] * 20
+    assert world.host.transactions - transactions == 1
+
+
+def test_one_that_posts_before_it_is_a_member_becomes_one(world):
+    a = world.start()
+    answers = []
+    a.keeper.post(answers.append)
+    world.run(0.1)
+    assert answers == [True]
+    assert a.row.owned == 0
+
+
+def test_while_the_store_is_away_posts_are_denied_at_once(world):
+    a = member(world)
+    world.host.is_away = True
+    answers = []
+    a.keeper.post(answers.append)
+    a.step()
+    assert answers == [False]
+    points = len(a.passed)
+    a.keeper.post(answers.append)
+    a.step()
+    assert answers == [False, False]
+    assert "begin" not in a.passed[points:]  # nothing was tried for that
+    world.host.is_away = False
+    world.run(6.0)
+    a.keeper.post(answers.append)
+    a.step()
+    assert answers == [False, False, True]
+
+
+@pytest.mark.parametrize("where", ["begin", "locked", "commit", "committed"])
+def test_a_transaction_that_fails_denies_its_posts(world, where):
+    a = member(world)
+    answers = []
+    a.keeper.post(answers.append)
+    a.fails_at = where
+    a.step()
+    assert answers == [False]
+
+
+def test_a_closed_keeper_denies_posts(world):
+    a, answers = member(world), []
+    a.keeper.post(answers.append)
+    a.close()
+    assert answers == [False]
+    a.keeper.post(answers.append)
+    assert answers == [False, False]
+
+
+def test_one_that_is_refused_is_denied(world):
+    member(world)
+    b = world.start(Terms(10, 5, 8, 60.0, 30.0))
+    answers = []
+    b.keeper.post(answers.append)
+    b.step()
+    assert answers == [False]
+
+
+def test_one_that_owns_less_than_it_has_open_is_denied(world):
+    """Its slots were given on while nothing could be asked."""
+    world.can_ask = False
+    a, b = world.start(), world.start()
+    ask(a, "a", 15)
+    world.run(0.1)
+    a.stopped = True
+    a.store.lose()
+    ask(b, "b")
+    ask(b, "c")
+    world.run(15.0)
+    assert served(b) == [20]
+    a.stopped = False
+    answers = []
+    a.keeper.post(answers.append)
+    world.run(1.0)
+    assert answers == [False]
+    assert a.pool.slots < a.pool.open == 15
+
+
+def test_after_a_lost_sign_of_life_nothing_is_acknowledged_before_the_row_is_seen(
+    world,
+):
+    a, answers = member(world), []
+    a.store.lose()
+    a.keeper.post(answers.append)
+    a.step()
+    assert answers == [False]
+    assert a.pool.frozen
+    world.now += 0.2
+    a.keeper.post(answers.append)
+    a.step(budget=0)
+    while a.passed[-1] != "committed":
+        assert answers == [False]
+        assert a.pool.frozen
+        a.step(budget=1)
+    a.step()
+    assert answers == [False, True]
+    assert not a.pool.frozen
+
+
+def test_a_forked_child_answers_nothing_for_its_parent(world):
+    a, answers = member(world), []
+    a.keeper.post(answers.append)
+    child = a.fork()
+    child.keeper.close()
+    assert answers == []
+    a.step()
+    assert answers == [True]
+
+
+def test_new_sessions_are_posted_though_nobody_asks_for_it(world):
+    a = member(world)
+    session = world.server.connect(a.store.member)
+    a.pool.there.append(session)
+    a.pool.slots = a.pool.open
+    world.run(11.0)
+    assert session in a.row.sessions
+
+
+class LockedStore(MemoryStore):
+    """One with a bell that wakes a thread."""
+
+    def __init__(self, host):
+        super().__init__(host)
+        self.bell = threading.Event()
+
+    def nudge(self):
+        self.bell.set()
+
+    def wait(self, seconds):
+        rung = self.bell.wait(seconds)
+        self.bell.clear()
+        return rung
+
+
+def test_a_post_starts_the_thread_and_is_answered_by_it():
+    pool = SimPool(Server(), "a")
+    keeper = pool.keeper = Keeper(LockedStore(Host()), TERMS, pool)
+    told, answers = threading.Event(), []
+
+    def done(answer):
+        answers.append((answer, threading.current_thread().name))
+        told.set()
+
+    keeper.post(done)
+    assert told.wait(PATIENCE)
+    assert answers == [(True, "sqla_fairpool-keeper")]
+    keeper.close()
+    keeper.post(done)
+    assert [answer for answer, _ in answers] == [True, False]
+
+
+def test_where_no_thread_can_be_started_a_post_is_denied(monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    keeper = Keeper(LockedStore(Host()), TERMS, SimPool(Server(), "a"))
+    answers = []
+    for _ in range(2):
+        keeper.post(answers.append)
+    assert answers == [False, False]
+
+
+# -- errors ------------------------------------------------------------------------
+
+
+def test_an_error_does_not_reach_the_callers_of_one_that_owns_slots(world, caplog):
+    a = member(world)
+    world.host.rows["gone/9"] = "nonsense"
+    ask(a, "a", 2)
+    world.run(3.0)
+    assert a.pool.refusals == []
+    assert a.pool.waiting["a"] == 2
+    assert "'gone/9' cannot be read" in a.keeper.status().trouble
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    a.pool.release("a")
+    assert served(a) == [3]  # by what it owns
+    del world.host.rows["gone/9"]
+    world.run(2.0)
+    assert a.keeper.status().trouble is None
+    assert served(a) == [4]
+
+
+def test_an_error_reaches_the_callers_of_one_that_owns_nothing(world):
+    member(world)
+    world.host.rows["gone/9"] = "nonsense"
+    b = world.start()
+    ask(b, "b", 2)
+    world.run(0.1)
+    assert isinstance(b.pool.refusals[0], LedgerError)
+
+
+# -- which server ------------------------------------------------------------------
+
+
+def elsewhere(world):
+    process = world.start()
+    process.pool.at_server = Server()
+    process.pool.at_server.name = "another"
+    return process
+
+
+def test_members_whose_connections_go_to_another_server_are_refused(world):
+    a = member(world)
+    assert world.book.meta.server == read(a.store).server == "the server"
+    b = elsewhere(world)
+    ask(b, "b", 3)
+    world.run(5.0)
+    refusal = b.pool.refusals[0]
+    assert isinstance(refusal, ServerDiffers)
+    assert str(refusal) == (
+        "the members of this ledger use server the server, and this pool's "
+        "connections go to server another: name another ledger for it "
+        "(members: here:m00001)"
+    )
+    assert served(b) == [0]
+    assert b.row is None
+    assert b.pool.at_server.open == 0
+    assert world.book.free == 17
+    ask(a, "a", 12)
+    world.run(0.1)
+    assert served(a) == [15]
+
+
+def test_the_server_of_the_dead_binds_nobody(world):
+    a = member(world)
+    a.kill()
+    b = elsewhere(world)
+    ask(b, "b", 3)
+    world.run(2.0)
+    assert served(b) == [3]
+    assert world.book.meta.server == "another"
+
+
+# -- rows that were deleted --------------------------------------------------------
+
+
+def test_when_the_rows_are_deleted_all_meet_in_the_new_ones(world, caplog):
+    a, b = member(world, 10), world.start()
+    ask(b, "b", 10)
+    world.run(0.1)
+    world.host.delete()
+    c = world.start()
+    ask(c, "c")
+    ask(a, "d")
+    ask(b, "e")
+    world.run(5.0)
+    assert world.server.most <= 20
+    book = world.book
+    assert book.members.keys() == {p.store.member for p in (a, b, c)}
+    assert not book.is_fresh
+    assert book.owned == 20
+    for _ in range(5):
+        a.pool.release("a")
+    world.run(2.0)
+    assert served(c)[0] > 0
+    assert world.server.most <= 20
+    warnings = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert len(warnings) == 2  # by each that was a member before
+
+
+def test_who_does_not_notice_that_the_rows_were_deleted_keeps_its_slots(world):
+    a = member(world, 12)
+    a.stopped = True
+    world.host.delete()
+    b = world.start()
+    ask(b, "b", 15)
+    world.run(30.0, tick=0.01)
+    assert served(b) == [0]
+    assert read(b.store).fresh
+    a.stopped = False
+    world.run(3.0)
+    assert world.server.most <= 20
+    assert len(a.sessions) >= 10
+    assert len(a.sessions) + served(b)[0] == 20 or served(b) == [10]
+    assert not world.book.is_fresh
+
+
+def test_idle_members_of_deleted_rows_are_woken(world):
+    a = member(world, 3)
+    for _ in range(3):
+        a.pool.release("a")
+    a.pool.active.clear()
+    world.run(30.0, tick=0.01)
+    world.host.delete()
+    b = world.start()
+    ask(b, "b", 10)
+    world.run(0.5)
+    assert a.row is not None
+    assert served(b) == [10]
+
+
+def test_the_dead_of_deleted_rows_do_not_keep_the_new_ones_closed(world):
+    a = member(world, 12)
+    a.stopped = True
+    world.host.delete()
+    b = world.start()
+    ask(b, "b", 15)
+    world.run(2.0)
+    a.kill()
+    a.server_notices()
+    world.run(2.0)
+    assert served(b) == [15]
+
+
+def test_a_member_of_deleted_rows_opens_nothing_until_it_has_joined_again(world):
+    a = member(world, 3)
+    ask(a, "a", 12)
+    world.run(0.1)
+    for _ in range(15):
+        a.pool.release("a")
+    while a.pool.idle > 2:
+        a.pool._close_idle()
+    assert a.pool.slots == 15
+    world.host.delete()
+    a.wake_at = 0.0
+    a.step()
+    assert a.pool.slots == 2
+    ask(a, "a", 5)
+    assert a.pool.open == 2
+    world.run(1.0)
+    assert a.pool.open == 5
+
+
+def test_a_confirmation_counts_only_for_the_rows_it_was_asked_for():
+    book = Book({})
+    book.join("a", {}, TERMS)
+    book.confirm(["a", "b"])
+    assert book.is_fresh
+    assert (book.free, book.left) == (0, 20)
+    book.confirm(["a"])
+    assert book.free == 20
+
+
+# -- rows that are older than what is so -------------------------------------------
+
+
+def test_one_whose_row_is_older_takes_what_is_free_for_what_it_has_open(world):
+    a = member(world, 3)
+    copy = dict(world.host.rows)
+    ask(a, "a", 9)
+    world.run(0.1)
+    assert len(a.sessions) == 12
+    world.host.rows = copy
+    b = world.start()
+    ask(b, "b", 4)
+    world.run(0.1)
+    world.run(11.0)
+    assert (a.row.owned, b.row.owned) == (12, 4)
+    assert set(a.row.sessions) == set(a.sessions)
+
+
+def test_one_that_has_more_open_than_it_owns_opens_nothing(world):
+    a = member(world, 3)
+    copy = dict(world.host.rows)
+    ask(a, "a", 12)
+    world.run(0.1)
+    world.host.rows = copy
+    b = world.start()
+    ask(b, "b", 15)
+    world.run(0.1)
+    assert len(a.sessions) == 15
+    before = world.server.open
+    ask(a, "c", 5)
+    for _ in range(15):
+        a.pool.release("a")
+        ask(a, "a", 1)
+        world.run(1.0, tick=0.01)
+        assert world.server.open <= before
+        before = max(world.server.open, 20)
+    assert world.book.owned + world.book.quarantined <= 20
+    assert len(a.sessions) <= a.row.owned
+
+
+def test_a_reset_while_members_live_hands_out_nothing_before_they_are_back(world):
+    a = member(world, 12)
+    a.stopped = True
+    Book(world.host.rows).reset()
+    b = world.start()
+    ask(b, "b", 15)
+    world.run(3.0)
+    assert served(b) == [0]
+    a.stopped = False
+    world.run(12.0)
+    assert world.server.most <= 20
+    assert served(b)[0] >= 8
+
+
+def test_sessions_are_written_in_one_order():
+    book = Book({})
+    book.join("a", {}, TERMS)
+    sessions = [Session(2, None), Session(1, 5), Session(1, None)]
+    buried = book.quarantine("a", sessions)
+    assert buried == []  # it owns nothing that could be in quarantine

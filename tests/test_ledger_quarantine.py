@@ -1,0 +1,470 @@
+"""Sessions of the dead and lost connections: whose slots are free again, and when."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.ledger import TERMS, World
+
+from sqla_fairpool.ledger import rows as ledger_rows
+from sqla_fairpool.ledger.allocation import Line
+from sqla_fairpool.ledger.book import Book
+from sqla_fairpool.ledger.errors import LedgerError
+from sqla_fairpool.ledger.report import read
+from sqla_fairpool.ledger.rows import Gone, Left, Member, Session, among, dump
+from sqla_fairpool.ledger.watch import Present, still_there, unaccounted
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+def ask(process, tag, times=30):
+    for _ in range(times):
+        process.pool.request(tag)
+
+
+def pair(world):
+    """One that holds 10 connections, and one that wants more than its 10."""
+    a, b = world.start(), world.start()
+    ask(a, "a", 10)
+    world.run(0.1)
+    ask(b, "b")
+    world.run(1.0)
+    assert (len(a.sessions), len(b.sessions)) == (10, 10)
+    return a, b
+
+
+def killed_before_it_connected(world, slots):
+    """One that has taken slots, and no more."""
+    a = world.start()
+    ask(a, "a", slots)
+    a.step(budget=0)
+    while a.row is None or a.row.owned < slots:
+        a.step(budget=1)
+    a.kill()
+    assert a.sessions == []
+
+
+def quarantined(world):
+    return world.book.quarantined
+
+
+# -- the rule ----------------------------------------------------------------------
+
+pids = st.integers(1, 6)
+began = st.one_of(st.none(), st.integers(1, 3))
+sessions = st.builds(Session, pids, began)
+#: What a server shows: one session for each process.
+shown = st.dictionaries(pids, began, max_size=6).map(
+    lambda found: frozenset(Session(*item) for item in found.items())
+)
+
+
+@given(st.integers(1, 8), st.frozensets(sessions, max_size=6), shown, st.integers(0, 8))
+def test_no_slot_is_free_whose_session_may_be_there(slots, known, there, suspects):
+    gone = Gone(slots, "died", sessions=tuple(known))
+    left = still_there(gone, Present("s", there, there), suspects)
+    alive = [
+        k
+        for k in known
+        if any(k.pid == t.pid and (k[1] == t[1] or None in (k[1], t[1])) for t in there)
+    ]
+    assert sorted(left.sessions, key=str) == sorted(alive, key=str)
+    unposted = max(slots - len(known), 0)
+    assert left.slots == min(slots, len(alive) + min(unposted, suspects))
+
+
+@given(st.frozensets(sessions), st.frozensets(sessions))
+def test_a_session_is_in_a_row_or_in_none(there, accounted):
+    missing = unaccounted(there, accounted)
+    assert missing | set(among(there, accounted)) == there
+    assert not among(missing, accounted)
+
+
+def test_a_process_id_that_was_given_again_is_another_session():
+    gone = Gone(2, "died", sessions=(Session(7, 1), Session(8, 1)))
+    there = frozenset([Session(7, 2), Session(8, None)])
+    left = still_there(gone, Present("s", there, there), 0)
+    assert left == Left(gone, (Session(8, 1),), 1)
+
+
+def test_one_that_had_more_open_than_it_owned_is_kept_with_all_its_sessions():
+    rows = {}
+    book = Book(rows)
+    book.join("a", {}, TERMS)
+    three = tuple(Session(pid, 1) for pid in (1, 2, 3))
+    book.write("a", Member(1, {}, 2, sessions=three))
+    book.reap(dict(book.texts))
+    gone = Book(rows).gone[1]
+    assert (gone.slots, gone.sessions, gone.unposted) == (2, three, 0)
+    there = frozenset(three[:2])
+    assert still_there(gone, Present("s", there, there), 0).slots == 2
+    there = frozenset(three[:1])
+    assert still_there(gone, Present("s", there, there), 0).slots == 1
+
+
+# -- the dead ----------------------------------------------------------------------
+
+
+def test_a_long_statement_of_a_killed_member_keeps_one_slot(world):
+    a, b = pair(world)
+    ask(b, "c")
+    a.kill()
+    a.server_notices(9)
+    world.run(2.0)
+    assert [gone.slots for gone in world.book.gone.values()] == [1]
+    assert len(b.sessions) == 19
+    world.run(60.0, tick=0.01)
+    assert quarantined(world) == 1
+    a.server_notices()
+    world.run(2.0)
+    assert quarantined(world) == 0
+    assert len(b.sessions) == 20
+
+
+def test_slots_without_a_session_come_back_at_once(world):
+    a, b = pair(world)
+    a.pool.waiting.clear()
+    for _ in range(10):
+        a.pool.release("a")
+    while a.pool.idle > 2:
+        a.pool._close_idle()
+    assert a.row.owned == 10
+    a.kill()
+    ask(b, "c")
+    world.run(2.0)
+    assert quarantined(world) == 2
+    assert len(b.sessions) == 18
+
+
+def test_a_session_that_was_not_posted_yet_keeps_its_slot(world):
+    a, b = world.start(), world.start()
+    ask(a, "a", 2)
+    world.run(0.1)
+    a.pool.request("a")
+    while len(a.sessions) < 3:
+        a.step()  # it has the slot, and connects
+    assert a.pool.pending
+    a.kill()
+    a.server_notices(2)
+    ask(b, "b")
+    ask(b, "c")
+    world.run(3.0)
+    ((_, gone),) = world.book.gone.items()
+    assert (gone.slots, gone.sessions) == (1, ())
+    assert world.server.most <= 20
+    a.server_notices()
+    world.run(2.0)
+    assert quarantined(world) == 0
+
+
+def test_a_strangers_session_counts_for_a_stated_time_at_most(world):
+    b = world.start()
+    ask(b, "b", 5)
+    world.run(0.1)
+    world.server.connect("psql")
+    killed_before_it_connected(world, 8)
+    ask(b, "c")
+    world.run(5.0)
+    assert quarantined(world) == 1
+    world.run(3.0)
+    assert quarantined(world) == 1
+    world.run(4.0)
+    assert quarantined(world) == 0
+
+
+def test_what_comes_after_the_first_look_is_nobodys_of_the_dead(world):
+    b = world.start()
+    ask(b, "b", 5)
+    world.run(0.1)
+    stranger = world.server.connect("psql")
+    killed_before_it_connected(world, 8)
+    ask(b, "c")
+    world.run(3.0)
+    assert quarantined(world) == 1
+    world.server.disconnect(stranger)
+    world.server.connect("psql")  # another one, in its place
+    world.run(2.0)
+    assert quarantined(world) == 0
+
+
+# -- a server that cannot be asked -------------------------------------------------
+
+
+def test_a_failed_question_is_one_warning_and_said_in_the_ledger(world, caplog):
+    answers = []
+
+    def sessions():
+        if not answers:
+            raise RuntimeError("no token for this record\nand more")
+        return world.server.look()
+
+    world.sessions = sessions
+    a, b = pair(world)
+    ask(b, "c")
+    a.kill()
+    world.run(5.0)
+    assert len(b.sessions) == 10
+    reason = "RuntimeError: no token for this record"
+    assert b.keeper.status().unasked == reason
+    assert read(b.store).unasked == reason
+    (warning,) = [r for r in caplog.records if "cannot be asked" in r.message]
+    assert warning.levelname == "WARNING"
+    assert not warning.exc_info
+    assert warning.message.endswith(reason)
+    a.server_notices()
+    answers.append(1)
+    world.run(2.0)
+    assert len(b.sessions) == 20
+    world.run(15.0)
+    assert b.keeper.status().unasked is None
+    assert read(b.store).unasked is None
+
+
+def test_another_server_is_not_asked(world):
+    def sessions():
+        return Present("another", frozenset(), frozenset())
+
+    world.sessions = sessions
+    a, b = pair(world)
+    ask(b, "c")
+    a.kill()
+    world.run(9.0)
+    assert len(b.sessions) == 10
+    assert b.keeper.status().unasked == (
+        "asked server another, the sessions are on the server"
+    )
+    a.server_notices()
+    world.run(4.0)
+    assert len(b.sessions) == 20
+
+
+def test_what_was_seen_alive_has_its_whole_time_from_then_on(world):
+    a, b = pair(world)
+    ask(b, "c")
+    a.kill()
+    a.server_notices(9)
+    world.run(30.0, tick=0.01)
+    assert quarantined(world) == 1
+    world.can_ask = False
+    world.run(9.0, tick=0.01)
+    assert quarantined(world) == 1
+    a.server_notices()
+    world.run(3.0)
+    assert quarantined(world) == 0
+
+
+def test_what_is_left_of_a_quarantine_keeps_its_time(world):
+    a, b = pair(world)
+    a.kill()
+    world.can_ask = False
+    ask(b, "c")
+    world.run(6.0)
+    world.can_ask = True
+    a.server_notices(5)
+    world.run(1.0)
+    assert quarantined(world) == 5
+    (left,) = world.book.gone.values()
+    rows = dict(world.host.rows)
+    Book(rows).release({1: Left(left, left.sessions[:3], 3)})
+    (less,) = Book(rows).gone.values()
+    assert (less.slots, less.stamp) == (3, left.stamp)
+    Book(rows).release({1: Left(left, (), 0)})  # of what it was before
+    assert Book(rows).gone[1].slots == 3
+
+
+# -- lost connections --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_connection_whose_end_is_not_known_keeps_its_one_slot(world, known):
+    a = world.start()
+    ask(a, "a", 20)
+    world.run(0.1)
+    assert a.row.owned == 15
+    for _ in range(2):
+        a.pool.interrupt("a", known)
+    world.run(0.1)
+    assert a.pool.interrupted == []
+    (gone,) = world.book.gone.values()
+    assert (gone.slots, gone.why, gone.member) == (
+        2,
+        "lost connections",
+        a.store.member,
+    )
+    assert len(gone.sessions) == (2 if known else 0)
+    assert world.book.owned + world.book.quarantined + world.book.free == 20
+    for _ in range(4):
+        ask(a, "b", 5)
+    world.run(5.0)
+    assert quarantined(world) == 2
+    assert world.server.open == world.server.most == 20
+    for session in a.strays:
+        world.server.disconnect(session)
+    world.run(2.0)
+    assert quarantined(world) == 0
+    assert len(a.pool.there) == 20
+
+
+def test_a_lost_connection_is_not_put_into_quarantine_twice(world):
+    a = world.start()
+    ask(a, "a", 5)
+    world.run(0.1)
+    a.pool.interrupt("a")
+    a.fails_at = "committed"  # so that it does not know
+    world.run(5.0)
+    assert quarantined(world) == 1
+    assert a.pool.interrupted == []
+    book = world.book
+    assert book.owned + book.quarantined + book.free == 20
+    assert a.pool.slots == a.row.owned >= 4
+
+
+def test_who_leaves_with_a_lost_connection_leaves_its_slot(world):
+    a = world.start()
+    ask(a, "a", 5)
+    world.run(0.1)
+    a.pool.interrupt("a")
+    for _ in range(4):
+        a.pool.release("a")
+    a.close()
+    (gone,) = world.book.gone.values()
+    assert (gone.slots, list(gone.sessions)) == (1, a.sessions)
+
+
+def test_each_loss_has_a_number_that_no_member_has(world):
+    a = world.start()
+    ask(a, "a", 5)
+    world.run(0.1)
+    for _ in range(2):
+        a.pool.interrupt("a")
+        world.run(0.1)
+    assert [*world.book.gone] == [2, 3]
+    b = world.start()
+    ask(b, "b", 1)
+    world.run(0.1)
+    assert b.row.number == 4
+
+
+# -- rows that cannot be read ------------------------------------------------------
+
+
+def understand(rows):
+    """Do all with rows that a newcomer does."""
+    book = Book(dict(rows))
+    if book.accepts("new", TERMS):
+        book.join("new", {}, TERMS)
+    book.tell(book.allocation())
+    str((book.places, book.due, book.gone, book.accounted))
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("meta", "nonsense"),
+        ("meta", "[]"),
+        ("meta", dump({"protocol": 2})),
+        ("tags", dump({"a": "one"})),
+        ("due", "[1]"),
+        ("member/x", "{"),
+        ("member/x", dump({"number": 1})),
+        (
+            "gone/7",
+            dump({"slots": "3", "why": "", "who": {}, "member": "", "stamp": 1}),
+        ),
+        ("gone/seven", "{}"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_named_and_can_be_reset(world, key, text):
+    a = world.start()
+    ask(a, "a", 1)
+    world.run(0.1)
+    rows = {**world.host.rows, key: text}
+    with pytest.raises(LedgerError, match=key) as caught:
+        understand(rows)
+    assert "\n" not in str(caught.value)
+    assert "`sqla-fairpool ledger reset`" in str(caught.value)
+    assert a.store.member in Book(rows).texts
+    Book(rows).reset()
+    assert rows.keys() <= {"meta"}
+    book = Book(rows)
+    book.join("b", {}, TERMS)
+    assert book.is_fresh
+    book.confirm(())
+    assert book.free == 20
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists))
+def test_no_value_in_a_row_is_a_traceback(value):
+    rows = {}
+    book = Book(rows)
+    book.join("a", {}, TERMS)
+    book.write("a", Member(1, {}, 3, sessions=(Session(1, 2),)))
+    book.quarantine("a", [Session(3, None), None])
+    book.tell(book.allocation())
+    for key in [*rows]:
+        for name in json.loads(rows[key]):
+            broken = {**rows, key: dump(json.loads(rows[key]) | {name: value})}
+            with contextlib.suppress(LedgerError):
+                understand(broken)
+
+
+def test_the_texts_that_are_kept_parsed_are_bounded():
+    lines = {f"tag {n}": Line(1, 2, True, n, 3) for n in range(256)}
+    for number in range(500):
+        text = Member(number, {}, lines=lines).text
+        assert ledger_rows.parse_member("x", text).number == number
+        kept = sum(map(len, ledger_rows._cache))
+        assert kept == ledger_rows._cached <= ledger_rows._CACHED
+    assert ledger_rows.parse_member("x", text) is ledger_rows.parse_member("x", text)
+
+
+# -- versions ----------------------------------------------------------------------
+
+
+def old_rows(world):
+    """The rows as the version before wrote them."""
+    a = world.start()
+    ask(a, "a", 3)
+    world.run(0.1)
+    rows = {}
+    for key, text in world.host.rows.items():
+        row = json.loads(text)
+        for name in ("sessions", "unasked", "server", "fresh"):
+            row.pop(name, None)
+        if key == "meta":
+            row["protocol"] = 1
+        rows[key] = dump(row)
+    world.host.rows = rows
+    return a
+
+
+def test_rows_of_an_earlier_version_are_raised_by_who_joins_alone(world):
+    a = old_rows(world)
+    a.kill()
+    a.server_notices(2)
+    b = world.start()
+    ask(b, "b")
+    world.run(2.0)
+    assert world.book.meta.protocol == 2
+    assert quarantined(world) == 1  # that session is no one's that is known
+    assert len(b.sessions) == 15
+
+
+def test_while_a_member_of_an_earlier_version_lives_one_of_this_is_refused(world):
+    old_rows(world).stopped = True
+    rows = dict(world.host.rows)
+    b = world.start()
+    ask(b, "b")
+    world.run(2.0)
+    assert "an older version of sqla_fairpool uses the ledger" in str(
+        b.pool.refusals[0]
+    )
+    assert world.host.rows == rows
+    assert b.sessions == []
