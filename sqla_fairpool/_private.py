@@ -13,23 +13,31 @@ import math
 import time
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
-from sqlalchemy.engine import Connection, Dialect
-from sqlalchemy.pool import AsyncAdaptedQueuePool, ConnectionPoolEntry, Pool
+from sqlalchemy.engine import Connection, Dialect, Engine
+from sqlalchemy.pool import (
+    AsyncAdaptedQueuePool,
+    ConnectionPoolEntry,
+    Pool,
+    PoolProxiedConnection,
+)
+from sqlalchemy.pool.base import _ConnectionRecord
 
 __all__ = [
     "async_connection_dialect",
+    "bare_record",
     "check_out_again",
+    "check_out_by",
     "disown",
     "expired",
     "handed_out",
     "in_greenlet",
+    "is_dropped",
     "note_statements",
     "record_of",
-    "remember_tag",
-    "time_creator",
+    "set_options",
 ]
 
 
@@ -122,11 +130,15 @@ def check_out_again(connection: Connection) -> None:
     connection.connection  # noqa: B018  (the property checks out)
 
 
-def remember_tag(
-    connection: Connection, asking: Callable[[], AbstractContextManager[None]]
+def check_out_by(
+    connection: Connection,
+    check_out: Callable[
+        [Connection, Callable[[], PoolProxiedConnection]], PoolProxiedConnection
+    ],
 ) -> None:
-    """Have a connection's later checkouts, after an invalidation, ask as itself.
+    """Have a connection's later checkouts, after an invalidation, made by a function.
 
+    It is called with the connection and what SQLAlchemy would do.
     ``_revalidate_connection`` is where these happen, and nothing public tells
     which connection a checkout is for. Replaced on this one object; through a weak
     reference, because a cycle would keep a leaked connection until the
@@ -134,39 +146,29 @@ def remember_tag(
     """
     ref = weakref.ref(connection)
 
-    def revalidate() -> Any:
+    def revalidate() -> PoolProxiedConnection:
         this = ref()
         assert this is not None
-        with asking():
-            return type(this)._revalidate_connection(this)
+        return check_out(this, partial(type(this)._revalidate_connection, this))
 
-    connection.__dict__["_revalidate_connection"] = revalidate
+    vars(connection)["_revalidate_connection"] = revalidate
 
 
-def time_creator(
-    pool: Pool,
-    clock: Callable[[], float],
-    note: Callable[[ConnectionPoolEntry, float | None], None],
-) -> None:
-    """Tell how long each call of a pool's creator takes; None if it fails.
+def set_options(target: Engine | Connection, options: Any) -> None:
+    """Replace execution options, of which the dialect does not hear.
 
-    ``_invoke_creator`` is what a record calls, the creator made to take a record or
-    not. Nothing public is called before and after a connection is opened.
+    ``execution_options`` of engines and connections stores what it is given before
+    the dialect can refuse it, and nothing public takes an option back.
     """
-    any_pool: Any = pool
-    invoke = any_pool._invoke_creator
+    target._execution_options = options
 
-    def timed(record: ConnectionPoolEntry) -> Any:
-        began = clock()
-        try:
-            connection = invoke(record)
-        except BaseException:
-            note(record, None)
-            raise
-        note(record, clock() - began)
-        return connection
 
-    any_pool._invoke_creator = timed
+def bare_record(pool: Pool) -> Any:
+    """Return a record of the pool that has no connection, for the creator to see.
+
+    Creators and ``do_connect`` listeners may keep something on it.
+    """
+    return _ConnectionRecord(pool, connect=False)
 
 
 def expired(pool: Pool, record: ConnectionPoolEntry) -> bool:
@@ -183,6 +185,18 @@ def handed_out(record: ConnectionPoolEntry) -> Any:
     """
     fairy_ref = getattr(record, "fairy_ref", None)
     return None if fairy_ref is None else fairy_ref()
+
+
+def is_dropped(record: ConnectionPoolEntry) -> bool:
+    """Tell if nobody has a connection that was handed out with a record.
+
+    So it is before SQLAlchemy has made its ``PoolProxiedConnection``, and from when
+    that was dropped. No reference to it is taken, which would be the last one if it is
+    dropped meanwhile: a weak reference loses its callback, and SQLAlchemy's has one,
+    together with what it refers to.
+    """
+    fairy_ref: Any = getattr(record, "fairy_ref", None)
+    return fairy_ref is None or fairy_ref.__callback__ is None
 
 
 def disown(record: ConnectionPoolEntry) -> None:

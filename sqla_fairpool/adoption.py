@@ -8,14 +8,12 @@ from __future__ import annotations
 import functools
 import os
 import sys
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import exc
 from sqlalchemy.engine import URL, Dialect, make_url
-from sqlalchemy.pool import Pool, SingletonThreadPool, StaticPool
 
+from .drivers import has_private_memory
 from .environment import RUN, Run, Settings
 from .ledger.places import database_place, default_path, with_threads_driver
 from .pool import AsyncAdaptedFairQueuePool, FairQueuePool
@@ -131,12 +129,8 @@ class Adoption:
             return "its plugin fairpool sees to it"
         if "strategy" in given:
             return "it is a mock"
-        default = _default_pool(dialect, url)
-        if issubclass(default, (SingletonThreadPool, StaticPool)):
-            return (
-                f"it needs its {default.__name__}: "
-                "other connections would have other databases in memory"
-            )
+        if has_private_memory(dialect, url):
+            return "other connections would have other databases in memory"
         return None
 
     def _say(self, text: str) -> None:
@@ -148,14 +142,6 @@ def _is_ours(given: Mapping[str, Any]) -> bool:
     """Tell if an engine is one of this package's own, a ledger's say."""
     arguments = given.get("connect_args") or {}
     return str(arguments.get("application_name", "")).startswith(_OURS)
-
-
-def _default_pool(dialect: Any, url: URL) -> type[Pool]:
-    with warnings.catch_warnings():
-        # Of a spelling of in-memory databases; create_engine says it again.
-        warnings.simplefilter("ignore", exc.SADeprecationWarning)
-        pool: type[Pool] = dialect.get_pool_class(url)
-        return pool
 
 
 def _summary(options: Mapping[str, Any], given: Mapping[str, Any]) -> str:

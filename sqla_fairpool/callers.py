@@ -31,6 +31,7 @@ __all__ = [
     "frames_of",
     "has_ended",
     "places",
+    "users_level",
     "users_place",
 ]
 
@@ -53,10 +54,6 @@ class _Thread(weakref.ref[threading.Thread]):
 class ThreadHere(threading.local):
     """Tells who is asking, among threads."""
 
-    #: References to its `caller` while that holds nothing and waits with one seat:
-    #: this object's, the seat's, and two for the question.
-    references = 4
-
     def __init__(self) -> None:
         thread = threading.current_thread()
         #: The current thread.
@@ -70,8 +67,6 @@ class ThreadHere(threading.local):
 
 class TaskHere:
     """Tells who is asking, among tasks."""
-
-    references = 3
 
     @property
     def caller(self) -> Caller | None:
@@ -141,7 +136,8 @@ _INSTALLED = ("site-packages", "dist-packages")
 def _is_users(code: CodeType) -> bool:
     """Tell if code is neither ours, SQLAlchemy's nor the standard library's."""
     name = code.co_filename
-    if name.startswith("<frozen "):
+    # The second are functions that SQLAlchemy generates, as a decorator's.
+    if name.startswith("<frozen ") or (name[0] == "<" and "sqlalchemy." in name):
         return False
     if name.startswith((_HERE, _SQLALCHEMY)):
         return False
@@ -154,6 +150,16 @@ def users_place(stack: Sequence[Place]) -> Place | None:
         if _is_users(place[0]):
             return place
     return stack[0] if stack else None
+
+
+def users_level() -> int:
+    """Return the ``stacklevel`` with which a warning of the caller names the user's
+    line.
+    """
+    for level, frame in enumerate(_up(sys._getframe(1)), 1):
+        if _is_users(frame.f_code):
+            return level
+    return 1
 
 
 def line_of(place: Place) -> int:

@@ -1,116 +1,70 @@
-"""Is a caller waiting for itself?
+"""Does a caller wait for a connection that only itself could return?
 
-A checkout inside of another one can only be served if somebody else returns a
-connection. It cannot when everybody who could waits likewise: that is a deadlock,
-and lasts until the first of them has waited for his whole time-out.
+A checkout inside another checkout is served only if somebody else returns a
+connection. If every caller that could return one waits in the pool as well, none of
+them is ever served: that is a deadlock, and it lasts until the first time-out.
 
-Said the other way: a waiting caller *can go on* if a connection that would help it
-is with somebody who does not wait, or who can go on. Who cannot is stuck; and since
-others may only appear to be stuck (a connection that was handed to another thread
-comes back without its first holder), :mod:`.reach` has the last word.
+The check is made as PostgreSQL makes its own: not when the wait begins, but when it
+has lasted for ``deadlock_timeout``, and again after each further one. Until then it
+costs nothing. It looks at the callers that hold connections (`seat.holder`, noted at
+each checkout and at each statement) and at those that wait, and at nothing else.
+
+A waiting caller *can go on* if a connection that would help it is held by a caller
+that does not wait, or that can go on. All others are stuck. Whatever is not certain
+counts as a caller that can go on: a slot that nobody has for a moment, a connection
+that is on its way back, a holder that is not known.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-import sys
-import weakref
+import threading
 from collections.abc import Sequence
 
 from . import _private
 from .account import WAITING, Account
+from .callers import TaskHere
 from .desk import Desk
-from .inquiry import Scene, copy_scene
-from .reach import held_by_others
 from .scheduler import Scheduler
 from .seats import Seat
 
-__all__ = ["Guard"]
-
-#: Time that goes by after a question to :mod:`.reach` was answered with "yes", in
-#: its own length: at most a fiftieth of the time is spent asking.
-_PAUSE = 50.0
+__all__ = ["collect", "holds_another", "is_stuck"]
 
 
-class Guard:
-    """Looks out for callers that wait for themselves."""
+def holds_another(desk: Desk, seat: Seat) -> bool:
+    """Tell if the caller of a waiting seat holds a connection. O(connections).
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = weakref.proxy(desk)
-        self._references = desk.here.references
-        # When another thread may be asked after again.
-        self._next_question = -math.inf
-
-    def suspects(self, seat: Seat) -> bool:
-        """Tell if the caller of a waiting seat may have a connection already.
-
-        False is certain. Whoever has one is its seat's `holder`, and that is a
-        reference. Counting them takes no time, and nearly everybody who waits has
-        nothing.
-        """
-        caller = seat.holder
-        return (
-            caller is not None
-            and sys.getrefcount(caller) > self._references
-            and self._desk.options.deadlock_guard
-            and not _greenlets_are_threads()
-        )
-
-    def examine(self, seat: Seat, deadline: float) -> Scene | None:
-        """Return how things are if a waiting seat waits for its own caller.
-
-        :param deadline: until when it would wait.
-        """
-        desk = self._desk
-        began = desk.clock()
-        if began < self._next_question:
-            return None
-        with desk.section():
-            stuck = _stuck_with(desk, seat, deadline)
-            connections = [_private.handed_out(s) for s in desk.records_of(stuck)]
-        if not stuck:
-            return None
-        callers = {s.holder for s in stuck if s.holder is not None}
-        if held_by_others(connections, callers, desk.here.frames()):
-            now = desk.clock()
-            self._next_question = now + _PAUSE * (now - began)
-            return None
-        # Nobody may have them: dropped in a cycle, they wait for the collector.
-        del connections
-        gc.collect()
-        with desk.section() as now:
-            if not _stuck_with(desk, seat, deadline):
-                return None  # somebody has given up, or something was collected
-            return copy_scene(desk, seat, now)
+    Nearly every caller that waits holds none, and needs no other check. Caller is in
+    a section.
+    """
+    caller = seat.holder
+    return (
+        caller is not None
+        and _tells_callers_apart(desk)
+        and any(other.holder is caller for other in desk.seats_out())
+    )
 
 
-def _greenlets_are_threads() -> bool:
-    """Tell if what others do cannot be seen: greenlets' variables are nowhere."""
-    monkey = sys.modules.get("gevent.monkey")
-    return monkey is not None and monkey.is_module_patched("threading")
-
-
-def _stuck_with(desk: Desk, seat: Seat, deadline: float) -> Sequence[Seat]:
-    """Return the seats for which a waiting seat waits in vain, if it is stuck.
+def is_stuck(desk: Desk, seat: Seat, deadline: float) -> bool:
+    """Tell if only callers that wait likewise could serve a waiting seat.
 
     Caller is in a section.
 
-    :param deadline: until when it waits.
+    :param deadline: until when the seat would wait.
     """
     scheduler = desk.scheduler
     if seat.state is not WAITING or scheduler.capacity != desk.options.capacity:
-        return ()  # granted; or a slot is out of use for a moment
+        return False  # granted; or a slot is out of use for a moment
     out = desk.seats_out()
-    helpful = _helpful(scheduler, seat, out)
+    if len(out) < scheduler.in_use or _is_coming_back(desk, out):
+        return False
     if not any(other.holder is seat.holder for other in out):
-        return ()
+        return False
     if _may_rise(scheduler, seat.account, deadline):
-        return ()
-    # One seat for each who waits: a thread or a task waits for one thing at a time.
-    stuck = {s.holder: s for s in _waiting_seats(scheduler)}
-    if any(other.holder not in stuck for other in helpful):
-        return ()  # the common case, before anything that takes longer
+        return False
+    # One seat for each caller: a thread or a task waits for one thing at a time.
+    stuck = {s.holder: s for s in _waiting_seats(scheduler) if s.holder is not None}
     while True:
         able = [
             caller
@@ -118,12 +72,44 @@ def _stuck_with(desk: Desk, seat: Seat, deadline: float) -> Sequence[Seat]:
             if any(s.holder not in stuck for s in _helpful(scheduler, theirs, out))
         ]
         if not able:
-            break
+            return seat.holder in stuck
         for caller in able:
             del stuck[caller]
-    if seat.holder not in stuck:
-        return ()
-    return [other for other in out if other.holder in stuck]
+
+
+def collect() -> bool:
+    """Run the collector; tell if it ran to its end. Not to be called in a section.
+
+    Connections that were dropped in a reference cycle are out until then. While
+    another thread runs a collection, and perhaps waits in it for the database's answer
+    to the rollback of such a connection, ``gc.collect()`` returns at once and has
+    found nothing. So it is given something to find.
+    """
+    cycle: list[object] = []
+    cycle.append(cycle)
+    del cycle
+    return gc.collect() > 0
+
+
+def _tells_callers_apart(desk: Desk) -> bool:
+    """Tell if each caller is known by a reference of its own.
+
+    Not if greenlets were made to stand for threads (gevent's and eventlet's
+    monkey-patching) after this package was imported.
+    """
+    return isinstance(desk.here, (TaskHere, threading.local))
+
+
+def _is_coming_back(desk: Desk, out: Sequence[Seat]) -> bool:
+    """Tell if a connection is out that no caller has.
+
+    It is about to be handed out; or it was dropped, by whatever thread, and is being
+    reset before it comes back, which takes as long as the database does.
+    """
+    return any(
+        _private.is_dropped(record) and not desk.is_opening(record.seat)
+        for record in desk.records_of(out)
+    )
 
 
 def _helpful(scheduler: Scheduler, seat: Seat, out: Sequence[Seat]) -> Sequence[Seat]:
@@ -144,7 +130,7 @@ def _waiting_seats(scheduler: Scheduler) -> list[Seat]:
 
 
 def _may_rise(scheduler: Scheduler, account: Account, deadline: float) -> bool:
-    """Tell if the tag's ceiling may rise in time: others may fall idle."""
+    """Tell if the tag's ceiling may rise in time: others may become idle."""
     roster = scheduler.roster
     if roster.active < 2 or account.in_use >= roster.max_limit:
         return False

@@ -29,20 +29,26 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .account import GRANTED, Account, Ticket
 from .callers import TaskHere, ThreadHere
+from .connections import Connections
 from .journal import Journal
 from .options import PoolOptions
 from .scheduler import Scheduler
 from .seats import Generation, Record, Seat
 from .section import Section
-from .waiters import Waiter
+from .waiters import Owner, Waiter
 
 if TYPE_CHECKING:
+    from .connections import PhysicalConnection
     from .leaks import LeakWatch
     from .share import Share
 
-__all__ = ["Desk"]
+__all__ = ["Desk", "Reservation"]
 
 _numbers = itertools.count(1)
+
+
+class Reservation:
+    """The right to open one connection ahead, as long as somebody has this object."""
 
 
 class Desk(Section):
@@ -66,10 +72,10 @@ class Desk(Section):
         "_listed",
         "_never_full",
         "_opening",
-        "_out_of_use",
         "_pool_size",
         "_pressed",
         "_records",
+        "_reserved",
         "_spare_seats",
         "_take_idle",
         "_use_lifo",
@@ -77,10 +83,12 @@ class Desk(Section):
         "_watch",
         "alive",
         "closures",
+        "connections",
         "here",
         "journal",
         "leaks",
         "logger",
+        "new_waiter",
         "number",
         "options",
         "owner",
@@ -107,6 +115,8 @@ class Desk(Section):
         self._waiter_class = waiter_class
         #: Tells who is asking.
         self.here: ThreadHere | TaskHere = waiter_class.here
+        #: Makes what a caller waits with.
+        self.new_waiter: Callable[[Owner], Waiter] = waiter_class
         self._use_lifo = use_lifo
         self._pool_size = options.pool_size
         # Without overflow there is a place for every record that comes back.
@@ -141,10 +151,13 @@ class Desk(Section):
         self._left: weakref.WeakSet[Record] = weakref.WeakSet()
         # The waiting seat whose owner wakes up for the next reallocation.
         self._watch: Seat | None = None
-        # How many connections there may be, and how many of them are being closed, or
-        # opened ahead, or were detached: whose slots are out of use meanwhile.
+        # How many connections there may be, those that there are, and those that are
+        # about to be opened ahead.
         self._allotted = self.options.capacity
-        self._out_of_use = 0
+        self.connections = Connections(
+            _unless_gone(self.alive), self._waiter_class.may_block
+        )
+        self._reserved: weakref.WeakSet[Reservation] = weakref.WeakSet()
         # Others go short: what falls idle is asked for.
         self._pressed = False
         # Only what there is may be used: each that is closed is one less.
@@ -240,8 +253,11 @@ class Desk(Section):
             # Its slot is free when it is closed, not before.
             self._chores.append(partial(self._close_then, self._closed, record))
             return
-        if self.share is not None:
-            self._note_for_share(record, now)
+        hollow = record is None or record.dbapi_connection is None
+        if hollow:
+            self._part_with(record, now)
+        # With a ledger a record without a connection is no use to anybody.
+        keep = keep and not (hollow and self.share is not None)
         granted = self.scheduler.release(seat, now)
         if granted:
             self._deliver(granted, record if keep else None)
@@ -249,25 +265,25 @@ class Desk(Section):
             self._idle.append(record)
             if self._pressed and self.share is not None:
                 self._bells.append(self.share.ring)
-
-    def _note_for_share(self, record: Record | None, now: float) -> None:
-        """Keep account of a connection that comes back, or does not, for the ledger."""
-        assert self.share is not None
-        detached = (
-            record is not None
-            and record.dbapi_connection is None
-            and not record.__dict__.get("gone", True)
-        )
-        if detached:
-            # Open, and no longer ours: it keeps a slot until it is closed.
-            self._out_of_use += 1
-        gone = record is None or record.dbapi_connection is None
-        if self._frozen and gone:
-            self._allotted = min(self._allotted, self.connections_there() - 1)
-        if detached or (self._frozen and gone):
-            self.scheduler.set_capacity(self._capacity(leaving=1), now)
-        if self.connections_there() > self._allotted:
+        if self.share is not None and self.connections_there() > self._allotted:
             self._bells.append(self.share.ring)  # others wait for what is too much
+
+    def _part_with(self, record: Record | None, now: float) -> None:
+        """Before a slot is released whose connection has not come back with it.
+
+        It was closed, invalidated, detached or lost. What is left of it at the server
+        has to be paid for from now on.
+        """
+        physical = getattr(record, "physical", None)
+        if physical is not None:
+            physical.opening = False
+            if self.share is None and not physical.ending:
+                self.connections.release(physical)  # detached: not ours any more
+        else:
+            self.connections.end_abandoned()
+        if self._frozen:
+            self._allotted = min(self._allotted, self.connections_there() - 1)
+        self._deliver(self.scheduler.set_capacity(self._capacity(1), now), None)
 
     def _deliver(self, granted: Sequence[Ticket], record: Record | None) -> None:
         """Give the granted their records: this one, then idle ones, then none.
@@ -353,7 +369,7 @@ class Desk(Section):
         their closing. Caller is in a section.
         """
         there = self.scheduler.in_use + self.count_idle()[1]
-        return there + len(self._left) + self._out_of_use
+        return there + len(self._left) + self._out_of_use()
 
     def settle(self, now: float) -> int:
         """Return :meth:`connections_there`; no more will be, but what is allotted.
@@ -363,18 +379,13 @@ class Desk(Section):
         self._deliver(self.scheduler.set_capacity(self._capacity(), now), None)
         return self.connections_there()
 
-    def detached_is_over(self) -> None:
-        """Put the slot of a connection into use that was detached, and is no more.
-
-        Called by its finaliser as well, hence by whoever comes next.
-        """
-        self._chores.append(self._slot_back)
-
-    def _slot_back(self) -> None:
+    def bury(self, lost: Collection[PhysicalConnection]) -> None:
+        """Forget connections whose slots are the ledger's quarantine's now."""
         with self.section() as now:
-            self._deliver(self._keep_out_of_use(-1, now), None)
-        if self.share is not None:
-            self.share.ring()
+            for physical in lost:
+                if self.connections.release(physical):
+                    self._allotted = max(self._allotted - 1, 0)
+            self._recount(now)
 
     def wake_all(self) -> None:
         """Wake whoever waits, to look for himself."""
@@ -399,24 +410,37 @@ class Desk(Section):
             self._retire(idle[0], now, "resized")
 
     def _retire(self, record: Record, now: float, reason: str) -> None:
-        """Have an idle record closed, with a slot out of use until it is."""
+        """Have an idle record closed. Its slot is out of use until that is over."""
         record.reason = reason
-        self._chores.append(partial(self._close_then, self._retired, record))
+        self._chores.append(record.close)
         self._idle.remove(record)
-        self._keep_out_of_use(+1, now)
+        self._recount(now)
 
-    def _retired(self, record: Record) -> None:
+    def connection_ended(self) -> None:
+        """A connection is over, so that another one may be opened. From any thread."""
+        with self._lock:
+            full = self.scheduler.capacity == self._allotted
+            if full and self.share is None and not self._busy:
+                return  # a ticket has paid for it: what is kept warm stays so
+        self._bells.append(self._end_noticed)
+        self.visit()
+
+    def _end_noticed(self) -> None:
         with self.section() as now:
-            self._deliver(self._keep_out_of_use(-1, now), None)
+            self._recount(now)
         if self.share is not None:
             self.share.ring()
 
-    def _keep_out_of_use(self, by: int, now: float) -> Sequence[Ticket]:
-        """Let fewer, or more, slots be granted; return who is granted by it."""
-        self._out_of_use += by
-        if self._frozen and by < 0:
+    def _recount(self, now: float) -> None:
+        """Let as many slots be granted as there may be connections."""
+        if self._frozen:
             self._allotted = min(self._allotted, self.connections_there())
-        return self.scheduler.set_capacity(self._capacity(), now)
+        self._deliver(self.scheduler.set_capacity(self._capacity(), now), None)
+
+    def _out_of_use(self) -> int:
+        """Return how many slots no caller can have: no ticket pays for them."""
+        idle = {id(record) for record in self._idle}
+        return self.connections.apart(idle, self._left) + len(self._reserved)
 
     def _capacity(self, leaving: int = 0) -> int:
         """Return how many slots may be in use now.
@@ -428,7 +452,7 @@ class Desk(Section):
           to come back.
         """
         there = self.scheduler.in_use - leaving + self.count_idle()[1]
-        return min(self._allotted, max(self._allotted - self._out_of_use, there))
+        return min(self._allotted, max(self._allotted - self._out_of_use(), there))
 
     def _close_then(self, after: Callable[[Record], None], record: Record) -> None:
         try:
@@ -495,3 +519,14 @@ class Desk(Section):
         """
         opening = [seat for seat in self._opening if seat.state is GRANTED]
         return list({*self.granted_seats(), *opening})
+
+
+def _unless_gone(alive: weakref.ref[Desk]) -> Callable[[], None]:
+    """Return what tells a desk, as long as it is in use, that a connection is over."""
+
+    def changed() -> None:
+        desk = alive()
+        if desk is not None:
+            desk.connection_ended()
+
+    return changed

@@ -41,10 +41,11 @@ class CheckoutTimeout(exc.TimeoutError):
 
 
 class SelfDeadlock(CheckoutTimeout):
-    """A checkout that would wait for its own caller: it was refused at once.
+    """A checkout that waited for its own caller, and was refused.
 
-    Whoever could return a connection waits in the same way. The attributes are those
-    of :class:`.CheckoutTimeout`.
+    Every caller that could have returned a connection waited in the same way, when this
+    one had waited for the option ``deadlock_timeout``. The attributes are those of
+    :class:`.CheckoutTimeout`.
     """
 
     __module__ = "sqla_fairpool"

@@ -23,9 +23,9 @@ from functools import partial
 from typing import cast
 
 from . import _private
-from .account import FREE, WAITING, LineFull
+from .account import FREE, GRANTED, WAITING, LineFull
 from .callers import places
-from .deadlock import Guard
+from .deadlock import collect, holds_another, is_stuck
 from .errors import CheckoutTimeout, SelfDeadlock, TooManyWaiting
 from .inquiry import Scene, copy_scene
 from .leaks import LeakWatch
@@ -33,7 +33,7 @@ from .seats import Generation, Opener, Record, Seat
 from .section import refuse_finaliser
 from .server_tag import TOLD
 from .share import Share
-from .tagging import timeout_in_force
+from .tagging import context_timeout
 from .upkeep import Upkeep
 from .waiters import Waiter
 
@@ -46,17 +46,20 @@ class Exchange(Upkeep):
     Serves a pool and its successors.
     """
 
-    __slots__ = ("_guard",)
+    __slots__ = ()
 
     def _begin(self) -> None:
         super()._begin()
-        self._guard = Guard(self)
         self.leaks = None
         _living.add(self)
 
-    def checkout(self, tag: str, opener: Opener) -> Record:
+    def checkout(
+        self, tag: str, opener: Opener, timeout: float | None = None
+    ) -> Record:
         """Return a record charged to `tag`, waiting for it if need be.
 
+        :param timeout: how long the caller's options let it wait, None if they do
+          not say.
         :raises CheckoutTimeout: after the options' ``timeout``.
         :raises TooManyWaiting: if the caller may not even wait.
         """
@@ -69,7 +72,7 @@ class Exchange(Upkeep):
         except LookupError:
             record = None
         if record is None:  # not in the clause above, to be no context of errors
-            return self._checkout(tag, opener)
+            return self._checkout(tag, opener, timeout)
         now = self.clock()
         if (
             scheduler.waiting
@@ -81,7 +84,7 @@ class Exchange(Upkeep):
             self._list(account)
             account.warm.append(record)
             self._list(account)
-            return self._checkout(tag, opener)
+            return self._checkout(tag, opener, timeout)
         seat = record.seat
         seat.warm = False
         seat.again += 1
@@ -103,7 +106,7 @@ class Exchange(Upkeep):
             or seat.warm
             or not seat.may_warm
             or not account.prompt
-            or (record.dbapi_connection is None and self.share is not None)
+            or (record.dbapi_connection is None and not self._is_over(record))
         ):
             self._checkin(seat, record, generation is self.owner)
             return
@@ -124,7 +127,11 @@ class Exchange(Upkeep):
         if scheduler.waiting:
             self.visit()
 
-    def _checkout(self, tag: str, opener: Opener) -> Record:
+    def _is_over(self, record: Record) -> bool:
+        """Tell if nothing is left of the connection that a record has lost."""
+        return self.share is None and record.physical not in self.connections
+
+    def _checkout(self, tag: str, opener: Opener, timeout: float | None) -> Record:
         """`checkout` under the lock: a slot is needed from the scheduler."""
         now = self.clock()
         seat = None
@@ -155,19 +162,13 @@ class Exchange(Upkeep):
                             self._seat_owner(seat, None)
                     seat.holder = self.here.caller
                     if seat.state is WAITING:
-                        seat.waiter = self._waiter_class(seat)
-                        if self._watch is None:
-                            self._watch = seat
-                        if self.share is not None:
-                            self._bells.append(partial(self.share.ring, tag))
-                        elif not self.journal.exhausted:
-                            self._note_exhaustion(tag, now)
+                        self._stand_in_line(seat, tag, now)
                     self._tidy(now)
                 finally:
                     self._busy = False
             if self._bells or self._chores:
                 self._flush()
-            return self._wait_or_open(seat, now, opener)
+            return self._wait_or_open(seat, now, opener, timeout)
         except LineFull:
             self._flush()
             raise self._too_many_waiting(tag) from None
@@ -216,11 +217,13 @@ class Exchange(Upkeep):
             with self.section() as now:
                 self.scheduler.activity(seat, now)
 
-    def _wait_or_open(self, seat: Seat, since: float, opener: Opener) -> Record:
+    def _wait_or_open(
+        self, seat: Seat, since: float, opener: Opener, timeout: float | None
+    ) -> Record:
         """Return the record for a seat that has none, once it has a slot."""
         waiter = seat.waiter
         if waiter is not None:
-            self._wait(seat, waiter, since)
+            self._wait(seat, waiter, since, timeout)
         record = seat.record
         if record is None:
             if self._left:
@@ -237,6 +240,10 @@ class Exchange(Upkeep):
 
     def _open(self, seat: Seat, opener: Opener) -> Record:
         """Open a connection for a seat."""
+        if self._frozen:
+            record = self._ask_again(seat)
+            if record is not None:
+                return record
         account, began = seat.account, self.clock()
         record = None
         try:
@@ -246,6 +253,7 @@ class Exchange(Upkeep):
                 self._opening.add(seat)
             record = cast(Record, opener._create_connection())
             record.seat = seat
+            record.physical.opening = False
             return record
         finally:
             took = None if record is None else self.clock() - began
@@ -255,17 +263,75 @@ class Exchange(Upkeep):
                     self._records.add(record)
                 self.count_opening(account, took)
 
-    def _wait(self, seat: Seat, waiter: Waiter, since: float) -> None:
-        timeout = timeout_in_force()
+    def open_again(self, seat: Seat) -> None:
+        """Before a connection is opened in the place of one that was lost.
+
+        The session of the one before may not be over, or the pool may have fewer slots
+        now. Then this one would be one too many, and its caller waits for a slot again.
+        """
+        while seat.state is GRANTED and self.scheduler.knows(seat):
+            with self._lock:  # no section: what is kept warm stays so
+                there = self.connections_there()
+                if there <= self._allotted and not self._frozen:
+                    return
+            handed = self._ask_again(seat)
+            if handed is None:
+                return
+            self._replace(handed, seat)
+
+    def _replace(self, record: Record, seat: Seat) -> None:
+        """Close a connection, so that its slot can be used for another one."""
+        with self.section() as now:
+            record.seat = Seat(self)
+            record.seat.since = now
+            record.reason = "invalidated"
+            seat.record = None
+        record.close()
+        self.visit()
+
+    def _ask_again(self, seat: Seat) -> Record | None:
+        """Give a seat's slot back and ask for another one under the same tag.
+
+        Returns the record that came with it, if one did.
+        """
+        with self.section() as now:
+            tag = seat.account.tag
+            self._part_with(None, now)
+            self._deliver(self.scheduler.release(seat, now), None)
+            if not self.scheduler.request(seat, tag, now):
+                self._stand_in_line(seat, tag, now)
+            else:
+                self._seat_owner(seat, None)
+        waiter = seat.waiter
+        if waiter is not None:
+            self._wait(seat, waiter, now, None)
+        record, seat.record = seat.record, None
+        return record
+
+    def _stand_in_line(self, seat: Seat, tag: str, now: float) -> None:
+        """Prepare a seat that has to wait. Caller is in a section."""
+        seat.waiter = self._waiter_class(seat)
+        if self._watch is None:
+            self._watch = seat
+        if self.share is not None:
+            self._bells.append(partial(self.share.ring, tag))
+        elif not self.journal.exhausted:
+            self._note_exhaustion(tag, now)
+
+    def _wait(
+        self, seat: Seat, waiter: Waiter, since: float, timeout: float | None
+    ) -> None:
+        if timeout is None:
+            timeout = context_timeout()
         if timeout is None:
             timeout = self.options.timeout
         deadline = math.inf if timeout is None else since + timeout
-        # With a ledger, others may give way whom nobody sees here.
-        if deadline > since and self.share is None and self._guard.suspects(seat):
-            self._refuse_deadlock(seat, deadline)
+        # With a ledger, callers of other processes may give way, who are not seen here.
+        patience = math.inf if self.share is not None else self._patience()
+        check = since + patience
         now = since
         while True:
-            until = deadline
+            until = min(deadline, check)
             if self._watch is seat:
                 until = min(until, self.next_duty)
             waiter.wait(None if until == math.inf else until - now)
@@ -278,6 +344,13 @@ class Exchange(Upkeep):
                 if now >= deadline and seat.waiter is not None:
                     scene = self._expire(seat, now)
                     break
+                if now < check:
+                    continue
+                if not holds_another(self, seat):
+                    check = math.inf  # and it will not, while it waits
+                    continue
+                check = now + patience
+            self._refuse_deadlock(seat, deadline)
         diagnosis = scene.diagnose(self.here.frames())
         raise CheckoutTimeout(
             f"checkout timed out after {scene.waited:.2f}s: {diagnosis}; "
@@ -295,12 +368,29 @@ class Exchange(Upkeep):
             self._pass_the_watch()
         return scene
 
+    def _patience(self) -> float:
+        """Return how long a caller waits before it is checked for a deadlock."""
+        timeout = self.options.deadlock_timeout
+        return math.inf if timeout is None else timeout
+
     def _refuse_deadlock(self, seat: Seat, deadline: float) -> None:
-        """Raise if a waiting seat could only be served by its own caller."""
-        scene = self._guard.examine(seat, deadline)
-        if scene is None:
-            return
-        with self._lock:
+        """Raise if a waiting seat could only be served by callers that wait likewise.
+
+        The seat leaves its line in the section that finds it stuck: of two callers that
+        wait for each other, only one is refused.
+        """
+        with self.section():
+            if not is_stuck(self, seat, deadline):
+                return
+        if not collect():
+            return  # another thread collects at this moment: after the next interval
+        with self.section() as now:
+            if not is_stuck(self, seat, deadline):
+                return
+            scene = copy_scene(self, seat, now)
+            self.scheduler.cancel(seat)
+            if seat is self._watch:
+                self._pass_the_watch()
             seat.account.meter.deadlocks += 1
         diagnosis = scene.diagnose(self.here.frames())
         raise SelfDeadlock(
@@ -337,8 +427,10 @@ class Exchange(Upkeep):
             record.seat.state = FREE
             record.seat.may_warm = False
             _private.disown(record)
+        self.connections.disown()
         self._begin()
         if self.share is not None:
+            self.connections.on_lost = self.share.ring
             self.allot(0, {}, 0)
             if self.share.keeper is not None:
                 self.share.keeper.after_fork()
@@ -346,6 +438,7 @@ class Exchange(Upkeep):
     def join(self, share: Share) -> None:
         """Become the member of a ledger, with nothing allotted yet."""
         self.share = share
+        self.connections.on_lost = share.ring
         self.allot(0, {}, 0)
 
 
@@ -359,11 +452,13 @@ class TracedExchange(Exchange):
         assert self.options.leak_threshold is not None
         self.leaks = LeakWatch(self, self.options.leak_threshold)
 
-    def checkout(self, tag: str, opener: Opener) -> Record:
+    def checkout(
+        self, tag: str, opener: Opener, timeout: float | None = None
+    ) -> Record:
         assert self.leaks is not None
         self.leaks.start()
         stack = places(self.here.frames())
-        record = super().checkout(tag, opener)
+        record = super().checkout(tag, opener, timeout)
         record.seat.stack = stack
         return record
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
-import os
-import socket
+import logging
 import weakref
 from collections.abc import Collection
 from dataclasses import asdict
@@ -14,14 +14,17 @@ from typing import Any
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Dialect
 from sqlalchemy.pool import Pool
+from sqlalchemy.util import greenlet_spawn
 
+from .connections import PhysicalConnection
 from .exchange import Exchange
 from .ledger.host import HostStore
 from .ledger.keeper import Keeper
 from .ledger.places import make_store, needs_database
 from .ledger.postgres import PostgresStore
 from .ledger.rows import Terms
-from .ledger.sessions import mark, members_with_sessions, refuse_pooler
+from .ledger.sessions import identify, look, other_ledgers, sign_stands
+from .ledger.watch import Present
 from .options import PoolOptions
 from .overview import figures_of
 from .share import Share
@@ -29,9 +32,7 @@ from .snapshot import snapshot
 
 __all__ = ["await_url", "join_ledger"]
 
-#: Seconds that a server may take to end a session that is closed. It takes one or two
-#: milliseconds; a server that is gone is not waited for any longer.
-_GOODBYE = 2.0
+_log = logging.getLogger(__name__)
 
 
 def terms_of(options: PoolOptions) -> Terms:
@@ -49,7 +50,6 @@ def join_ledger(pool: Pool, exchange: Exchange) -> None:
     """Let a pool share the slots of its ledger. Needs :func:`await_url` for some."""
     share = Share(exchange)
     exchange.join(share)
-    share.watch(pool)
     ledger = exchange.options.ledger
     assert ledger is not None
     if not needs_database(ledger):
@@ -63,10 +63,7 @@ def await_url(pool: Pool, exchange: Exchange, dialect: Any) -> None:
     is never told.
     """
     share = exchange.share
-    if share is None or not isinstance(dialect, Dialect):
-        return
-    _close_for_good(dialect)
-    if share.keeper is not None:
+    if share is None or not isinstance(dialect, Dialect) or share.keeper is not None:
         return
     on_connect_url = dialect.on_connect_url
 
@@ -78,54 +75,20 @@ def await_url(pool: Pool, exchange: Exchange, dialect: Any) -> None:
     setattr(dialect, on_connect_url.__name__, told)
 
 
-def _close_for_good(dialect: Any) -> None:
-    """Have a connection's close return when the server has ended the session.
-
-    libpq says goodbye and does not wait; for a moment the server has the session and
-    the one that takes its slot. A copy of the socket sees when the server closes it.
-    """
-    do_close = dialect.do_close
-
-    def close(dbapi_connection: Any) -> None:
-        copy = None
-        try:
-            copy = socket.socket(fileno=os.dup(dbapi_connection.fileno()))
-        except Exception:
-            pass  # broken already, or a driver without sockets
-        try:
-            do_close(dbapi_connection)
-            if copy is not None:
-                _await_the_end(copy)
-        finally:
-            if copy is not None:
-                copy.close()
-
-    if dialect.name == "postgresql" and not dialect.is_async:
-        setattr(dialect, do_close.__name__, close)
-
-
-def _await_the_end(copy: socket.socket) -> None:
-    copy.settimeout(_GOODBYE)
-    try:
-        while copy.recv(4096):
-            pass  # what nobody has read
-    except OSError:
-        pass
-
-
 def _begin(pool: Pool, exchange: Exchange, share: Share, url: URL | None) -> None:
     assert exchange.options.ledger is not None
     store = make_store(exchange.options.ledger, url)
-    sessions = _Sessions(pool, store)
+    sessions = _Sessions(pool, store, share)
     keeper = Keeper(
         store,
         terms_of(exchange.options),
         share,
-        sessions.of_the_gone,
+        sessions.look,
         figures=partial(_figures, weakref.ref(exchange)),
     )
     share.keeper = keeper
-    sessions.mark_for(keeper)
+    share.can_lose_slots = store.can_lose_sign
+    sessions.listen()
     _keepers.add(keeper)
 
 
@@ -144,52 +107,91 @@ def _figures(ref: weakref.ref[Exchange]) -> dict[str, Any]:
 
 
 class _Sessions:
-    """Marks a pool's connections on PostgreSQL, and finds those of others."""
+    """Finds out what the server calls a pool's connections, and which others it has."""
 
-    def __init__(self, pool: Pool, store: HostStore | PostgresStore) -> None:
+    def __init__(
+        self, pool: Pool, store: HostStore | PostgresStore, share: Share
+    ) -> None:
         self._pool = weakref.ref(pool)
         self._store = store
+        self._share = share
 
-    def mark_for(self, keeper: Keeper) -> None:
-        """Have each new connection counted as `keeper`'s."""
+    def listen(self) -> None:
+        """Have each new connection known to the ledger before it is used."""
         pool = self._pool()
         assert pool is not None
 
         @event.listens_for(pool, "connect")
         def connected(dbapi_connection: Any, record: Any) -> None:
-            if not self._on_postgresql():
-                return
-            number = keeper.status().member
-            assert number is not None, "a connection without a slot"
-            cursor = dbapi_connection.cursor()
-            try:
-                refuse_pooler(cursor, _backend_pid(dbapi_connection))
-                mark(cursor, self._store.key, number)
-            finally:
-                cursor.close()
-            dbapi_connection.rollback()
+            if self._on_postgresql():
+                self._identify(dbapi_connection, record.physical)
+            self._share.after_opening(record.physical)
 
     def _on_postgresql(self) -> bool:
         pool: Any = self._pool()
         return getattr(pool and pool._dialect, "name", None) == "postgresql"
 
-    def of_the_gone(self, numbers: set[int]) -> Collection[int] | None:
-        """Return which of these members still have sessions; None if unknown.
+    def _identify(self, dbapi_connection: Any, physical: PhysicalConnection) -> None:
+        """Ask the server which of its sessions this is, over the connection itself."""
+        share, store = self._share, self._store
+        cursor = dbapi_connection.cursor()
+        try:
+            server, session = identify(cursor, _backend_pid(dbapi_connection))
+            if share.server_name is None:
+                share.server_name = server
+            if (
+                isinstance(store, PostgresStore)
+                and store.server == server
+                and not sign_stands(cursor, store.sign)
+            ):
+                raise share.unconfirmed("its sign of life is gone at the server")
+            if store.key and not share.shows_ledger:
+                share.shows_ledger = True
+                self._warn_of(other_ledgers(cursor, store.key))
+            physical.session = session
+        finally:
+            cursor.close()
+            dbapi_connection.rollback()
 
-        Takes a connection of its own for that, beside the budget: at most one for
-        each process that looks, for a moment, while there are slots in quarantine.
+    def _warn_of(self, others: Collection[int]) -> None:
+        if others:
+            _log.warning(
+                "the database is used with the ledger %s here and with %d other "
+                "ledger(s) elsewhere: each allows as many connections as it has slots",
+                self._store.name,
+                len(others),
+            )
+
+    def look(self) -> Present | None:
+        """Return the sessions that the server has; None if it cannot be asked.
+
+        Where the ledger is not on that server, this takes a connection beside the
+        budget: one for each process that asks, for a moment, while there are slots in
+        quarantine. It is made as the pool's connections are.
         """
         pool: Any = self._pool()
-        if pool is None or not self._on_postgresql() or pool._dialect.is_async:
+        if pool is None or not self._on_postgresql():
             return None
-        connection = pool._creator()
+        if (
+            isinstance(self._store, PostgresStore)
+            and self._share.server_name == self._store.server is not None
+        ):
+            return self._store.look()
+        if pool._dialect.is_async:
+            return asyncio.run(greenlet_spawn(self._look_through, pool))
+        return self._look_through(pool)
+
+    @staticmethod
+    def _look_through(pool: Any) -> Present:
+        connection = pool.open_another()
         try:
             cursor = connection.cursor()
-            found = members_with_sessions(cursor, self._store.key)
-            cursor.close()
+            try:
+                return look(cursor)
+            finally:
+                cursor.close()
         finally:
             connection.close()
-        return found & numbers
 
 
 def _backend_pid(dbapi_connection: Any) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
@@ -23,6 +23,11 @@ __all__ = [
     "validate_tag",
     "validate_timeout",
 ]
+
+#: Bounds of the options that are times, in seconds. With a shorter one a waiting caller
+#: would do nothing but look at the clock; a longer one than some thirty years is a
+#: mistake, and too long for what an operating system can wait.
+SHORTEST_TIME, LONGEST_TIME = 0.001, 1e9
 
 #: Longest tag. Tags stand in log lines, error messages and monitors' columns.
 MAX_TAG_LENGTH = 128
@@ -86,16 +91,21 @@ def _integer(name: str, value: object, least: int, allowed: str) -> int:
 
 
 def _seconds(
-    name: str, value: object, fits: Callable[[float], bool], allowed: str
+    name: str, value: object, least: float = SHORTEST_TIME, or_none: str = ""
 ) -> float:
+    """Return a time in seconds.
+
+    :param or_none: what None would mean, where it is allowed.
+    """
+    allowed = f"seconds, at least {least:g} and at most {LONGEST_TIME:.0f}"
     number = math.nan
     if not isinstance(value, bool):
         try:
             number = float(value)  # type: ignore[arg-type]
         except (TypeError, ValueError, OverflowError):
             pass
-    if not math.isfinite(number) or not fits(number):
-        _refuse(name, value, allowed)
+    if not least <= number <= LONGEST_TIME:  # nor is NaN
+        _refuse(name, value, f"{allowed}, or None {or_none}" if or_none else allowed)
     return number
 
 
@@ -114,7 +124,7 @@ def read_switch(name: str, value: object) -> bool:
 
 def validate_timeout(value: object, name: str) -> float:
     """Return the seconds that a checkout may wait."""
-    return _seconds(name, value, lambda s: s >= 0, "seconds, at least 0")
+    return _seconds(name, value, least=0)
 
 
 def validate_tag(value: object, name: str = "tag") -> str:
@@ -158,7 +168,7 @@ class PoolOptions:
     min_idle: int
     idle_connection_ttl: float | None
     leak_threshold: float | None
-    deadlock_guard: bool
+    deadlock_timeout: float | None
     server_tag: bool
     ledger: str | None
     #: The limits that were not given, and so follow the capacity.
@@ -191,7 +201,7 @@ class PoolOptions:
         min_idle: Any = 0,
         idle_connection_ttl: Any = None,
         leak_threshold: Any = None,
-        deadlock_guard: Any = True,
+        deadlock_timeout: Any = 1.0,
         server_tag: Any = False,
         ledger: Any = None,
     ) -> PoolOptions:
@@ -217,17 +227,9 @@ class PoolOptions:
         limits = (("soft_limit", soft_limit), ("max_limit", max_limit))
         soft, most = _limits(soft_limit, max_limit, size + overflow)
         if timeout is not None:
-            timeout = _seconds(
-                "timeout",
-                timeout,
-                lambda seconds: seconds >= 0,
-                "seconds, at least 0, or None to wait without limit",
-            )
-        positive = "seconds, more than 0"
-        idle = _seconds("idle_timeout", idle_timeout, lambda s: s > 0, positive)
-        interval = _seconds(
-            "reallocation_interval", reallocation_interval, lambda s: s > 0, positive
-        )
+            timeout = _seconds("timeout", timeout, 0, "to wait without limit")
+        idle = _seconds("idle_timeout", idle_timeout)
+        interval = _seconds("reallocation_interval", reallocation_interval)
         if max_waiting is not None:
             max_waiting = _integer(
                 "max_waiting",
@@ -243,15 +245,19 @@ class PoolOptions:
             idle_connection_ttl = _seconds(
                 "idle_connection_ttl",
                 idle_connection_ttl,
-                lambda s: s > 0,
-                "seconds, more than 0, or None to keep unused connections open",
+                or_none="to keep unused connections open",
             )
         if leak_threshold is not None:
             leak_threshold = _seconds(
                 "leak_threshold",
                 leak_threshold,
-                lambda s: s > 0,
-                "seconds, more than 0, or None to look for no leaks",
+                or_none="to look for no leaks",
+            )
+        if deadlock_timeout is not None:
+            deadlock_timeout = _seconds(
+                "deadlock_timeout",
+                deadlock_timeout,
+                or_none="to look for no deadlocks",
             )
         if ledger is not None and not isinstance(ledger, str):
             _refuse("ledger", ledger, "'host', a path, or None for no ledger")
@@ -271,7 +277,7 @@ class PoolOptions:
             min_idle=least_idle,
             idle_connection_ttl=idle_connection_ttl,
             leak_threshold=leak_threshold,
-            deadlock_guard=read_switch("deadlock_guard", deadlock_guard),
+            deadlock_timeout=deadlock_timeout,
             server_tag=read_switch("server_tag", server_tag),
             ledger=ledger,
             defaulted=frozenset(name for name, value in limits if value is None),

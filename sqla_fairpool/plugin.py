@@ -14,6 +14,7 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL, CreateEnginePlugin, Dialect
 from sqlalchemy.pool import Pool
 
+from .drivers import has_private_memory, warn_of_memory
 from .environment import LEDGER
 from .options import BadOption, PoolOptions, naming, read_switch, validate_tag
 from .pool import AsyncAdaptedFairQueuePool, FairQueuePool
@@ -54,7 +55,7 @@ _READERS: dict[str, Callable[[str, str], Any]] = {
     "min_idle": _as_it_is,
     "idle_connection_ttl": _or_none,
     "leak_threshold": _or_none,
-    "deadlock_guard": read_switch,
+    "deadlock_timeout": _or_none,
     "server_tag": read_switch,
     "ledger": _or_none,
     "use_lifo": read_switch,
@@ -78,14 +79,15 @@ class FairPoolPlugin(CreateEnginePlugin):
     URL before the driver sees it. A keyword argument of ``create_engine`` wins over
     the URL; so an engine that is given a ``poolclass`` keeps it, as Alembic's
     ``env.py`` gives its engine a ``NullPool``. An asyncio dialect gets
-    :class:`.AsyncAdaptedFairQueuePool`.
+    :class:`.AsyncAdaptedFairQueuePool`. An engine for a database in memory keeps
+    SQLAlchemy's pool, with a warning: each connection would have its own database.
 
     :raises sqlalchemy.exc.ArgumentError: for a key that is not known or a value
       that is not allowed, naming the key.
     """
 
     def __init__(self, url: URL, kwargs: dict[str, Any]) -> None:
-        self._kwargs = kwargs
+        self._url, self._kwargs = url, kwargs
         found = {key: url.query[key] for key in url.query if key.startswith(PREFIX)}
         self._keys = list(found)
         self._options = _read(found)
@@ -111,10 +113,17 @@ class FairPoolPlugin(CreateEnginePlugin):
         self, dialect_cls: type[Dialect], dialect_args: dict[str, Any]
     ) -> None:
         """Choose the pool's class, now that the dialect is known."""
-        if self._kwargs.get("poolclass") is None and self._kwargs.get("pool") is None:
-            self._kwargs["poolclass"] = (
-                AsyncAdaptedFairQueuePool if dialect_cls.is_async else FairQueuePool
-            )
+        if any(self._kwargs.get(name) is not None for name in ("poolclass", "pool")):
+            return
+        # A creator opens what it likes, whatever the URL says.
+        if not self._kwargs.get("creator") and has_private_memory(
+            dialect_cls, self._url
+        ):
+            warn_of_memory("plugin=fairpool leaves SQLAlchemy's pool to this engine")
+            return
+        self._kwargs["poolclass"] = (
+            AsyncAdaptedFairQueuePool if dialect_cls.is_async else FairQueuePool
+        )
 
     def handle_pool_kwargs(
         self, pool_cls: type[Pool], pool_args: dict[str, Any]

@@ -9,25 +9,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import exc
-from sqlalchemy.engine import Connection, Dialect
+from sqlalchemy.engine import URL, Connection, Dialect
+from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import greenlet_spawn
 
 from . import _private, tagging
+from .drivers import has_private_memory, warn_of_memory
 from .exchange import Exchange, TracedExchange
 from .joining import await_url, join_ledger
-from .lifetimes import observe, time_openings
+from .lifetimes import observe, open_for_record
 from .metrics import PoolMetrics, Source, collect
 from .options import BadOption, PoolOptions, describe_changes
 from .seats import Generation, Seat
 from .server_tag import tell, tell_on_checkout
 from .snapshot import snapshot
 from .stats import PoolStats
-from .tagging import asked, context_tag
+from .tagging import context_tag, make_request, requested
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
 
 __all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool", "metrics_source"]
@@ -74,8 +76,9 @@ class FairQueuePool(Pool):
     :param leak_threshold: seconds after which a connection that is out is reported
       in the log, with the stack of its checkout, which is noted for that. Default
       None: never.
-    :param deadlock_guard: refuse a checkout with :class:`.SelfDeadlock` that only
-      its own caller, or others who wait in the same way, could serve. Default True.
+    :param deadlock_timeout: seconds a checkout waits before it is refused with
+      :class:`.SelfDeadlock`, if only its own caller, or callers that wait in the same
+      way, could serve it. Default 1.0; None: it waits for its `timeout`.
     :param server_tag: tell PostgreSQL the tag as ``application_name``, when a
       connection goes from one tag to another. Default False.
     :param ledger: share the connections with all processes that name the same
@@ -96,6 +99,9 @@ class FairQueuePool(Pool):
 
     _waiter_class: type[Waiter] = ThreadWaiter
 
+    #: Opens a connection that is none of the pool's, see `open_another`.
+    _open_another: Callable[[Any], Any]
+
     #: The clock; a test's seam.
     _clock: Callable[[], float] = staticmethod(time.monotonic)
 
@@ -115,7 +121,7 @@ class FairQueuePool(Pool):
         min_idle: int = 0,
         idle_connection_ttl: float | None = None,
         leak_threshold: float | None = None,
-        deadlock_guard: bool = True,
+        deadlock_timeout: float | None = 1.0,
         server_tag: bool = False,
         ledger: str | None = None,
         use_lifo: bool = False,
@@ -139,7 +145,7 @@ class FairQueuePool(Pool):
                 min_idle=min_idle,
                 idle_connection_ttl=idle_connection_ttl,
                 leak_threshold=leak_threshold,
-                deadlock_guard=deadlock_guard,
+                deadlock_timeout=deadlock_timeout,
                 server_tag=server_tag,
                 ledger=ledger,
             )
@@ -154,11 +160,11 @@ class FairQueuePool(Pool):
             _exchange.owner = self.generation
         super().__init__(creator, **kw)
         _exchange.log_to(self.logger)
-        time_openings(self, _exchange)
         if owns:  # its successors inherit what listens
             observe(self, _exchange)
             if _exchange.options.server_tag:
                 tell_on_checkout(self)
+            _tell_of_memory(self, self._dialect)
             if _exchange.options.ledger is not None:
                 join_ledger(self, _exchange)
                 await_url(self, _exchange, self._dialect)
@@ -171,14 +177,26 @@ class FairQueuePool(Pool):
     # -- what Pool asks of a pool ------------------------------------------------
 
     def _do_get(self) -> ConnectionPoolEntry:
-        tag = asked() or context_tag() or self._default_tag
-        return self._exchange.checkout(tag, self)
+        request = requested()
+        if request is None or request.dialect is not self._dialect:
+            return self._exchange.checkout(context_tag() or self._default_tag, self)
+        make_request(None)  # before it waits or connects, see `tagging`
+        tag = request.tag or context_tag() or self._default_tag
+        return self._exchange.checkout(tag, self, request.timeout)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         self._exchange.checkin(record, self.generation)  # type: ignore[arg-type]
 
     # Pool's own would only call the other: one frame less on every checkin.
     _return_conn = _do_return_conn
+
+    def _close_connection(
+        self, connection: DBAPIConnection, *, terminate: bool = False
+    ) -> None:
+        # Every way of closing comes through here: records, detached connections,
+        # those whose `connect` events failed.
+        close = partial(super()._close_connection, connection, terminate=terminate)
+        self._exchange.connections.close(connection, close)
 
     def recreate(self) -> FairQueuePool:
         """Return a pool that takes over from this one when it is first used.
@@ -213,6 +231,14 @@ class FairQueuePool(Pool):
         else:
             self._exchange.close_left(self.generation)
         self.logger.info("Pool disposed. %s", self.status())
+
+    def open_another(self) -> DBAPIConnection:
+        """Open a connection as the pool's are, which is none of the pool's.
+
+        For questions to the server; the caller closes it.
+        """
+        record = _private.bare_record(self)
+        return cast(DBAPIConnection, self._open_another(record))
 
     # -- while it is running ---------------------------------------------------------
 
@@ -322,6 +348,9 @@ class FairQueuePool(Pool):
         def __setattr__(self, name, value):
             # Pool.__init__ and create_engine(pool=...) assign the dialect. Not a
             # property: SQLAlchemy reads the attribute at every checkin.
+            if name == "_invoke_creator":  # set with the creator, see _private
+                self._open_another = value
+                value = partial(open_for_record, self._exchange, value)
             super().__setattr__(name, value)
             if name == "_dialect" and isinstance(value, Dialect):
                 _watch_dialect(value, self.options)
@@ -366,6 +395,26 @@ def metrics_source(engine: Any) -> Source:
     return Source(pool._exchange, pool.metrics_name)
 
 
+def _tell_of_memory(pool: FairQueuePool, dialect: Any) -> None:
+    """Have ``create_engine`` warn of a URL for which the pool is of no use.
+
+    It tells the dialect the URL, and a pool never. A creator of the user's opens what
+    it likes, whatever the URL says; and a single connection does no harm.
+    """
+    by_url = str(getattr(pool._creator, "__module__", "")).startswith("sqlalchemy.")
+    if not by_url or pool.options.capacity == 1 or not isinstance(dialect, Dialect):
+        return
+    name, on_connect_url = type(pool).__name__, dialect.on_connect_url
+
+    @wraps(on_connect_url)  # a ledger's looks for the name
+    def told(url: URL) -> Any:
+        if has_private_memory(dialect, url):
+            warn_of_memory(f"{name} is of no use here")
+        return on_connect_url(url)
+
+    setattr(dialect, on_connect_url.__name__, told)
+
+
 def _watch_dialect(dialect: Dialect, options: PoolOptions) -> None:
     """Hear of the dialect's options and statements, and only of this one's."""
     if options.server_tag and dialect.name != "postgresql":
@@ -376,36 +425,34 @@ def _watch_dialect(dialect: Dialect, options: PoolOptions) -> None:
         _private.note_statements(dialect)
 
 
-def _retag(connection: Connection, tag: str | None, timeout: float | None) -> bool:
+def _retag(connection: Connection, tag: str | None) -> None:
     """An option was set on a connection: charge it to its tag, or have it wait there.
 
-    Tells if the connection has another DBAPI connection now.
+    If it is refused, the connection has no DBAPI connection any more. It checks out
+    again when it is used next, as after an invalidation: under its former tag.
     """
     pool = connection.engine.pool
     if connection.closed or not isinstance(pool, FairQueuePool):
-        return False
+        return
     seat = _seat_of(connection)
-    is_change = seat is not None and tag is not None and seat.account.tag != tag
-    if is_change and connection.in_transaction():
+    if seat is None or tag is None or seat.account.tag == tag:
+        return
+    if connection.in_transaction():
         raise exc.InvalidRequestError(
             "This connection has already initialized a SQLAlchemy Transaction() "
             f"object via begin() or autobegin; {pool.options.tag_option} may not be "
             "altered unless rollback() or commit() is called first."
         )
-    _private.remember_tag(
-        connection, partial(tagging.asked_by_connection, tag, timeout)
-    )
-    if not is_change:
-        return False
-    assert seat is not None and tag is not None
-    if seat.exchange.move(seat, tag):
-        if pool.options.server_tag:
+    try:
+        if not seat.exchange.move(seat, tag):
+            _private.check_out_again(connection)
+        elif pool.options.server_tag:
             record = _private.record_of(connection)
             assert record is not None
             tell(record.dbapi_connection, record, connection.dialect)
-        return False
-    _private.check_out_again(connection)
-    return True
+    except BaseException as error:
+        connection.invalidate(error)
+        raise
 
 
 def _seat_of(connection: Connection) -> Seat | None:

@@ -9,6 +9,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from .account import FREE, GRANTED, Ticket
 from .callers import Caller, Place
+from .connections import PhysicalConnection
 from .waiters import Waiter
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ class Record(ConnectionPoolEntry):
     """For the type checker: a connection record with what we put on it."""
 
     seat: Seat
+    #: What is known of its connection, or of the last one that it had.
+    physical: PhysicalConnection
     #: Present, and True: to be closed when it comes back.
     doomed: bool
     #: Present from when it is decided that it is closed: why.

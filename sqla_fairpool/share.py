@@ -7,30 +7,41 @@ who wants more. A checkout never waits for the keeper while there is a slot for 
 
 Rules of this file:
 
-* A connection counts from before it is opened until after it is closed. So a detached
-  one keeps a slot out of use, until it is closed or nobody has it any more.
-* The keeper's thread closes connections of threads. Those of tasks are closed where
-  they can be, in their loop.
+* A connection counts from before it is opened until its session has ended. So a
+  detached one keeps a slot out of use, until it is closed or nobody has it any more.
+* The keeper's thread closes connections of threads. Those of tasks are closed in their
+  loop; if that does not run, their sockets are.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sqlalchemy import event, exc
-from sqlalchemy.pool import Pool
+from sqlalchemy import exc
 from sqlalchemy.util import greenlet_spawn
 
+from .connections import PhysicalConnection
+from .errors import CheckoutTimeout
 from .ledger.errors import LedgerError
 from .ledger.local import TagDemand
+from .ledger.rows import Session
 
 if TYPE_CHECKING:
     from .exchange import Exchange
 
 __all__ = ["Keeper", "Share"]
+
+#: Seconds that a new connection waits for the ledger to know it: a transaction takes a
+#: millisecond, one that waits for a stopped process two seconds.
+_CONFIRMED_WITHIN = 3.0
+
+#: Seconds after which a loop is taken to be blocked, or not to run.
+_LOOP_ANSWERS_WITHIN = 1.0
 
 
 class Keeper(Protocol):
@@ -41,6 +52,9 @@ class Keeper(Protocol):
 
     def ring(self, tag: str | None = None) -> None:
         """Look at the pool soon: somebody waits under `tag`, or something else."""
+
+    def post(self, done: Callable[[bool], None]) -> None:
+        """Have the store hear of the pool as it is now; say if it has."""
 
     def after_fork(self) -> None:
         """Begin anew in a forked child, which owns nothing."""
@@ -64,8 +78,19 @@ class Share:
         self.refusal: exc.SQLAlchemyError | None = None
         # The loop in which connections are closed, the last one that opened any.
         self._loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
-        # What keeps count of detached connections, until each is closed.
-        self._detached: dict[int, weakref.finalize[Any, Any]] = {}
+        self._new_waiter = exchange.new_waiter
+        self._tag = exchange.options.default_tag
+        #: Others may take this process for dead though it lives.
+        self.can_lose_slots = False
+        #: The server of the pool's connections, once one was opened.
+        self.server_name: str | None = None
+        #: A connection of this process shows which ledger it uses.
+        self.shows_ledger = False
+        # Those of `lost`, until they are buried.
+        self._lost: Collection[PhysicalConnection] = ()
+        # The last order to a loop to close connections, and when it was given.
+        self._closing: concurrent.futures.Future[Any] | None = None
+        self._ordered_at = 0.0
 
     def _pool_is_gone(self, ref: object) -> None:
         if self.keeper is not None:
@@ -100,40 +125,59 @@ class Share:
         except RuntimeError:
             pass  # threads
 
-    def watch(self, pool: Pool) -> None:
-        """Keep count of the connections that leave a pool and stay open."""
+    def before_opening(self) -> None:
+        """Before a connection is opened: are the slots still ours?
 
-        @event.listens_for(pool, "close")
-        def on_close(dbapi_connection: Any, record: Any) -> None:
-            record.gone = True  # so that it is not taken for detached
+        Only a store whose sign of life can be lost may say no.
 
-        @event.listens_for(pool, "connect")
-        def on_connect(dbapi_connection: Any, record: Any) -> None:
-            record.gone = False
+        :raises CheckoutTimeout: if it does not confirm it.
+        """
+        if self.can_lose_slots and not self._confirmed():
+            raise self.unconfirmed()
 
-        @event.listens_for(pool, "detach")
-        def on_detach(dbapi_connection: Any, record: Any) -> None:
-            self._await_the_end(dbapi_connection)
+    def after_opening(self, physical: PhysicalConnection) -> None:
+        """Have the ledger know a new session before anybody uses it.
 
-        @event.listens_for(pool, "close_detached")
-        def on_close_detached(dbapi_connection: Any) -> None:
-            finalizer = self._detached.pop(id(dbapi_connection), None)
-            if finalizer is not None:
-                finalizer()
+        Without that it would be given on as free if this process died. A store that
+        cannot lose a member's sign of life may be away: what is owned is used.
 
-    def _await_the_end(self, dbapi_connection: Any) -> None:
-        """Have the slot of a detached connection back when that is no more."""
-        try:
-            finalizer = weakref.finalize(dbapi_connection, self._over)
-        except TypeError:
-            return  # a driver's object without weak references: at close() only
-        finalizer.atexit = False
-        self._detached[id(dbapi_connection)] = finalizer
+        :raises CheckoutTimeout: if the slots may have been lost meanwhile.
+        """
+        if physical.session is None and not self.can_lose_slots:
+            return
+        if not self._confirmed() and self.can_lose_slots:
+            raise self.unconfirmed()
 
-    def _over(self) -> None:
-        exchange = self._exchange()
-        if exchange is not None:
-            exchange.detached_is_over()
+    def _confirmed(self) -> bool:
+        """Have the store hear of this pool as it is now, and wait for that."""
+        if self.keeper is None:
+            return True
+        answers: list[bool] = []
+        waiter = self._new_waiter(self)
+
+        def done(answer: bool) -> None:
+            answers.append(answer)
+            waiter.wake()
+
+        began = now = time.monotonic()
+        self.keeper.post(done)
+        while not answers and now < began + _CONFIRMED_WITHIN:
+            waiter.wait(began + _CONFIRMED_WITHIN - now)
+            now = time.monotonic()
+        return bool(answers and answers[0])
+
+    def abandon(self) -> None:
+        """The loop of a task that waited for the store is closed: see `Waiter`."""
+
+    def unconfirmed(self, why: str | None = None) -> CheckoutTimeout:
+        """Return what is raised where the slots of this process may be lost."""
+        why = why or self.trouble or f"no answer within {_CONFIRMED_WITHIN:g}s"
+        return CheckoutTimeout(
+            f"no connection is opened while the ledger does not confirm that this "
+            f"process owns its slots: {why}",
+            self._tag,
+            _CONFIRMED_WITHIN,
+        )
 
     # -- for the keeper -------------------------------------------------------------
 
@@ -144,6 +188,7 @@ class Share:
             if self.keeper is not None:
                 self.keeper.close()  # nobody has the pool any more
             return 0, {}
+        exchange.connections.end_abandoned()
         with exchange.section() as now:
             exchange.look_around(now)  # others want to know who is idle
             tags = {}
@@ -160,20 +205,47 @@ class Share:
             self.refusal = None
             exchange.allot(slots, ceilings, other)
 
+    def sessions(self) -> Collection[Session]:
+        """Return the server sessions that exist, as far as they are known."""
+        exchange = self._exchange()
+        return () if exchange is None else exchange.connections.sessions()
+
+    def server(self) -> str | None:
+        """Return the identity of the pool's server, None if it is not known yet."""
+        return self.server_name
+
+    def lost(self) -> Sequence[Session | None]:
+        """Return the sessions of which nobody here will learn when they end."""
+        exchange = self._exchange()
+        self._lost = () if exchange is None else exchange.connections.lost_ones()
+        return [physical.session for physical in self._lost]
+
+    def buried(self, lost: Sequence[Session | None]) -> None:
+        """Forget those that :meth:`lost` has returned: they are in quarantine now."""
+        exchange, buried = self._exchange(), self._lost
+        self._lost = ()
+        if exchange is not None:
+            exchange.bury(buried)
+
     def close_surplus(self) -> None:
         """Close idle connections that are too many."""
         exchange = self._exchange()
         if exchange is None:
             return
         loop = self._loop() if self._loop is not None else None
-        if loop is None or loop.is_closed():
-            exchange.visit()
-            return
-        coroutine = greenlet_spawn(exchange.visit)
-        try:
-            asyncio.run_coroutine_threadsafe(coroutine, loop)
-        except RuntimeError:  # closed in between
-            coroutine.close()
+        if self._loop is None:
+            exchange.visit()  # threads
+        elif loop is None or loop.is_closed():
+            exchange.hang_up_surplus()
+        elif self._closing is None or self._closing.done():
+            coroutine = greenlet_spawn(exchange.visit)
+            self._ordered_at = time.monotonic()
+            try:
+                self._closing = asyncio.run_coroutine_threadsafe(coroutine, loop)
+            except RuntimeError:  # closed in between
+                coroutine.close()
+        elif time.monotonic() - self._ordered_at > _LOOP_ANSWERS_WITHIN:
+            exchange.hang_up_surplus()  # it is blocked, or does not run
 
     def freeze(self) -> None:
         """Let those connections be used that there are, and no other be opened."""

@@ -12,6 +12,7 @@ from sqlalchemy import create_engine, exc
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.orm import Session
 
+from .drivers import translate_for_asyncpg
 from .ledger.errors import LedgerError
 from .ledger.identity import describe_process
 from .ledger.places import make_store
@@ -128,7 +129,10 @@ def tasks_engine(url: URL, options: dict[str, Any]) -> AsyncEngine:
     """Return an engine of asyncio with the pool. It needs greenlet."""
     from sqlalchemy.ext.asyncio import create_async_engine
 
-    return create_async_engine(url, poolclass=AsyncAdaptedFairQueuePool, **options)
+    engine = create_async_engine(url, poolclass=AsyncAdaptedFairQueuePool, **options)
+    if url.get_driver_name() == "asyncpg":
+        translate_for_asyncpg(engine.sync_engine, url)
+    return engine
 
 
 @contextmanager

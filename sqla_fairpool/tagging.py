@@ -1,15 +1,17 @@
 """Who is asking: from execution options and the context to the current tag.
 
-The pool is asked for a connection without an argument, so the tag travels in a
-context variable; greenlets, threads' contexts and asyncio tasks carry it along.
-SQLAlchemy reports options as they are set, to the dialect of the engine:
+The pool is asked for a connection without an argument, so what options say travels
+in a context variable, as a :class:`Request`. The pool takes it out of there before it
+does anything else, so that nothing else sees it: not a task that the driver starts
+while it connects, not another pool that a listener uses. SQLAlchemy reports options as
+they are set, to the dialect of the engine:
 
 * an engine's: its ``raw_connection()``, the public method through which every
   :class:`~sqlalchemy.engine.Connection` is filled, is wrapped on that engine, so
-  that the tag is in force for just that call. Engines derived from it report
-  themselves in the same way.
+  that it makes the request. Engines derived from it report themselves in the same way.
 * a connection's: it has been checked out by then. What happens is the pool's
-  decision, so the pool's function is called.
+  decision, so the pool's function is called. SQLAlchemy has stored the options by
+  then as well, so they are taken back if it refuses.
 
 Both are set on one dialect object, which belongs to one engine and those derived
 from it; nothing else in the process is touched.
@@ -22,23 +24,27 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
+from . import _private
 from .options import validate_tag, validate_timeout
 
 __all__ = [
     "TIMEOUT_OPTION",
-    "asked",
-    "asked_by_connection",
+    "Request",
     "context_tag",
+    "context_timeout",
     "follow",
+    "make_request",
+    "requested",
+    "requesting",
     "set_tag",
     "tag",
-    "timeout_in_force",
 ]
 
 #: The execution option that says how long a checkout may wait.
@@ -46,20 +52,23 @@ TIMEOUT_OPTION = "fairpool_timeout"
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-# Set for the length of one checkout by whoever has options: an engine, or a
-# connection that checks out again.
-_asked: ContextVar[str | None] = ContextVar("sqla_fairpool_asked", default=None)
-_connection_tag: ContextVar[str | None] = ContextVar(
-    "sqla_fairpool_connection_tag", default=None
-)
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What options say about one checkout, None where they say nothing."""
+
+    #: That of the pool which is meant; another pool takes no notice.
+    dialect: Dialect
+    tag: str | None
+    timeout: float | None
+    #: It is made for a connection, whose options go before those of its engine.
+    is_connections: bool = False
+
+
+# Set for the few instructions between who has options and the pool.
+_request: ContextVar[Request | None] = ContextVar("sqla_fairpool_request", default=None)
 _context_tag: ContextVar[str | None] = ContextVar("sqla_fairpool_tag", default=None)
 # The same for how long a checkout may wait. Read only by those who have to wait.
-_asked_timeout: ContextVar[float | None] = ContextVar(
-    "sqla_fairpool_asked_timeout", default=None
-)
-_connection_timeout: ContextVar[float | None] = ContextVar(
-    "sqla_fairpool_connection_timeout", default=None
-)
 _context_timeout: ContextVar[float | None] = ContextVar(
     "sqla_fairpool_timeout", default=None
 )
@@ -68,21 +77,22 @@ _outer: ContextVar[tuple[tuple[str | None, float | None], ...]] = ContextVar(
     "sqla_fairpool_outer", default=()
 )
 
-#: The tag of the options in force, None without; first read by every checkout.
-asked = _asked.get
+#: The request of the checkout that begins; first read by every checkout.
+requested = _request.get
+#: Make a request, or with None take it back.
+make_request = _request.set
 
 #: The tag of the innermost ``with tag(...)``, None without.
 context_tag = _context_tag.get
-
-
-def timeout_in_force() -> float | None:
-    """Return how long this checkout may wait, None if the pool is to say."""
-    asked_timeout = _asked_timeout.get()
-    return _context_timeout.get() if asked_timeout is None else asked_timeout
+#: How long it lets a checkout wait, None if it does not say.
+context_timeout = _context_timeout.get
 
 
 #: What is set on a dialect, to recognise it when a pool is recreated.
 _MARK = "_sqla_fairpool_tag_option"
+
+#: What is set on an engine or a connection: those of its options that were accepted.
+_ACCEPTED = "_sqla_fairpool_accepted"
 
 
 class tag:  # noqa: N801  (read as a verb: with tag(...))
@@ -182,28 +192,18 @@ def set_tag(name: str | None) -> None:
 
 
 @contextmanager
-def asked_by_connection(name: str | None, timeout: float | None) -> Iterator[None]:
-    """Let the next checkout be that of a connection with options of its own."""
-    variables: list[tuple[ContextVar[Any], Any]] = [
-        (_connection_tag, name),
-        (_asked, name),
-        (_connection_timeout, timeout),
-        (_asked_timeout, timeout),
-    ]
-    outer = [variable.get() for variable, _ in variables]
+def requesting(request: Request) -> Iterator[None]:
+    """Let the checkout in the block be that of a connection with options of its own."""
+    outer = requested()
+    make_request(request)
     try:
-        for variable, value in variables:
-            variable.set(value)
         yield
     finally:
-        for (variable, _), value in zip(variables, outer, strict=True):
-            variable.set(value)
+        make_request(outer)
 
 
 def follow(
-    dialect: Dialect,
-    option: str,
-    retag: Callable[[Connection, str | None, float | None], bool],
+    dialect: Dialect, option: str, retag: Callable[[Connection, str | None], None]
 ) -> bool:
     """Watch the options of a dialect's engines and connections: tag and time-out.
 
@@ -211,75 +211,134 @@ def follow(
     the first time.
 
     :param option: the execution option that carries the tag.
-    :param retag: called when an option is set on a connection, with the connection,
-      its tag and its time-out. Tells if the connection has another DBAPI
-      connection now, so that its other options must be applied again.
+    :param retag: called when an option is set on a connection, with the connection
+      and its tag. What it raises refuses the options.
     """
     seen = getattr(dialect, _MARK, None)
     if seen == option:
         return False
-    set_on_engine = dialect.set_engine_execution_options
-    set_on_connection = dialect.set_connection_execution_options
-
-    def set_engine_execution_options(engine: Engine, opts: Mapping[str, Any]) -> None:
-        # All its options, not only the new ones: a derived engine has its tag
-        # from its parent and reports only what it adds.
-        name, timeout = _read(engine.get_execution_options(), option)
-        if name is not None or timeout is not None:
-            _tag_engine(engine, name, timeout)
-        set_on_engine(engine, opts)
-
-    def set_connection_execution_options(
-        connection: Connection, opts: Mapping[str, Any]
-    ) -> None:
-        if option in opts or TIMEOUT_OPTION in opts:
-            if option in opts:
-                validate_tag(opts[option], option)  # not None: that says nothing
-            name, timeout = _read(connection.get_execution_options(), option)
-            if retag(connection, name, timeout):
-                opts = connection.get_execution_options()
-        set_on_connection(connection, opts)
-
+    hooks = _Hooks(dialect, option, retag)
     # Set by name: to the type checker they are methods, here they are hooks.
-    hooks = (set_engine_execution_options, set_connection_execution_options)
-    for hook in hooks:
+    for hook in (
+        hooks.set_engine_execution_options,
+        hooks.set_connection_execution_options,
+    ):
         setattr(dialect, hook.__name__, hook)
     setattr(dialect, _MARK, option)
     return seen is None
 
 
-def _read(options: Mapping[str, Any], option: str) -> tuple[str | None, float | None]:
-    """Return the tag and the time-out that stand among execution options."""
-    name, timeout = options.get(option), options.get(TIMEOUT_OPTION)
-    return (
-        None if name is None else validate_tag(name, option),
-        None if timeout is None else validate_timeout(timeout, TIMEOUT_OPTION),
-    )
+class _Hooks:
+    """What a dialect does, from now on, when options are set."""
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        option: str,
+        retag: Callable[[Connection, str | None], None],
+    ) -> None:
+        self._option = option
+        self._retag = retag
+        self._apply_to_engine = dialect.set_engine_execution_options
+        self._apply = dialect.set_connection_execution_options
+
+    def set_engine_execution_options(
+        self, engine: Engine, opts: Mapping[str, Any]
+    ) -> None:
+        # All its options, not only the new ones: a derived engine has its tag
+        # from its parent and reports only what it adds.
+        options = engine.get_execution_options()
+        try:
+            name, timeout = self._read(options)
+        except exc.ArgumentError:
+            without = {key: options[key] for key in options if key not in opts}
+            _private.set_options(
+                engine, vars(engine).get(_ACCEPTED, type(options)(without))
+            )
+            raise
+        vars(engine)[_ACCEPTED] = options
+        if name is not None or timeout is not None:
+            _tag_engine(engine, name, timeout)
+        self._apply_to_engine(engine, opts)
+
+    def set_connection_execution_options(
+        self, connection: Connection, opts: Mapping[str, Any]
+    ) -> None:
+        before = accepted = _accepted_of(connection)
+        ours = {key: opts[key] for key in (self._option, TIMEOUT_OPTION) if key in opts}
+        try:
+            if ours:
+                if self._option in ours:
+                    validate_tag(ours[self._option], self._option)  # None says nothing
+                name, _ = self._read(before.union(ours))
+                vars(connection)[_ACCEPTED] = before.union(ours)
+                _private.check_out_by(connection, self._check_out)
+                self._retag(connection, name)
+                accepted = before.union(ours)
+            self._apply(connection, opts)
+        except BaseException:
+            if connection.invalidated:
+                accepted = before  # there is nothing of which they could be true
+            vars(connection)[_ACCEPTED] = accepted
+            _private.set_options(connection, accepted)
+            raise
+        vars(connection)[_ACCEPTED] = before.union(opts)
+
+    def _check_out(
+        self, connection: Connection, check_out: Callable[[], PoolProxiedConnection]
+    ) -> PoolProxiedConnection:
+        """Check out again for a connection that has none, and apply its options.
+
+        SQLAlchemy does not apply them: a connection that was lost, or given back for
+        another tag, would have an isolation level in name only.
+        """
+        options = _accepted_of(connection)
+        name, timeout = self._read(options)
+        request = Request(connection.dialect, name, timeout, is_connections=True)
+        with requesting(request):
+            proxied = check_out()
+        try:
+            self._apply(connection, options)
+        except BaseException as error:
+            connection.invalidate(error)
+            raise
+        return proxied
+
+    def _read(self, options: Mapping[str, Any]) -> tuple[str | None, float | None]:
+        """Return the tag and the time-out that stand among execution options."""
+        name, timeout = options.get(self._option), options.get(TIMEOUT_OPTION)
+        return (
+            None if name is None else validate_tag(name, self._option),
+            None if timeout is None else validate_timeout(timeout, TIMEOUT_OPTION),
+        )
+
+
+def _accepted_of(connection: Connection) -> Any:
+    """Return the options that are in force on a connection, as SQLAlchemy has them."""
+    accepted = vars(connection).get(_ACCEPTED)
+    # The first that are set on it follow those with which it was made.
+    return connection.engine.get_execution_options() if accepted is None else accepted
 
 
 def _tag_engine(engine: Engine, name: str | None, timeout: float | None) -> None:
     """Have `engine` check out under tag `name`, waiting for `timeout` at most."""
-    set_asked, connection_tag = _asked.set, _connection_tag.get
+    dialect = engine.dialect
+    request = Request(dialect, name, timeout)
 
     def raw_connection() -> PoolProxiedConnection:
-        # A connection that checks out again goes first, see `asked_by_connection`.
-        outer = asked()
+        outer = requested()
+        if outer is not None and outer.is_connections and outer.dialect is dialect:
+            return engine.pool.connect()
+        make_request(request)
         try:
-            set_asked(connection_tag() or name)
             return engine.pool.connect()
         finally:
-            set_asked(outer)
-
-    def raw_connection_in_time() -> PoolProxiedConnection:
-        outer = _asked_timeout.get()
-        try:
-            _asked_timeout.set(timeout if _connection_timeout.get() is None else outer)
-            return raw_connection()
-        finally:
-            _asked_timeout.set(outer)
+            # Another one is there if a signal handler runs this in the middle of a
+            # checkout; ours is if it was not taken: by another kind of pool, say.
+            if requested() is not outer:
+                make_request(outer)
 
     # A reference cycle, so engines that are dropped wait for the collector. They
     # hold no connection; and a weak reference would fail whoever calls
     # engine.execution_options(...).raw_connection() in one breath.
-    ask = raw_connection if timeout is None else raw_connection_in_time
-    setattr(engine, raw_connection.__name__, ask)
+    setattr(engine, raw_connection.__name__, raw_connection)

@@ -6,8 +6,9 @@ become fewer when the pool is made smaller.
 
 Rules of this file:
 
-* There is no background thread. What is due is done by the next visitor, and
-  the common path of a checkout only compares the time with `next_visit`.
+* There is no background thread, but for the moment in which connections are opened
+  ahead. What is due is done by the next visitor, and the common path of a checkout only
+  compares the time with `next_visit`.
 * A connection that is being opened ahead or closed has a slot: that is kept out
   of use meanwhile, so there are never more connections than the capacity.
 """
@@ -15,15 +16,22 @@ Rules of this file:
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
+from sqlalchemy import exc
+
 from .account import GRANTED
-from .desk import Desk
+from .desk import Desk, Reservation
 from .options import BadOption, PoolOptions
 from .seats import Generation, Opener, Record, Seat
 
 __all__ = ["Upkeep"]
+
+#: Seconds that opening ahead waits for slots of a ledger.
+_PATIENCE = 2.0
 
 #: With the capacity, what the members of a ledger agree on.
 TERMS = ("soft_limit", "max_limit", "idle_timeout", "reallocation_interval")
@@ -134,8 +142,10 @@ class Upkeep(Desk):
         if self.owner is not generation:
             self.hand_to(generation)
         generation.warm = True
+        if self.share is not None:
+            return self._check_out_ahead(opener)
         opened = 0
-        while self.owner is generation and self._keep_a_slot():
+        while self.owner is generation and (slot := self._reserve()) is not None:
             record = None
             try:
                 began = self.clock()
@@ -148,32 +158,70 @@ class Upkeep(Desk):
                 record.seat.since = self.clock()
                 opened += 1
             finally:
-                self._add_idle(record, generation)
+                self._add_idle(slot, record, generation)
         return opened
 
-    def _keep_a_slot(self) -> bool:
-        """Keep a slot out of use for one more connection, if one is wanted."""
+    def _check_out_ahead(self, opener: Opener) -> int:
+        """:meth:`warm_up` with a ledger, which gives slots to those who ask for them.
+
+        Others may need them more: what there is in a moment has to do.
+        """
+        out: list[Record] = []
+        opened = 0
+        try:
+            while len(out) < self.options.min_idle:
+                before = len(self.connections)
+                out.append(self.checkout(self.options.default_tag, opener, _PATIENCE))
+                opened += len(self.connections) > before
+        except exc.TimeoutError:
+            pass
+        finally:
+            for record in out:
+                self.checkin(record, opener.generation)
+        return opened
+
+    @abstractmethod
+    def checkout(
+        self, tag: str, opener: Opener, timeout: float | None = None
+    ) -> Record: ...
+
+    @abstractmethod
+    def checkin(self, record: Record, generation: Generation) -> None: ...
+
+    def _reserve(self) -> Reservation | None:
+        """Reserve a slot for one more connection, if one is wanted and free."""
         with self.section() as now:
             scheduler = self.scheduler
             # Among those out of use are the ones that others open at this moment.
-            if self._open_connections() + self._out_of_use >= self.options.min_idle:
-                return False
+            there = self._open_connections() + self._out_of_use()
+            if there >= self.options.min_idle or self._frozen:
+                return None
             hollow = [r for r in self._idle if r.dbapi_connection is None]
             if hollow:
                 self._idle.remove(hollow[0])  # its place is taken by the new one
             if scheduler.in_use + len(self._idle) >= scheduler.capacity:
-                return False
-            self._keep_out_of_use(+1, now)
-        return True
+                return None
+            slot = Reservation()
+            self._reserved.add(slot)
+            self._recount(now)
+        return slot
 
-    def _add_idle(self, record: Record | None, generation: Generation) -> None:
+    def _add_idle(
+        self, slot: Reservation, record: Record | None, generation: Generation
+    ) -> None:
         """Put a new connection, or none, into the pool, and its slot into use."""
         with self.section() as now:
-            granted = self._keep_out_of_use(-1, now)
+            self._reserved.discard(slot)
+            if record is not None:
+                record.physical.opening = False
+                self._records.add(record)
+                self._idle.append(record)  # it pays for itself
+            granted = self.scheduler.set_capacity(self._capacity(), now)
+            if record is not None:
+                self._idle.remove(record)
             if record is None:
                 self._deliver(granted, None)
                 return
-            self._records.add(record)
             if granted and generation is self.owner:
                 self._deliver(granted, record)
                 return
@@ -185,11 +233,14 @@ class Upkeep(Desk):
                 self._retire(record, now, "disposed")  # another pool has taken over
 
     def _first_use(self, opener: Opener) -> None:
-        """Open `min_idle` connections because the first one was opened."""
+        """Have `min_idle` connections opened, because the first one was."""
+        opener.generation.warm = True
+        self._waiter_class.run_apart(partial(self._open_ahead, opener))
+
+    def _open_ahead(self, opener: Opener) -> None:
         try:
             self.warm_up(opener)
         except Exception as error:
-            # The caller has what he came for.
             opener.logger.warning(
                 "%d connections (min_idle) could not be opened ahead: %s",
                 self.options.min_idle,
@@ -291,6 +342,26 @@ class Upkeep(Desk):
                 self._left.discard(record)
             record.reason = "disposed"
             record.close()
+
+    def hang_up_surplus(self) -> None:
+        """End sessions that are too many, without the drivers and their loop.
+
+        Those are idle, or wait to be closed by a loop that does not run.
+        """
+        with self.section() as now:
+            self._drain(now)
+            idle = {id(record) for record in self._idle}
+            waiting = [
+                physical
+                for physical in self.connections
+                if (record := physical.record()) is not None
+                and not physical.opening
+                and id(record) not in idle
+                and record not in self._left
+                and record.seat.state is not GRANTED
+            ]
+        for physical in waiting:
+            self.connections.hang_up(physical)
 
     def close_idle(self) -> None:
         """Close the connections that are in the pool."""

@@ -7,11 +7,13 @@ ticket to learn what happened.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 from sqlalchemy import exc
-from sqlalchemy.util import await_only
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from ._private import in_greenlet
 from .callers import TaskHere, ThreadHere
@@ -31,6 +33,8 @@ class Waiter(Protocol):
 
     #: Tells who is asking: a ThreadHere or a TaskHere.
     here: ClassVar[Any]
+    #: A caller may be kept from everything else for a moment, as a thread may.
+    may_block: ClassVar[bool]
 
     def __init__(self, owner: Owner) -> None: ...
 
@@ -44,6 +48,13 @@ class Waiter(Protocol):
     def can_wait() -> bool:
         """Tell if the caller is where a database's answer can be waited for."""
 
+    @staticmethod
+    def run_apart(function: Callable[[], object]) -> None:
+        """Run something of which the caller does not wait for the end.
+
+        Nothing of the caller's context is in force there.
+        """
+
 
 class ThreadWaiter:
     """Blocks the calling thread.
@@ -56,6 +67,7 @@ class ThreadWaiter:
     __slots__ = ("_lock",)
 
     here: ClassVar[Any] = ThreadHere()
+    may_block: ClassVar[bool] = True
 
     def __init__(self, owner: Owner) -> None:
         self._lock = threading.Lock()
@@ -77,6 +89,12 @@ class ThreadWaiter:
     def can_wait() -> bool:
         return True
 
+    @staticmethod
+    def run_apart(function: Callable[[], object]) -> None:
+        threading.Thread(
+            target=function, name="sqla_fairpool-min_idle", daemon=True
+        ).start()
+
 
 class TaskWaiter:
     """Suspends the calling task, inside SQLAlchemy's greenlet.
@@ -93,6 +111,7 @@ class TaskWaiter:
     __slots__ = ("_future", "_loop", "_owner")
 
     here: ClassVar[Any] = TaskHere()
+    may_block: ClassVar[bool] = False
 
     def __init__(self, owner: Owner) -> None:
         try:
@@ -143,3 +162,14 @@ class TaskWaiter:
     @staticmethod
     def can_wait() -> bool:
         return in_greenlet()
+
+    @staticmethod
+    def run_apart(function: Callable[[], object]) -> None:
+        loop = asyncio.get_running_loop()
+        running = contextvars.Context().run(loop.create_task, greenlet_spawn(function))
+        _running_apart.add(running)
+        running.add_done_callback(_running_apart.discard)
+
+
+# A loop refers to its tasks weakly.
+_running_apart: set[asyncio.Task[Any]] = set()

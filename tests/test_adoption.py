@@ -114,10 +114,11 @@ def test_same_driver_without_asyncio_gets_the_other(arguments):
         (URL + "&plugin=x&plugin=fairpool", {}, "its plugin fairpool sees to it"),
         (URL, {"plugins": ["fairpool"]}, "its plugin fairpool sees to it"),
         (URL, {"strategy": "mock"}, "it is a mock"),
-        ("sqlite://", {}, "it needs its SingletonThreadPool: "),
-        ("sqlite:///:memory:", {}, "it needs its SingletonThreadPool: "),
-        ("sqlite:///file:a?mode=memory&uri=true", {}, "it needs its "),
-        ("sqlite+aiosqlite://", {"_is_async": True}, "it needs its StaticPool: "),
+        ("sqlite://", {}, "other connections would have other databases"),
+        ("sqlite:///:memory:", {}, "other connections would have other databases"),
+        ("sqlite:///file:a?mode=memory&uri=true", {}, "other connections would have"),
+        ("sqlite:///file::memory:?uri=true", {}, "other connections would have"),
+        ("sqlite+aiosqlite://", {"_is_async": True}, "other connections would have"),
     ],
 )
 def test_left_alone(arguments, url, given, why):

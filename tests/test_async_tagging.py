@@ -7,7 +7,7 @@ import contextvars
 
 import pytest
 import sqlalchemy
-from sqlalchemy import text
+from sqlalchemy import event, make_url, text
 from sqlalchemy.exc import ArgumentError, InvalidRequestError
 from sqlalchemy.ext.asyncio import (
     AsyncSession,
@@ -229,3 +229,61 @@ def test_block_may_be_left_in_another_context_than_it_was_entered_in():
     block = tag("a")
     contextvars.copy_context().run(block.__enter__)
     block.__exit__(None, None, None)  # as some frameworks do; nothing to undo here
+
+
+# -- what is in force for one checkout is nobody else's ---------------------------
+
+
+def test_task_that_is_started_while_a_connection_opens_is_untagged(run):
+    async def test(engine):
+        tasks, closed = [], asyncio.Event()
+
+        async def refresh():
+            await closed.wait()
+            async with engine.connect():
+                first = holders(engine)
+            with tag("own"):
+                async with engine.connect():
+                    return first, holders(engine)
+
+        def start(*_):
+            if not tasks:
+                tasks.append(asyncio.create_task(refresh()))
+
+        event.listen(engine.sync_engine, "do_connect", start)
+        async with engine.execution_options(scraper="a").connect():
+            pass
+        closed.set()
+        return await tasks[0]
+
+    assert run(test) == ({"unknown": 1}, {"own": 1})
+
+
+@pytest.mark.postgres
+def test_task_that_a_notification_starts_is_untagged(postgres_url):
+    async def main():
+        engine = create_async_engine(
+            make_url(postgres_url).set(drivername="postgresql+asyncpg"),
+            poolclass=AsyncAdaptedFairQueuePool,
+        )
+        tasks = asyncio.Queue()
+
+        async def visit():
+            async with engine.connect():
+                return holders(engine)
+
+        def notified(*_):
+            tasks.put_nowait(asyncio.create_task(visit()))
+
+        async with engine.execution_options(scraper="a").connect() as connection:
+            raw = await connection.get_raw_connection()
+            await raw.driver_connection.add_listener("news", notified)
+            await connection.execute(text("notify news"))
+            await connection.commit()
+            seen = await (await tasks.get())
+            await raw.driver_connection.remove_listener("news", notified)
+        assert_quiet(engine.pool)
+        await engine.dispose()
+        return seen
+
+    assert asyncio.run(main()) == {"a": 1, "unknown": 1}

@@ -186,7 +186,7 @@ def test_a_waiter_wakes_for_the_reallocation(make_pool, run, clock):
 
 
 def test_waiting_needs_sqlalchemys_greenlet(make_pool, run):
-    pool = make_pool(pool_size=1, deadlock_guard=False)
+    pool = make_pool(pool_size=1, deadlock_timeout=None)
 
     async def main():
         holder = await checkout(pool)

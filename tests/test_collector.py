@@ -249,7 +249,7 @@ def test_signal_at_any_moment_in_our_code_loses_no_slot(tags):
         strike(work)
         gc.collect()
         assert pool.checkedout() == 0
-        assert tagging.context_tag() is tagging.asked() is None
+        assert tagging.context_tag() is tagging.requested() is None
     assert_quiet(pool)
 
 

@@ -271,7 +271,7 @@ def waited(engine):
 @pytest.fixture
 def full(make_engine):
     """A pool with its only connection out, whose callers give up after 30 s."""
-    engine = make_engine(pool_size=1, deadlock_guard=False)
+    engine = make_engine(pool_size=1, deadlock_timeout=None)
     holder = engine.connect()
     yield engine
     holder.close()
@@ -302,7 +302,7 @@ def test_function_says_how_long(full):
 
 def test_connection_says_how_long(make_engine):
     """A tag that is set on a connection waits in its own line, for its own time."""
-    engine = make_engine(pool_size=4, soft_limit=1, max_limit=1, deadlock_guard=False)
+    engine = make_engine(pool_size=4, soft_limit=1, max_limit=1, deadlock_timeout=None)
     holder = engine.execution_options(scraper="a").connect()
     with engine.connect() as connection, pytest.raises(CheckoutTimeout) as caught:
         connection.execution_options(scraper="a", fairpool_timeout=0)
@@ -338,7 +338,7 @@ def test_tasks_have_their_own(tmp_path):
             f"sqlite+aiosqlite:///{tmp_path / 'test.db'}",
             poolclass=AsyncAdaptedFairQueuePool,
             pool_size=1,
-            deadlock_guard=False,
+            deadlock_timeout=None,
         )
         async with engine.connect():
             with tag("b"):

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-from sqla_fairpool.drivers import for_asyncio, for_threads
+from sqla_fairpool.drivers import asyncpg_arguments, for_asyncio, for_threads
 from sqla_fairpool.environment import RUN, VARIABLES, Run, Settings, parse_url
 from sqla_fairpool.ledger import places
 from sqla_fairpool.ledger.places import (
@@ -228,6 +228,16 @@ def place(url):
             "postgresql+psycopg://u@/d?host=%2Ftmp",
         ),
         (
+            "postgresql+asyncpg://h/d?ssl=verify-full&timeout=2.5&command_timeout=9",
+            (),
+            "postgresql+psycopg://h/d?sslmode=verify-full&connect_timeout=3",
+        ),
+        (
+            "postgresql+asyncpg://h/d?sslmode=verify-ca&sslrootcert=/ca.pem&ledger=x",
+            (),
+            "postgresql+psycopg://h/d?sslmode=verify-ca&sslrootcert=/ca.pem",
+        ),
+        (
             "postgresql+psycopg://h/d?sslmode=require&plugin=fairpool&fairpool_x=1",
             (),
             "postgresql+psycopg://h/d?sslmode=require",
@@ -266,3 +276,69 @@ def test_url_without_a_driver_gets_one_that_is_installed(monkeypatch):
         for_asyncio(url)
     monkeypatch.setitem(sys.modules, "psycopg2", None)
     assert for_threads(url) == url  # SQLAlchemy will complain
+
+
+@pytest.mark.parametrize(
+    ("query", "arguments"),
+    [
+        ("", {}),
+        ("sslmode=require", {"dsn": "postgresql://?sslmode=require"}),
+        (
+            "sslmode=verify-full&sslrootcert=/a b/ca.pem",
+            {"dsn": "postgresql://?sslmode=verify-full&sslrootcert=%2Fa%20b%2Fca.pem"},
+        ),
+        ("sslmode=verify-full&sslrootcert=system", {"ssl": True}),
+        ("connect_timeout=10", {"timeout": 10.0}),
+        ("connect_timeout=0", {"timeout": None}),
+        ("timeout=2.5&command_timeout=9", {"timeout": 2.5, "command_timeout": 9.0}),
+        ("statement_cache_size=0", {"statement_cache_size": 0}),
+        (
+            "options=-c statement_timeout%3D5s&application_name=x",
+            {
+                "dsn": "postgresql://?options=-c%20statement_timeout%3D5s"
+                "&application_name=x"
+            },
+        ),
+        ("sslmode=allow&sslmode=prefer", {"dsn": "postgresql://?sslmode=prefer"}),
+        ("host=/tmp&port=5&ssl=require&prepared_statement_cache_size=0", {}),
+        ("target_session_attrs=read-write&krbsrvname=x", {}),
+        ("keepalives=1&keepalives_idle=5&client_encoding=utf8&gssencmode=prefer", {}),
+    ],
+)
+def test_libpqs_keys_as_asyncpgs_arguments(query, arguments):
+    url = make_url(f"postgresql+asyncpg://h/d?{query}")
+    assert asyncpg_arguments(url.query) == arguments
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "gssencmode=require",
+        "require_auth=scram-sha-256",
+        "requirepeer=postgres",
+        "sslmod=require",
+        "connect_timeout=soon",
+        "statement_cache_size=many",
+        "sslmode=require&sslrootcert=system",
+    ],
+)
+def test_key_that_asyncpg_cannot_honour_is_refused(query):
+    url = make_url(f"postgresql+asyncpg://u:s3cret@h/d?{query}")
+    name = query.rpartition("&")[2].partition("=")[0]
+    with pytest.raises(ArgumentError, match=rf"^{name}=.* is not allowed: "):
+        asyncpg_arguments(url.query)
+
+
+def test_channel_binding_that_asyncpg_has_not_is_told_of(caplog):
+    url = make_url("postgresql+asyncpg://h/d?sslmode=require&channel_binding=require")
+    assert set(asyncpg_arguments(url.query)) == {"dsn"}
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
+        "asyncpg has no channel_binding: channel_binding=require is left out"
+    )
+
+
+def test_url_of_asyncpg_serves_threads():
+    url = make_url("postgresql+asyncpg://h/d?ssl=verify_full&statement_cache_size=0")
+    assert for_threads(url) == make_url("postgresql+psycopg2://h/d?sslmode=verify-full")

@@ -30,6 +30,7 @@ def run(scenario, url):
     [
         "waiters_are_served_in_order",
         "time_out_does_not_block_the_hub",
+        "greenlet_that_waits_for_itself_is_refused",
         "killed_while_waiting",
         "killed_when_it_was_granted",
         "killed_while_connecting",

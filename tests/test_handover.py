@@ -313,7 +313,7 @@ def test_time_out_names_tag_ceiling_line_and_holders(make_pool, clock):
 
 
 def test_time_out_does_happen(make_pool):
-    pool = make_pool(pool_size=1, timeout=0.01, deadlock_guard=False)
+    pool = make_pool(pool_size=1, timeout=0.01, deadlock_timeout=None)
     with connect(pool, "a"), pytest.raises(CheckoutTimeout, match=r"after 0\.0\ds"):
         connect(pool, "a")
 
@@ -386,7 +386,7 @@ def test_exception_while_waiting_leaves_the_line(narrow, error):
         def wait(self, seconds):
             raise error
 
-    narrow.reconfigure(deadlock_guard=False)
+    narrow.reconfigure(deadlock_timeout=None)
     with connect(narrow, "a"):
         narrow._exchange._waiter_class = Waiter
         with pytest.raises(error):
@@ -428,7 +428,7 @@ def test_time_out_that_meets_the_grant_takes_it(make_pool, clock):
 
 
 def test_wake_up_for_nothing_is_slept_over(make_pool, clock):
-    pool = make_pool(pool_size=1, deadlock_guard=False)
+    pool = make_pool(pool_size=1, deadlock_timeout=None)
     holder = connect(pool, "a")
     wakes = []
 

@@ -11,16 +11,17 @@ PACKAGE = Path(sqla_fairpool.__file__).parent
 
 #: Each layer may import the ones above it.
 LAYERS = [
-    {"diagnosis", "options", "stats"},
-    {"errors"},
+    {"callers", "diagnosis", "options", "stats"},
+    {"drivers", "errors"},
     {"policy", "agenda", "meters"},
     {"ledger"},
-    {"drivers", "environment"},
+    {"environment"},
     {"account"},
     {"roster"},
     {"scheduler"},
-    {"tagging", "_private", "callers", "journal"},
-    {"waiters", "reach"},
+    {"_private", "callers", "journal"},
+    {"endings", "tagging"},
+    {"connections", "waiters"},
     {"seats", "share"},
     {"section", "server_tag"},
     {"desk"},

@@ -45,7 +45,6 @@ def joined(server):
     pool = server.pool(pool_size=10, soft_limit=5, max_limit=8)
     share = Share(pool._exchange)
     pool._exchange.join(share)
-    share.watch(pool)
     share.keeper = FakeKeeper()
     return pool, share, share.keeper
 

@@ -463,7 +463,7 @@ class _Wanting:
 def test_session_that_ends_while_it_is_prepared_is_a_store_that_is_away(
     driver_url, operator, monkeypatch
 ):
-    check = postgres.refuse_pooler
+    check = sessions.refuse_pooler
 
     def ended(cursor, pid):
         operator(driver_url, "select pg_terminate_backend(:pid)", pid=pid)
@@ -471,7 +471,7 @@ def test_session_that_ends_while_it_is_prepared_is_a_store_that_is_away(
 
     store = PostgresStore(driver_url)
     with monkeypatch.context() as patch:
-        patch.setattr(postgres, "refuse_pooler", ended)
+        patch.setattr(sessions, "refuse_pooler", ended)
         with pytest.raises(StoreAway):
             store.open()
     assert store.control_connections == 0

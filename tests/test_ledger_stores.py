@@ -10,13 +10,14 @@ import stat
 import threading
 import uuid
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import ArgumentError
 from support.threads import PATIENCE, Caller, eventually
 
-from sqla_fairpool.ledger import host, places, postgres, sessions
+from sqla_fairpool.ledger import host_file, places, postgres, sessions
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.places import default_path, make_store
@@ -109,7 +110,7 @@ def test_only_what_has_changed_is_written(make_host):
     with store.transaction() as rows:
         rows.update({str(n): "x" for n in range(100)})
     statements = []
-    store._database.set_trace_callback(statements.append)
+    store._file.database.set_trace_callback(statements.append)
     with store.transaction() as rows:
         rows["7"] = "y"
         rows["8"] = "x"
@@ -148,15 +149,14 @@ def test_transactions_are_exclusive_over_processes(make, place):
     assert rows_of(store) == {"n": "400"}
 
 
-def test_a_lock_held_for_too_long_is_a_store_that_is_away(make_host, path, monkeypatch):
-    monkeypatch.setattr(host, "_PATIENCE", 0.05)
-    store, other = make_host(), sqlite3.connect(path, isolation_level=None)
-    other.execute("begin immediate")
-    with pytest.raises(StoreAway, match="locked"), store.transaction():
-        pass
-    other.execute("rollback")
-    other.close()
-    assert rows_of(store) == {}
+def test_a_lock_held_for_too_long_is_a_store_that_is_away(make_host, monkeypatch):
+    monkeypatch.setattr(host_file, "_PATIENCE", 0.05)
+    store, other = make_host(), make_host()
+    with other.transaction() as rows:
+        rows["a"] = "1"
+        with pytest.raises(StoreAway, match="locked"), store.transaction():
+            pass
+    assert rows_of(store) == {"a": "1"}
 
 
 def test_closed_store_is_away(place):
@@ -342,7 +342,7 @@ def test_schema_from_the_future_is_refused(make_host, path):
     with sqlite3.connect(path) as database:
         database.execute("pragma user_version = 99")
     database.close()
-    with pytest.raises(LedgerError, match=r"schema version 99.* knows 1"):
+    with pytest.raises(LedgerError, match=r"schema version 99.* knows 2"):
         HostStore(path).open()
 
 
@@ -360,7 +360,9 @@ def test_place_that_cannot_be_written_is_refused(tmp_path):
 
 def test_nobody_else_may_read_it(make_host, path):
     make_host()
-    for file in (path, *path.parent.glob("*-wal"), *path.parent.glob("*/*")):
+    files = [path, Path(f"{path}-journal"), *path.parent.glob("*/*")]
+    assert len(files) == 4
+    for file in files:
         assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
     assert stat.S_IMODE((path.parent / "app.ledger.members").stat().st_mode) == 0o700
 
@@ -568,25 +570,65 @@ def test_server_that_is_not_there_is_a_store_that_is_away(tmp_path):
 @pytest.mark.postgres
 def test_pooler_in_between_is_refused(postgres_url, monkeypatch):
     """None is installed here: what its driver would say is put in its place."""
-    check = postgres.refuse_pooler
-    monkeypatch.setattr(postgres, "refuse_pooler", lambda c, pid: check(c, pid + 1))
+    check = sessions.refuse_pooler
+    monkeypatch.setattr(sessions, "refuse_pooler", lambda c, pid: check(c, pid + 1))
     with pytest.raises(LedgerError, match="a pooler like PgBouncer is in between"):
         PostgresStore(make_url(postgres_url)).open()
 
 
 @pytest.mark.postgres
 @pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
-def test_sessions_are_seen_until_they_end(postgres_url, database, driver):
+def test_sessions_are_seen_until_they_end_whatever_is_done_in_them(
+    postgres_url, database, driver
+):
     url = make_url(postgres_url).set(drivername=f"postgresql+{driver}")
     engine = create_engine(url)
     asking = database.connection.cursor()
+    before = sessions.look(asking)
     with engine.connect() as connection:
         cursor = connection.connection.cursor()
-        driver_connection = connection.connection.driver_connection
-        sessions.refuse_pooler(cursor, driver_connection.info.backend_pid)
-        sessions.mark(cursor, 12345, 7)
+        pid = connection.connection.driver_connection.info.backend_pid
+        server, session = sessions.identify(cursor, pid)
         connection.rollback()
-        assert sessions.members_with_sessions(asking, 12345) == {7}
-        assert sessions.members_with_sessions(asking, 12346) == set()
+        driver_connection = connection.connection.driver_connection
+        driver_connection.autocommit = True
+        cursor.execute("DISCARD ALL")
+        present = sessions.look(asking)
+        assert present.server == server == before.server
+        assert session.pid == pid
+        assert session in present.sessions - before.sessions
+        assert session in present.peers
+        driver_connection.autocommit = False
     engine.dispose()
-    eventually(lambda: sessions.members_with_sessions(asking, 12345) == set())
+    eventually(lambda: session not in sessions.look(asking).sessions)
+
+
+@pytest.mark.postgres
+def test_sessions_of_another_role_are_seen_without_their_beginning(
+    postgres_url, database
+):
+    database.execute(text("create role looks_on login"))
+    try:
+        engine = create_engine(make_url(postgres_url).set(username="looks_on"))
+        cursor = database.connection.cursor()
+        _, session = sessions.identify(cursor, None)
+        with engine.connect() as connection:
+            present = sessions.look(connection.connection.cursor())
+        assert session._replace(began=None) in present.sessions
+        assert session.pid not in {peer.pid for peer in present.peers}
+        engine.dispose()
+    finally:
+        database.execute(text("drop role looks_on"))
+
+
+@pytest.mark.postgres
+def test_pools_of_other_ledgers_are_seen(postgres_url, database):
+    cursor = database.connection.cursor()
+    engine = create_engine(postgres_url)
+    with engine.connect() as connection:
+        assert sessions.other_ledgers(connection.connection.cursor(), 77) == set()
+        assert sessions.other_ledgers(cursor, 78) == {77}
+        assert sessions.other_ledgers(cursor, 77) == {78}
+        connection.invalidate()
+    engine.dispose()
+    cursor.execute("select pg_advisory_unlock_all()")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -22,7 +21,8 @@ from support.threads import eventually
 import sqla_fairpool
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool, manager
 from sqla_fairpool.environment import RUN, VARIABLES, Run
-from sqla_fairpool.ledger import host
+from sqla_fairpool.ledger import host_file
+from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.places import default_path
 from sqla_fairpool.manager import DynamicConnectionManager
 
@@ -493,12 +493,13 @@ def test_figures_are_of_all_processes_that_share_the_budget(one):
 
 def test_while_the_ledger_is_away_the_figures_are_our_own(one, url, monkeypatch):
     path = default_path(make_url(url))
-    monkeypatch.setattr(host, "_PATIENCE", 0.05)
+    monkeypatch.setattr(host_file, "_PATIENCE", 0.05)
     with one.get_session("a") as session:
         session.execute(text("select 1"))
-        with closing(sqlite3.connect(path, isolation_level=None)) as holder:
-            holder.execute("begin immediate")
-            stats = one.get_connection_stats()
+        with closing(HostStore(path)) as holder:
+            holder.open()
+            with holder.transaction():
+                stats = one.get_connection_stats()
     assert {row["scraper"] for row in stats["scrapers"]} == {"a", "setup"}
     assert stats["pool"]["checked_out"] == 1
     (warning,) = stats["warnings"]
@@ -509,8 +510,10 @@ def test_ledger_that_was_reset_is_joined_anew(one, url):
     path = default_path(make_url(url))
     with one.get_session("a") as session:
         session.execute(text("select 1"))
-        with closing(sqlite3.connect(path)) as connection, connection:
-            connection.execute("delete from row")
+        with closing(HostStore(path)) as store:
+            store.open()
+            with store.transaction() as rows:
+                rows.clear()
         eventually(lambda: not one.get_connection_stats()["warnings"])
         assert one.get_connection_stats()["pool"]["checked_out"] == 1
 
@@ -573,6 +576,77 @@ def test_one_url_serves_threads_and_tasks(tmp_path):
         assert not one._started.engine.dialect.is_async
         assert one._started_async.engine.dialect.is_async
         end(one)
+
+
+HOSTERS = (
+    "sslmode=prefer&connect_timeout=10&options=-c%20statement_timeout%3D4321ms"
+    "&application_name=hoster&keepalives=1&channel_binding=prefer"
+)
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("driver", ["", "+asyncpg", "+psycopg"])
+def test_url_as_hosters_write_it_serves_threads_and_tasks(postgres_url, driver):
+    url = postgres_url.replace("+psycopg2", driver)
+    url += ("&" if "?" in url else "?") + HOSTERS
+    one = DynamicConnectionManager(url, ledger=None)
+    ask = text(
+        "select current_setting('statement_timeout'), "
+        "current_setting('application_name')"
+    )
+
+    async def main():
+        async with one.get_async_session("a") as session:
+            found = (await session.execute(ask)).one()
+        await one.shutdown_async()
+        return tuple(found)
+
+    assert asyncio.run(main()) == ("4321ms", "hoster")
+    with one.get_session("a") as session:
+        assert tuple(session.execute(ask).one()) == ("4321ms", "hoster")
+    end(one)
+
+
+def test_certificate_that_is_not_there_is_missed(tmp_path):
+    """Nothing that is said of safety is left out."""
+    url = "postgresql+asyncpg://u@127.0.0.1:1/d?sslmode=verify-full"
+    url += f"&sslrootcert={tmp_path}/ca.pem"
+    one = DynamicConnectionManager(url, ledger=None)
+
+    async def main():
+        async with one.get_async_session("a") as session:
+            await session.execute(text("select 1"))
+
+    with pytest.raises(Exception, match=r"root certificate|No such file.*") as caught:
+        asyncio.run(main())
+    assert "ConnectionRefused" not in repr(caught.value)
+    end(one)
+
+
+def test_connect_arguments_win_over_the_urls_keys(monkeypatch):
+    import asyncpg
+
+    given = []
+
+    async def connect(**arguments):
+        given.append(arguments)
+        raise OSError("no server")
+
+    monkeypatch.setattr(asyncpg, "connect", connect)
+    url = "postgresql+asyncpg://h/d?sslmode=require&connect_timeout=9&timeout=5"
+    one = DynamicConnectionManager(url, ledger=None, connect_args={"timeout": 3})
+
+    async def main():
+        async with one.get_async_session("a") as session:
+            await session.execute(text("select 1"))
+
+    with pytest.raises(Exception, match="no server"):
+        asyncio.run(main())
+    end(one)
+    (arguments,) = given
+    assert arguments["timeout"] == 3
+    assert arguments["dsn"] == "postgresql://?sslmode=require"
+    assert not {"sslmode", "connect_timeout"} & set(arguments)
 
 
 def test_importing_it_needs_no_asyncio_driver_and_reads_no_environment(tmp_path):

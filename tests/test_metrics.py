@@ -137,7 +137,7 @@ def test_warm_up_counts_for_the_default_tag(make_engine):
 
 
 def test_self_deadlocks_are_counted(make_engine):
-    engine = make_engine(pool_size=1)
+    engine = make_engine(pool_size=1, deadlock_timeout=0.001)
     tagged = engine.execution_options(scraper="a")
     with tagged.connect(), pytest.raises(SelfDeadlock):
         tagged.connect()

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import engine_from_config
 from sqlalchemy.exc import ArgumentError
 
-from sqla_fairpool import FairQueuePool
+from sqla_fairpool import FairQueuePool, tag
 from sqla_fairpool.options import BadOption, PoolOptions, describe_changes, validate_tag
 
 
@@ -28,7 +28,7 @@ def test_defaults_are_the_contract():
         min_idle=0,
         idle_connection_ttl=None,
         leak_threshold=None,
-        deadlock_guard=True,
+        deadlock_timeout=1.0,
         server_tag=False,
         ledger=None,
         defaulted=frozenset({"soft_limit", "max_limit"}),
@@ -67,10 +67,10 @@ def test_limits_follow_the_capacity_rounded_up(size, overflow, soft, most):
         ("max_limit", 21, "capacity, 20"),
         ("max_limit", 0, "capacity, 20"),
         ("max_limit", 8, "give soft_limit as well"),
-        ("idle_timeout", 0, "more than 0"),
-        ("idle_timeout", math.nan, "more than 0"),
-        ("idle_timeout", None, "more than 0"),
-        ("reallocation_interval", -1, "more than 0"),
+        ("idle_timeout", 0, "at least 0.001"),
+        ("idle_timeout", math.nan, "at least 0.001"),
+        ("idle_timeout", None, "at least 0.001"),
+        ("reallocation_interval", -1, "at least 0.001"),
         ("max_waiting", -1, "None for no limit"),
         ("max_waiting", 1.5, "None for no limit"),
         ("tag_option", "", "execution option"),
@@ -89,6 +89,35 @@ def test_bad_value_is_named_with_what_is_allowed(server, name, value, says):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("bad", [1e-300, 0.0009, 1.1e9, 1e300, math.inf, math.nan])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "idle_timeout",
+        "reallocation_interval",
+        "idle_connection_ttl",
+        "leak_threshold",
+        "deadlock_timeout",
+    ],
+)
+def test_times_have_bounds(name, bad):
+    """With one of 1e-300 s a waiting caller did nothing but look at the clock."""
+    says = rf"^{name}=.* is not allowed: seconds, at least 0.001 and at most 1000000000"
+    with pytest.raises(ArgumentError, match=says):
+        PoolOptions.parse(**{name: bad})
+    for bound in (0.001, 1e9):
+        assert getattr(PoolOptions.parse(**{name: bound}), name) == bound
+
+
+@pytest.mark.parametrize("bad", [-1e-9, 1.1e9, 1e300, math.inf, 10**400])
+def test_timeouts_have_bounds(bad):
+    with pytest.raises(ArgumentError, match=r"^timeout=.*at least 0 and at most 1000"):
+        PoolOptions.parse(timeout=bad)
+    with pytest.raises(ArgumentError, match=r"^timeout=.*at least 0 and at most 1000"):
+        tag("a", timeout=bad)
+    assert PoolOptions.parse(timeout=0).timeout == 0
+
+
 def test_numbers_may_be_strings(server):
     engine = engine_from_config(
         {
@@ -104,7 +133,7 @@ def test_numbers_may_be_strings(server):
             "sqlalchemy.min_idle": "3",
             "sqlalchemy.idle_connection_ttl": "9.5",
             "sqlalchemy.leak_threshold": "60",
-            "sqlalchemy.deadlock_guard": "off",
+            "sqlalchemy.deadlock_timeout": "2.5",
         },
         poolclass=FairQueuePool,
         creator=server.connect,
@@ -123,7 +152,7 @@ def test_numbers_may_be_strings(server):
         min_idle=3,
         idle_connection_ttl=9.5,
         leak_threshold=60.0,
-        deadlock_guard=False,
+        deadlock_timeout=2.5,
         server_tag=False,
         ledger=None,
         defaulted=frozenset(),

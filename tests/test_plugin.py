@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 from sqlalchemy import create_engine, engine_from_config, make_url, text
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, SAWarning
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import NullPool, QueuePool
+from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
 from sqla_fairpool.options import PoolOptions
@@ -59,6 +59,60 @@ def test_asyncio_dialect_gets_the_asyncio_class(postgres_url, driver):
         await engine.dispose()
 
     asyncio.run(main())
+
+
+IN_MEMORY = [
+    "sqlite://?",
+    "sqlite:///:memory:?",
+    "sqlite:///file::memory:?uri=true&",
+    "sqlite:///file:a?mode=memory&uri=true&",
+]
+
+
+@pytest.mark.filterwarnings("ignore:Selection of the:DeprecationWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Selection of the:sqlalchemy.exc.SADeprecationWarning"
+)
+@pytest.mark.parametrize("url", IN_MEMORY)
+def test_database_in_memory_keeps_sqlalchemys_pool_with_a_warning(url):
+    """Each of the fair pool's connections would have one of its own."""
+    with pytest.warns(SAWarning, match="leaves SQLAlchemy's pool to this eng") as seen:
+        engine = create_engine(f"{url}plugin=fairpool&fairpool_pool_size=3")
+    assert [w.filename for w in seen if w.category is SAWarning] == [__file__]
+    assert type(engine.pool) is type(create_engine(url.rstrip("?&")).pool)
+    with pytest.warns(SAWarning, match="FairQueuePool is of no use here: each") as seen:
+        create_engine(url.rstrip("?&"), poolclass=FairQueuePool)
+    assert [w.filename for w in seen] == [__file__]
+
+
+def test_database_in_memory_of_asyncio_keeps_sqlalchemys_pool():
+    with pytest.warns(SAWarning, match="leaves SQLAlchemy's pool") as seen:
+        engine = create_async_engine("sqlite+aiosqlite://?plugin=fairpool")
+    assert [w.filename for w in seen] == [__file__]
+    assert type(engine.pool) is StaticPool
+    with pytest.warns(SAWarning, match="AsyncAdaptedFairQueuePool is of no use here"):
+        create_async_engine("sqlite+aiosqlite://", poolclass=AsyncAdaptedFairQueuePool)
+
+
+def test_shared_cache_in_memory_gets_the_pool():
+    url = "sqlite:///file:plugin?mode=memory&cache=shared&uri=true"
+    engine = create_engine(f"{url}&plugin=fairpool")
+    assert type(engine.pool) is FairQueuePool
+    with engine.begin() as one, engine.connect() as two:
+        one.execute(text("create table t (x int)"))
+        assert two.execute(text("select 1")).scalar() == 1
+    with engine.connect() as other:
+        assert other.execute(text("select count(*) from t")).scalar() == 0
+    engine.dispose()
+
+
+def test_creator_or_a_single_connection_is_no_harm_in_memory(server):
+    creator = server.connect
+    assert type(create_engine("sqlite://?plugin=fairpool", creator=creator).pool) is (
+        FairQueuePool
+    )
+    create_engine("sqlite://", poolclass=FairQueuePool, creator=creator)
+    create_engine("sqlite://", poolclass=FairQueuePool, pool_size=1)
 
 
 def test_every_option_of_the_pool_has_a_key():

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from contextlib import contextmanager
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.engine import Connection
+from sqlalchemy.exc import ResourceClosedError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 from sqlalchemy.util import greenlet_spawn
 
@@ -69,26 +69,31 @@ def test_connection_that_could_not_check_out_again_holds_nothing(server):
     connection.close()
 
 
-def test_remembered_tag_is_asked_with_at_each_later_checkout(engine):
-    asked = []
+def test_later_checkouts_are_made_by_a_function(engine):
+    made = []
 
-    @contextmanager
-    def asking():
-        asked.append("before")
-        yield
-        asked.append("after")
+    def check_out(connection, revalidate):
+        proxied = revalidate()
+        made.append((connection, proxied.dbapi_connection))
+        return proxied
 
     with engine.connect() as connection:
-        _private.remember_tag(connection, asking)
+        _private.check_out_by(connection, check_out)
         connection.execute(text("select 1"))
-        assert asked == []
+        assert made == []
         connection.rollback()
         connection.invalidate()
         connection.execute(text("select 1"))
-        assert asked == ["before", "after"]
+        assert made == [(connection, connection.connection.dbapi_connection)]
+        connection.rollback()
+        connection.invalidate()
+        with connection.begin():
+            assert len(made) == 2
+    with pytest.raises(ResourceClosedError):
+        connection.execute(text("select 1"))
 
 
-def test_remembering_makes_no_cycle(engine):
+def test_function_for_later_checkouts_makes_no_cycle(engine):
     class Watched(Connection):
         gone = False
 
@@ -98,11 +103,20 @@ def test_remembering_makes_no_cycle(engine):
     gc.disable()
     try:
         connection = Watched(engine)
-        _private.remember_tag(connection, lambda: None)
+        _private.check_out_by(connection, lambda *_: None)
         del connection
         assert Watched.gone
     finally:
         gc.enable()
+
+
+def test_options_are_replaced_without_a_word_to_the_dialect(engine):
+    with engine.connect() as connection:
+        before = connection.get_execution_options()
+        connection.execution_options(logging_token="a")
+        _private.set_options(connection, before)
+        assert connection.get_execution_options() == {}
+        connection.execute(text("select 1"))
 
 
 def test_disowned_record_reaches_the_dbapi_connection_no_more(engine, server):
@@ -139,27 +153,50 @@ def test_handed_out_is_what_the_pool_gave_to_the_connection(engine):
     assert _private.handed_out(ConnectionPoolEntry()) is None
 
 
-def test_creator_is_timed_at_every_opening(engine, server, clock):
-    noted = []
-    pool = engine.pool
-    _private.time_creator(pool, clock, lambda *args: noted.append(args))
-    server.before["connect"] = lambda: clock.advance(0.5)
+def test_dropped_is_what_nobody_has_any_more(engine, server):
+    seen = []
+    connection = engine.connect()
+    record = _private.record_of(connection)
+    assert not _private.is_dropped(record)
+    server.before["rollback"] = lambda: seen.append(_private.is_dropped(record))
+    connection.close()
+    connection = engine.connect()
+    assert not _private.is_dropped(record)
+    del connection
+    assert seen == [False, True]  # told to close it; lost
+    assert _private.is_dropped(ConnectionPoolEntry())
+
+
+def test_creator_can_be_called_with_a_record_of_no_connection(server):
+    """As the pool calls it: it may keep something on the record."""
+    engine, seen = server.engine(), []
+
+    def creator(record):
+        record.info["token"] = "secret"
+        seen.append(record)
+        return server.connect()
+
+    engine.pool._creator = creator
+    record = _private.bare_record(engine.pool)
+    assert record.dbapi_connection is None
+    connection = engine.pool.open_another()
+    assert seen[0].dbapi_connection is None
+    assert connection.closed is False
+    assert engine.pool.checkedout() == 0
+
+
+def test_every_opening_and_closing_passes_through_the_pool(server):
+    engine = server.engine()
+    existing = engine.pool._exchange.connections
     with engine.connect() as connection:
-        record = _private.record_of(connection)
+        (physical,) = existing
+        assert physical.driver is connection.connection.dbapi_connection
         connection.invalidate()
+        assert not list(existing)
     with engine.connect():
-        pass
-    assert noted == [(record, 0.5), (record, 0.5)]
-
-    def fail():
-        raise RuntimeError("no")
-
-    server.before["connect"] = fail
+        assert len(list(existing)) == 1
     engine.dispose()
-    _private.time_creator(engine.pool, clock, lambda *args: noted.append(args))
-    with pytest.raises(RuntimeError):
-        engine.connect()
-    assert noted[2][1] is None
+    assert not list(existing)
 
 
 def test_record_expires_with_the_pools_recycle(server, monkeypatch):

@@ -476,7 +476,7 @@ def test_options_may_come_as_strings_from_a_configuration(pool_class):
     options["pool_timeout"] = options.pop("timeout")
     configuration = {name: str(value) for name, value in options.items()}
     engine = engine_from_config(
-        {"url": "sqlite://", "pool_recycle": "60", **configuration},
+        {"url": "sqlite:///file.db", "pool_recycle": "60", **configuration},
         prefix="",
         poolclass=pool_class,
     )

@@ -10,7 +10,7 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import ArgumentError, InvalidRequestError, StatementError
+from sqlalchemy.exc import ArgumentError, InvalidRequestError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import QueuePool
 from support.threads import PATIENCE, Caller, ensure_waiting
@@ -215,7 +215,31 @@ def test_bad_tag_is_refused_where_it_is_set(make_engine, bad):
     with engine.connect() as connection:
         with pytest.raises(ArgumentError, match="scraper="):
             connection.execution_options(scraper=bad)
+        assert connection.get_execution_options() == {}
         assert holders(engine) == {"unknown": 1}
+
+
+@pytest.mark.parametrize(
+    "bad", [{"scraper": "a\nb"}, {"fairpool_timeout": -1}], ids=["tag", "time-out"]
+)
+def test_refused_option_is_not_among_the_options(make_engine, bad):
+    engine = make_engine(execution_options={"scraper": "a", "mine": 1})
+    derived = engine.execution_options(mine=2)
+    for each in (engine, derived):
+        before = each.get_execution_options()
+        with pytest.raises(ArgumentError):
+            each.update_execution_options(mine=3, **bad)
+        assert each.get_execution_options() == before
+        with each.connect() as connection:
+            with pytest.raises(ArgumentError):
+                connection.execution_options(mine=3, **bad)
+            assert connection.get_execution_options() == before
+            connection.execution_options(fairpool_timeout=1.0)
+            assert holders(engine) == {"a": 1}
+    plain = make_engine()
+    with pytest.raises(ArgumentError):
+        plain.update_execution_options(mine=3, **bad)
+    assert plain.get_execution_options() == {}
 
 
 # -- setting the tag on a connection -------------------------------------------
@@ -279,14 +303,16 @@ def test_options_set_before_the_swap_hold_after_it(make_engine):
 def test_time_out_in_the_new_tags_line_leaves_nothing_held(make_engine):
     engine = make_engine(pool_size=2, soft_limit=1, max_limit=1, pool_timeout=0)
     holder = engine.execution_options(scraper="a").connect()
-    connection = engine.connect()
+    connection = engine.connect().execution_options(scraper="b")
     with pytest.raises(CheckoutTimeout, match="tag 'a' in_use=1 ceiling=1"):
         connection.execution_options(scraper="a")
     assert holders(engine) == {"a": 1}
-    # Like an invalidated connection, it tries again when it is used.
-    with pytest.raises(StatementError, match="checkout timed out after"):
-        connection.execute(text("select 1"))
+    # Like an invalidated connection, it checks out when it is used: as before.
+    connection.execute(text("select 1"))
+    assert holders(engine) == {"a": 1, "b": 1}
+    connection.rollback()
     holder.close()
+    connection.execution_options(scraper="a")
     connection.execute(text("select 1"))
     assert holders(engine) == {"a": 1}
     connection.close()
@@ -310,6 +336,7 @@ def test_refused_tag_is_not_remembered(make_engine):
         connection.execute(text("select 1"))
         with pytest.raises(InvalidRequestError):
             connection.execution_options(scraper="b")
+        assert connection.get_execution_options()["scraper"] == "a"
         connection.rollback()
         connection.invalidate()
         connection.execute(text("select 1"))
@@ -357,7 +384,7 @@ def test_tagging_a_connection_makes_no_reference_cycle(make_engine):
     assert holders(engine) == {}, "a leaked connection waits for the collector"
 
 
-def test_listener_in_a_retag_checks_out_under_its_own_tag(make_engine, server):
+def test_checkout_listener_does_not_see_what_the_checkout_asked_for(make_engine):
     engine = make_engine(pool_size=2, soft_limit=1, max_limit=1)
     other = make_engine()
     seen = []
@@ -372,8 +399,115 @@ def test_listener_in_a_retag_checks_out_under_its_own_tag(make_engine, server):
     ensure_waiting(engine.pool, 1)
     holder.close()
     caller.result().close()
-    # As inside `with tag("a")`: untagged work done for "a".
-    assert seen == [{"a": 1}, {"unknown": 1}, {"a": 1}]
+    assert seen == [{"unknown": 1}] * 3
+
+
+# -- what is in force for one checkout is nobody else's ---------------------------
+
+
+def on_connect(engine, function):
+    event.listen(engine, "connect", lambda dbapi_connection, record: function())
+
+
+def on_do_connect(engine, function):
+    def do_connect(dialect, record, arguments, keywords):
+        function()
+
+    event.listen(engine, "do_connect", do_connect)
+
+
+def on_first_connect(engine, function):
+    event.listen(
+        engine.pool, "first_connect", lambda dbapi_connection, record: function()
+    )
+
+
+@pytest.mark.parametrize("on", [on_connect, on_first_connect, on_do_connect])
+@pytest.mark.parametrize("road", [by_engine, by_connection, by_raw_connection])
+def test_listener_that_runs_while_a_connection_opens_is_untagged(
+    server, on, road, tmp_path
+):
+    engine, other = server.engine(), server.engine()
+    if on is on_do_connect:  # it is not called where there is a creator
+        url = f"sqlite:///{tmp_path / 'listened.db'}"
+        engine = create_engine(url, poolclass=FairQueuePool)
+    seen = []
+
+    def listener():
+        with other.connect():
+            seen.append(holders(other))
+        with sqla_fairpool.tag("own"), other.connect():
+            seen.append(holders(other))
+
+    on(engine, listener)
+    connection = road(engine)
+    connection.close()
+    assert seen == [{"unknown": 1}, {"own": 1}]
+
+
+def test_connection_that_opens_again_shows_its_tag_to_nobody(server):
+    engine, other = server.engine(), server.engine()
+    seen = []
+    with engine.connect().execution_options(scraper="a") as connection:
+        connection.invalidate()
+
+        def listener(dbapi_connection, record):
+            with other.connect():
+                seen.append(holders(other))
+
+        event.listen(engine, "connect", listener)
+        connection.execute(text("select 1"))
+        assert holders(engine) == {"a": 1}
+    assert seen == [{"unknown": 1}]
+
+
+def test_engines_time_out_is_not_that_of_its_listeners(make_engine):
+    engine = make_engine().execution_options(scraper="a", fairpool_timeout=0.0)
+    other = make_engine(pool_size=1)
+    holder = other.connect()
+
+    def listener(dbapi_connection, record):
+        caller = Caller(lambda: ensure_waiting(other.pool, 1) or holder.close())
+        other.connect().close()  # waits until then, at most 30 seconds
+        caller.result()
+
+    event.listen(engine, "connect", listener)
+    engine.connect().close()
+
+
+def test_engine_with_another_kind_of_pool_leaves_no_tag_behind(server, make_engine):
+    other = make_engine()
+    engine = server.engine(execution_options={"scraper": "a"})
+    engine.pool = QueuePool(server.connect, dialect=engine.dialect)
+    seen = []
+
+    def listener(dbapi_connection, record):
+        with other.connect():
+            seen.append(holders(other))
+
+    event.listen(engine.pool, "connect", listener)
+    with engine.connect(), other.connect():
+        seen.append(holders(other))
+    assert seen == [{"unknown": 1}] * 2
+
+
+def test_checkout_in_the_middle_of_another_gives_the_request_back(make_engine):
+    """As that of a signal handler, between the engine and the pool."""
+    engine = make_engine()
+    a, b = (engine.execution_options(scraper=tag) for tag in "ab")
+    connect = engine.pool.connect
+    seen = []
+
+    def interrupted():
+        engine.pool.connect = connect
+        with b.connect():
+            seen.append(holders(engine))
+        return connect()
+
+    engine.pool.connect = interrupted
+    with a.connect():
+        assert holders(engine) == {"a": 1}
+    assert seen == [{"b": 1}]
 
 
 # -- activity ------------------------------------------------------------------

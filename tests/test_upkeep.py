@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import threading
 
 import pytest
 from sqlalchemy.exc import ArgumentError
+from sqlalchemy.util import greenlet_spawn
 from support.state import assert_consistent, assert_quiet
 from support.stub import StubError
 from support.tasks import checkin, checkout
-from support.threads import Caller, ensure_waiting, eventually
+from support.threads import PATIENCE, Caller, ensure_waiting, eventually
 
 import sqla_fairpool
 from sqla_fairpool import AsyncAdaptedFairQueuePool
 from sqla_fairpool.exchange import Exchange
+from sqla_fairpool.waiters import ThreadWaiter
 
 
 def take(pool, number, name="a"):
@@ -29,6 +32,13 @@ def give(fairies):
         fairies.pop().close()
 
 
+def opened_ahead(pool):
+    """Wait until all that are opened ahead are open."""
+    eventually(
+        lambda: not any(t.name.endswith("min_idle") for t in threading.enumerate())
+    )
+
+
 # -- min_idle -------------------------------------------------------------------------
 
 
@@ -36,10 +46,45 @@ def test_first_use_opens_min_idle_connections(make_pool, server):
     pool = make_pool(min_idle=5)
     assert server.opened == 0
     fairy = pool.connect()
+    opened_ahead(pool)
     assert server.opened == 5
     fairy.close()
     give(take(pool, 5))
     assert server.opened == 5
+
+
+def test_first_caller_does_not_wait_for_those_opened_ahead(make_pool, server):
+    pool = make_pool(min_idle=3)
+    go_on = threading.Event()
+
+    def connect():
+        if server.opened:
+            assert go_on.wait(PATIENCE)
+
+    server.before["connect"] = connect
+    pool.connect().close()
+    assert server.opened == 1
+    go_on.set()
+    opened_ahead(pool)
+    assert server.opened == 3
+
+
+def test_what_is_opened_ahead_knows_nothing_of_the_first_caller(server):
+    """A creator, or a listener, that starts something in the background."""
+    seen, variable = [], contextvars.ContextVar("variable", default=None)
+
+    async def main():
+        pool = server.pool(AsyncAdaptedFairQueuePool, min_idle=2)
+        server.before["connect"] = lambda: seen.append(variable.get())
+        variable.set("the first caller's")
+        fairy = await greenlet_spawn(pool.connect)
+        while len(seen) < 2:
+            await asyncio.sleep(0)
+        await greenlet_spawn(fairy.close)
+        await greenlet_spawn(pool.dispose)
+
+    asyncio.run(main())
+    assert seen == ["the first caller's", None]
 
 
 def test_warm_up_opens_them_before_the_first_use(make_pool, server):
@@ -54,6 +99,7 @@ def test_warm_up_opens_them_before_the_first_use(make_pool, server):
 def test_those_that_are_out_count_for_min_idle(make_pool, server):
     pool = make_pool(min_idle=5)
     fairies = take(pool, 3)
+    opened_ahead(pool)
     assert server.opened == 5
     assert pool.warm_up() == 0
     give(fairies)
@@ -76,6 +122,7 @@ def test_first_use_succeeds_if_the_others_cannot_be_opened(make_pool, server, ca
     server.before["connect"] = connect
     with caplog.at_level(logging.WARNING, "sqlalchemy.pool"):
         pool.connect().close()
+        opened_ahead(pool)
     assert "3 connections (min_idle) could not be opened ahead: no more" in caplog.text
     assert_quiet(pool)
 
@@ -95,18 +142,16 @@ def test_warm_up_raises_what_opening_raises_and_keeps_what_is_open(make_pool, se
 
 
 def test_interrupt_in_the_first_use_loses_neither_slot_nor_connection(
-    make_pool, server
+    make_pool, monkeypatch
 ):
+    def interrupt(function):
+        raise KeyboardInterrupt
+
     pool = make_pool(min_idle=3)
-
-    def connect():
-        if server.opened == 2:
-            raise KeyboardInterrupt
-
-    server.before["connect"] = connect
+    monkeypatch.setattr(ThreadWaiter, "run_apart", interrupt)
     with pytest.raises(KeyboardInterrupt):
         pool.connect()
-    assert pool.checkedin() == 2  # the caller's own, and the one opened ahead
+    assert pool.checkedin() == 1
     assert_quiet(pool)
 
 
@@ -129,13 +174,16 @@ def test_slot_of_a_connection_that_is_opened_ahead_is_taken(make_pool, server):
 def test_forked_child_or_new_pool_opens_them_again(make_pool, server):
     pool = make_pool(min_idle=3)
     pool.connect().close()
+    opened_ahead(pool)
     pool.dispose()
     assert server.open == 0
     successor = pool.recreate()
     successor.connect().close()
+    opened_ahead(pool)
     assert server.open == 3
     pool._exchange.begin_again()
     successor.connect().close()
+    opened_ahead(pool)
     assert server.opened == 9
 
 

@@ -21,7 +21,7 @@ __all__ = ["of_diagnosis", "of_figures", "of_server_tag"]
 
 #: Beside FairQueuePool without options.
 _SETTINGS: dict[str, dict[str, Any]] = {
-    "deadlock_guard=False": {"deadlock_guard": False},
+    "deadlock_timeout=None": {"deadlock_timeout": None},
     "leak_threshold=60": {"leak_threshold": 60},
 }
 

@@ -1,37 +1,45 @@
 """The store for the processes of one host: an SQLite file, and what lies beside it.
 
-    app.ledger                 the rows, in WAL mode
-    app.ledger.members/        of each member:
+    app.ledger                 the rows, see :mod:`.host_file`
+    app.ledger-journal         SQLite's
+    app.ledger.members/        of each process that has the ledger open:
         <id>.sign              a file that it has locked as long as it lives
         <id>.bell              a FIFO that others write into to wake it
         <id>.figures           what it says of itself, for who asks
 
 Containers that share the directory share the ledger: nothing in it depends on a
-process id. It has to be on a local file system, as SQLite's WAL mode asks.
+process id. It has to be on a local file system, as file locks ask.
 
 Rules of this file:
 
 * A sign of life is a ``flock``, which the kernel releases when the last process that
   has the file open is gone: also after SIGKILL, not while it is stopped. A forked
-  child has it open as well until :meth:`HostStore.after_fork`, which runs in every
-  child that Python has forked.
-* A sign appears locked: it is locked under another name first.
+  child closes its copies at once: see :meth:`HostStore.after_fork`.
+* A sign appears locked: it is locked under another name first. It is not empty once
+  its process has a row.
+* Signs are given under the lock of the rows, so that whoever has that lock may remove
+  what has no sign.
+* Whatever is here may be removed or replaced at any time. A process finds that out
+  when it looks (:meth:`HostStore.in_place`, and each transaction), keeps its sign of
+  life as long as that stands, and opens what is there.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
-import sqlite3
+import stat
 import threading
 import uuid
+import weakref
 from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import LedgerError
+from .host_file import LedgerFile, Replaced, is_at, no_fork, share
+from .rows import member_key
 from .store import StoreAway
 
 try:
@@ -41,14 +49,10 @@ except ImportError:  # Windows
 
 __all__ = ["HostStore"]
 
-#: How long a transaction waits for another one, which takes some 20 microseconds; a
-#: stopped process may be in the middle of one.
-_PATIENCE = 2.0
-
-#: Version of the tables.
-SCHEMA = 1
-
 _SIGN, _BELL, _FIGURES = ".sign", ".bell", ".figures"
+
+# Under these names, a sign and figures are made.
+_NEW_SIGN, _NEW_FIGURES = ".new", ".said"
 
 # What is written into a bell: somebody else rings, it is its own, somebody asks.
 _RING, _NUDGE, _ASK = b"r", b"n", b"a"
@@ -62,24 +66,34 @@ class HostStore:
 
     kind = "host"
     control_connections = 0
-    signed = True  # the kernel loses none
+    #: The kernel loses no sign, but the file may go away: see :meth:`in_place`.
+    can_lose_sign = False
+    watches_place = True
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        #: The ledger's own number; 0 until it is opened.
-        self.key = 0
         self._path = Path(path).absolute()
         self.name = str(self._path)
+        self._file = LedgerFile(self._path)
         self._members = Path(f"{self._path}.members")
         self._begin()
+        _stores.add(self)
 
     def _begin(self) -> None:
         self.member = uuid.uuid4().hex
-        self._database: sqlite3.Connection | None = None
+        self.signed = True
         self._sign: int | None = None
         self._bell: int | None = None
+        # This process has, or had, a row.
+        self._has_joined = False
         self.asked = False
         # One transaction at a time, also among the threads of this process.
         self._lock = threading.RLock()
+        self._process = os.getpid()
+
+    @property
+    def key(self) -> int:
+        """The ledger's own number; 0 until it is opened."""
+        return self._file.key
 
     # -- opening and closing --------------------------------------------------------
 
@@ -89,207 +103,231 @@ class HostStore:
         :raises StoreAway: if it is locked for too long.
         :raises LedgerError: if it cannot be used as it is.
         """
-        if self._sign is not None:
-            return
+        self._check_process()
         if fcntl is None:
             raise LedgerError(
                 "the host ledger needs flock and FIFOs, which this system has not: "
                 "use the URL of a PostgreSQL database as the ledger"
             )
-        try:
-            self._create_files()
-            self._connect()
-            self._remove_the_dead()
-            self._give_sign()
-        except BaseException as error:
-            self.close()
-            if isinstance(error, OSError):
+        with self._lock:
+            if self._file.database is not None:
+                return
+            try:
+                with self._file.opening() as there:
+                    was_used = self._use_directory(there)
+                    others = self._remove_the_dead() - {self.member}
+                    self._file.connect(in_use=bool(others), was_used=was_used)
+                    self._give_sign(there)
+            except OSError as error:
                 raise LedgerError(
                     f"the ledger {self.name} cannot be used: {error}"
                 ) from None
-            raise
+            self.signed = True
 
-    def _create_files(self) -> None:
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Readable by nobody else, unless the operator has created it otherwise.
-        os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
-        mode = self._path.stat().st_mode & 0o777
+    def _use_directory(self, there: os.stat_result) -> bool:
+        """Make the directory of signs; return False if there was none."""
+        self._members = Path(f"{self._file.real}.members")
+        if self._members.is_dir():
+            return True
+        self._members.mkdir(mode=0o700)
+        mode = there.st_mode & 0o777
         # Who may write the file may make signs and bells beside it.
-        allowed = mode | (mode & 0o444) >> 2
-        if not self._members.is_dir():
-            self._members.mkdir(mode=0o700, exist_ok=True)
-            self._members.chmod(allowed)
-        self._mode = mode
+        share(self._members, mode | (mode & 0o444) >> 2, there)
+        return False
 
-    def _connect(self) -> None:
-        with self._translated():
-            database = sqlite3.connect(
-                self._path,
-                timeout=_PATIENCE,
-                isolation_level=None,
-                check_same_thread=False,
-            )
-            self._database = database
-            database.execute("pragma journal_mode = wal")
-            # A lost last commit after a power cut does no harm: then all are dead.
-            database.execute("pragma synchronous = normal")
-            database.execute("begin immediate")
-            (version,) = database.execute("pragma user_version").fetchone()
-            if version > SCHEMA:
-                raise LedgerError(
-                    f"the ledger {self.name} has schema version {version}, and this "
-                    f"process knows {SCHEMA}: it runs an older sqla_fairpool"
-                )
-            if version < SCHEMA:
-                database.execute(
-                    "create table row (key text primary key, value text not null) "
-                    "without rowid"
-                )
-                # What tells ledgers apart at the server: the file may have another
-                # path in each container.
-                key = uuid.uuid4().int & 0x7FFFFFFF
-                database.execute(f"pragma application_id = {key}")
-                database.execute(f"pragma user_version = {SCHEMA}")
-            (self.key,) = database.execute("pragma application_id").fetchone()
-            database.execute("commit")
+    def _give_sign(self, there: os.stat_result) -> None:
+        """Make the sign of life and the bell, unless they are in place."""
+        self._mode, self._there = there.st_mode & 0o777, there
+        bell, sign = (self._beside(self.member, kind) for kind in (_BELL, _SIGN))
+        if not is_at(self._bell, bell):
+            self._bell = self._closed(self._bell)
+            bell.unlink(missing_ok=True)
+            os.mkfifo(bell, self._mode)
+            share(bell, self._mode, there)
+            with no_fork:
+                # Both ends are ours: so it is never at its end, and a write never
+                # fails.
+                self._bell = os.open(bell, os.O_RDWR | os.O_NONBLOCK)
+        if not is_at(self._sign, sign):
+            self._sign = self._closed(self._sign)
+            new = self._beside(self.member, _NEW_SIGN)
+            with no_fork:
+                self._sign = os.open(new, os.O_RDWR | os.O_CREAT, self._mode)
+            fcntl.flock(self._sign, fcntl.LOCK_EX)
+            share(new, self._mode, there)
+            if self._has_joined:
+                self._note_joining()
+            new.rename(sign)
 
-    def _give_sign(self) -> None:
-        bell = self._file(self.member, _BELL)
-        os.mkfifo(bell, self._mode)
-        bell.chmod(self._mode)
-        # Both ends are ours: so it is never at its end, and a write never fails.
-        self._bell = os.open(bell, os.O_RDWR | os.O_NONBLOCK)
-        new = self._file(self.member, ".new")
-        sign = os.open(new, os.O_RDWR | os.O_CREAT | os.O_EXCL, self._mode)
-        fcntl.flock(sign, fcntl.LOCK_EX)
-        new.chmod(self._mode)
-        new.rename(self._file(self.member, _SIGN))
-        self._sign = sign
+    def _note_joining(self) -> None:
+        """Make the sign one of a member, see :meth:`strangers`."""
+        assert self._sign is not None
+        try:
+            os.pwrite(self._sign, b"member\n", 0)
+        except OSError as error:
+            raise StoreAway(f"{self.name}: {error}") from error
+        self._has_joined = True
 
     def close(self) -> None:
         """Give up the sign of life and all handles. Idempotent."""
         with self._lock:
             if self._bell is not None or self._sign is not None:
                 self._unlink(self.member)
-            self._close_handles()
-            if self._database is not None:
-                self._database.close()
+            for handle in (self._bell, self._sign):
+                self._closed(handle)
+            self._file.close()
             self._begin()
 
-    def _close_handles(self) -> None:
-        for handle in (self._bell, self._sign):
-            if handle is not None:
-                with contextlib.suppress(OSError):
-                    os.close(handle)
-        self._bell = self._sign = None
+    @staticmethod
+    def _closed(handle: int | None) -> None:
+        """Close a handle of this process, whatever its children have open."""
+        if handle is not None:
+            with no_fork, contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
+                os.close(handle)
 
     def after_fork(self) -> None:
-        """In the child: become a closed store with a member id of its own."""
-        # Closing does not unlock: the parent has the files open as well.
-        self._close_handles()
-        if self._database is not None:
-            # SQLite must neither use nor close a connection across a fork.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._database))
+        """In the child: become a closed store with a member id of its own.
+
+        Runs in every child that Python forks, before its own code.
+        """
+        for handle in (self._bell, self._sign):
+            if handle is not None:
+                # Closing does not unlock: the parent has the files open as well.
+                with contextlib.suppress(OSError):
+                    os.close(handle)
+        self._file.forget()
         self._begin()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            self.after_fork()  # forked by something that does not tell Python
+
+    def in_place(self) -> bool:
+        """Tell if file, sign of life and bell are those at the ledger's place.
+
+        No lock, and no more than a look at the file system. False if it is not open.
+        """
+        return self._file.in_place() and self._has_sign()
+
+    def _has_sign(self) -> bool:
+        return is_at(self._sign, self._beside(self.member, _SIGN)) and is_at(
+            self._bell, self._beside(self.member, _BELL)
+        )
 
     # -- rows --------------------------------------------------------------------------
 
     @contextmanager
     def transaction(self) -> Iterator[MutableMapping[str, str]]:
-        """The rows, for this process alone; kept on leaving, undone by an exception."""
+        """The rows, for this process alone; kept on leaving, undone by an exception.
+
+        :raises StoreAway: if the lock is not to be had in time; or if the ledger was
+          removed or replaced: then :attr:`signed` is False until :meth:`open`.
+        """
+        self._check_process()
         with self._lock:
-            database = self._database
-            if database is None:
-                raise StoreAway("the ledger is not open")
-            with self._translated():
-                database.execute("begin immediate")
             try:
-                with self._translated():
-                    rows = dict(database.execute("select key, value from row"))
-                before = dict(rows)
-                yield rows
-                with self._translated():
-                    self._write(database, before, rows)
-                    database.execute("commit")
-            except BaseException:
-                if database.in_transaction:
-                    with contextlib.suppress(sqlite3.Error):
-                        database.execute("rollback")
+                with self._file.transaction() as rows:
+                    if not self._has_sign():
+                        self._file.close()
+                        raise Replaced(
+                            f"the sign of life of this process was removed from "
+                            f"{self._members}; it is given again"
+                        )
+                    yield rows
+                    if not self._has_joined and member_key(self.member) in rows:
+                        self._note_joining()
+            except Replaced:
+                self.signed = False
                 raise
-
-    @staticmethod
-    def _write(
-        database: sqlite3.Connection, before: dict[str, str], rows: dict[str, str]
-    ) -> None:
-        gone = [(key,) for key in before if key not in rows]
-        changed = [(k, v) for k, v in rows.items() if before.get(k) != v]
-        if gone:
-            database.executemany("delete from row where key = ?", gone)
-        if changed:
-            database.executemany(
-                "insert into row values (?, ?) "
-                "on conflict (key) do update set value = excluded.value",
-                changed,
-            )
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            name = getattr(error, "sqlite_errorname", "")  # from Python 3.11 on
-            if name in ("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM"):
-                raise LedgerError(
-                    f"the ledger {self.name} cannot be used: {error}"
-                ) from None
-            raise StoreAway(f"{self.name}: {error}") from error
-        except sqlite3.DatabaseError as error:
-            raise LedgerError(
-                f"the ledger {self.name} is no ledger, or damaged ({error}); if no "
-                f"member lives, remove it"
-            ) from None
 
     # -- signs of life ----------------------------------------------------------------
 
     def living(self, members: Collection[str]) -> set[str]:
-        """Return those whose sign of life stands. Removes those of the others."""
-        return {member for member in members if self._lives(member)}
+        """Return those whose sign of life stands. Removes those of the others.
+
+        :raises StoreAway: if it cannot be told.
+        """
+        try:
+            living = {member for member in members if self._lives(member)}
+        except OSError as error:
+            raise StoreAway(f"{self.name}: {error}") from error
+        if len(living) < len(members) and not self._has_sign():
+            # Whoever removed this process's sign may have removed theirs.
+            raise StoreAway(f"the signs of life in {self._members} were removed")
+        return living
+
+    def strangers(self, members: Collection[str]) -> int:
+        """Count the living that had rows in a former file here, and have none now.
+
+        :param members: those with rows. This process does not count, nor do those that
+          have never had a row, as those that only look at the ledger.
+        """
+        signs = self._found(_SIGN) - {self.member, *members}
+        return len(self.living({member for member in signs if self._had_row(member)}))
+
+    def _had_row(self, member: str) -> bool:
+        with contextlib.suppress(OSError):
+            return self._beside(member, _SIGN).stat().st_size > 0
+        return False
 
     def _lives(self, member: str) -> bool:
         if member == self.member:
             return self._sign is not None
+        path = self._beside(member, _SIGN)
         try:
-            sign = os.open(self._file(member, _SIGN), os.O_RDONLY)
-        except FileNotFoundError:
+            sign = _open_regular(path)
+        except PermissionError:
+            return True  # for all that can be told
+        except (FileNotFoundError, NotADirectoryError):
             return False
-        try:
-            # Shared: others may be looking at the same moment.
-            fcntl.flock(sign, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(sign)
+        if sign is not None:
+            try:
+                # Shared: others may be looking at the same moment.
+                fcntl.flock(sign, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            finally:
+                os.close(sign)
         self._unlink(member)
         return False
 
-    def _remove_the_dead(self) -> None:
-        """Remove what members have left that were killed before they had a row."""
-        for path in self._members.glob(f"*{_SIGN}"):
-            self._lives(path.name.removesuffix(_SIGN))
+    def _remove_the_dead(self) -> set[str]:
+        """Remove what was left by processes that were killed; return the living.
 
-    def _file(self, member: str, kind: str) -> Path:
+        The caller holds the lock of the rows: nobody gives a sign meanwhile.
+        """
+        living = {member for member in self._found(_SIGN) if self._lives(member)}
+        for kind in (_BELL, _FIGURES, _NEW_SIGN, _NEW_FIGURES):
+            for member in self._found(kind) - living:
+                self._unlink(member)
+        return living
+
+    def _found(self, kind: str) -> set[str]:
+        """Return whose things of a kind lie in the directory."""
+        try:
+            names = os.listdir(self._members)
+        except OSError:
+            return set()
+        return {name.removesuffix(kind) for name in names if name.endswith(kind)}
+
+    def _beside(self, member: str, kind: str) -> Path:
         return self._members / f"{member}{kind}"
 
     def _unlink(self, member: str) -> None:
-        for kind in (_BELL, _FIGURES, _SIGN):
+        for kind in (_BELL, _FIGURES, _NEW_FIGURES, _NEW_SIGN, _SIGN):
             with contextlib.suppress(OSError):
-                self._file(member, kind).unlink()
+                self._beside(member, kind).unlink()
 
     # -- bells ------------------------------------------------------------------------
 
     def ring(self, members: Iterable[str]) -> None:
         """Wake them from their :meth:`wait`. Best effort."""
         self._write_into_bells(members, _RING)
+
+    def ring_all(self) -> None:
+        """Wake everybody who has a bell here. Best effort."""
+        self._write_into_bells(self._found(_BELL), _RING)
 
     def ask(self, members: Iterable[str]) -> None:
         """Wake them, and have them publish. Best effort."""
@@ -298,7 +336,7 @@ class HostStore:
     def _write_into_bells(self, members: Iterable[str], what: bytes) -> None:
         for member in members:
             try:
-                bell = os.open(self._file(member, _BELL), os.O_WRONLY | os.O_NONBLOCK)
+                bell = os.open(self._beside(member, _BELL), os.O_WRONLY | os.O_NONBLOCK)
             except OSError:
                 continue  # gone, or going
             try:
@@ -317,9 +355,13 @@ class HostStore:
         poll.register(bell, select.POLLIN)
         if not poll.poll(None if seconds is None else max(seconds, 0.0) * 1000):
             return False
-        with contextlib.suppress(BlockingIOError):
+        try:
             while heard := os.read(bell, 4096):
                 self.asked = self.asked or _ASK in heard
+        except BlockingIOError:
+            pass
+        except OSError:  # closed meanwhile
+            raise StoreAway("the ledger is not open") from None
         return True
 
     def nudge(self) -> None:
@@ -333,11 +375,11 @@ class HostStore:
 
     def publish(self, text: str) -> None:
         """Let others read what this process says of itself."""
-        new = self._file(self.member, ".said")
+        new = self._beside(self.member, _NEW_FIGURES)
         try:
-            new.write_text(text)
-            new.chmod(self._mode)
-            new.rename(self._file(self.member, _FIGURES))  # whole, or not at all
+            new.write_text(text, encoding="utf-8")
+            share(new, self._mode, self._there)
+            new.rename(self._beside(self.member, _FIGURES))  # whole, or not at all
         except OSError as error:
             raise StoreAway(f"{self.name}: {error}") from error
 
@@ -345,6 +387,33 @@ class HostStore:
         """Return what each of `members` has published last, if anything."""
         found = {}
         for member in members:
-            with contextlib.suppress(OSError):
-                found[member] = self._file(member, _FIGURES).read_text()
+            with contextlib.suppress(OSError, ValueError):
+                figures = _open_regular(self._beside(member, _FIGURES))
+                if figures is not None:
+                    with open(figures, encoding="utf-8") as file:
+                        found[member] = file.read()
         return found
+
+
+def _open_regular(path: Path) -> int | None:
+    """Open a file for reading; return None if it is something else, a FIFO say."""
+    if not stat.S_ISREG(path.lstat().st_mode):
+        return None
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)  # replaced between the two looks
+    return None
+
+
+# All stores of this process, for its forked children.
+_stores: weakref.WeakSet[HostStore] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for store in list(_stores):
+        store.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

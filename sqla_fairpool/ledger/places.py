@@ -15,6 +15,7 @@ from pathlib import Path
 from sqlalchemy import exc
 from sqlalchemy.engine import URL, make_url
 
+from ..drivers import with_libpq_keys
 from ..options import BadOption
 from .errors import LedgerError
 from .host import HostStore
@@ -123,10 +124,11 @@ def with_threads_driver(url: URL) -> URL:
     Also for the database of an asyncio pool: what is not one of its tasks cannot use
     its driver.
     """
+    url = with_libpq_keys(url)
     keys = [key for key in url.query if key in ("ledger", "plugin")]
     keys += [key for key in url.query if key.startswith("fairpool_")]
     driver = url.get_driver_name()
-    if driver not in _DRIVERS:
+    if driver not in (*_DRIVERS, "asyncpg"):
         # Its keys mean nothing to libpq, which refuses what it does not know.
         keys = [key for key in url.query if key not in ("host", "port")]
     if driver not in _DRIVERS or find_spec(driver) is None:

@@ -34,10 +34,11 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
+from . import sessions
 from .errors import LedgerError
 from .postgres_tables import Tables, TablesGone
-from .sessions import refuse_pooler
 from .store import StoreAway
+from .watch import Present
 
 __all__ = ["PostgresStore"]
 
@@ -131,6 +132,8 @@ class PostgresStore:
     def _begin(self) -> None:
         self.member = uuid.uuid4().hex
         self.signed = True
+        #: The identity of the server, once it is connected.
+        self.server: str | None = None
         self._connection: Connection | None = None
         # The tables were found. Not the same as being connected: see `_miss_tables`.
         self._is_open = False
@@ -142,6 +145,20 @@ class PostgresStore:
     def key(self) -> int:
         """The ledger's own number; 0 until it is opened."""
         return self._tables.number
+
+    @property
+    def sign(self) -> int:
+        """The key of this process's sign of life, an advisory lock."""
+        return _key(self.member)
+
+    def look(self) -> Present:
+        """Return the sessions of the server in which the ledger is."""
+        with self._translated():
+            cursor = self._driver.cursor()
+            try:
+                return sessions.look(cursor)
+            finally:
+                cursor.close()
 
     @property
     def control_connections(self) -> int:
@@ -189,7 +206,8 @@ class PostgresStore:
         self._run(f"SET {idle} = '{_STATEMENT_TIMEOUT}'")
         cursor = self._driver.cursor()
         try:
-            refuse_pooler(cursor, self._driver.info.backend_pid)
+            pid = self._driver.info.backend_pid
+            self.server, _ = sessions.identify(cursor, pid)
         finally:
             cursor.close()
         if hasattr(self._driver, "add_notify_handler"):

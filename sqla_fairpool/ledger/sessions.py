@@ -1,8 +1,9 @@
-"""Server sessions of members, seen by PostgreSQL itself.
+"""Server sessions of members, as PostgreSQL itself tells them.
 
-Each connection of a member takes a shared advisory lock with the member's number, once,
-when it is opened. The server releases it exactly when the session ends, whatever became
-of the client; so who asks ``pg_locks`` learns which members still have sessions.
+A session is known by its server process and by when that began. Nothing that an
+application does in the session changes these (``DISCARD ALL`` drops advisory locks and
+settings), and every session of the server shows them to every other one, whichever
+database it is in.
 
 Plain DBAPI cursors, so it works behind each driver of SQLAlchemy's.
 """
@@ -12,27 +13,45 @@ from __future__ import annotations
 from typing import Any
 
 from .errors import LedgerError
+from .rows import Session
+from .watch import Present
 
-__all__ = ["mark", "members_with_sessions", "refuse_pooler"]
+__all__ = [
+    "identify",
+    "look",
+    "other_ledgers",
+    "refuse_pooler",
+    "sign_stands",
+]
+
+#: First key of the advisory lock by which a pool shows which ledger it uses; the second
+#: is the ledger's number. For a warning only. Any number would do; this one is "pool".
+_USES = 0x706F6F6C
+
+_BEGAN = "(extract(epoch from backend_start) * 1000000)::bigint"
 
 
-def mark(cursor: Any, key: int, number: int) -> None:
-    """Have the cursor's session counted as one of member `number`.
+def _server(cursor: Any) -> str:
+    """Return what tells a server from all others, also from a copy of it in time.
 
-    :param key: the ledger's own number, a positive int4.
+    A standby has its primary's number, and keeps it when it is promoted.
     """
-    cursor.execute(f"SELECT pg_advisory_lock_shared({key}, {number})")
-    cursor.fetchall()
+    cursor.execute("SELECT system_identifier FROM pg_control_system()")
+    (number,) = cursor.fetchone()
+    return f"postgresql {number}"
 
 
-def members_with_sessions(cursor: Any, key: int) -> set[int]:
-    """Return the numbers of members that have a session on the cursor's database."""
+def identify(cursor: Any, backend_pid: int | None) -> tuple[str, Session]:
+    """Return the server, and the session that a cursor is of.
+
+    :param backend_pid: the server process as the driver knows it, None if it does not.
+    :raises LedgerError: if a pooler is in between.
+    """
+    refuse_pooler(cursor, backend_pid)
     cursor.execute(
-        "SELECT DISTINCT objid::int FROM pg_locks WHERE locktype = 'advisory' "
-        f"AND classid::int = {key} AND objsubid = 2 AND database = "
-        "(SELECT oid FROM pg_database WHERE datname = current_database())"
+        f"SELECT pid, {_BEGAN} FROM pg_stat_activity WHERE pid = pg_backend_pid()"
     )
-    return {row[0] for row in cursor.fetchall()}
+    return _server(cursor), Session(*cursor.fetchone())
 
 
 def refuse_pooler(cursor: Any, backend_pid: int | None) -> None:
@@ -40,13 +59,48 @@ def refuse_pooler(cursor: Any, backend_pid: int | None) -> None:
 
     :param backend_pid: the server process as the driver knows it.
     """
-    if backend_pid is None:
-        return
     cursor.execute("SELECT pg_backend_pid()")
     (there,) = cursor.fetchone()
-    if there != backend_pid:
+    if backend_pid is not None and there != backend_pid:
         raise LedgerError(
             f"the driver believes to be connected to process {backend_pid} of the "
             f"server, and is served by {there}: a pooler like PgBouncer is in between, "
             "where sessions, by which a ledger counts, mean nothing; connect directly"
         )
+
+
+def look(cursor: Any) -> Present:
+    """Return the sessions that a server has now."""
+    cursor.execute(
+        f"SELECT pid, {_BEGAN}, usename = current_user AND pid <> pg_backend_pid() "
+        "AND application_name <> 'sqla_fairpool ledger' FROM pg_stat_activity"
+    )
+    rows = cursor.fetchall()
+    return Present(
+        _server(cursor),
+        frozenset(Session(pid, began) for pid, began, _ in rows),
+        frozenset(Session(pid, began) for pid, began, is_peer in rows if is_peer),
+    )
+
+
+def sign_stands(cursor: Any, sign: int) -> bool:
+    """Tell if a member's sign of life stands, asked on the server that holds it."""
+    cursor.execute(
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 "
+        f"AND granted AND (classid::bigint << 32) | objid::bigint = {sign}"
+    )
+    return bool(cursor.fetchone()[0])
+
+
+def other_ledgers(cursor: Any, key: int) -> set[int]:
+    """Show which ledger a session's database is used with; return others in use there.
+
+    :param key: the ledger's own number, a positive int4.
+    """
+    cursor.execute(f"SELECT pg_advisory_lock_shared({_USES}, {key})")
+    cursor.execute(
+        "SELECT DISTINCT objid::bigint FROM pg_locks WHERE locktype = 'advisory' "
+        f"AND classid::bigint = {_USES} AND objsubid = 2 AND granted AND database = "
+        "(SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
+    return {int(row[0]) for row in cursor.fetchall()} - {key}

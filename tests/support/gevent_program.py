@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sqlalchemy import create_engine, text  # noqa: E402
 
-from sqla_fairpool import CheckoutTimeout, FairQueuePool, tag  # noqa: E402
+from sqla_fairpool import CheckoutTimeout, FairQueuePool, SelfDeadlock, tag  # noqa: E402
 from support.state import assert_quiet  # noqa: E402
 from support.stub import StubServer  # noqa: E402
 
@@ -76,6 +76,27 @@ def time_out_does_not_block_the_hub(url):
     heart.kill()
     assert len(beats) > 2
     holder.close()
+    assert_quiet(pool)
+
+
+def greenlet_that_waits_for_itself_is_refused(url):
+    pool = StubServer().pool(
+        pool_size=2, soft_limit=2, max_limit=2, timeout=1000, deadlock_timeout=0.001
+    )
+
+    def nested():
+        holder = pool.connect()
+        gevent.sleep(0.01)  # until both have one
+        try:
+            pool.connect().close()
+        except SelfDeadlock:
+            return "refused"
+        finally:
+            holder.close()
+        return "served"
+
+    both = [gevent.spawn(nested) for _ in range(2)]
+    assert sorted(one.get() for one in both) == ["refused", "served"]
     assert_quiet(pool)
 
 

@@ -1,0 +1,411 @@
+"""The rows of the host store: an SQLite file under a lock of its own.
+
+Rules of this file:
+
+* SQLite takes no locks here (``nolock``). The locks it would take belong to a process
+  and a file: the first descriptor of the file that the process closes drops them all,
+  and a forked child, which has none of them, is not told.
+* The lock is a ``flock`` on the file itself, so that the lock and what it protects
+  cannot be told apart, whatever is deleted, replaced or linked. It belongs to an open
+  file description: each :class:`LedgerFile` has one, and a forked child opens another.
+  The kernel releases it with the process. It is released by ``LOCK_UN``, since a child
+  forked meanwhile may not have closed its copy of the descriptor yet.
+* Everything is done under the lock, and after a look if the file is still the one at
+  its path.
+* No thread of this process is inside SQLite while another one forks: SQLite's mutexes
+  would be held for ever in the child.
+
+The journal is a rollback journal, which the next process plays back if one was killed
+in the middle of a commit. Nothing is synced to the disk: that would cost half a
+millisecond under the lock, and after a power cut no member lives. The file may be
+damaged then, which is recognised when it is opened.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import shutil
+import sqlite3
+import stat
+import threading
+import time
+import uuid
+from collections.abc import Iterator, MutableMapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from urllib.parse import quote
+
+from .errors import LedgerError
+from .store import StoreAway
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["LedgerFile", "Replaced", "is_at", "no_fork", "share"]
+
+_log = logging.getLogger(__name__)
+
+#: How long a transaction waits for another one, which takes some 40 microseconds; a
+#: stopped process may be in the middle of one.
+_PATIENCE = 2.0
+
+#: Seconds between two attempts to get the lock: the first, and the longest. The first
+#: is about what a transaction takes, and the least that a system sleeps.
+_FIRST, _LONGEST = 50e-6, 2e-3
+
+#: Version of the file. Version 1 was in WAL mode, under SQLite's own locks.
+SCHEMA = 2
+
+#: Held by a thread that must not see its process forked.
+no_fork = threading.RLock()
+
+
+def _end_of_fork() -> None:
+    with suppress(RuntimeError):  # forked by something that did not tell us before
+        no_fork.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=no_fork.acquire,
+        after_in_parent=_end_of_fork,
+        after_in_child=_end_of_fork,
+    )
+
+
+class Replaced(StoreAway):
+    """What is open is not what is at the ledger's path any more."""
+
+
+def is_at(handle: int | None, path: Path) -> bool:
+    """Tell if an open file is the one at a path."""
+    try:
+        return handle is not None and os.path.samestat(os.fstat(handle), os.stat(path))
+    except OSError:
+        return False
+
+
+def share(path: Path, mode: int, like: os.stat_result) -> None:
+    """Give something that this process has made to those who share the ledger.
+
+    :param like: the ledger's file, whose group it gets; and whose owner, from root.
+    """
+    with suppress(OSError):  # it stays in a group of this user
+        os.chown(path, like.st_uid if os.geteuid() == 0 else -1, like.st_gid)
+    # Setting the mode would take back that a directory hands down its group.
+    path.chmod(mode | path.stat().st_mode & stat.S_ISGID)
+
+
+class LedgerFile:
+    """See the head of this file. Not for several threads at once.
+
+    :param path: the SQLite file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.name = str(path)
+        #: The file without symbolic links; what lies beside it lies beside this.
+        self.real = path
+        #: The ledger's own number; 0 until it is opened.
+        self.key = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self.database: sqlite3.Connection | None = None
+        # What the lock is on.
+        self._handle: int | None = None
+
+    def in_place(self) -> bool:
+        """Tell if the file that is open is the one at its path."""
+        return is_at(self._handle, self._path)
+
+    # -- the lock -------------------------------------------------------------------
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """:raises Replaced: if the file is not the one at its path."""
+        handle = self._handle
+        assert handle is not None
+        try:
+            self._lock(handle)
+            if not self.in_place():
+                raise self._replaced()
+            yield
+        finally:
+            if self._handle == handle:  # neither closed nor forked meanwhile
+                fcntl.flock(handle, fcntl.LOCK_UN)
+
+    def _replaced(self) -> Replaced:
+        self.close()
+        return Replaced(
+            f"the ledger {self.name} was removed or replaced; what is there now is "
+            f"joined"
+        )
+
+    def _lock(self, handle: int) -> None:
+        deadline = time.monotonic() + _PATIENCE
+        pause = _FIRST
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise StoreAway(
+                        f"{self.name}: locked by another process for {_PATIENCE:g}s"
+                    ) from None
+            except OSError as error:
+                raise StoreAway(f"{self.name}: {error}") from None
+            time.sleep(pause)
+            pause = min(pause * 2, _LONGEST)
+
+    # -- opening and closing --------------------------------------------------------
+
+    @contextmanager
+    def opening(self) -> Iterator[os.stat_result]:
+        """Open what is at the path, created if need be; within, it is locked.
+
+        :meth:`connect` comes next.
+        """
+        try:
+            with ExitStack() as stack:
+                while self._handle is None:
+                    self._open()
+                    with suppress(Replaced):  # while we waited for its lock
+                        stack.enter_context(self._locked())
+                yield os.fstat(self._handle)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        self.real = Path(os.path.realpath(self._path))
+        self.real.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with no_fork:
+            try:
+                # Not with O_CREAT: in a directory like /tmp that is refused for a file
+                # of another user, though it may be written.
+                self._handle = os.open(self.real, os.O_RDWR | os.O_NONBLOCK)
+            except FileNotFoundError:
+                # Readable by nobody else, unless the operator creates it otherwise.
+                self._handle = os.open(self.real, os.O_RDWR | os.O_CREAT, 0o600)
+        if not stat.S_ISREG(os.fstat(self._handle).st_mode):
+            self.close()
+            raise LedgerError(f"the ledger {self.name} is not a file")
+
+    def connect(self, *, in_use: bool, was_used: bool) -> None:
+        """Let SQLite open the file; make the tables, or check them.
+
+        :param in_use: another process has given a sign of life.
+        :param was_used: there was a ledger before. If it is damaged, and not in use, it
+          is made anew.
+        :raises LedgerError: if it cannot be used as it is.
+        """
+        try:
+            self._connect(in_use)
+        except sqlite3.Error as error:
+            self._disconnect()
+            translated = self._translated(error)
+            is_damage = type(error) is sqlite3.DatabaseError
+            if in_use or not was_used or not is_damage:
+                raise translated from None
+            self._make_anew(error)
+            self._connect(in_use)
+
+    def _connect(self, in_use: bool) -> None:
+        assert self._handle is not None
+        if os.pread(self._handle, 2, 18) == b"\2\2":
+            self._leave_wal()
+        journal = Path(f"{self.real}-journal")
+        if not journal.exists():
+            # Here, for SQLite knows the ledger's mode, but not its group.
+            journal.touch(0o600)
+            there = os.fstat(self._handle)
+            share(journal, there.st_mode & 0o777, there)
+        if not journal.is_file():
+            raise LedgerError(f"{journal} is not a file: remove it")
+        with no_fork:
+            database = self.database = self._sqlite("&nolock=1")
+            database.execute("pragma journal_mode = truncate")
+            database.execute("pragma synchronous = off")
+            (found,) = database.execute("pragma quick_check(1)").fetchone()
+            if found != "ok":
+                raise sqlite3.DatabaseError(" ".join(found.split()))
+            self._make_tables(database, in_use)
+
+    def _sqlite(self, options: str) -> sqlite3.Connection:
+        # Never created by SQLite, which does not know of the lock.
+        uri = f"file:{quote(os.fsencode(self.real))}?mode=rw{options}"
+        return sqlite3.connect(
+            uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False
+        )
+
+    def _make_tables(self, database: sqlite3.Connection, in_use: bool) -> None:
+        database.execute("begin")
+        (version,) = database.execute("pragma user_version").fetchone()
+        tables = database.execute("select name from sqlite_master").fetchall()
+        if version > SCHEMA:
+            raise LedgerError(
+                f"the ledger {self.name} has schema version {version}, and this "
+                f"process knows {SCHEMA}: it runs an older sqla_fairpool"
+            )
+        if tables and (version == 0 or ("row",) not in tables):
+            raise LedgerError(f"the ledger {self.name} is a database of something else")
+        if version == 1 and in_use:
+            raise self._used_by_older()
+        if not tables:
+            database.execute(
+                "create table row (key text primary key, value text not null) "
+                "without rowid"
+            )
+            # What tells ledgers apart: the file may have another path in each
+            # container.
+            key = uuid.uuid4().int & 0x7FFFFFFF
+            database.execute(f"pragma application_id = {key}")
+        if version < SCHEMA:
+            database.execute(f"pragma user_version = {SCHEMA}")
+        (self.key,) = database.execute("pragma application_id").fetchone()
+        database.execute("commit")
+
+    def _leave_wal(self) -> None:
+        """Convert a file of version 1, unless a process of that version has it open."""
+        with no_fork:
+            database = self._sqlite("")
+            try:
+                (mode,) = database.execute("pragma journal_mode = truncate").fetchone()
+            except sqlite3.OperationalError:
+                mode = "wal"
+            finally:
+                database.close()
+        if mode == "wal":
+            raise self._used_by_older()
+
+    def _used_by_older(self) -> LedgerError:
+        return LedgerError(
+            f"the ledger {self.name} is in use by processes with an older "
+            f"sqla_fairpool, which locks it otherwise: stop them first"
+        )
+
+    def _make_anew(self, error: sqlite3.Error) -> None:
+        """Empty a damaged file, which keeps its owner and mode."""
+        assert self._handle is not None
+        kept = f"{self.real}.damaged"
+        shutil.copy(self.real, kept)
+        for suffix in ("-journal", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                os.unlink(f"{self.real}{suffix}")
+        os.ftruncate(self._handle, 0)
+        _log.warning(
+            "the ledger %s was damaged (%s), and no member lives: it is made anew, and "
+            "what there was is %s",
+            self.name,
+            error,
+            kept,
+        )
+
+    def close(self) -> None:
+        """Close everything. Idempotent."""
+        self._disconnect()
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            with no_fork, suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
+                os.close(handle)
+
+    def _disconnect(self) -> None:
+        database, self.database = self.database, None
+        if database is not None:
+            with no_fork:
+                self._roll_back(database)
+                database.close()
+
+    @staticmethod
+    def _roll_back(database: sqlite3.Connection) -> None:
+        if database.in_transaction:
+            with suppress(sqlite3.Error):
+                database.execute("rollback")
+
+    def forget(self) -> None:
+        """In a forked child: become closed, without the lock of the parent."""
+        if self._handle is not None:
+            # Closing does not unlock: the parent has it open as well.
+            with suppress(OSError):
+                os.close(self._handle)
+        if self.database is not None:
+            # To close it might roll the parent's transaction back: it is never freed.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.database))
+        self._begin()
+
+    # -- rows -----------------------------------------------------------------------
+
+    @contextmanager
+    def transaction(self) -> Iterator[MutableMapping[str, str]]:
+        """The rows, for this process alone; kept on leaving, undone by an exception.
+
+        :raises Replaced: if the file is not the one at its path; it is closed then.
+        """
+        database = self.database
+        if database is None:
+            raise StoreAway("the ledger is not open")
+        if database.in_transaction:
+            raise RuntimeError("a transaction of the ledger in another one")
+        with self._locked():
+            try:
+                with no_fork:
+                    # SQLite takes the pages that it keeps for those of the file if
+                    # the same number of transactions has changed them, which is wrong
+                    # when a copy was written over the file: so it keeps none.
+                    database.execute("pragma shrink_memory")
+                    database.execute("begin")
+                    (key,) = database.execute("pragma application_id").fetchone()
+                    if key != self.key:  # written over, in place
+                        raise self._replaced()
+                    rows = dict(database.execute("select key, value from row"))
+                before = dict(rows)
+                yield rows
+                if self.database is not database:
+                    raise StoreAway("the ledger was closed in a transaction")
+                with no_fork:
+                    self._write(database, before, rows)
+                    database.execute("commit")
+            except sqlite3.Error as error:
+                # When it is opened again, it is looked at what there is.
+                self.close()
+                raise self._translated(error) from None
+            except BaseException:
+                if self.database is database:
+                    with no_fork:
+                        self._roll_back(database)
+                raise
+
+    @staticmethod
+    def _write(
+        database: sqlite3.Connection, before: dict[str, str], rows: dict[str, str]
+    ) -> None:
+        gone = [(key,) for key in before if key not in rows]
+        changed = [(k, v) for k, v in rows.items() if before.get(k) != v]
+        if gone:
+            database.executemany("delete from row where key = ?", gone)
+        if changed:
+            database.executemany(
+                "insert into row values (?, ?) "
+                "on conflict (key) do update set value = excluded.value",
+                changed,
+            )
+
+    def _translated(self, error: sqlite3.Error) -> Exception:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, sqlite3.OperationalError):
+            name = getattr(error, "sqlite_errorname", "")  # from Python 3.11 on
+            if name in ("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM"):
+                return LedgerError(f"the ledger {self.name} cannot be used: {reason}")
+            return StoreAway(f"{self.name}: {reason}")
+        return LedgerError(
+            f"the ledger {self.name} is no ledger, or damaged ({reason}); if no "
+            f"member lives, remove it"
+        )
