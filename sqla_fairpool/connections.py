@@ -143,6 +143,8 @@ class Connections:
         self._may_block = may_block
         #: Those that are lost are the ledger's to look after. None without one.
         self.on_lost: Callable[[], None] | None = None
+        #: Errors after which it is known that no session has begun.
+        self.failures: tuple[type[BaseException], ...] = (BaseException,)
         self._existing: set[PhysicalConnection] = set()
 
     def __iter__(self) -> Iterator[PhysicalConnection]:
@@ -182,14 +184,23 @@ class Connections:
 
     @contextlib.contextmanager
     def opening(self, record: Record) -> Iterator[PhysicalConnection]:
-        """One more is being opened; it does not exist after all if that fails."""
+        """One more is being opened.
+
+        It does not exist after all if that fails. If it was interrupted, the server may
+        have begun a session, which ends as soon as it sees that the client has gone: no
+        statement was executed in it.
+        """
         physical = PhysicalConnection(record)
         try:
             record.physical = physical
             self._existing.add(physical)
             yield physical
-        except BaseException:
+        except self.failures:
             self._existing.discard(physical)
+            raise
+        except BaseException:
+            physical.ending = True
+            watcher.watch(None, _GOODBYE, lambda _: self.ended(physical))
             raise
 
     def opened(self, physical: PhysicalConnection, dbapi_connection: Any) -> None:

@@ -171,6 +171,10 @@ def silence(driver_connection: Any) -> None:
         os.close(nothing)
 
 
+#: A socket, until when to look at it, and what to do then.
+_Watched = tuple[SocketCopy | None, float, Callable[[str], None]]
+
+
 class EndWatcher:
     """Waits for sessions to end, in a thread that lives while there are any."""
 
@@ -182,16 +186,16 @@ class EndWatcher:
 
     def forget(self) -> None:
         """Begin anew, in the child of a fork."""
-        self._new: deque[tuple[SocketCopy, float, Callable[[str], None]]] = deque()
+        self._new: deque[_Watched] = deque()
         self._starting = threading.Lock()
         self._running = False
 
     def watch(
-        self, line: SocketCopy, seconds: float, done: Callable[[str], None]
+        self, line: SocketCopy | None, seconds: float, done: Callable[[str], None]
     ) -> None:
         """Call `done` when a session has ended, or cannot be known to, or after a time.
 
-        :param line: the copy of its socket.
+        :param line: the copy of its socket, None if there is only the time.
         :param done: called in the watcher's thread with ENDED, UNKNOWN, or OPEN if
           `seconds` have passed.
         """
@@ -213,7 +217,7 @@ class EndWatcher:
             self._starting.release()
 
     def _run(self) -> None:
-        waiting: list[tuple[SocketCopy, float, Callable[[str], None]]] = []
+        waiting: list[_Watched] = []
         while True:
             while self._new:
                 waiting.append(self._new.popleft())
@@ -221,7 +225,8 @@ class EndWatcher:
             if waiting or self._new:
                 poll = select.poll()
                 for line, _, _ in waiting:
-                    poll.register(line.fileno(), select.POLLIN)
+                    if line is not None:
+                        poll.register(line.fileno(), select.POLLIN)
                 poll.poll(self._TICK * 1000)
                 continue
             self._running = False
@@ -233,9 +238,9 @@ class EndWatcher:
                 self._running = True
 
     @staticmethod
-    def _finish(one: tuple[SocketCopy, float, Callable[[str], None]]) -> bool:
+    def _finish(one: _Watched) -> bool:
         line, deadline, done = one
-        state = line.look()
+        state = OPEN if line is None else line.look()
         if state is OPEN and time.monotonic() < deadline:
             return False
         done(state)

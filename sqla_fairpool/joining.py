@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from sqlalchemy import event
+from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, Dialect
 from sqlalchemy.pool import Pool
 from sqlalchemy.util import greenlet_spawn
@@ -88,6 +88,7 @@ def _begin(pool: Pool, exchange: Exchange, share: Share, url: URL | None) -> Non
     )
     share.keeper = keeper
     share.can_lose_slots = store.can_lose_sign
+    sessions.judge_failures(exchange)
     sessions.listen()
     _keepers.add(keeper)
 
@@ -126,6 +127,17 @@ class _Sessions:
             if self._on_postgresql():
                 self._identify(dbapi_connection, record.physical)
             self._share.after_opening(record.physical)
+
+    def judge_failures(self, exchange: Exchange) -> None:
+        """Tell errors of a driver that cannot connect from interruptions.
+
+        A time limit's exception, say, that a signal handler raises: the server may have
+        begun a session. It is asked, so only where it can be.
+        """
+        pool: Any = self._pool()
+        if self._on_postgresql() and pool._dialect.dbapi is not None:
+            driver = pool._dialect.loaded_dbapi.Error
+            exchange.connections.failures = (driver, OSError, exc.SQLAlchemyError)
 
     def _on_postgresql(self) -> bool:
         pool: Any = self._pool()

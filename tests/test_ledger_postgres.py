@@ -12,7 +12,7 @@ from support.threads import PATIENCE, Caller, eventually
 
 from sqla_fairpool.cli import main
 from sqla_fairpool.cli.watching import Place
-from sqla_fairpool.ledger import postgres
+from sqla_fairpool.ledger import sessions
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.keeper import Keeper
@@ -449,6 +449,15 @@ class _Wanting:
 
     def demand(self):
         return 1, {}
+
+    def sessions(self):
+        return ()
+
+    def lost(self):
+        return ()
+
+    def server(self):
+        return None
 
     def freeze(self):
         pass

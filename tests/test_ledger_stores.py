@@ -591,6 +591,7 @@ def test_sessions_are_seen_until_they_end_whatever_is_done_in_them(
         server, session = sessions.identify(cursor, pid)
         connection.rollback()
         driver_connection = connection.connection.driver_connection
+        driver_connection.rollback()
         driver_connection.autocommit = True
         cursor.execute("DISCARD ALL")
         present = sessions.look(asking)

@@ -51,7 +51,8 @@ def identify(cursor: Any, backend_pid: int | None) -> tuple[str, Session]:
     cursor.execute(
         f"SELECT pid, {_BEGAN} FROM pg_stat_activity WHERE pid = pg_backend_pid()"
     )
-    return _server(cursor), Session(*cursor.fetchone())
+    session = Session(*cursor.fetchone())
+    return _server(cursor), session
 
 
 def refuse_pooler(cursor: Any, backend_pid: int | None) -> None:
