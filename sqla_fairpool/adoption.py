@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from sqlalchemy import exc
 from sqlalchemy.engine import URL, Dialect, make_url
 
 from .drivers import has_private_memory

@@ -25,4 +25,11 @@ EXIT_SIGNAL = 128
 
 
 class CommandError(Exception):
-    """A command cannot do its work; the text, on one line, says why."""
+    """A command cannot do its work; the text, on one line, says why.
+
+    :param status: what the program exits with.
+    """
+
+    def __init__(self, text: str, status: int = EXIT_CANNOT_RUN) -> None:
+        super().__init__(text)
+        self.status = status
