@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from sqlalchemy import exc
 from sqlalchemy.engine import URL, Dialect, make_url
 
 from .drivers import has_private_memory
@@ -156,7 +157,12 @@ def _summary(options: Mapping[str, Any], given: Mapping[str, Any]) -> str:
 
 
 def _without_secret(ledger: str) -> str:
-    return show_place(database_place(make_url(ledger))) if "://" in ledger else ledger
+    if "://" not in ledger:
+        return ledger
+    try:
+        return show_place(database_place(make_url(ledger)))
+    except (exc.ArgumentError, ValueError):
+        return f"{ledger.partition('://')[0]}://..."  # the pool says what is wrong
 
 
 def _ledger_of(ledger: str | None, database: URL) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -16,6 +17,7 @@ __all__ = [
     "BadOption",
     "PoolOptions",
     "describe_changes",
+    "hide_passwords",
     "naming",
     "read_switch",
     "validate_tag",
@@ -31,11 +33,20 @@ SHORTEST_TIME, LONGEST_TIME = 0.001, 1e9
 MAX_TAG_LENGTH = 128
 
 
+_PASSWORD = re.compile(r"(://[^/\s:@]*):\S*@|\b((?:ssl)?password=)[^&\s'\"]+")
+
+
+def hide_passwords(text: str) -> str:
+    """Return `text` with three asterisks for each password in a URL."""
+    return _PASSWORD.sub(lambda m: f"{m[1]}:***@" if m[1] else f"{m[2]}***", text)
+
+
 class BadOption(exc.ArgumentError):
     """A value that is not allowed, with what its message was made of."""
 
     def __init__(self, name: str, value: object, allowed: str) -> None:
-        super().__init__(f"{name}={value!r} is not allowed: {allowed}")
+        shown = hide_passwords(repr(value))  # it may be a URL
+        super().__init__(f"{name}={shown} is not allowed: {allowed}")
         self.name = name
         self.value = value
         self.allowed = allowed
@@ -169,6 +180,11 @@ class PoolOptions:
     ledger: str | None
     #: The limits that were not given, and so follow the capacity.
     defaulted: frozenset[str]
+
+    def __repr__(self) -> str:
+        # With the ledger's URL, if that is one, but not with its password.
+        values = (f"{one.name}={getattr(self, one.name)!r}" for one in fields(self))
+        return hide_passwords(f"{type(self).__name__}({', '.join(values)})")
 
     @property
     def capacity(self) -> int:
@@ -307,7 +323,8 @@ _FIXED = frozenset(
 def describe_changes(before: PoolOptions, now: PoolOptions) -> str:
     """Return ``soft_limit 10 -> 8, max_limit 15 -> 12``: what differs."""
     pairs = [(n, getattr(before, n), getattr(now, n)) for n in PoolOptions.names()]
-    return ", ".join(f"{name} {a} -> {b}" for name, a, b in pairs if a != b)
+    changes = ", ".join(f"{name} {a} -> {b}" for name, a, b in pairs if a != b)
+    return hide_passwords(changes)
 
 
 def _limits(soft_limit: Any, max_limit: Any, capacity: int) -> tuple[int, int]:

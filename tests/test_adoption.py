@@ -249,3 +249,8 @@ def test_call_without_a_url_is_left_to_create_engine():
 )
 def test_place_is_shown_as_a_url(url, shown):
     assert show_place(database_place(make_url(url))) == shown
+
+
+def test_ledger_that_is_no_url_is_not_shown(arguments):
+    _, said = arguments(URL, options={"ledger": "postgresql://u:s3cret@h:port/d"})
+    assert "ledger postgresql://..." in said

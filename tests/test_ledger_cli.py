@@ -7,9 +7,11 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.pool import NullPool
 from support.stub import StubServer
 from support.threads import eventually
 
@@ -17,6 +19,10 @@ from sqla_fairpool.cli import main
 from sqla_fairpool.cli.budget import ask_room, connected
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.host import HostStore
+from sqla_fairpool.ledger.rows import Meta, Terms
+from sqla_fairpool.ledger.sessions import identify
+
+TERMS = Terms(20, 10, 15, 60.0, 30.0)
 
 
 @pytest.fixture
@@ -132,27 +138,126 @@ def test_reap_keeps_what_the_server_cannot_be_asked_about(capsys, left, monkeypa
     assert "2 in quarantine, died" in run(capsys, "show", "--ledger", left)[1]
 
 
+@pytest.fixture
+def dead(role, path):
+    """A dead member with three slots; the engine and two connections posted by it."""
+    url, _ = role
+    engine = create_engine(url, poolclass=NullPool)
+    held = [engine.connect() for _ in range(2)]
+    found = [identify(one.connection.cursor(), None) for one in held]
+    store = HostStore(path)
+    store.open()
+    with store.transaction() as rows:
+        book = Book(rows)
+        book.join("nobody", {"pid": 4711}, TERMS, server=found[0][0])
+        sessions = tuple(sorted(session for _, session in found))
+        member = replace(book.members["nobody"], owned=3, sessions=sessions)
+        book.write("nobody", member)
+        book.confirm(["nobody"])
+        book.tell(book.allocation())
+    store.close()
+    yield url, held
+    for one in held:
+        one.close()
+    engine.dispose()
+
+
 @pytest.mark.postgres
-def test_reap_asks_the_server(capsys, left, postgres_url):
+@pytest.mark.parametrize("database", [None, "template1"])
+def test_reap_frees_what_no_session_has_on_the_server_in_any_database(
+    capsys, dead, path, database
+):
+    url, held = dead
+    url = url.set(database=database or url.database)
+    url = url.render_as_string(hide_password=False)
+
+    def reap():
+        return run(capsys, "reap", "--ledger", path, "--url", url)
+
+    assert reap()[:2] == (
+        1,
+        "1 dead found, 1 slots freed\n"
+        "2 slots stay in quarantine: their sessions live on the server\n",
+    )
+    shown = run(capsys, "show", "--ledger", path)[1]
+    assert ": 2 in quarantine, died; 2 sessions are known" in shown
+    held[0].close()
+    eventually(lambda: "0 dead found, 1 slots freed" in reap()[1])
+    held[1].close()
+    eventually(lambda: reap()[0] == 0)
+    assert "20 free" in run(capsys, "show", "--ledger", path)[1]
+
+
+@pytest.mark.postgres
+def test_reap_keeps_the_slot_of_a_session_that_was_not_posted(capsys, dead, path):
+    url, held = dead
+    with held[0].engine.connect() as more:
+        more.execute(text("select 1"))
+        given = url.render_as_string(hide_password=False)
+        _, out, _ = run(capsys, "reap", "--ledger", path, "--url", given)
+        assert out.startswith("1 dead found, 0 slots freed\n3 slots stay in")
+
+
+@pytest.mark.postgres
+def test_reap_by_the_url_of_another_server_is_refused(capsys, dead, path):
+    url, _ = dead
+    store = HostStore(path)
+    store.open()
+    with store.transaction() as rows:
+        rows["meta"] = Meta(TERMS, 9, 9, "postgresql 42").text
+    store.close()
+    given = url.render_as_string(hide_password=False)
+    status, out, err = run(capsys, "reap", "--ledger", path, "--url", given)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "the members' sessions are on postgresql 42: give the URL of their" in err
+    assert "DEAD: 3 slots" in run(capsys, "show", "--ledger", path)[1]
+
+
+@pytest.mark.postgres
+def test_reap_frees_nothing_where_no_member_has_said_which_server(
+    capsys, left, postgres_url
+):
+    args = ("reap", "--ledger", left, "--url", postgres_url)
+    status, out, _ = run(capsys, *args)
+    assert status == 1
+    assert out.startswith(
+        "1 dead found, 0 slots freed\n2 slots stay in quarantine: no "
+    )
+
+
+# -- rows that cannot be read ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "row"),
+    [
+        ("meta", "nonsense"),
+        ("meta", "[]"),
+        ("meta", '{"protocol": 2}'),
+        ("member/x", "{"),
+        ("member/x", "{}"),
+        ("gone/1", "null"),
+        ("gone/x", "{}"),
+        ("tags", "7"),
+    ],
+)
+def test_broken_row_is_one_line_and_reset_mends_it(capsys, left, key, row):
     store = HostStore(left)
     store.open()
     with store.transaction() as rows:
-        (number,) = [member.number for member in Book(rows).members.values()]
-    engine = create_engine(postgres_url)
-    with engine.connect() as session:
-        lock = text("select pg_advisory_lock_shared(:key, :number)")
-        session.execute(lock, {"key": store.key, "number": number})
-        status, out, _ = run(capsys, "reap", "--ledger", left, "--url", postgres_url)
-        assert status == 1
-        assert "2 slots stay in quarantine: their sessions live on the server" in out
-    engine.dispose()
-
-    def freed():
-        return run(capsys, "reap", "--ledger", left, "--url", postgres_url)[0] == 0
-
-    eventually(freed)
-    assert "20 free" in run(capsys, "show", "--ledger", left)[1]
+        rows[key] = row
     store.close()
+    for command in ("show", "reap"):
+        status, out, err = run(capsys, command, "--ledger", left)
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert err.startswith(f"sqla-fairpool ledger: {left}: the ledger's row {key!r}")
+        assert "`sqla-fairpool ledger reset`" in err
+    assert run(capsys, "reset", "--ledger", left, "--yes")[:2] == (0, "done\n")
+    assert "cannot be read" not in run(capsys, "show", "--ledger", left)[2]
+    engine = StubServer().engine(ledger=left)
+    engine.connect().close()
+    engine.dispose()
+    engine.pool._exchange.share.keeper.close()
 
 
 # -- limit ----------------------------------------------------------------------------
@@ -173,23 +278,59 @@ def role(postgres_url):
 def test_limit_is_printed_or_set(capsys, role, postgres_url):
     url, connection = role
     url = url.render_as_string(hide_password=False)
-    status, out, _ = run(capsys, "limit", "--url", url, "--connections", 20)
+    status, out, _ = run(
+        capsys, "limit", "--url", url, "--connections", 20, "--processes", 3
+    )
     assert (status, out.splitlines()) == (
         0,
         [
-            "20 connections fit",
-            'to have the server hold it: ALTER ROLE "lim ited" CONNECTION LIMIT 20',
+            "25 connections are needed: 20 of the pools, 3 to ask for sessions of lost "
+            "members, one for each process, 2 for a monitor and a command",
+            "they fit",
+            'to have the server hold it: ALTER ROLE "lim ited" CONNECTION LIMIT 25',
         ],
     )
     status, out, _ = run(capsys, "limit", "--url", url, "--connections", 9000)
     assert status == 1
-    assert "9000 connections do not fit: max_connections is " in out
+    assert "assuming 9000 processes, as many as connections: see --processes" in out
+    assert "18002 connections do not fit: max_connections is " in out
     args = ("limit", "--url", postgres_url, "--connections", 5)
     assert "is a superuser, whom no limit binds" in run(capsys, *args)[1]
     connection.execute(text('alter role "lim ited" connection limit 3'))
     status, out, _ = run(capsys, "limit", "--url", url, "--connections", 20)
     assert status == 1
-    assert "the role 'lim ited' may have 3 connections only" in out
+    assert "the role 'lim ited' may have 3 connections only, and 42 are needed" in out
+
+
+@pytest.mark.postgres
+def test_limit_leaves_room_for_what_a_ledger_in_the_server_needs(capsys, role):
+    url, _ = role
+    given = url.render_as_string(hide_password=False)
+    args = ("limit", "--url", given, "--connections", 20, "--processes", 3)
+    _, out, _ = run(capsys, *args, "--ledger", "database")
+    assert out.splitlines() == [
+        "30 connections are needed: 20 of the pools, 3 control connections, one for "
+        "each process, 3 to ask for sessions of lost members, one for each process, 4 "
+        "for a monitor and a command",
+        "they fit",
+        'to have the server hold it: ALTER ROLE "lim ited" CONNECTION LIMIT 30',
+    ]
+    other = url.set(username="another").render_as_string(hide_password=False)
+    _, out, _ = run(capsys, *args, "--ledger", other)
+    assert "3 control connections, one for each process and of another role, " in out
+    assert out.endswith("CONNECTION LIMIT 25\n")
+    _, out, _ = run(capsys, *args, "--ledger", "postgresql://other.example/d")
+    assert out.endswith("CONNECTION LIMIT 25\n")
+    status, _, _ = run(capsys, *args, "--ledger", "postgresql://h:port/d")
+    assert status == 2
+
+
+@pytest.mark.parametrize("option", ["--connections", "--processes"])
+def test_limit_of_nothing_is_refused(capsys, option):
+    url = "postgresql://h/d"
+    status, _, err = run(capsys, "limit", "--url", url, "--connections", 5, option, 0)
+    assert status == 2
+    assert f"{option}: 0 is not a number of at least 1" in err
 
 
 @pytest.mark.postgres
@@ -217,7 +358,8 @@ def test_limit_of_the_ledgers_capacity_is_set(capsys, member, path, postgres_url
             query = text(
                 "select rolconnlimit from pg_roles where rolname = current_user"
             )
-            assert connection.scalar(query) == 20
+            # One member lives, which asks by one more; and two for tools.
+            assert connection.scalar(query) == 23
     finally:
         with engine.connect() as connection:
             connection.execute(text("alter role current_user connection limit -1"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
@@ -356,6 +357,33 @@ def test_monitor_and_commands_are_not_counted_as_members(url, make, capsys):
     assert "1 members" in capsys.readouterr().out
 
 
+def test_reap_asks_the_server_of_the_ledger_if_it_is_told_no_other(
+    url, make, capsys, monkeypatch
+):
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    store = make(url)
+    with store.transaction() as rows:
+        book = Book(rows)
+        book.join("nobody", {}, TERMS, server=store.server)
+        book.write("nobody", replace(book.members["nobody"], owned=3))
+    store.close()
+    given = url.render_as_string(hide_password=False)
+    assert main(["ledger", "reap", "--ledger", given]) == 0
+    assert "1 dead found, 3 slots freed" in capsys.readouterr().out
+
+
+def test_reset_is_refused_while_a_member_lives_that_has_no_row(
+    url, make, capsys, operator
+):
+    store = make(url)
+    given = url.render_as_string(hide_password=False)
+    args = ["ledger", "reset", "--ledger", "database", "--url", given, "--yes"]
+    assert main(args) == 2
+    assert "1 members live: stop them before" in capsys.readouterr().err
+    store.close()
+    eventually(lambda: main(args) == 0)
+
+
 def test_bell_for_all_is_heard_by_those_without_a_row_and_not_by_who_rings(
     driver_url, make
 ):
@@ -472,15 +500,15 @@ class _Wanting:
 def test_session_that_ends_while_it_is_prepared_is_a_store_that_is_away(
     driver_url, operator, monkeypatch
 ):
-    check = sessions.refuse_pooler
+    check = sessions.identify
 
     def ended(cursor, pid):
         operator(driver_url, "select pg_terminate_backend(:pid)", pid=pid)
-        check(cursor, pid)
+        return check(cursor, pid)
 
     store = PostgresStore(driver_url)
     with monkeypatch.context() as patch:
-        patch.setattr(sessions, "refuse_pooler", ended)
+        patch.setattr(sessions, "identify", ended)
         with pytest.raises(StoreAway):
             store.open()
     assert store.control_connections == 0

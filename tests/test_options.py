@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
+import pickle
 import sys
 
 import pytest
@@ -9,7 +11,7 @@ from sqlalchemy import engine_from_config
 from sqlalchemy.exc import ArgumentError
 
 from sqla_fairpool import FairQueuePool, TooManyWaiting, tag, tagging
-from sqla_fairpool.options import PoolOptions, validate_tag
+from sqla_fairpool.options import BadOption, PoolOptions, describe_changes, validate_tag
 
 
 def test_defaults_are_the_contract():
@@ -233,3 +235,28 @@ def test_option_may_be_named_by_an_enum(make_engine):
 def test_bad_tag_of_a_kind_of_string_is_shown_as_plain_text():
     with pytest.raises(ArgumentError, match="tag='' is not allowed"):
         validate_tag(Old.EMPTY)
+
+
+@pytest.mark.parametrize(
+    "ledger",
+    [
+        "postgresql://me:s3cret@db/app?ledger=x",
+        "postgresql://me:s3@cret@db/app",
+        "postgresql+psycopg://me@db/app?password=s3cret",
+        "postgresql://me:s3cret@db:port/app",
+    ],
+)
+def test_passwords_of_a_ledger_are_shown_nowhere(ledger):
+    options = PoolOptions.parse(ledger=ledger)
+    other = dataclasses.replace(options, ledger=None)
+    bad = BadOption("ledger", ledger, "something else")
+    with pytest.raises(ArgumentError) as caught:
+        options.changed({"ledger": ledger})
+    shown = [repr(options), str(options), f"{options}", repr([options]), repr(bad)]
+    shown += [describe_changes(options, other), describe_changes(other, options)]
+    shown += [str(bad), str(caught.value), str(pickle.loads(pickle.dumps(bad)))]
+    for text in shown:
+        assert "postgresql" in text
+        assert "cret" not in text
+    assert options.ledger == ledger
+    assert "pool_size=20" in repr(options)

@@ -472,7 +472,7 @@ asyncio.run(main())
     assert (status, out) == (0, "30\nAsyncAdaptedFairQueuePool async\n")
     assert [line.partition(" for ")[0] for line in err.splitlines()] == [
         "sqla-fairpool run: tag 'async',",
-        f"sqla-fairpool run: 20 connections fit {shown}",
+        f"sqla-fairpool run: 21 connections fit {shown}",
         "sqla-fairpool run: engine",
     ]
     assert "tag 'async', ledger host; pool_size=20 in place of" in err
@@ -783,9 +783,13 @@ def test_budget_that_does_not_fit_is_warned_of(told, limited_url):
     assert (status, start is None) == (0, False)
     assert err == (
         "sqla-fairpool run: warning: the role 'fair_scripts' may have 5 connections "
-        "only; lower --pool-size, or raise the server's limit\n"
+        "only, and 21 are needed; 21 connections are needed: 20 of the pools, 1 to ask "
+        "for sessions of lost members, one for each process; lower --pool-size, or "
+        "raise the server's limit\n"
     )
-    assert told("--url", limited_url, "--pool-size", 5, "x.py")[2] == ""
+    assert told("--url", limited_url, "--pool-size", 4, "x.py")[2] == ""
+    in_database = ["--url", limited_url, "--pool-size", 4, "--ledger", "database"]
+    assert "1 control connections" in told(*in_database, "x.py")[2]
 
 
 @pytest.mark.postgres
@@ -795,13 +799,13 @@ def test_strict_does_not_start(told, limited_url, monkeypatch):
     status, start, err = told("--strict", "x.py")
     assert (status, start) == (2, None)
     assert err.startswith("sqla-fairpool run: the role 'fair_scripts' may have 5 conn")
-    assert told("--strict", "--pool-size", "5", "x.py")[::2] == (0, "")
+    assert told("--strict", "--pool-size", "4", "x.py")[::2] == (0, "")
 
 
 @pytest.mark.postgres
 def test_everything_that_is_too_little_stands_on_one_line(told, limited_url):
     _, _, err = told("--url", limited_url, "--pool-size", 5000, "x.py")
-    assert "5000 connections do not fit: max_connections is " in err
+    assert "5001 connections do not fit: max_connections is " in err
     assert "; the role 'fair_scripts' may have 5 " in err
     assert err.count("\n") == 1
 
@@ -811,7 +815,7 @@ def test_server_that_cannot_be_asked(told, tmp_path):
     status, start, err = told("--url", url, "x.py")
     assert (status, start is None) == (0, False)
     assert err.startswith(
-        "sqla-fairpool run: warning: whether 20 connections fit could not be checked: "
+        "sqla-fairpool run: warning: whether 21 connections fit could not be checked: "
     )
     assert err.count("\n") == 1
     assert "s3cret" not in err

@@ -17,7 +17,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from .common import EXIT_CANNOT_RUN, EXIT_SIGNAL, CommandError, hide_passwords
+from .common import EXIT_SIGNAL, CommandError, hide_passwords
 
 __all__ = ["main", "make_argument_parser"]
 
@@ -76,7 +76,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except CommandError as error:
         text = hide_passwords(" ".join(str(error).split()))
         print(f"{_PROGRAM} {arguments.command}: {text}", file=sys.stderr)
-        return EXIT_CANNOT_RUN
+        return error.status
     except KeyboardInterrupt as error:
         with contextlib.suppress(OSError):  # the terminal may have gone
             print(f"{_PROGRAM} {arguments.command}: interrupted", file=sys.stderr)

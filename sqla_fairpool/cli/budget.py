@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sqlalchemy import create_engine, exc, text
-from sqlalchemy.engine import URL, Connection
+from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.pool import NullPool
 
-from ..ledger.places import with_threads_driver
+from ..ledger.places import database_place, with_threads_driver
 from .common import CommandError, hide_passwords
 
-__all__ = ["Room", "ask_room", "connected", "limit_statement"]
+__all__ = ["Need", "Room", "ask_room", "connected", "limit_statement", "need"]
 
 #: Seconds for a server that does not answer.
 _CONNECT_TIMEOUT = 5
@@ -73,6 +73,73 @@ def limit_statement(connection: Connection, role: str, wanted: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class Need:
+    """The connections that a budget needs at a server, part by part."""
+
+    #: The pools' own, in all processes together.
+    budget: int
+    processes: int
+    #: The ledger is in that server: each process has a control connection to it.
+    has_ledger: bool
+    #: It is the pools' role that connects to the ledger.
+    shares_role: bool
+    #: Monitors and commands at one time.
+    tools: int = 0
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What they are for, and how many for each."""
+        control = "control connections, one for each process"
+        if not self.shares_role:
+            control += " and of another role"
+        parts = {
+            "of the pools": self.budget,
+            control: self.processes if self.has_ledger else 0,
+            "to ask for sessions of lost members, one for each process": self.processes,
+            # Each looks at the server, and into the ledger.
+            "for a monitor and a command": self.tools * (1 + self.has_ledger),
+        }
+        return {what: number for what, number in parts.items() if number}
+
+    @property
+    def total(self) -> int:
+        """How many the server has to have."""
+        return sum(self.parts.values())
+
+    @property
+    def of_role(self) -> int:
+        """How many the pools' role has to be allowed."""
+        others = self.processes + self.tools if self.has_ledger else 0
+        return self.total - (0 if self.shares_role else others)
+
+    def __str__(self) -> str:
+        parts = [f"{number} {what}" for what, number in self.parts.items()]
+        return f"{self.total} connections are needed: {', '.join(parts)}"
+
+
+def need(
+    budget: int, processes: int, url: URL, ledger: str | None, tools: int = 0
+) -> Need:
+    """Return what a budget needs at a server.
+
+    :param url: the pools' database.
+    :param ledger: where the ledger is, as a pool is told; checked already.
+    """
+    its_url = None
+    if ledger == "database":
+        its_url = url
+    elif ledger is not None and "://" in ledger:
+        its_url = make_url(ledger)
+    is_there = its_url is not None and _server(its_url) == _server(url)
+    shares_role = its_url is None or its_url.username == url.username
+    return Need(budget, processes, is_there, shares_role, tools)
+
+
+def _server(url: URL) -> tuple[str, ...]:
+    return database_place(url)[:3]
+
+
+@dataclass(frozen=True, slots=True)
 class Room:
     """How many connections a server has for a role."""
 
@@ -91,8 +158,12 @@ class Room:
         """What the server has for the role."""
         return self.max_connections - self.reserved - self.others
 
-    def problems(self, wanted: int) -> Iterator[str]:
-        """Yield, a line each, what stands against so many connections."""
+    def problems(self, wanted: int, of_role: int | None = None) -> Iterator[str]:
+        """Yield, a line each, what stands against so many connections.
+
+        :param of_role: those of the role among them. Default: all.
+        """
+        of_role = wanted if of_role is None else of_role
         if wanted > self.left:
             yield (
                 f"{wanted} connections do not fit: max_connections is "
@@ -100,8 +171,11 @@ class Room:
                 f"have {self.others}, which leaves {max(self.left, 0)}"
             )
         # No limit binds a superuser.
-        if self.limit is not None and self.limit < wanted and not self.is_superuser:
-            yield f"the role {self.role!r} may have {self.limit} connections only"
+        if self.limit is not None and self.limit < of_role and not self.is_superuser:
+            yield (
+                f"the role {self.role!r} may have {self.limit} connections only, and "
+                f"{of_role} are needed"
+            )
 
 
 def ask_room(connection: Connection) -> Room:

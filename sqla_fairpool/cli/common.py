@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+from ..options import hide_passwords
 
 __all__ = [
     "EXIT_CANNOT_RUN",
@@ -23,13 +23,13 @@ EXIT_CANNOT_RUN = 2
 #: Plus the number of the signal that ended it, as shells count: 130 for Ctrl-C.
 EXIT_SIGNAL = 128
 
-_PASSWORD = re.compile(r"(://[^/\s:@]*):\S*@|\b((?:ssl)?password=)[^&\s'\"]+")
-
 
 class CommandError(Exception):
-    """A command cannot do its work; the text, on one line, says why."""
+    """A command cannot do its work; the text, on one line, says why.
 
+    :param status: what the program exits with.
+    """
 
-def hide_passwords(text: str) -> str:
-    """Return `text` with three asterisks for each password in a URL."""
-    return _PASSWORD.sub(lambda m: f"{m[1]}:***@" if m[1] else f"{m[2]}***", text)
+    def __init__(self, text: str, status: int = EXIT_CANNOT_RUN) -> None:
+        super().__init__(text)
+        self.status = status

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,26 +14,31 @@ from sqlalchemy.engine import URL
 
 from ..environment import DATABASE, LEDGER, parse_url
 from ..ledger.book import Book
-from ..ledger.errors import LedgerError
+from ..ledger.errors import LedgerError, RowBroken
 from ..ledger.host import HostStore
 from ..ledger.places import make_store
 from ..ledger.postgres import PostgresStore
 from ..ledger.report import LedgerReport, MemberReport, read
-from ..ledger.sessions import members_with_sessions
+from ..ledger.rows import Left
+from ..ledger.sessions import look
 from ..ledger.store import StoreAway
-from .budget import ask_room, connected, limit_statement
-from .common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
+from ..ledger.watch import Present, View, still_there, unaccounted
+from .budget import Need, ask_room, connected, limit_statement, need
+from .common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError, hide_passwords
 
 __all__ = ["add_command"]
 
 _Store = HostStore | PostgresStore
+
+#: Monitors and commands, launchers included, for which `limit` leaves room.
+_TOOLS = 2
 
 _EPILOG = """\
 examples:
   sqla-fairpool ledger show --url postgresql://app@db/app      its default ledger
   sqla-fairpool ledger show --ledger /run/scrapers/app.ledger
   sqla-fairpool ledger reap --ledger database --url postgresql://app@db/app
-  sqla-fairpool ledger limit --url postgresql://app@db/app --connections 20
+  sqla-fairpool ledger limit --url postgresql://app@db/app --processes 8
 
 The environment's FAIRPOOL_LEDGER and DATABASE_URL stand in for --ledger and --url.
 """
@@ -52,7 +57,10 @@ def add_command(commands: Any) -> None:
     show = actions.add_parser("show", help="who owns what, and what is in quarantine")
     show.add_argument("--json", action="store_true", help="for programs")
     show.set_defaults(run=_show)
-    reap = actions.add_parser("reap", help="free what the dead have left")
+    reap = actions.add_parser(
+        "reap",
+        help="free what the dead have left; by the pools' --url, with their role",
+    )
     reap.set_defaults(run=_reap)
     reset = actions.add_parser(
         "reset", help="forget everybody; refused while one lives"
@@ -62,7 +70,17 @@ def add_command(commands: Any) -> None:
     limit = actions.add_parser(
         "limit", help="check the budget against the server, and hold it there"
     )
-    limit.add_argument("--connections", type=int, help="default: the ledger's capacity")
+    limit.add_argument(
+        "--connections",
+        type=int,
+        help="those of the pools in all processes; default: the ledger's capacity",
+    )
+    limit.add_argument(
+        "--processes",
+        type=int,
+        help="most processes at one time, each of which needs connections beside "
+        "those; default: the members that live, or else as many as connections",
+    )
     limit.add_argument("--run", action="store_true", dest="execute", help="set it")
     limit.set_defaults(run=_limit)
     for action in (show, reap, reset, limit):
@@ -80,12 +98,16 @@ def _url(arguments: argparse.Namespace) -> URL | None:
         raise CommandError(str(error)) from None
 
 
-@contextmanager
-def _opened(arguments: argparse.Namespace) -> Iterator[_Store]:
+def _store(arguments: argparse.Namespace) -> _Store:
     try:
-        store = make_store(arguments.ledger, _url(arguments), observes=True)
+        return make_store(arguments.ledger, _url(arguments), observes=True)
     except (exc.ArgumentError, LedgerError) as error:
         raise CommandError(str(error)) from None
+
+
+@contextmanager
+def _opened(arguments: argparse.Namespace) -> Iterator[_Store]:
+    store = _store(arguments)
     if isinstance(store, HostStore) and not os.path.exists(store.name):
         raise CommandError(
             f"there is no ledger at {store.name}: nobody has used it yet"
@@ -93,6 +115,8 @@ def _opened(arguments: argparse.Namespace) -> Iterator[_Store]:
     try:
         store.open()
         yield store
+    except RowBroken as error:
+        raise CommandError(f"{store.name}: {error}", EXIT_NOT_AS_EXPECTED) from None
     except (StoreAway, LedgerError) as error:
         raise CommandError(str(error)) from None
     finally:
@@ -127,6 +151,16 @@ def _lines(report: LedgerReport) -> Iterator[str]:
     )
     if report.control_connections:
         yield f"{report.control_connections} control connections beside them"
+    if report.fresh:
+        yield (
+            "nothing is handed out yet: the rows were made anew, and processes that "
+            "had others before may live"
+        )
+    if report.unasked is not None:
+        yield (
+            "the server cannot be asked for sessions, so that each quarantine takes "
+            f"its stated time: {hide_passwords(report.unasked)}"
+        )
     for member in report.members:
         who = _who(member.number, member.who)
         yield f"  {who}{_state(member)}: {member.owned} slots"
@@ -137,7 +171,11 @@ def _lines(report: LedgerReport) -> Iterator[str]:
                 f"{tag.in_use} in use, {tag.waiting} waiting"
             )
     for gone in report.gone:
-        yield f"  {_who(gone.number, gone.who)}: {gone.slots} in quarantine, {gone.why}"
+        known = f"; {gone.sessions} sessions are known" if gone.sessions else ""
+        yield (
+            f"  {_who(gone.number, gone.who)}: {gone.slots} in quarantine, "
+            f"{gone.why}{known}"
+        )
 
 
 def _who(number: int, who: Any) -> str:
@@ -156,73 +194,103 @@ def _state(member: MemberReport) -> str:
 
 def _reap(arguments: argparse.Namespace) -> int:
     """Do what the next keeper that goes short would do."""
-    with _opened(arguments) as store:
+    with _opened(arguments) as store, _asking(arguments, store) as ask:
         with store.transaction() as rows:
-            texts = Book(rows).texts
+            texts, server = dict(Book(rows).texts), View.of(Book(rows)).server
+        present = ask()
+        if present is not None and server is not None and present.server != server:
+            raise CommandError(
+                f"--url is of the server {present.server}, and the members' sessions "
+                f"are on {server}: give the URL of their database"
+            )
         living = store.living(list(texts))
         with store.transaction() as rows:
             book = Book(rows)
             dead = book.reap({k: v for k, v in texts.items() if k not in living})
-            gone = dict(book.gone)
+            view = View.of(book)
             if book.meta is not None:
                 book.tell(book.allocation())
-        left = _sessions(arguments, store)
-        over = {n: row for n, row in gone.items() if left is not None and n not in left}
+        # After the dead were found: what they have opened before is seen now.
+        present = ask()
+        can_tell = present is not None and present.server == server
+        found = _less(view, present) if present is not None and can_tell else {}
         with store.transaction() as rows:
             book = Book(rows)
-            book.release(over)
+            book.release(found)
             bells = book.tell(book.allocation()) if book.meta is not None else []
         store.ring(bells)
-    print(
-        f"{len(dead)} dead found, {sum(row.slots for row in over.values())} slots freed"
-    )
-    kept = sum(row.slots for number, row in gone.items() if number not in over)
+    freed = sum(left.gone.slots - left.slots for left in found.values())
+    print(f"{len(dead)} dead found, {freed} slots freed")
+    kept = sum(gone.slots for gone in view.gone.values()) - freed
     if kept:
-        reason = (
-            "without --url of a PostgreSQL the server cannot be asked"
-            if left is None
-            else "their sessions live on the server"
-        )
+        if present is None:
+            reason = "without --url of a PostgreSQL the server cannot be asked"
+        elif can_tell:
+            reason = "their sessions live on the server"
+        else:
+            reason = "no member has said on which server its sessions are"
         print(f"{kept} slots stay in quarantine: {reason}")
         return EXIT_NOT_AS_EXPECTED
     return EXIT_OK
 
 
-def _sessions(arguments: argparse.Namespace, store: _Store) -> set[int] | None:
+def _less(view: View, present: Present) -> dict[int, Left]:
+    """Return the quarantines of which less is left, by what the server says."""
+    suspects = len(unaccounted(present.peers, view.accounted))
+    found = {n: still_there(gone, present, suspects) for n, gone in view.gone.items()}
+    return {number: left for number, left in found.items() if left.is_less}
+
+
+@contextmanager
+def _asking(
+    arguments: argparse.Namespace, store: _Store
+) -> Iterator[Callable[[], Present | None]]:
+    """What asks the server for its sessions, and returns None if it cannot be asked."""
     url = _url(arguments)
+    if url is None and isinstance(store, PostgresStore):
+        yield store.look
+        return
     if url is None or url.get_backend_name() != "postgresql":
-        return None
+        yield lambda: None
+        return
     with connected(url) as connection:
         cursor = connection.connection.cursor()
         try:
-            return members_with_sessions(cursor, store.key)
+            yield lambda: look(cursor)
         finally:
             cursor.close()
 
 
 def _reset(arguments: argparse.Namespace) -> int:
+    """Forget everybody. The rows may be broken: only their keys are looked at."""
     with _opened(arguments) as store:
-        report = _report(store)
-        alive = [member for member in report.members if member.alive]
-        if alive:
-            raise CommandError(
-                f"{len(alive)} members live, the first is "
-                f"{_who(alive[0].number, alive[0].who)}: stop them before"
-            )
+        with store.transaction() as rows:
+            members = list(Book(rows).texts)
+            number = len(rows)
+        _require_nobody(store, members)
         question = (
-            f"forget {len(report.members)} members and {report.quarantined} slots in "
-            f"quarantine of {report.name}? [y/N] "
+            f"forget {len(members)} members, and all {number} rows of {store.name}? "
+            "[y/N] "
         )
         if not arguments.yes and input(question).strip().lower() not in ("y", "yes"):
             print("nothing done")
             return EXIT_NOT_AS_EXPECTED
         with store.transaction() as rows:
             book = Book(rows)
-            if store.living(list(book.members)):
-                raise CommandError("a member has joined meanwhile: nothing done")
+            _require_nobody(store, list(book.texts))
             book.reset()
     print("done")
     return EXIT_OK
+
+
+def _require_nobody(store: _Store, members: Collection[str]) -> None:
+    """Refuse while somebody lives, in a row or without one."""
+    alive = len(store.living(members)) + store.strangers(members)
+    if alive:
+        raise CommandError(
+            f"{alive} members live: stop them before; `sqla-fairpool ledger show` "
+            "names those that have a row"
+        )
 
 
 # -- the server ------------------------------------------------------------------------
@@ -232,16 +300,12 @@ def _limit(arguments: argparse.Namespace) -> int:
     url = _url(arguments)
     if url is None or url.get_backend_name() != "postgresql":
         raise CommandError("--url of a PostgreSQL database is needed")
-    wanted = arguments.connections
-    if wanted is None:
-        with _opened(arguments) as store:
-            wanted = _report(store).capacity
-    if wanted < 1:
-        raise CommandError(f"--connections: {wanted} is not a number of at least 1")
+    needed = _need(arguments, url)
+    print(needed)
     with connected(url) as connection:
         room = ask_room(connection)
-        statement = limit_statement(connection, room.role, wanted)
-        problems = list(room.problems(wanted))
+        statement = limit_statement(connection, room.role, needed.of_role)
+        problems = list(room.problems(needed.total, needed.of_role))
         if room.is_superuser:
             problems.append(
                 f"the role {room.role!r} is a superuser, whom no limit binds"
@@ -249,10 +313,32 @@ def _limit(arguments: argparse.Namespace) -> int:
         for line in problems:
             print(line)
         if not problems:
-            print(f"{wanted} connections fit")
+            print("they fit")
         if arguments.execute:
             connection.execute(text(statement))
             print(f"done: {statement}")
         else:
             print(f"to have the server hold it: {statement}")
     return EXIT_NOT_AS_EXPECTED if problems else EXIT_OK
+
+
+def _need(arguments: argparse.Namespace, url: URL) -> Need:
+    """Return what is needed, by the arguments or else by the ledger."""
+    for name in ("connections", "processes"):
+        given = getattr(arguments, name)
+        if given is not None and given < 1:
+            raise CommandError(f"--{name}: {given} is not a number of at least 1")
+    wanted, processes = arguments.connections, arguments.processes
+    if wanted is None:
+        with _opened(arguments) as store:
+            report = _report(store)
+        wanted = report.capacity
+        if processes is None:
+            processes = sum(member.alive for member in report.members)
+    if not processes:
+        processes = wanted
+        print(f"assuming {wanted} processes, as many as connections: see --processes")
+    ledger = None if arguments.ledger.lower() == "none" else arguments.ledger
+    if ledger is not None:
+        _store(arguments)
+    return need(wanted, processes, url, ledger, _TOOLS)

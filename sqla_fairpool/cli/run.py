@@ -20,7 +20,7 @@ from ..environment import DATABASE, LEDGER, RUN, Run, Settings
 from ..ledger.errors import LedgerError
 from ..ledger.places import database_place, make_store, needs_database
 from ..options import PoolOptions, naming, validate_tag
-from .budget import ask_room, connected
+from .budget import ask_room, connected, need
 from .common import EXIT_SIGNAL, CommandError, hide_passwords
 
 __all__ = ["add_command"]
@@ -136,7 +136,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if run.verbose:
         meant = "every database" if run.database is None else show_place(run.database)
         say(f"tag {run.scraper!r}, for engines of {meant}")
-    _check_budget(url, pool.capacity, arguments.strict, run.verbose)
+    _check_budget(url, pool, arguments.strict, run.verbose)
     environment[RUN] = run.text
     environment["PYTHONPATH"] = _python_path(environment.get("PYTHONPATH"))
     flag = ["-m"] if arguments.module else []
@@ -226,7 +226,9 @@ def _python_path(given: str | None) -> str:
 # -- the server ------------------------------------------------------------------------
 
 
-def _check_budget(url: URL | None, wanted: int, strict: bool, verbose: bool) -> None:
+def _check_budget(
+    url: URL | None, pool: PoolOptions, strict: bool, verbose: bool
+) -> None:
     """Warn in one line if the server may not have room, or refuse if `strict`."""
     if url is None or url.get_backend_name() != "postgresql":
         if strict:
@@ -235,17 +237,25 @@ def _check_budget(url: URL | None, wanted: int, strict: bool, verbose: bool) -> 
                 f"{DATABASE}{'' if url is None else f', not {url.get_backend_name()}'}"
             )
         return
+    # With this process alone: nobody knows how many others there will be.
+    needed = need(pool.capacity, 1, url, pool.ledger)
     try:
         with connected(url) as connection:
-            problems = "; ".join(ask_room(connection).problems(wanted))
+            room = ask_room(connection)
+            problems = "; ".join(room.problems(needed.total, needed.of_role))
     except CommandError as error:
-        problem = f"whether {wanted} connections fit could not be checked: {error}"
+        problem = (
+            f"whether {needed.total} connections fit could not be checked: {error}"
+        )
     else:
         if not problems:
             if verbose:
-                say(f"{wanted} connections fit {show_place(database_place(url))}")
+                place = show_place(database_place(url))
+                say(f"{needed.total} connections fit {place}")
             return
-        problem = f"{problems}; lower --pool-size, or raise the server's limit"
+        problem = (
+            f"{problems}; {needed}; lower --pool-size, or raise the server's limit"
+        )
     if strict:
         raise CommandError(problem)
     say(f"warning: {hide_passwords(' '.join(problem.split()))}")

@@ -217,7 +217,9 @@ def count(rows: Iterable[Any], overview: Overview, room: Room) -> ServerFigures:
         others=others,
         max_connections=room.max_connections,
         is_elsewhere=is_open and not members,
-        warnings=tuple(_warnings(total, by_scraper, overview.limits.capacity, room)),
+        warnings=tuple(
+            _warnings(total, by_scraper, overview.limits.capacity, control, room)
+        ),
     )
 
 
@@ -257,9 +259,14 @@ def _sum(rows: Sequence[Any]) -> Sessions:
 
 
 def _warnings(
-    total: Sessions, scrapers: Mapping[str, Sessions], capacity: int, room: Room
+    total: Sessions,
+    scrapers: Mapping[str, Sessions],
+    capacity: int,
+    control: int,
+    room: Room,
 ) -> Iterator[str]:
-    yield from room.problems(capacity)
+    # Control connections are there as well, of whichever role.
+    yield from room.problems(capacity + control, capacity)
     # Never more than slots, at any moment: a slot is taken before, and given after.
     if total.sessions > capacity:
         yield (

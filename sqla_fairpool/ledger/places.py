@@ -97,14 +97,17 @@ def make_store(
     if "://" in ledger:
         try:
             url = make_url(ledger)
-        except exc.ArgumentError:
+        except (exc.ArgumentError, ValueError):  # the latter for a port
             url = None
         if url is not None:
             return _in_database(ledger, url, observes)
-    if "/" in ledger and "://" not in ledger:
+    # A URL without its beginning is no path: it would be shown, with its password.
+    is_cut_url = re.match(r"[^/]*:.*@", ledger) is not None
+    if "/" in ledger and "://" not in ledger and not is_cut_url:
         return HostStore(os.path.expanduser(ledger))
-    shown = ledger.partition("://")[0] + "://..." if "://" in ledger else ledger
-    raise BadOption("ledger", shown, _ALLOWED)
+    if "://" in ledger:
+        ledger = ledger.partition("://")[0] + "://..."
+    raise BadOption("ledger", "..." if is_cut_url else ledger, _ALLOWED)
 
 
 def _in_database(ledger: str, url: URL, observes: bool) -> PostgresStore:

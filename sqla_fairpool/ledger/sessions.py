@@ -57,10 +57,13 @@ def identify(cursor: Any, backend_pid: int | None) -> tuple[str, Session]:
 
 def look(cursor: Any) -> Present:
     """Return the sessions that a server has now."""
+    # Processes of the server's own, of replication say, have a superuser's name. What
+    # another role's processes are may be hidden.
     cursor.execute(
         f"SELECT pid, {_BEGAN}, usename = current_user AND pid <> pg_backend_pid() "
         f"AND application_name <> 'sqla_fairpool ledger', {_SERVER} "
-        "FROM pg_stat_activity"
+        "FROM pg_stat_activity "
+        "WHERE coalesce(backend_type, 'client backend') = 'client backend'"
     )
     rows = cursor.fetchall()
     return Present(
