@@ -91,20 +91,33 @@ class Section:
         try:
             while True:
                 while self._bells:
-                    self._next_of(self._bells)
+                    self._next_bell()
                 if not self._chores or not self._can_wait():
                     return
-                self._next_of(self._chores)
+                self._next_chore()
         except BaseException:
             self._flush()
             raise
 
-    def _next_of(self, box: deque[Callable[[], None]]) -> None:
+    def _next_bell(self) -> None:
+        # Taken out after it was rung: an interrupt loses none. Two threads may ring the
+        # same one, which does no harm.
         try:
-            todo = box.popleft()
+            bell = self._bells[0]
         except IndexError:
-            return  # somebody was faster
-        todo()
+            return  # another thread was faster
+        bell()
+        try:
+            self._bells.remove(bell)
+        except ValueError:
+            pass
+
+    def _next_chore(self) -> None:
+        try:
+            chore = self._chores.popleft()
+        except IndexError:
+            return  # another thread was faster
+        chore()
 
 
 def refuse_inner_call(why: str = "this call is not possible there") -> NoReturn:

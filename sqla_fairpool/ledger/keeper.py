@@ -118,13 +118,17 @@ class Keeper(Membership):
         """
         if self._rung or tag in self._vain:
             return
-        self._rung = True
-        if self._thread is None:
-            self._start()
-        if self._opened:
-            self._store.nudge()
-        else:
-            self._wake()
+        try:
+            self._rung = True
+            if self._thread is None:
+                self._start()
+            if self._opened:
+                self._store.nudge()
+            else:
+                self._wake()
+        except BaseException:  # a signal handler's: the next ring must not be left out
+            self._rung = False
+            raise
 
     def post(self, done: Callable[[bool], None]) -> None:
         """Have the pool's state of now in the ledger; say if it is.
@@ -170,9 +174,10 @@ class Keeper(Membership):
                 thread = threading.Thread(
                     target=self._run, name="sqla_fairpool-keeper", daemon=True
                 )
+                self._thread = thread  # before: an interrupt leaves no second one
                 thread.start()
-                self._thread = thread
         except RuntimeError:
+            self._thread = None
             started = self._rung = False  # at the interpreter's end
         finally:
             self._starting.release()
