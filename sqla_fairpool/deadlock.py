@@ -63,8 +63,9 @@ def is_stuck(desk: Desk, seat: Seat, deadline: float) -> bool:
         return False
     if _may_rise(scheduler, seat.account, deadline):
         return False
-    # One seat for each caller: a thread or a task waits for one thing at a time.
-    stuck = {s.holder: s for s in desk.seats_waiting() if s.holder is not None}
+    # One seat for each caller, the newest: a signal handler may wait during a wait.
+    waiting = sorted(desk.seats_waiting(), key=lambda waiting: waiting.number)
+    stuck = {s.holder: s for s in waiting if s.holder is not None}
     while True:
         able = [
             caller

@@ -9,6 +9,11 @@ Rules of this file:
   into the inbox, and the first one deals with it before he leaves.
 * Whoever enters gives up what is kept warm (see :mod:`.exchange`), and again before he
   leaves.
+* A signal handler may check out in the middle of a critical section on the same thread:
+  it is *lent* an idle connection, or one more. The handler ends before the section goes
+  on, and no other thread can enter, so a loan that is over by then leaves no trace; one
+  that is not is accounted for at the end of the section. Therefore a section takes an
+  idle record before it decides, and iterates over copies of `_idle`.
 """
 
 from __future__ import annotations
@@ -29,10 +34,11 @@ from typing import TYPE_CHECKING, Any, cast
 from .account import GRANTED, Account, Ticket
 from .callers import TaskHere, ThreadHere
 from .journal import Journal
+from .meters import Meter
 from .options import PoolOptions
 from .scheduler import Scheduler
-from .seats import Generation, Record, Seat
-from .section import Section
+from .seats import Generation, Opener, Record, Seat
+from .section import Section, refuse_inner_call
 from .waiters import Waiter
 
 if TYPE_CHECKING:
@@ -63,6 +69,7 @@ class Desk(Section):
         "_inbox",
         "_left",
         "_listed",
+        "_loans",
         "_never_full",
         "_opening",
         "_out_of_use",
@@ -127,6 +134,8 @@ class Desk(Section):
         # Records in the pool, the one that came back first on the left.
         self._idle: deque[Record] = deque()
         self._hand_out(last_first=self._use_lifo)
+        # What was lent in the middle of a critical section and is not back.
+        self._loans: list[Seat] = []
         # The tags for which records may be kept warm.
         self._listed: deque[Account] = deque()
         # Seats that no record has, for those who have to wait.
@@ -176,7 +185,10 @@ class Desk(Section):
         now = self.clock()
         with self._lock:
             if self._busy:
-                self._inbox.append((seat, record, keep))
+                if seat.loan is not None:
+                    self._end_loan(seat)
+                else:
+                    self._inbox.append((seat, record, keep))
                 return
             self._busy = True
             try:
@@ -191,6 +203,94 @@ class Desk(Section):
         """Take the slot of a seat back whose owner has vanished with the record."""
         seat.warm = False  # it may have been about to be taken
         self._checkin(seat, None, False)
+
+    # -- in the middle of a critical section ---------------------------------------
+
+    def _lend(self, tag: str, opener: Opener) -> Record:
+        """Check out in the middle of a critical section of the same thread.
+
+        :raises sqlalchemy.exc.InvalidRequestError: if there is nothing to lend.
+        """
+        if isinstance(self.here, TaskHere):
+            refuse_inner_call("nothing can be awaited there")
+        seat = Seat(cast(Any, self))
+        seat.loan, seat.holder, seat.since = tag, self.here.caller, self.clock()
+        # Not one of the scheduler's, which may be about to change.
+        seat.account = Account(tag, 1.0, False, Meter())
+        # First of all: another handler may come on top of this one.
+        self._loans.append(seat)
+        try:
+            seat.record = record = self._pop_idle() or self._pop_warm()
+            if record is not None:
+                seat.former = record.seat
+            else:
+                # The section may have one in its hands, which is counted nowhere.
+                there = self.connections_there() + len(self._loans)
+                if there >= self._allotted:
+                    refuse_inner_call("no connection is idle")
+                seat.record = record = cast(Record, opener._create_connection())
+            record.seat = seat
+            return record
+        except BaseException:
+            self._end_loan(seat)
+            raise
+
+    def _end_loan(self, seat: Seat) -> None:
+        """Take back what was lent, as if nothing had been."""
+        record, former = seat.record, seat.former
+        seat.record = seat.former = seat.loan = None
+        if record is not None and former is None:
+            record.reason = "overflow"
+            record.close()
+        elif record is not None and former is not None:
+            record.seat = former
+            if former.state is GRANTED:
+                self._list(former.account)
+                former.account.warm.append(record)
+                self._list(former.account)
+            else:
+                self._put_back(record)
+        self._loans.remove(seat)  # last: until here its connection counts
+
+    def _admit_loans(self, now: float) -> None:
+        """Account for what was lent, and was not back when the handler had ended."""
+        while self._loans:
+            seat = self._loans.pop()
+            record, former, tag = seat.record, seat.former, seat.loan
+            assert record is not None and tag is not None
+            seat.record = seat.former = seat.loan = None
+            if former is not None and former.state is GRANTED:
+                # It was warm, so it has a slot; that is the handler's tag's, if it may.
+                former.warm, former.holder = False, seat.holder
+                seat, record.seat = former, former
+                self._deliver(self.scheduler.move(seat, tag, now) or (), None)
+            else:
+                self.scheduler.admit(seat, tag, now)
+            self._seat_owner(seat, None)
+            self._records.add(record)
+
+    def _pop_idle(self) -> Record | None:
+        """Take the idle record that is next, None if there is none."""
+        try:
+            return self._take_idle()
+        except IndexError:
+            return None
+
+    def _pop_warm(self) -> Record | None:
+        """Take a record that is kept warm, of whatever tag; None if there is none."""
+        for account in list(self.scheduler.accounts.values()):
+            try:
+                return cast(Record, account.warm.pop())
+            except IndexError:
+                pass
+        return None
+
+    def _put_back(self, record: Record) -> None:
+        """Undo :meth:`_pop_idle`."""
+        if self._end:
+            self._idle.append(record)
+        else:
+            self._idle.appendleft(record)
 
     # -- inside -------------------------------------------------------------------
 
@@ -212,6 +312,8 @@ class Desk(Section):
                     self._idle.append(record)
                     self._drain(now)
             self._listed.popleft()  # last: an interrupt leaves it listed
+        if self._loans:
+            self._admit_loans(now)
         while self._inbox:
             seat, returned, keep = self._inbox.popleft()
             self._take_back(seat, returned, keep, now)
@@ -220,6 +322,8 @@ class Desk(Section):
         self, seat: Seat, record: Record | None, keep: bool, now: float
     ) -> None:
         """Free the seat's slot; hand the record on, keep it or have it closed."""
+        if seat.loan is not None:
+            self._admit_loans(now)
         if seat.state is not GRANTED or seat.warm or not self.scheduler.knows(seat):
             return  # back already, or checked out before a fork
         if seat.reported and self.leaks is not None:
@@ -275,8 +379,8 @@ class Desk(Section):
         """
         for seat in cast(Sequence[Seat], granted):
             assert seat.waiter is not None
-            if record is None and self._idle:
-                record = self._take_idle()
+            if record is None:
+                record = self._pop_idle()
             self._seat_owner(seat, record)
             record = None
             if seat is self._watch:
@@ -389,18 +493,22 @@ class Desk(Section):
 
         There are none but after a limit has fallen.
         """
-        idle = self._idle
-        while idle and (
-            len(idle) > self._pool_size
-            or self.scheduler.in_use + len(idle) > self._allotted
-        ):
+        while idle := list(self._idle):
+            if (
+                len(idle) <= self._pool_size
+                and self.scheduler.in_use + len(idle) <= self._allotted
+            ):
+                return
             self._retire(idle[0], now, "resized")
 
     def _retire(self, record: Record, now: float, reason: str) -> None:
         """Have an idle record closed, with a slot out of use until it is."""
+        try:
+            self._idle.remove(record)
+        except ValueError:
+            return  # lent a moment ago
         record.reason = reason
         self._chores.append(partial(self._close_then, self._retired, record))
-        self._idle.remove(record)
         self._keep_out_of_use(+1, now)
 
     def _retired(self, record: Record) -> None:
@@ -470,8 +578,8 @@ class Desk(Section):
 
         Caller is in a section.
         """
-        open_ones = [r for r in self._idle if r.dbapi_connection is not None]
-        return len(self._idle), len(open_ones)
+        idle = list(self._idle)
+        return len(idle), len([r for r in idle if r.dbapi_connection is not None])
 
     def granted_seats(self) -> list[Seat]:
         """Return the seats of the records that are out. Caller is in a section."""

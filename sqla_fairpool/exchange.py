@@ -30,7 +30,6 @@ from .errors import CheckoutTimeout, SelfDeadlock, TooManyWaiting
 from .inquiry import Scene, copy_scene
 from .leaks import LeakWatch
 from .seats import Generation, Opener, Record, Seat
-from .section import refuse_finaliser
 from .server_tag import TOLD
 from .share import Share
 from .tagging import timeout_in_force
@@ -60,6 +59,8 @@ class Exchange(Upkeep):
         :raises TooManyWaiting: if the caller may not even wait.
         """
         if self.owner is not opener.generation:
+            if self._in_section():
+                return self._lend(tag, opener)
             self.hand_to(opener.generation)
         scheduler = self.scheduler
         try:
@@ -130,24 +131,31 @@ class Exchange(Upkeep):
         try:
             with self._lock:
                 if self._busy:
-                    refuse_finaliser()
+                    return self._lend(tag, opener)
                 self._busy = True
                 try:
                     self._tidy(now)
                     if now >= self.next_visit:
                         self.look_around(now)
-                    if self._idle:
-                        record = self._idle[self._end]
+                    record = self._pop_idle()
+                    if self._loans:  # of what would have been popped here
+                        self._admit_loans(now)
+                    if record is not None:
                         if self.options.server_tag:
                             record = self._prefer(tag, record)
                         seat = record.seat
                         used = seat.since
-                        if self.scheduler.request(seat, tag, now):
-                            self._take_out(record)
+                        try:
+                            granted = self.scheduler.request(seat, tag, now)
+                        except BaseException:
+                            self._put_back(record)
+                            raise
+                        if granted:
                             self._seat_owner(seat, record)
                         else:
                             record.seat = self._spare_seat()
                             record.seat.since = used
+                            self._put_back(record)  # last: from here on it may be lent
                     else:
                         seat = self._spare_seat()
                         if self.scheduler.request(seat, tag, now):
@@ -186,21 +194,27 @@ class Exchange(Upkeep):
         self._plan_visit()
 
     def _prefer(self, tag: str, record: Record) -> Record:
-        """Return an idle record that the server knows under `tag`, or `record`."""
-        known = (r for r in self._idle if r.info.get(TOLD) == tag)
-        return next(known, record)
-
-    def _take_out(self, record: Record) -> None:
-        if self._idle[self._end] is record:
-            self._take_idle()
-        else:
-            self._idle.remove(record)
+        """Exchange an idle record for one that the server knows under `tag`, if any."""
+        if record.info.get(TOLD) == tag:
+            return record
+        for known in list(self._idle):
+            if known.info.get(TOLD) == tag:
+                try:
+                    self._idle.remove(known)
+                except ValueError:
+                    continue  # lent a moment ago
+                self._put_back(record)
+                return known
+        return record
 
     def _spare_seat(self) -> Seat:
         return self._spare_seats.pop() if self._spare_seats else Seat(self)
 
     def move(self, seat: Seat, tag: str) -> bool:
         """Charge a checked-out seat to another tag, if that one is next."""
+        if seat.loan is not None and self._in_section():
+            seat.loan = tag
+            return True
         with self.section() as now:
             granted = self.scheduler.move(seat, tag, now)
             if granted is None:

@@ -138,6 +138,20 @@ class Scheduler:
             self._requeue(account)
         return False
 
+    def admit(self, ticket: Ticket, tag: str, now: float) -> None:
+        """Grant a slot to a caller that has a connection already, whatever the limits.
+
+        What is in use above them drains.
+        """
+        account = self.roster.get(tag, now)
+        if not account.silent:
+            self.roster.touch(account, now)
+        ticket.account = account
+        self._grant(ticket, now)
+        self._drains_from = max(self._drains_from, self.in_use)
+        if account.waiters:
+            self._requeue(account)
+
     def release(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
         """Take a granted ticket's slot back; return who is granted by that."""
         account = ticket.account

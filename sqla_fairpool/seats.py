@@ -68,7 +68,9 @@ class Seat(Ticket):
     __slots__ = (
         "alive",
         "exchange",
+        "former",
         "holder",
+        "loan",
         "may_warm",
         "record",
         "reported",
@@ -99,6 +101,10 @@ class Seat(Ticket):
         self.stack: tuple[Place, ...] = ()
         #: It was reported as out for too long.
         self.reported = False
+        #: The tag of a caller in the middle of a critical section of the same thread,
+        #: until this checkout is accounted for; and the record's seat before.
+        self.loan: str | None = None
+        self.former: Seat | None = None
 
     def note(self, held: float) -> None:
         super().note(held)

@@ -7,9 +7,9 @@ Rules of this file:
   Bells come first, so that nobody sleeps while a connection is being closed; chores are
   left for the next one by whoever may not wait for the database (a finaliser beside an
   event loop).
-* Whoever comes may be a finaliser, in the middle of anything, also of our own critical
-  section on the same thread. The lock is re-entrant, so that this cannot deadlock, and
-  `_busy` tells the second comer that he must not touch anything.
+* A call may come from a finaliser or a signal handler, in the middle of anything, also
+  of our own critical section on the same thread. The lock is re-entrant, so that this
+  cannot deadlock, and `_busy` tells the second call that it must not touch anything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NoReturn
 
 from sqlalchemy import exc
 
-__all__ = ["Section", "refuse_finaliser"]
+__all__ = ["Section", "refuse_inner_call"]
 
 
 class Section:
@@ -60,7 +60,7 @@ class Section:
         """A critical section off the hot path; gives the time."""
         with self._lock:
             if self._busy:
-                refuse_finaliser()
+                refuse_inner_call()
             self._busy = True
             try:
                 now = self.clock()
@@ -79,7 +79,10 @@ class Section:
                 pass
 
     def _in_section(self) -> bool:
-        """Tell if this thread is in a critical section: we are in a finaliser."""
+        """Tell if this thread is in a critical section.
+
+        The caller runs in a finaliser or a signal handler then.
+        """
         with self._lock:
             return self._busy
 
@@ -104,9 +107,10 @@ class Section:
         todo()
 
 
-def refuse_finaliser() -> NoReturn:
-    """Raise for a call that came in the middle of a critical section's thread."""
+def refuse_inner_call(why: str = "this call is not possible there") -> NoReturn:
+    """Raise for a call in the middle of a critical section of the same thread."""
     raise exc.InvalidRequestError(
-        "the pool was called by a finaliser in the middle of its own bookkeeping; "
-        "only returning a connection is possible there"
+        "a signal handler or a finaliser has called the pool in the middle of the "
+        f"pool's own bookkeeping, on the same thread, and {why}: let the handler set a "
+        "flag and do the work outside of it, or give it an engine of its own"
     )

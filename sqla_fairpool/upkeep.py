@@ -95,7 +95,7 @@ class Upkeep(Desk):
         """
         ttl = cast(float, self.options.idle_connection_ttl)
         unused = []
-        for record in self._idle:
+        for record in list(self._idle):
             seen = getattr(record, "seen", None)
             if seen is None or seen[0] != record.seat.since:
                 seen = record.seen = (
@@ -158,8 +158,8 @@ class Upkeep(Desk):
             # Among those out of use are the ones that others open at this moment.
             if self._open_connections() + self._out_of_use >= self.options.min_idle:
                 return False
-            hollow = [r for r in self._idle if r.dbapi_connection is None]
-            if hollow:
+            hollow = [r for r in list(self._idle) if r.dbapi_connection is None]
+            if hollow and hollow[0] in self._idle:
                 self._idle.remove(hollow[0])  # its place is taken by the new one
             if scheduler.in_use + len(self._idle) >= scheduler.capacity:
                 return False
@@ -260,9 +260,10 @@ class Upkeep(Desk):
             former = self.owner
             if former is generation:
                 return
-            former.left = list(self._idle)
-            self._left.update(self._idle)
-            self._idle.clear()
+            former.left = []
+            while (record := self._pop_idle()) is not None:
+                former.left.append(record)
+            self._left.update(former.left)
             for seat in self.granted_seats():
                 seat.may_warm = False  # to be closed when it comes back
             self.owner = generation

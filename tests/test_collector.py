@@ -5,17 +5,21 @@ from __future__ import annotations
 import gc
 import random
 import signal
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
 from support.state import assert_quiet
 from support.stub import StubServer
 from support.threads import Caller, ensure_waiting
 
 import sqla_fairpool
-from sqla_fairpool import tagging
+from sqla_fairpool import CheckoutTimeout, tagging
+
+PACKAGE = str(Path(sqla_fairpool.__file__).parent)
 
 
 def connect(pool, tag):
@@ -100,30 +104,268 @@ def test_collector_in_a_transition_while_others_wait(make_pool):
     caller.result().close()
 
 
-def test_finaliser_that_wants_a_connection_in_a_transition_gets_an_error(make_pool):
-    pool = make_pool()
+# -- a caller in the middle of our own transition ------------------------------
+
+
+def in_a_transition(pool, handler):
+    """Call `handler` in the middle of the next transition, as a signal's would be."""
     scheduler = pool._exchange.scheduler
-    errors = []
+    request = scheduler.request
+
+    def request_with_handler(*args):
+        scheduler.request = request
+        assert pool._exchange._busy
+        handler()
+        return request(*args)
+
+    scheduler.request = request_with_handler
+
+
+def use(engine):
+    """Do as a handler does that writes to the database."""
+    with engine.connect() as connection:
+        connection.execute(text("select 1"))
+        connection.commit()
+
+
+def test_finaliser_in_a_transition_is_served(make_engine):
+    engine = make_engine(pool_size=3)
 
     class Greedy(Cycle):
         def __del__(self):
-            try:
-                connect(pool, "greedy")
-            except InvalidRequestError as error:
-                errors.append(str(error))
+            use(engine)
+            used.append(1)
 
-    greedy = [Greedy(None)]
-    request = scheduler.request
+    greedy, used = [Greedy(None)], []
+    in_a_transition(engine.pool, lambda: greedy.clear() or gc.collect())
+    engine.connect().close()
+    assert used == [1]
 
-    def request_with_collection(*args):
-        greedy.clear()
-        gc.collect()
-        return request(*args)
 
-    scheduler.request = request_with_collection
+def test_handler_in_a_transition_is_lent_what_is_idle(make_engine, server):
+    engine = make_engine(pool_size=3, soft_limit=3, max_limit=3)
+    for connection in [engine.connect(), engine.connect()]:
+        connection.close()
+    before = engine.pool.status()
+    in_a_transition(engine.pool, lambda: use(engine))
+    engine.connect().close()
+    assert server.opened == 2
+    assert engine.pool.status() == before
+
+
+def test_handler_in_a_transition_opens_one_if_there_is_room(make_engine, server):
+    engine = make_engine(pool_size=3, soft_limit=3, max_limit=3)
+    in_a_transition(engine.pool, lambda: use(engine))
+    engine.connect().close()
+    assert (server.opened, server.most, server.open) == (2, 1, 1)
+
+
+def test_handler_that_keeps_its_connection_is_accounted_for(make_engine, server):
+    engine = make_engine(pool_size=3, soft_limit=1, max_limit=1)
+    tagged = engine.execution_options(scraper="handler")
+    kept = []
+    in_a_transition(engine.pool, lambda: kept.append(tagged.connect()))
+    engine.connect().close()
+    assert engine.pool.stats().tag("handler").connections == 1
+    assert engine.pool.checkedout() == 1
+    kept.pop().close()
+    assert engine.pool.checkedout() == 0
+
+
+def test_handler_may_set_a_tag_on_its_connection(make_engine):
+    engine = make_engine(pool_size=3)
+    kept = []
+
+    def handler():
+        connection = engine.connect().execution_options(scraper="handler")
+        connection.execute(text("select 1"))
+        kept.append(connection)
+
+    in_a_transition(engine.pool, handler)
+    engine.connect().close()
+    assert engine.pool.stats().tag("handler").connections == 1
+    kept.pop().close()
+
+
+def test_handler_that_loses_its_connection_loses_no_slot(make_pool):
+    pool = make_pool(pool_size=3)
+    with sqla_fairpool.tag("handler"):
+        in_a_transition(pool, lambda: pool._do_get() and None)
     connect(pool, "a").close()
-    assert len(errors) == 1
-    assert "finaliser" in errors[0]
+    assert pool.checkedout() == 0
+
+
+def test_handler_for_which_nothing_is_idle_is_told_what_to_do(make_engine):
+    engine = make_engine(pool_size=1)
+    errors = []
+
+    def handler():
+        with pytest.raises(InvalidRequestError) as caught:
+            engine.connect()
+        errors.append(str(caught.value))
+
+    in_a_transition(engine.pool, handler)
+    engine.connect().close()
+    assert errors == [
+        "a signal handler or a finaliser has called the pool in the middle of the "
+        "pool's own bookkeeping, on the same thread, and no connection is idle: let "
+        "the handler set a flag and do the work outside of it, or give it an engine of "
+        "its own"
+    ]
+
+
+def test_handlers_on_top_of_each_other_open_no_more_than_there_is_room_for(
+    make_engine, server
+):
+    engine = make_engine(pool_size=4, soft_limit=4, max_limit=4)
+    outcomes = []
+
+    def handler():
+        try:
+            use(engine)
+            outcomes.append("served")
+        except InvalidRequestError:
+            outcomes.append("refused")
+
+    def connect():
+        if len(outcomes) < 1:
+            handler()  # the next one comes while this one connects
+
+    server.before["connect"] = connect
+    in_a_transition(engine.pool, handler)
+    engine.connect().close()
+    assert outcomes == ["refused", "served", "served", "served"]
+    assert server.most == 3  # and one, as it seems, in the section's hands
+
+
+class AtLine:
+    """Calls a handler at one line of our package, the n-th in critical sections."""
+
+    def __init__(self, exchange, number, handler):
+        self.exchange, self.number, self.handler = exchange, number, handler
+        self.seen = 0
+
+    def __call__(self, frame, event, argument):
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line" and self.exchange._busy:
+            self.seen += 1
+            if self.seen == self.number:
+                sys.settrace(None)
+                self.handler()
+        return self
+
+    def run(self, work):
+        """Do `work`; tell if it came to that line."""
+        sys.settrace(self)
+        try:
+            work()
+        finally:
+            sys.settrace(None)
+        return self.seen >= self.number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "keeps"), [(1, True), (2, True), (4, False)])
+def test_handler_at_any_line_of_a_transition(clock, size, keeps):
+    """It is served, if there is anything to be had, and nothing is confused by it."""
+    number = refused = 0
+    reached = True
+    while reached:
+        number += 1
+        server = StubServer()
+        engine = server.engine(
+            pool_size=size,
+            max_overflow=size // 3,
+            pool_timeout=0,
+            idle_connection_ttl=9,
+        )
+        a, b = (engine.execution_options(scraper=tag) for tag in "ab")
+        held, kept, errors = [], [], []
+
+        def take(engine, held=held):
+            try:
+                held.append(engine.connect())
+            except CheckoutTimeout:
+                pass  # the handler has what there is
+
+        def handler(engine=engine, kept=kept, errors=errors):
+            try:
+                connection = engine.connect().execution_options(scraper="handler")
+            except InvalidRequestError as error:
+                errors.append(error)
+                return
+            connection.execute(text("select 1"))
+            kept.append(connection)
+            if not keeps:
+                kept.pop().close()
+
+        def work(engine=engine, a=a, b=b, held=held, take=take):
+            take(a), take(b)
+            if held:
+                held.pop().close()
+            clock.advance(5)
+            take(a), take(b)
+            if held:
+                held[0].invalidate()
+                held.pop(0).close()
+            clock.advance(70)
+            engine.pool.upkeep()
+            for connection in held:
+                connection.close()
+            held.clear()
+            engine.pool.reconfigure(pool_size=size)
+            engine.dispose()
+            take(b)
+            while held:
+                held.pop().close()
+
+        for one in (a, b):
+            one.connect().close()
+        reached = AtLine(engine.pool._exchange, number, handler).run(work)
+        refused += len(errors)
+        assert server.most <= size + size // 3
+        for connection in kept:
+            assert engine.pool.stats().tag("handler").connections == 1
+            connection.close()
+        assert_quiet(engine.pool)
+        assert engine.pool.checkedout() == 0
+    assert number > 300
+    assert refused < number if size < 4 else refused == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not hasattr(signal, "setitimer"), reason="the system has no interval timer"
+)
+def test_signal_handler_that_uses_the_pool_at_any_moment(make_engine, server):
+    """A worker that marks its job as aborted, while others use the pool as well."""
+    engine = make_engine(pool_size=6, soft_limit=6, max_limit=6)
+    tagged = [engine.execution_options(scraper=tag) for tag in "abc"]
+    handled, stop = [], threading.Event()
+
+    def handler(signum, frame):
+        use(tagged[2])
+        handled.append(1)
+        signal.setitimer(signal.ITIMER_REAL, 7.3e-4)  # no sooner: no handler in another
+
+    def other():
+        while not stop.is_set():
+            use(tagged[1])
+
+    others = [Caller(other) for _ in range(2)]
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 7.3e-4)
+    try:
+        while len(handled) < 1500:
+            use(tagged[len(handled) % 2])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        stop.set()
+    for caller in others:
+        caller.result()
+    assert server.most <= 6
 
 
 def test_record_lost_between_our_return_and_its_owner_gives_its_slot_back(make_pool):
@@ -194,9 +436,6 @@ def test_invalidated_connection_frees_its_slot_and_is_closed(make_engine, server
 
 class Interrupt(BaseException):
     pass
-
-
-PACKAGE = str(Path(sqla_fairpool.__file__).parent)
 
 
 def strike(work):
