@@ -69,6 +69,7 @@ class Desk(Section):
     __slots__ = (
         "__weakref__",
         "_allotted",
+        "_count_is_old",
         "_end",
         "_frozen",
         "_idle",
@@ -145,7 +146,7 @@ class Desk(Section):
         self._idle: deque[Record] = deque()
         self._hand_out(last_first=self._use_lifo)
         # What was lent in the middle of a critical section and is not back.
-        self._loans: list[Record] = []
+        self._loans: list[Seat] = []
         # The tags for which records may be kept warm.
         self._listed: deque[Account] = deque()
         # Seats that no record has, for those who have to wait.
@@ -166,6 +167,8 @@ class Desk(Section):
             _unless_gone(self.alive), self._waiter_class.may_block
         )
         self._reserved: weakref.WeakSet[Reservation] = weakref.WeakSet()
+        # One of them has ended since they were counted.
+        self._count_is_old = False
         # Others go short: what falls idle is asked for.
         self._pressed = False
         # Only what there is may be used: each that is closed is one less.
@@ -198,8 +201,8 @@ class Desk(Section):
         now = self.clock()
         with self._lock:
             if self._busy:
-                if record is not None and record in self._loans:
-                    self._end_loan(seat, record)
+                if seat.loan is not None:
+                    self._end_loan(seat)
                 else:
                     self._inbox.append((seat, record, keep))
                 return
@@ -226,49 +229,54 @@ class Desk(Section):
         """
         if isinstance(self.here, TaskHere):
             refuse_inner_call("nothing can be awaited there")
-        record = self._pop_idle() or self._pop_warm()
         seat = Seat(cast(Any, self))
         seat.loan, seat.holder, seat.since = tag, self.here.caller, self.clock()
         # Not one of the scheduler's, which may be about to change.
         seat.account = Account(tag, 1.0, False, Meter())
-        if record is None:
-            # The section may have one in its hands, which is counted nowhere. With a
-            # ledger it would have to be asked, by a thread that needs this lock.
-            there = self.connections_there()
-            if there + 1 >= self._allotted or self.share is not None:
-                refuse_inner_call("no connection is idle")
-            record = cast(Record, opener._create_connection())
-        else:
-            seat.former = record.seat
-        record.seat = seat
-        self._loans.append(record)
-        return record
+        # First of all: another handler may come on top of this one.
+        self._loans.append(seat)
+        try:
+            seat.record = record = self._pop_idle() or self._pop_warm()
+            if record is not None:
+                seat.former = record.seat
+            else:
+                # The section may have one in its hands, which is counted nowhere. With
+                # a ledger, that would be asked: by a thread that needs this lock.
+                there = self.connections_there() + len(self._loans)
+                if there >= self._allotted or self.share is not None:
+                    refuse_inner_call("no connection is idle")
+                seat.record = record = cast(Record, opener._create_connection())
+            record.seat = seat
+            return record
+        except BaseException:
+            self._end_loan(seat)
+            raise
 
-    def _end_loan(self, seat: Seat, record: Record) -> None:
+    def _end_loan(self, seat: Seat) -> None:
         """Take back what was lent, as if nothing had been."""
-        self._loans.remove(record)
-        self._bells.append(self._end_noticed)  # it was counted as apart
-        former, seat.loan, seat.former = seat.former, None, None
-        if former is None:
+        record, former = seat.record, seat.former
+        seat.record = seat.former = seat.loan = None
+        if record is not None and former is None:
             record.reason = "overflow"
             record.close()
-            return
-        record.seat = former
-        if former.state is GRANTED:
-            self._list(former.account)
-            former.account.warm.append(record)
-            self._list(former.account)
-        else:
-            self._put_back(record)
+        elif record is not None and former is not None:
+            record.seat = former
+            if former.state is GRANTED:
+                self._list(former.account)
+                former.account.warm.append(record)
+                self._list(former.account)
+            else:
+                self._put_back(record)
+        self._loans.remove(seat)  # last: until here its connection counts
+        self._note_end()  # as one that is apart
 
     def _admit_loans(self, now: float) -> None:
         """Account for what was lent, and was not back when the handler had ended."""
         while self._loans:
-            record = self._loans.pop()
-            seat = record.seat
-            former, tag = seat.former, seat.loan
-            assert tag is not None
-            seat.loan = seat.former = None
+            seat = self._loans.pop()
+            record, former, tag = seat.record, seat.former, seat.loan
+            assert record is not None and tag is not None
+            seat.record = seat.former = seat.loan = None
             if former is not None and former.state is GRANTED:
                 # It was warm, so it has a slot; that is the handler's tag's, if it may.
                 former.warm, former.holder = False, seat.holder
@@ -326,6 +334,11 @@ class Desk(Section):
             self._listed.popleft()  # last: an interrupt leaves it listed
         if self._loans:
             self._admit_loans(now)
+        if self._count_is_old:
+            self._count_is_old = False
+            self._recount(now)
+            if self.share is not None:
+                self._bells.append(self.share.ring)
         while self._inbox:
             seat, returned, keep = self._inbox.popleft()
             self._take_back(seat, returned, keep, now)
@@ -527,14 +540,16 @@ class Desk(Section):
             full = self.scheduler.capacity == self._allotted
             if full and self.share is None and not self._busy:
                 return  # a ticket has paid for it: what is kept warm stays so
-        self._bells.append(self._end_noticed)
+        self._note_end()
         self.visit()
 
-    def _end_noticed(self) -> None:
-        with self.section() as now:
-            self._recount(now)
-        if self.share is not None:
-            self.share.ring()
+    def _is_unsettled(self) -> bool:
+        return self._count_is_old
+
+    def _note_end(self) -> None:
+        """Have the next section count anew. From any thread, also in a section."""
+        self._count_is_old = True
+        self._bells.append(_do_nothing)  # so that somebody looks
 
     def _recount(self, now: float) -> None:
         """Let as many slots be granted as there may be connections."""
@@ -632,6 +647,10 @@ class Desk(Section):
         """
         opening = [seat for seat in self._opening if seat.state is GRANTED]
         return list({*self.granted_seats(), *opening})
+
+
+def _do_nothing() -> None:
+    """A bell that nobody hears."""
 
 
 def _unless_gone(alive: weakref.ref[Desk]) -> Callable[[], None]:

@@ -55,6 +55,10 @@ class Section:
     def _tidy(self, now: float) -> None:
         """What is done by whoever enters, and again before he leaves."""
 
+    @abstractmethod
+    def _is_unsettled(self) -> bool:
+        """Tell if something has come up since that a section has to do."""
+
     @contextmanager
     def section(self) -> Iterator[float]:
         """A critical section off the hot path; gives the time."""
@@ -92,6 +96,8 @@ class Section:
             while True:
                 while self._bells:
                     self._next_bell()
+                if self._is_unsettled():
+                    self.visit()
                 if not self._chores or not self._can_wait():
                     return
                 self._next_chore()
@@ -101,7 +107,7 @@ class Section:
 
     def _next_bell(self) -> None:
         # Taken out after it was rung: an interrupt loses none. Two threads may ring the
-        # same one, which does no harm.
+        # same one, which does no harm. None of them enters a section.
         try:
             bell = self._bells[0]
         except IndexError:

@@ -110,7 +110,7 @@ class Share:
         """
         if self.keeper is not None:
             self.keeper.ring(tag)
-        else:
+        elif self.refusal is None:
             self.refuse(
                 LedgerError(
                     "the pool has no database URL from which a default ledger would "

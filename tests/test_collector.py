@@ -214,6 +214,30 @@ def test_handler_for_which_nothing_is_idle_is_told_what_to_do(make_engine):
     ]
 
 
+def test_handlers_on_top_of_each_other_open_no_more_than_there_is_room_for(
+    make_engine, server
+):
+    engine = make_engine(pool_size=4, soft_limit=4, max_limit=4)
+    outcomes = []
+
+    def handler():
+        try:
+            use(engine)
+            outcomes.append("served")
+        except InvalidRequestError:
+            outcomes.append("refused")
+
+    def connect():
+        if len(outcomes) < 1:
+            handler()  # the next one comes while this one connects
+
+    server.before["connect"] = connect
+    in_a_transition(engine.pool, handler)
+    engine.connect().close()
+    assert outcomes == ["refused", "served", "served", "served"]
+    assert server.most == 3  # and one, as it seems, in the section's hands
+
+
 class AtLine:
     """Calls a handler at one line of our package, the n-th in critical sections."""
 
@@ -323,6 +347,7 @@ def test_signal_handler_that_uses_the_pool_at_any_moment(make_engine, server):
     def handler(signum, frame):
         use(tagged[2])
         handled.append(1)
+        signal.setitimer(signal.ITIMER_REAL, 7.3e-4)  # no sooner: no handler in another
 
     def other():
         while not stop.is_set():
@@ -330,7 +355,7 @@ def test_signal_handler_that_uses_the_pool_at_any_moment(make_engine, server):
 
     others = [Caller(other) for _ in range(2)]
     before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 1e-3, 7.3e-4)
+    signal.setitimer(signal.ITIMER_REAL, 7.3e-4)
     try:
         while len(handled) < 1500:
             use(tagged[len(handled) % 2])
