@@ -19,6 +19,7 @@ from . import policy
 from .ledger.book import Book
 from .ledger.errors import LedgerError
 from .ledger.report import LedgerReport, MemberReport, read
+from .ledger.rows import Session
 from .ledger.store import Store
 from .overview import (
     LONG_HOLD,
@@ -62,6 +63,9 @@ class Observer:
         self._patience = patience
         self._clock = clock
         self._sleep = sleep
+        #: The server sessions that were in a row at the last look, and the number of
+        #: the member, or the quarantine, whose row that was.
+        self.sessions: Mapping[Session, int] = {}
         # Who did not answer, and what they had said before.
         self._silent: dict[str, str | None] = {}
 
@@ -69,12 +73,6 @@ class Observer:
     def name(self) -> str:
         """The ledger's name, for people."""
         return self._store.name
-
-    @property
-    def key(self) -> int:
-        """What the server's sessions are marked with, see :mod:`.ledger.sessions`."""
-        key: int = getattr(self._store, "key", 0)
-        return key
 
     def look(
         self,
@@ -97,6 +95,9 @@ class Observer:
             raise LedgerError(
                 f"the ledger {self.name} is empty: nobody has joined it yet"
             )
+        # At the end: so many as possible of those that are at the server by now.
+        with self._store.transaction() as rows:
+            self.sessions = _posted_sessions(Book(rows))
         return compile_overview(
             [self._part(member, said.get(member.key)) for member in report.members],
             _limits(report, said),
@@ -154,6 +155,12 @@ class Observer:
             number=member.number,
         )
         return Part(process, figures)
+
+
+def _posted_sessions(book: Book) -> Mapping[Session, int]:
+    rows = [(gone.sessions, number) for number, gone in book.gone.items()]
+    rows += [(member.sessions, member.number) for member in book.members.values()]
+    return {session: number for sessions, number in rows for session in sessions}
 
 
 def _posted(member: MemberReport) -> list[TagFigures]:

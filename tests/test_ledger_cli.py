@@ -214,6 +214,19 @@ def test_reap_by_the_url_of_another_server_is_refused(capsys, dead, path):
 
 
 @pytest.mark.postgres
+def test_reap_says_in_one_line_that_the_server_refuses(
+    capsys, left, postgres_url, monkeypatch
+):
+    monkeypatch.setattr(
+        "sqla_fairpool.cli.ledger.look", lambda cursor: cursor.execute("select 1/0")
+    )
+    args = ("reap", "--ledger", left, "--url", postgres_url)
+    status, out, err = run(capsys, *args)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "the server cannot be asked: division by zero" in err
+
+
+@pytest.mark.postgres
 def test_reap_frees_nothing_where_no_member_has_said_which_server(
     capsys, left, postgres_url
 ):

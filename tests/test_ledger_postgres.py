@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import create_engine, make_url, text
 from support.threads import PATIENCE, Caller, eventually
 
+from sqla_fairpool import FairQueuePool
 from sqla_fairpool.cli import main
 from sqla_fairpool.cli.watching import Place
 from sqla_fairpool.ledger import sessions
@@ -187,6 +188,42 @@ def test_rights_that_are_taken_away_do_not_cost_the_sign(url, make, operator, ro
         rows_of(store)
     assert store.signed
     assert other.living([store.member]) == {store.member}
+
+
+def test_tables_that_are_dropped_under_load_do_not_raise_the_bound(url, operator):
+    """A newcomer makes them anew while a member has three of four slots in use."""
+
+    def pool(name):
+        return create_engine(
+            url.update_query_dict({"application_name": name}),
+            poolclass=FairQueuePool,
+            pool_size=4,
+            soft_limit=4,
+            max_limit=4,
+            ledger="database",
+        )
+
+    def count():
+        query = "select count(*) from pg_stat_activity where application_name like 'p_'"
+        (found,) = operator(url, query)
+        assert found <= 4
+        return found
+
+    member, newcomer = pool("p1"), pool("p2")
+    held = [member.connect() for _ in range(3)]
+    operator(url, f"drop table {TABLES}")
+    callers = [Caller(newcomer.connect) for _ in range(4)]
+    eventually(lambda: count() == 4)
+    assert member.pool.stats().checked_out == 3
+    eventually(lambda: sum(not caller.is_alive() for caller in callers) == 1)
+    for connection in held:
+        connection.close()
+    eventually(lambda: (count(), any(map(Caller.is_alive, callers))) == (4, False))
+    for caller in callers:
+        caller.result().close()
+    for engine in (member, newcomer):
+        engine.dispose()
+        engine.pool._exchange.share.keeper.close()
 
 
 # -- which tables ---------------------------------------------------------------------

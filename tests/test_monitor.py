@@ -318,7 +318,7 @@ def test_a_server_that_hangs_does_not_hide_the_ledger(path, monkeypatch):
     go_on = threading.Event()
     answer = ServerFigures(others=3)
 
-    def look(self, overview, key):
+    def look(self, overview, sessions):
         go_on.wait(PATIENCE)
         return answer
 

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from support.threads import PATIENCE, VirtualClock, eventually
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
-from sqla_fairpool.ledger.rows import Terms
+from sqla_fairpool.ledger.rows import Session, Terms
 from sqla_fairpool.observer import Observer
 
 
@@ -100,7 +101,23 @@ def test_figures_are_those_of_the_moment(world):
         ("b", 1),
     ]
     assert observer.name == overview.ledger
-    assert observer.key
+
+
+def test_sessions_are_those_that_members_and_quarantines_have_posted(world):
+    join, observer = world
+    member, lost = join(), Session(4712, 6)
+    with member.store.transaction() as rows:
+        book = Book(rows)
+        key = member.store.member
+        own = replace(book.members[key], owned=2, sessions=(Session(4711, 5),))
+        book.write(key, own)
+        book.quarantine(key, [lost])
+        book.write(key, book.members[key])
+        book.tell(book.allocation())
+        (number,) = book.gone
+    assert observer.sessions == {}
+    observer.look()
+    assert observer.sessions == {Session(4711, 5): own.number, lost: number}
 
 
 def test_what_a_later_version_says_more_is_left_out(world):

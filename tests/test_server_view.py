@@ -17,10 +17,9 @@ from sqla_fairpool.cli.server_view import (
     count,
     server_text,
 )
-from sqla_fairpool.ledger.sessions import mark
+from sqla_fairpool.ledger.sessions import identify
 from sqla_fairpool.overview import Limits, Part, TagFigures, compile_overview
 
-KEY = 12345
 ROOM = Room("app", 100, 3, 0, False, None)
 
 
@@ -123,7 +122,7 @@ def test_members_that_are_not_here():
 
 
 def test_another_backend_is_told():
-    figures = ServerView(make_url("mysql://u:s3cret@h/d")).look(overview(), KEY)
+    figures = ServerView(make_url("mysql://u:s3cret@h/d")).look(overview(), {})
     assert server_text(figures) == (
         "server: that of mysql cannot be asked, this needs PostgreSQL"
     )
@@ -132,7 +131,7 @@ def test_another_backend_is_told():
 
 def test_a_server_that_is_away_is_told_without_a_password():
     view = ServerView(make_url("postgresql://u:s3cret@localhost:1/d"))
-    figures = view.look(overview(), KEY)
+    figures = view.look(overview(), {})
     assert figures.error.startswith("cannot be asked: ")
     assert "\n" not in figures.error and "s3cret" not in figures.error
     view.close()
@@ -152,12 +151,17 @@ def engine(postgres_url):
     engine.dispose()
 
 
-def marked(engine, number, name):
+@pytest.fixture
+def posted():
+    """The sessions that are in a row, and of which member: what `marked` notes."""
+    return {}
+
+
+def marked(engine, posted, number, name):
     """Return a connection that is a session of a member."""
     connection = engine.connect()
-    cursor = connection.connection.cursor()
-    mark(cursor, KEY, number)
-    cursor.close()
+    _, session = identify(connection.connection.cursor(), None)
+    posted[session] = number
     literal = name.replace("'", "''")
     connection.exec_driver_sql(f"SET application_name = '{literal}'")
     connection.commit()
@@ -165,20 +169,24 @@ def marked(engine, number, name):
 
 
 @pytest.mark.postgres
-def test_sessions_of_a_server(view, engine):
-    before = view.look(overview(), KEY)
+def test_sessions_of_a_server(view, engine, posted):
+    before = view.look(overview(), {})
     assert before.total.sessions == 0
     assert before.control >= 1  # its own
+    elsewhere = create_engine(engine.url.set(database="template1"))
     with (
-        marked(engine, 1, "a"),
-        marked(engine, 1, "\u00e9t\u00e9") as busy,
-        marked(engine, 2, "psql"),
-        marked(engine, 3, "gone"),
+        marked(engine, posted, 1, "a"),
+        marked(engine, posted, 1, "\u00e9t\u00e9") as busy,
+        marked(elsewhere, posted, 2, "psql"),
+        marked(engine, posted, 3, "gone"),
         engine.connect() as other,
+        elsewhere.connect() as not_ours,
     ):
+        not_ours.execute(text("select 1"))
+        busy.execute(text("DISCARD PLANS"))
         busy.execute(text("select 1"))
         other.execute(text("select 1"))
-        figures = view.look(of_two_tags(), KEY)
+        figures = view.look(of_two_tags(), posted)
         assert {k: v.sessions for k, v in figures.members.items()} == {1: 2, 2: 1, 3: 1}
         assert {k: v.sessions for k, v in figures.scrapers.items()} == {
             "a": 1,
@@ -189,8 +197,10 @@ def test_sessions_of_a_server(view, engine):
         assert 0 <= figures.scrapers["\u00e9t\u00e9"].longest_idle < 60
         assert figures.others == before.others + 1
         assert figures.max_connections > 1
-        # Another ledger has members of the same numbers.
-        assert view.look(of_two_tags(), KEY + 1).is_elsewhere
+        # The same numbers of processes, that began at another time.
+        earlier = {one._replace(began=one.began - 1): n for one, n in posted.items()}
+        assert view.look(of_two_tags(), earlier).is_elsewhere
+    elsewhere.dispose()
 
 
 @pytest.mark.postgres
@@ -200,10 +210,10 @@ def test_one_connection_is_kept(view, engine):
         "where application_name = 'sqla_fairpool monitor'"
     )
     with engine.connect() as connection:
-        view.look(overview(), KEY)
+        view.look(overview(), {})
         (before,) = connection.scalars(query).all()
         connection.rollback()
-        view.look(overview(), KEY)
+        view.look(overview(), {})
         assert connection.scalars(query).all() == [before]
         connection.rollback()
         view.close()
@@ -219,7 +229,7 @@ def _again(connection, query):
 
 @pytest.mark.postgres
 def test_a_connection_that_was_cut_is_made_again(view, engine):
-    view.look(overview(), KEY)
+    view.look(overview(), {})
     with engine.connect() as connection:
         connection.execute(
             text(
@@ -227,19 +237,19 @@ def test_a_connection_that_was_cut_is_made_again(view, engine):
                 "where application_name = 'sqla_fairpool monitor'"
             )
         )
-    figures = view.look(overview(), KEY)
+    figures = view.look(overview(), {})
     assert figures.error.startswith("cannot be asked: ")
-    assert view.look(overview(), KEY).error is None
+    assert view.look(overview(), {}).error is None
 
 
 @pytest.mark.postgres
-def test_a_role_that_may_not_see_the_others(postgres_url, engine):
+def test_a_role_that_may_not_see_the_others(postgres_url, engine, posted):
     with engine.begin() as connection:
         connection.execute(text("create role onlooker login"))
     view = ServerView(make_url(postgres_url).set(username="onlooker"))
     try:
-        with marked(engine, 2, "b"):
-            figures = view.look(of_two_tags(), KEY)
+        with marked(engine, posted, 2, "b"):
+            figures = view.look(of_two_tags(), posted)
         assert figures.scrapers["b"] == Sessions(1, 0, 0, hidden=1)
     finally:
         view.close()

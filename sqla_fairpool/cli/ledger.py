@@ -257,6 +257,8 @@ def _asking(
         cursor = connection.connection.cursor()
         try:
             yield lambda: look(cursor)
+        except connection.dialect.loaded_dbapi.Error as error:
+            raise CommandError(f"the server cannot be asked: {error}") from None
         finally:
             cursor.close()
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import exc, text
 from sqlalchemy.engine import URL, Connection
 
+from ..ledger.rows import Session
 from ..overview import Overview
 from ..overview_text import printable, seconds_text
 from .budget import Room, ask_room, connected
@@ -33,19 +34,28 @@ _NAME_BYTES = 63
 # A server that is busy must not keep the monitor for long.
 _PATIENCE = text("SET statement_timeout = '5s'")
 
-# A session has one lock for its member. What a role may not see of others' sessions is
-# NULL: state, times and the backend's type.
+# What a role may not see of others' sessions is NULL: state, times and the backend's
+# type.
 _SESSIONS = text("""
-    SELECT a.application_name, a.state,
-        extract(epoch FROM clock_timestamp() - a.xact_start)::float AS transaction_age,
-        extract(epoch FROM clock_timestamp() - a.state_change)::float AS state_age,
-        (SELECT min(l.objid::int) FROM pg_locks l WHERE l.pid = a.pid AND l.granted
-         AND l.locktype = 'advisory' AND l.classid::int = :key AND l.objsubid = 2
-         AND l.database = a.datid) AS member
-    FROM pg_stat_activity a
-    WHERE a.datname = current_database() AND a.usesysid IS NOT NULL
-    AND coalesce(a.backend_type, 'client backend') = 'client backend'
+    SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint AS began,
+        datname = current_database() AS is_here, application_name, state,
+        extract(epoch FROM clock_timestamp() - xact_start)::float AS transaction_age,
+        extract(epoch FROM clock_timestamp() - state_change)::float AS state_age
+    FROM pg_stat_activity
+    WHERE usesysid IS NOT NULL
+    AND coalesce(backend_type, 'client backend') = 'client backend'
 """)
+
+
+class _Row(NamedTuple):
+    """A session, as the server sees it, and whose it is."""
+
+    application_name: str | None
+    state: str | None
+    transaction_age: float | None
+    state_age: float | None
+    #: None for nobody's.
+    member: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +142,8 @@ def server_text(figures: ServerFigures) -> str:
 class ServerView:
     """Asks a server about the members of a ledger.
 
-    :param url: the pools' database: locks, by which members are known, are a
-      database's own.
+    :param url: the pools' database. Members' sessions are seen in each of the server,
+      those of others in this one.
     """
 
     def __init__(self, url: URL) -> None:
@@ -141,10 +151,12 @@ class ServerView:
         self._stack = ExitStack()
         self._connection: Connection | None = None
 
-    def look(self, overview: Overview, key: int) -> ServerFigures:
+    def look(
+        self, overview: Overview, sessions: Mapping[Session, int]
+    ) -> ServerFigures:
         """Return the figures of this moment. What goes wrong is in them.
 
-        :param key: the ledger's own number.
+        :param sessions: those that members have posted, and the members' numbers.
         """
         if self._url.get_backend_name() != "postgresql":
             return ServerFigures(
@@ -153,12 +165,12 @@ class ServerView:
             )
         try:
             connection = self._connect()
-            rows = connection.execute(_SESSIONS, {"key": key}).all()
+            found = connection.execute(_SESSIONS).all()
             room = ask_room(connection)
         except (exc.SQLAlchemyError, CommandError) as error:
             self.close()
             return ServerFigures(error=f"cannot be asked: {_words(error)}")
-        return count(rows, overview, room)
+        return count(_by_member(found, sessions), overview, room)
 
     def _connect(self) -> Connection:
         if self._connection is None:
@@ -184,11 +196,24 @@ def _words(error: Exception) -> str:
 # -- counting --------------------------------------------------------------------------
 
 
+def _by_member(found: Iterable[Any], sessions: Mapping[Session, int]) -> list[_Row]:
+    """Return the sessions with whose they are; of nobody's those in this database."""
+    posted = {session.pid: (session.began, n) for session, n in sessions.items()}
+    rows = []
+    for one in found:
+        began, number = posted.get(one.pid, (None, None))
+        if None not in (began, one.began) and began != one.began:
+            number = None  # the process's number was given again
+        if number is not None or one.is_here:
+            name, age = one.application_name, one.transaction_age
+            rows.append(_Row(name, one.state, age, one.state_age, number))
+    return rows
+
+
 def count(rows: Iterable[Any], overview: Overview, room: Room) -> ServerFigures:
     """Count the server's rows, by member and by scraper.
 
-    :param rows: with application_name, state, transaction_age, state_age and member,
-      the number of the member whose session it is, None for nobody's.
+    :param rows: each as a :class:`_Row`.
     """
     tags = {p.number: p.tags for p in overview.processes if p.number is not None}
     members: dict[int, list[Any]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,7 @@ from ..ledger.errors import LedgerError
 from ..ledger.host import HostStore
 from ..ledger.places import known_ledgers, make_store
 from ..ledger.postgres import PostgresStore
+from ..ledger.rows import Session
 from ..ledger.store import StoreAway
 from ..observer import Observer
 from ..overview import Overview
@@ -45,8 +46,8 @@ class Looks(Protocol):
     """What this file needs of an :class:`.observer.Observer`."""
 
     @property
-    def key(self) -> int:
-        """The ledger's own number."""
+    def sessions(self) -> Mapping[Session, int]:
+        """The server sessions at the last look, and the members' numbers."""
         ...
 
     def look(self) -> Overview:
@@ -204,7 +205,7 @@ class Watch:
             if self._observer is None:
                 self._observer = self._observe(self._place.make_store())
             overview = self._observer.look()
-            key = self._observer.key
+            sessions = self._observer.sessions
         except (StoreAway, LedgerError) as error:
             # The next look begins anew: whatever was broken is made again.
             self._close_observer()
@@ -214,7 +215,7 @@ class Watch:
             )
             return self._last
         now = self._clock()
-        server = None if self._server is None else self._server.look(overview, key)
+        server = None if self._server is None else self._server.look(overview, sessions)
         self._last = Picture(overview, server, now)
         return self._last
 
@@ -245,19 +246,21 @@ class _PatientServer:
         view = ServerView(url)
         self._clock = clock
         self._asked_at: float | None = None
-        self._question: tuple[Overview, int] | None = None
+        self._question: tuple[Overview, Mapping[Session, int]] | None = None
         self._errand = Errand(lambda: self._look(view), view.close)
 
     def _look(self, view: ServerView) -> ServerFigures:
         assert self._question is not None
         return view.look(*self._question)
 
-    def look(self, overview: Overview, key: int) -> ServerFigures:
+    def look(
+        self, overview: Overview, sessions: Mapping[Session, int]
+    ) -> ServerFigures:
         """Return what the server says, in a moment."""
         if self._asked_at is not None and self._errand.poll() is not None:
             self._asked_at = None  # that came too late
         if self._asked_at is None:
-            self._question = overview, key
+            self._question = overview, sessions
             self._asked_at = self._clock()
             self._errand.ask()
         figures = self._errand.poll(_PATIENCE)

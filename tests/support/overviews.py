@@ -65,9 +65,8 @@ class FakeObserver:
     :param scenes: overviews, or errors that are raised.
     """
 
-    key = 7
-
     def __init__(self, *scenes):
+        self.sessions = {}
         self.scenes = list(scenes)
         self.looks = 0
         self.is_closed = False
