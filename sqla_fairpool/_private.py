@@ -13,6 +13,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -165,8 +166,11 @@ def time_creator(
     pool: Pool,
     clock: Callable[[], float],
     note: Callable[[ConnectionPoolEntry, float | None], None],
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> None:
     """Tell how long each call of a pool's creator takes; None if it fails.
+
+    :param around: in what it is to be called.
 
     ``_invoke_creator`` is what a record calls, the creator made to take a record or
     not. Nothing public is called before and after a connection is opened.
@@ -177,7 +181,8 @@ def time_creator(
     def timed(record: ConnectionPoolEntry) -> Any:
         began = clock()
         try:
-            connection = invoke(record)
+            with around():
+                connection = invoke(record)
         except BaseException:
             note(record, None)
             raise

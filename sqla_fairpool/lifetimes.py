@@ -13,6 +13,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool
 
 from . import _private
 from .desk import Desk
+from .tagging import outside_of_blocks
 
 __all__ = ["observe", "time_openings"]
 
@@ -42,4 +43,4 @@ def time_openings(pool: Pool, desk: Desk) -> None:
         if seat is not None:
             desk.count_opening(seat.account, seconds)
 
-    _private.time_creator(pool, desk.clock, opened)
+    _private.time_creator(pool, desk.clock, opened, outside_of_blocks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from contextlib import contextmanager
 
 import pytest
 from sqlalchemy import text
@@ -174,6 +175,21 @@ def test_creator_is_timed_at_every_opening(engine, server, clock):
     with pytest.raises(RuntimeError):
         engine.connect()
     assert noted[2][1] is None
+
+
+def test_creator_is_called_in_what_is_to_be_around_it(engine, server, clock):
+    order = []
+
+    @contextmanager
+    def around():
+        order.append("before")
+        yield
+        order.append("after")
+
+    server.before["connect"] = lambda: order.append("connect")
+    _private.time_creator(engine.pool, clock, lambda *_: None, around)
+    with engine.connect():
+        assert order == ["before", "connect", "after"]
 
 
 def test_record_expires_with_the_pools_recycle(server, monkeypatch):
