@@ -14,6 +14,7 @@ from sqlalchemy.pool import Pool
 
 from . import _private
 from .desk import Desk
+from .tagging import outside_of_blocks
 
 if TYPE_CHECKING:
     from .exchange import Exchange
@@ -59,7 +60,8 @@ def open_for_record(
     began = exchange.clock()
     with exchange.connections.opening(record) as physical:
         try:
-            connection = invoke(record)
+            with outside_of_blocks():
+                connection = invoke(record)
         except BaseException:
             if seat is not None:
                 exchange.count_opening(seat.account, None)

@@ -45,6 +45,7 @@ __all__ = [
     "context_timeout",
     "follow",
     "make_request",
+    "outside_of_blocks",
     "requested",
     "requesting",
     "set_tag",
@@ -279,6 +280,21 @@ def set_tag(name: str | None) -> None:
         _blocks.set(())
     else:
         _blocks.set((*entries[:-1], (name, block)))
+
+
+@contextmanager
+def outside_of_blocks() -> Iterator[None]:
+    """Run what is in the block as if no ``with tag(...)`` were around it.
+
+    That is how connections are opened: what the driver starts for one, tasks and
+    callbacks, lives as long as it does, and serves whichever tag has it then.
+    """
+    entries = blocks()
+    _blocks.set(())
+    try:
+        yield
+    finally:
+        _blocks.set(entries)
 
 
 def _open(entries: tuple[_Entry, ...]) -> tuple[_Entry, ...]:

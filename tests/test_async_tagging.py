@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+from contextlib import asynccontextmanager
 
 import pytest
 import sqlalchemy
@@ -234,7 +235,19 @@ def test_block_may_be_left_in_another_context_than_it_was_entered_in():
 # -- what is in force for one checkout is nobody else's ---------------------------
 
 
-def test_task_that_is_started_while_a_connection_opens_is_untagged(run):
+def by_engine(engine):
+    return engine.execution_options(scraper="a").connect()
+
+
+@asynccontextmanager
+async def by_block(engine):
+    with tag("a"):
+        async with engine.connect() as connection:
+            yield connection
+
+
+@pytest.mark.parametrize("road", [by_engine, by_block])
+def test_task_that_is_started_while_a_connection_opens_is_untagged(run, road):
     async def test(engine):
         tasks, closed = [], asyncio.Event()
 
@@ -251,8 +264,8 @@ def test_task_that_is_started_while_a_connection_opens_is_untagged(run):
                 tasks.append(asyncio.create_task(refresh()))
 
         event.listen(engine.sync_engine, "do_connect", start)
-        async with engine.execution_options(scraper="a").connect():
-            pass
+        async with road(engine):
+            assert holders(engine) == {"a": 1}
         closed.set()
         return await tasks[0]
 
@@ -260,7 +273,8 @@ def test_task_that_is_started_while_a_connection_opens_is_untagged(run):
 
 
 @pytest.mark.postgres
-def test_task_that_a_notification_starts_is_untagged(postgres_url):
+@pytest.mark.parametrize("road", [by_engine, by_block])
+def test_task_that_a_notification_starts_is_untagged(postgres_url, road):
     async def main():
         engine = create_async_engine(
             make_url(postgres_url).set(drivername="postgresql+asyncpg"),
@@ -275,7 +289,7 @@ def test_task_that_a_notification_starts_is_untagged(postgres_url):
         def notified(*_):
             tasks.put_nowait(asyncio.create_task(visit()))
 
-        async with engine.execution_options(scraper="a").connect() as connection:
+        async with road(engine) as connection:
             raw = await connection.get_raw_connection()
             await raw.driver_connection.add_listener("news", notified)
             await connection.execute(text("notify news"))

@@ -442,6 +442,7 @@ def test_listener_that_runs_while_a_connection_opens_is_untagged(
     on(engine, listener)
     connection = road(engine)
     connection.close()
+    engine.dispose()
     assert seen == [{"unknown": 1}, {"own": 1}]
 
 
