@@ -97,7 +97,7 @@ def test_no_slot_is_taken_twice(path, how):
     """Several stores in a process; workers forked before and after their parent's use
     of the store, and while threads are in transactions."""
     said = json.loads(run(SUPPORT / "slot_program.py", path, how))
-    assert said["most"] == 4
+    assert 1 < said["most"] <= 4
     assert said["turns"] > 800
     assert said["left"] == 0
 
