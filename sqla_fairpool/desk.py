@@ -559,7 +559,7 @@ class Desk(Section):
 
     def _out_of_use(self) -> int:
         """Return how many slots no caller can have: no ticket pays for them."""
-        idle = {id(record) for record in self._idle}
+        idle = {id(record) for record in list(self._idle)}
         return self.connections.apart(idle, self._left) + len(self._reserved)
 
     def _capacity(self, leaving: int = 0) -> int:

@@ -352,7 +352,7 @@ class Upkeep(Desk):
         """
         with self.section() as now:
             self._drain(now)
-            idle = {id(record) for record in self._idle}
+            idle = {id(record) for record in list(self._idle)}
             waiting = [
                 physical
                 for physical in self.connections

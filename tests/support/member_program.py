@@ -1,0 +1,123 @@
+"""A process that comes to a ledger, does something peculiar, and goes.
+
+Usage: member_program.py URL LEDGER HOW
+
+HOW is engines, observer, fresh, used or threads. Prints ``done``, each process of it
+that has done its work.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+
+from sqlalchemy import create_engine, text
+
+from sqla_fairpool import FairQueuePool
+from sqla_fairpool.ledger.host import HostStore
+from sqla_fairpool.observer import Observer
+
+QUERY = text("select pg_sleep(0.01)")
+
+
+def make_engine(url, ledger, how):
+    engine = create_engine(
+        url,
+        poolclass=FairQueuePool,
+        ledger=ledger,
+        idle_timeout=1.0,
+        reallocation_interval=0.3,
+        connect_args={"application_name": f"scraper {how}"},
+    )
+    return engine.execution_options(scraper=how)
+
+
+def work(engine, times=3):
+    for _ in range(times):
+        with engine.connect() as connection:
+            connection.execute(QUERY)
+
+
+def in_threads(number, function, *args):
+    with ThreadPoolExecutor(number) as pool:
+        for done in [pool.submit(function, *args) for _ in range(number)]:
+            done.result()
+
+
+def in_child(function, *args):
+    """Run a function in a forked child, which ends as a script does."""
+    child = os.fork()
+    if not child:
+        function(*args)
+        say_done()
+        sys.exit()
+    return child
+
+
+def say_done():
+    os.write(1, b"done\n")  # at once: there may be several of us
+
+
+def two_engines(one, other):
+    in_threads(5, work, one)
+    in_threads(5, work, other)
+    other.dispose()
+    in_threads(5, work, one)
+
+
+def observe(engine, ledger):
+    """Look at the ledger as a member of it, and close what looks."""
+
+    def look():
+        for _ in range(5):
+            observer = Observer(HostStore(ledger))
+            observer.look()
+            observer.close()
+            work(engine, 1)
+
+    in_threads(3, look)
+
+
+def fork_in_checkouts(engine):
+    """Ten threads are in checkouts while children are forked."""
+    # SQLAlchemy holds a mutex during an engine's first connect: a child that is forked
+    # then never connects, with any pool.
+    work(engine, 1)
+    over = threading.Event()
+
+    def go_on():
+        while not over.is_set():
+            work(engine, 1)
+
+    with ThreadPoolExecutor(10) as pool:
+        threads = [pool.submit(go_on) for _ in range(10)]
+        children = [in_child(work, engine, 1) for _ in range(40)]
+        codes = [os.waitpid(child, 0)[1] for child in children]
+        over.set()
+    for thread in threads:
+        thread.result()
+    assert not any(codes), codes
+
+
+def main(url, ledger, how):
+    warnings.simplefilter("ignore")  # newer Pythons warn of threads and fork together
+    engine = make_engine(url, ledger, how)
+    if how == "engines":
+        two_engines(engine, make_engine(url, ledger, how))
+    elif how == "observer":
+        observe(engine, ledger)
+    elif how == "threads":
+        fork_in_checkouts(engine)
+    else:
+        if how == "used":
+            work(engine)
+        for _ in range(3):  # they outlive their parent
+            in_child(in_threads, 5, work, engine)
+    say_done()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
