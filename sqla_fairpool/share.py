@@ -40,6 +40,9 @@ __all__ = ["Keeper", "Share"]
 #: millisecond, one that waits for a stopped process two seconds.
 _CONFIRMED_WITHIN = 3.0
 
+#: Seconds after which the ledger is asked again if it did not confirm.
+_PAUSE = 0.02
+
 #: Seconds after which a loop is taken to be blocked, or not to run.
 _LOOP_ANSWERS_WITHIN = 1.0
 
@@ -149,7 +152,20 @@ class Share:
             raise self.unconfirmed()
 
     def _confirmed(self) -> bool:
-        """Have the store hear of this pool as it is now, and wait for that."""
+        """Have the store hear of this pool as it is now, and wait for that.
+
+        For a moment there may be a session more than there are slots: one whose end is
+        not known yet. So a "no" is not the last word while there is time.
+        """
+        deadline = time.monotonic() + _CONFIRMED_WITHIN
+        while not self._confirms(deadline):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._new_waiter(_Nobody()).wait(min(_PAUSE, left))
+        return True
+
+    def _confirms(self, deadline: float) -> bool:
         if self.keeper is None:
             return True
         answers: list[bool] = []
@@ -159,11 +175,9 @@ class Share:
             answers.append(answer)
             waiter.wake()
 
-        began = now = time.monotonic()
         self.keeper.post(done)
-        while not answers and now < began + _CONFIRMED_WITHIN:
-            waiter.wait(began + _CONFIRMED_WITHIN - now)
-            now = time.monotonic()
+        while not answers and (left := deadline - time.monotonic()) > 0:
+            waiter.wait(left)
         return bool(answers and answers[0])
 
     def unconfirmed(self, why: str | None = None) -> CheckoutTimeout:

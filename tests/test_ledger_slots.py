@@ -109,6 +109,11 @@ def member(postgres_url, ledger):
         member.sessions.__exit__()
     for member in members:
         assert member.sessions.most <= SLOTS
+    del member
+    members.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python: what a loop has left unclosed
+        gc.collect()
 
 
 def run(main):
