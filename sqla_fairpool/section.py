@@ -106,17 +106,15 @@ class Section:
             raise
 
     def _next_bell(self) -> None:
-        # Taken out after it was rung: an interrupt loses none. Two threads may ring the
-        # same one, which does no harm. None of them enters a section.
         try:
-            bell = self._bells[0]
+            bell = self._bells.popleft()
         except IndexError:
             return  # another thread was faster
-        bell()
         try:
-            self._bells.remove(bell)
-        except ValueError:
-            pass
+            bell()
+        except BaseException:  # an interrupt's: ring it again, which does no harm
+            self._bells.append(bell)
+            raise
 
     def _next_chore(self) -> None:
         try:
