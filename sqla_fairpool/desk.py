@@ -153,8 +153,9 @@ class Desk(Section):
         self._spare_seats: list[Seat] = []
         # Every record there is, for the child of a fork.
         self._records: weakref.WeakSet[Record] = weakref.WeakSet()
-        # Seats whose owners open a connection for them.
-        self._opening: set[Seat] = set()
+        # Seats whose owners open a connection for them. Weak: one that an interrupted
+        # owner has dropped gives its slot back.
+        self._opening: weakref.WeakSet[Seat] = weakref.WeakSet()
         # Whose records are kept, and what is left of those that came before.
         self.owner = Generation()
         self._left: weakref.WeakSet[Record] = weakref.WeakSet()

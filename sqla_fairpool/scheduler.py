@@ -8,8 +8,9 @@ Rules of this file:
 * Every public method is one transition. It leaves the invariants true and
   returns the tickets that were granted by it; waking their callers is the
   shell's business.
-* A transition on the common path changes its counters without a call in
-  between, so that a signal handler's exception falls before it or after it.
+* A transition on the common path changes its counters without a call or a
+  jump in between, so that a signal handler's exception falls before it or
+  after it. (CPython looks for signals at calls, and 3.10 at each jump.)
 
 What is promised, at every moment between two transitions (`check_valid` holds
 each of them, and the tests call it after every step):
@@ -433,16 +434,17 @@ class Scheduler:
 
     def _grant(self, ticket: Ticket, now: float) -> None:
         account = ticket.account
+        ticket.since = now
         # From here in one go, see the head of this file.
         self.in_use += 1
         account.in_use += 1
+        ticket.state = GRANTED
+        # What is lost here is a figure, and no slot.
         account.checkouts += 1
         if account.in_use > account.peak:
             account.peak = account.in_use
         if not account.silent:
             account.meter.checkouts += 1
-        ticket.since = now
-        ticket.state = GRANTED
 
     # -- the promises, as a check ---------------------------------------------
 

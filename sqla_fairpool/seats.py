@@ -69,6 +69,7 @@ class Seat(Ticket):
     """
 
     __slots__ = (
+        "__weakref__",
         "alive",
         "exchange",
         "former",

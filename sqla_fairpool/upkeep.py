@@ -15,6 +15,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import asyncio
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -241,7 +242,9 @@ class Upkeep(Desk):
     def _open_ahead(self, opener: Opener) -> None:
         try:
             self.warm_up(opener)
-        except Exception as error:
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError):
+                raise
             opener.logger.warning(
                 "%d connections (min_idle) could not be opened ahead: %s",
                 self.options.min_idle,

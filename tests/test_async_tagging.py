@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
 from contextlib import asynccontextmanager
 
 import pytest
@@ -187,7 +188,7 @@ def test_decorated_coroutine_function_is_tagged_while_it_runs(run):
             return holders(engine), twice
 
     assert visit.__doc__ == "What it does."
-    assert asyncio.iscoroutinefunction(visit)
+    assert inspect.iscoroutinefunction(visit)
 
     async def test(engine):
         return await visit(engine, twice=2)

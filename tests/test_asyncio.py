@@ -337,6 +337,32 @@ def test_cancel_at_every_step(make_pool, run, server, step, pool_options):
         gc.collect()
 
 
+@pytest.mark.parametrize("cleanup", ["close", "invalidate", "detach"])
+@pytest.mark.filterwarnings("ignore:Can't invalidate an already-closed connection")
+def test_what_follows_a_cancelled_return_leaves_the_next_caller_alone(
+    make_pool, run, server, cleanup
+):
+    """With SQLAlchemy before 2.0.56 and 2.1.6 it meets the next caller's connection."""
+    pool = make_pool(pool_size=1)
+
+    async def main():
+        first = await checkout(pool)
+        server.before["rollback"] = lambda: await_only(steps(2))
+        back = asyncio.create_task(checkin(first))
+        await steps(1)
+        back.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await back
+        server.before.clear()
+        second = await checkout(pool)
+        await greenlet_spawn(getattr(first, cleanup))
+        assert pool.checkedout() == 1
+        assert not second.dbapi_connection.closed
+        await checkin(second)
+
+    run(main())
+
+
 # -- bells and chores -----------------------------------------------------------------
 
 

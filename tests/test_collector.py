@@ -445,7 +445,8 @@ def strike(work):
     only if that is in our own package. (SQLAlchemy's checkout has moments of its
     own, between our return and its first reference to the record; and one that ends a
     `with tag(...)` at the very call of its `__exit__` leaves it open, as it does with
-    those of contextlib.)
+    those of contextlib. What is raised in a `__del__` Python prints and forgets, so
+    that it would end nothing.)
     """
     armed = True
 
@@ -453,7 +454,7 @@ def strike(work):
         nonlocal armed
         code = frame.f_code
         is_ours = code.co_filename.startswith(PACKAGE)
-        if armed and is_ours and code.co_name != "__exit__":
+        if armed and is_ours and code.co_name not in ("__exit__", "__del__"):
             armed = False
             raise Interrupt
 

@@ -252,6 +252,28 @@ def test_failing_reset_frees_the_slot(narrow, server, error):
     connect(narrow, "b").close()
 
 
+@pytest.mark.parametrize("cleanup", ["close", "invalidate", "detach"])
+@pytest.mark.filterwarnings("ignore:Can't invalidate an already-closed connection")
+def test_what_follows_an_interrupted_return_leaves_the_next_caller_alone(
+    narrow, server, cleanup
+):
+    """With SQLAlchemy before 2.0.56 and 2.1.6 it meets the next caller's connection."""
+    first = connect(narrow, "a")
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    server.before["rollback"] = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        first.close()
+    server.before.clear()
+    second = connect(narrow, "b")
+    getattr(first, cleanup)()
+    assert narrow.checkedout() == 1
+    assert not second.dbapi_connection.closed
+    second.close()
+
+
 def test_there_are_never_more_connections_than_the_capacity(make_pool, server):
     """Overflow is closed before its slot is free, also while others wait."""
     pool = make_pool(pool_size=1, max_overflow=2, soft_limit=3, max_limit=3)

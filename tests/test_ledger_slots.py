@@ -18,7 +18,7 @@ import warnings
 
 import pytest
 from sqlalchemy import create_engine, event, make_url, text
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 from sqlalchemy.ext.asyncio import create_async_engine
 from support.sessions import Sessions
 from support.threads import PATIENCE, Caller, eventually
@@ -233,7 +233,7 @@ def test_exceptions_thrown_into_threads(member, driver):
         while not over.is_set():
             try:
                 work(one.engine)
-            except (Thrown, DBAPIError):
+            except (Thrown, StatementError):
                 hits.append(1)
 
     def target():
@@ -276,7 +276,7 @@ def test_signal_handlers_that_raise(member, driver):
                 signal.setitimer(signal.ITIMER_REAL, 0.0005 + chance.random() * 0.01)
                 work(one.engine, "select pg_sleep(0.005)")
                 one.engine.dispose()
-            except (Thrown, DBAPIError):
+            except (Thrown, StatementError):
                 hits += 1
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)

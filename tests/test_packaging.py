@@ -20,9 +20,20 @@ def test_metadata_names_the_one_hard_dependency():
     requires = metadata.requires("sqla-fairpool")
     hard = [r for r in requires if "extra ==" not in r]
     assert len(hard) == 1
-    assert re.match(r"SQLAlchemy\s*[<>]", hard[0])
+    assert re.match(r"SQLAlchemy\s*[<>!]", hard[0])
     extras = metadata.metadata("sqla-fairpool").get_all("Provides-Extra")
     assert {"postgresql", "demo", "test", "bench"} <= set(extras)
+
+
+def test_oldest_sqlalchemy_that_is_admitted_is_tested_and_named():
+    setup, tox = (ROOT / "setup.cfg").read_text(), (ROOT / "tox.ini").read_text()
+    (oldest,) = re.findall(r"SQLAlchemy >=([\d.]+), <2.2", setup)
+    refused = re.findall(r"!=2\.1\.(\d+)", setup)
+    assert [int(patch) for patch in refused] == list(range(len(refused)))
+    assert f"sqlalchemy20oldest: SQLAlchemy =={oldest}\n" in tox
+    assert f"sqlalchemy21oldest: SQLAlchemy ==2.1.{len(refused)}\n" in tox
+    assert f"SQLAlchemy {oldest} or later" in README
+    assert f"2.1.{len(refused)} or later" in README
 
 
 def test_build_system_stands_beside_setup_cfg_and_the_marker_of_types_is_there():

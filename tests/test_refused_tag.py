@@ -269,7 +269,7 @@ class Levels(list):
 
 
 def test_interrupt_while_waiting_refuses_in_the_same_way(make_engine, monkeypatch):
-    engine = make_engine(**{**ONE_EACH, "pool_timeout": 30}, deadlock_guard=False)
+    engine = make_engine(**{**ONE_EACH, "pool_timeout": 30}, deadlock_timeout=None)
     levels = Levels(engine.dialect)
 
     def wait(self, seconds):

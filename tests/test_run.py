@@ -701,7 +701,7 @@ def test_launcher_below_a_launcher_goes_on_with_what_that_was_told(told, monkeyp
         (["--pool-size", "0"], "--pool-size='0' is not allowed: a whole number of at"),
         (["--soft-limit", "16"], "--soft-limit='16' is not allowed: a whole number fr"),
         (["--max-limit", "-5"], "--max-limit='-5' is not allowed: a whole number from"),
-        (["--idle-timeout", "nan"], "--idle-timeout='nan' is not allowed: seconds, mo"),
+        (["--idle-timeout", "nan"], "--idle-timeout='nan' is not allowed: seconds, at"),
         (["--reallocation-interval", "0"], "--reallocation-interval='0' is not allow"),
         (["--scraper", ""], "--scraper='' is not allowed: a tag is a non-empty string"),
         (["--scraper", "a\nb"], r"--scraper='a\nb' is not allowed: a tag is a non-em"),

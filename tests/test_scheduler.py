@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import sys
 
 import pytest
@@ -408,3 +409,27 @@ def test_cost_of_a_step_does_not_grow_with_the_line():
         )
 
     assert cost(10_000) == cost(10)
+
+
+# -- signals -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("transition", "fields"),
+    [
+        (Scheduler._grant, {"in_use", "state"}),
+        (Scheduler.vacate, {"in_use", "state"}),
+        (roster.Roster._set_active, {"active", "prompt", "common_ceiling"}),
+    ],
+)
+def test_no_signal_is_handled_between_counters_that_belong_together(transition, fields):
+    """CPython looks for signals at calls and backward jumps, and 3.10 at each jump."""
+    code = list(dis.get_instructions(transition))
+    stores = [
+        n
+        for n, instruction in enumerate(code)
+        if instruction.opname == "STORE_ATTR" and instruction.argval in fields
+    ]
+    assert len(stores) > len(fields)
+    between = [instruction.opname for instruction in code[stores[0] : stores[-1]]]
+    assert not [name for name in between if "CALL" in name or "JUMP" in name]

@@ -591,7 +591,8 @@ def test_other_engines_are_not_listened_to(server, make_engine):
     assert "do_execute" not in vars(other.dialect)
     assert not other.dialect._has_events
     assert not other._has_events
-    assert not Connection._has_events
+    # Not every release gives the class the attribute before somebody listens to it.
+    assert not getattr(Connection, "_has_events", False)
     assert not Engine._has_events
     tagged = other.execution_options(scraper="a")
     assert "raw_connection" not in vars(tagged)
