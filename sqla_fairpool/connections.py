@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 import weakref
 from collections.abc import Callable, Collection, Container, Iterator
 from functools import cache
@@ -25,7 +26,7 @@ from sqlalchemy.util import await_only
 
 from ._private import in_greenlet
 from .account import GRANTED
-from .endings import ENDED, OPEN, SocketCopy, silence, stop_statement, watcher
+from .endings import ENDED, OPEN, UNKNOWN, SocketCopy, silence, stop_statement, watcher
 from .ledger.rows import Session
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ _GIVE_UP = 10.0
 def driver_of(dbapi_connection: Any) -> Any:
     """Return the driver's connection, from behind SQLAlchemy's adapter for asyncio."""
     return getattr(dbapi_connection, "driver_connection", dbapi_connection)
+
+
+#: Seconds after which somebody must have looked at the end of a closed connection.
+_OVERDUE = _GOODBYE + _GIVE_UP + 1.0
 
 
 class PhysicalConnection:
@@ -69,8 +74,9 @@ class PhysicalConnection:
         self._kept: Any = None
         #: It belongs to whoever opens it, until that is done.
         self.opening = True
-        #: The client has closed it; the server may not have ended the session.
-        self.ending = False
+        #: Since when it is closed by the client, though the server may not have ended
+        #: the session; 0.0 before.
+        self.ending = 0.0
         #: Nobody in this process will learn when the session ends.
         self.lost = False
         #: What the server calls it, if that is known.
@@ -206,7 +212,7 @@ class Connections:
             self._existing.discard(physical)
             raise
         except BaseException:
-            physical.ending = True
+            physical.ending = time.monotonic()
             watcher.watch(None, _GOODBYE, lambda _: self.ended(physical))
             raise
 
@@ -246,10 +252,10 @@ class Connections:
             return
         if physical.ending or physical not in self._existing:
             return
-        physical.ending = True
-        line.hang_up()  # the copy would keep the connection up
         state = None
         try:
+            physical.ending = time.monotonic()
+            line.hang_up()  # the copy would keep the connection up
             if self._may_block:
                 state = line.look(_GOODBYE)
             elif in_greenlet():
@@ -299,7 +305,7 @@ class Connections:
             if physical.socket is not None:
                 physical.socket.hang_up()
                 physical.opening = False
-                physical.ending = True
+                physical.ending = time.monotonic()
                 watcher.watch(
                     physical.socket, _GOODBYE, lambda s: self._conclude(physical, s)
                 )
@@ -308,10 +314,15 @@ class Connections:
 
     def end_abandoned(self) -> None:
         """End those that nobody has, as far as only a look can tell."""
+        now = time.monotonic()
         for physical in list(self._existing):
+            if physical.ending and not physical.lost:
+                if now - physical.ending > _OVERDUE:  # its watcher was interrupted
+                    self._conclude(physical, UNKNOWN)
+                continue
             # Without a driver's connection: who opened it was interrupted twice.
             nobodys = physical.driver is None or physical.is_abandoned()
-            if nobodys and physical.record() is None and not physical.ending:
+            if nobodys and physical.record() is None:
                 self.ended(physical)
 
     # -- for the ledger -------------------------------------------------------------

@@ -182,7 +182,11 @@ class Exchange(Upkeep):
             raise self._too_many_waiting(tag) from None
         except BaseException:
             if seat is not None:
-                self.give_up(seat)
+                try:
+                    self.give_up(seat)
+                except BaseException:  # a second interrupt
+                    self.give_up(seat)
+                    raise
             raise
 
     def _note_exhaustion(self, tag: str, now: float) -> None:

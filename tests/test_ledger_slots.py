@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import logging
 import random
 import signal
 import threading
@@ -217,13 +218,21 @@ class Thrown(Exception):  # noqa: N818  (what Celery's SoftTimeLimitExceeded is)
     """Thrown into a thread."""
 
 
+@pytest.fixture
+def no_log():
+    """Have pytest keep no tracebacks: in their frames are connections."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
 def work(engine, statement="select pg_sleep(0.002)"):
     with engine.connect() as connection:
         connection.execute(text(statement))
 
 
 @pytest.mark.parametrize("driver", THREADS)
-def test_exceptions_thrown_into_threads(member, driver):
+def test_exceptions_thrown_into_threads(member, driver, no_log):
     one = member(driver)
     throw = ctypes.pythonapi.PyThreadState_SetAsyncExc
     over = threading.Event()
@@ -260,7 +269,7 @@ def test_exceptions_thrown_into_threads(member, driver):
 
 
 @pytest.mark.parametrize("driver", THREADS)
-def test_signal_handlers_that_raise(member, driver):
+def test_signal_handlers_that_raise(member, driver, no_log):
     """Soft time limits, and time-outs by SIGALRM."""
     one = member(driver)
     chance = random.Random(1)
