@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import getpass
+import logging
 import os
 import re
 import shutil
@@ -57,6 +58,14 @@ def light_heap():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture
+def no_log():
+    """Have pytest keep no tracebacks: in their frames are connections."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 import sqlite3
+import warnings
 
 import pytest
 from sqlalchemy import create_engine, event, text
@@ -96,7 +97,8 @@ def test_copy_changes_no_flag_of_the_drivers_socket(driver):
 
 
 def test_what_has_no_socket_has_no_copy():
-    assert SocketCopy.of(sqlite3.connect(":memory:")) is None
+    with contextlib.closing(sqlite3.connect(":memory:")) as driver:
+        assert SocketCopy.of(driver) is None
     assert SocketCopy.of(object()) is None
 
 
@@ -204,7 +206,11 @@ def test_one_that_cannot_be_watched_weakly_is_looked_at(connections, how):
         driver.close()
     else:
         del driver
-    connections.end_abandoned()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python, that it was not closed
+        connections.end_abandoned()
+        del physical, record
+        gc.collect()
     assert not list(connections)
 
 
@@ -241,7 +247,9 @@ def alarm():
 
 @pytest.mark.postgres
 @pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
-def test_interrupted_statements_leave_no_session_too_many(postgres_url, alarm, driver):
+def test_interrupted_statements_leave_no_session_too_many(
+    postgres_url, alarm, driver, no_log
+):
     """An exception that is not the driver's own ends the client's side only."""
     name = f"interrupted {driver}"
     engine = create_engine(
@@ -262,6 +270,7 @@ def test_interrupted_statements_leave_no_session_too_many(postgres_url, alarm, d
                     connection.execute(text("select pg_sleep(0.5)"))
                     pytest.fail("was not interrupted")
             alarm(0)
+            gc.collect()  # the traceback may be part of a cycle
     assert 1 <= sessions.most <= 3
     eventually(lambda: not list(engine.pool._exchange.connections) or _is_idle(engine))
     engine.dispose()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
-import logging
 import random
 import signal
 import threading
@@ -216,14 +215,6 @@ def test_ledger_that_cannot_confirm_a_new_connection_costs_no_slot(member, monke
 
 class Thrown(Exception):  # noqa: N818  (what Celery's SoftTimeLimitExceeded is)
     """Thrown into a thread."""
-
-
-@pytest.fixture
-def no_log():
-    """Have pytest keep no tracebacks: in their frames are connections."""
-    logging.disable(logging.CRITICAL)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 def work(engine, statement="select pg_sleep(0.002)"):
