@@ -260,15 +260,19 @@ def test_interrupted_statements_leave_no_session_too_many(
         max_limit=3,
         connect_args={"application_name": name},
     )
+
+    def work():
+        # psycopg2 goes on to the end of the statement; psycopg is in the middle of it,
+        # and cannot roll back.
+        with contextlib.suppress(AlarmError, DBAPIError):
+            with engine.connect() as connection:
+                alarm(0.05)
+                connection.execute(text("select pg_sleep(0.5)"))
+                pytest.fail("was not interrupted")
+
     with Sessions(postgres_url, name) as sessions:
         for _ in range(10):
-            # psycopg2 goes on to the end of the statement; psycopg is in the middle of
-            # it, and cannot roll back.
-            with contextlib.suppress(AlarmError, DBAPIError):
-                with engine.connect() as connection:
-                    alarm(0.05)
-                    connection.execute(text("select pg_sleep(0.5)"))
-                    pytest.fail("was not interrupted")
+            work()
             alarm(0)
             gc.collect()  # the traceback may be part of a cycle
     assert 1 <= sessions.most <= 3
