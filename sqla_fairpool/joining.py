@@ -146,24 +146,23 @@ class _Sessions:
     def _identify(self, dbapi_connection: Any, physical: PhysicalConnection) -> None:
         """Ask the server which of its sessions this is, over the connection itself."""
         share, store = self._share, self._store
+        # If this fails the connection is closed, so nothing is tidied up then.
         cursor = dbapi_connection.cursor()
-        try:
-            server, session = identify(cursor, _backend_pid(dbapi_connection))
-            if share.server_name is None:
-                share.server_name = server
-            if (
-                isinstance(store, PostgresStore)
-                and store.server == server
-                and not sign_stands(cursor, store.sign)
-            ):
-                raise share.unconfirmed("its sign of life is gone at the server")
-            if store.key and not share.shows_ledger:
-                share.shows_ledger = True
-                self._warn_of(other_ledgers(cursor, store.key))
-            physical.session = session
-        finally:
-            cursor.close()
-            dbapi_connection.rollback()
+        server, session = identify(cursor, _backend_pid(dbapi_connection))
+        if share.server_name is None:
+            share.server_name = server
+        if (
+            isinstance(store, PostgresStore)
+            and store.server == server
+            and not sign_stands(cursor, store.sign)
+        ):
+            raise share.unconfirmed("its sign of life is gone at the server")
+        if store.key and not share.shows_ledger:
+            share.shows_ledger = True
+            self._warn_of(other_ledgers(cursor, store.key))
+        physical.session = session
+        cursor.close()
+        dbapi_connection.rollback()
 
     def _warn_of(self, others: Collection[int]) -> None:
         if others:

@@ -44,3 +44,8 @@ def test_greenlets(scenario):
 @pytest.mark.postgres
 def test_greenlets_killed_anywhere_on_postgresql(postgres_url):
     run("killed_anywhere_on_postgresql", postgres_url)
+
+
+@pytest.mark.postgres
+def test_greenlets_killed_anywhere_with_a_ledger(postgres_url):
+    run("killed_anywhere_with_a_ledger", postgres_url)
