@@ -157,7 +157,8 @@ def users_level() -> int:
     line.
     """
     for level, frame in enumerate(_up(sys._getframe(1)), 1):
-        if _is_users(frame.f_code):
+        generated = frame.f_code.co_filename.startswith("<")  # SQLAlchemy's wrappers
+        if _is_users(frame.f_code) and not generated:
             return level
     return 1
 

@@ -52,6 +52,8 @@ class Member:
 
     def __init__(self, url, ledger, driver, tasks, **options):
         self.name = f"slots {uuid.uuid4().hex[:12]}"
+        #: Sessions that there may be beside the slots, for a moment.
+        self.beside = 0
         arguments = {"application_name": self.name}
         if driver == "asyncpg":
             arguments = {"server_settings": arguments}
@@ -108,7 +110,7 @@ def member(postgres_url, ledger):
         member.keeper.close()
         member.sessions.__exit__()
     for member in members:
-        assert member.sessions.most <= SLOTS
+        assert member.sessions.most <= SLOTS + member.beside
     del member
     members.clear()
     with warnings.catch_warnings():
@@ -213,6 +215,12 @@ def test_ledger_that_cannot_confirm_a_new_connection_costs_no_slot(member, monke
 # -- exceptions from outside ----------------------------------------------------------
 
 
+# What is raised in a driver's destructor Python reports and goes on.
+INTO_DESTRUCTORS = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
 class Thrown(Exception):  # noqa: N818  (what Celery's SoftTimeLimitExceeded is)
     """Thrown into a thread."""
 
@@ -223,8 +231,10 @@ def work(engine, statement="select pg_sleep(0.002)"):
 
 
 @pytest.mark.parametrize("driver", THREADS)
+@INTO_DESTRUCTORS
 def test_exceptions_thrown_into_threads(member, driver, no_log):
     one = member(driver)
+    one.beside = 1  # of a driver that was interrupted while it connected
     throw = ctypes.pythonapi.PyThreadState_SetAsyncExc
     over = threading.Event()
     hits = []
@@ -260,9 +270,11 @@ def test_exceptions_thrown_into_threads(member, driver, no_log):
 
 
 @pytest.mark.parametrize("driver", THREADS)
+@INTO_DESTRUCTORS
 def test_signal_handlers_that_raise(member, driver, no_log):
     """Soft time limits, and time-outs by SIGALRM."""
     one = member(driver)
+    one.beside = 1  # of a driver that was interrupted while it connected
     chance = random.Random(1)
 
     def ring(*_):
