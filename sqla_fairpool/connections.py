@@ -255,8 +255,11 @@ class Connections:
         state = None
         try:
             physical.ending = time.monotonic()
+            was_reset = line.was_reset()
             line.hang_up()  # the copy would keep the connection up
-            if self._may_block:
+            if was_reset:
+                state = UNKNOWN
+            elif self._may_block:
                 state = line.look(_GOODBYE)
             elif in_greenlet():
                 state = await_only(line.look_in_loop(_GOODBYE))

@@ -37,6 +37,10 @@ __all__ = ["ENDED", "OPEN", "UNKNOWN", "SocketCopy", "stop_statement", "watcher"
 #: What a socket tells of the server's session.
 ENDED, OPEN, UNKNOWN = "ended", "open", "unknown"
 
+#: The state of a TCP connection that was reset. One that the server has closed is in
+#: CLOSE_WAIT until this side is closed as well.
+_TCP_CLOSE = 7
+
 #: libpq's PQTRANS_ACTIVE: a statement is being executed.
 _ACTIVE = 1
 
@@ -96,6 +100,25 @@ class SocketCopy:
                 line.shutdown(socket.SHUT_WR)
             finally:
                 line.detach()
+
+    def was_reset(self) -> bool:
+        """Tell if the client's side has learned of an end that is not the server's.
+
+        To be asked before :meth:`hang_up`. A reset is told once, to the driver; after
+        that one reads the end of the stream, as if the server had closed its side.
+        """
+        if self._file is None or not hasattr(socket, "TCP_INFO"):
+            return False
+        line = socket.socket(fileno=self._file)
+        try:
+            if line.family not in (socket.AF_INET, socket.AF_INET6):
+                return False
+            info = line.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+            return info[0] == _TCP_CLOSE
+        except OSError:
+            return True
+        finally:
+            line.detach()
 
     def look(self, seconds: float = 0.0) -> str:
         """Return what is known of the server's session after at most `seconds`."""

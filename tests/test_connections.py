@@ -82,6 +82,25 @@ def test_reset_connection_tells_nothing_of_the_session():
     eventually(lambda: line.look() is UNKNOWN)
 
 
+@pytest.mark.parametrize("how", ["reset", "closed"])
+def test_reset_that_the_driver_has_read_is_told_from_an_end(how):
+    """A reset is reported once; after that one reads the end of the stream."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    line = SocketCopy.of(near)
+    assert not line.was_reset()
+    if how == "reset":
+        reset(far)
+        with pytest.raises(ConnectionResetError):
+            near.recv(1)
+    else:
+        far.close()
+        assert near.recv(1) == b""
+    assert line.was_reset() is (how == "reset")
+    near.close()
+
+
 def test_hanging_up_reaches_the_server_without_the_driver(driver):
     line = SocketCopy.of(driver)
     line.hang_up()

@@ -14,7 +14,7 @@ import uuid
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.pool import NullPool
 from support.threads import PATIENCE, eventually
 
@@ -193,3 +193,35 @@ def test_child_of_a_killed_member_keeps_no_slot(survivor, victim):
         thread.start()
     process.kill()
     eventually(lambda: held_by(survivor) == SLOTS)
+
+
+def test_server_is_asked_with_what_a_listener_keeps_on_the_record(
+    postgres_url, role, ledger, victim
+):
+    """As for passwords that are made at connect: without a record there is none."""
+    engine = create_engine(
+        make_url(postgres_url).set(username="nobody"),
+        poolclass=FairQueuePool,
+        pool_size=SLOTS,
+        soft_limit=SLOTS,
+        max_limit=SLOTS,
+        pool_timeout=PATIENCE,
+        ledger=ledger,
+    )
+
+    @event.listens_for(engine, "do_connect")
+    def connect(dialect, record, arguments, parameters):
+        record.info["user"] = role
+        parameters["user"] = record.info["user"]
+
+    process = victim("psycopg2", 0, 4, 0.0)
+    first = engine.connect()
+    process.kill()
+    killed = time.monotonic()
+    connections = [first, *(engine.connect() for _ in range(SLOTS - 1))]
+    assert engine.pool._exchange.share.keeper.status().unasked is None
+    assert time.monotonic() - killed < PATIENCE
+    for connection in connections:
+        connection.close()
+    engine.dispose()
+    engine.pool._exchange.share.keeper.close()
