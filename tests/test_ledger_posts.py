@@ -134,10 +134,13 @@ def test_one_that_owns_less_than_it_has_open_is_denied(world):
     world.run(15.0)
     assert served(b) == [20]
     a.stopped = False
+    world.run(1.0)
+    assert a.row is not None
     answers = []
     a.keeper.post(answers.append)
-    world.run(1.0)
+    a.step()
     assert answers == [False]
+    assert a.keeper.status().trouble is None
     assert a.pool.slots < a.pool.open == 15
 
 
