@@ -230,7 +230,7 @@ def work(engine, statement="select pg_sleep(0.002)"):
         connection.execute(text(statement))
 
 
-@pytest.mark.parametrize("driver", THREADS)
+@pytest.mark.parametrize("driver", ["psycopg2"])
 @INTO_DESTRUCTORS
 def test_exceptions_thrown_into_threads(member, driver, no_log):
     one = member(driver)
@@ -269,7 +269,7 @@ def test_exceptions_thrown_into_threads(member, driver, no_log):
     one.all_can_be_had()
 
 
-@pytest.mark.parametrize("driver", THREADS)
+@pytest.mark.parametrize("driver", ["psycopg2"])
 @INTO_DESTRUCTORS
 def test_signal_handlers_that_raise(member, driver, no_log):
     """Soft time limits, and time-outs by SIGALRM."""
