@@ -321,7 +321,11 @@ class Exchange(Upkeep):
             tag = seat.account.tag
             self._part_with(None, now)
             self._deliver(self.scheduler.release(seat, now), None)
-            if not self.scheduler.request(seat, tag, now):
+            try:
+                granted = self.scheduler.request(seat, tag, now)
+            except LineFull:
+                raise self._too_many_waiting(tag) from None
+            if not granted:
                 self._stand_in_line(seat, tag, now)
             else:
                 self._seat_owner(seat, None)

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 from sqlalchemy.exc import TimeoutError as SQLAlchemyTimeoutError
-from support.state import assert_consistent
+from support.state import assert_consistent, assert_quiet
 from support.stub import StubError
 from support.threads import Caller, ensure_waiting, eventually
 
@@ -697,3 +697,17 @@ def test_successor_that_was_not_used_yet_is_empty(make_engine, server):
     former.dispose()
     assert (former.checkedin(), engine.pool.checkedin()) == (0, 1)
     assert server.open == 1
+
+
+def test_lost_connection_is_refused_where_its_replacement_may_not_wait(make_pool):
+    """Opened again, it would be one too many: its caller asks again, as at a checkout."""
+    pool = make_pool(pool_size=2, max_waiting=0)
+    first, second = connect(pool, "a"), connect(pool, "b")
+    pool.reconfigure(pool_size=1)
+    first._connection_record.invalidate()
+    with pytest.raises(TooManyWaiting):
+        first._connection_record.get_connection()
+    first.close()
+    second.close()
+    connect(pool, "a").close()
+    assert_quiet(pool)
