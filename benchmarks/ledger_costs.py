@@ -24,8 +24,8 @@ from sqlalchemy import create_engine, make_url
 
 from sqla_fairpool import FairQueuePool
 from sqla_fairpool.bench.peers import fair_engine
-from sqla_fairpool.cli.embedded import EmbeddedServer
-from sqla_fairpool.ledger.places import make_store
+from sqla_fairpool.demo.server import EmbeddedServer
+from sqla_fairpool.ledger.addresses import make_store
 
 SPAWN = multiprocessing.get_context("spawn")
 

@@ -1,8 +1,8 @@
 """A SQLAlchemy connection pool that shares its connections fairly among tags."""
 
-from .diagnosis import Diagnosis, Holding
+from .diagnosis.report import Diagnosis, Holding
 from .errors import CheckoutTimeout, SelfDeadlock, TooManyWaiting
-from .pool import AsyncAdaptedFairQueuePool, FairQueuePool
+from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 from .stats import PoolStats, Summary, TagStats
 from .tagging import set_tag, tag
 

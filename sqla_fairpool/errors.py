@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import exc
 
-from .diagnosis import Diagnosis
+from .diagnosis.report import Diagnosis
 
 __all__ = ["CheckoutTimeout", "SelfDeadlock", "TooManyWaiting"]
 

@@ -42,12 +42,18 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.orm import Session
 
-from . import overview_text
-from .drivers import for_asyncio, for_threads
-from .environment import DATABASE, Settings
+from .launch.environment import DATABASE, Settings
+from .launch.started import (
+    Started,
+    async_session,
+    session,
+    tasks_engine,
+    threads_engine,
+)
+from .ledger import overview_text
+from .ledger.overview import Overview
 from .options import PoolOptions, naming, validate_tag
-from .overview import Overview
-from .started import Started, async_session, session, tasks_engine, threads_engine
+from .pool.drivers import for_asyncio, for_threads
 from .tagging import context_tag
 
 if TYPE_CHECKING:

@@ -31,9 +31,9 @@ from opentelemetry.metrics import (
     get_meter_provider,
 )
 
-from .meters import Meter as TagMeter
-from .metrics import PoolMetrics, Source
-from .pool import metrics_source
+from .pool.fair_queue_pool import metrics_source
+from .pool.metrics import PoolMetrics, Source
+from .scheduling.counters import Meter as TagMeter
 
 __all__ = ["instrument"]
 

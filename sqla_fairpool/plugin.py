@@ -14,10 +14,10 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL, CreateEnginePlugin, Dialect
 from sqlalchemy.pool import Pool
 
-from .drivers import has_private_memory, warn_of_memory
-from .environment import LEDGER
+from .launch.environment import LEDGER
 from .options import BadOption, PoolOptions, naming, read_switch, validate_tag
-from .pool import AsyncAdaptedFairQueuePool, FairQueuePool
+from .pool.drivers import has_private_memory, warn_of_memory
+from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 
 __all__ = ["PREFIX", "FairPoolPlugin"]
 

@@ -30,8 +30,8 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from .metrics import HistogramCopy, PoolMetrics, Source, TagMetrics
-from .pool import metrics_source
+from .pool.fair_queue_pool import metrics_source
+from .pool.metrics import HistogramCopy, PoolMetrics, Source, TagMetrics
 
 __all__ = ["FairPoolCollector", "register"]
 

@@ -34,8 +34,8 @@ from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from . import _private
 from .options import validate_tag, validate_timeout
+from .pool import sqlalchemy_private
 
 __all__ = [
     "TIMEOUT_OPTION",
@@ -366,7 +366,7 @@ class _Hooks:
             name, timeout = self._read(options)
         except exc.ArgumentError:
             without = {key: options[key] for key in options if key not in opts}
-            _private.set_options(
+            sqlalchemy_private.set_options(
                 engine, vars(engine).get(_ACCEPTED, type(options)(without))
             )
             raise
@@ -386,7 +386,7 @@ class _Hooks:
                     validate_tag(ours[self._option], self._option)  # None says nothing
                 name, _ = self._read(before.union(ours))
                 vars(connection)[_ACCEPTED] = before.union(ours)
-                _private.check_out_by(connection, self._check_out)
+                sqlalchemy_private.check_out_by(connection, self._check_out)
                 self._retag(connection, name)
                 accepted = before.union(ours)
             self._apply(connection, opts)
@@ -394,7 +394,7 @@ class _Hooks:
             if connection.invalidated:
                 accepted = before  # there is nothing of which they could be true
             vars(connection)[_ACCEPTED] = accepted
-            _private.set_options(connection, accepted)
+            sqlalchemy_private.set_options(connection, accepted)
             raise
         vars(connection)[_ACCEPTED] = before.union(opts)
 

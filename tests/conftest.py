@@ -17,7 +17,7 @@ from support.stub import StubServer
 from support.threads import VirtualClock, eventually
 
 from sqla_fairpool import FairQueuePool
-from sqla_fairpool.ledger import places
+from sqla_fairpool.ledger import addresses
 
 settings.register_profile(
     "dev", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
@@ -31,7 +31,7 @@ def temp(tmp_path, monkeypatch):
     """Directories of default ledgers are in one of the test's own, in this process."""
     path = tmp_path / "temp"
     path.mkdir()
-    monkeypatch.setattr(places, "_TEMP", path)
+    monkeypatch.setattr(addresses, "_TEMP", path)
     return path
 
 
@@ -45,7 +45,7 @@ def _default_ledgers_removed(tmp_path_factory):
 def _remove_default_ledgers(folder):
     """Remove the default ledgers of databases below a folder."""
     name = re.sub(r"[^\w.]+", "_", str(folder))
-    for path in places.known_ledgers():
+    for path in addresses.known_ledgers():
         if name in path.name:
             for left in path.parent.glob(f"{path.name}*"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)

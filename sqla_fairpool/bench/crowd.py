@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..policy import jain
+from ..scheduling.policy import jain
 from .figures import percentile
 
 __all__ = ["Closing", "Crowd", "Member", "Outcome"]

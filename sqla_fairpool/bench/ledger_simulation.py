@@ -21,7 +21,7 @@ from ..ledger.allocation import allocate
 from ..ledger.book import Book
 from ..ledger.keeper import Pace
 from ..ledger.rows import Terms
-from ..policy import jain
+from ..scheduling.policy import jain
 from .ledger_world import Host, MemoryStore, Server, SimKeeper, SimPool
 
 __all__ = ["Phase", "Report", "simulate"]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
 
 from .. import AsyncAdaptedFairQueuePool
-from ..account import Ticket
+from ..scheduling.account import Ticket
 from .figures import Figure
 from .peers import fair_engine
 from .report import Bar, Bars, Findings

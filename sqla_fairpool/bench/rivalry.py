@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
-from ..policy import jain
+from ..scheduling.policy import jain
 from . import rivals
 from .contenders import TASKS, THREADS
 from .crowd import Outcome

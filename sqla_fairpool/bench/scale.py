@@ -10,8 +10,8 @@ from itertools import cycle
 
 from sqlalchemy import Engine
 
-from ..account import Ticket
-from ..scheduler import Scheduler
+from ..scheduling.account import Ticket
+from ..scheduling.scheduler import Scheduler
 from .crowd import Closing
 from .figures import Figure, pairwise, percentile
 from .peers import fair_engine, queue_engine

@@ -21,9 +21,9 @@ from ..bench.page import page
 from ..bench.report import Report
 from ..bench.stage import BenchError, Place, Scenario, Stage
 from ..bench.targets import TARGETS
+from ..demo.server import EmbeddedServer
 from .common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError, hide_passwords
 from .demo_server import Database, why
-from .embedded import EmbeddedServer
 from .interrupts import Interrupts
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from sqlalchemy import create_engine, exc, text
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.pool import NullPool
 
-from ..ledger.places import database_place, with_threads_driver
+from ..ledger.addresses import database_place, with_threads_driver
 from .common import CommandError, hide_passwords
 
 __all__ = ["Need", "Room", "ask_room", "connected", "limit_statement", "need"]

@@ -11,13 +11,13 @@ from typing import Any
 
 from sqlalchemy import exc
 
+from ..demo.server import EmbeddedServer
 from .common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
 from .demo_compare import POOLS, compare
 from .demo_report import SCENARIOS, SCRAPERS, Report
 from .demo_scenarios import Scenarios, figures
 from .demo_server import Database, why
 from .demo_stage import CAPACITY, Stage
-from .embedded import EmbeddedServer
 from .interrupts import Interrupts
 
 __all__ = ["add_command"]

@@ -12,11 +12,11 @@ from typing import Any
 from sqlalchemy import exc, text
 from sqlalchemy.engine import URL
 
-from ..environment import DATABASE, LEDGER, parse_url
+from ..launch.environment import DATABASE, LEDGER, parse_url
+from ..ledger.addresses import make_store
 from ..ledger.book import Book
 from ..ledger.errors import LedgerError, RowBroken
 from ..ledger.host import HostStore
-from ..ledger.places import make_store
 from ..ledger.postgres import PostgresStore
 from ..ledger.report import LedgerReport, MemberReport, read
 from ..ledger.rows import Left

@@ -13,7 +13,7 @@ import time
 from importlib.util import find_spec
 from typing import Any
 
-from ..overview_text import lines, printable, slots_text, wrapped
+from ..ledger.overview_text import lines, printable, slots_text, wrapped
 from .common import EXIT_OK, CommandError
 from .errand import Errand
 from .interrupts import Interrupted, Interrupts

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ..overview import Overview, ScraperRow
-from ..overview_text import seconds_text
+from ..ledger.overview import Overview, ScraperRow
+from ..ledger.overview_text import seconds_text
 from .watching import Picture
 
 __all__ = ["KEYS", "SORTS", "Board", "History"]

@@ -9,8 +9,8 @@ from typing import Any
 from rich.cells import cell_len
 from rich.text import Text
 
-from ..overview import Overview, ScraperRow
-from ..overview_text import name_text, printable, seconds_text
+from ..ledger.overview import Overview, ScraperRow
+from ..ledger.overview_text import name_text, printable, seconds_text
 from .monitor_board import Board
 
 __all__ = ["bar", "table"]

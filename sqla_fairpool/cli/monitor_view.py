@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from ..overview import Overview
-from ..overview_text import (
+from ..ledger.overview import Overview
+from ..ledger.overview_text import (
     allocation_text,
     efficiency_text,
     percent,

@@ -15,10 +15,10 @@ from typing import Any
 from sqlalchemy import exc
 from sqlalchemy.engine import URL
 
-from ..adoption import say, show_place
-from ..environment import DATABASE, LEDGER, RUN, Run, Settings
+from ..launch.adoption import say, show_place
+from ..launch.environment import DATABASE, LEDGER, RUN, Run, Settings
+from ..ledger.addresses import database_place, make_store, needs_database
 from ..ledger.errors import LedgerError
-from ..ledger.places import database_place, make_store, needs_database
 from ..options import PoolOptions, naming, validate_tag
 from .budget import ask_room, connected, need
 from .common import EXIT_SIGNAL, CommandError, hide_passwords

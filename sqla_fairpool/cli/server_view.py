@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 from sqlalchemy import exc, text
 from sqlalchemy.engine import URL, Connection
 
+from ..ledger.overview import Overview
+from ..ledger.overview_text import printable, seconds_text
 from ..ledger.rows import Session
-from ..overview import Overview
-from ..overview_text import printable, seconds_text
 from .budget import Room, ask_room, connected
 from .common import CommandError, hide_passwords
 

@@ -12,17 +12,17 @@ from typing import Protocol
 from sqlalchemy import exc
 from sqlalchemy.engine import URL
 
-from ..environment import DATABASE, LEDGER, Settings
+from ..launch.environment import DATABASE, LEDGER, Settings
+from ..ledger.addresses import known_ledgers, make_store
 from ..ledger.book import Book
 from ..ledger.errors import LedgerError
 from ..ledger.host import HostStore
-from ..ledger.places import known_ledgers, make_store
+from ..ledger.inspector import Observer
+from ..ledger.overview import Overview
+from ..ledger.overview_text import printable, seconds_text
 from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Session
 from ..ledger.store import StoreAway
-from ..observer import Observer
-from ..overview import Overview
-from ..overview_text import printable, seconds_text
 from .common import CommandError, hide_passwords
 from .errand import Errand
 from .server_view import ServerFigures, ServerView

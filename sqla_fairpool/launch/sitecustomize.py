@@ -1,8 +1,8 @@
 """Python imports this at its start, in a script that ``sqla-fairpool run`` starts.
 
 It waits for SQLAlchemy to be imported and puts itself in front of ``create_engine``,
-which then asks :mod:`sqla_fairpool.adoption` for its arguments. Until a script makes
-its first engine, nothing else of this package is imported, nor is SQLAlchemy.
+which then asks :mod:`sqla_fairpool.launch.adoption` for its arguments. Until a script
+makes its first engine, nothing else of this package is imported, nor is SQLAlchemy.
 
 Rules of this file:
 
@@ -65,7 +65,7 @@ def _find():
     if sqlalchemy.__version__.startswith(("0.", "1.")):
         raise ImportError("SQLAlchemy " + sqlalchemy.__version__ + " is too old")
     try:
-        from sqla_fairpool.adoption import adopt
+        from sqla_fairpool.launch.adoption import adopt
     except ImportError as error:
         root = os.path.dirname(os.path.dirname(_DIRECTORY))
         if error.name != "sqla_fairpool" or os.path.basename(root) in (
@@ -75,7 +75,7 @@ def _find():
             raise  # what is installed for another interpreter is not for this one
         sys.path.append(root)  # a checkout
         try:
-            from sqla_fairpool.adoption import adopt
+            from sqla_fairpool.launch.adoption import adopt
         finally:
             sys.path.remove(root)
     return adopt

@@ -1,9 +1,9 @@
 """Who is to have how many slots: a pure function of what stands on the board.
 
-The rules are those of :mod:`sqla_fairpool.policy`, in two steps: max-min shares over
-the tags of all members, each below its ceiling; then each tag's share, max-min, over
-the members that work under it. A member's *claim* is the sum of what it got, and its
-*target* the claim and what it may keep of what nobody claims.
+The rules are those of :mod:`sqla_fairpool.scheduling.policy`, in two steps: max-min
+shares over the tags of all members, each below its ceiling; then each tag's share, max-
+min, over the members that work under it. A member's *claim* is the sum of what it got,
+and its *target* the claim and what it may keep of what nobody claims.
 
 What is promised, and tested against this definition:
 
@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
-from .. import policy
+from ..scheduling import policy
 
 __all__ = ["Allocation", "Limits", "Line", "Party", "allocate"]
 

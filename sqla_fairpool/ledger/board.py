@@ -9,7 +9,7 @@ from collections.abc import MutableMapping
 from dataclasses import replace
 from functools import cached_property
 
-from .. import policy
+from ..scheduling import policy
 from .allocation import Allocation, allocate
 from .errors import LedgerError
 from .rows import (

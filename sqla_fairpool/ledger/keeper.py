@@ -19,11 +19,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .demand import Pace
 from .errors import LedgerError
 from .identity import describe_process
 from .local import Local, TagDemand
-from .membership import Membership
-from .needs import Pace
+from .member import Membership
 from .rows import Terms, dump
 from .store import Store, StoreAway
 from .watch import Sessions

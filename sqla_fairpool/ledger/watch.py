@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .book import Book
-from .needs import Pace, turn_length
+from .demand import Pace, turn_length
 from .rows import STALLED, TURN, Gone, Left, Session, among
 from .store import Store
 

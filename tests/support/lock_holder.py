@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 
-from sqla_fairpool.ledger.places import make_store
+from sqla_fairpool.ledger.addresses import make_store
 
 store = make_store(sys.argv[1], None)
 store.open()

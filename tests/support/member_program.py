@@ -18,7 +18,7 @@ from sqlalchemy import create_engine, text
 
 from sqla_fairpool import FairQueuePool
 from sqla_fairpool.ledger.host import HostStore
-from sqla_fairpool.observer import Observer
+from sqla_fairpool.ledger.inspector import Observer
 
 QUERY = text("select pg_sleep(0.01)")
 

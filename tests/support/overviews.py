@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqla_fairpool.overview import (
+from sqla_fairpool.ledger.overview import (
     Limits,
     Part,
     ProcessRow,

@@ -1,0 +1,1 @@
+"""The first command of the README, and the PostgreSQL that it starts."""

@@ -1,0 +1,102 @@
+"""Connections that are out for too long: who took them, and where.
+
+With ``leak_threshold`` only. Each checkout notes its stack then, and a daemon thread
+looks at what is out: the pool may be waiting for nobody when its last user has gone
+astray. Nothing is ever taken away.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ..pool.checkout import Seat
+from ..pool.desk import Desk
+from .callers import describe_stack
+from .capture import Copy, as_holding, copy_seat
+from .report import duration
+
+__all__ = ["LeakWatch"]
+
+#: Looks within one threshold, and the longest time between two. A look costs some
+#: microseconds; a leak is reported that much late at most.
+_LOOKS = 4
+_LONGEST_PAUSE = 1.0
+
+
+class LeakWatch:
+    """Reports what is out for `threshold` seconds, once for each checkout."""
+
+    def __init__(self, desk: Desk, threshold: float) -> None:
+        self._desk = weakref.ref(desk)
+        self._threshold = threshold
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Have a thread look from now on, if there is none yet."""
+        if self._thread is not None:
+            return
+        pause = min(self._threshold / _LOOKS, _LONGEST_PAUSE)
+        thread = threading.Thread(
+            target=_watch,
+            args=(weakref.ref(self), pause),
+            name="sqla_fairpool leak_threshold",
+            daemon=True,
+        )
+        # Two of them, if two callers come at once, report no leak twice.
+        self._thread = thread
+        thread.start()
+
+    def look(self) -> None:
+        """Report what is out for too long and was not reported yet."""
+        desk = self._desk()
+        if desk is None:
+            return
+        with desk.section() as now:
+            late = [
+                seat
+                for seat in desk.seats_out()
+                if now - seat.since >= self._threshold and not seat.reported
+            ]
+            for seat in late:
+                seat.reported = True
+                seat.may_warm = False  # its return is to be noticed
+            copies = [copy_seat(desk, seat) for seat in late]
+        for copy in copies:
+            holding = as_holding(copy, now)
+            desk.logger.warning(
+                "Connection out for %s, longer than leak_threshold %s: %s%s",
+                duration(holding.age),
+                duration(self._threshold),
+                holding,
+                describe_stack(copy.stack),
+            )
+
+    def returned(self, seat: Seat, now: float) -> Callable[[], None]:
+        """Return what logs that a reported connection has come back."""
+        desk = self._desk()
+        assert desk is not None
+        copy = copy_seat(desk, seat)
+        seat.reported = False
+        return partial(_log_return, desk.logger, copy, now)
+
+
+def _log_return(logger: Any, copy: Copy, now: float) -> None:
+    logger.warning(
+        "Connection back that was out for too long: %s",
+        as_holding(copy, now, look_up=False),
+    )
+
+
+def _watch(ref: weakref.ref[LeakWatch], pause: float) -> None:
+    never = threading.Event()
+    while True:
+        never.wait(pause)
+        watch = ref()
+        if watch is None:
+            return
+        watch.look()
+        del watch

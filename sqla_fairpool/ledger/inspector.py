@@ -1,0 +1,201 @@
+"""Looks at everybody who shares a ledger, from any process.
+
+A ledger's rows are written when they can move a slot, not for onlookers. So whoever
+looks asks the members for their figures, and waits a moment until they have answered:
+nothing is done for onlookers while there are none, and what they see is of now. Each
+process's figures are of one moment; those of two are some milliseconds apart, so a
+connection that changes hands meanwhile may be seen with both, or with none.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from ..scheduling import policy
+from .book import Book
+from .errors import LedgerError
+from .overview import (
+    LONG_HOLD,
+    Limits,
+    Overview,
+    Part,
+    ProcessRow,
+    TagFigures,
+    compile_overview,
+)
+from .report import LedgerReport, MemberReport, read
+from .rows import Session
+from .store import Store
+
+__all__ = ["Observer"]
+
+#: Seconds that members have for an answer. They take a millisecond or two; a process
+#: that computes in many threads lets its keeper wait for its turn.
+_PATIENCE = 1.0
+
+#: Seconds between two looks for answers: the first, and the longest.
+_FIRST, _LONGEST = 0.001, 0.02
+
+_KNOWN = {field.name for field in fields(TagFigures)}
+
+
+class Observer:
+    """Looks at a ledger. It is no member of it.
+
+    :param store: where the ledger is; the observer opens and closes it. A store in a
+      database costs one connection beside the budget until :meth:`close`.
+    :param patience: seconds that the members have for an answer.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        patience: float = _PATIENCE,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._store = store
+        self._patience = patience
+        self._clock = clock
+        self._sleep = sleep
+        #: The server sessions that were in a row at the last look, and the number of
+        #: the member, or the quarantine, whose row that was.
+        self.sessions: Mapping[Session, int] = {}
+        # Who did not answer, and what they had said before.
+        self._silent: dict[str, str | None] = {}
+
+    @property
+    def name(self) -> str:
+        """The ledger's name, for people."""
+        return self._store.name
+
+    def look(
+        self,
+        *,
+        registered: Iterable[str] = (),
+        warnings: Iterable[str] = (),
+        long_hold: float = LONG_HOLD,
+    ) -> Overview:
+        """Return the picture of this moment. See :func:`.compile_overview`.
+
+        :raises StoreAway: if the ledger cannot be reached now.
+        :raises LedgerError: if it cannot be used, or nobody has joined it yet.
+        """
+        self._store.open()
+        with self._store.transaction() as rows:
+            there = Book(rows).members
+        said = self._ask(self._store.living(list(there)))
+        report = read(self._store)
+        if report is None:
+            raise LedgerError(
+                f"the ledger {self.name} is empty: nobody has joined it yet"
+            )
+        # At the end: so many as possible of those that are at the server by now.
+        with self._store.transaction() as rows:
+            self.sessions = _posted_sessions(Book(rows))
+        return compile_overview(
+            [self._part(member, said.get(member.key)) for member in report.members],
+            _limits(report, said),
+            ledger=report.name,
+            registered=registered,
+            warnings=[*warnings, *_quarantines(report)],
+            long_hold=long_hold,
+            taken_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
+
+    def close(self) -> None:
+        """Close the store."""
+        self._store.close()
+
+    def _ask(self, members: Collection[str]) -> dict[str, Mapping[str, Any]]:
+        """Return what the members say, those that answer in time."""
+        before = self._store.published(members)
+        self._store.ask(members)
+        # One that has said nothing since it was silent is not waited for again.
+        awaited = {
+            member
+            for member in members
+            if member not in self._silent or self._silent[member] != before.get(member)
+        }
+        deadline = self._clock() + self._patience
+        pause = _FIRST
+        while True:
+            now = self._store.published(members)
+            fresh = {m for m, text in now.items() if text != before.get(m)}
+            if awaited <= fresh or self._clock() >= deadline:
+                break
+            self._sleep(pause)
+            pause = min(pause * 2, _LONGEST)
+        self._silent = {m: before.get(m) for m in members if m not in fresh}
+        return {member: json.loads(now[member]) for member in fresh}
+
+    def _part(self, member: MemberReport, said: Mapping[str, Any] | None) -> Part:
+        """Return what is known of a member: what it said, or else what it posted."""
+        if said is not None:
+            figures = [_parse(row) for row in said.get("tags", ())]
+        else:
+            # The dead use nothing, whatever their sessions still do.
+            figures = _posted(member) if member.alive else []
+        # Who has joined since we asked has had no time to be silent.
+        is_silent = member.key in self._silent or member.stalled
+        state = "silent" if said is None and is_silent else "answers"
+        process = ProcessRow(
+            host=str(member.who.get("host", "?")),
+            pid=member.who.get("pid"),
+            program=str(member.who.get("program", "?")),
+            state=state if member.alive else "dead",
+            tags=tuple(row.tag for row in figures),
+            slots=member.owned,
+            open=None if said is None else said.get("open"),
+            number=member.number,
+        )
+        return Part(process, figures)
+
+
+def _posted_sessions(book: Book) -> Mapping[Session, int]:
+    rows = [(gone.sessions, number) for number, gone in book.gone.items()]
+    rows += [(member.sessions, member.number) for member in book.members.values()]
+    return {session: number for sessions, number in rows for session in sessions}
+
+
+def _posted(member: MemberReport) -> list[TagFigures]:
+    """Return what a member is taken to hold that has posted what it wants."""
+    # What it posted is what it was promised then. It may have got more since.
+    wanted = [tag.in_use + tag.waiting for tag in member.tags]
+    held = policy.fair_shares(wanted, member.owned)
+    return [
+        TagFigures(tag.tag, tag.active, in_use, wants - in_use)
+        for tag, wants, in_use in zip(member.tags, wanted, held, strict=True)
+    ]
+
+
+def _parse(row: Mapping[str, Any]) -> TagFigures:
+    # A later version may say more.
+    return TagFigures(**{name: row[name] for name in row if name in _KNOWN})
+
+
+def _limits(report: LedgerReport, said: Mapping[str, Mapping[str, Any]]) -> Limits:
+    sizes = [figures["size"] for figures in said.values() if "size" in figures]
+    return Limits(
+        size=max(sizes, default=report.capacity),
+        capacity=report.capacity,
+        soft_limit=report.soft_limit,
+        max_limit=report.max_limit,
+        # Those of the dead are to be there in a moment.
+        quarantined=report.quarantined
+        + sum(member.owned for member in report.members if not member.alive),
+    )
+
+
+def _quarantines(report: LedgerReport) -> Iterable[str]:
+    for gone in report.gone:
+        who = gone.who
+        yield (
+            f"{gone.slots} slots in quarantine: {who.get('program', '?')} "
+            f"({who.get('host', '?')}:{who.get('pid', '?')}) {gone.why}"
+        )

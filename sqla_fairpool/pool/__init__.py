@@ -1,0 +1,1 @@
+"""The checkout path, for threads and tasks."""

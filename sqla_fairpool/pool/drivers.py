@@ -1,0 +1,294 @@
+"""What a database URL stands for: a driver for threads or one for asyncio, a file or
+a database in memory.
+
+Scripts share one ``DATABASE_URL``, and some of them use asyncio. Hosters write it with
+libpq's keys, ``?sslmode=require&connect_timeout=10``. psycopg2 and psycopg pass these
+on; asyncpg knows few of them as arguments, and has some of its own.
+
+A key that says how safe a connection is (encryption, certificates, authentication) is
+translated, or refused with an error, and never left out. There is one exception, which
+is logged: asyncpg has no channel binding, and some hosters ask for it in every URL.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import Any
+from urllib.parse import quote, urlencode
+
+from sqlalchemy import event, exc
+from sqlalchemy.engine import URL, Engine
+from sqlalchemy.pool import SingletonThreadPool, StaticPool
+
+from ..diagnosis.callers import users_level
+from ..options import BadOption
+
+__all__ = [
+    "asyncpg_arguments",
+    "for_asyncio",
+    "for_threads",
+    "has_private_memory",
+    "translate_for_asyncpg",
+    "warn_of_memory",
+    "with_libpq_keys",
+]
+
+_log = logging.getLogger(__name__)
+
+# By backend: SQLAlchemy's name of a driver and its module, those preferred first.
+_THREADS = {
+    "postgresql": {"psycopg2": "psycopg2", "psycopg": "psycopg"},
+    "mysql": {"pymysql": "pymysql", "mysqldb": "MySQLdb"},
+    "sqlite": {"pysqlite": "sqlite3"},
+}
+_ASYNCIO = {
+    "postgresql": {"asyncpg": "asyncpg", "psycopg": "psycopg"},
+    "mysql": {"asyncmy": "asyncmy", "aiomysql": "aiomysql"},
+    "sqlite": {"aiosqlite": "aiosqlite"},
+}
+for _table in (_THREADS, _ASYNCIO):
+    _table["mariadb"] = _table["mysql"]
+
+
+def for_threads(url: URL) -> URL:
+    """Return the URL with a driver for threads: its own, if that is one.
+
+    A URL that names no driver gets one that is installed: what SQLAlchemy takes then
+    depends on its version.
+
+    :raises sqlalchemy.exc.ArgumentError: if it names one of asyncio and no other is
+      known or installed.
+    """
+    dialect = url.get_dialect()
+    module = _THREADS.get(url.get_backend_name(), {}).get(dialect.driver)
+    is_there = module is None or find_spec(module) is not None
+    if not dialect.is_async and ("+" in url.drivername or is_there):
+        return url
+    return _with_one_of(with_libpq_keys(url), _THREADS, "threads")
+
+
+def for_asyncio(url: URL) -> URL:
+    """Return the URL with a driver for asyncio: its own, if that is one.
+
+    :raises sqlalchemy.exc.ArgumentError: if it names another and none is known or
+      installed.
+    """
+    if "+" in url.drivername:
+        # psycopg's dialect has a twin.
+        dialect = url.get_dialect().get_async_dialect_cls(url)
+        if dialect.is_async:
+            return url
+    return _with_one_of(url, _ASYNCIO, "asyncio")
+
+
+def _with_one_of(url: URL, drivers: dict[str, dict[str, str]], what: str) -> URL:
+    backend = url.get_backend_name()
+    known = drivers.get(backend, {})
+    for driver, module in known.items():
+        if find_spec(module) is not None:
+            return url.set(drivername=f"{backend}+{driver}")
+    if "+" not in url.drivername and what == "threads":
+        return url  # SQLAlchemy's own choice, or its own complaint
+    raise exc.ArgumentError(
+        f"no driver of {url.drivername} for {what} is installed"
+        + (f": install one of {', '.join(known)}" if known else "")
+    )
+
+
+# -- libpq's keys, and asyncpg's -----------------------------------------------------
+
+#: asyncpg reads them as libpq does, but from a DSN only. What else stands in a DSN is a
+#: setting of the server's; so are the last two.
+_IN_DSN = frozenset(
+    {
+        "sslmode",
+        "sslcert",
+        "sslkey",
+        "sslrootcert",
+        "sslcrl",
+        "sslpassword",
+        "sslnegotiation",
+        "ssl_min_protocol_version",
+        "ssl_max_protocol_version",
+        "dbname",
+        "options",
+        "application_name",
+    }
+)
+
+#: Of these asyncpg has nothing, and none of them makes a connection safer.
+_LEFT_OUT = frozenset(
+    {
+        "keepalives",
+        "keepalives_idle",
+        "keepalives_interval",
+        "keepalives_count",
+        "tcp_user_timeout",
+        "client_encoding",
+        "fallback_application_name",
+        "load_balance_hosts",
+        "sslcompression",
+        "sslsni",
+    }
+)
+
+#: The same for these, with such a value. With another one they are refused.
+_LEFT_OUT_WITH = {
+    "channel_binding": ("disable", "prefer", "require"),
+    "gssencmode": ("disable", "prefer"),
+}
+
+
+def _connect_timeout(value: str) -> float | None:
+    seconds = float(value)
+    return seconds if seconds > 0 else None  # for libpq, no limit
+
+
+#: What becomes of a text: asyncpg's own arguments, which a URL cannot have as numbers.
+_NUMBERS: dict[str, Callable[[str], Any]] = {
+    "timeout": float,
+    "command_timeout": float,
+    "statement_cache_size": int,
+    "max_cached_statement_lifetime": int,
+    "max_cacheable_statement_size": int,
+    "connect_timeout": _connect_timeout,
+}
+
+#: SQLAlchemy's own keys in an asyncpg URL.
+_DIALECTS = frozenset(
+    {
+        "host",
+        "port",
+        "prepared_statement_cache_size",
+        "prepared_statement_name_func",
+        "async_fallback",
+        "async_creator_fn",
+    }
+)
+
+#: asyncpg's and its dialect's keys that mean nothing to libpq: how statements are kept,
+#: and for how long the client waits for one.
+_ASYNCPGS = (set(_NUMBERS) - {"timeout", "connect_timeout"}) | (
+    _DIALECTS - {"host", "port"}
+)
+
+
+def asyncpg_arguments(query: Mapping[str, str | tuple[str, ...]]) -> dict[str, Any]:
+    """Return the arguments of ``asyncpg.connect`` for the keys of a URL.
+
+    Without those that stay as they are.
+
+    :raises sqlalchemy.exc.ArgumentError: for a key that is not known, or that cannot be
+      translated.
+    """
+    import asyncpg  # type: ignore[import-untyped]
+
+    own = _DIALECTS | set(inspect.signature(asyncpg.connect).parameters)
+    arguments: dict[str, Any] = {}
+    in_dsn: dict[str, str] = {}
+    for key, values in query.items():
+        # Of a key that stands twice the last one counts, as with libpq.
+        value = values if isinstance(values, str) else values[-1]
+        if key in _NUMBERS:
+            name = "timeout" if key == "connect_timeout" else key
+            try:
+                arguments[name] = _NUMBERS[key](value)
+            except ValueError:
+                raise BadOption(key, value, "a number, in the database URL") from None
+        elif key in _IN_DSN:
+            in_dsn[key] = value
+        elif key in _LEFT_OUT or value in _LEFT_OUT_WITH.get(key, ()):
+            demanded = value == "require"
+            level = logging.WARNING if demanded else logging.INFO
+            _log.log(level, "asyncpg has no %s: %s=%s is left out", key, key, value)
+        elif key not in own:
+            raise BadOption(key, "...", "asyncpg has no such setting")
+    if in_dsn.get("sslrootcert") == "system":
+        # The certificates that the system trusts, for which libpq has verify-full only.
+        if in_dsn.pop("sslmode", "verify-full") != "verify-full":
+            raise BadOption("sslrootcert", "system", "with sslmode=verify-full only")
+        del in_dsn["sslrootcert"]
+        arguments["ssl"] = True
+    if in_dsn:
+        arguments["dsn"] = "postgresql://?" + urlencode(in_dsn, quote_via=quote)
+    return arguments
+
+
+def translate_for_asyncpg(engine: Engine, url: URL) -> None:
+    """Have an engine on asyncpg connect with libpq's keys in its URL.
+
+    The engine's URL stays as it was given, so that a ledger's own connection is as safe
+    as the engine's. What the user gives as ``connect_args`` wins.
+    """
+    arguments = asyncpg_arguments(url.query)
+    known = _IN_DSN | _LEFT_OUT | set(_LEFT_OUT_WITH) | set(_NUMBERS)
+    replaced = {key: value for key, value in url.query.items() if key in known}
+    if not replaced:
+        return
+
+    @event.listens_for(engine, "do_connect")
+    def on_connect(dialect: Any, record: Any, cargs: Any, cparams: Any) -> None:
+        for key, value in replaced.items():
+            if cparams.get(key) == value:
+                del cparams[key]
+        for key, value in arguments.items():
+            cparams.setdefault(key, value)
+
+
+def with_libpq_keys(url: URL) -> URL:
+    """Return an asyncpg URL with libpq's keys in the place of asyncpg's.
+
+    Another URL is returned as it is.
+    """
+    if url.drivername != "postgresql+asyncpg":
+        return url
+    query = {key: value for key, value in url.query.items() if key not in _ASYNCPGS}
+    if "ssl" in query:
+        query["sslmode"] = str(query.pop("ssl")).replace("_", "-")
+    if "timeout" in query:
+        # libpq takes whole seconds only.
+        seconds = _NUMBERS["timeout"](str(query.pop("timeout")))
+        query["connect_timeout"] = str(math.ceil(seconds))
+    return url.set(query=query)
+
+
+# -- databases in memory ---------------------------------------------------------------
+
+
+def has_private_memory(dialect: Any, url: URL) -> bool:
+    """Tell if each connection would have a database of its own, in memory.
+
+    Such an engine needs one of SQLAlchemy's pools that have a single connection, or one
+    for each thread. SQLite's shared-cache databases in memory need none.
+
+    :param dialect: a dialect, or its class.
+    """
+    if url.get_backend_name() != "sqlite":
+        with warnings.catch_warnings():
+            # Of whatever the dialect thinks of the URL: create_engine says it again.
+            warnings.simplefilter("ignore")
+            default = dialect.get_pool_class(url)
+        return issubclass(default, (SingletonThreadPool, StaticPool))
+    name = url.database or ""
+    in_memory = name in ("", ":memory:", "file:", "file::memory:")
+    in_memory = in_memory or url.query.get("mode") == "memory"
+    return in_memory and not (name and url.query.get("cache") == "shared")
+
+
+def warn_of_memory(what: str) -> None:
+    """Warn whoever makes an engine with private memory.
+
+    :param what: is done about it, or was done wrong.
+    """
+    warnings.warn(
+        f"{what}: each connection would have a database of its own, in memory; several "
+        "connections need a file, or a shared cache (sqlite:///file:NAME"
+        "?mode=memory&cache=shared&uri=true)",
+        exc.SAWarning,
+        stacklevel=users_level(),
+    )

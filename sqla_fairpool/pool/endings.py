@@ -1,0 +1,277 @@
+"""When is the session of a closed connection over at the server?
+
+A driver's ``close()`` says goodbye and does not wait: the server may work on the last
+statement for minutes, and its session counts for as long as that. A copy of the
+connection's socket tells when the server has closed its side, which it does when the
+session has ended.
+
+Rules of this file:
+
+* Only the end of the stream counts as the end of a session. A reset connection, one
+  that nobody answers, or one without a socket leaves it open.
+* The copy is read only after the driver has closed its own, and changes nothing that
+  the driver sees: no flag of the socket is set.
+* :class:`EndWatcher` has the one thread that waits for those that take long. It may be
+  called by a finaliser, at any moment, so it takes no lock.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy.util import await_only
+
+from .sqlalchemy_private import in_greenlet
+
+__all__ = ["ENDED", "OPEN", "UNKNOWN", "SocketCopy", "stop_statement", "watcher"]
+
+#: What a socket tells of the server's session.
+ENDED, OPEN, UNKNOWN = "ended", "open", "unknown"
+
+#: The state of a TCP connection that was reset. One that the server has closed is in
+#: CLOSE_WAIT until this side is closed as well.
+_TCP_CLOSE = 7
+
+#: libpq's PQTRANS_ACTIVE: a statement is being executed.
+_ACTIVE = 1
+
+#: Seconds that a server may take to confirm that a statement is to be cancelled.
+_CANCEL_TIMEOUT = 1.0
+
+
+def _file_of(driver_connection: Any) -> int | None:
+    """Return the file descriptor of a driver's socket, None if it has none."""
+    transport = getattr(driver_connection, "_transport", None)  # asyncpg
+    if transport is not None:
+        driver_connection = transport.get_extra_info("socket")
+    elif not hasattr(driver_connection, "fileno"):
+        driver_connection = getattr(driver_connection, "_sock", None)  # PyMySQL
+    try:
+        return int(driver_connection.fileno())
+    except Exception:
+        return None  # closed, or not a connection over a socket
+
+
+#: Seconds between two looks of a task, which waits for a millisecond as a rule.
+_PAUSE = 0.001
+
+
+class SocketCopy:
+    """A second descriptor of a connection's socket.
+
+    :param file: the descriptor, which is this object's from now on.
+    """
+
+    __slots__ = ("_file",)
+
+    def __init__(self, file: int) -> None:
+        self._file: int | None = file
+
+    @classmethod
+    def of(cls, driver_connection: Any) -> SocketCopy | None:
+        """Return a copy of the socket of a driver's connection, None if it has none."""
+        file = _file_of(driver_connection)
+        if file is None or file < 0:
+            return None
+        try:
+            return cls(os.dup(file))
+        except OSError:
+            return None  # too many open files: the end of this session is unknown
+
+    def fileno(self) -> int:
+        return -1 if self._file is None else self._file
+
+    def hang_up(self) -> None:
+        """Tell the server that nothing more will be sent. Needs no driver, no loop."""
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):
+            line = socket.socket(fileno=self._file)
+            try:
+                line.shutdown(socket.SHUT_WR)
+            finally:
+                line.detach()
+
+    def was_reset(self) -> bool:
+        """Tell if the client's side has learned of an end that is not the server's.
+
+        To be asked before :meth:`hang_up`. A reset is told once, to the driver; after
+        that one reads the end of the stream, as if the server had closed its side.
+        """
+        if self._file is None or not hasattr(socket, "TCP_INFO"):
+            return False
+        line = socket.socket(fileno=self._file)
+        try:
+            if line.family not in (socket.AF_INET, socket.AF_INET6):
+                return False
+            info = line.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+            return info[0] == _TCP_CLOSE
+        except OSError:
+            return True
+        finally:
+            line.detach()
+
+    def look(self, seconds: float = 0.0) -> str:
+        """Return what is known of the server's session after at most `seconds`."""
+        deadline = time.monotonic() + seconds
+        try:
+            while True:
+                poll = select.poll()
+                poll.register(self.fileno(), select.POLLIN)
+                left = max(deadline - time.monotonic(), 0.0)
+                if not poll.poll(left * 1000):
+                    return OPEN
+                if not os.read(self.fileno(), 65536):
+                    return ENDED
+        except BlockingIOError:
+            return OPEN
+        except (OSError, ValueError):
+            return UNKNOWN  # reset, or closed
+
+    async def look_in_loop(self, seconds: float) -> str:
+        """:meth:`look` for a task."""
+        deadline = time.monotonic() + seconds
+        while (state := self.look()) is OPEN and time.monotonic() < deadline:
+            await asyncio.sleep(_PAUSE)
+        return state
+
+    def close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                os.close(file)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def stop_statement(driver_connection: Any) -> None:
+    """Cancel what the server executes for a connection that is about to be closed.
+
+    An exception that is not the driver's own, a signal handler's say, leaves a
+    statement behind that the server would finish before it looks at the goodbye.
+    """
+    status = getattr(getattr(driver_connection, "info", None), "transaction_status", 0)
+    if status != _ACTIVE:
+        return
+    try:
+        safely = getattr(driver_connection, "cancel_safe", None)  # psycopg
+        if safely is None:
+            driver_connection.cancel()
+            return
+        cancelling = safely(timeout=_CANCEL_TIMEOUT)
+        if cancelling is None:
+            return
+        if in_greenlet():
+            await_only(cancelling)
+        else:
+            cancelling.close()  # no loop: the session ends when the statement does
+    except Exception:
+        pass  # the connection is broken already
+
+
+def silence(driver_connection: Any) -> None:
+    """In a forked child: let go of the socket that is the parent's.
+
+    Else the server would keep the session for as long as the child lives. The
+    descriptor stays valid, because the driver's object still has its number.
+    """
+    file = _file_of(driver_connection)
+    if file is None or file < 0:
+        return
+    with contextlib.suppress(OSError):
+        nothing = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nothing, file, inheritable=False)
+        os.close(nothing)
+
+
+#: A socket, until when to look at it, and what to do then.
+_Watched = tuple[SocketCopy | None, float, Callable[[str], None]]
+
+
+class EndWatcher:
+    """Waits for sessions to end, in a thread that lives while there are any."""
+
+    #: Longest time between two looks, in seconds: new ones come without a signal.
+    _TICK = 0.02
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, in the child of a fork."""
+        self._new: deque[_Watched] = deque()
+        self._starting = threading.Lock()
+        self._running = False
+
+    def watch(
+        self, line: SocketCopy | None, seconds: float, done: Callable[[str], None]
+    ) -> None:
+        """Call `done` when a session has ended, or cannot be known to, or after a time.
+
+        :param line: the copy of its socket, None if there is only the time.
+        :param done: called in the watcher's thread with ENDED, UNKNOWN, or OPEN if
+          `seconds` have passed.
+        """
+        self._new.append((line, time.monotonic() + seconds, done))
+        self._start()
+
+    def _start(self) -> None:
+        if self._running or not self._starting.acquire(blocking=False):
+            return
+        try:
+            if not self._running:
+                self._running = True
+                threading.Thread(
+                    target=self._run, name="sqla_fairpool-endings", daemon=True
+                ).start()
+        except RuntimeError:
+            self._running = False  # at the interpreter's end
+        finally:
+            self._starting.release()
+
+    def _run(self) -> None:
+        waiting: list[_Watched] = []
+        while True:
+            while self._new:
+                waiting.append(self._new.popleft())
+            waiting = [one for one in waiting if not self._finish(one)]
+            if waiting or self._new:
+                poll = select.poll()
+                for line, _, _ in waiting:
+                    if line is not None:
+                        poll.register(line.fileno(), select.POLLIN)
+                poll.poll(self._TICK * 1000)
+                continue
+            self._running = False
+            if not self._new:
+                return
+            with self._starting:  # something came in between
+                if self._running:
+                    return
+                self._running = True
+
+    @staticmethod
+    def _finish(one: _Watched) -> bool:
+        line, deadline, done = one
+        state = OPEN if line is None else line.look()
+        if state is OPEN and time.monotonic() < deadline:
+            return False
+        done(state)
+        return True
+
+
+#: That of this process.
+watcher = EndWatcher()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=watcher.forget)

@@ -1,0 +1,481 @@
+"""``FairQueuePool``: the surface that SQLAlchemy sees.
+
+Rules of this file: it translates. Connections change hands in
+:mod:`.exchange`, the rules are :mod:`.policy` and :mod:`.scheduler`, who is
+asking is found in :mod:`.tagging`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any, cast
+
+from sqlalchemy import exc
+from sqlalchemy.engine import URL, Connection, Dialect
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.pool import ConnectionPoolEntry, Pool
+from sqlalchemy.util import greenlet_spawn
+
+from .. import tagging
+from ..options import BadOption, PoolOptions, describe_changes
+from ..stats import PoolStats
+from ..tagging import blocks, context_tag, make_request, requested
+from . import sqlalchemy_private
+from .checkout import Generation, Seat
+from .drivers import has_private_memory, warn_of_memory
+from .events import observe, open_for_record
+from .exchange import Exchange, TracedExchange
+from .joining import await_url, join_ledger
+from .metrics import PoolMetrics, Source, collect
+from .server_tag import tell, tell_on_checkout
+from .snapshot import snapshot
+from .waiters import TaskWaiter, ThreadWaiter, Waiter
+
+__all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool", "metrics_source"]
+
+
+class FairQueuePool(Pool):
+    """A connection pool that divides its connections fairly among tags.
+
+    Used in the place of :class:`sqlalchemy.pool.QueuePool`::
+
+        engine = create_engine(url, poolclass=FairQueuePool)
+        layer3 = engine.execution_options(scraper="layer3")
+
+    A tag that is alone may have `max_limit` connections; of two or more active
+    tags each may have `soft_limit`; when they want more than there are, each gets
+    its max-min fair share. Callers under one tag are served in the order in which
+    they came. See :mod:`sqla_fairpool.scheduling.policy` for the rules.
+
+    :param creator: a callable that returns a DB-API connection, as for
+      :class:`sqlalchemy.pool.Pool`.
+    :param pool_size: connections kept open. Default 20.
+    :param max_overflow: further connections while they are needed, closed when
+      they come back. ``pool_size + max_overflow`` is the capacity. Default 0.
+    :param timeout: seconds a checkout waits, None for no limit; ``pool_timeout``
+      in :func:`sqlalchemy.create_engine`. Default 30.0.
+    :param soft_limit: most connections of each tag while two or more tags are
+      active. Default: half the capacity, rounded up.
+    :param max_limit: most connections of a tag that is alone. Default: three
+      quarters of the capacity, rounded up.
+    :param idle_timeout: seconds without activity (a checkout, a statement, a
+      checkin) after which a tag is idle and does not count any more. Default 60.0.
+    :param reallocation_interval: how often, in seconds, idle tags are looked for;
+      whoever uses the pool or waits in it does so. Default 30.0.
+    :param max_waiting: most callers that may wait; one more gets
+      :class:`.TooManyWaiting` at once. Default None, no limit.
+    :param tag_option: the execution option that carries the tag. Default
+      ``"scraper"``.
+    :param default_tag: the tag of a checkout that has none. Default ``"unknown"``.
+    :param min_idle: connections that are opened with the first one, or by
+      :meth:`warm_up`, and that `idle_connection_ttl` leaves open. Default 0.
+    :param idle_connection_ttl: seconds after which a connection in the pool that
+      nobody has used is closed, by whoever uses the pool next. Default None:
+      never.
+    :param leak_threshold: seconds after which a connection that is out is reported
+      in the log, with the stack of its checkout, which is noted for that. Default
+      None: never.
+    :param deadlock_timeout: seconds a checkout waits before it is refused with
+      :class:`.SelfDeadlock`, if only its own caller, or callers that wait in the same
+      way, could serve it. Default 1.0; None: it waits for its `timeout`.
+    :param server_tag: tell PostgreSQL the tag as ``application_name``, when a
+      connection goes from one tag to another. Default False.
+    :param ledger: share the connections with all processes that name the same
+      ledger: ``"host"``, a file at a place that follows from the database, or a path.
+      Default None: this pool alone.
+    :param use_lifo: hand out the connection that came back last, so that the
+      others fall idle. Default False, but True with `idle_connection_ttl`.
+    :param \\**kw: ``recycle``, ``pre_ping``, ``reset_on_return``, ``echo``,
+      ``logging_name``, ``events`` and ``dialect``, as for
+      :class:`sqlalchemy.pool.Pool`.
+    :raises sqlalchemy.exc.ArgumentError: for a bad value, naming it.
+    """
+
+    __module__ = "sqla_fairpool"  # where users import it from; loggers have it
+
+    _is_asyncio = False
+
+    # Below "sqlalchemy.pool", so that echo_pool and logging settings reach it.
+    _sqla_logger_namespace = "sqlalchemy.pool.FairQueuePool"
+
+    _waiter_class: type[Waiter] = ThreadWaiter
+
+    #: Opens a connection that is none of the pool's, see `open_another`.
+    _open_another: Callable[[Any], Any]
+
+    #: The clock; a test's seam.
+    _clock: Callable[[], float] = staticmethod(time.monotonic)
+
+    def __init__(
+        self,
+        creator: Any,
+        pool_size: int = 20,
+        max_overflow: int = 0,
+        timeout: float | None = 30.0,
+        soft_limit: int | None = None,
+        max_limit: int | None = None,
+        idle_timeout: float = 60.0,
+        reallocation_interval: float = 30.0,
+        max_waiting: int | None = None,
+        tag_option: str = "scraper",
+        default_tag: str = "unknown",
+        min_idle: int = 0,
+        idle_connection_ttl: float | None = None,
+        leak_threshold: float | None = None,
+        deadlock_timeout: float | None = 1.0,
+        server_tag: bool = False,
+        ledger: str | None = None,
+        use_lifo: bool = False,
+        *,
+        _exchange: Exchange | None = None,
+        **kw: Any,
+    ) -> None:
+        owns = _exchange is None
+        if _exchange is None:
+            options = PoolOptions.parse(
+                pool_size=pool_size,
+                max_overflow=max_overflow,
+                timeout=timeout,
+                soft_limit=soft_limit,
+                max_limit=max_limit,
+                idle_timeout=idle_timeout,
+                reallocation_interval=reallocation_interval,
+                max_waiting=max_waiting,
+                tag_option=tag_option,
+                default_tag=default_tag,
+                min_idle=min_idle,
+                idle_connection_ttl=idle_connection_ttl,
+                leak_threshold=leak_threshold,
+                deadlock_timeout=deadlock_timeout,
+                server_tag=server_tag,
+                ledger=ledger,
+            )
+            traced = options.leak_threshold is not None
+            _exchange = (TracedExchange if traced else Exchange)(
+                options, self._waiter_class, use_lifo, self._clock
+            )
+        self._exchange = _exchange
+        self._default_tag = _exchange.options.default_tag
+        self.generation = Generation()
+        if owns:
+            _exchange.owner = self.generation
+        super().__init__(creator, **kw)
+        _exchange.log_to(self.logger)
+        if owns:  # its successors inherit what listens
+            observe(self, _exchange)
+            if _exchange.options.server_tag:
+                tell_on_checkout(self)
+            _tell_of_memory(self, self._dialect)
+            if _exchange.options.ledger is not None:
+                join_ledger(self, _exchange)
+                await_url(self, _exchange, self._dialect)
+
+    @property
+    def options(self) -> PoolOptions:
+        """The options in force, checked, with the defaults filled in."""
+        return self._exchange.options
+
+    # -- what Pool asks of a pool ------------------------------------------------
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        request = requested()
+        if request is None or request.dialect is not self._dialect:
+            tag = (context_tag() if blocks() else None) or self._default_tag
+            return self._exchange.checkout(tag, self)
+        make_request(None)  # before it waits or connects, see `tagging`
+        tag = request.tag or context_tag() or self._default_tag
+        return self._exchange.checkout(tag, self, request.timeout)
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        self._exchange.checkin(record, self.generation)  # type: ignore[arg-type]
+
+    # Pool's own would only call the other: one frame less on every checkin.
+    _return_conn = _do_return_conn
+
+    def _close_connection(
+        self, connection: DBAPIConnection, *, terminate: bool = False
+    ) -> None:
+        # Every way of closing comes through here: records, detached connections,
+        # those whose `connect` events failed.
+        close = partial(super()._close_connection, connection, terminate=terminate)
+        self._exchange.connections.close(connection, close)
+
+    def recreate(self) -> FairQueuePool:
+        """Return a pool that takes over from this one when it is first used.
+
+        It has the same options and the same accounting: what is checked out of
+        this pool still counts. It is closed when it comes back after that, or in
+        any case if this pool has been disposed of, as by ``engine.dispose()``.
+        """
+        self.logger.info("Pool recreating")
+        if self.generation.disposed:
+            self._exchange.doom()
+        return type(self)(
+            self._creator,
+            recycle=self._recycle,
+            echo=self.echo,
+            logging_name=self._orig_logging_name,
+            reset_on_return=cast(Any, self._reset_on_return),
+            pre_ping=self._pre_ping,
+            dialect=self._dialect,
+            _dispatch=self.dispatch,
+            _exchange=self._exchange,
+        )
+
+    def dispose(self) -> None:
+        """Close the connections that are in the pool.
+
+        Those that are checked out stay open until they come back.
+        """
+        self.generation.disposed = True
+        if self._exchange.owner is self.generation:
+            self._exchange.close_idle()
+        else:
+            self._exchange.close_left(self.generation)
+        self.logger.info("Pool disposed. %s", self.status())
+
+    def open_another(self) -> DBAPIConnection:
+        """Open a connection as the pool's are, which is none of the pool's.
+
+        For questions to the server; the caller closes it.
+        """
+        record = sqlalchemy_private.bare_record(self)
+        return cast(DBAPIConnection, self._open_another(record))
+
+    # -- while it is running ---------------------------------------------------------
+
+    def reconfigure(self, **changes: Any) -> None:
+        """Change options of the living pool, all of those given or none.
+
+        ::
+
+            engine.pool.reconfigure(soft_limit=8, max_limit=12)
+
+        Takes effect at once for whoever comes or waits: a waiter who may go on
+        now is woken. Nothing that is checked out is taken away; what exceeds a
+        lowered limit drains. Connections in the pool that are too many are closed.
+        Limits that were never given follow the capacity. Callers that wait keep
+        the time-out with which they came.
+
+        :param changes: any of the options of this class but `tag_option`,
+          `default_tag`, `leak_threshold`, `server_tag` and `use_lifo`; None as a
+          limit stands for its default.
+        :raises sqlalchemy.exc.ArgumentError: for a bad value, naming it. Nothing
+          has changed then.
+        """
+        before, now = self._exchange.reconfigure(changes)
+        if before != now:
+            self.logger.info("Pool reconfigured: %s", describe_changes(before, now))
+
+    def warm_up(self) -> int:
+        """Open connections until `min_idle` are open; return how many were opened.
+
+        Connections that are checked out count as open. What goes wrong in opening
+        one is raised; those opened before stay in the pool.
+        """
+        return self._exchange.warm_up(self)
+
+    def upkeep(self) -> None:
+        """Do what is left to the next visitor, without waiting for one.
+
+        That is: look for idle tags if it is time to, and close connections that
+        nobody has used for `idle_connection_ttl`. For a timer of yours, in a
+        process that may not touch its pool for hours.
+        """
+        self._exchange.keep_up()
+
+    # -- figures -------------------------------------------------------------------
+
+    def size(self) -> int:
+        """Return the number of connections kept open, ``pool_size``."""
+        return self.options.pool_size
+
+    def timeout(self) -> float | None:
+        """Return how many seconds a checkout waits."""
+        return self.options.timeout
+
+    def checkedin(self) -> int:
+        """Return the number of records in the pool, invalidated ones included."""
+        if self._exchange.owner is self.generation:
+            return self._exchange.idle_count
+        return len(self.generation.left)  # not in use yet, or not any more
+
+    def checkedout(self) -> int:
+        """Return the number of connections out or being opened."""
+        return self._exchange.in_use
+
+    def overflow(self) -> int:
+        """Return the connections there are beyond ``pool_size``; below 0 if fewer."""
+        return self.checkedout() + self.checkedin() - self.size()
+
+    def status(self) -> str:
+        """Return the pool's figures in a sentence."""
+        return (
+            f"Pool size: {self.size()}  Connections in pool: {self.checkedin()} "
+            f"Current Overflow: {self.overflow()} Current Checked out "
+            f"connections: {self.checkedout()} Waiting: "
+            f"{self._exchange.scheduler.waiting}"
+        )
+
+    def stats(self) -> PoolStats:
+        """Return a snapshot of the pool and a row for each tag. O(tags log tags)."""
+        return snapshot(self._exchange)
+
+    def metrics(self) -> PoolMetrics:
+        """Return counters and histograms for monitoring. O(tags).
+
+        :mod:`sqla_fairpool.prometheus` and :mod:`sqla_fairpool.opentelemetry` export
+        them.
+        """
+        return collect(self._exchange, self.metrics_name)
+
+    @property
+    def metrics_name(self) -> str:
+        """What tells this pool from others: ``pool_logging_name``, or a number."""
+        return self._orig_logging_name or f"pool-{self._exchange.number}"
+
+    def __repr__(self) -> str:
+        exchange = self._exchange
+        scheduler = exchange.scheduler
+        return (
+            f"<{type(self).__name__} in_use={exchange.in_use}/"
+            f"{self.options.capacity} idle={exchange.idle_count} "
+            f"waiting={scheduler.waiting} active_tags={scheduler.roster.active}>"
+        )
+
+    # -- the engine's dialect: where tags and statements come from ------------------
+
+    if not TYPE_CHECKING:
+
+        def __setattr__(self, name, value):
+            # Pool.__init__ and create_engine(pool=...) assign the dialect. Not a
+            # property: SQLAlchemy reads the attribute at every checkin.
+            if (
+                name == "_invoke_creator"
+            ):  # set with the creator, see sqlalchemy_private
+                self._open_another = value
+                value = partial(open_for_record, self._exchange, value)
+            super().__setattr__(name, value)
+            if name == "_dialect" and isinstance(value, Dialect):
+                _watch_dialect(value, self.options)
+
+
+class AsyncAdaptedFairQueuePool(FairQueuePool):
+    """:class:`FairQueuePool` for :func:`sqlalchemy.ext.asyncio.create_async_engine`.
+
+    The same class with the same options and the same accounting; only that a
+    caller who has to wait suspends its task instead of its thread. A cancelled
+    one leaves the line, or passes on what it was granted in the same moment.
+    """
+
+    __module__ = "sqla_fairpool"  # where users import it from; loggers have it
+
+    _is_asyncio = True
+    _waiter_class = TaskWaiter
+    # For a pool that is made without an engine; an engine's dialect replaces it.
+    _dialect = sqlalchemy_private.async_connection_dialect()
+
+    async def warm_up(self) -> int:  # type: ignore[override]  # as all I/O of asyncio
+        """Open connections until `min_idle` are open; return how many were opened.
+
+        See :meth:`FairQueuePool.warm_up`.
+        """
+        return await greenlet_spawn(super().warm_up)
+
+    async def upkeep(self) -> None:  # type: ignore[override]
+        """Do what is left to the next visitor. See :meth:`FairQueuePool.upkeep`."""
+        await greenlet_spawn(super().upkeep)
+
+
+def metrics_source(engine: Any) -> Source:
+    """Return what exporters read from: the figures of an engine's pool.
+
+    :param engine: an engine, an asyncio engine, or a pool.
+    :raises sqlalchemy.exc.ArgumentError: if its pool is not a fair one.
+    """
+    pool = getattr(engine, "pool", engine)
+    if not isinstance(pool, FairQueuePool):
+        raise exc.ArgumentError(
+            f"{engine!r} has no FairQueuePool, so there are no figures of it"
+        )
+    return Source(pool._exchange, pool.metrics_name)
+
+
+def _tell_of_memory(pool: FairQueuePool, dialect: Any) -> None:
+    """Have ``create_engine`` warn of a URL for which the pool is of no use.
+
+    It tells the dialect the URL, and a pool never. A creator of the user's opens what
+    it likes, whatever the URL says; and a single connection does no harm.
+    """
+    by_url = str(getattr(pool._creator, "__module__", "")).startswith("sqlalchemy.")
+    if not by_url or pool.options.capacity == 1 or not isinstance(dialect, Dialect):
+        return
+    name, on_connect_url = type(pool).__name__, dialect.on_connect_url
+
+    @wraps(on_connect_url)  # a ledger's looks for the name
+    def told(url: URL) -> Any:
+        if has_private_memory(dialect, url):
+            warn_of_memory(f"{name} is of no use here")
+        return on_connect_url(url)
+
+    setattr(dialect, on_connect_url.__name__, told)
+
+
+def _watch_dialect(dialect: Dialect, options: PoolOptions) -> None:
+    """Hear of the dialect's options and statements, and only of this one's."""
+    if options.server_tag and dialect.name != "postgresql":
+        raise BadOption(
+            "server_tag", True, f"False, because {dialect.name} is not PostgreSQL"
+        )
+    if tagging.follow(dialect, options.tag_option, _retag):
+        sqlalchemy_private.note_statements(dialect)
+
+
+def _retag(connection: Connection, tag: str | None) -> None:
+    """An option was set on a connection: charge it to its tag, or have it wait there.
+
+    If it is refused, the connection has no DBAPI connection any more. It checks out
+    again when it is used next, as after an invalidation: under its former tag.
+    """
+    pool = connection.engine.pool
+    if connection.closed or not isinstance(pool, FairQueuePool):
+        return
+    seat = _seat_of(connection)
+    if seat is None or tag is None or seat.account.tag == tag:
+        return
+    if connection.in_transaction():
+        raise exc.InvalidRequestError(
+            "This connection has already initialized a SQLAlchemy Transaction() "
+            f"object via begin() or autobegin; {pool.options.tag_option} may not be "
+            "altered unless rollback() or commit() is called first."
+        )
+    try:
+        if not seat.exchange.move(seat, tag):
+            sqlalchemy_private.check_out_again(connection)
+        elif pool.options.server_tag:
+            _tell(connection)
+    except BaseException as error:
+        connection.invalidate(error)
+        raise
+
+
+def _tell(connection: Connection) -> None:
+    """Tell the server the new tag of a connection, on another one if that fails.
+
+    As at a checkout, where it is told as well, and SQLAlchemy wraps what goes wrong.
+    """
+    record = sqlalchemy_private.record_of(connection)
+    assert record is not None
+    dialect = connection.dialect
+    try:
+        tell(record.dbapi_connection, record, dialect)
+    except (exc.DisconnectionError, dialect.loaded_dbapi.Error) as error:
+        connection.invalidate(error)
+        sqlalchemy_private.check_out_again(connection)
+
+
+def _seat_of(connection: Connection) -> Seat | None:
+    """Return the seat of a connection's checkout, None if it has none of ours."""
+    return getattr(sqlalchemy_private.record_of(connection), "seat", None)

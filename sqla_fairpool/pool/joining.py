@@ -1,0 +1,225 @@
+"""How a pool becomes the member of a ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import weakref
+from collections.abc import Collection
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from sqlalchemy import event, exc
+from sqlalchemy.engine import URL, Dialect
+from sqlalchemy.pool import Pool
+from sqlalchemy.util import greenlet_spawn
+
+from ..ledger.addresses import make_store, needs_database
+from ..ledger.host import HostStore
+from ..ledger.keeper import Keeper
+from ..ledger.overview import figures_of
+from ..ledger.postgres import PostgresStore
+from ..ledger.rows import Terms
+from ..ledger.sessions import identify, look, other_ledgers, sign_stands
+from ..ledger.watch import Present
+from ..options import PoolOptions
+from .connections import PhysicalConnection
+from .exchange import Exchange
+from .share import Share
+from .snapshot import snapshot
+
+__all__ = ["await_url", "join_ledger"]
+
+_log = logging.getLogger(__name__)
+
+
+def terms_of(options: PoolOptions) -> Terms:
+    """Return what all members have to agree on."""
+    return Terms(
+        capacity=options.capacity,
+        soft_limit=options.soft_limit,
+        max_limit=options.max_limit,
+        idle_timeout=options.idle_timeout,
+        reallocation_interval=options.reallocation_interval,
+    )
+
+
+def join_ledger(pool: Pool, exchange: Exchange) -> None:
+    """Let a pool share the slots of its ledger. Needs :func:`await_url` for some."""
+    share = Share(exchange)
+    exchange.join(share)
+    ledger = exchange.options.ledger
+    assert ledger is not None
+    if not needs_database(ledger):
+        _begin(pool, exchange, share, None)
+
+
+def await_url(pool: Pool, exchange: Exchange, dialect: Any) -> None:
+    """Prepare the engine's dialect; begin when it is told which database it is.
+
+    ``on_connect_url()`` is called by ``create_engine`` with the URL, which a pool
+    is never told.
+    """
+    share = exchange.share
+    if share is None or not isinstance(dialect, Dialect) or share.keeper is not None:
+        return
+    on_connect_url = dialect.on_connect_url
+
+    def told(url: URL) -> Any:
+        if share.keeper is None:
+            _begin(pool, exchange, share, url)
+        return on_connect_url(url)
+
+    setattr(dialect, on_connect_url.__name__, told)
+
+
+def _begin(pool: Pool, exchange: Exchange, share: Share, url: URL | None) -> None:
+    assert exchange.options.ledger is not None
+    store = make_store(exchange.options.ledger, url)
+    sessions = _Sessions(pool, store, share)
+    keeper = Keeper(
+        store,
+        terms_of(exchange.options),
+        share,
+        sessions.look,
+        figures=partial(_figures, weakref.ref(exchange)),
+    )
+    share.keeper = keeper
+    share.can_lose_slots = store.can_lose_sign
+    sessions.judge_failures(exchange)
+    sessions.listen()
+    _keepers.add(keeper)
+
+
+def _figures(ref: weakref.ref[Exchange]) -> dict[str, Any]:
+    """Return what a process says of itself to whoever looks on."""
+    exchange = ref()
+    if exchange is None:
+        return {}
+    with exchange.section():
+        open_ = exchange.connections_there()
+    return {
+        "size": exchange.options.pool_size,
+        "open": open_,
+        "tags": [asdict(figures) for figures in figures_of(snapshot(exchange))],
+    }
+
+
+class _Sessions:
+    """Finds out what the server calls a pool's connections, and which others it has."""
+
+    def __init__(
+        self, pool: Pool, store: HostStore | PostgresStore, share: Share
+    ) -> None:
+        self._pool = weakref.ref(pool)
+        self._store = store
+        self._share = share
+
+    def listen(self) -> None:
+        """Have each new connection known to the ledger before it is used."""
+        pool = self._pool()
+        assert pool is not None
+
+        @event.listens_for(pool, "connect")
+        def connected(dbapi_connection: Any, record: Any) -> None:
+            if self._on_postgresql():
+                self._identify(dbapi_connection, record.physical)
+            self._share.after_opening(record.physical)
+
+    def judge_failures(self, exchange: Exchange) -> None:
+        """Tell errors of a driver that cannot connect from interruptions.
+
+        A time limit's exception, say, that a signal handler raises: the server may have
+        begun a session. It is asked, so only where it can be.
+        """
+        pool: Any = self._pool()
+        if self._on_postgresql() and pool._dialect.dbapi is not None:
+            driver = pool._dialect.loaded_dbapi.Error
+            exchange.connections.failures = (driver, OSError, exc.SQLAlchemyError)
+
+    def _on_postgresql(self) -> bool:
+        pool: Any = self._pool()
+        return getattr(pool and pool._dialect, "name", None) == "postgresql"
+
+    def _identify(self, dbapi_connection: Any, physical: PhysicalConnection) -> None:
+        """Ask the server which of its sessions this is, over the connection itself."""
+        share, store = self._share, self._store
+        # If this fails the connection is closed, so nothing is tidied up then.
+        cursor = dbapi_connection.cursor()
+        server, session = identify(cursor, _backend_pid(dbapi_connection))
+        if share.server_name is None:
+            share.server_name = server
+        if (
+            isinstance(store, PostgresStore)
+            and store.server == server
+            and not sign_stands(cursor, store.sign)
+        ):
+            raise share.unconfirmed("its sign of life is gone at the server")
+        if store.key and not share.shows_ledger:
+            share.shows_ledger = True
+            self._warn_of(other_ledgers(cursor, store.key))
+        physical.session = session
+        cursor.close()
+        dbapi_connection.rollback()
+
+    def _warn_of(self, others: Collection[int]) -> None:
+        if others:
+            _log.warning(
+                "the database is used with the ledger %s here and with %d other "
+                "ledger(s) elsewhere: each allows as many connections as it has slots",
+                self._store.name,
+                len(others),
+            )
+
+    def look(self) -> Present | None:
+        """Return the sessions that the server has; None if it cannot be asked.
+
+        Where the ledger is not on that server, this takes a connection beside the
+        budget: one for each process that asks, for a moment, while there are slots in
+        quarantine. It is made as the pool's connections are.
+        """
+        pool: Any = self._pool()
+        if pool is None or not self._on_postgresql():
+            return None
+        if (
+            isinstance(self._store, PostgresStore)
+            and self._share.server_name == self._store.server is not None
+        ):
+            return self._store.look()
+        if pool._dialect.is_async:
+            return asyncio.run(greenlet_spawn(self._look_through, pool))
+        return self._look_through(pool)
+
+    @staticmethod
+    def _look_through(pool: Any) -> Present:
+        connection = pool.open_another()
+        try:
+            cursor = connection.cursor()
+            try:
+                return look(cursor)
+            finally:
+                cursor.close()
+        finally:
+            connection.close()
+
+
+def _backend_pid(dbapi_connection: Any) -> int | None:
+    """Return the server process as the driver knows it, None if it tells nothing."""
+    driver = getattr(dbapi_connection, "driver_connection", dbapi_connection)
+    if hasattr(driver, "get_server_pid"):  # asyncpg
+        return int(driver.get_server_pid())
+    info = getattr(driver, "info", None)
+    pid = getattr(info, "backend_pid", None)
+    return None if pid is None else int(pid)
+
+
+# Those that are to leave before the interpreter goes.
+_keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
+
+
+@atexit.register
+def _leave_all() -> None:
+    for keeper in list(_keepers):
+        keeper.close()

@@ -1,0 +1,295 @@
+"""A pool as the member of a ledger: its share of the slots of all processes.
+
+The ledger's keeper lives in a thread of its own and talks to the store. What it
+decides arrives here as two numbers: how many connections there may be in this
+process, and the ceiling of each tag in it. What it asks for is how many there are, and
+who wants more. A checkout never waits for the keeper while there is a slot for it.
+
+Rules of this file:
+
+* A connection counts from before it is opened until its session has ended. So a
+  detached one keeps a slot out of use, until it is closed or nobody has it any more.
+* The keeper's thread closes connections of threads. Those of tasks are closed in their
+  loop; if that does not run, their sockets are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import time
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sqlalchemy import exc
+from sqlalchemy.util import greenlet_spawn
+
+from ..errors import CheckoutTimeout
+from ..ledger.errors import LedgerError
+from ..ledger.local import TagDemand
+from ..ledger.rows import Session
+from .connections import PhysicalConnection
+
+if TYPE_CHECKING:
+    from .exchange import Exchange
+
+__all__ = ["Keeper", "Share"]
+
+#: Seconds that a new connection waits for the ledger to know it: a transaction takes a
+#: millisecond, one that waits for a stopped process two seconds.
+_CONFIRMED_WITHIN = 3.0
+
+#: Seconds after which the ledger is asked again if it did not confirm.
+_PAUSE = 0.02
+
+#: Seconds after which a loop is taken to be blocked, or not to run.
+_LOOP_ANSWERS_WITHIN = 1.0
+
+
+class Keeper(Protocol):
+    """What a pool asks of a ledger's keeper."""
+
+    #: Why the ledger cannot be reached or used, None if it can.
+    trouble: str | None
+
+    def ring(self, tag: str | None = None) -> None:
+        """Look at the pool soon: somebody waits under `tag`, or something else."""
+
+    def post(self, done: Callable[[bool], None]) -> None:
+        """Have the store hear of the pool as it is now; say if it has."""
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child, which owns nothing."""
+
+    def close(self) -> None:
+        """Give back what is closed, and leave."""
+
+
+class Share:
+    """What a keeper may do to a pool, and the other way round.
+
+    The keeper's thread calls :meth:`demand`, :meth:`allot`, :meth:`close_surplus` and
+    :meth:`refuse`; the pool calls :meth:`ring`.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        # Weak: a pool that nobody has any more ends, and its keeper with it.
+        self._exchange = weakref.ref(exchange, self._pool_is_gone)
+        self.keeper: Keeper | None = None
+        #: Why nobody here may have a connection: what an operator has to mend.
+        self.refusal: exc.SQLAlchemyError | None = None
+        # The loop in which connections are closed, the last one that opened any.
+        self._loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
+        self._new_waiter = exchange.new_waiter
+        self._tag = exchange.options.default_tag
+        #: Others may take this process for dead though it lives.
+        self.can_lose_slots = False
+        #: The server of the pool's connections, once one was opened.
+        self.server_name: str | None = None
+        #: A connection of this process shows which ledger it uses.
+        self.shows_ledger = False
+        # Those of `lost`, until they are buried.
+        self._lost: Collection[PhysicalConnection] = ()
+        # The last order to a loop to close connections, and when it was given.
+        self._closing: concurrent.futures.Future[Any] | None = None
+        self._ordered_at = 0.0
+
+    def _pool_is_gone(self, ref: object) -> None:
+        if self.keeper is not None:
+            self.keeper.ring()
+
+    # -- for the pool ---------------------------------------------------------------
+
+    @property
+    def trouble(self) -> str | None:
+        """Why there can be no other share than this, None if there can."""
+        return None if self.keeper is None else self.keeper.trouble
+
+    def ring(self, tag: str | None = None) -> None:
+        """Have the keeper look. Called without the lock.
+
+        :param tag: under which somebody waits; None for another reason.
+        """
+        if self.keeper is not None:
+            self.keeper.ring(tag)
+        elif self.refusal is None:
+            self.refuse(
+                LedgerError(
+                    "the pool has no database URL from which a default ledger would "
+                    "follow: name a path as the ledger"
+                )
+            )
+
+    def note_loop(self) -> None:
+        """Remember where connections of tasks can be closed."""
+        try:
+            self._loop = weakref.ref(asyncio.get_running_loop())
+        except RuntimeError:
+            pass  # threads
+
+    def before_opening(self) -> None:
+        """Before a connection is opened: are the slots still ours?
+
+        Only a store whose sign of life can be lost may say no.
+
+        :raises CheckoutTimeout: if it does not confirm it.
+        """
+        if self.can_lose_slots and not self._confirmed():
+            raise self.unconfirmed()
+
+    def after_opening(self, physical: PhysicalConnection) -> None:
+        """Have the ledger know a new session before anybody uses it.
+
+        Without that it would be given on as free if this process died. A store that
+        cannot lose a member's sign of life may be away: what is owned is used.
+
+        :raises CheckoutTimeout: if the slots may have been lost meanwhile.
+        """
+        if physical.session is None and not self.can_lose_slots:
+            return
+        if not self._confirmed() and self.can_lose_slots:
+            raise self.unconfirmed()
+
+    def _confirmed(self) -> bool:
+        """Have the store hear of this pool as it is now, and wait for that.
+
+        For a moment there may be a session more than there are slots: one whose end is
+        not known yet. So a "no" is not the last word while there is time.
+        """
+        deadline = time.monotonic() + _CONFIRMED_WITHIN
+        while not self._confirms(deadline):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self._new_waiter(_Nobody()).wait(min(_PAUSE, left))
+        return True
+
+    def _confirms(self, deadline: float) -> bool:
+        if self.keeper is None:
+            return True
+        answers: list[bool] = []
+        waiter = self._new_waiter(_Nobody())
+
+        def done(answer: bool) -> None:
+            answers.append(answer)
+            waiter.wake()
+
+        self.keeper.post(done)
+        while not answers and (left := deadline - time.monotonic()) > 0:
+            waiter.wait(left)
+        return bool(answers and answers[0])
+
+    def unconfirmed(self, why: str | None = None) -> CheckoutTimeout:
+        """Return what is raised where the slots of this process may be lost."""
+        why = why or self.trouble or f"no answer within {_CONFIRMED_WITHIN:g}s"
+        return CheckoutTimeout(
+            f"no connection is opened while the ledger does not confirm that this "
+            f"process owns its slots: {why}",
+            self._tag,
+            _CONFIRMED_WITHIN,
+        )
+
+    # -- for the keeper -------------------------------------------------------------
+
+    def demand(self) -> tuple[int, Mapping[str, TagDemand]]:
+        """Return how many connections are open, and what is wanted by tag."""
+        exchange = self._exchange()
+        if exchange is None:
+            if self.keeper is not None:
+                self.keeper.close()  # nobody has the pool any more
+            return 0, {}
+        exchange.connections.end_abandoned()
+        with exchange.section() as now:
+            exchange.look_around(now)  # others want to know who is idle
+            tags = {}
+            for account in exchange.scheduler.accounts.values():
+                peak, account.peak = account.peak, account.in_use
+                if peak or account.waiting or account.active:
+                    tags[account.tag] = TagDemand(peak, account.waiting, account.active)
+            detached = exchange.connections.detached()
+            if detached:  # nobody's in particular, so the default tag's
+                default = tags.get(self._tag, TagDemand(0, 0, False))
+                in_use = default.in_use + detached
+                tags[self._tag] = default._replace(in_use=in_use)
+            return exchange.settle(now), tags
+
+    def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
+        """Set how many connections there may be, and the ceiling of each tag."""
+        exchange = self._exchange()
+        if exchange is not None:
+            self.refusal = None
+            exchange.allot(slots, ceilings, other)
+
+    def sessions(self) -> Collection[Session]:
+        """Return the server sessions that exist, as far as they are known."""
+        exchange = self._exchange()
+        return () if exchange is None else exchange.connections.sessions()
+
+    def server(self) -> str | None:
+        """Return the identity of the pool's server, None if it is not known yet."""
+        return self.server_name
+
+    def lost(self) -> Sequence[Session | None]:
+        """Return the sessions of which nobody here will learn when they end."""
+        exchange = self._exchange()
+        self._lost = () if exchange is None else exchange.connections.lost_ones()
+        return [physical.session for physical in self._lost]
+
+    def buried(self, lost: Sequence[Session | None]) -> None:
+        """Forget those that :meth:`lost` has returned: they are in quarantine now."""
+        exchange, buried = self._exchange(), self._lost
+        self._lost = ()
+        if exchange is not None:
+            exchange.bury(buried)
+
+    def close_surplus(self) -> None:
+        """Close idle connections that are too many."""
+        exchange = self._exchange()
+        if exchange is None:
+            return
+        loop = self._loop() if self._loop is not None else None
+        if self._loop is None:
+            exchange.visit()  # threads
+        elif loop is None or loop.is_closed():
+            exchange.hang_up_surplus()
+        elif self._closing is None or self._closing.done():
+            coroutine = greenlet_spawn(exchange.visit)
+            self._ordered_at = time.monotonic()
+            try:
+                self._closing = asyncio.run_coroutine_threadsafe(coroutine, loop)
+            except RuntimeError:  # closed in between
+                coroutine.close()
+        elif time.monotonic() - self._ordered_at > _LOOP_ANSWERS_WITHIN:
+            exchange.hang_up_surplus()  # it is blocked, or does not run
+
+    def freeze(self) -> None:
+        """Let those connections be used that there are, and no other be opened."""
+        exchange = self._exchange()
+        if exchange is not None:
+            exchange.freeze()
+
+    def press(self, pressed: bool) -> None:
+        """Ring when a connection falls idle, or do not any more."""
+        exchange = self._exchange()
+        if exchange is not None:
+            exchange.press(pressed)
+
+    def refuse(self, error: exc.SQLAlchemyError) -> None:
+        """Raise an error in those who wait, and who come, until there is a share."""
+        exchange = self._exchange()
+        if exchange is not None:
+            self.refusal = error
+            exchange.wake_all()
+
+
+class _Nobody:
+    """Owns a waiter, and nothing that would have to be given back."""
+
+    orphaned = False
+
+    def abandon(self) -> None:
+        pass
+
+    def adopt(self, outcome: Any) -> None:
+        pass

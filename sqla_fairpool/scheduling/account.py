@@ -1,0 +1,139 @@
+"""A tag's account and a request's ticket: the nouns of the scheduler."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+from .counters import BOUNDS, Meter
+
+__all__ = ["FREE", "GRANTED", "WAITING", "Account", "LineFull", "Ticket"]
+
+FREE = "free"
+WAITING = "waiting"
+GRANTED = "granted"
+
+
+class LineFull(Exception):  # noqa: N818  (a refusal, not an error)
+    """`max_waiting` requests wait already."""
+
+
+class Ticket:
+    """The handle of one request: waiting for a slot, holding one, or free.
+
+    A free ticket may be used for another request. While nobody waits, a granted
+    one may serve several checkouts under its tag, one after the other: whoever
+    keeps it counts these in the fields below, and the scheduler adds them to the
+    tag's figures when the slot comes back.
+    """
+
+    __slots__ = (
+        "account",
+        "again",
+        "held",
+        "held_max",
+        "long_holds",
+        "notable",
+        "number",
+        "since",
+        "state",
+    )
+
+    account: Account
+    #: Arrival number, while waiting.
+    number: int
+    #: When it was requested (waiting), or last checked out (granted).
+    since: float
+
+    def __init__(self) -> None:
+        self.state = FREE
+        #: Checkouts it served beyond the first.
+        self.again = 0
+        #: How long those took that are over: in all, and the longest. Seconds.
+        self.held = 0.0
+        self.held_max = 0.0
+        #: A checkout that takes longer than this is to be told to `note`: the others
+        #: neither are the longest nor leave the histogram's first bucket.
+        self.notable = 0.0
+        self.long_holds: list[float] = []
+
+    def note(self, held: float) -> None:
+        """Note a checkout that took long."""
+        if held > self.held_max:
+            self.held_max = held
+            self.notable = min(held, BOUNDS[0])
+        if held > BOUNDS[0]:
+            self.long_holds.append(held)
+
+    def book(self, account: Account) -> None:
+        """Add the checkouts that are over to the figures of their tag."""
+        account.checkouts += self.again  # the first was counted when it was granted
+        account.hold_total += self.held
+        if self.held_max > account.hold_max:
+            account.hold_max = self.held_max
+        meter = account.meter
+        meter.checkouts += self.again + account.silent
+        meter.at_once += self.again
+        meter.hold.add_all(self.again + 1, self.held, self.long_holds)
+        if self.long_holds:
+            self.long_holds = []
+        self.again = 0
+        self.held = self.held_max = self.notable = 0.0
+
+
+class Account:
+    """What the scheduler knows of one tag."""
+
+    __slots__ = (
+        "active",
+        "checkouts",
+        "hold_max",
+        "hold_total",
+        "in_use",
+        "last_activity",
+        "listed",
+        "meter",
+        "peak",
+        "prompt",
+        "silent",
+        "tag",
+        "timeouts",
+        "wait_max",
+        "wait_total",
+        "waiters",
+        "warm",
+        "weight",
+    )
+
+    def __init__(self, tag: str, weight: float, silent: bool, meter: Meter) -> None:
+        self.tag = tag
+        #: What is counted for monitoring; other tags may share it.
+        self.meter = meter
+        self.weight = weight
+        #: True for the default tag: asking, waiting and returning are no
+        #: activity of it, because the caller may still say who it is.
+        self.silent = silent
+        self.active = False
+        #: active and not silent: what its holders do is known to be activity.
+        self.prompt = False
+        self.in_use = 0
+        #: The most that were in use at once since whoever asks asked last.
+        self.peak = 0
+        self.waiters: OrderedDict[Ticket, None] | None = None
+        self.last_activity: float | None = None
+        #: For whoever keeps granted slots in reserve, while nobody waits: what he
+        #: keeps for this tag, and if he has noted that. The scheduler looks at
+        #: neither.
+        self.warm: list[Any] = []
+        self.listed = False
+        self.checkouts = 0
+        self.timeouts = 0
+        self.wait_total = 0.0
+        self.wait_max = 0.0
+        self.hold_total = 0.0
+        self.hold_max = 0.0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait under this tag."""
+        return len(self.waiters) if self.waiters else 0

@@ -1,0 +1,481 @@
+"""Who holds a slot, who waits for one, and who gets the next.
+
+Rules of this file:
+
+* Everything that decides about slots lives here; all counters live here.
+* It never sees a thread, a connection or a clock. Time is an argument, in
+  seconds on any steadily rising scale; one lock outside serialises the calls.
+* Every public method is one transition. It leaves the invariants true and
+  returns the tickets that were granted by it; waking their callers is the
+  shell's business.
+* A transition on the common path changes its counters without a call or a
+  jump in between, so that a signal handler's exception falls before it or
+  after it. (CPython looks for signals at calls, and 3.10 at each jump.)
+
+What is promised, at every moment between two transitions (`check_valid` holds
+each of them, and the tests call it after every step):
+
+1. Conservation: the tags' `in_use` add up to the scheduler's `in_use`, which is
+   the number of granted tickets.
+2. Bounds: `in_use <= capacity`; no grant lifts a tag above its ceiling. After a
+   ceiling has fallen, the excess drains.
+3. Work conservation: nobody below its ceiling waits while a slot is free.
+4. Order: first in, first out inside a tag; a newcomer is not served past a
+   waiter who could be.
+5. Fairness: of the tags that wait below their ceiling the one that holds least
+   per weight is next (`policy.rank`).
+6. Once: a ticket is granted once per request and released once per grant; a
+   cancelled one leaves no trace.
+
+Costs: `request`, `release`, `cancel` and `move` are O(1) while nobody waits and
+O(log waiting tags) otherwise, O(log tags) for a tag that is new or was idle;
+`tick` is O(log tags) for each tag whose idleness is due to be looked at.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+from . import policy
+from .account import FREE, GRANTED, WAITING, Account, LineFull, Ticket
+from .heap import Agenda
+from .tags import Roster
+
+__all__ = ["Scheduler"]
+
+_NO_GRANTS: tuple[Ticket, ...] = ()
+
+
+class Scheduler:
+    """Divides `capacity` slots among tags by the rules of :mod:`.policy`.
+
+    :param capacity: most slots granted at a time.
+    :param soft_limit: ceiling of each tag while two or more are active.
+    :param max_limit: ceiling of a tag that is alone.
+    :param idle_timeout: seconds without activity after which a tag is idle.
+    :param reallocation_interval: seconds between looks for idle tags.
+    :param now: the time at which it starts.
+    :param max_waiting: most requests that may wait, None for no limit.
+    :param silent_tag: the tag for which only :meth:`activity` is activity.
+    :param weights: relative entitlement by tag, 1.0 where not given.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity: int,
+        soft_limit: int,
+        max_limit: int,
+        idle_timeout: float,
+        reallocation_interval: float,
+        now: float,
+        max_waiting: int | None = None,
+        silent_tag: str | None = None,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:
+        self.capacity = capacity
+        self.reallocation_interval = reallocation_interval
+        self.max_waiting = max_waiting
+        self.roster = Roster(
+            soft_limit=soft_limit,
+            max_limit=max_limit,
+            idle_timeout=idle_timeout,
+            silent_tag=silent_tag,
+            weights=weights or {},
+        )
+        self.in_use = 0
+        self.waiting = 0
+        #: When idleness is to be looked for next: the shell calls `tick` then.
+        self.next_tick = now + reallocation_interval
+        #: What is known of each tag.
+        self.accounts = self.roster.accounts
+        #: Requests that had to wait, in all.
+        self.arrivals = 0
+        # What was in use when the capacity last changed.
+        self._drains_from = 0
+        # Accounts with waiters, in the order in which they began to wait.
+        self._lines: dict[Account, None] = {}
+        # While there are two or more, those of them that are below their ceiling, by
+        # `policy.rank`. May hold some that are not any more, or do not wait; they are
+        # dropped when they come first.
+        self._ready: Agenda[Account] = Agenda()
+
+    # -- transitions ---------------------------------------------------------
+
+    def request(self, ticket: Ticket, tag: str, now: float) -> bool:
+        """Ask for a slot under `tag`; tell if it was granted at once.
+
+        If it was not, the ticket waits in the tag's line.
+
+        :param ticket: a free ticket.
+        :raises LineFull: when it would have to wait and may not.
+        """
+        assert ticket.state is FREE
+        account = self.roster.get(tag, now)
+        if not account.silent:
+            self.roster.touch(account, now)
+        ticket.account = account
+        ticket.since = now
+        # Nobody is overtaken: with a slot free, all who wait are at their ceilings
+        # (promise 3); this tag is not, so none of them is of this tag.
+        if self.in_use < self.capacity and account.in_use < self.ceiling(account):
+            self._grant(ticket, now)
+            account.meter.at_once += 1
+            return True
+        if self.max_waiting is not None and self.waiting >= self.max_waiting:
+            raise LineFull
+        self.arrivals += 1
+        ticket.number = self.arrivals
+        ticket.state = WAITING
+        self.waiting += 1
+        if account.waiters is None:
+            account.waiters = OrderedDict()
+        account.waiters[ticket] = None
+        if len(account.waiters) == 1:
+            self._lines[account] = None
+            if len(self._lines) == 2:  # the first one was alone and not ranked
+                self._requeue(next(iter(self._lines)))
+            self._requeue(account)
+        return False
+
+    def admit(self, ticket: Ticket, tag: str, now: float) -> None:
+        """Grant a slot to a caller that has a connection already, whatever the limits.
+
+        What is in use above them drains.
+        """
+        account = self.roster.get(tag, now)
+        if not account.silent:
+            self.roster.touch(account, now)
+        ticket.account = account
+        self._grant(ticket, now)
+        self._drains_from = max(self._drains_from, self.in_use)
+        if account.waiters:
+            self._requeue(account)
+
+    def release(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
+        """Take a granted ticket's slot back; return who is granted by that."""
+        account = ticket.account
+        held = now - ticket.since
+        ticket.held += held
+        if held > ticket.notable:
+            ticket.note(held)
+        if account.prompt:
+            account.last_activity = now
+        elif not account.silent:
+            self.roster.touch(account, now)
+        return self.vacate(ticket, now)
+
+    def vacate(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
+        """:meth:`release` for a ticket whose last checkout was over before.
+
+        No activity of its tag: that was when the checkout ended.
+        """
+        account = ticket.account
+        assert ticket.state is GRANTED, f"released a ticket that is {ticket.state}"
+        ticket.state = FREE
+        self.in_use -= 1
+        account.in_use -= 1
+        ticket.book(account)
+        if not self.waiting:
+            return _NO_GRANTS
+        if account.waiters:
+            self._requeue(account)
+        return self._dispatch(now)
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """Take a waiting ticket out of its line, wherever it stands there.
+
+        Returns False, and does nothing, if the ticket does not wait any more:
+        it was granted in the meantime, and whoever cancels has a slot to give
+        back.
+        """
+        if ticket.state is not WAITING:
+            return False
+        account = ticket.account
+        assert account.waiters is not None
+        was_head = next(iter(account.waiters)) is ticket
+        del account.waiters[ticket]
+        ticket.state = FREE
+        self.waiting -= 1
+        if was_head:
+            self._head_left(account)
+        return True
+
+    def expire(self, ticket: Ticket) -> bool:
+        """:meth:`cancel` a ticket that has waited too long, and count it."""
+        if not self.cancel(ticket):
+            return False
+        ticket.account.timeouts += 1
+        ticket.account.meter.timeouts += 1
+        return True
+
+    def activity(self, ticket: Ticket, now: float) -> None:
+        """Note that a granted ticket's holder works: a statement was executed.
+
+        Never grants anything: a tag that becomes active can only lower
+        ceilings. While the tag is active already, writing its account's
+        `last_activity` does the same, and needs no lock.
+        """
+        if ticket.state is GRANTED:
+            self.roster.touch(ticket.account, now)
+
+    def move(self, ticket: Ticket, tag: str, now: float) -> Sequence[Ticket] | None:
+        """Charge a granted ticket to another tag, if that tag is next.
+
+        The same as releasing the slot and requesting it again under `tag`, in
+        one step. Returns None, with the ticket where it was, when that request
+        would have to wait. A move away from the silent tag takes back the
+        checkout that was counted there.
+        """
+        source = ticket.account
+        assert ticket.state is GRANTED, f"moved a ticket that is {ticket.state}"
+        if source.tag == tag:
+            return _NO_GRANTS
+        target = self.roster.get(tag, now)
+        if not target.silent:
+            self.roster.touch(target, now)
+        self._shift(source, -1)
+        if not self._is_next(target):
+            self._shift(source, +1)
+            return None
+        self._shift(target, +1)
+        if source.silent:
+            source.checkouts -= 1
+        else:
+            held = now - ticket.since
+            ticket.held += held
+            ticket.note(held)
+            ticket.book(source)
+        target.checkouts += 1
+        if not target.silent:
+            target.meter.checkouts += 1
+        target.meter.at_once += 1
+        ticket.account = target
+        ticket.since = now
+        return self._dispatch(now)
+
+    def tick(self, now: float) -> Sequence[Ticket]:
+        """Look for idle tags, if that is due; return who is granted by it."""
+        if now < self.next_tick:
+            return _NO_GRANTS
+        self.next_tick = now + self.reallocation_interval
+        if self.roster.review(now) and self.roster.active <= 1:
+            # Ceilings have risen, for the one tag that is left and for the
+            # silent tag; nobody else can be waiting.
+            for account in self._lines:
+                self._requeue(account)
+        return self._dispatch(now)
+
+    def set_capacity(self, capacity: int, now: float) -> Sequence[Ticket]:
+        """Change how many slots there are; return who is granted by it.
+
+        Takes nothing away: what is in use above a lower capacity drains.
+        """
+        self.capacity = capacity
+        self._drains_from = self.in_use
+        return self._dispatch(now)
+
+    def reconfigure(
+        self,
+        *,
+        capacity: int,
+        soft_limit: int,
+        max_limit: int,
+        idle_timeout: float,
+        reallocation_interval: float,
+        max_waiting: int | None,
+        now: float,
+    ) -> Sequence[Ticket]:
+        """Change the rules' numbers; return who is granted by it. O(tags).
+
+        Nothing is taken away: what is in use above a lower limit drains. Who
+        waits already goes on waiting, even if fewer may.
+        """
+        self.max_waiting = max_waiting
+        self.reallocation_interval = reallocation_interval
+        self.next_tick = min(self.next_tick, now + reallocation_interval)
+        self.roster.reconfigure(soft_limit, max_limit, idle_timeout)
+        for account in self._lines:
+            self._requeue(account)
+        return self.set_capacity(capacity, now)
+
+    def impose(
+        self, capacity: int, ceilings: Mapping[str, int], other: int, now: float
+    ) -> Sequence[Ticket]:
+        """Replace capacity and ceilings by numbers from outside, until the next call.
+
+        Returns who is granted by it. Nothing is taken away: what is in use above
+        a lower number drains.
+
+        :param ceilings: by tag.
+        :param other: the ceiling of any tag not named.
+        """
+        self.roster.impose(ceilings, other)
+        for account in self._lines:
+            self._requeue(account)
+        return self.set_capacity(capacity, now)
+
+    # -- questions -----------------------------------------------------------
+
+    def ceiling(self, account: Account) -> int:
+        """Return the most slots `account` may hold now."""
+        roster = self.roster
+        if account.active and roster.imposed is None:
+            return roster.common_ceiling
+        return roster.ceiling(account)
+
+    def wanted(self, ticket: Ticket) -> bool:
+        """Tell if releasing this granted ticket would grant another one."""
+        if not self.waiting or self.in_use > self.capacity:
+            return False
+        account = ticket.account
+        if account.waiters and account.in_use <= self.ceiling(account):
+            return True
+        return self._next() is not None
+
+    def waiting_accounts(self) -> Iterable[Account]:
+        """Return the accounts under which somebody waits."""
+        return self._lines
+
+    def newest_waiter(self) -> Ticket | None:
+        """Return a ticket that is likely to wait for long, None if none waits."""
+        for account in reversed(self._lines):
+            assert account.waiters
+            return next(reversed(account.waiters))
+        return None
+
+    def place(self, ticket: Ticket) -> int:
+        """Return a waiting ticket's place in its line, from 1. O(place)."""
+        line = ticket.account.waiters or ()
+        return next(place for place, t in enumerate(line, 1) if t is ticket)
+
+    def knows(self, ticket: Ticket) -> bool:
+        """Tell if the ticket was last used here, not with another scheduler."""
+        account = ticket.account
+        return self.accounts.get(account.tag) is account
+
+    # -- the parts of a transition -------------------------------------------
+
+    def _shift(self, account: Account, by: int) -> None:
+        self.in_use += by
+        account.in_use += by
+        account.peak = max(account.peak, account.in_use)
+        if account.waiters:
+            self._requeue(account)
+
+    def _requeue(self, account: Account) -> None:
+        """Put a tag with waiters where it belongs among those that may be next."""
+        if len(self._lines) == 1:
+            return  # nobody to be ranked with
+        if account.in_use < self.ceiling(account):
+            self._ready.put(account, self._rank(account))
+        else:
+            self._ready.remove(account)
+
+    def _rank(self, account: Account) -> tuple[float, int]:
+        assert account.waiters
+        head = next(iter(account.waiters))
+        return policy.rank(account.in_use, account.weight, head.number)
+
+    def _head_left(self, account: Account) -> None:
+        if account.waiters:
+            self._requeue(account)
+        else:
+            del self._lines[account]
+            self._ready.remove(account)
+
+    def _next(self) -> Account | None:
+        """Return the tag whose head is to get the next free slot."""
+        if len(self._lines) == 1:
+            account = next(iter(self._lines))
+            return account if account.in_use < self.ceiling(account) else None
+        while (first := self._ready.first()) is not None:
+            account = first[1]
+            if account.in_use < self.ceiling(account):
+                return account
+            self._ready.remove(account)  # its ceiling has fallen
+        return None
+
+    def _is_next(self, newcomer: Account) -> bool:
+        """Tell if a request under `newcomer`, arriving now, would be granted."""
+        if (
+            newcomer.waiters
+            or self.in_use >= self.capacity
+            or newcomer.in_use >= self.ceiling(newcomer)
+        ):
+            return False
+        waiting = self._next()
+        if waiting is None or self.in_use + 1 < self.capacity:
+            return True  # nobody else, or a slot for each
+        rank = policy.rank(newcomer.in_use, newcomer.weight, self.arrivals + 1)
+        return rank < self._rank(waiting)
+
+    def _dispatch(self, now: float) -> Sequence[Ticket]:
+        """Grant free slots to whoever is next, until none is left or none waits."""
+        if not self.waiting:
+            return _NO_GRANTS
+        granted = []
+        while self.in_use < self.capacity and (account := self._next()) is not None:
+            assert account.waiters
+            ticket, _ = account.waiters.popitem(last=False)
+            self.waiting -= 1
+            waited = now - ticket.since
+            account.wait_total += waited
+            if waited > account.wait_max:
+                account.wait_max = waited
+            account.meter.wait.add(waited)
+            self._grant(ticket, now)
+            self._head_left(account)
+            if not account.silent:
+                account.last_activity = now
+            granted.append(ticket)
+        return granted
+
+    def _grant(self, ticket: Ticket, now: float) -> None:
+        account = ticket.account
+        ticket.since = now
+        # From here in one go, see the head of this file.
+        self.in_use += 1
+        account.in_use += 1
+        ticket.state = GRANTED
+        # What is lost here is a figure, and no slot.
+        account.checkouts += 1
+        if account.in_use > account.peak:
+            account.peak = account.in_use
+        if not account.silent:
+            account.meter.checkouts += 1
+
+    # -- the promises, as a check ---------------------------------------------
+
+    def check_valid(self, granted: Collection[Ticket] | None = None) -> None:
+        """Assert the invariants stated at the head of this file. O(everything).
+
+        :param granted: all granted tickets, if the caller knows them.
+        """
+        self.roster.check_valid()
+        accounts = list(self.accounts.values())
+        lines = [a for a in accounts if a.waiters]
+        below = [a for a in lines if a.in_use < self.ceiling(a)]
+        # 1, 2
+        assert self.in_use == sum(a.in_use for a in accounts)
+        assert all(a.in_use >= 0 for a in accounts)
+        assert self.in_use <= max(self.capacity, self._drains_from)
+        # 3
+        assert self.in_use >= self.capacity or not below, f"{below} wait for nothing"
+        # 4
+        assert self.waiting == sum(a.waiting for a in accounts)
+        assert set(self._lines) == set(lines)
+        for account in lines:
+            assert account.waiters
+            numbers = [ticket.number for ticket in account.waiters]
+            assert numbers == sorted(numbers)
+            assert all(t.state is WAITING for t in account.waiters)
+            assert all(t.account is account for t in account.waiters)
+        # 5
+        assert self._next() is min(below, key=self._rank, default=None)
+        # 6
+        if granted is not None:
+            assert all(ticket.state is GRANTED for ticket in granted)
+            held = Counter(ticket.account for ticket in granted)
+            assert held == Counter({a: a.in_use for a in accounts if a.in_use})

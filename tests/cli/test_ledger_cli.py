@@ -1,0 +1,386 @@
+"""``sqla-fairpool ledger``: what an operator sees and does."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.pool import NullPool
+from support.stub import StubServer
+from support.threads import eventually
+
+from sqla_fairpool.cli import main
+from sqla_fairpool.cli.budget import ask_room, connected
+from sqla_fairpool.ledger.book import Book
+from sqla_fairpool.ledger.host import HostStore
+from sqla_fairpool.ledger.rows import Meta, Terms
+from sqla_fairpool.ledger.sessions import identify
+
+TERMS = Terms(20, 10, 15, 60.0, 30.0)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "app.ledger")
+
+
+@pytest.fixture
+def member(path):
+    """A pool of this process that has three connections out."""
+    engine = StubServer().engine(ledger=path).execution_options(scraper="layer\u00e93")
+    held = [engine.connect() for _ in range(3)]
+    keeper = engine.pool._exchange.share.keeper
+    eventually(lambda: keeper.status().owned == 3)
+    yield engine
+    for connection in held:
+        connection.close()
+    engine.dispose()
+    keeper.close()
+
+
+def run(capsys, *args):
+    """Run a command; return its status and what it printed."""
+    status = main(["ledger", *map(str, args)])
+    return status, *capsys.readouterr()
+
+
+def test_show(capsys, member, path):
+    status, out, _ = run(capsys, "show", "--ledger", path)
+    first, second, who, tag = out.splitlines()
+    assert status == 0
+    assert first == f"ledger {path}"
+    assert second.startswith("20 slots: 3 owned by 1 members, 0 in quarantine, 17 free")
+    assert f":{os.getpid()}, since 20" in who
+    assert who.endswith(": 3 slots")
+    assert tag.startswith("    'layer\u00e93' ")
+
+
+def test_show_for_programs(capsys, member, path, monkeypatch):
+    monkeypatch.setenv("FAIRPOOL_LEDGER", path)
+    _, out, _ = run(capsys, "show", "--json")
+    report = json.loads(out)
+    assert (report["capacity"], report["owned"], report["free"]) == (20, 3, 17)
+    assert report["members"][0]["alive"] is True
+    assert report["members"][0]["tags"][0]["tag"] == "layer\u00e93"
+
+
+@pytest.mark.parametrize(
+    ("ledger", "says"),
+    [
+        ("nonsense", "ledger='nonsense' is not allowed"),
+        ("/nowhere/x.ledger", "there is no ledger at /nowhere/x.ledger"),
+        ("host", "a path, where no URL says which database"),
+        ("mysql://u:s3cret@h/d", "a PostgreSQL database"),
+    ],
+)
+def test_ledger_that_is_none(capsys, ledger, says, monkeypatch):
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    status, out, err = run(capsys, "show", "--ledger", ledger)
+    assert (status, out) == (2, "")
+    assert says in err
+    assert "s3cret" not in err
+
+
+def test_reset_is_refused_while_a_member_lives(capsys, member, path):
+    status, _, err = run(capsys, "reset", "--ledger", path, "--yes")
+    assert status == 2
+    assert "1 members live" in err
+
+
+@pytest.fixture
+def left(path):
+    """A ledger with a member that was killed: two connections."""
+    program = (
+        "import sys\n"
+        f"sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r})\n"
+        "from support.stub import StubServer\n"
+        f"engine = StubServer().engine(ledger={path!r})\n"
+        "held = [engine.connect(), engine.connect()]\n"
+        "print('holding', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "holding\n"
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdin.close()
+    process.stdout.close()
+    return path
+
+
+def test_reset_asks_first(capsys, left, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda question: "n")
+    assert run(capsys, "reset", "--ledger", left)[:2] == (1, "nothing done\n")
+    assert "DEAD: 2 slots" in run(capsys, "show", "--ledger", left)[1]
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    assert run(capsys, "reset", "--ledger", left)[:2] == (0, "done\n")
+    assert ": 0 owned by 0 members" in run(capsys, "show", "--ledger", left)[1]
+
+
+def test_reap_keeps_what_the_server_cannot_be_asked_about(capsys, left, monkeypatch):
+    monkeypatch.delenv("DATABASE_URL", raising=False)
+    status, out, _ = run(capsys, "reap", "--ledger", left)
+    assert status == 1
+    assert out.splitlines() == [
+        "1 dead found, 0 slots freed",
+        "2 slots stay in quarantine: without --url of a PostgreSQL the server cannot "
+        "be asked",
+    ]
+    assert "2 in quarantine, died" in run(capsys, "show", "--ledger", left)[1]
+
+
+@pytest.fixture
+def dead(role, path):
+    """A dead member with three slots; the engine and two connections posted by it."""
+    url, _ = role
+    engine = create_engine(url, poolclass=NullPool)
+    held = [engine.connect() for _ in range(2)]
+    found = [identify(one.connection.cursor(), None) for one in held]
+    store = HostStore(path)
+    store.open()
+    with store.transaction() as rows:
+        book = Book(rows)
+        book.join("nobody", {"pid": 4711}, TERMS, server=found[0][0])
+        sessions = tuple(sorted(session for _, session in found))
+        member = replace(book.members["nobody"], owned=3, sessions=sessions)
+        book.write("nobody", member)
+        book.confirm(["nobody"])
+        book.tell(book.allocation())
+    store.close()
+    yield url, held
+    for one in held:
+        one.close()
+    engine.dispose()
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("database", [None, "template1"])
+def test_reap_frees_what_no_session_has_on_the_server_in_any_database(
+    capsys, dead, path, database
+):
+    url, held = dead
+    url = url.set(database=database or url.database)
+    url = url.render_as_string(hide_password=False)
+
+    def reap():
+        return run(capsys, "reap", "--ledger", path, "--url", url)
+
+    assert reap()[:2] == (
+        1,
+        "1 dead found, 1 slots freed\n"
+        "2 slots stay in quarantine: their sessions live on the server\n",
+    )
+    shown = run(capsys, "show", "--ledger", path)[1]
+    assert ": 2 in quarantine, died; 2 sessions are known" in shown
+    held[0].close()
+    eventually(lambda: "0 dead found, 1 slots freed" in reap()[1])
+    held[1].close()
+    eventually(lambda: reap()[0] == 0)
+    assert "20 free" in run(capsys, "show", "--ledger", path)[1]
+
+
+@pytest.mark.postgres
+def test_reap_keeps_the_slot_of_a_session_that_was_not_posted(capsys, dead, path):
+    url, held = dead
+    with held[0].engine.connect() as more:
+        more.execute(text("select 1"))
+        given = url.render_as_string(hide_password=False)
+        _, out, _ = run(capsys, "reap", "--ledger", path, "--url", given)
+        assert out.startswith("1 dead found, 0 slots freed\n3 slots stay in")
+
+
+@pytest.mark.postgres
+def test_reap_by_the_url_of_another_server_is_refused(capsys, dead, path):
+    url, _ = dead
+    store = HostStore(path)
+    store.open()
+    with store.transaction() as rows:
+        rows["meta"] = Meta(TERMS, 9, 9, "postgresql 42").text
+    store.close()
+    given = url.render_as_string(hide_password=False)
+    status, out, err = run(capsys, "reap", "--ledger", path, "--url", given)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "the members' sessions are on postgresql 42: give the URL of their" in err
+    assert "DEAD: 3 slots" in run(capsys, "show", "--ledger", path)[1]
+
+
+@pytest.mark.postgres
+def test_reap_says_in_one_line_that_the_server_refuses(
+    capsys, left, postgres_url, monkeypatch
+):
+    monkeypatch.setattr(
+        "sqla_fairpool.cli.ledger.look", lambda cursor: cursor.execute("select 1/0")
+    )
+    args = ("reap", "--ledger", left, "--url", postgres_url)
+    status, out, err = run(capsys, *args)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "the server cannot be asked: division by zero" in err
+
+
+@pytest.mark.postgres
+def test_reap_frees_nothing_where_no_member_has_said_which_server(
+    capsys, left, postgres_url
+):
+    args = ("reap", "--ledger", left, "--url", postgres_url)
+    status, out, _ = run(capsys, *args)
+    assert status == 1
+    assert out.startswith(
+        "1 dead found, 0 slots freed\n2 slots stay in quarantine: no "
+    )
+
+
+# -- rows that cannot be read ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "row"),
+    [
+        ("meta", "nonsense"),
+        ("meta", "[]"),
+        ("meta", '{"protocol": 2}'),
+        ("member/x", "{"),
+        ("member/x", "{}"),
+        ("gone/1", "null"),
+        ("gone/x", "{}"),
+        ("tags", "7"),
+    ],
+)
+def test_broken_row_is_one_line_and_reset_mends_it(capsys, left, key, row):
+    store = HostStore(left)
+    store.open()
+    with store.transaction() as rows:
+        rows[key] = row
+    store.close()
+    for command in ("show", "reap"):
+        status, out, err = run(capsys, command, "--ledger", left)
+        assert (status, out, err.count("\n")) == (1, "", 1)
+        assert err.startswith(f"sqla-fairpool ledger: {left}: the ledger's row {key!r}")
+        assert "`sqla-fairpool ledger reset`" in err
+    assert run(capsys, "reset", "--ledger", left, "--yes")[:2] == (0, "done\n")
+    assert "cannot be read" not in run(capsys, "show", "--ledger", left)[2]
+    engine = StubServer().engine(ledger=left)
+    engine.connect().close()
+    engine.dispose()
+    engine.pool._exchange.share.keeper.close()
+
+
+# -- limit ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def role(postgres_url):
+    """The URL of an ordinary role, and the operator's connection."""
+    engine = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text('create role "lim ited" login'))
+        yield make_url(postgres_url).set(username="lim ited"), connection
+        connection.execute(text('drop role "lim ited"'))
+    engine.dispose()
+
+
+@pytest.mark.postgres
+def test_limit_is_printed_or_set(capsys, role, postgres_url):
+    url, connection = role
+    url = url.render_as_string(hide_password=False)
+    status, out, _ = run(
+        capsys, "limit", "--url", url, "--connections", 20, "--processes", 3
+    )
+    assert (status, out.splitlines()) == (
+        0,
+        [
+            "25 connections are needed: 20 of the pools, 3 to ask for sessions of lost "
+            "members, one for each process, 2 for a monitor and a command",
+            "they fit",
+            'to have the server hold it: ALTER ROLE "lim ited" CONNECTION LIMIT 25',
+        ],
+    )
+    status, out, _ = run(capsys, "limit", "--url", url, "--connections", 9000)
+    assert status == 1
+    assert "assuming 9000 processes, as many as connections: see --processes" in out
+    assert "18002 connections do not fit: max_connections is " in out
+    args = ("limit", "--url", postgres_url, "--connections", 5)
+    assert "is a superuser, whom no limit binds" in run(capsys, *args)[1]
+    connection.execute(text('alter role "lim ited" connection limit 3'))
+    status, out, _ = run(capsys, "limit", "--url", url, "--connections", 20)
+    assert status == 1
+    assert "the role 'lim ited' may have 3 connections only, and 42 are needed" in out
+
+
+@pytest.mark.postgres
+def test_limit_leaves_room_for_what_a_ledger_in_the_server_needs(capsys, role):
+    url, _ = role
+    given = url.render_as_string(hide_password=False)
+    args = ("limit", "--url", given, "--connections", 20, "--processes", 3)
+    _, out, _ = run(capsys, *args, "--ledger", "database")
+    assert out.splitlines() == [
+        "30 connections are needed: 20 of the pools, 3 control connections, one for "
+        "each process, 3 to ask for sessions of lost members, one for each process, 4 "
+        "for a monitor and a command",
+        "they fit",
+        'to have the server hold it: ALTER ROLE "lim ited" CONNECTION LIMIT 30',
+    ]
+    other = url.set(username="another").render_as_string(hide_password=False)
+    _, out, _ = run(capsys, *args, "--ledger", other)
+    assert "3 control connections, one for each process and of another role, " in out
+    assert out.endswith("CONNECTION LIMIT 25\n")
+    _, out, _ = run(capsys, *args, "--ledger", "postgresql://other.example/d")
+    assert out.endswith("CONNECTION LIMIT 25\n")
+    status, _, _ = run(capsys, *args, "--ledger", "postgresql://h:port/d")
+    assert status == 2
+
+
+@pytest.mark.parametrize("option", ["--connections", "--processes"])
+def test_limit_of_nothing_is_refused(capsys, option):
+    url = "postgresql://h/d"
+    status, _, err = run(capsys, "limit", "--url", url, "--connections", 5, option, 0)
+    assert status == 2
+    assert f"{option}: 0 is not a number of at least 1" in err
+
+
+@pytest.mark.postgres
+def test_sessions_of_others_count_though_a_role_may_not_see_what_they_are(role):
+    url, connection = role
+    before = ask(url).others
+    more = connection.engine.connect()
+    assert ask(url).others == before + 1
+    more.close()
+
+
+def ask(url):
+    with connected(url) as connection:
+        return ask_room(connection)
+
+
+@pytest.mark.postgres
+def test_limit_of_the_ledgers_capacity_is_set(capsys, member, path, postgres_url):
+    engine = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+    args = ("limit", "--ledger", path, "--url", postgres_url, "--run")
+    try:
+        _, out, _ = run(capsys, *args)
+        assert "done: ALTER ROLE " in out
+        with engine.connect() as connection:
+            query = text(
+                "select rolconnlimit from pg_roles where rolname = current_user"
+            )
+            # One member lives, which asks by one more; and two for tools.
+            assert connection.scalar(query) == 23
+    finally:
+        with engine.connect() as connection:
+            connection.execute(text("alter role current_user connection limit -1"))
+        engine.dispose()
+
+
+@pytest.mark.parametrize("url", ["sqlite://", "no url"])
+def test_limit_needs_postgresql(capsys, url):
+    status, _, err = run(capsys, "limit", "--url", url)
+    assert status == 2
+    assert "--url" in err

@@ -1,0 +1,537 @@
+"""``sqla-fairpool monitor`` and ``stats``, as they are called."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, make_url, text
+from support.overviews import EVIL, FakeObserver, overview
+from support.stub import StubServer
+from support.threads import PATIENCE, VirtualClock
+
+from sqla_fairpool import FairQueuePool
+from sqla_fairpool.cli import main, watching
+from sqla_fairpool.cli.errand import Errand
+from sqla_fairpool.cli.server_view import ServerFigures, ServerView
+from sqla_fairpool.cli.watching import Place, Watch
+from sqla_fairpool.ledger.errors import LedgerError
+from sqla_fairpool.ledger.host import HostStore
+from sqla_fairpool.ledger.store import StoreAway
+
+PROGRAM = str(Path(__file__).parents[1] / "support" / "monitor_program.py")
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch, temp):
+    for name in ("DATABASE_URL", "FAIRPOOL_LEDGER", "COLUMNS", "LINES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+
+
+@pytest.fixture
+def path(tmp_path):
+    """The path of a file that is there, as a ledger's is."""
+    path = tmp_path / "app.ledger"
+    path.touch()
+    return str(path)
+
+
+@pytest.fixture
+def show(monkeypatch):
+    """Have the observer show these scenes; return it."""
+
+    def show(*scenes):
+        observer = FakeObserver(*scenes)
+        monkeypatch.setattr(watching, "make_observer", lambda store: observer)
+        return observer
+
+    return show
+
+
+def run(capsys, *args):
+    """Run a command; return its status and what it printed."""
+    status = main([*map(str, args)])
+    return status, *capsys.readouterr()
+
+
+# -- arguments -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "3601", "soon"])
+def test_bad_seconds_are_a_usage_error(capsys, value):
+    with pytest.raises(SystemExit) as caught:
+        main(["monitor", "--", value])
+    assert caught.value.code == 2
+    assert repr(value) in capsys.readouterr().err
+
+
+def test_nobody_has_used_a_ledger_yet(capsys):
+    status, out, err = run(capsys, "stats")
+    assert (status, out) == (2, "")
+    assert "nobody has used a ledger here yet" in err
+
+
+def test_the_only_ledger_is_meant(capsys, temp, show):
+    show(overview())
+    folder = temp / f"sqla-fairpool-{os.getuid()}"
+    folder.mkdir(mode=0o700)
+    (folder / "one.ledger").touch()
+    assert run(capsys, "stats")[0] == 0
+    (folder / "two.ledger").touch()
+    status, _, err = run(capsys, "stats")
+    assert status == 2
+    assert f"there are 2 ledgers, {folder}/one.ledger, {folder}/two.ledger: " in err
+    assert "--ledger PATH" in err
+
+
+def test_the_only_ledger_in_use_is_meant(capsys, temp):
+    folder = temp / f"sqla-fairpool-{os.getuid()}"
+    folder.mkdir(mode=0o700)
+    (folder / "old.ledger").touch()
+    engine = StubServer().engine(ledger=str(folder / "used.ledger"))
+    with engine.execution_options(scraper="a").connect():
+        status, out, _ = run(capsys, "stats")
+    assert status == 0
+    assert f"ledger {folder}/used.ledger\n" in out
+    assert "\na " in out
+    engine.dispose()
+    engine.pool._exchange.share.keeper.close()
+
+
+def test_the_url_tells_which_ledger(capsys, monkeypatch):
+    # Of another backend, which cannot be asked, and nobody has asked for that.
+    monkeypatch.setenv("DATABASE_URL", "mysql://u:s3cret@db/app")
+    status, _, err = run(capsys, "monitor", "--once")
+    assert status == 2
+    assert re.search(r"there is no ledger at \S+/mysql-db-3306-app-\S+\.ledger: ", err)
+    assert "s3cret" not in err
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("IDLE_TIMEOUT", "soon", "IDLE_TIMEOUT='soon' is not allowed"),
+        ("FAIRPOOL_LEDGER", "nonsense", "FAIRPOOL_LEDGER='nonsense' is not allowed"),
+        ("FAIRPOOL_LEDGER", "none", "there is no ledger to look at"),
+        ("DATABASE_URL", "s3cret", "DATABASE_URL='...' is not allowed"),
+    ],
+)
+def test_a_bad_variable_is_named(capsys, monkeypatch, variable, value, says):
+    monkeypatch.setenv(variable, value)
+    status, _, err = run(capsys, "stats")
+    assert status == 2
+    assert says in err and "s3cret" not in err
+
+
+def test_without_rich_only_the_live_view_is_missing(capsys, monkeypatch, path, show):
+    show(overview())
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert run(capsys, "stats", "--ledger", path)[0] == 0
+    monkeypatch.setattr("sqla_fairpool.cli.monitor.is_terminal", lambda stream: True)
+    status, _, err = run(capsys, "monitor", "--ledger", path)
+    assert status == 2
+    assert "rich not installed: pip install 'sqla-fairpool[monitor]'" in err
+
+
+# -- once ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [["stats"], ["monitor", "--once"]])
+def test_once_as_text(capsys, monkeypatch, path, show, command):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    observer = show(overview())
+    status, out, err = run(capsys, *command, "--ledger", path)
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "2026-11-25 09:40:45 UTC  ledger /run/app.ledger"
+    assert lines[-1] == "ledger: 6 of 20 slots owned, 6 in use"
+    assert "\x1b" not in out
+    assert observer.is_closed
+
+
+def test_once_as_json(capsys, path, show):
+    show(overview(EVIL))
+    status, out, _ = run(capsys, "stats", "--json", "--ledger", path)
+    document = json.loads(out)
+    assert status == 0
+    assert sorted(row["scraper"] for row in document["scrapers"]) == sorted(EVIL)
+    assert "server" not in document
+    assert all(char == "\n" or char.isprintable() for char in out)
+
+
+def test_names_can_do_nothing(capsys, path, show):
+    show(overview(EVIL))
+    _, out, _ = run(capsys, "stats", "--ledger", path)
+    assert all(line.isprintable() for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    "error", [StoreAway("db: no route"), LedgerError("the ledger x is empty")]
+)
+def test_once_there_is_nothing_to_show(capsys, path, show, error):
+    show(error)
+    status, out, err = run(capsys, "monitor", "--once", "--ledger", path)
+    assert (status, out) == (2, "")
+    assert str(error) in err
+
+
+def test_a_url_of_another_backend_is_told(capsys, path, show):
+    show(overview())
+    url = "mysql://u:s3cret@h/d"
+    _, out, _ = run(capsys, "stats", "--ledger", path, "--url", url)
+    assert "server: that of mysql cannot be asked, this needs PostgreSQL" in out
+    _, out, _ = run(capsys, "stats", "--json", "--ledger", path, "--url", url)
+    assert "PostgreSQL" in json.loads(out)["server"]["error"]
+
+
+@pytest.mark.postgres
+def test_the_server_is_asked(capsys, path, show, monkeypatch, postgres_url):
+    show(overview())
+    monkeypatch.setenv("DATABASE_URL", postgres_url)
+    _, out, _ = run(capsys, "stats", "--ledger", path)
+    assert "server: no sessions of the ledger's members here; " in out
+    _, out, _ = run(capsys, "stats", "--json", "--ledger", path)
+    assert json.loads(out)["server"]["sessions"] == 0
+
+
+@pytest.mark.postgres
+def test_a_pool_is_seen_by_ledger_and_server(capsys, tmp_path, postgres_url):
+    path = str(tmp_path / "real.ledger")
+    engine = create_engine(postgres_url, poolclass=FairQueuePool, ledger=path)
+    tagged = engine.execution_options(scraper="layer3")
+    args = ("stats", "--json", "--ledger", path, "--url", postgres_url)
+    with tagged.connect(), tagged.connect() as second:
+        second.execute(text("select 1"))
+        document = json.loads(run(capsys, *args)[1])
+        (row,) = document["scrapers"]
+        assert (row["scraper"], row["status"], row["connections"]) == (
+            "layer3",
+            "active",
+            2,
+        )
+        server = document["server"]
+        assert server["sessions"] == server["scrapers"]["layer3"]["sessions"] == 2
+        assert server["idle_in_transaction"] == 1
+        assert [warning for warning in server["warnings"] if "bug" in warning] == []
+    engine.dispose()
+    engine.pool._exchange.share.keeper.close()
+
+
+# -- again and again -------------------------------------------------------------------
+
+
+@pytest.fixture
+def watch(path):
+    """Make a watch on scenes; return it, its clock and its observers."""
+
+    def make(*scenes, path=path):
+        clock, observers = VirtualClock(), []
+        scenes = list(scenes)
+
+        def observe(store):
+            # One scene each: after an error there is a new one.
+            observer = FakeObserver(*scenes)
+            observer.scenes = scenes
+            observers.append(observer)
+            return observer
+
+        place = Place(path, path, None, None)
+        return Watch(place, clock, observe), clock, observers
+
+    return make
+
+
+def test_the_store_away_and_back(watch):
+    first, second = overview(["a"]), overview(["b"])
+    away = StoreAway("db:  no\nroute to postgresql://u:s3cret@h/d")
+    watch, clock, observers = watch(first, away, away, second)
+    seen = watch.look()
+    assert (seen.overview, seen.trouble_at(clock())) == (first, None)
+    clock.advance(7)
+    for _ in range(2):
+        seen = watch.look()
+        assert seen.overview is first
+    assert seen.trouble_at(clock() + 1) == (
+        "the ledger is away: db: no route to postgresql://u:***@h/d, last seen 8 s ago"
+    )
+    seen = watch.look()
+    assert (seen.overview, seen.trouble) == (second, None)
+    # After an error everything is made anew.
+    assert [observer.is_closed for observer in observers] == [True, True, False]
+    watch.close()
+    assert observers[-1].is_closed
+
+
+def test_an_error_of_the_ledger_is_told_as_it_is(watch):
+    watch, clock, _ = watch(LedgerError("the ledger \x1b[1m is damaged"))
+    assert watch.look().trouble_at(clock()) == "the ledger \\x1b[1m is damaged"
+
+
+def test_a_ledger_that_nobody_has_used_yet_is_waited_for(watch, tmp_path):
+    path = tmp_path / "folder" / "app.ledger"
+    watch, clock, observers = watch(overview(), path=str(path))
+    assert watch.look().trouble_at(clock()) == (
+        f"there is no ledger at {path}: nobody has used it yet"
+    )
+    assert not observers and not path.parent.exists()
+    store = HostStore(path)
+    store.open()
+    store.close()
+    assert watch.look().trouble is None
+
+
+def test_an_errand_runs_in_a_thread_of_its_own():
+    ended = []
+    errand = Errand(threading.get_ident, lambda: ended.append(threading.get_ident()))
+    assert errand.poll() is None
+    errand.ask()
+    there = errand.poll(PATIENCE)
+    assert there != threading.get_ident()
+    assert errand.poll() is None
+    errand.close()
+    assert ended == [there]
+
+
+def test_what_is_wrong_with_the_program_is_raised():
+    errand = Errand(lambda: 1 // 0, lambda: None)
+    errand.ask()
+    with pytest.raises(ZeroDivisionError):
+        errand.poll(PATIENCE)
+    errand.close()
+
+
+def test_a_server_that_hangs_does_not_hide_the_ledger(path, monkeypatch):
+    go_on = threading.Event()
+    answer = ServerFigures(others=3)
+
+    def look(self, overview, sessions):
+        go_on.wait(PATIENCE)
+        return answer
+
+    monkeypatch.setattr(ServerView, "look", look)
+    monkeypatch.setattr(watching, "_PATIENCE", 0.01)
+    clock = VirtualClock()
+    view = overview()
+    place = Place(path, path, None, make_url("postgresql://h/d"))
+    watch = Watch(place, clock, lambda store: FakeObserver(view))
+    watch.look()
+    clock.advance(8)
+    seen = watch.look()
+    assert seen.overview is view and seen.trouble is None
+    assert seen.server.error == "does not answer, for 8 s"
+    monkeypatch.setattr(watching, "_PATIENCE", PATIENCE)
+    go_on.set()
+    assert watch.look().server is answer
+    assert watch.look().server is answer
+    watch.close()
+
+
+class EnoughError(Exception):
+    pass
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """End the monitor after so many rounds, without sleeping; return the sleeps."""
+
+    def limit(number):
+        slept = []
+
+        def sleep(seconds):
+            slept.append(seconds)
+            if len(slept) == number:
+                raise EnoughError
+
+        monkeypatch.setattr("sqla_fairpool.cli.monitor.time.sleep", sleep)
+        return slept
+
+    return limit
+
+
+SCENES = (overview(), StoreAway("locked"), overview(["b"]))
+
+
+def test_text_again_and_again(capsys, path, show, rounds):
+    show(*SCENES)
+    slept = rounds(3)
+    with pytest.raises(EnoughError):
+        main(["monitor", "9", "--ledger", path])
+    blocks = capsys.readouterr().out.split("\n\n")
+    assert len(blocks) == 3
+    assert "layer1_5" in blocks[0]
+    assert re.fullmatch(
+        r"20\S+ \S+ UTC  the ledger is away: locked, last seen \d+ s ago", blocks[1]
+    )
+    assert "\nb " in blocks[2]
+    assert all(0 <= seconds <= 9 for seconds in slept)
+
+
+def test_json_again_and_again(capsys, path, show, rounds):
+    show(*SCENES)
+    rounds(3)
+    with pytest.raises(EnoughError):
+        main(["monitor", "--json", "--ledger", path])
+    first, second, third = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["pool"]["capacity"] == 20
+    assert second["error"] == "the ledger is away: locked"
+    assert [row["scraper"] for row in third["scrapers"]] == ["b"]
+
+
+# -- on a terminal ---------------------------------------------------------------------
+
+
+class Window:
+    """A program on a pseudo-terminal of its own."""
+
+    def __init__(self, path, *args):
+        self.master, self.slave = pty.openpty()
+        self.resize(24, 80)
+        self.before = termios.tcgetattr(self.slave)
+        self.text = ""
+        self.process = subprocess.Popen(
+            [sys.executable, PROGRAM, path, *args],
+            stdin=self.slave,
+            stdout=self.slave,
+            stderr=self.slave,
+            # They must not keep it from seeing a new size.
+            env={**os.environ, "COLUMNS": "80", "LINES": "24"},
+            start_new_session=True,
+        )
+
+    def resize(self, lines, columns):
+        size = struct.pack("HHHH", lines, columns, 0, 0)
+        fcntl.ioctl(self.slave, termios.TIOCSWINSZ, size)
+
+    def read_until(self, text):
+        """Read until some text is seen; return what came before."""
+        deadline = time.monotonic() + PATIENCE
+        while text not in self.text:
+            assert time.monotonic() < deadline, f"no {text!r} in {self.text!r}"
+            self._read(0.1)
+        before, _, self.text = self.text.partition(text)
+        return before
+
+    def _read(self, seconds):
+        if select.select([self.master], [], [], seconds)[0]:
+            self.text += os.read(self.master, 65536).decode(errors="replace")
+
+    def type(self, keys):
+        os.write(self.master, keys.encode())
+
+    def wait(self):
+        """Return the exit status; what it writes meanwhile is read."""
+        deadline = time.monotonic() + PATIENCE
+        while self.process.poll() is None:
+            assert time.monotonic() < deadline, "it does not end"
+            self._read(0.05)
+        self._read(0)
+        return self.process.returncode
+
+    @property
+    def is_restored(self):
+        """The modes are as they were, and the screen is the first one."""
+        modes = termios.tcgetattr(self.slave)
+        return modes == self.before and "\x1b[?1049l" in self.text
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.master)
+        os.close(self.slave)
+
+
+@pytest.fixture
+def window(path):
+    windows = []
+
+    def make(*args):
+        windows.append(Window(path, *args))
+        return windows[-1]
+
+    yield make
+    for window in windows:
+        window.close()
+
+
+def test_on_a_terminal_until_q(window):
+    window = window("monitor", "60")
+    window.read_until("\x1b[?1049h")
+    window.read_until("layer1_5")
+    window.read_until("sort: name")
+    assert termios.tcgetattr(window.slave) != window.before  # it reads single keys
+    window.type("s")
+    window.read_until("sort: connections")
+    window.type("\x1b[A+")
+    window.read_until("interval: 60 s")
+    window.type("-")
+    window.read_until("interval: 30 s")
+    window.type(" ")
+    window.read_until("PAUSED")
+    window.resize(10, 40)
+    window.read_until("s\x1b[0m connections")
+    window.type("q")
+    assert window.wait() == 0
+    assert window.is_restored
+
+
+@pytest.mark.parametrize(
+    ("signum", "status"),
+    [
+        (signal.SIGINT, 0),
+        (signal.SIGTERM, 128 + signal.SIGTERM),
+        (signal.SIGHUP, 128 + signal.SIGHUP),
+    ],
+)
+def test_signals_end_it_and_restore_the_terminal(window, signum, status):
+    window = window("monitor")
+    window.read_until("layer1_5")
+    window.process.send_signal(signum)
+    assert window.wait() == status
+    assert window.is_restored
+
+
+def test_ctrl_c_ends_it(window):
+    window = window("monitor")
+    window.read_until("layer1_5")
+    window.type("\x03")
+    assert window.wait() == 0
+    assert window.is_restored
+
+
+def test_ctrl_z_leaves_the_screen(window):
+    window = window("monitor")
+    window.read_until("layer1_5")
+    window.type("\x1a")
+    # A group of processes without a shell cannot be stopped, so it goes on at once.
+    window.read_until("\x1b[?1049l")
+    window.read_until("\x1b[?1049h")
+    window.read_until("layer1_5")
+    window.type("q")
+    assert window.wait() == 0
+    assert window.is_restored
+
+
+def test_on_a_dumb_terminal_it_is_plain_text(window, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    window = window("monitor", "60")
+    shown = window.read_until("slots owned")
+    window.type("\x03")
+    assert window.wait() == 130
+    assert "layer1_5" in shown
+    assert "\x1b" not in shown + window.text

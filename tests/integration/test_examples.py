@@ -1,0 +1,159 @@
+"""The programs below ``examples/`` do what they say, each in its own process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sqlalchemy import make_url
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name, url=None, **environment):
+    environment = {**os.environ, **environment}
+    environment.pop("DATABASE_URL", None)
+    if url is not None:
+        url = make_url(url).render_as_string(hide_password=False)
+        environment["DATABASE_URL"] = url
+    done = subprocess.run(
+        [sys.executable, "-W", "error", name],
+        cwd=EXAMPLES,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(params=["sqlite", pytest.param("pg", marks=pytest.mark.postgres)])
+def url(request):
+    return (
+        None if request.param == "sqlite" else request.getfixturevalue("postgres_url")
+    )
+
+
+def test_flask(url):
+    assert run("flask_app.py", url) == [
+        "/shop/ {'shop': 1}",
+        "/reports/ {'reports': 1}",
+        "still held: {}",
+    ]
+
+
+def test_fastapi(url):
+    if url is not None:
+        url = make_url(url).set(drivername="postgresql+asyncpg")
+    assert run("fastapi_app.py", url) == [
+        "/orders acme {'acme': 1}",
+        "/orders umbrella {'umbrella': 1}",
+        "/export acme {'exports': 1}",
+        "still held: {}",
+    ]
+
+
+def test_scraper_threads(url):
+    assert run("scraper_threads.py", url) == [
+        "{'greedy': 30, 'quick': 30}",
+        "greedy checked out 30 times",
+        "housekeeping checked out 1 times",
+        "quick checked out 30 times",
+        "unknown checked out 1 times",
+    ]
+
+
+_CLIENT = """
+import json, sys
+from celery_app import app
+sent = [app.send_task(name) for name in ("orders", "reports") * 4]
+print(json.dumps([one.get(timeout=60) for one in sent]))
+"""
+
+
+@pytest.mark.postgres
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="prefork needs fork")
+def test_celery_with_prefork(postgres_url, tmp_path):
+    (tmp_path / "messages").mkdir()
+    (tmp_path / "results").mkdir()
+    environment = {
+        **os.environ,
+        "DATABASE_URL": postgres_url,
+        "CELERY_BROKER": "filesystem://",
+        "CELERY_FOLDER": str(tmp_path / "messages"),
+        "CELERY_RESULTS": f"file://{tmp_path / 'results'}",
+        "PYTHONPATH": str(EXAMPLES),
+    }
+    options = ["worker", "--pool", "prefork", "--concurrency", "2", "-l", "WARNING"]
+    with open(tmp_path / "log", "w") as log:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "celery", "-A", "celery_app", *options],
+            cwd=tmp_path,
+            env=environment,
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        client = subprocess.run(
+            [sys.executable, "-c", _CLIENT],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+        assert client.returncode == 0, client.stderr + (tmp_path / "log").read_text()
+    finally:
+        worker.send_signal(signal.SIGTERM)
+        worker.wait(60)
+    results = json.loads(client.stdout)
+    # Each task under its own name, in the children and not in the parent.
+    assert [r["holders"] for r in results] == [{"orders": 1}, {"reports": 1}] * 4
+    assert worker.pid not in {r["process"] for r in results}
+    # None of them used, closed or lost a connection that is somebody else's.
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.postgres
+def test_unchanged_scripts_do_what_they_do_under_the_launcher(postgres_url, tmp_path):
+    environment = {**os.environ, "DATABASE_URL": postgres_url}
+    scripts = [
+        subprocess.Popen(
+            [sys.executable, "-m", "sqla_fairpool", "run", "-v", f"{name}.py", "0.5"],
+            cwd=EXAMPLES / "unchanged",
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in ("layer1_5", "layer2", "layer3")
+    ]
+    for script in scripts:
+        name = Path(script.args[-2]).stem
+        out, err = script.communicate("\n", timeout=60)
+        assert script.returncode == 0, err
+        assert out.startswith(f"{name}: ")
+        assert f"fair pool, tag {name!r}, ledger host" in err
+
+
+def test_postgresql_to_try_prints_its_url_and_is_gone_with_ctrl_c():
+    server = subprocess.Popen(
+        [sys.executable, "-W", "ignore", EXAMPLES / "unchanged" / "postgres.py"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    line = server.stdout.readline()
+    assert line.startswith("export DATABASE_URL='postgresql+psycopg2://")
+    folder = Path(line.partition("host=")[2].rstrip("'\n"))
+    assert folder.is_dir()
+    server.send_signal(signal.SIGINT)
+    assert server.wait(60) == 0
+    server.stdout.close()
+    assert not folder.exists()

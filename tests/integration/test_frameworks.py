@@ -1,0 +1,340 @@
+"""Inside other people's programs: two requests at once, errors, only the URL edited."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
+from fastapi import BackgroundTasks, FastAPI
+from fastapi.responses import StreamingResponse
+from flask import Flask
+from flask_sqlalchemy import SQLAlchemy
+from sqlalchemy import inspect, make_url, text
+from sqlalchemy.pool import NullPool, StaticPool
+from support.state import assert_quiet
+from support.threads import PATIENCE, Caller, ensure_waiting
+
+from sqla_fairpool import FairQueuePool, tag
+from sqla_fairpool.tagging import context_tag
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture
+def examples(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    yield
+    for name in ("flask_app", "fastapi_app"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def file_url(tmp_path):
+    return f"sqlite:///{tmp_path / 'test.db'}"
+
+
+# -- Flask ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flask(examples, file_url):
+    import flask_app
+
+    app = flask_app.create_app(
+        f"{file_url}?fairpool_pool_size=4&fairpool_soft_limit=1&fairpool_max_limit=1"
+    )
+    with app.app_context():
+        pool = flask_app.db.engine.pool
+    app.fair_pool = pool
+    yield app
+    assert_quiet(pool)
+    pool.dispose()
+
+
+def test_flask_requests_in_flight_have_each_their_own_tag(flask):
+    together = threading.Barrier(2)
+
+    @flask.get("/wait/<name>", endpoint="wait")
+    def wait(name):
+        from flask_app import db, holders
+
+        with tag(name):  # in a view it may be said more finely
+            db.session.execute(text("select 1"))
+        together.wait(PATIENCE)
+        held = holders()
+        together.wait(PATIENCE)
+        return held
+
+    def visit(name):
+        return flask.test_client().get(f"/wait/{name}").get_json()
+
+    callers = [Caller(visit, "a"), Caller(visit, "b")]
+    for caller in callers:
+        assert caller.result() == {"a": 1, "b": 1}
+
+
+def test_flask_blueprint_at_its_ceiling_does_not_block_another(flask):
+    with tag("reports"):
+        held = flask.fair_pool.connect()
+    waiting = Caller(lambda: flask.test_client().get("/reports/").get_json())
+    ensure_waiting(flask.fair_pool, 1)
+    answer = flask.test_client().get("/shop/").get_json()
+    assert answer == {"reports": 1, "shop": 1}
+    held.close()
+    assert waiting.result() == {"reports": 1}
+
+
+def test_flask_error_leaves_neither_tag_nor_connection(flask):
+    @flask.get("/fail", endpoint="fail")
+    def fail():
+        from flask_app import db
+
+        db.session.execute(text("select 1"))
+        raise ZeroDivisionError
+
+    assert flask.test_client().get("/fail").status_code == 500
+    assert context_tag() is None
+    assert flask.fair_pool.checkedout() == 0
+
+
+def test_flask_sqlalchemy_with_only_the_urls_edited(file_url, tmp_path):
+    app, db = Flask(__name__, instance_path=str(tmp_path)), SQLAlchemy()
+    app.config["SQLALCHEMY_DATABASE_URI"] = (
+        f"{file_url}?plugin=fairpool&fairpool_soft_limit=3&fairpool_scraper=web"
+    )
+    app.config["SQLALCHEMY_ENGINE_OPTIONS"] = {"pool_size": 6, "pool_pre_ping": True}
+    app.config["SQLALCHEMY_BINDS"] = {
+        "other": f"sqlite:///{tmp_path / 'other.db'}?plugin=fairpool",
+        "memory": "sqlite:///:memory:",
+    }
+    db.init_app(app)
+    with app.app_context():
+        pool = db.engine.pool
+        assert type(pool) is FairQueuePool
+        assert (pool.size(), pool.options.soft_limit) == (6, 3)
+        db.session.execute(text("create table t (x int)"))
+        assert pool.stats().tag("web").connections == 1
+        db.session.remove()
+        assert type(db.engines["other"].pool) is FairQueuePool
+        assert type(db.engines["memory"].pool) is StaticPool
+        assert_quiet(pool)
+        for engine in db.engines.values():
+            engine.dispose()
+
+
+# -- FastAPI -------------------------------------------------------------------------
+
+
+def in_fastapi(app, visit):
+    async def main():
+        async with app.router.lifespan_context(app):
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://app"
+            ) as client:
+                result = await asyncio.wait_for(visit(client), PATIENCE)
+            assert_quiet(app.state.engine.pool)
+            return result
+
+    return asyncio.run(main())
+
+
+def test_fastapi_requests_in_flight_have_each_their_own_tag(examples, file_url):
+    import fastapi_app
+
+    app: FastAPI = fastapi_app.create_app(
+        file_url.replace("sqlite", "sqlite+aiosqlite"), pool_size=4
+    )
+    arrived = []
+
+    async def wait():
+        engine = app.state.engine
+        async with engine.connect():
+            arrived.append(1)
+            while len(arrived) < 2:
+                await asyncio.sleep(0)
+            held = fastapi_app.holders(engine)
+            arrived.append(1)
+            while len(arrived) < 4:
+                await asyncio.sleep(0)
+        return held
+
+    app.get("/wait")(wait)
+
+    async def visit(client):
+        requests = (client.get("/wait", headers={"x-tenant": t}) for t in ("a", "b"))
+        return [answer.json() for answer in await asyncio.gather(*requests)]
+
+    assert in_fastapi(app, visit) == [{"a": 1, "b": 1}] * 2
+
+
+def test_fastapi_streams_and_background_tasks_keep_their_tag(examples, file_url):
+    import fastapi_app
+
+    app = fastapi_app.create_app(file_url.replace("sqlite", "sqlite+aiosqlite"))
+    seen = []
+
+    async def look():
+        async with app.state.engine.connect():
+            seen.append(fastapi_app.holders(app.state.engine))
+
+    @app.get("/stream")
+    async def stream():
+        async def parts():
+            for _ in range(2):
+                await look()
+                yield "part "
+
+        return StreamingResponse(parts())
+
+    @app.get("/later")
+    async def later(tasks: BackgroundTasks):
+        tasks.add_task(look)
+
+    async def visit(client):
+        for path in ("/stream", "/later"):
+            answer = await client.get(path, headers={"x-tenant": "acme"})
+            assert answer.status_code == 200
+
+    in_fastapi(app, visit)
+    assert seen == [{"acme": 1}] * 3
+
+
+def test_fastapi_error_leaves_no_connection_out(examples, file_url):
+    import fastapi_app
+
+    app = fastapi_app.create_app(file_url.replace("sqlite", "sqlite+aiosqlite"))
+
+    @app.get("/fail")
+    async def fail():
+        async with app.state.engine.connect():
+            raise ZeroDivisionError
+
+    async def visit(client):
+        return (await client.get("/fail")).status_code
+
+    assert in_fastapi(app, visit) == 500
+
+
+# -- Alembic -------------------------------------------------------------------------
+
+_REVISION = '''
+"""One table."""
+from alembic import op
+import sqlalchemy as sa
+revision = "1"
+down_revision = None
+def upgrade():
+    op.create_table("made", sa.Column("x", sa.Integer))
+def downgrade():
+    op.drop_table("made")
+'''
+
+#: Appended to Alembic's own template: what pool was used.
+_REPORT = """
+import pathlib
+pathlib.Path(r"{path}").write_text(type(connectable.pool).__name__)
+"""
+
+
+@pytest.fixture
+def alembic(tmp_path, monkeypatch):
+    """Make a project with `alembic init`; only the URL is edited."""
+    # Its env.py would disable every logger that there is in the tests' process.
+    monkeypatch.setattr("logging.config.fileConfig", lambda name: None)
+
+    def make(url, template="generic", edit=lambda env: env):
+        config = Config(tmp_path / "alembic.ini")
+        command.init(config, str(tmp_path / "scripts"), template=template)
+        url = make_url(url).update_query_dict(
+            {"plugin": "fairpool", "fairpool_soft_limit": "3"}
+        )
+        shown = url.render_as_string(hide_password=False).replace("%", "%%")
+        config = Config(tmp_path / "alembic.ini")
+        config.set_main_option("sqlalchemy.url", shown)
+        config.set_main_option("script_location", str(tmp_path / "scripts"))
+        env = tmp_path / "scripts" / "env.py"
+        env.write_text(edit(env.read_text()))
+        (tmp_path / "scripts" / "versions" / "1_one.py").write_text(_REVISION)
+        return config
+
+    return make
+
+
+def used_pool(tmp_path):
+    def edit(env):
+        report = _REPORT.format(path=tmp_path / "pool")
+        # In the function, right after the engine has been made.
+        lines, seen = [], False
+        for line in env.splitlines():
+            lines.append(line)
+            seen = seen or "engine_from_config(" in line
+            if seen and line.strip() == ")":
+                lines += ["    " + each for each in report.strip().splitlines()]
+                seen = False
+        return "\n".join(lines)
+
+    return edit
+
+
+# Its env.py never disposes of the engine, which only a NullPool closes by itself; the
+# driver of SQLite warns of that, from Python 3.13 on.
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in.*(sqlite3|aiosqlite)"
+    ":pytest.PytestUnraisableExceptionWarning",
+    "ignore::ResourceWarning",
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:alembic")
+@pytest.mark.parametrize(
+    ("template", "driver", "without", "pool"),
+    [
+        ("generic", "sqlite", "", "NullPool"),
+        ("generic", "sqlite", "        poolclass=pool.NullPool,\n", "FairQueuePool"),
+        ("async", "sqlite+aiosqlite", "", "NullPool"),
+        (
+            "async",
+            "sqlite+aiosqlite",
+            "        poolclass=pool.NullPool,\n",
+            "AsyncAdaptedFairQueuePool",
+        ),
+    ],
+)
+def test_alembic_with_only_the_url_edited(
+    alembic, file_url, tmp_path, template, driver, without, pool
+):
+    edit = used_pool(tmp_path)
+    config = alembic(
+        file_url.replace("sqlite", driver),
+        template,
+        lambda env: edit(env.replace(without, "")),
+    )
+    command.upgrade(config, "head")
+    assert (tmp_path / "pool").read_text() == pool
+    from sqlalchemy import create_engine
+
+    engine = create_engine(file_url, poolclass=NullPool)
+    assert "made" in inspect(engine).get_table_names()
+    gc.collect()  # what is left of env.py, here and not in another test
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:alembic")
+def test_alembic_offline(alembic, file_url, capsys):
+    config = alembic(file_url)
+    command.upgrade(config, "head", sql=True)
+    assert "CREATE TABLE made" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:alembic")
+def test_alembic_reports_a_bad_key(alembic, file_url):
+    config = alembic(file_url + "?fairpool_softlimit=3")
+    with pytest.raises(Exception, match="unknown key 'fairpool_softlimit'") as caught:
+        command.upgrade(config, "head")
+    assert not isinstance(caught.value, CommandError)

@@ -1,0 +1,135 @@
+"""Which part of the package may import which; imports for type checkers count."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import sqla_fairpool
+
+PACKAGE = Path(sqla_fairpool.__file__).parent
+
+#: Each may import those before it, and what stands beside it in its own folder.
+ORDER = [
+    {"options", "stats", "scheduling"},
+    {"diagnosis"},
+    {"errors", "tagging"},
+    {"ledger"},
+    {"pool"},
+    {"launch"},
+    {"manager", "opentelemetry", "plugin", "prometheus"},
+    {"__init__"},
+    {"bench"},
+    {"cli"},
+    {"demo"},
+    {"__main__"},
+]
+
+#: To be emptied: what still goes against the order.
+DEBTS = {
+    ("cli.bench", "demo.server"),
+    ("cli.demo", "demo.server"),
+    ("diagnosis.capture", "pool.desk"),
+    ("diagnosis.capture", "pool.checkout"),
+    ("diagnosis.deadlock", "pool.sqlalchemy_private"),
+    ("diagnosis.deadlock", "pool.desk"),
+    ("diagnosis.deadlock", "pool.checkout"),
+    ("diagnosis.leaks", "pool.desk"),
+    ("diagnosis.leaks", "pool.checkout"),
+    ("ledger.addresses", "pool.drivers"),
+    ("tagging", "pool.sqlalchemy_private"),
+}
+
+
+def name_of(path):
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+MODULES = {name_of(p): ast.parse(p.read_text()) for p in PACKAGE.rglob("*.py")}
+
+
+def imports(name):
+    """Yield what a module imports: (its name, if it is one of ours)."""
+    package = ["sqla_fairpool", *name.split(".")[:-1]]
+    for node in ast.walk(MODULES[name]):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                inner = f"{module}.{alias.name}".removeprefix("sqla_fairpool.")
+                is_module = inner in MODULES or f"{inner}.__init__" in MODULES
+                yield f"sqla_fairpool.{inner}" if is_module else module
+
+
+def imports_of_ours(name):
+    for imported in imports(name):
+        top, _, rest = imported.partition(".")
+        if top == "sqla_fairpool":
+            yield rest or "__init__"
+
+
+def level(name):
+    part = name.partition(".")[0]
+    return next(n for n, parts in enumerate(ORDER) if part in parts)
+
+
+def goes_against(name, ours):
+    part, other = name.partition(".")[0], ours.partition(".")[0]
+    return part != other and level(ours) >= level(name)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_no_module_imports_what_comes_after_it(name):
+    against = {
+        (name, ours) for ours in imports_of_ours(name) if goes_against(name, ours)
+    }
+    assert against - DEBTS == set()
+
+
+def test_the_debts_are_no_longer_than_they_must_be():
+    against = {
+        (name, ours)
+        for name in MODULES
+        for ours in imports_of_ours(name)
+        if goes_against(name, ours)
+    }
+    assert against >= DEBTS
+
+
+def test_scheduling_knows_no_thread_no_clock_and_no_database():
+    allowed = {"__future__", "bisect", "collections", "heapq", "math", "typing"}
+    for name in MODULES:
+        if name.startswith("scheduling."):
+            tops = {imported.partition(".")[0] for imported in imports(name)}
+            assert tops <= allowed | {"sqla_fairpool"}, name
+
+
+def test_only_one_module_uses_sqlalchemys_private_names():
+    private = {"_dbapi_connection", "_connection_record", "_revalidate_connection"}
+    for name, tree in MODULES.items():
+        used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+        if name != "pool.sqlalchemy_private":
+            assert not used & private, f"{name} uses {used & private}"
+
+
+def test_public_names_are_these():
+    assert sorted(sqla_fairpool.__all__) == [
+        "AsyncAdaptedFairQueuePool",
+        "CheckoutTimeout",
+        "Diagnosis",
+        "FairQueuePool",
+        "Holding",
+        "PoolStats",
+        "SelfDeadlock",
+        "Summary",
+        "TagStats",
+        "TooManyWaiting",
+        "set_tag",
+        "tag",
+    ]
+    assert all(hasattr(sqla_fairpool, name) for name in sqla_fairpool.__all__)

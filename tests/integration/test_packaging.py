@@ -1,0 +1,108 @@
+"""What a new user does: install it, paste the README, read the metadata."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+MIGRATION = (ROOT / "examples" / "migration.md").read_text()
+
+
+def test_metadata_names_the_one_hard_dependency():
+    requires = metadata.requires("sqla-fairpool")
+    hard = [r for r in requires if "extra ==" not in r]
+    assert len(hard) == 1
+    assert re.match(r"SQLAlchemy\s*[<>!]", hard[0])
+    extras = metadata.metadata("sqla-fairpool").get_all("Provides-Extra")
+    assert {"postgresql", "demo", "test", "bench"} <= set(extras)
+
+
+def test_oldest_sqlalchemy_that_is_admitted_is_tested_and_named():
+    setup, tox = (ROOT / "setup.cfg").read_text(), (ROOT / "tox.ini").read_text()
+    (oldest,) = re.findall(r"SQLAlchemy >=([\d.]+), <2.2", setup)
+    refused = re.findall(r"!=2\.1\.(\d+)", setup)
+    assert [int(patch) for patch in refused] == list(range(len(refused)))
+    assert f"sqlalchemy20oldest: SQLAlchemy =={oldest}\n" in tox
+    assert f"sqlalchemy21oldest: SQLAlchemy ==2.1.{len(refused)}\n" in tox
+    assert f"SQLAlchemy {oldest} or later" in README
+    assert f"2.1.{len(refused)} or later" in README
+
+
+def test_build_system_stands_beside_setup_cfg_and_the_marker_of_types_is_there():
+    """setup.cfg alone does not install: pip needs a build system beside it."""
+    text = (ROOT / "pyproject.toml").read_text()
+    assert "[build-system]" in text
+    assert "[project]" not in text
+    files = metadata.files("sqla-fairpool")
+    assert files is not None
+    import sqla_fairpool
+
+    assert (Path(sqla_fairpool.__file__).parent / "py.typed").exists()
+
+
+def blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("block", [*blocks(README), *blocks(MIGRATION)])
+def test_code_of_the_documents_runs_when_pasted(block, tmp_path):
+    for driver, file in (
+        ("postgresql+psycopg2", "sqlite:///t.db"),
+        ("postgresql+asyncpg", "sqlite+aiosqlite:///t.db"),
+    ):
+        block = block.replace(f"{driver}://app@localhost/app", file)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", block],
+        cwd=tmp_path,
+        env={**os.environ, "DATABASE_URL": "sqlite:///t.db"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_names_every_option_with_its_default():
+    from sqla_fairpool.options import PoolOptions
+
+    options = PoolOptions.parse()
+    (section,) = re.findall(r"^\| option \|.*?\n\n", README, re.MULTILINE | re.DOTALL)
+    rows = re.findall(r"^\| `(\w+)`[^|]*\| ([^|]*) \|", section, re.MULTILINE)
+    table = {name: default.strip("`") for name, default in rows}
+    assert table == {name: str(getattr(options, name)) for name in options.names()}
+
+
+def test_readme_names_every_variable_with_its_default():
+    from sqla_fairpool.launch.environment import DATABASE, LEDGER, VARIABLES
+    from sqla_fairpool.options import PoolOptions
+
+    (section,) = re.findall(r"^\| variable \|.*?\n\n", README, re.MULTILINE | re.DOTALL)
+    rows = [line.split("|")[1:4] for line in section.splitlines()[2:] if line]
+    table = {
+        name.strip(" `"): (default.strip(" `"), option.partition(";")[0].strip(" `"))
+        for name, default, option in rows
+    }
+    options = PoolOptions.parse()
+    expected = {
+        name: (f"{getattr(options, option):g}", option)
+        for name, option in VARIABLES.items()
+        if name != LEDGER
+    }
+    expected[LEDGER] = ("host", "ledger")
+    assert table.pop(DATABASE)
+    assert table == expected
+
+
+def test_links_between_the_documents_lead_somewhere():
+    for name in ("README.md", "examples/migration.md", "examples/deployment.md"):
+        text = (ROOT / name).read_text()
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (ROOT / name).parent.joinpath(target).exists(), f"{name}: {target}"

@@ -1,0 +1,257 @@
+"""Which engines of an unchanged script get the pool, and with what."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import pytest
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import ArgumentError
+from sqlalchemy.pool import NullPool, QueuePool
+
+from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
+from sqla_fairpool.launch import adoption
+from sqla_fairpool.launch.adoption import Adoption, adopt, show_place
+from sqla_fairpool.launch.environment import Run
+from sqla_fairpool.ledger.addresses import database_place, default_path
+
+URL = "postgresql+psycopg2://app:s3cret@db/app?sslpassword=s3cret"
+PLACE = database_place(make_url(URL))
+
+
+@pytest.fixture(autouse=True)
+def no_memory():
+    """Settings are read once per process; a test is a process here."""
+    adoption._adoption.cache_clear()
+    yield
+    adoption._adoption.cache_clear()
+
+
+@pytest.fixture
+def arguments(capsys):
+    """Return what an engine gets, and what is said of it."""
+
+    def arguments(url, database=None, options=None, **given):
+        options = {"ledger": None, **(options or {})}
+        run = Run("layer3", database, verbose=True)
+        got = Adoption(run, options).arguments(url, given)
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert "s3cret" not in err
+        return got, err
+
+    return arguments
+
+
+def test_engine_gets_the_pool_its_options_and_the_tag(arguments):
+    options = {"pool_size": "30", "soft_limit": "8", "ledger": "/run/app.ledger"}
+    got, said = arguments(URL, options=options, pool_timeout=3, echo=True)
+    assert got == {
+        "poolclass": FairQueuePool,
+        "default_tag": "layer3",
+        "pool_timeout": 3,
+        "echo": True,
+        **options,
+    }
+    assert said == (
+        "sqla-fairpool run: engine for postgresql://db:5432/app: fair pool, "
+        "tag 'layer3', ledger /run/app.ledger\n"
+    )
+
+
+def test_size_of_the_script_gives_way_to_the_budget(arguments):
+    got, said = arguments(URL, pool_size=5, max_overflow=10)
+    assert not {"pool_size", "max_overflow"} & set(got)
+    assert said.endswith(
+        "; pool_size=20 in place of the script's pool_size=5, max_overflow=10\n"
+    )
+
+
+def test_rest_of_the_pools_arguments_stays_the_scripts(tmp_path, arguments):
+    url = f"sqlite:///{tmp_path / 'x.db'}"
+    given = {
+        "pool_timeout": 3,
+        "pool_recycle": 60,
+        "pool_pre_ping": True,
+        "pool_use_lifo": True,
+        "pool_reset_on_return": None,
+        "pool_logging_name": "mine",
+        "pool_size": 5,
+    }
+    got, _ = arguments(url, **given)
+    engine = create_engine(url, **got)
+    assert engine.pool.timeout() == 3
+    assert engine.pool._recycle == 60
+    assert engine.pool._pre_ping
+    assert engine.pool.metrics_name == "mine"
+    assert engine.pool.size() == 20
+    with engine.connect() as connection:
+        connection.execute(text("select 1"))
+        assert engine.pool.stats().tag("layer3").connections == 1
+    with engine.execution_options(scraper="own").connect():
+        assert engine.pool.stats().tag("own").connections == 1
+    engine.dispose()
+
+
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_asyncio_dialect_gets_the_asyncio_class(arguments, driver):
+    got, _ = arguments(f"postgresql+{driver}://db/app", _is_async=True)
+    assert got["poolclass"] is AsyncAdaptedFairQueuePool
+    assert got["_is_async"] is True
+
+
+def test_same_driver_without_asyncio_gets_the_other(arguments):
+    got, _ = arguments("postgresql+psycopg://db/app")
+    assert got["poolclass"] is FairQueuePool
+
+
+@pytest.mark.parametrize(
+    ("url", "given", "why"),
+    [
+        (URL, {"poolclass": NullPool}, "it has a pool class of its own, NullPool"),
+        (URL, {"pool": QueuePool(lambda: None)}, "it has a pool of its own"),
+        (URL + "&plugin=fairpool", {}, "its plugin fairpool sees to it"),
+        (URL + "&plugin=x&plugin=fairpool", {}, "its plugin fairpool sees to it"),
+        (URL, {"plugins": ["fairpool"]}, "its plugin fairpool sees to it"),
+        (URL, {"strategy": "mock"}, "it is a mock"),
+        ("sqlite://", {}, "other connections would have other databases"),
+        ("sqlite:///:memory:", {}, "other connections would have other databases"),
+        ("sqlite:///file:a?mode=memory&uri=true", {}, "other connections would have"),
+        ("sqlite:///file::memory:?uri=true", {}, "other connections would have"),
+        ("sqlite+aiosqlite://", {"_is_async": True}, "other connections would have"),
+    ],
+)
+def test_left_alone(arguments, url, given, why):
+    given = {"pool_size": 3, **given}
+    got, said = arguments(url, **given)
+    assert got == given
+    assert f" left alone: {why}" in said
+    assert said.count("\n") == 1
+
+
+def test_pool_class_of_none_is_none(arguments):
+    got, _ = arguments(URL, poolclass=None, pool=None)
+    assert got["poolclass"] is FairQueuePool
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "postgresql+asyncpg://db/other",
+        "postgresql+psycopg2://db:5433/app",
+        "mysql+pymysql://db/app",
+    ],
+)
+def test_other_database_is_left_alone(arguments, other):
+    got, said = arguments(other, database=PLACE)
+    assert got == {}
+    assert said.endswith(" left alone: its database is not postgresql://db:5432/app\n")
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        "postgresql+asyncpg://db/app",
+        "postgresql+psycopg2://somebody@/app?host=db&port=5432",
+        make_url("postgresql+psycopg://db:5432/app"),
+    ],
+)
+def test_same_database_by_another_name(arguments, same):
+    got, _ = arguments(same, database=PLACE)
+    assert "poolclass" in got
+
+
+@pytest.mark.parametrize("url", ["nonsense", "nosuch://db/app", 5, None])
+def test_what_is_no_database_is_left_to_create_engine(arguments, url):
+    assert arguments(url, echo=True) == ({"echo": True}, "")
+
+
+def test_engines_of_this_package_are_not_spoken_of(arguments):
+    given = {
+        "poolclass": NullPool,
+        "connect_args": {"application_name": "sqla_fairpool ledger"},
+    }
+    assert arguments(URL, **given) == (given, "")
+
+
+def test_warning_of_a_spelling_is_given_by_create_engine_alone(arguments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        arguments("sqlite:///file:a?mode=memory&uri=true")
+
+
+def test_silent_unless_verbose(capsys):
+    Adoption(Run("a"), {"ledger": None}).arguments("sqlite://", {})
+    Adoption(Run("a"), {"ledger": None}).arguments(URL, {})
+    assert capsys.readouterr() == ("", "")
+
+
+def test_nowhere_to_say_it(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)
+    Adoption(Run("a", verbose=True), {"ledger": None}).arguments(URL, {})
+
+
+def test_ledger_is_shown_without_a_password(arguments):
+    ledger = "postgresql+psycopg2://u:s3cret@h/d?ledger=x"
+    _, said = arguments(URL, options={"ledger": ledger})
+    assert said.endswith(", ledger postgresql://h:5432/d\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no host store")
+def test_engine_that_is_not_initialized_is_told_its_ledger(arguments):
+    """As ``create_pool_from_url`` makes one: nobody tells the pool its database."""
+    got, _ = arguments(URL, options={"ledger": "host"}, _initialize=False)
+    assert got["ledger"] == str(default_path(make_url(URL)))
+    got, _ = arguments(URL, options={"ledger": "database"}, _initialize=False)
+    assert got["ledger"].startswith("postgresql+psycopg2://app:s3cret@db/app")
+    got, _ = arguments(URL, options={"ledger": "host"})
+    assert got["ledger"] == "host"
+
+
+# -- for a process ---------------------------------------------------------------------
+
+
+def test_settings_are_read_once(monkeypatch):
+    run = Run("a", options={"idle_timeout": "7", "ledger": None}).text
+    monkeypatch.setenv("DYNAMIC_POOL_SIZE", "12")
+    monkeypatch.setenv("IDLE_TIMEOUT", "99")
+    first = adopt(run, (URL,), {})
+    assert (first["pool_size"], first["idle_timeout"]) == ("12", "7")
+    monkeypatch.setenv("DYNAMIC_POOL_SIZE", "13")
+    assert adopt(run, (), {"url": URL})["pool_size"] == "12"
+
+
+def test_bad_variable_is_named(monkeypatch):
+    monkeypatch.setenv("SCRAPER_SOFT_LIMIT", "many")
+    with pytest.raises(ArgumentError, match=r"^SCRAPER_SOFT_LIMIT='many' is not"):
+        adopt(Run("a").text, (URL,), {})
+
+
+@pytest.mark.parametrize("run", ["{}", "nonsense", '{"scraper": "a", "new": 1}'])
+def test_told_by_another_version(run):
+    assert adopt(run, (URL,), {"echo": True}) == {"echo": True}
+
+
+def test_call_without_a_url_is_left_to_create_engine():
+    assert adopt(Run("a").text, (), {"echo": True}) == {"echo": True}
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (URL, "postgresql://db:5432/app"),
+        ("mysql://u@h/d", "mysql://h:3306/d"),
+        ("sqlite:////tmp/x.db", "sqlite:////tmp/x.db"),
+        ("sqlite://", "sqlite:///"),
+        ("oracle+x://h:1/d", "oracle://h:1/d"),
+        ("postgresql://u:s3cret@/d?host=/run", "postgresql:///d?host=/run&port=5432"),
+    ],
+)
+def test_place_is_shown_as_a_url(url, shown):
+    assert show_place(database_place(make_url(url))) == shown
+
+
+def test_ledger_that_is_no_url_is_not_shown(arguments):
+    _, said = arguments(URL, options={"ledger": "postgresql://u:s3cret@h:port/d"})
+    assert "ledger postgresql://..." in said

@@ -1,0 +1,344 @@
+"""The settings of scripts, from the environment."""
+
+from __future__ import annotations
+
+import socket
+import sys
+
+import pytest
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+from sqla_fairpool.launch.environment import RUN, VARIABLES, Run, Settings, parse_url
+from sqla_fairpool.ledger import addresses
+from sqla_fairpool.ledger.addresses import (
+    database_place,
+    default_ledger,
+    with_threads_driver,
+)
+from sqla_fairpool.pool.drivers import asyncpg_arguments, for_asyncio, for_threads
+
+
+def test_variables_stand_for_options():
+    settings = Settings.read(
+        {
+            "DATABASE_URL": "postgresql://host/app",
+            "DYNAMIC_POOL_SIZE": "30",
+            "SCRAPER_SOFT_LIMIT": "12",
+            "SCRAPER_MAX_LIMIT": "25",
+            "IDLE_TIMEOUT": "5.5",
+            "REALLOCATION_INTERVAL": "2",
+            "FAIRPOOL_LEDGER": "/run/app.ledger",
+        }
+    )
+    assert settings.url == "postgresql://host/app"
+    assert settings.with_arguments({}) == {
+        "pool_size": "30",
+        "soft_limit": "12",
+        "max_limit": "25",
+        "idle_timeout": "5.5",
+        "reallocation_interval": "2",
+        "ledger": "/run/app.ledger",
+    }
+
+
+def test_nothing_set_is_the_host_ledger_and_the_pools_defaults():
+    settings = Settings.read({"IDLE_TIMEOUT": "", "DATABASE_URL": ""})
+    assert settings.with_arguments({}) == {"ledger": default_ledger()}
+    assert settings.database(None) is None
+
+
+def test_ledger_can_be_switched_off():
+    settings = Settings.read({"FAIRPOOL_LEDGER": "None"})
+    assert settings.with_arguments({}) == {"ledger": None}
+
+
+def test_arguments_win():
+    settings = Settings.read({"DYNAMIC_POOL_SIZE": "30", "IDLE_TIMEOUT": "x"})
+    options = settings.with_arguments({"idle_timeout": 7})
+    assert options["idle_timeout"] == 7
+    assert options["pool_size"] == "30"
+
+
+@pytest.mark.parametrize("variable", sorted(set(VARIABLES) - {"FAIRPOOL_LEDGER"}))
+def test_bad_value_names_the_variable(variable):
+    with pytest.raises(ArgumentError, match=f"^{variable}='none' is not allowed: "):
+        Settings.read({variable: "none"}).with_arguments({})
+
+
+def test_limits_that_do_not_fit_each_other_name_the_variable():
+    settings = Settings.read({"SCRAPER_SOFT_LIMIT": "12"})
+    with pytest.raises(ArgumentError, match=r"^SCRAPER_SOFT_LIMIT=.12. is not"):
+        settings.with_arguments({"max_limit": 11})
+
+
+def test_bad_argument_is_not_taken_for_a_variable():
+    settings = Settings.read({"SCRAPER_SOFT_LIMIT": "12"})
+    with pytest.raises(ArgumentError, match=r"^soft_limit=0 is not allowed"):
+        settings.with_arguments({"soft_limit": 0})
+
+
+def test_what_the_launcher_was_told_wins_over_what_it_found():
+    run = Run("layer3", ("postgresql", "db", "5432", "app"), {"pool_size": 8}, True)
+    settings = Settings.read({RUN: run.text, "DYNAMIC_POOL_SIZE": "30"})
+    assert settings.run == run
+    assert settings.with_arguments({})["pool_size"] == 8
+    assert Run.of({}) is None
+
+
+@pytest.mark.parametrize(
+    "bad", ["s3cret", "postgresql://u:s3cret@h:port/d", "u:s3cret@h"]
+)
+def test_what_is_no_url_is_not_shown(bad):
+    with pytest.raises(
+        ArgumentError, match=r"^DATABASE_URL=.* a database URL"
+    ) as caught:
+        Settings.read({"DATABASE_URL": bad}).database(None)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_postgres_is_postgresql():
+    assert parse_url("postgres://u@h/d", "--url").drivername == "postgresql"
+    assert parse_url("postgres+asyncpg://h/d", "x").drivername == "postgresql+asyncpg"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("postgresql://app@localhost/app", "postgresql+asyncpg://x@127.0.0.1:5432/app"),
+        ("postgresql:///app", "postgresql://[::1]/app"),
+        ("postgresql://u@db", "postgresql://db:5432/u"),
+        ("postgresql:///app?host=/tmp/s", "postgresql:///app?host=/tmp/s&port=5432"),
+        ("mysql+pymysql://h/app", "mariadb+asyncmy://h:3306/app"),
+        ("postgresql://LOCALHOST/app", "postgresql:///app?host=/var/run/postgresql"),
+        ("postgresql://127.0.1.1/app", "postgresql:///app?host=/tmp"),
+        ("postgresql://127.1/app", "postgresql://[0:0:0:0:0:0:0:1]:5432/app"),
+        ("postgresql:///app?host=/run/postgresql/", "postgresql://0.0.0.0/app"),
+        ("postgresql:///app", "postgresql://[::ffff:127.0.0.1]/app"),
+        ("postgresql:///app", "postgresql://localhost.localdomain./app"),
+        ("postgresql:///app", f"postgresql://{socket.gethostname().upper()}/app"),
+        ("mysql://localhost/app", f"mysql://{socket.gethostname()}:3306/app"),
+        ("postgresql://DB.example./app", "postgresql://db.example/app"),
+        ("postgresql://10.0.0.1/app", "postgresql://[::ffff:10.0.0.1]/app"),
+        ("postgresql://[2001:DB8::0:1]/app", "postgresql://[2001:db8:0::1]:05432/app"),
+        ("postgresql://h/app", "postgresql://x/app?host=h"),
+        ("postgresql://h/app", "postgresql:///other?host=h:5432&dbname=app"),
+        ("postgresql://10.1.2.3/app", "postgresql://any/app?hostaddr=10.1.2.3"),
+        ("postgresql:///app?host=A,b&port=1,2", "postgresql:///app?host=a:1&host=B:2"),
+        ("postgresql:///app?host=a,b", "postgresql:///app?host=a,b.&port=5432"),
+        ("postgresql:///app?host=localhost,::1", "postgresql:///app"),
+        ("sqlite:////tmp/x/../x.db", "sqlite:////tmp/x.db"),
+    ],
+)
+def test_ways_to_name_one_database(one, other):
+    assert place(one) == place(other)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "postgresql://db/app2",
+        "postgresql://db:5433/app",
+        "postgresql://db2/app",
+        "mysql://db/app",
+        "postgresql:///app?host=/tmp/s",
+        "postgresql:///app?host=@s",
+        "postgresql:///app?host=db,db2",
+        "postgresql:///app?host=db&port=5433",
+    ],
+)
+def test_databases_that_are_not_one(other):
+    assert place("postgresql://db/app") != place(other)
+
+
+def test_server_with_a_socket_of_its_own_is_another_one(tmp_path):
+    """Embedded servers have the same port, and each a directory."""
+    one, two, link = (tmp_path / name for name in ("one", "two", "link"))
+    one.mkdir()
+    link.symlink_to(one)
+    here = place("postgresql:///app")
+    places = [place(f"postgresql:///app?host={path}") for path in (one, two, link)]
+    assert places[0] == places[2]
+    assert len({here, *places}) == 3
+    assert place("postgresql:///app?host=@One") not in {
+        here,
+        place("postgresql:///app?host=@one"),
+    }
+
+
+def test_hosts_keep_their_order():
+    one = place("postgresql:///app?host=a,b")
+    assert one != place("postgresql:///app?host=b,a")
+    assert one[1:3] == ("a,b", "5432,5432")
+
+
+def test_file_by_another_name_is_the_same_database(tmp_path):
+    (tmp_path / "x.db").touch()
+    (tmp_path / "link.db").symlink_to(tmp_path / "x.db")
+    assert place(f"sqlite:///{tmp_path}/x.db") == place(f"sqlite:///{tmp_path}/link.db")
+
+
+def test_what_the_url_leaves_out_is_as_libpq_has_it(monkeypatch):
+    monkeypatch.setenv("PGHOST", "DB")
+    monkeypatch.setenv("PGPORT", "5433")
+    monkeypatch.setenv("PGDATABASE", "app")
+    assert place("postgresql://") == place("postgresql://db:5433/app")
+    assert place("postgresql://h:1/d") == ("postgresql", "h", "1", "d")
+    assert place("mysql:///d") == ("mysql", "localhost", "3306", "d")
+
+
+def test_names_in_the_hosts_file_are_known(tmp_path, monkeypatch):
+    hosts = tmp_path / "hosts"
+    hosts.write_text(
+        "# a comment\n"
+        "127.0.1.1\tmachine.example.com machine # of Debian\n"
+        "10.0.0.5 other Machine2\n"
+        "10.0.0.6 elsewhere\n"
+        "\n"
+    )
+    monkeypatch.setattr(addresses, "_HOSTS_FILE", hosts)
+    monkeypatch.setattr("socket.gethostname", lambda: "machine2.lan")
+    hosts.write_text(hosts.read_text().replace("Machine2", "Machine2.lan"))
+    addresses._names_of_this_host.cache_clear()
+    try:
+        for name in ("machine", "machine.example.com", "other", "10.0.0.5", "machine2"):
+            assert place(f"postgresql://{name}/app") == place("postgresql:///app"), name
+        for name in ("elsewhere", "10.0.0.6", "comment"):
+            assert place(f"postgresql://{name}/app") != place("postgresql:///app"), name
+        monkeypatch.setattr(addresses, "_HOSTS_FILE", tmp_path / "none")
+        addresses._names_of_this_host.cache_clear()
+        assert place("postgresql://other/app") != place("postgresql:///app")
+    finally:
+        addresses._names_of_this_host.cache_clear()
+
+
+def place(url):
+    return database_place(parse_url(url, "url"))
+
+
+@pytest.mark.parametrize(
+    ("given", "missing", "chosen"),
+    [
+        ("postgresql+psycopg2://u@h/d", (), "postgresql+psycopg2://u@h/d"),
+        ("postgresql+psycopg2://u@h/d", ("psycopg2",), "postgresql+psycopg://u@h/d"),
+        ("postgresql://u@h/d", ("psycopg",), "postgresql+psycopg2://u@h/d"),
+        (
+            "postgresql+asyncpg://u@/d?host=/tmp&prepared_statement_cache_size=0",
+            (),
+            "postgresql+psycopg://u@/d?host=%2Ftmp",
+        ),
+        (
+            "postgresql+asyncpg://h/d?ssl=verify-full&timeout=2.5&command_timeout=9",
+            (),
+            "postgresql+psycopg://h/d?sslmode=verify-full&connect_timeout=3",
+        ),
+        (
+            "postgresql+asyncpg://h/d?sslmode=verify-ca&sslrootcert=/ca.pem&ledger=x",
+            (),
+            "postgresql+psycopg://h/d?sslmode=verify-ca&sslrootcert=/ca.pem",
+        ),
+        (
+            "postgresql+psycopg://h/d?sslmode=require&plugin=fairpool&fairpool_x=1",
+            (),
+            "postgresql+psycopg://h/d?sslmode=require",
+        ),
+    ],
+)
+def test_driver_for_questions_to_a_postgresql(given, missing, chosen, monkeypatch):
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    url = with_threads_driver(make_url(given))
+    assert url == make_url(chosen)
+
+
+@pytest.mark.parametrize(
+    ("given", "threads", "asyncio"),
+    [
+        ("postgresql+psycopg2", "postgresql+psycopg2", "postgresql+asyncpg"),
+        ("postgresql+asyncpg", "postgresql+psycopg2", "postgresql+asyncpg"),
+        ("postgresql+psycopg", "postgresql+psycopg", "postgresql+psycopg"),
+        ("sqlite", "sqlite", "sqlite+aiosqlite"),
+        ("sqlite+aiosqlite", "sqlite+pysqlite", "sqlite+aiosqlite"),
+    ],
+)
+def test_driver_for_threads_and_for_asyncio(given, threads, asyncio):
+    url = make_url(f"{given}:///d")
+    assert for_threads(url).drivername == threads
+    assert for_asyncio(url).drivername == asyncio
+
+
+def test_url_without_a_driver_gets_one_that_is_installed(monkeypatch):
+    url = make_url("postgresql://h/d")
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    assert for_threads(url).get_driver_name() == "psycopg2"
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    with pytest.raises(ArgumentError, match="install one of asyncpg, psycopg"):
+        for_asyncio(url)
+    monkeypatch.setitem(sys.modules, "psycopg2", None)
+    assert for_threads(url) == url  # SQLAlchemy will complain
+
+
+@pytest.mark.parametrize(
+    ("query", "arguments"),
+    [
+        ("", {}),
+        ("sslmode=require", {"dsn": "postgresql://?sslmode=require"}),
+        (
+            "sslmode=verify-full&sslrootcert=/a b/ca.pem",
+            {"dsn": "postgresql://?sslmode=verify-full&sslrootcert=%2Fa%20b%2Fca.pem"},
+        ),
+        ("sslmode=verify-full&sslrootcert=system", {"ssl": True}),
+        ("connect_timeout=10", {"timeout": 10.0}),
+        ("connect_timeout=0", {"timeout": None}),
+        ("timeout=2.5&command_timeout=9", {"timeout": 2.5, "command_timeout": 9.0}),
+        ("statement_cache_size=0", {"statement_cache_size": 0}),
+        (
+            "options=-c statement_timeout%3D5s&application_name=x",
+            {
+                "dsn": "postgresql://?options=-c%20statement_timeout%3D5s"
+                "&application_name=x"
+            },
+        ),
+        ("sslmode=allow&sslmode=prefer", {"dsn": "postgresql://?sslmode=prefer"}),
+        ("host=/tmp&port=5&ssl=require&prepared_statement_cache_size=0", {}),
+        ("target_session_attrs=read-write&krbsrvname=x", {}),
+        ("keepalives=1&keepalives_idle=5&client_encoding=utf8&gssencmode=prefer", {}),
+    ],
+)
+def test_libpqs_keys_as_asyncpgs_arguments(query, arguments):
+    url = make_url(f"postgresql+asyncpg://h/d?{query}")
+    assert asyncpg_arguments(url.query) == arguments
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "gssencmode=require",
+        "require_auth=scram-sha-256",
+        "requirepeer=postgres",
+        "sslmod=require",
+        "connect_timeout=soon",
+        "statement_cache_size=many",
+        "sslmode=require&sslrootcert=system",
+    ],
+)
+def test_key_that_asyncpg_cannot_honour_is_refused(query):
+    url = make_url(f"postgresql+asyncpg://u:s3cret@h/d?{query}")
+    name = query.rpartition("&")[2].partition("=")[0]
+    with pytest.raises(ArgumentError, match=rf"^{name}=.* is not allowed: "):
+        asyncpg_arguments(url.query)
+
+
+def test_channel_binding_that_asyncpg_has_not_is_told_of(caplog):
+    url = make_url("postgresql+asyncpg://h/d?sslmode=require&channel_binding=require")
+    assert set(asyncpg_arguments(url.query)) == {"dsn"}
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == (
+        "asyncpg has no channel_binding: channel_binding=require is left out"
+    )
+
+
+def test_url_of_asyncpg_serves_threads():
+    url = make_url("postgresql+asyncpg://h/d?ssl=verify_full&statement_cache_size=0")
+    assert for_threads(url) == make_url("postgresql+psycopg2://h/d?sslmode=verify-full")

@@ -1,0 +1,855 @@
+"""``sqla-fairpool run``: a script cannot tell, but that its engines share."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.pool import NullPool
+from support.threads import PATIENCE, eventually
+
+import sqla_fairpool
+from sqla_fairpool.cli import main, run
+from sqla_fairpool.launch.adoption import show_place
+from sqla_fairpool.launch.environment import RUN, VARIABLES, Run
+from sqla_fairpool.ledger.addresses import database_place
+
+LAUNCHER = [sys.executable, "-m", "sqla_fairpool", "run"]
+HOOK = str(Path(sqla_fairpool.__file__).parent / "launch")
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals, fork and exec")
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """Nothing of this process's settings."""
+    for name in ("DATABASE_URL", "PYTHONPATH", "PYTHONWARNINGS", RUN, *VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Write a script into the current directory."""
+    (tmp_path / "scripts").mkdir()
+    monkeypatch.chdir(tmp_path / "scripts")
+
+    def script(source, name="script.py"):
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+        return name
+
+    return script
+
+
+def outcome(command, **how):
+    """Return status, standard output and standard error of a command."""
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=PATIENCE * 2, **how
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def launched(*command, **how):
+    return outcome([*LAUNCHER, *map(str, command)], **how)
+
+
+def both(*command, **how):
+    """Run it directly and by the launcher; return what is the same of both."""
+    direct = outcome([sys.executable, *command], **how)
+    assert launched(*command, **how) == direct
+    return direct
+
+
+def hooked(*command, verbose=False):
+    """Run it as the launcher starts it: the launcher has its own sitecustomize."""
+    told = Run("script", options={"ledger": None}, verbose=verbose).text
+    path = run._python_path(os.environ.get("PYTHONPATH"))
+    environment = {**os.environ, RUN: told, "PYTHONPATH": path}
+    return outcome([sys.executable, *command], env=environment)
+
+
+# -- as if it was started directly -----------------------------------------------------
+
+LOOK = """\
+import sys
+before = sorted(name for name in sys.modules if name != "sitecustomize")
+import json, os
+main = {k: str(v).partition(" at 0x")[0] for k, v in globals().items()}
+spec = globals()["__spec__"]
+print(json.dumps({
+    "main": main, "spec": spec and [spec.name, spec.origin],
+    "argv": sys.argv, "orig": sys.orig_argv, "path": sys.path,
+    "flags": str(sys.flags), "executable": sys.executable, "cwd": os.getcwd(),
+    "stdin": sys.stdin.read(), "hooks": len(sys.path_hooks),
+    "cache": sorted(sys.path_importer_cache),
+    "modules": before,
+}, default=str))
+"""
+
+
+def test_script_that_looks_around(script, tmp_path, monkeypatch):
+    """Arguments, paths, what is imported, standard input: all of it is the same.
+
+    So a script that never uses SQLAlchemy does not pay for its import, or any other.
+    """
+    path = f"{tmp_path}{os.pathsep}relative{os.pathsep}{tmp_path}"
+    monkeypatch.setenv("PYTHONPATH", path)
+    command = [script(LOOK), "--scraper", "x", "-v", "-m", "y", "--", "--help", "--s"]
+    seen = json.loads(both(*command, input="some\nlines")[1])
+    assert seen["argv"] == command
+    assert seen["stdin"] == "some\nlines"
+    assert seen["path"][0] == os.getcwd()
+
+
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (["-m", "package.module", "-v", "--help"], "package/module.py"),
+        (["-m", "package", "-m", "x", "--"], "package/__main__.py"),
+        (["package", "--strict"], "package/__main__.py"),
+        (["./package/", "-v"], "package/__main__.py"),
+    ],
+)
+def test_modules_packages_and_directories(script, command, file):
+    script("", "package/__init__.py")
+    script(LOOK, file)
+    both(*command, input="")
+
+
+def test_zip_file(script):
+    with zipfile.ZipFile("app.pyz", "w") as archive:
+        archive.writestr("__main__.py", LOOK)
+    both("app.pyz", "-v", input="")
+
+
+def test_script_on_standard_input():
+    seen = both("-", "-v", input="import sys; print(sys.argv)")
+    assert seen == (0, "['-', '-v']\n", "")
+
+
+FAILING = """\
+import atexit, sys
+atexit.register(print, "last", file=sys.stderr)
+atexit.register(print, "first")
+print("working")
+def fetch():
+    {0}
+fetch()
+"""
+
+
+@pytest.mark.parametrize(
+    ("does", "status"),
+    [
+        ("pass", 0),
+        ("sys.exit(3)", 3),
+        ("sys.exit('no more pages')", 1),
+        ("raise ValueError('page 7')", 1),
+        ("raise KeyboardInterrupt", -signal.SIGINT),
+        ("import os; os._exit(7)", 7),
+        ("import os; os.kill(os.getpid(), 9)", -signal.SIGKILL),
+        ("import os; os.kill(os.getpid(), 15)", -signal.SIGTERM),
+        ("import nosuchmodule", 1),
+        ("1 +", 1),
+    ],
+)
+def test_ends_as_it_ends(script, does, status):
+    """Status, order of what is printed, and every word of a traceback."""
+    assert both(script(FAILING.format(does)))[0] == status
+
+
+def test_script_that_does_not_exist(script):
+    assert both("nowhere.py")[0] == 2
+    assert both("-m", "nowhere")[0] == 1
+
+
+def test_errors_of_an_engine_are_told_as_ever(script):
+    """But for a longer traceback where create_engine itself is what fails."""
+    source = (
+        "import sqlalchemy as sa\n"
+        "engine = sa.create_engine('sqlite:////nowhere/x.db')\n"
+        "engine.connect()\n"
+    )
+    _, _, direct = outcome([sys.executable, script(source)])
+    _, _, err = launched("--ledger", "none", "script.py")
+    assert err.splitlines()[:4] == direct.splitlines()[:4]
+    assert err.splitlines()[-2:] == direct.splitlines()[-2:]
+    status, _, err = launched(script("import sqlalchemy as s; s.create_engine('x')"))
+    assert status == 1
+    assert err.splitlines()[-1].startswith("sqlalchemy.exc.ArgumentError: ")
+
+
+def test_signal_handler_of_the_script_runs(script):
+    """The process that was started is the script's: who stops one stops the other."""
+    source = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\n"
+        "print(os.getpid(), flush=True)\n"
+        "signal.pause()\n"
+    )
+    with subprocess.Popen(
+        [*LAUNCHER, script(source)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == f"{process.pid}\n"
+        process.terminate()
+        assert process.wait(PATIENCE) == 5
+
+
+def test_where_there_is_no_exec_it_is_waited_for(capfd):
+    before = signal.getsignal(signal.SIGINT)
+    command = [sys.executable, "-c", "import os; print('x', flush=True); os._exit(7)"]
+    assert run._wait(command, dict(os.environ)) == 7
+    assert capfd.readouterr().out == "x\n"
+    command[-1] = "import os; os.kill(os.getpid(), 15)"
+    assert run._wait(command, dict(os.environ)) == 128 + 15
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# -- the hook among others -------------------------------------------------------------
+
+SAY_POOL = "import sqlalchemy as s; print(type(s.create_engine('sqlite:///x').pool))"
+
+
+@pytest.fixture
+def other_hook(tmp_path, monkeypatch):
+    """Write a ``sitecustomize`` that was there before."""
+    (tmp_path / "site").mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    return (tmp_path / "site" / "sitecustomize.py").write_text
+
+
+def test_other_sitecustomize_runs(script, other_hook):
+    other_hook("print('customized', __file__)")
+    script("import sitecustomize as s; print(s.__file__)")
+    direct = outcome([sys.executable, "script.py"])
+    assert direct[1].count("sitecustomize.py") == 2
+    assert hooked("script.py") == direct
+
+
+def test_other_sitecustomize_that_fails(script, other_hook):
+    script("print('goes on')")
+    for fails in "import nosuchmodule", "raise ImportError('x')", "1 +", "1 / 0":
+        other_hook(fails)
+        direct = outcome([sys.executable, "script.py"])
+        assert direct[2].startswith("Error in sitecustomize")
+        assert hooked("script.py") == direct
+
+
+def test_other_sitecustomize_that_imports_sqlalchemy(script, other_hook):
+    other_hook("from sqlalchemy import create_engine")
+    source = "import sitecustomize as s; print(s.create_engine('sqlite:///x').pool)"
+    status, out, err = hooked(script(f"{SAY_POOL}\n{source}"))
+    assert (status, out.count("FairQueuePool"), err) == (0, 2, "")
+
+
+def test_sqlalchemy_that_was_imported_before(script):
+    """By a ``.pth`` file, say: every copy of the name is replaced."""
+    source = f"""
+import os, sys, sqlalchemy, sqlalchemy.ext.asyncio as a
+from sqlalchemy import create_engine as mine
+os.environ["FAIRPOOL_RUN"] = {Run("a", options={"ledger": None}).text!r}
+sys.modules.pop("sitecustomize", None)
+sys.path.insert(0, {HOOK!r})
+import sitecustomize
+assert sys.path[0] != {HOOK!r}
+for create in sqlalchemy.create_engine, sqlalchemy.engine.create_engine, mine:
+    print(create("sqlite:///x").pool)
+print(a.create_async_engine("sqlite+aiosqlite:///x").pool)
+"""
+    _, out, err = outcome([sys.executable, script(source)])
+    assert (out.count("FairQueuePool"), err) == (4, "")
+
+
+def test_interpreter_without_the_package_is_unharmed(script, other_hook):
+    other_hook(
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'sqla_fairpool':\n"
+        "            raise ModuleNotFoundError('no such thing', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+    )
+    script(f"{SAY_POOL}\nimport sys; print(sys.path)")
+    direct = outcome([sys.executable, "script.py"])
+    assert "QueuePool" in direct[1]
+    assert hooked("script.py") == direct
+    status, out, err = hooked("script.py", verbose=True)
+    assert (status, out) == direct[:2]
+    (line,) = err.splitlines()
+    assert line.startswith(f"sqla-fairpool run: engines of {sys.executable} are left ")
+    assert line.endswith(": no such thing")
+
+
+def test_package_of_a_checkout_is_found(script, other_hook, tmp_path):
+    """Which the launcher has from its current directory, and a script has not."""
+    root = tmp_path / "checkout"
+    (root / "sqla_fairpool").mkdir(parents=True)
+    for path in Path(HOOK).parent.iterdir():
+        (root / "sqla_fairpool" / path.name).symlink_to(path)
+    other_hook(
+        "import sys\n"
+        "class NotInstalled:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name == 'sqla_fairpool' and {str(root)!r} not in sys.path:\n"
+        "            raise ModuleNotFoundError('no such thing', name=name)\n"
+        "sys.meta_path.insert(0, NotInstalled())\n"
+    )
+    path = [str(root / "sqla_fairpool" / "launch"), os.environ["PYTHONPATH"]]
+    told = Run("script", options={"ledger": None}).text
+    environment = {**os.environ, RUN: told, "PYTHONPATH": os.pathsep.join(path)}
+    source = f"{SAY_POOL}\nimport sys; print({str(root)!r} in sys.path)"
+    command = [sys.executable, script(source)]
+    fair = "<class 'sqla_fairpool.FairQueuePool'>\nFalse\n"
+    assert outcome(command, env=environment) == (0, fair, "")
+
+
+def test_hook_is_old_python():
+    """Children may be of any; the types stand in comments, for the type checker."""
+    tree = ast.parse((Path(HOOK) / "sitecustomize.py").read_text())
+    kinds = {type(node) for node in ast.walk(tree)}
+    assert not kinds & {ast.AnnAssign, ast.JoinedStr, ast.NamedExpr, ast.Nonlocal}
+    for node in ast.walk(tree):
+        assert getattr(node, "annotation", None) is None
+        assert getattr(node, "returns", None) is None
+
+
+def test_old_sqlalchemy_is_unharmed(script):
+    script(
+        "__version__ = '1.4.54'\nfrom .engine import create_engine",
+        "sqlalchemy/__init__.py",
+    )
+    script("from .create import create_engine", "sqlalchemy/engine/__init__.py")
+    script("create_engine = print", "sqlalchemy/engine/create.py")
+    source = "from sqlalchemy import create_engine as c; c('x'); c('y', end='.')"
+    script(source)
+    assert hooked("script.py") == (0, "x\ny.", "")
+    err = hooked("script.py", verbose=True)[2]
+    assert err.endswith(" are left alone: SQLAlchemy 1.4.54 is too old\n")
+    assert err.count("left alone") == 1
+
+
+@pytest.mark.parametrize("flag", ["-I", "-E", "-S", "-s"])
+def test_isolated_children_are_unharmed(script, flag):
+    source = (
+        "import subprocess, sys\n"
+        f"command = [sys.executable, {flag!r}, '-c', 'import sys; print(*sys.path)']\n"
+        "subprocess.run(command, check=True)\n"
+    )
+    direct = outcome([sys.executable, script(source)])
+    status, out, err = hooked("script.py")
+    if flag == "-S":  # nobody takes it out there
+        out = out.replace(f"{HOOK} ", "")
+    assert (status, out, err) == direct
+
+
+# -- the engines -----------------------------------------------------------------------
+
+
+def test_every_way_to_an_engine(script):
+    """And what was wrapped still looks like itself, and blames warnings on scripts."""
+    source = """
+import asyncio, inspect, warnings
+import sqlalchemy as sa
+from sqlalchemy.ext import asyncio as aio
+
+url, async_url = sa.make_url("sqlite:///x.db"), "sqlite+aiosqlite:///x.db"
+engines = [
+    sa.create_engine(url),
+    sa.create_engine(url=url),
+    sa.engine_from_config({"sqlalchemy.url": url, "sqlalchemy.pool_size": "5"}),
+    aio.create_async_engine(async_url),
+    aio.async_engine_from_config({"sqlalchemy.url": async_url}),
+]
+for engine in engines:
+    print(type(engine.pool).__name__)
+pool = sa.create_pool_from_url(url)
+print(type(pool).__name__)
+connection = pool.connect()
+print(pool.stats().tags[0].name, pool.size())
+connection.close()
+
+async def main():
+    async with engines[3].connect() as connection:
+        print(await connection.scalar(sa.text("select 42")))
+        print(engines[3].pool.stats().tags[0].name)
+    await engines[3].dispose()
+
+asyncio.run(main())
+print(sa.create_engine.__name__, sa.create_engine.__module__)
+print(inspect.signature(sa.create_engine))
+print(inspect.getsource(sa.create_engine).splitlines()[0])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    sa.create_engine(url, implicit_returning=True)
+print(caught[0].filename == __file__, len(caught))
+"""
+    status, out, err = launched("--pool-size", 7, script(source))
+    assert (status, err) == (0, "")
+    fair, aio = "FairQueuePool", "AsyncAdaptedFairQueuePool"
+    lines = out.splitlines()
+    assert lines[:6] == [fair, fair, fair, aio, aio, fair]
+    assert lines[6:10] == [
+        "script 7",
+        "42",
+        "script",
+        "create_engine sqlalchemy.engine.create",
+    ]
+    assert "**kwargs" in lines[10]
+    assert lines[11:] == ["@util.deprecated_params(", "True 1"]
+
+
+CHILDREN = """
+import multiprocessing, os, subprocess, sys
+import sqlalchemy as sa
+
+def show(how):
+    engine = sa.create_engine(os.environ["DATABASE_URL"])
+    with engine.connect() as connection:
+        connection.execute(sa.text("select 1"))
+        tags = [tag.name for tag in engine.pool.stats().tags]
+    os.write(1, f"{how} {type(engine.pool).__name__} {tags}\\n".encode())
+    engine.dispose()
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["child"]:
+        show("subprocess")
+        sys.exit()
+    show("script")
+    subprocess.run([sys.executable, __file__, "child"], check=True)
+    for how in "fork", "spawn", "forkserver":
+        child = multiprocessing.get_context(how).Process(target=show, args=[how])
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+"""
+
+
+@pytest.mark.postgres
+@pytest.mark.slow
+def test_children_use_the_pool_under_the_scripts_name(script, postgres_url):
+    status, out, err = launched(
+        script(CHILDREN), env={**os.environ, "DATABASE_URL": postgres_url}
+    )
+    assert (status, err) == (0, "")
+    ways = ["script", "subprocess", "fork", "spawn", "forkserver"]
+    assert out.splitlines() == [f"{way} FairQueuePool ['script']" for way in ways]
+
+
+@pytest.mark.postgres
+def test_asyncio_script_on_a_real_database(script, postgres_url):
+    url = make_url(postgres_url).set(drivername="postgresql+asyncpg")
+    source = """
+import asyncio, sys
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+async def main():
+    engine = create_async_engine(sys.argv[1], pool_size=2)
+    async def work():
+        async with engine.connect() as connection:
+            return await connection.scalar(text("select 1"))
+    print(sum(await asyncio.gather(*(work() for _ in range(30)))))
+    print(type(engine.pool).__name__, engine.pool.stats().tags[0].name)
+    await engine.dispose()
+
+asyncio.run(main())
+"""
+    url = url.render_as_string(hide_password=False)
+    shown = show_place(database_place(make_url(postgres_url)))
+    command = ["--scraper", "async", "-v", "--url", postgres_url, script(source), url]
+    status, out, err = launched(*command)
+    assert (status, out) == (0, "30\nAsyncAdaptedFairQueuePool async\n")
+    assert [line.partition(" for ")[0] for line in err.splitlines()] == [
+        "sqla-fairpool run: tag 'async',",
+        f"sqla-fairpool run: 21 connections fit {shown}",
+        "sqla-fairpool run: engine",
+    ]
+    assert "tag 'async', ledger host; pool_size=20 in place of" in err
+
+
+def test_engine_with_a_pool_class_of_its_own_is_left_alone(script):
+    source = (
+        "from sqlalchemy import create_engine, pool\n"
+        "e = create_engine('sqlite:///x.db', poolclass=pool.NullPool)\n"
+        "print(type(e.pool).__name__)\n"
+        "e = create_engine('sqlite://')\n"
+        "print(type(e.pool).__name__)\n"
+    )
+    assert both(script(source))[2] == ""
+    status, out, err = launched("-v", "script.py")
+    assert (status, out) == (0, "NullPool\nSingletonThreadPool\n")
+    assert err.splitlines()[1] == (
+        f"sqla-fairpool run: engine for sqlite:///{os.getcwd()}/x.db left alone: "
+        "it has a pool class of its own, NullPool"
+    )
+
+
+SCRAPER = """
+import os, sys, threading
+import sqlalchemy as sa
+
+engine = sa.create_engine(sys.argv[1], pool_size=25)
+over = threading.Event()
+failed = []
+
+def work():
+    try:
+        while not over.is_set():
+            with engine.connect() as connection:
+                connection.execute(sa.text("select pg_sleep(0.02)"))
+    except Exception as error:
+        failed.append(error)
+
+threads = [threading.Thread(target=work) for _ in range(25)]
+for thread in threads:
+    thread.start()
+sys.stdin.read()
+over.set()
+for thread in threads:
+    thread.join()
+if failed:
+    raise failed[0]
+"""
+
+
+@pytest.mark.postgres
+@pytest.mark.slow
+def test_two_scripts_share_twenty_connections(script, postgres_url):
+    """25 threads each, on a role that the server itself holds to twenty."""
+    script(SCRAPER, "layer1.py")
+    script(SCRAPER, "layer2.py")
+    engine = create_engine(
+        postgres_url, poolclass=NullPool, isolation_level="AUTOCOMMIT"
+    )
+    query = text(
+        "select application_name, count(*) from pg_stat_activity "
+        "where usename = 'fair_scripts' group by 1"
+    )
+    with engine.connect() as connection, limited_role(connection, 20):
+        url = make_url(postgres_url).set(username="fair_scripts")
+        sums = []
+
+        def now():
+            found = dict(connection.execute(query).all())
+            sums.append(sum(found.values()))
+            return found
+
+        with started("layer1", url) as first:
+            eventually(lambda: now() == {"layer1": 15})
+            with started("layer2", url) as second:
+                eventually(lambda: now() == {"layer1": 10, "layer2": 10})
+                assert end(second) == (0, "")
+            assert end(first) == (0, "")
+        # A single look, backend by backend, may see who goes and who comes instead.
+        assert max(map(min, itertools.pairwise(sums))) <= 20
+    engine.dispose()
+
+
+@contextlib.contextmanager
+def limited_role(connection, limit):
+    connection.execute(text(f"create role fair_scripts login connection limit {limit}"))
+    try:
+        yield
+    finally:
+        connection.execute(text("drop role fair_scripts"))
+
+
+@contextlib.contextmanager
+def started(name, url):
+    # psycopg2 says to the server what the URL says.
+    url = url.update_query_dict({"application_name": name})
+    url = url.render_as_string(hide_password=False)
+    process = subprocess.Popen(
+        [*LAUNCHER, "--reallocation-interval", "0.3", f"{name}.py", url],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def end(process):
+    _, err = process.communicate(timeout=PATIENCE)
+    return process.returncode, err
+
+
+# -- what it is told -------------------------------------------------------------------
+
+
+@pytest.fixture
+def told(monkeypatch, capsys):
+    """Run the launcher up to the exec; return status, process and what was said."""
+
+    def told(*command):
+        starts = []
+        monkeypatch.setattr(run, "_start", lambda *start: starts.append(start) or 0)
+        status = main(["run", *map(str, command)])
+        out, err = capsys.readouterr()
+        assert out == ""
+        return status, (starts[0] if starts else None), err
+
+    return told
+
+
+@pytest.mark.parametrize(
+    ("command", "args", "tag"),
+    [
+        (["x.py"], ["x.py"], "x"),
+        (["-v", "a/x.py", "-v"], ["a/x.py", "-v"], "x"),
+        (["x.py", "--", "a"], ["x.py", "--", "a"], "x"),
+        (["x.py", "--scraper", "y", "--s"], ["x.py", "--scraper", "y", "--s"], "x"),
+        (["--", "x.py", "-m"], ["x.py", "-m"], "x"),
+        (["--scraper", "y", "x.py"], ["x.py"], "y"),
+        (["-m", "p.mod", "-v", "-m"], ["-m", "p.mod", "-v", "-m"], "p.mod"),
+        (["-vm", "p.mod", "--help"], ["-m", "p.mod", "--help"], "p.mod"),
+        (["-m", "p.py"], ["-m", "p.py"], "p.py"),
+        (["app.pyz"], ["app.pyz"], "app.pyz"),
+        (["a/dir/"], ["a/dir/"], "dir"),
+        ([".py"], [".py"], ".py"),
+        (["-"], ["-"], "-"),
+    ],
+)
+def test_command_line_is_divided(told, command, args, tag):
+    status, (started, environment), _ = told(*command)
+    assert status == 0
+    assert started == [sys.executable, *args]
+    assert Run.of(environment).scraper == tag
+
+
+def test_this_directory_has_a_name(told, script):
+    assert Run.of(told(".")[1][1]).scraper == "scripts"
+
+
+def test_options_reach_the_script(told, script):
+    options = ["--pool-size", 8, "--soft-limit", 4, "--max-limit", 6, "--idle-timeout"]
+    options += [5, "--reallocation-interval", 0.5, "--ledger", "./x.ledger"]
+    environment = told(*options, "x.py")[1][1]
+    assert Run.of(environment) == Run(
+        "x",
+        None,
+        {
+            "pool_size": "8",
+            "soft_limit": "4",
+            "max_limit": "6",
+            "idle_timeout": "5",
+            "reallocation_interval": "0.5",
+            "ledger": f"{os.getcwd()}/x.ledger",
+        },
+    )
+
+
+def test_environments_relative_ledger_is_made_absolute(told, script, monkeypatch):
+    monkeypatch.setenv("FAIRPOOL_LEDGER", "../x.ledger")
+    environment = told("x.py")[1][1]
+    assert environment["FAIRPOOL_LEDGER"] == os.path.abspath("../x.ledger")
+    assert os.environ["FAIRPOOL_LEDGER"] == "../x.ledger"
+
+
+@pytest.mark.parametrize("ledger", ["host", "database", "postgresql://h/d", "none"])
+def test_ledger_that_is_no_path_stays(told, ledger):
+    environment = told("--ledger", ledger, "x.py")[1][1]
+    expected = None if ledger == "none" else ledger
+    assert Run.of(environment).options == {"ledger": expected}
+
+
+def test_hook_comes_first_and_once(told, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["a", HOOK, "", "b"]))
+    environment = told("x.py")[1][1]
+    assert environment["PYTHONPATH"].split(os.pathsep) == [HOOK, "a", "", "b"]
+
+
+def test_database_is_told_without_user_and_password(told, monkeypatch):
+    monkeypatch.setenv("DATABASE_URL", "mysql+pymysql://app:s3cret@db/app")
+    run = Run.of(told("x.py")[1][1])
+    assert run.database == ("mysql", "db", "3306", "app")
+    environment = told("--url", "mysql://app:s3cret@db/other", "x.py")[1][1]
+    assert Run.of(environment).database == ("mysql", "db", "3306", "other")
+    assert "s3cret" not in environment[RUN]
+
+
+def test_launcher_below_a_launcher_goes_on_with_what_that_was_told(told, monkeypatch):
+    above = Run("a", ("mysql", "db", "3306", "app"), {"pool_size": "8"}, True)
+    monkeypatch.setenv(RUN, above.text)
+    monkeypatch.setenv("DATABASE_URL", "postgresql://127.0.0.1:1/other")
+    environment = told("--soft-limit", 3, "x.py")[1][1]
+    options = {"pool_size": "8", "soft_limit": "3"}
+    assert Run.of(environment) == Run("x", above.database, options, True)
+    _, (_, environment), err = told("--url", "mysql://db/new", "--scraper", "y", "x.py")
+    assert Run.of(environment).database == ("mysql", "db", "3306", "new")
+    assert "warning" not in err
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["--pool-size", "many"], "--pool-size='many' is not allowed: a whole number"),
+        (["--pool-size", "0"], "--pool-size='0' is not allowed: a whole number of at"),
+        (["--soft-limit", "16"], "--soft-limit='16' is not allowed: a whole number fr"),
+        (["--max-limit", "-5"], "--max-limit='-5' is not allowed: a whole number from"),
+        (["--idle-timeout", "nan"], "--idle-timeout='nan' is not allowed: seconds, at"),
+        (["--reallocation-interval", "0"], "--reallocation-interval='0' is not allow"),
+        (["--scraper", ""], "--scraper='' is not allowed: a tag is a non-empty string"),
+        (["--scraper", "a\nb"], r"--scraper='a\nb' is not allowed: a tag is a non-em"),
+        (["--ledger", "nonsense"], "--ledger='nonsense' is not allowed: 'host' (a fi"),
+        (["--ledger", "mysql://u:s3cret@h/d"], "--ledger='mysql://...' is not allowe"),
+        (["--url", "s3cret"], "--url='...' is not allowed: a database URL, like post"),
+    ],
+)
+def test_bad_option_is_named_and_nothing_starts(told, command, says):
+    status, start, err = told(*command, "x.py")
+    assert (status, start) == (2, None)
+    assert err.startswith(f"sqla-fairpool run: {says}")
+    assert err.count("\n") == 1
+    assert "s3cret" not in err
+
+
+@pytest.mark.parametrize("variable", [*VARIABLES, "DATABASE_URL"])
+def test_bad_variable_is_named_and_nothing_starts(told, monkeypatch, variable):
+    monkeypatch.setenv(variable, "s3cret")
+    status, start, err = told("x.py")
+    assert (status, start) == (2, None)
+    assert err.startswith(f"sqla-fairpool run: {variable}='")
+    assert err.count("\n") == 1
+
+
+def test_name_that_is_no_tag_asks_for_one(told):
+    status, start, err = told("x" * 200 + ".py")
+    assert (status, start) == (2, None)
+    assert "so give --scraper" in err
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ([], "SCRIPT is missing"),
+        (["-m"], "MODULE is missing"),
+        (["--"], "SCRIPT is missing"),
+    ],
+)
+def test_nothing_to_run(told, command, says):
+    status, _, err = told(*command)
+    assert status == 2
+    assert says in err
+
+
+def test_option_that_there_is_not(capsys):
+    for option in ("--scrap", "--nonsense"):
+        with pytest.raises(SystemExit):
+            main(["run", option, "x.py"])
+        assert f"unrecognized arguments: {option}" in capsys.readouterr().err
+
+
+def test_python_that_cannot_be_started(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    assert main(["run", "x.py"]) == 2
+    assert "/nowhere/python cannot be started: " in capsys.readouterr().err
+    monkeypatch.setattr(sys, "executable", "")
+    assert main(["run", "x.py"]) == 2
+
+
+# -- the server ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def limited_url(postgres_url):
+    """The URL of a role with 5 connections."""
+    engine = create_engine(
+        postgres_url, poolclass=NullPool, isolation_level="AUTOCOMMIT"
+    )
+    with engine.connect() as connection, limited_role(connection, 5):
+        url = make_url(postgres_url).set(username="fair_scripts", password="s3cret")
+        yield url.render_as_string(hide_password=False)
+    engine.dispose()
+
+
+@pytest.mark.postgres
+def test_budget_that_does_not_fit_is_warned_of(told, limited_url):
+    status, start, err = told("--url", limited_url, "x.py")
+    assert (status, start is None) == (0, False)
+    assert err == (
+        "sqla-fairpool run: warning: the role 'fair_scripts' may have 5 connections "
+        "only, and 21 are needed; 21 connections are needed: 20 of the pools, 1 to ask "
+        "for sessions of lost members, one for each process; lower --pool-size, or "
+        "raise the server's limit\n"
+    )
+    assert told("--url", limited_url, "--pool-size", 4, "x.py")[2] == ""
+    in_database = ["--url", limited_url, "--pool-size", 4, "--ledger", "database"]
+    assert "1 control connections" in told(*in_database, "x.py")[2]
+
+
+@pytest.mark.postgres
+def test_strict_does_not_start(told, limited_url, monkeypatch):
+    monkeypatch.setenv("DATABASE_URL", limited_url)
+    monkeypatch.setenv("DYNAMIC_POOL_SIZE", "6")
+    status, start, err = told("--strict", "x.py")
+    assert (status, start) == (2, None)
+    assert err.startswith("sqla-fairpool run: the role 'fair_scripts' may have 5 conn")
+    assert told("--strict", "--pool-size", "4", "x.py")[::2] == (0, "")
+
+
+@pytest.mark.postgres
+def test_everything_that_is_too_little_stands_on_one_line(told, limited_url):
+    _, _, err = told("--url", limited_url, "--pool-size", 5000, "x.py")
+    assert "5001 connections do not fit: max_connections is " in err
+    assert "; the role 'fair_scripts' may have 5 " in err
+    assert err.count("\n") == 1
+
+
+def test_server_that_cannot_be_asked(told, tmp_path):
+    url = f"postgresql+asyncpg://u:s3cret@/d?host={tmp_path}"
+    status, start, err = told("--url", url, "x.py")
+    assert (status, start is None) == (0, False)
+    assert err.startswith(
+        "sqla-fairpool run: warning: whether 21 connections fit could not be checked: "
+    )
+    assert err.count("\n") == 1
+    assert "s3cret" not in err
+    status, start, err = told("--url", url, "--strict", "x.py")
+    assert (status, start) == (2, None)
+    assert "could not be checked" in err
+
+
+def test_driver_that_is_not_installed(told, monkeypatch):
+    for name in ("psycopg", "psycopg2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    url = ["--url", "postgresql+psycopg2://h/d"]
+    status, start, err = told("--ledger", "database", *url, "x.py")
+    assert (status, start) == (2, None)
+    assert err == (
+        "sqla-fairpool run: psycopg2 is not installed: "
+        "pip install 'sqla-fairpool[postgresql]'\n"
+    )
+    status, _, err = told(*url, "x.py")
+    assert status == 0
+    assert "pip install 'sqla-fairpool[postgresql]'" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("url", [[], ["--url", "mysql://h/d"]])
+def test_strict_needs_a_server_that_can_be_asked(told, url):
+    status, start, err = told(*url, "--strict", "x.py")
+    assert (status, start) == (2, None)
+    assert "--strict asks a PostgreSQL server: name one by --url or DATABASE_URL" in err
+    assert told(*url, "x.py")[::2] == (0, "")
+
+
+def test_says_what_it_does_when_asked(told):
+    _, _, err = told("-v", "x.py")
+    assert err == "sqla-fairpool run: tag 'x', for engines of every database\n"
+    _, _, err = told("-v", "--url", "mysql://u:s3cret@h/d", "x.py")
+    assert err == "sqla-fairpool run: tag 'x', for engines of mysql://h:3306/d\n"

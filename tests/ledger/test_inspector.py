@@ -1,0 +1,247 @@
+"""Looking at a ledger from outside: who answers, who does not, what is then shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.stub import StubServer
+from support.threads import PATIENCE, VirtualClock, eventually
+
+from sqla_fairpool.ledger.book import Book
+from sqla_fairpool.ledger.errors import LedgerError
+from sqla_fairpool.ledger.host import HostStore
+from sqla_fairpool.ledger.inspector import Observer
+from sqla_fairpool.ledger.rows import Session, Terms
+
+
+class Member:
+    """One that answers when the observer sleeps, or does not."""
+
+    def __init__(self, path, figures=None):
+        self.store = HostStore(path)
+        self.store.open()
+        self.figures = figures
+        self.answers = 0
+        self.closed = False
+        with self.store.transaction() as rows:
+            book = Book(rows)
+            book.join(
+                self.store.member,
+                {"host": "here", "pid": 4711, "program": "a.py"},
+                Terms(20, 10, 15, 60.0, 30.0),
+            )
+            book.tell(book.allocation())
+
+    def run(self):
+        self.store.wait(0)
+        if self.store.asked and self.figures is not None:
+            self.store.asked = False
+            self.answers += 1
+            self.store.publish(json.dumps({"answer": self.answers, **self.figures}))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "app.ledger")
+
+
+@pytest.fixture
+def clock():
+    return VirtualClock()
+
+
+@pytest.fixture
+def world(path, clock):
+    """Make members; and an observer in whose sleep they run."""
+    members = []
+
+    def sleep(seconds):
+        clock.advance(seconds)
+        for member in members:
+            if not member.closed:
+                member.run()
+
+    def join(figures=None):
+        members.append(Member(path, figures))
+        return members[-1]
+
+    observer = Observer(HostStore(path), clock=clock, sleep=sleep)
+    yield join, observer
+    observer.close()
+    for member in members:
+        member.store.close()
+
+
+def tags(*rows):
+    names = ("tag", "active", "in_use")
+    return {"tags": [dict(zip(names, row, strict=True)) for row in rows]}
+
+
+def test_figures_are_those_of_the_moment(world):
+    join, observer = world
+    member = join(tags(("a", True, 3)) | {"open": 4, "size": 18})
+    overview = observer.look()
+    assert [(row.scraper, row.connections) for row in overview.scrapers] == [("a", 3)]
+    assert (overview.open, overview.limits.size, overview.limits.capacity) == (
+        4,
+        18,
+        20,
+    )
+    member.figures = tags(("a", True, 5), ("b", True, 1))
+    overview = observer.look()
+    assert [(row.scraper, row.connections) for row in overview.scrapers] == [
+        ("a", 5),
+        ("b", 1),
+    ]
+    assert observer.name == overview.ledger
+
+
+def test_sessions_are_those_that_members_and_quarantines_have_posted(world):
+    join, observer = world
+    member, lost = join(), Session(4712, 6)
+    with member.store.transaction() as rows:
+        book = Book(rows)
+        key = member.store.member
+        own = replace(book.members[key], owned=2, sessions=(Session(4711, 5),))
+        book.write(key, own)
+        book.quarantine(key, [lost])
+        book.write(key, book.members[key])
+        book.tell(book.allocation())
+        (number,) = book.gone
+    assert observer.sessions == {}
+    observer.look()
+    assert observer.sessions == {Session(4711, 5): own.number, lost: number}
+
+
+def test_what_a_later_version_says_more_is_left_out(world):
+    join, observer = world
+    join({"tags": [{"tag": "a", "in_use": 2, "mood": "good"}], "weather": 1})
+    assert observer.look().checked_out == 2
+
+
+def test_one_that_does_not_answer_is_shown_with_what_it_posted(world, clock):
+    join, observer = world
+    silent = join()
+    with silent.store.transaction() as rows:
+        key = f"member/{silent.store.member}"
+        row = json.loads(rows[key])
+        # Posted when it was promised three, and it has four.
+        rows[key] = json.dumps({**row, "owned": 4, "tags": {"a": [3, 2, True, 1, 10]}})
+    join(tags(("b", True, 1)))
+    overview = observer.look()
+    a, b = overview.scrapers
+    assert (a.status, a.connections, a.waiting) == ("silent", 4, 1)
+    assert b.status == "active"
+    assert overview.warnings == (
+        "a.py (here:4711) does not answer: it keeps its 4 slots",
+    )
+    # It is waited for once; and is back as soon as it answers.
+    before = clock.now
+    observer.look()
+    assert clock.now - before < 0.1
+    silent.figures = tags(("a", True, 9))
+    silent.run()  # late, to the question before
+    overview = observer.look()
+    assert overview.scrapers[0].connections == 9
+    assert overview.warnings == ()
+
+
+def test_dead_ones_and_quarantines_are_told(world):
+    join, observer = world
+    dead, other = join(), join()
+    with dead.store.transaction() as rows:
+        key = f"member/{dead.store.member}"
+        tags = {"a": [4, 2, True, 1, 10]}
+        rows[key] = json.dumps({**json.loads(rows[key]), "owned": 4, "tags": tags})
+    member = dead.store.member
+    dead.store.close()
+    dead.closed = True
+    overview = observer.look()
+    assert overview.warnings[0] == (
+        "a.py (here:4711) is dead: its 4 slots are to be freed"
+    )
+    assert overview.scrapers == ()
+    assert (overview.checked_out, overview.available) == (0, 16)
+    with other.store.transaction() as rows:
+        book = Book(rows)
+        assert book.reap({member: book.texts[member]})
+        book.tell(book.allocation())
+    overview = observer.look()
+    assert overview.limits.quarantined == 4
+    assert overview.warnings[0] == "4 slots in quarantine: a.py (here:4711) died"
+
+
+def test_ledger_that_nobody_has_joined_is_an_error(world):
+    _, observer = world
+    with pytest.raises(LedgerError, match="nobody has joined it yet"):
+        observer.look()
+
+
+def test_it_is_no_member_and_leaves_nothing(world, path):
+    join, observer = world
+    member = join(tags())
+    assert len(observer.look().processes) == 1
+    observer.close()
+    names = {file.stem for file in Path(f"{path}.members").iterdir()}
+    assert names == {member.store.member}
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, {tests!r})
+from support.stub import StubServer
+engine = StubServer().engine(ledger={path!r}).execution_options(scraper="other")
+held = [engine.connect(), engine.connect()]
+print("holding", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_real_pools_answer_and_a_stopped_process_does_not(path):
+    engine = StubServer().engine(ledger=path).execution_options(scraper="mine")
+    held = [engine.connect() for _ in range(3)]
+    program = PROGRAM.format(tests=str(Path(__file__).parents[1]), path=path)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    observer = Observer(HostStore(path), patience=PATIENCE)
+    try:
+        assert process.stdout.readline() == "holding\n"
+        overview = observer.look()
+        rows = {row.scraper: row for row in overview.scrapers}
+        assert (rows["mine"].connections, rows["other"].connections) == (3, 2)
+        assert rows["mine"].processes == (str(os.getpid()),)
+        assert rows["other"].processes == (str(process.pid),)
+        assert (overview.checked_out, overview.open) == (5, 5)
+        assert rows["mine"].longest_hold > 0
+        held.pop().close()
+        assert observer.look().checked_out == 4
+        os.kill(process.pid, signal.SIGSTOP)
+        impatient = Observer(HostStore(path), patience=0.5)
+        assert {row.scraper: row.status for row in impatient.look().scrapers} == {
+            "mine": "active",
+            "other": "silent",
+        }
+        impatient.close()
+        os.kill(process.pid, signal.SIGCONT)
+        eventually(lambda: not observer.look().warnings)
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
+        observer.close()
+        for connection in held:
+            connection.close()
+        engine.dispose()
+        engine.pool._exchange.share.keeper.close()

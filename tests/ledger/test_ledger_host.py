@@ -1,0 +1,919 @@
+"""The host store: its lock, its file and what lies beside it, over real processes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+from support.sampler import CAPACITY, Server
+from support.threads import PATIENCE, eventually
+
+from sqla_fairpool.ledger import host, host_file
+from sqla_fairpool.ledger.errors import LedgerError
+from sqla_fairpool.ledger.host import HostStore
+from sqla_fairpool.ledger.rows import member_key
+from sqla_fairpool.ledger.store import StoreAway
+
+SUPPORT = Path(__file__).parents[1] / "support"
+SPAWN = multiprocessing.get_context("spawn")
+
+#: Seconds after which a program is taken to hang.
+LONG = 120
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "run" / "app.ledger"
+
+
+@pytest.fixture
+def make(path):
+    """Make open stores, closed after the test."""
+    stores = []
+
+    def make():
+        store = HostStore(path)
+        store.open()
+        stores.append(store)
+        return store
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def member(make):
+    """Make open stores that have a row."""
+
+    def member():
+        store = make()
+        join(store)
+        return store
+
+    return member
+
+
+def join(store):
+    with store.transaction() as rows:
+        rows[member_key(store.member)] = "{}"
+
+
+def rows_of(store):
+    with store.transaction() as rows:
+        return dict(rows)
+
+
+def run(*command):
+    """Run a Python program; return what it prints."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=LONG,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# -- transactions exclude each other ---------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["stores", "used", "fresh", "threads"])
+def test_no_slot_is_taken_twice(path, how):
+    """Several stores in a process; workers forked before and after their parent's use
+    of the store, and while threads are in transactions."""
+    said = json.loads(run(SUPPORT / "slot_program.py", path, how))
+    assert 1 < said["most"] <= 4
+    assert said["turns"] > 800
+    assert said["left"] == 0
+
+
+def test_closing_a_file_by_any_hand_does_not_unlock_it(make, path, monkeypatch):
+    monkeypatch.setattr(host_file, "_PATIENCE", 0.01)
+    store, other, third = make(), make(), make()
+    with store.transaction() as rows:
+        rows["a"] = "1"
+        path.read_bytes()
+        third.close()
+        with pytest.raises(StoreAway, match="locked by another process"):
+            rows_of(other)
+    assert rows_of(other) == {"a": "1"}
+
+
+def test_transaction_in_a_transaction_is_refused(make):
+    store = make()
+    with store.transaction() as rows:
+        rows["a"] = "1"
+        with pytest.raises(RuntimeError, match="in another one"):
+            rows_of(store)
+    assert rows_of(store) == {"a": "1"}
+
+
+# -- forked children -------------------------------------------------------------------
+
+FORKS = """
+import ctypes, os, signal, sys, traceback, warnings
+from sqla_fairpool.ledger.host import HostStore
+from sqla_fairpool.ledger.store import StoreAway
+
+warnings.simplefilter("ignore")  # newer Pythons warn of threads and fork together
+path, how = sys.argv[1:]
+fork = os.fork if how == "python" else ctypes.PyDLL(None).fork
+
+def forked(child):
+    "Run a function in a child; return its pid."
+    pid = fork()
+    if not pid:
+        status = 1
+        try:
+            child()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return pid
+
+def ended(pid):
+    assert os.waitpid(pid, 0)[1] == 0
+
+def opened():
+    store = HostStore(path)
+    store.open()
+    return store
+
+def rows_of(store):
+    with store.transaction() as rows:
+        return dict(rows)
+"""
+
+
+@pytest.fixture(params=["python", "library"])
+def forks(request, path):
+    """Run a program that forks as Python does, or as a C library, telling nobody."""
+    return lambda body: run("-c", FORKS + textwrap.dedent(body), path, request.param)
+
+
+def test_child_opens_the_ledger_anew(forks):
+    forks("""
+        store = opened()
+        mine = store.member
+
+        def child():
+            try:
+                rows_of(store)
+            except StoreAway:
+                store.open()
+            with store.transaction() as rows:
+                rows[store.member] = "child"
+
+        ended(forked(child))
+        ((member, _),) = rows_of(store).items()
+        assert member != mine == store.member
+        assert store.in_place()
+        assert store.living([mine, member]) == {mine}
+    """)
+
+
+def test_child_forked_in_a_transaction_does_not_keep_the_lock_nor_the_sign(forks):
+    forks("""
+        store, other = opened(), opened()
+        mine = store.member
+        with store.transaction() as rows:
+            rows["a"] = "1"
+            child = forked(signal.pause)
+        assert rows_of(other) == {"a": "1"}
+        assert other.living([mine]) == {mine}
+        store.close()
+        assert other.living([mine]) == set()
+        os.kill(child, signal.SIGKILL)
+    """)
+
+
+def test_child_forked_in_a_transaction_neither_commits_nor_undoes_it(path):
+    body = """
+        store, other = opened(), opened()
+
+        def child():
+            try:
+                transaction.__exit__(None, None, None)
+            except StoreAway as error:
+                assert "closed in a transaction" in str(error)
+            else:
+                raise AssertionError
+
+        transaction = store.transaction()
+        rows = transaction.__enter__()
+        rows["a"] = "1"
+        ended(forked(child))
+        rows["b"] = "2"
+        transaction.__exit__(None, None, None)
+        assert rows_of(other) == {"a": "1", "b": "2"}
+    """
+    run("-c", FORKS + textwrap.dedent(body), path, "python")
+
+
+def test_parent_killed_in_a_transaction_leaves_the_lock_to_others(path):
+    """Its child lives on, and has had the file of the lock open."""
+    body = """
+        reading, writing = os.pipe()
+
+        def parent():
+            store = opened()
+            with store.transaction() as rows:
+                rows["a"] = "1"
+                child = forked(lambda: (os.write(writing, b"x"), signal.pause()))
+                os.write(writing, child.to_bytes(4, "big"))
+                signal.pause()
+
+        pid = forked(parent)
+        said = b""
+        while len(said) < 5:
+            said += os.read(reading, 5)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        assert rows_of(opened()) == {}
+        said = said.replace(b"x", b"")
+        os.kill(int.from_bytes(said, "big"), signal.SIGKILL)
+    """
+    run("-c", FORKS + textwrap.dedent(body), path, "python")
+
+
+# -- processes that are killed ---------------------------------------------------------
+
+
+def commit_and_be_killed(path):
+    """Be killed when most of a commit is in the file."""
+    store = HostStore(path)
+    store.open()
+    database = store._file.database
+    database.execute("pragma cache_size = 1")  # it is written before it is committed
+
+    def kill(statement):
+        if statement == "commit":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    database.set_trace_callback(kill)
+    with store.transaction() as rows:
+        rows.update({str(number): "new" * 1000 for number in range(100)})
+
+
+def test_commit_that_was_cut_short_is_undone_by_the_next_process(make, path):
+    store = make()
+    rows = {str(number): "old" * 1000 for number in range(100)}
+    with store.transaction() as there:
+        there.update(rows)
+    before = path.read_bytes()
+    process = SPAWN.Process(target=commit_and_be_killed, args=(path,))
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == -signal.SIGKILL
+    assert path.read_bytes() != before
+    assert Path(f"{path}-journal").stat().st_size
+    assert rows_of(store) == rows
+    assert path.read_bytes() == before
+    assert rows_of(make()) == rows
+
+
+def test_transactions_are_whole_wherever_their_process_is_killed(path):
+    body = """
+        import time
+
+        def commit_for_ever():
+            store = opened()
+            os.write(writing, b"x")
+            while True:
+                with store.transaction() as rows:
+                    number = int(rows.get("0", "0")) + 1
+                    rows.update({str(key): str(number) for key in range(200)})
+
+        reading, writing = os.pipe()
+        store, last = opened(), 0
+        for moment in range(100):
+            child = forked(commit_for_ever)
+            os.read(reading, 1)
+            time.sleep(moment * 0.0002)  # another moment each time; orders nothing
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            (value,) = set(rows_of(store).values()) or {"0"}
+            assert int(value) >= last
+            last = int(value)
+        assert last
+        (found,) = store._file.database.execute("pragma integrity_check").fetchone()
+        assert found == "ok"
+    """
+    run("-c", FORKS + textwrap.dedent(body), path, "python")
+
+
+# -- the file goes away ----------------------------------------------------------------
+
+
+def remove(path):
+    path.unlink()
+
+
+def replace(path):
+    copy = path.with_suffix(".copy")
+    shutil.copy(path, copy)
+    copy.rename(path)
+
+
+def remove_directory(path):
+    shutil.rmtree(path.parent)
+
+
+def move_directory(path):
+    path.parent.rename(path.parent.with_name("elsewhere"))
+
+
+def remove_signs(path):
+    shutil.rmtree(f"{path}.members")
+
+
+def remove_own(kind):
+    def remove(path):
+        for file in path.parent.glob(f"*/*{kind}"):
+            file.unlink()
+
+    return remove
+
+
+LOSSES = [
+    remove,
+    replace,
+    remove_directory,
+    move_directory,
+    remove_signs,
+    remove_own(".sign"),
+    remove_own(".bell"),
+]
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_store_finds_out_that_its_ledger_was_replaced(member, path, lose):
+    store, other = member(), member()
+    name = store.member
+    assert store.in_place() and store.signed
+    lose(path)
+    assert not store.in_place()
+    assert store.signed
+    with pytest.raises(StoreAway, match=r"removed or replaced|sign of life"):
+        rows_of(store)
+    assert not store.signed
+    for one in (store, other):
+        if one is other:
+            with pytest.raises(StoreAway):
+                rows_of(one)
+        one.open()
+        assert one.in_place() and one.signed
+        join(one)
+    assert store.member == name
+    both = {store.member, other.member}
+    assert store.living(both) == other.living(both) == both
+    assert rows_of(store) == rows_of(other) == {member_key(m): "{}" for m in both}
+    store.ring([other.member])
+    assert other.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_nothing_else_fails_when_the_ledger_goes_away(member, path, lose):
+    store, other = member(), member()
+    lose(path)
+    for act in (
+        lambda: store.ring([other.member]),
+        lambda: store.ask([other.member]),
+        store.ring_all,
+        store.nudge,
+        lambda: store.wait(0),
+        lambda: store.published([other.member]),
+        lambda: store.publish("figures"),
+        lambda: store.living([other.member]),
+        lambda: store.strangers([]),
+    ):
+        try:
+            act()
+        except StoreAway:
+            pass
+    store.close()
+
+
+def test_sign_of_life_stands_while_the_file_is_replaced(member, path):
+    """So that whoever makes a new one sees that there are members of another."""
+    store, other = member(), member()
+    remove(path)
+    for one in (store, other):
+        with pytest.raises(StoreAway):
+            rows_of(one)
+    other.open()
+    assert other.strangers([]) == 1
+    assert other.living([store.member]) == {store.member}
+
+
+def go_on(path, pipe):
+    """Write a number that grows; open what is there when it went away."""
+    store, number, aways = HostStore(path), 0, 0
+    while not pipe.poll():
+        number += 1
+        try:
+            store.open()
+            with store.transaction() as rows:
+                rows[store.member] = str(number)
+        except StoreAway:
+            aways += 1
+    pipe.recv()
+    while True:
+        try:
+            store.open()
+            with store.transaction() as rows:
+                rows[store.member] = "last"
+            break
+        except StoreAway:
+            pass
+    pipe.send((store.member, aways))
+    pipe.recv()
+    store.close()
+
+
+def test_processes_meet_in_the_new_file_when_it_is_replaced_under_load(path):
+    processes, pipes = [], []
+    for _ in range(2):
+        ours, theirs = SPAWN.Pipe()
+        process = SPAWN.Process(target=go_on, args=(path, theirs), daemon=True)
+        process.start()
+        processes.append(process)
+        pipes.append(ours)
+    looker = HostStore(path)
+
+    def both_write():
+        try:
+            looker.open()
+            return len(rows_of(looker)) == 2
+        except StoreAway:
+            return False
+
+    for lose in (remove, remove_directory, replace, remove_signs) * 3:
+        eventually(both_write, "two rows")
+        if lose is replace:  # in one step, as a copy in the middle of a commit is none
+            with looker.transaction():
+                replace(path)
+        else:
+            try:
+                lose(path)
+            except OSError:
+                pass  # somebody has made something in the directory meanwhile
+    eventually(both_write, "two rows")
+    for pipe in pipes:
+        pipe.send("end")
+    said = [pipe.recv() for pipe in pipes]
+    assert all(aways for _, aways in said)
+    store = HostStore(path)
+    store.open()
+    assert rows_of(store).items() >= {member: "last" for member, _ in said}.items()
+    members = {member for member, _ in said}
+    assert store.living(members) == members
+    store.close()
+    looker.close()
+    for pipe, process in zip(pipes, processes, strict=True):
+        pipe.send("end")
+        process.join(PATIENCE)
+        assert process.exitcode == 0
+
+
+def test_copy_that_is_restored_in_place_is_read(make, path):
+    """As `cp` does it: the same file, with what it was before."""
+    store, other = make(), make()
+    for value in ("old", "new"):
+        with store.transaction() as rows:
+            rows["a"] = value
+        if value == "old":
+            copy = path.read_bytes()
+    assert rows_of(other) == {"a": "new"}
+    path.write_bytes(copy)
+    # As many changes as the other store has seen.
+    with store.transaction() as rows:
+        rows["b"] = "2"
+    assert rows_of(store) == rows_of(other) == {"a": "old", "b": "2"}
+    assert store.in_place()
+
+
+def test_file_that_was_emptied_in_place_is_a_new_ledger(make, path):
+    store, other = make(), make()
+    with store.transaction() as rows:
+        rows["a"] = "1"
+    key = store.key
+    os.truncate(path, 0)
+    for one in (store, other):
+        with pytest.raises(StoreAway, match="replaced"):
+            rows_of(one)
+        assert not one.signed
+        one.open()
+        assert rows_of(one) == {}
+    assert store.key == other.key != key
+
+
+def use(store):
+    store.open()
+    return rows_of(store)
+
+
+def test_damage_under_members_is_an_error_until_it_is_mended(make, path):
+    store, other = make(), make()
+    copy = path.read_bytes()
+    path.write_bytes(b"damage" * 2000)
+    for _ in range(3):
+        for one in (store, other):
+            with pytest.raises((LedgerError, StoreAway)) as caught:
+                use(one)
+            assert "\n" not in str(caught.value)
+    with pytest.raises(LedgerError, match="no ledger, or damaged"):
+        store.open()
+    path.write_bytes(copy)
+    for one in (store, other):
+        one.open()
+        assert rows_of(one) == {}
+
+
+# -- who lives though it has no row ----------------------------------------------------
+
+
+def test_strangers_are_members_of_a_ledger_that_is_gone(member, make, path):
+    store, other, looker = member(), member(), make()
+    members = [store.member, other.member]
+    assert store.strangers(members) == 0
+    assert store.strangers([]) == store.strangers([store.member]) == 1
+    assert looker.strangers([]) == 2
+    other.close()
+    assert store.strangers([]) == 0
+
+
+@pytest.mark.parametrize("lose", [remove, remove_directory])
+def test_member_of_a_former_file_stays_a_stranger_until_it_joins(
+    member, make, path, lose
+):
+    store = member()
+    lose(path)
+    with pytest.raises(StoreAway):
+        rows_of(store)
+    store.open()
+    newcomer = make()
+    assert newcomer.strangers([]) == 1
+    assert newcomer.strangers([store.member]) == 0
+
+
+def test_everybody_is_rung(make):
+    stores = [make() for _ in range(3)]
+    stores[0].ring_all()
+    assert all(store.wait(PATIENCE) for store in stores)
+    shutil.rmtree(stores[0]._members)
+    stores[0].ring_all()
+
+
+# -- a file that is not as it should be ------------------------------------------------
+
+
+@pytest.fixture
+def warned(caplog):
+    """Return the warnings of the ledger."""
+    caplog.set_level("WARNING", "sqla_fairpool")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def damage(path):
+    """Damage a page of the table, as a power cut may."""
+    content = bytearray(path.read_bytes())
+    content[4096:] = b"\xff" * len(content[4096:])
+    path.write_bytes(content)
+
+
+def test_damaged_file_is_made_anew_when_no_member_lives(make, path, warned):
+    store = make()
+    with store.transaction() as rows:
+        rows.update({str(number): "x" * 100 for number in range(200)})
+    key = store.key
+    store.close()
+    path.chmod(0o660)
+    damage(path)
+    damaged = path.read_bytes()
+    store.open()
+    assert rows_of(store) == {}
+    assert store.key != key
+    assert stat.S_IMODE(path.stat().st_mode) == 0o660
+    assert Path(f"{path}.damaged").read_bytes() == damaged
+    (warning,) = warned()
+    assert "no member lives: it is made anew" in warning
+    assert "\n" not in warning
+
+
+def test_damaged_file_is_left_alone_while_a_member_lives(make, path):
+    store = make()
+    with store.transaction() as rows:
+        rows.update({str(number): "x" * 100 for number in range(200)})
+    damage(path)
+    with pytest.raises(LedgerError, match="damaged") as caught:
+        make()
+    assert "\n" not in str(caught.value)
+    assert not Path(f"{path}.damaged").exists()
+
+
+def test_database_of_something_else_is_refused(path):
+    path.parent.mkdir()
+    with sqlite3.connect(path) as database:
+        database.execute("create table pages (url text)")
+    database.close()
+    before = path.read_bytes()
+    with pytest.raises(LedgerError, match="a database of something else"):
+        HostStore(path).open()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["app.ledger", "app.ledger-journal"])
+def test_fifo_in_the_place_of_a_file_is_refused(path, name):
+    path.parent.mkdir()
+    os.mkfifo(path.with_name(name))
+    with pytest.raises(LedgerError, match="is not a file"):
+        HostStore(path).open()
+
+
+@pytest.mark.parametrize("kind", [".sign", ".bell", ".figures", ".new", ".said"])
+@pytest.mark.parametrize("what", ["fifo", "directory", "link", "file"])
+def test_nobody_hangs_by_what_lies_among_the_signs(make, kind, what):
+    store = make()
+    strange = store._members / f"strange{kind}"
+    if what == "fifo":
+        os.mkfifo(strange)
+    elif what == "directory":
+        strange.mkdir()
+    elif what == "link":
+        os.mkfifo(store._members / "x")
+        strange.symlink_to("x")
+    else:
+        strange.touch()
+    assert store.living(["strange"]) == set()
+    assert store.strangers([]) == 0
+    store.ring(["strange"])
+    store.ask(["strange"])
+    store.ring_all()
+    store.published(["strange"])
+    make()
+    assert what == "directory" or not os.path.lexists(strange)
+
+
+def test_who_cannot_be_looked_at_is_not_taken_for_dead(make, monkeypatch):
+    store, other = make(), make()
+
+    def fail(path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(host, "_open_regular", fail)
+    number = errno.EMFILE
+    with pytest.raises(StoreAway, match="open files"):
+        store.living([other.member])
+    monkeypatch.setattr(
+        host, "_open_regular", lambda path: (_ for _ in ()).throw(PermissionError)
+    )
+    assert store.living([other.member]) == {other.member}
+
+
+# -- files of the version before -------------------------------------------------------
+
+
+@pytest.fixture
+def old(path):
+    """The file of a version that used WAL mode; returns a connection of that."""
+    path.parent.mkdir()
+    database = sqlite3.connect(path, isolation_level=None)
+    database.execute("pragma journal_mode = wal")
+    database.execute(
+        "create table row (key text primary key, value text not null) without rowid"
+    )
+    database.execute("insert into row values ('a', '1')")
+    database.execute("pragma application_id = 12345")
+    database.execute("pragma user_version = 1")
+    yield database
+    database.close()
+
+
+def test_file_in_wal_mode_is_converted_when_nobody_uses_it(old, make, path):
+    old.close()
+    store, other = make(), make()
+    assert rows_of(store) == rows_of(other) == {"a": "1"}
+    assert store.key == 12345
+    assert not Path(f"{path}-wal").exists()
+
+
+def test_file_in_wal_mode_that_was_not_closed_is_converted(old, make, path, tmp_path):
+    """Its process was killed: the rows are in the ``-wal`` file."""
+    copy = tmp_path / "copy"
+    shutil.copytree(path.parent, copy)
+    assert (copy / "app.ledger-wal").stat().st_size
+    store = HostStore(copy / "app.ledger")
+    store.open()
+    assert rows_of(store) == {"a": "1"}
+    store.close()
+
+
+def test_file_in_wal_mode_is_refused_while_it_is_open(old, path):
+    with pytest.raises(LedgerError, match="an older sqla_fairpool"):
+        HostStore(path).open()
+    assert old.execute("select * from row").fetchall() == [("a", "1")]
+
+
+def test_file_of_the_version_before_is_refused_while_a_member_lives(old, make, path):
+    store = make_other(path)
+    old.close()
+    with pytest.raises(LedgerError, match="an older sqla_fairpool"):
+        HostStore(path).open()
+    store.close()
+    assert rows_of(make()) == {"a": "1"}
+
+
+def make_other(path):
+    """Return something whose sign of life lies beside a ledger."""
+    elsewhere = path.with_name("other.ledger")
+    store = HostStore(elsewhere)
+    store.open()
+    store._members.rename(f"{path}.members")
+    store._members = Path(f"{path}.members")
+    return store
+
+
+# -- several users ---------------------------------------------------------------------
+
+GROUP, USERS = 54321, (54001, 54002)
+
+needs_root = pytest.mark.skipif(
+    os.name == "nt" or os.getuid() != 0, reason="only root can be several users"
+)
+
+
+@pytest.fixture
+def shared():
+    """A ledger that was made for a group, as the deployment guide says."""
+    # Not below pytest's own directory, which other sessions close to other users.
+    top = Path(tempfile.mkdtemp(prefix="fairpool-test-"))
+    top.chmod(0o711)
+    folder = top / "run"
+    folder.mkdir()
+    os.chown(folder, 0, GROUP)
+    folder.chmod(0o2770)
+    path = folder / "app.ledger"
+    path.touch()
+    os.chown(path, 0, GROUP)
+    path.chmod(0o660)
+    yield path
+    shutil.rmtree(top)
+
+
+def as_user(user, path, pipe):
+    os.umask(0o077)
+    os.setgroups([GROUP])
+    os.setgid(user)
+    os.setuid(user)
+    store = HostStore(path)
+    try:
+        while (order := pipe.recv()) != "end":
+            if order == "open":
+                store.open()
+                with store.transaction() as rows:
+                    rows[member_key(store.member)] = str(user)
+                store.publish(str(user))
+                pipe.send(store.member)
+            else:
+                others = [key.partition("/")[2] for key in rows_of(store)]
+                store.ring_all()
+                living = store.living(others)
+                pipe.send((living, set(store.published(others).values())))
+    except Exception as error:
+        pipe.send(repr(error))
+    store.close()
+
+
+@needs_root
+@pytest.mark.parametrize("mode", [0o2770, 0o770])
+def test_several_users_share_a_ledger(shared, mode):
+    shared.parent.chmod(mode)
+    pipes, processes = [], []
+    for user in USERS:
+        ours, theirs = SPAWN.Pipe()
+        process = SPAWN.Process(target=as_user, args=(user, shared, theirs))
+        process.start()
+        pipes.append(ours)
+        processes.append(process)
+    members = []
+    for pipe in pipes:
+        pipe.send("open")
+        members.append(pipe.recv())
+        assert len(members[-1]) == 32, members[-1]
+    root = HostStore(shared)
+    root.open()
+    root.publish("0")
+    for pipe in pipes:
+        pipe.send("look")
+        assert pipe.recv() == (set(members), set(map(str, USERS)))
+    assert root.living(members) == set(members)
+    assert root.published(members).keys() == set(members)
+    processes[0].kill()
+    processes[0].join()
+    assert root.living(members) == {members[1]}
+    root.close()
+    pipes[1].send("look")
+    assert pipes[1].recv() == ({members[1]}, {str(USERS[1])})
+    pipes[1].send("end")
+    processes[1].join(PATIENCE)
+    assert processes[1].exitcode == 0
+
+
+@needs_root
+def test_what_root_leaves_is_the_owners(path):
+    """An operator who looks at the ledger of a service."""
+    store = HostStore(path)
+    path.parent.mkdir()
+    path.touch(0o600)
+    os.chown(path, USERS[0], GROUP)
+    store.open()
+    store.publish("x")
+    files = [path, store._members, Path(f"{path}-journal"), *store._members.iterdir()]
+    assert len(files) == 6
+    assert {(f.stat().st_uid, f.stat().st_gid) for f in files} == {(USERS[0], GROUP)}
+    store.close()
+
+
+def test_nobody_waits_without_end_for_a_process_that_is_stopped(make, path):
+    store = make()
+    ours, theirs = SPAWN.Pipe()
+    process = SPAWN.Process(target=hold, args=(path, theirs), daemon=True)
+    process.start()
+    assert ours.recv() == "locked"
+    os.kill(process.pid, signal.SIGSTOP)
+    with pytest.raises(StoreAway, match="locked by another process"):
+        rows_of(store)
+    process.kill()
+    process.join()
+    assert rows_of(store) == {}
+
+
+def hold(path, pipe):
+    store = HostStore(path)
+    store.open()
+    with store.transaction():
+        pipe.send("locked")
+        threading.Event().wait()
+
+
+# -- engines, at a real server ---------------------------------------------------------
+
+
+def steady(url, path, name):
+    """Start a scraper that works until its standard input ends."""
+    process = subprocess.Popen(
+        [sys.executable, SUPPORT / "scraper_program.py", url, path, name, "8", "0.02"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "working\n"
+    return process
+
+
+@pytest.mark.postgres
+@pytest.mark.slow
+def test_members_that_come_and_go_in_every_way_keep_to_the_capacity(postgres_url, path):
+    """Two engines in a process, observers, the command, forked workers; in turns."""
+    server = Server(postgres_url)
+    url = server.url.render_as_string(hide_password=False)
+    steadies = [steady(url, path, name) for name in ("one", "two")]
+    try:
+        for how, number in [
+            ("engines", 1),
+            ("fresh", 4),
+            ("observer", 1),
+            ("used", 4),
+            ("threads", 41),
+            ("engines", 1),
+        ]:
+            said = run(SUPPORT / "member_program.py", url, path, how)
+            assert said.split() == ["done"] * number
+            said = run("-m", "sqla_fairpool", "ledger", "show", "--ledger", path)
+            assert "20 slots: " in said
+    finally:
+        for process in steadies:
+            _, errors = process.communicate(timeout=LONG)
+            assert process.returncode == 0, errors
+        server.close()
+    assert server.looks > 10
+    assert CAPACITY / 2 < server.most <= CAPACITY

@@ -1,0 +1,443 @@
+"""The ledger's protocol: processes that stop, die, fork and lose the store anywhere.
+
+The keepers are the real ones. Each may be stopped between any two of its calls to the
+store and to the pool, for ever or until later, while the pools go on.
+
+In one kind of world signs of life can be lost, in the other the rows can be deleted.
+Not both at once: who has neither a sign of life nor a row is known to nobody. For the
+same reason nobody dies with connections open between the deletion of its row and the
+moment at which it has joined again, unless they end with it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+from support.ledger import World
+
+from sqla_fairpool.ledger.keeper import Pace
+from sqla_fairpool.ledger.rows import Terms
+from sqla_fairpool.scheduling import policy
+
+TAGS = ["x", "y", "z"]
+
+#: Where a store may fail: before it did anything, before the commit, and after it,
+#: so that nobody knows.
+FAILURES = [
+    *("open", "begin", "locked", "commit", "committed"),
+    *("living", "strangers", "ring"),
+]
+
+#: No quarantine ends by time: in the model nothing rests on clocks.
+PACE = Pace(reclaim_after=1e9)
+
+
+def anybody(process):
+    return True
+
+
+def runs(process):
+    return not process.stopped
+
+
+def works(process):
+    return not process.stopped and not process.left
+
+
+def holds(process):
+    return not process.stopped and process.pool.in_use.total() > 0
+
+
+def steps(process):
+    return not process.stopped and (not process.left or process.round is not None)
+
+
+def any_process(where):
+    return precondition(lambda self: any(where(p) for p in self.world.living))
+
+
+class LedgerHoldsItsPromises(RuleBasedStateMachine):
+    @initialize(
+        capacity=st.integers(1, 6),
+        soft=st.integers(1, 6),
+        most=st.integers(1, 6),
+        members=st.integers(1, 3),
+        asked=st.integers(0, 4),
+        can_be_deleted=st.booleans(),
+    )
+    def start(self, capacity, soft, most, members, asked, can_be_deleted):
+        most = min(most, capacity)
+        soft = min(soft, most)
+        self.world = World(Terms(capacity, soft, most, 60.0, 30.0), PACE)
+        self.can_be_deleted = can_be_deleted
+        for tag in TAGS[:members]:
+            pool = self.world.start().pool
+            for _ in range(asked):
+                pool.request(tag)
+        self.world.run(0.1, tick=0.01)
+
+    # -- choosing ------------------------------------------------------------------
+
+    def one(self, data, where=anybody):
+        return data.draw(st.sampled_from([p for p in self.world.living if where(p)]))
+
+    # -- the pools -----------------------------------------------------------------
+
+    @any_process(works)
+    @rule(data=st.data(), tag=st.sampled_from(TAGS), times=st.integers(1, 4))
+    def request(self, data, tag, times):
+        process = self.one(data, works)
+        for _ in range(times):
+            process.pool.request(tag)
+
+    @any_process(holds)
+    @rule(data=st.data(), times=st.integers(1, 4))
+    def release(self, data, times):
+        process = self.one(data, holds)
+        for tag in [*process.pool.in_use.elements()][:times]:
+            process.pool.release(tag)
+
+    @any_process(holds)
+    @rule(data=st.data())
+    def detach(self, data):
+        process = self.one(data, holds)
+        process.pool.detach(next(process.pool.in_use.elements()))
+
+    @any_process(lambda p: p.pool.detached and not p.stopped)
+    @rule(data=st.data())
+    def close_detached(self, data):
+        process = self.one(data, lambda p: p.pool.detached and not p.stopped)
+        process.pool.close_detached()
+
+    @any_process(holds)
+    @rule(data=st.data(), known=st.booleans())
+    def interrupt(self, data, known):
+        pool = self.one(data, holds).pool
+        pool.interrupt(next(pool.in_use.elements()), known)
+
+    @any_process(lambda p: p.strays)
+    @rule(data=st.data())
+    def the_server_ends_a_lost_session(self, data):
+        process = self.one(data, lambda p: p.strays)
+        self.world.server.disconnect(data.draw(st.sampled_from(process.strays)))
+
+    @any_process(works)
+    @rule(data=st.data(), tag=st.sampled_from(TAGS))
+    def nobody_waits_any_more(self, data, tag):
+        pool = self.one(data, works).pool
+        pool.waiting[tag] = 0
+        pool.active.discard(tag)
+
+    # -- the keepers ---------------------------------------------------------------
+
+    @any_process(steps)
+    @rule(data=st.data())
+    def step(self, data):
+        self.one(data, steps).step()
+
+    @any_process(steps)
+    @rule(data=st.data(), points=st.integers(0, 12))
+    def a_part_of_a_step(self, data, points):
+        self.one(data, steps).step(points)
+
+    @rule()
+    def everybody_works_for_a_while(self):
+        self.world.run(0.6, tick=0.1)
+
+    @rule(seconds=st.sampled_from([0.001, 0.02, 0.5, 1.1, 4.0, 12.0]))
+    def time_passes(self, seconds):
+        self.world.now += seconds
+
+    @any_process(runs)
+    @rule(data=st.data(), seconds=st.sampled_from([0.1, 1.0, 86_400.0]))
+    def timers_fire_early(self, data, seconds):
+        process = self.one(data)
+        process.ahead += seconds
+
+    # -- what happens to processes -------------------------------------------------
+
+    @precondition(lambda self: len(self.world.living) < 5)
+    @rule()
+    def another_one(self):
+        self.world.start()
+
+    @any_process(anybody)
+    @rule(data=st.data())
+    def kill(self, data):
+        process = self.one(data)
+        process.kill()
+        if self.is_unknown(process):
+            process.server_notices()
+
+    @precondition(lambda self: self.world.dead)
+    @rule(data=st.data(), most=st.one_of(st.none(), st.integers(1, 3)))
+    def the_server_notices(self, data, most):
+        dead = data.draw(st.sampled_from(self.world.dead))
+        dead.server_notices(most)
+        if not dead.sessions:
+            self.world.dead.remove(dead)
+
+    @rule()
+    def the_server_can_be_asked_or_not(self):
+        self.world.can_ask = not self.world.can_ask
+
+    @any_process(runs)
+    @rule(data=st.data())
+    def stop(self, data):
+        self.one(data, runs).stopped = True
+
+    @any_process(lambda p: p.stopped)
+    @rule(data=st.data())
+    def go_on(self, data):
+        self.one(data, lambda p: p.stopped).stopped = False
+
+    @precondition(lambda self: len(self.world.living) < 5)
+    @any_process(works)
+    @rule(data=st.data())
+    def fork(self, data):
+        self.one(data, works).fork()
+
+    def may_leave(self, process):
+        return works(process) and process.round is None and not self.is_unknown(process)
+
+    @precondition(lambda self: any(map(self.may_leave, self.world.living)))
+    @rule(data=st.data(), points=st.one_of(st.none(), st.integers(0, 6)))
+    def leave(self, data, points):
+        self.one(data, self.may_leave).close(points)
+
+    # -- what happens to the store -------------------------------------------------
+
+    @rule()
+    def the_store_goes_away_or_comes_back(self):
+        self.world.host.is_away = not self.world.host.is_away
+
+    @any_process(anybody)
+    @rule(data=st.data(), where=st.sampled_from(FAILURES))
+    def the_store_fails(self, data, where):
+        self.one(data).fails_at = where
+
+    def is_unknown(self, process):
+        """Tell if its row was deleted, and it has not joined again."""
+        return self.world.host.deletions and process.row is None
+
+    def nothing_would_be_forgotten(self):
+        """Tell if all sessions are those of living members with a sign of life."""
+        world = self.world
+        known = {
+            session
+            for process in world.living
+            if process.store.member in world.host.alive and not process.left
+            for session in process.sessions
+        }
+        return not world.book.gone and known == world.server.sessions.keys()
+
+    @precondition(
+        lambda self: (
+            self.can_be_deleted
+            and self.world.host.rows
+            and self.world.server.open > 0
+            and self.nothing_would_be_forgotten()
+        )
+    )
+    @rule(newcomers=st.integers(0, 1))
+    def the_rows_are_deleted(self, newcomers):
+        self.world.host.delete()
+        for _ in range(newcomers):  # before anybody else sees it
+            process = self.world.start()
+            for _ in range(4):
+                process.pool.request(TAGS[0])
+            process.step()
+
+    @precondition(lambda self: not self.can_be_deleted)
+    @any_process(lambda p: p.store.is_open)
+    @rule(data=st.data())
+    def a_sign_of_life_is_lost(self, data):
+        self.one(data, lambda p: p.store.is_open).store.lose()
+
+    @any_process(anybody)
+    @rule()
+    def bells_are_lost(self):
+        self.world.host.rung.clear()
+
+    # -- the promises --------------------------------------------------------------
+
+    def made(self):
+        return hasattr(self, "world")
+
+    @precondition(made)
+    @invariant()
+    def never_more_connections_than_slots(self):
+        assert self.world.server.most <= self.world.terms.capacity
+
+    @precondition(made)
+    @invariant()
+    def no_slot_is_there_twice(self):
+        book = self.world.book
+        if book.meta is not None:
+            assert book.owned + book.quarantined <= self.world.terms.capacity
+
+    @precondition(made)
+    @invariant()
+    def for_each_connection_a_slot_is_kept(self):
+        """In the row of its process, or in a quarantine of it."""
+        world, book = self.world, self.world.book
+        for process in world.living + world.dead:
+            if not self.is_unknown(process):
+                row = process.row
+                slots = row.owned if row else 0
+                for gone in book.gone.values():
+                    if gone.member == process.store.member:
+                        slots += gone.slots
+                assert len(process.sessions) <= slots
+
+    @precondition(made)
+    @invariant()
+    def what_is_used_is_posted(self):
+        world, book = self.world, self.world.book
+        for process in world.living:
+            if not self.is_unknown(process):
+                used = [s for s in process.pool.there if s not in process.pool.pending]
+                assert book.accounted >= set(used)
+
+    @precondition(made)
+    @invariant()
+    def no_pool_may_open_more_than_its_process_owns(self):
+        book = self.world.book
+        for process in self.world.living:
+            if (
+                process.store.member in self.world.host.alive
+                and process.store.signed
+                and not process.left
+                and not self.is_unknown(process)
+            ):
+                gone = book.gone.get(process.keeper._number)
+                row = process.row
+                kept = row.owned if row else gone.slots if gone else 0
+                # It may not know yet that these are in quarantine; they are open.
+                lost = len(process.pool.interrupted)
+                assert process.pool.slots <= kept + lost
+
+    def teardown(self):
+        if self.made():
+            self.everything_comes_to_rest()
+            self.all_are_saturated()
+
+    # -- and in the end ------------------------------------------------------------
+
+    def everything_comes_to_rest(self):
+        """All is well again but for those who are stopped: nothing is left over."""
+        world = self.world
+        world.host.is_away = False
+        world.can_ask = True
+        for process in [*world.living]:
+            process.fails_at = None
+            if process.left and process.round is not None and not process.stopped:
+                process.step()
+            if process.stopped and process.round is not None:
+                process.stopped = False  # it may have the store's lock
+            if process.left:
+                process.kill()
+            for session in process.strays:
+                world.server.disconnect(session)
+        for dead in world.dead:
+            dead.server_notices()
+        world.dead.clear()
+        clocks = max((p.ahead for p in world.living), default=0.0)
+        world.run(25.0 + min(clocks, 10.0), tick=0.05)
+        self.check_promises()
+        book = world.book
+        if book.meta is None:
+            return
+        plan = book.allocation()
+        for process in world.living:
+            if process.stopped:
+                continue
+            pool, row = process.pool, book.members.get(process.store.member)
+            waiting = +pool.waiting
+            if row is None:
+                assert not waiting
+                continue
+            # Nobody waits who could have a slot; nobody who is stopped keeps one free.
+            if book.free:
+                assert row.owned >= plan.targets[process.store.member]
+                assert not plan.unmet
+            for tag in waiting:
+                assert row.lines[tag].waiting, "nobody knows that it waits"
+            # Nothing is unused that somebody else could use.
+            if plan.unmet:
+                assert not pool.idle or pool.open <= plan.claimed[process.store.member]
+
+    def check_promises(self):
+        self.never_more_connections_than_slots()
+        self.no_slot_is_there_twice()
+        self.for_each_connection_a_slot_is_kept()
+        self.what_is_used_is_posted()
+        self.no_pool_may_open_more_than_its_process_owns()
+
+    def all_are_saturated(self):
+        """Who is not stopped wants everything: the shares are max-min."""
+        world = self.world
+        for process in [*world.living]:
+            process.stopped = False
+        if not world.living:
+            world.start()
+        for process in world.living:
+            for _ in range(process.pool.detached):
+                process.pool.close_detached()
+        working = {
+            p: TAGS[n % len(TAGS)] for n, p in enumerate(world.living) if not p.left
+        }
+
+        def busy():
+            """Everybody holds for a moment and asks again, and more wait."""
+            for process, tag in working.items():
+                pool = process.pool
+                pool.active = {tag}
+                for other in TAGS:
+                    if other != tag:
+                        pool.waiting[other] = 0
+                for held in [*pool.in_use.elements()]:
+                    pool.release(held)
+                while pool.waiting[tag] < 8:
+                    pool.request(tag)
+
+        world.run(20.0, busy, tick=0.05)
+        rounds = Counter()
+
+        def count():
+            busy()
+            rounds[None] += 1
+            for process, tag in working.items():
+                rounds[process] += process.pool.in_use[tag]
+
+        world.run(30.0, count, tick=0.05)
+        self.check_promises()
+        mean = {p: rounds[p] / rounds[None] for p in working}
+        terms = world.terms
+        tags = sorted(set(working.values()))
+        ceiling = policy.ceiling(len(tags) - 1, terms.soft_limit, terms.max_limit)
+        free = terms.capacity - world.book.quarantined
+        shares = policy.fair_shares([ceiling] * len(tags), free)
+        for tag in tags:
+            held = [mean[p] for p, t in working.items() if t == tag]
+            # Slots that go from hand to hand are nobody's for a moment.
+            assert min(shares) * 0.7 <= sum(held) <= max(shares), (tag, shares, mean)
+            # Who works under one tag has as much of it as another one.
+            assert max(held) - min(held) <= 1, (tag, mean)
+            assert min(held) > 0 or not free, (tag, mean)
+        assert sum(mean.values()) >= sum(shares) * 0.8, (shares, mean)
+
+
+LedgerHoldsItsPromises.TestCase.settings = settings(
+    max_examples=150, stateful_step_count=60
+)
+TestLedgerHoldsItsPromises = LedgerHoldsItsPromises.TestCase

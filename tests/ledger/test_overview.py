@@ -1,0 +1,204 @@
+"""The picture of all who share a budget: sums, limits and shares over the processes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sqla_fairpool.ledger.overview import (
+    Limits,
+    Part,
+    ProcessRow,
+    TagFigures,
+    compile_overview,
+    figures_of,
+)
+from sqla_fairpool.stats import PoolStats, Summary, TagStats
+
+LIMITS = Limits(20, 20, 10, 15)
+
+
+def process(pid, state="answers", host="here", **more):
+    return ProcessRow(host, pid, "scraper.py", state, **more)
+
+
+def busy(tag, in_use, waiting=0, **more):
+    return TagFigures(tag, True, in_use, waiting, **more)
+
+
+def shares(overview):
+    return {
+        row.scraper: (row.connections, row.limit, row.fair_share)
+        for row in overview.scrapers
+    }
+
+
+def test_one_alone_and_nobody():
+    overview = compile_overview([Part(process(1), [busy("a", 15, 5)])], LIMITS)
+    assert shares(overview) == {"a": (15, 15, 15)}
+    assert overview.strategy == "1 active: at most 15"
+    assert (overview.checked_out, overview.available) == (15, 5)
+    nobody = compile_overview([], LIMITS)
+    assert nobody.strategy == "nobody active: the first may have 15"
+    assert (nobody.average, nobody.jain, nobody.utilization) == (0.0, None, 0.0)
+
+
+def test_three_that_want_everything():
+    parts = [
+        Part(process(n), [busy(tag, held, 9)])
+        for n, (tag, held) in enumerate([("a", 7), ("b", 6), ("c", 7)])
+    ]
+    overview = compile_overview(parts, LIMITS)
+    assert shares(overview) == {"a": (7, 10, 7), "b": (6, 10, 6), "c": (7, 10, 7)}
+    assert overview.jain == 1.0
+    assert overview.average == pytest.approx(20 / 3)
+    assert overview.utilization == 1.0
+
+
+def test_index_is_of_what_each_has_of_its_share():
+    parts = [Part(process(1), [busy("a", 10), busy("b", 0, 10)])]
+    overview = compile_overview(parts, LIMITS)
+    assert shares(overview) == {"a": (10, 10, 10), "b": (0, 10, 10)}
+    assert overview.jain == 0.5
+
+
+def test_idle_tag_does_not_count_whatever_it_still_holds():
+    idle = TagFigures("idle", False, 2, idle_for=70.0, held_for=90.0)
+    parts = [Part(process(1), [busy("a", 10, 9), idle])]
+    overview = compile_overview(parts, LIMITS)
+    assert shares(overview) == {"a": (10, 15, 15), "idle": (2, 10, 0)}
+    assert [row.status for row in overview.scrapers] == ["active", "idle"]
+    assert overview.active_scrapers == 1
+
+
+def test_one_tag_in_several_processes_is_one_row():
+    parts = [
+        Part(
+            process(1), [busy("a", 3, 1, idle_for=5.0, waiting_for=1.0, held_for=2.0)]
+        ),
+        Part(process(2), [busy("a", 4, 2, idle_for=0.5, held_for=9.0, timeouts=1)]),
+        Part(process(2), [busy("a", 0, checkouts=7)]),
+    ]
+    (row,) = compile_overview(parts, LIMITS).scrapers
+    assert (row.connections, row.waiting, row.limit) == (7, 3, 15)
+    assert (row.idle_seconds, row.longest_wait, row.longest_hold) == (0.5, 1.0, 9.0)
+    assert (row.checkouts, row.timeouts) == (7, 1)
+    assert row.processes == ("1", "2")
+
+
+def test_processes_of_several_hosts_are_told_apart():
+    parts = [
+        Part(process(1, host="x"), [busy("a", 1)]),
+        Part(process(1, host="y"), [busy("a", 1)]),
+    ]
+    (row,) = compile_overview(parts, LIMITS).scrapers
+    assert row.processes == ("x:1", "y:1")
+
+
+def test_slots_in_quarantine_are_nobodys():
+    limits = Limits(20, 20, 10, 15, quarantined=10)
+    parts = [Part(process(1), [busy("a", 5, 9), busy("b", 5, 9)])]
+    overview = compile_overview(parts, limits)
+    assert shares(overview) == {"a": (5, 10, 5), "b": (5, 10, 5)}
+    assert overview.available == 0
+
+
+def test_registered_scrapers_have_a_row():
+    overview = compile_overview([], LIMITS, registered=["a"])
+    (row,) = overview.scrapers
+    assert (row.scraper, row.status, row.idle_seconds) == ("a", "idle", None)
+
+
+def test_connections_beyond_the_size_are_overflow():
+    parts = [Part(process(1, open=13)), Part(process(2, "silent", slots=4))]
+    overview = compile_overview(parts, Limits(15, 20, 10, 15))
+    assert (overview.open, overview.overflow) == (17, 2)
+
+
+def test_warnings_say_who():
+    parts = [
+        Part(process(1, "silent", slots=3), [busy("a", 3)]),
+        Part(process(2, "dead", slots=2)),
+        Part(process(3, away_for=12.3), [busy("b", 1, held_for=61.4)]),
+    ]
+    overview = compile_overview(parts, LIMITS, warnings=["first"])
+    assert overview.warnings == (
+        "first",
+        "scraper.py (here:1) does not answer: it keeps its 3 slots",
+        "scraper.py (here:2) is dead: its 2 slots are to be freed",
+        "scraper.py (here:3) has not reached the ledger for 12 s",
+        "b holds a connection for 61 s",
+    )
+    assert [row.status for row in overview.scrapers] == ["silent", "active"]
+    calm = compile_overview(parts[2:], LIMITS, long_hold=62.0)
+    assert "holds" not in " ".join(calm.warnings)
+
+
+def test_it_is_ready_for_json():
+    overview = compile_overview([Part(process(1), [busy("a", 5)])], LIMITS)
+    plain = json.loads(json.dumps(overview.as_dict()))
+    assert plain["pool"]["checked_out"] == 5
+    assert plain["scrapers"][0]["processes"] == ["1"]
+    assert plain["processes"][0]["pid"] == 1
+    assert plain["efficiency"]["jain_index"] == 1.0
+
+
+figures = st.builds(
+    TagFigures,
+    st.sampled_from("abcde"),
+    st.booleans(),
+    st.integers(0, 8),
+    st.integers(0, 30),
+)
+
+
+@given(st.lists(st.lists(figures, max_size=4), max_size=5), st.integers(0, 20))
+def test_shares_add_up_and_nothing_is_lost(members, quarantined):
+    limits = Limits(20, 20, 10, 15, quarantined)
+    parts = [Part(process(n), tags) for n, tags in enumerate(members)]
+    overview = compile_overview(parts, limits)
+    said = [row for tags in members for row in tags]
+    assert overview.checked_out == sum(row.in_use for row in said)
+    assert overview.waiting == sum(row.waiting for row in said)
+    assert {row.scraper for row in overview.scrapers} == {row.tag for row in said}
+    wanted = [
+        min(row.connections + row.waiting, row.limit)
+        for row in overview.scrapers
+        if row.active
+    ]
+    there = 20 - quarantined
+    assert sum(row.fair_share for row in overview.scrapers) == min(there, sum(wanted))
+    assert all(row.fair_share <= row.limit for row in overview.scrapers)
+    assert overview.jain is None or 0.0 <= overview.jain <= 1.0 + 1e-9
+
+
+def test_of_very_many_tags_those_are_named_that_want_most():
+    rows = tuple(
+        TagStats(
+            name=f"t{n:04d}",
+            active=n == 999,
+            connections=n % 2,
+            limit=10,
+            fair_share=0,
+            waiting=0,
+            idle_for=float(n),
+            waiting_for=None,
+            held_for=float(n),
+            checkouts=1,
+            timeouts=0,
+            wait_time=Summary(),
+            hold_time=Summary(),
+        )
+        for n in range(1000)
+    )
+    stats = PoolStats(20, 20, 0, 20, 0, 0, 0, 0.0, "", rows)
+    found = figures_of(stats)
+    assert len(found) == 257
+    assert found[0].tag == "t0999"
+    assert sum(row.in_use for row in found) == 500
+    assert sum(row.checkouts for row in found) == 1000
+    rest = found[-1]
+    assert (rest.tag, rest.idle_for, rest.held_for) == ("", 0.0, 998.0)

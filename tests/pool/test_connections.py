@@ -1,0 +1,433 @@
+"""The connections that exist at the server: who pays for them, when they are over."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import socket
+import sqlite3
+import warnings
+
+import pytest
+from sqlalchemy import create_engine, event, text
+from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy.ext.asyncio import create_async_engine
+from support.sessions import Sessions
+from support.state import assert_quiet
+from support.threads import PATIENCE, Caller, eventually
+
+from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
+from sqla_fairpool.pool.connections import Connections, PhysicalConnection
+from sqla_fairpool.pool.endings import ENDED, OPEN, UNKNOWN, EndWatcher, SocketCopy
+
+
+class Driver:
+    """A driver's connection over one end of a pair of sockets."""
+
+    def __init__(self):
+        self.near, self.server = socket.socketpair()
+
+    def fileno(self):
+        return self.near.fileno()
+
+    def close(self):
+        self.near.close()
+
+
+class Record:
+    """What Connections looks at of a record."""
+
+    seat = None
+    dbapi_connection = None
+    physical = None
+
+
+@pytest.fixture
+def driver():
+    driver = Driver()
+    yield driver
+    driver.near.close()
+    driver.server.close()
+
+
+def reset(sock):
+    """Close a TCP socket so that the other side is reset."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    sock.close()
+
+
+# -- the copy of a socket ----------------------------------------------------------
+
+
+def test_session_is_over_when_the_server_closes_its_side(driver):
+    line = SocketCopy.of(driver)
+    driver.close()
+    assert line.look() is OPEN
+    driver.server.send(b"what nobody has read")
+    assert line.look() is OPEN
+    driver.server.close()
+    assert line.look() is ENDED
+
+
+def test_reset_connection_tells_nothing_of_the_session():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    line = SocketCopy.of(near)
+    near.close()
+    reset(far)
+    eventually(lambda: line.look() is UNKNOWN)
+
+
+@pytest.mark.parametrize("how", ["reset", "closed"])
+def test_reset_that_the_driver_has_read_is_told_from_an_end(how):
+    """A reset is reported once; after that one reads the end of the stream."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    line = SocketCopy.of(near)
+    assert not line.was_reset()
+    if how == "reset":
+        reset(far)
+        with pytest.raises(ConnectionResetError):
+            near.recv(1)
+    else:
+        far.close()
+        assert near.recv(1) == b""
+    assert line.was_reset() is (how == "reset")
+    near.close()
+
+
+def test_hanging_up_reaches_the_server_without_the_driver(driver):
+    line = SocketCopy.of(driver)
+    line.hang_up()
+    assert driver.server.recv(1) == b""
+    assert line.look() is OPEN
+
+
+def test_copy_changes_no_flag_of_the_drivers_socket(driver):
+    driver.near.settimeout(None)
+    line = SocketCopy.of(driver)
+    line.look()
+    assert os.get_blocking(driver.fileno())
+
+
+def test_what_has_no_socket_has_no_copy():
+    with contextlib.closing(sqlite3.connect(":memory:")) as driver:
+        assert SocketCopy.of(driver) is None
+    assert SocketCopy.of(object()) is None
+
+
+def test_watcher_tells_the_end_and_the_time(driver):
+    watcher, told = EndWatcher(), []
+    line = SocketCopy.of(driver)
+    watcher.watch(line, 0.0, told.append)
+    eventually(lambda: told == [OPEN])
+    eventually(lambda: not watcher._running)
+    watcher.watch(line, PATIENCE, told.append)
+    driver.close()
+    driver.server.close()
+    eventually(lambda: told == [OPEN, ENDED])
+
+
+# -- the set -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def changes():
+    return []
+
+
+@pytest.fixture
+def connections(changes):
+    return Connections(lambda: changes.append("ended"), may_block=True)
+
+
+def open_one(connections, driver, record):
+    with connections.opening(record) as physical:
+        connections.opened(physical, driver)
+    record.dbapi_connection = driver
+    return physical
+
+
+def test_connection_that_could_not_be_opened_does_not_exist(connections):
+    opening = connections.opening(Record())
+    with contextlib.suppress(RuntimeError), opening as physical:
+        assert list(connections) == [physical]
+        raise RuntimeError
+    assert not list(connections)
+
+
+def test_connection_is_paid_for_by_its_opener_the_pool_or_nobody(connections, driver):
+    record = Record()
+    physical = open_one(connections, driver, record)
+    assert connections.apart((), ()) == 0
+    physical.opening = False
+    assert connections.apart({id(record)}, ()) == 0
+    assert connections.apart((), (record,)) == 0
+    record.dbapi_connection = None  # detached
+    assert connections.apart({id(record)}, ()) == 1
+
+
+def test_closed_connection_is_over_when_the_server_says_so(
+    connections, driver, changes, monkeypatch
+):
+    monkeypatch.setattr("sqla_fairpool.pool.connections._GOODBYE", 0.0)
+    physical = open_one(connections, driver, Record())
+    lost = []
+    connections.on_lost = lambda: lost.append(physical)
+    connections.close(driver, driver.close)
+    assert list(connections) == [physical] == lost
+    assert connections.lost_ones() == [physical]
+    assert changes == []
+    assert connections.release(physical)
+    assert not connections.release(physical)
+
+
+def test_without_a_ledger_a_late_end_is_waited_for(
+    connections, driver, changes, monkeypatch
+):
+    monkeypatch.setattr("sqla_fairpool.pool.connections._GOODBYE", 0.0)
+    physical = open_one(connections, driver, Record())
+    connections.close(driver, driver.close)
+    assert physical in connections
+    driver.server.close()
+    eventually(lambda: physical not in connections)
+    assert changes == ["ended"]
+
+
+def test_connection_that_nobody_has_is_hung_up(connections, changes):
+    driver = Driver()
+    server = driver.server
+    physical = open_one(connections, driver, Record())
+    driver.near = os.dup(driver.near.detach())  # no warning of Python's
+    del driver
+    gc.collect()
+    assert physical.ending
+    assert server.recv(1) == b""
+    server.close()
+    eventually(lambda: changes == ["ended"])
+    assert not list(connections)
+
+
+@pytest.mark.parametrize("how", ["closed", "dropped"])
+def test_one_that_cannot_be_watched_weakly_is_looked_at(connections, how):
+    driver, record = sqlite3.connect(":memory:"), Record()
+    physical = open_one(connections, driver, record)
+    physical.opening = False
+    record.dbapi_connection = None
+    connections.end_abandoned()
+    assert list(connections) == [physical]
+    if how == "closed":
+        driver.close()
+    else:
+        del driver
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python, that it was not closed
+        connections.end_abandoned()
+        del physical, record
+        gc.collect()
+    assert not list(connections)
+
+
+def test_a_set_keeps_nothing_alive_that_nobody_has(connections):
+    record = Record()
+    physical = PhysicalConnection(record)
+    assert physical.record() is None  # another one is the record's
+    record.physical = physical
+    assert physical.record() is record
+    del record
+    gc.collect()
+    assert physical.record() is None
+
+
+# -- on PostgreSQL -----------------------------------------------------------------
+
+
+class AlarmError(Exception):
+    """What a signal handler raises."""
+
+
+@pytest.fixture
+def alarm():
+    """Raise AlarmError in the main thread soon, as a soft time limit does."""
+
+    def ring(*_):
+        raise AlarmError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    yield lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_interrupted_statements_leave_no_session_too_many(
+    postgres_url, alarm, driver, no_log
+):
+    """An exception that is not the driver's own ends the client's side only."""
+    name = f"interrupted {driver}"
+    engine = create_engine(
+        postgres_url.replace("psycopg2", driver),
+        poolclass=FairQueuePool,
+        pool_size=3,
+        soft_limit=3,
+        max_limit=3,
+        connect_args={"application_name": name},
+    )
+
+    def work():
+        # psycopg2 goes on to the end of the statement; psycopg is in the middle of it,
+        # and cannot roll back.
+        with contextlib.suppress(AlarmError, DBAPIError):
+            with engine.connect() as connection:
+                alarm(0.05)
+                connection.execute(text("select pg_sleep(0.5)"))
+                pytest.fail("was not interrupted")
+
+    with Sessions(postgres_url, name) as sessions:
+        for _ in range(10):
+            work()
+            alarm(0)
+            gc.collect()  # the traceback may be part of a cycle
+    assert 1 <= sessions.most <= 3
+    eventually(lambda: not list(engine.pool._exchange.connections) or _is_idle(engine))
+    engine.dispose()
+    assert_quiet(engine.pool)
+
+
+def _is_idle(engine):
+    return len(list(engine.pool._exchange.connections)) == engine.pool.checkedin()
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_cancelled_statements_leave_no_session_too_many(postgres_url, driver):
+    name = f"cancelled {driver}"
+    url = postgres_url.replace("psycopg2", driver)
+    if driver == "asyncpg":
+        options = {"server_settings": {"application_name": name}}
+    else:
+        options = {"application_name": name}
+
+    async def main():
+        engine = create_async_engine(
+            url,
+            poolclass=AsyncAdaptedFairQueuePool,
+            pool_size=3,
+            soft_limit=3,
+            max_limit=3,
+            connect_args=options,
+        )
+
+        async def work():
+            async with engine.connect() as connection:
+                await connection.execute(text("select pg_sleep(5)"))
+
+        for _ in range(10):
+            tasks = [asyncio.create_task(work()) for _ in range(3)]
+            await asyncio.sleep(0.05)  # they may be anywhere
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        async with engine.connect() as connection:
+            assert await connection.scalar(text("select 1")) == 1
+        await engine.dispose()
+        return engine
+
+    with Sessions(postgres_url, name) as sessions:
+        engine = asyncio.run(main())
+    assert 1 <= sessions.most <= 3
+    eventually(lambda: not list(engine.sync_engine.pool._exchange.connections))
+
+
+@pytest.mark.postgres
+def test_checkout_waits_for_the_session_in_whose_place_it_comes(
+    postgres_url, monkeypatch
+):
+    """A connection is found dead whose session the server has not ended."""
+    monkeypatch.setattr("sqla_fairpool.pool.connections._GOODBYE", 0.0)
+    name = "in its place"
+    engine = create_engine(
+        postgres_url,
+        poolclass=FairQueuePool,
+        pool_size=1,
+        soft_limit=1,
+        max_limit=1,
+        pool_timeout=0.2,
+        connect_args={"application_name": name},
+    )
+    with engine.connect() as connection:
+        raw = connection.connection.dbapi_connection
+
+    def leave_at_work(dbapi_connection):
+        query = b"select pg_sleep(1)\0"
+        os.write(raw.fileno(), b"Q" + (len(query) + 4).to_bytes(4, "big") + query)
+
+    monkeypatch.setattr(engine.dialect, "do_terminate", leave_at_work)
+
+    @event.listens_for(engine, "checkout")
+    def on_checkout(dbapi_connection, record, proxied):
+        if dbapi_connection is raw:
+            raise DisconnectionError
+
+    with Sessions(postgres_url, name) as sessions:
+        with pytest.raises(CheckoutTimeout):
+            engine.connect()
+        eventually(lambda: not list(engine.pool._exchange.connections))
+        engine.connect().close()
+    assert sessions.most == 1
+    engine.dispose()
+    eventually(lambda: not list(engine.pool._exchange.connections))
+    assert_quiet(engine.pool)
+
+
+def drop(objects):
+    objects.clear()
+    gc.collect()
+
+
+def test_leaked_connection_of_tasks_is_replaced(tmp_path):
+    """The collector ends it; its slot is free again."""
+
+    async def main():
+        engine = create_async_engine(
+            f"sqlite+aiosqlite:///{tmp_path / 'leak.db'}",
+            poolclass=AsyncAdaptedFairQueuePool,
+            pool_size=1,
+            soft_limit=1,
+            max_limit=1,
+            pool_timeout=PATIENCE,
+        )
+        leaked = [await engine.connect()]
+        await leaked[0].scalar(text("select 1"))
+        with pytest.warns(Warning, match="garbage collector"):
+            drop(leaked)
+        async with engine.connect() as connection:
+            assert await connection.scalar(text("select 1")) == 1
+        await engine.dispose()
+        assert_quiet(engine.sync_engine.pool)
+
+    asyncio.run(main())
+
+
+def test_thread_that_waits_is_served_when_a_session_ends(server, monkeypatch):
+    """A session that ends late wakes whoever waits for its slot."""
+    driver = Driver()
+    pool = server.pool(pool_size=1, soft_limit=1, max_limit=1)
+    pool._creator = lambda: driver if driver else server.connect()
+    monkeypatch.setattr("sqla_fairpool.pool.connections._GOODBYE", 0.0)
+    driver.rollback = lambda: None
+    connection = pool.connect()
+    connection.invalidate()
+    caller = Caller(pool.connect)
+    eventually(lambda: pool._exchange.scheduler.waiting == 1)
+    far, driver = driver.server, None
+    far.close()
+    caller.result().close()
+    pool.dispose()
+    assert_quiet(pool)

@@ -1,0 +1,395 @@
+"""A connection that was refused a tag is as it was before, or says so."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from sqlalchemy import Column, Integer, MetaData, Table, make_url, select, text
+from sqlalchemy.exc import StatementError
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.orm import Session
+from support.state import assert_quiet
+from support.stub import StubError
+from support.tasks import waiting
+from support.threads import Caller, ensure_waiting
+from support.worlds import Tasks, Threads, contract
+
+from sqla_fairpool import (
+    AsyncAdaptedFairQueuePool,
+    CheckoutTimeout,
+    SelfDeadlock,
+    TooManyWaiting,
+)
+from sqla_fairpool.pool.waiters import ThreadWaiter
+
+#: One connection for each of two tags, so that a tag which has its own is full.
+ONE_EACH = {"pool_size": 2, "soft_limit": 1, "max_limit": 1, "pool_timeout": 0}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("postgresql+psycopg2", marks=pytest.mark.postgres),
+        pytest.param("postgresql+psycopg", marks=pytest.mark.postgres),
+        pytest.param("postgresql+psycopg tasks", marks=pytest.mark.postgres),
+        pytest.param("postgresql+asyncpg", marks=pytest.mark.postgres),
+    ]
+)
+def world(request, postgres_url):
+    """Threads or tasks, with the URL of a PostgreSQL."""
+    driver, _, variant = request.param.partition(" ")
+    url = make_url(postgres_url).set(drivername=driver)
+    is_asyncio = variant == "tasks" or driver.endswith("asyncpg")
+    return (Tasks if is_asyncio else Threads)(url)
+
+
+def holders(engine):
+    """Return who holds how much, tags that hold nothing left out."""
+    rows = engine.pool.stats().tags
+    return {row.name: row.connections for row in rows if row.connections}
+
+
+def setting(name):
+    def read(connection):
+        value = connection.scalar(text(f"show {name}"))
+        connection.rollback()
+        return value
+
+    return read
+
+
+def is_autocommit(connection):
+    """Tell if what is written stays without a commit."""
+    connection.execute(text("create table refused_tag (x int)"))
+    connection.rollback()
+    stays = connection.scalar(text("select to_regclass('refused_tag') is not null"))
+    connection.execute(text("drop table if exists refused_tag"))
+    connection.rollback()
+    return stays
+
+
+def catalogue(connection):
+    table = Table("pg_class", MetaData(schema="mine"), Column("relpages", Integer))
+    found = connection.execute(select(table).limit(1)).first() is not None
+    connection.rollback()
+    return found
+
+
+def token(connection):
+    setting("server_version")(connection)
+    return connection._message_formatter("a message")
+
+
+def streams(connection):
+    result = connection.execute(text("select 1"))
+    is_streamed = result.context._is_server_side
+    result.close()
+    connection.rollback()
+    return is_streamed
+
+
+OPTIONS = [
+    ({"isolation_level": "AUTOCOMMIT"}, is_autocommit, True),
+    (
+        {"isolation_level": "REPEATABLE READ"},
+        setting("transaction_isolation"),
+        "repeatable read",
+    ),
+    ({"postgresql_readonly": True}, setting("transaction_read_only"), "on"),
+    ({"postgresql_deferrable": True}, setting("transaction_deferrable"), "on"),
+    ({"schema_translate_map": {"mine": "pg_catalog"}}, catalogue, True),
+    ({"stream_results": True}, streams, True),
+    ({"logging_token": "mine"}, token, "[mine] a message"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "look", "expected"), OPTIONS, ids=[next(iter(o[0])) for o in OPTIONS]
+)
+def test_options_hold_after_a_refused_tag(world, options, look, expected):
+    @contract
+    def test(world):
+        engine = world.engine(**ONE_EACH)
+        with engine.connect().execution_options(
+            scraper="mine", **options
+        ) as connection:
+            assert look(connection) == expected
+            before = connection.get_execution_options()
+            with engine.execution_options(scraper="full").connect():
+                with pytest.raises(CheckoutTimeout, match="tag 'full' in_use=1"):
+                    connection.execution_options(scraper="full")
+                assert connection.get_execution_options() == before
+                assert holders(engine) == {"full": 1}
+                assert look(connection) == expected
+                assert holders(engine) == {"full": 1, "mine": 1}
+
+    test(world)
+
+
+@contract
+def test_options_of_the_refused_call_are_not_claimed(world):
+    engine = world.engine(**ONE_EACH)
+    with engine.execution_options(scraper="full").connect():
+        with engine.connect().execution_options(
+            isolation_level="AUTOCOMMIT"
+        ) as connection:
+            with pytest.raises(CheckoutTimeout):
+                connection.execution_options(
+                    scraper="full",
+                    isolation_level="SERIALIZABLE",
+                    stream_results=True,
+                    fairpool_timeout=0.0,
+                )
+            assert connection.get_execution_options() == {
+                "isolation_level": "AUTOCOMMIT"
+            }
+            assert is_autocommit(connection)
+
+
+@contract
+def test_refused_tag_of_an_engine_with_options(world):
+    """Those of the engine hold as well, which SQLAlchemy applies only once."""
+    engine = world.engine(**ONE_EACH)
+    mine = engine.execution_options(scraper="mine", isolation_level="AUTOCOMMIT")
+    with mine.connect() as connection:
+        with engine.execution_options(scraper="full").connect():
+            with pytest.raises(CheckoutTimeout):
+                connection.execution_options(scraper="full")
+        assert is_autocommit(connection)
+
+
+@contract
+def test_refused_tag_of_a_sessions_connection(world):
+    engine = world.engine(**ONE_EACH)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        with engine.execution_options(scraper="full").connect():
+            with Session(connection) as session:
+                with pytest.raises(CheckoutTimeout):
+                    session.connection(execution_options={"scraper": "full"})
+            with Session(connection) as session:
+                assert is_autocommit(session.connection())
+
+
+@contract
+def test_too_many_waiting_refuses_in_the_same_way(world):
+    engine = world.engine(**ONE_EACH, max_waiting=0)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        with engine.execution_options(scraper="full").connect():
+            with pytest.raises(TooManyWaiting):
+                connection.execution_options(scraper="full")
+            assert is_autocommit(connection)
+
+
+@contract
+def test_self_deadlock_refuses_in_the_same_way(world):
+    engine = world.engine(**{**ONE_EACH, "pool_timeout": 30})
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        with engine.execution_options(scraper="full").connect():
+            with pytest.raises(SelfDeadlock):
+                connection.execution_options(scraper="full")
+            assert is_autocommit(connection)
+
+
+@contract
+def test_connection_that_cannot_be_had_again_raises_and_forgets_nothing(world):
+    """Both the new tag and the old one are full: the next use says so."""
+    engine = world.engine(**{**ONE_EACH, "pool_size": 3})
+    mine = engine.execution_options(scraper="mine")
+    with mine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        with engine.execution_options(scraper="full").connect():
+            with pytest.raises(CheckoutTimeout):
+                connection.execution_options(scraper="full")
+            with mine.connect():
+                for _ in range(2):
+                    with pytest.raises(StatementError, match="tag 'mine'"):
+                        connection.execute(text("select 1"))
+            assert is_autocommit(connection)
+
+
+@contract
+def test_options_hold_after_an_invalidation(world):
+    """SQLAlchemy forgets them; a connection with a tag of its own does not."""
+    engine = world.engine()
+    with engine.connect().execution_options(
+        scraper="mine", isolation_level="AUTOCOMMIT"
+    ) as connection:
+        connection.invalidate()
+        assert is_autocommit(connection)
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_cancellation_while_waiting_refuses_in_the_same_way(postgres_url, driver):
+    async def main():
+        engine = create_async_engine(
+            make_url(postgres_url).set(drivername=f"postgresql+{driver}"),
+            poolclass=AsyncAdaptedFairQueuePool,
+            **{**ONE_EACH, "pool_timeout": 30},
+        )
+        async with (
+            engine.execution_options(scraper="full").connect(),
+            engine.connect() as connection,
+        ):
+            await connection.execution_options(isolation_level="AUTOCOMMIT")
+            task = asyncio.create_task(connection.execution_options(scraper="full"))
+            await waiting(engine.pool, 1)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            options = connection.sync_connection.get_execution_options()
+            assert options == {"isolation_level": "AUTOCOMMIT"}
+            assert await connection.run_sync(is_autocommit)
+        assert_quiet(engine.pool)
+        await engine.dispose()
+
+    asyncio.run(main())
+
+
+# -- on the stub: in moments that no server can be brought to --------------------------
+
+
+class Levels(list):
+    """Notes on which connection which isolation level was set; raises `error`."""
+
+    error = None
+
+    def __init__(self, dialect):
+        dialect.set_isolation_level = self.set
+        dialect.reset_isolation_level = lambda connection: None
+
+    def set(self, connection, level):
+        if self.error is not None:
+            raise self.error
+        self.append((connection, level))
+
+    def are_on(self, connection):
+        """Tell if the last one was set on the connection that this one has now."""
+        dbapi_connection = connection.connection.dbapi_connection
+        return self[-1] == (dbapi_connection, "AUTOCOMMIT")
+
+
+def test_interrupt_while_waiting_refuses_in_the_same_way(make_engine, monkeypatch):
+    engine = make_engine(**{**ONE_EACH, "pool_timeout": 30}, deadlock_timeout=None)
+    levels = Levels(engine.dialect)
+
+    def wait(self, seconds):
+        raise KeyboardInterrupt
+
+    with (
+        engine.execution_options(scraper="full").connect(),
+        engine.connect() as connection,
+    ):
+        connection.execution_options(isolation_level="AUTOCOMMIT")
+        with monkeypatch.context() as patch:
+            patch.setattr(ThreadWaiter, "wait", wait)
+            with pytest.raises(KeyboardInterrupt):
+                connection.execution_options(scraper="full")
+        assert len(levels) == 1
+        assert levels.are_on(connection)
+        assert len(levels) == 2
+        assert holders(engine) == {"full": 1, "unknown": 1}
+
+
+def test_failed_connect_refuses_in_the_same_way(make_engine, server):
+    engine = make_engine(**{**ONE_EACH, "pool_timeout": 30})
+    levels = Levels(engine.dialect)
+    connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+    holder = engine.execution_options(scraper="full").connect()
+    caller = Caller(lambda: connection.execution_options(scraper="full"))
+    ensure_waiting(engine.pool, 1)
+
+    def fail():
+        raise StubError("no connection")
+
+    server.before["connect"] = fail
+    holder.invalidate()  # hands on a record without a connection
+    with pytest.raises(StubError):
+        caller.result()
+    server.before.clear()
+    assert levels.are_on(connection)
+    assert holders(engine) == {"unknown": 1}
+    connection.close()
+    holder.close()
+
+
+def test_interrupt_in_the_move_leaves_nothing_under_the_new_tag(
+    make_engine, monkeypatch
+):
+    engine = make_engine()
+    levels = Levels(engine.dialect)
+    with engine.connect().execution_options(
+        scraper="old", isolation_level="AUTOCOMMIT"
+    ) as connection:
+        exchange = type(engine.pool._exchange)
+        move = exchange.move
+
+        def interrupted(*args):
+            move(*args)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(exchange, "move", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                connection.execution_options(scraper="new")
+        assert holders(engine) == {}
+        assert levels.are_on(connection)
+        assert holders(engine) == {"old": 1}
+
+
+def test_options_that_cannot_be_applied_again_keep_the_connection_unused(make_engine):
+    engine = make_engine()
+    levels = Levels(engine.dialect)
+    with engine.connect().execution_options(
+        scraper="mine", isolation_level="AUTOCOMMIT"
+    ) as connection:
+        connection.invalidate()
+        levels.error = StubError("not now")
+        for _ in range(2):
+            with pytest.raises(StatementError, match="not now"):
+                connection.execute(text("select 1"))
+            assert holders(engine) == {}
+        levels.error = None
+        connection.execute(text("select 1"))
+        assert levels.are_on(connection)
+
+
+def test_option_that_was_refused_is_neither_claimed_nor_applied_later(make_engine):
+    engine = make_engine()
+    levels = Levels(engine.dialect)
+    with engine.connect().execution_options(
+        scraper="mine", isolation_level="AUTOCOMMIT"
+    ) as connection:
+        levels.error = StubError("no such level")
+        with pytest.raises(StubError):
+            connection.execution_options(scraper="b", isolation_level="SERIALIZABLE")
+        levels.error = None
+        assert holders(engine) == {"b": 1}
+        assert connection.get_execution_options() == {
+            "scraper": "b",  # this had been accepted by then
+            "isolation_level": "AUTOCOMMIT",
+        }
+        connection.invalidate()
+        assert levels.are_on(connection)
+
+
+@pytest.mark.parametrize("tag", [{}, {"scraper": "full"}], ids=["level", "tag"])
+def test_option_for_which_no_connection_can_be_had_is_not_claimed(make_engine, tag):
+    """What is set on an invalidated connection checks out, to be applied."""
+    engine = make_engine(**ONE_EACH)
+    levels = Levels(engine.dialect)
+    connection = engine.connect().execution_options(scraper="mine")
+    connection.invalidate()
+    with (
+        engine.execution_options(scraper="full").connect(),
+        engine.execution_options(scraper="mine").connect() as other,
+    ):
+        before = connection.get_execution_options()
+        for _ in range(2):
+            with pytest.raises(CheckoutTimeout):
+                connection.execution_options(isolation_level="AUTOCOMMIT", **tag)
+            assert connection.get_execution_options() == before
+        other.close()
+        connection.execute(text("select 1"))
+        assert levels == []
+        assert holders(engine) == {"full": 1, "mine": 1}
+        connection.close()

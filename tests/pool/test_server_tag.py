@@ -1,0 +1,288 @@
+"""``server_tag``: the server sees who is who."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.pool import NullPool
+from support.state import assert_quiet
+from support.threads import eventually
+from support.worlds import Tasks, Threads, contract, count_opened
+
+from sqla_fairpool import FairQueuePool
+from sqla_fairpool.pool import server_tag
+
+pytestmark = pytest.mark.postgres
+
+
+def name_of(connection):
+    return connection.scalar(text("select current_setting('application_name')"))
+
+
+@pytest.fixture
+def engine(postgres_url):
+    engine = create_engine(
+        postgres_url, poolclass=FairQueuePool, server_tag=True, pool_size=4
+    )
+    yield engine
+    assert_quiet(engine.pool)
+    engine.dispose()
+
+
+@pytest.fixture(
+    params=["psycopg2", "psycopg", "psycopg tasks", "asyncpg"],
+)
+def world(request, postgres_url):
+    """Threads or tasks, with the URL of a PostgreSQL."""
+    driver, _, variant = request.param.partition(" ")
+    url = make_url(postgres_url).set(drivername=f"postgresql+{driver}")
+    is_asyncio = variant == "tasks" or driver == "asyncpg"
+    return (Tasks if is_asyncio else Threads)(url)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """The names that the server was told."""
+    names = []
+    say = server_tag._say
+
+    def noted(dbapi_connection, name):
+        names.append(name)
+        say(dbapi_connection, name)
+
+    monkeypatch.setattr(server_tag, "_say", noted)
+    return names
+
+
+def terminate(engine, pid):
+    """End a session at the server; return when it is gone."""
+    gone = text("select not exists (select from pg_stat_activity where pid = :pid)")
+    end = text("select pg_terminate_backend(:pid)")
+    url = engine.url.set(drivername="postgresql+psycopg2")
+    other = create_engine(url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+    with other.connect() as connection:
+        connection.execute(end, {"pid": pid})
+        eventually(lambda: connection.scalar(gone, {"pid": pid}), "its end")
+
+
+@pytest.mark.parametrize(
+    ("tag", "seen"),
+    [
+        ("layer3", "layer3"),
+        ('it\'s 100% \\n "x" %s :x', 'it\'s 100% \\n "x" %s :x'),
+        ("x" * 128, "x" * 63),  # as long as PostgreSQL's names are
+        ("Ünï", "\\xc3\\x9cn\\xc3\\xaf"),  # no plain letters: as it writes them
+        ("層" * 64, ("\\xe5\\xb1\\xa4" * 6)[:63]),
+    ],
+)
+def test_server_sees_the_tag_and_is_told_it_once(world, told, tag, seen):
+    @contract
+    def test(world):
+        engine = world.engine(server_tag=True, pool_size=1)
+        tagged = engine.execution_options(scraper=tag)
+        for _ in range(3):
+            with tagged.connect() as connection:
+                assert name_of(connection) == seen
+        assert told == [seen]
+
+    test(world)
+
+
+@pytest.mark.parametrize("encoding", ["latin1", "sql_ascii"])
+def test_tag_that_the_clients_encoding_lacks(postgres_url, told, encoding):
+    engine = create_engine(
+        postgres_url,
+        poolclass=FairQueuePool,
+        server_tag=True,
+        pool_size=1,
+        connect_args={"client_encoding": encoding},
+    )
+    tagged = engine.execution_options(scraper="層")
+    for _ in range(2):
+        with tagged.connect() as connection:
+            assert name_of(connection) == "\\xe5\\xb1\\xa4"
+    assert len(told) == 1
+    engine.dispose()
+
+
+def test_it_is_said_only_when_a_connection_changes_hands(engine, told):
+    a, b = (engine.execution_options(scraper=tag) for tag in "ab")
+    for _ in range(3):
+        with a.connect() as connection:
+            assert name_of(connection) == "a"
+    assert len(told) == 1
+    with a.connect(), b.connect() as connection:
+        assert name_of(connection) == "b"
+    assert len(told) == 2
+    # Each gets the connection that it had, whichever came back last.
+    for _ in range(3):
+        with b.connect() as one, a.connect() as two:
+            assert (name_of(one), name_of(two)) == ("b", "a")
+        engine.pool.stats()  # nothing is kept warm
+        with a.connect() as two, b.connect() as one:
+            assert (name_of(one), name_of(two)) == ("b", "a")
+    assert len(told) == 2
+
+
+def test_rollback_does_not_take_it_back(engine):
+    with engine.execution_options(scraper="a").connect() as connection:
+        connection.execute(text("select 1"))
+        connection.rollback()
+        assert name_of(connection) == "a"
+
+
+def test_tag_set_on_the_connection(engine):
+    with engine.connect() as connection:
+        assert name_of(connection) == "unknown"
+        connection.rollback()
+        assert name_of(connection.execution_options(scraper="late")) == "late"
+
+
+def test_new_connection_in_an_old_record(engine):
+    tagged = engine.execution_options(scraper="a")
+    with tagged.connect() as connection:
+        connection.invalidate()
+        assert name_of(connection) == "a"
+    with tagged.connect() as connection:
+        connection.invalidate()
+    with tagged.connect() as connection:
+        assert name_of(connection) == "a"
+
+
+@contract
+def test_dead_connection_is_replaced(world):
+    engine = world.engine(server_tag=True)
+    a, b = (engine.execution_options(scraper=tag) for tag in "ab")
+    with a.connect() as connection:
+        pid = connection.scalar(text("select pg_backend_pid()"))
+    terminate(engine, pid)
+    with b.connect() as connection:
+        assert name_of(connection) == "b"
+        assert connection.scalar(text("select pg_backend_pid()")) != pid
+
+
+@contract
+def test_dead_connection_is_replaced_when_it_gets_a_tag_of_its_own(world):
+    engine = world.engine(server_tag=True, pool_size=1)
+    opened = count_opened(engine)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        pid = connection.scalar(text("select pg_backend_pid()"))
+        connection.rollback()
+        terminate(engine, pid)
+        connection.execution_options(scraper="late")
+        assert name_of(connection) == "late"
+        assert len(opened) == 2
+        connection.execute(text("create table server_tag_left (x int)"))
+    with engine.begin() as connection:
+        connection.execute(text("drop table server_tag_left"))  # it was committed
+
+
+@contract
+def test_dead_connection_that_cannot_be_replaced_is_a_lost_one(world):
+    """The caller sees SQLAlchemy's error, and the tag that it had before."""
+    engine = world.engine(server_tag=True, pool_size=1)
+    dbapi = engine.dialect.loaded_dbapi
+
+    def refuse(*_):
+        raise dbapi.OperationalError("the server is away")
+
+    with engine.connect().execution_options(scraper="old") as connection:
+        pid = connection.scalar(text("select pg_backend_pid()"))
+        connection.rollback()
+        terminate(engine, pid)
+        event.listen(engine, "do_connect", refuse)
+        with pytest.raises(DBAPIError, match="the server is away"):
+            connection.execution_options(scraper="new")
+        assert connection.invalidated
+        assert connection.get_execution_options() == {"scraper": "old"}
+        event.remove(engine, "do_connect", refuse)
+        assert name_of(connection) == "old"
+
+
+@contract
+def test_what_goes_wrong_in_telling_is_sqlalchemys_error(world):
+    engine = world.engine(server_tag=True, pool_size=1)
+    dbapi = engine.dialect.loaded_dbapi
+    with engine.connect().execution_options(scraper="old") as connection:
+        with pytest.MonkeyPatch.context() as patch:
+
+            def refuse(*_):
+                raise dbapi.ProgrammingError("not allowed")
+
+            patch.setattr(server_tag, "_say", refuse)
+            with pytest.raises(DBAPIError, match="not allowed"):
+                connection.execution_options(scraper="new")
+        assert connection.get_execution_options() == {"scraper": "old"}
+        assert name_of(connection) == "old"
+
+
+STATEMENTS = ["reset all", "discard all", "reset application_name"]
+
+
+@pytest.mark.parametrize("statement", STATEMENTS)
+def test_name_that_is_reset_at_each_return_is_told_again(world, statement):
+    @contract
+    def test(world):
+        # Nothing is left by DISCARD ALL of what asyncpg has prepared.
+        arguments = (
+            {"prepared_statement_cache_size": 0}
+            if world.url.drivername.endswith("asyncpg")
+            else {}
+        )
+        engine = world.engine(
+            server_tag=True,
+            pool_size=1,
+            pool_reset_on_return=None,
+            connect_args=arguments,
+        )
+
+        @event.listens_for(engine, "reset")
+        def reset(dbapi_connection, record, state):
+            dbapi_connection.rollback()
+            if state.asyncio_safe and not state.terminate_only:
+                autocommit = dbapi_connection.autocommit
+                dbapi_connection.autocommit = True  # for DISCARD ALL
+                cursor = dbapi_connection.cursor()
+                cursor.execute(statement)
+                cursor.close()
+                dbapi_connection.autocommit = autocommit
+
+        tagged = engine.execution_options(scraper="a")
+        for _ in range(5):
+            with tagged.connect() as connection:
+                assert name_of(connection) == "a"
+
+    test(world)
+
+
+@contract
+def test_name_that_the_application_sets_is_replaced_at_the_next_checkout(world):
+    engine = world.engine(server_tag=True, pool_size=1)
+    tagged = engine.execution_options(scraper="a")
+    with tagged.connect() as connection:
+        connection.execute(text("set application_name = 'mine'"))
+        connection.commit()
+        assert name_of(connection) == "mine"
+    with tagged.connect() as connection:
+        assert name_of(connection) == "a"
+
+
+def test_driver_that_does_not_say_the_name_is_told_each_time(engine, told, monkeypatch):
+    monkeypatch.setattr(server_tag, "_name_known_to", lambda connection: None)
+    tagged = engine.execution_options(scraper="a")
+    for _ in range(2):
+        with tagged.connect() as connection:
+            assert name_of(connection) == "a"
+    assert told == ["a", "a"]
+
+
+def test_dispose_keeps_it(engine):
+    engine.dispose()
+    with engine.execution_options(scraper="a").connect() as connection:
+        assert name_of(connection) == "a"
+
+
+def test_only_postgresql_has_it():
+    with pytest.raises(ArgumentError, match=r"server_tag=True .*sqlite"):
+        create_engine("sqlite://", poolclass=FairQueuePool, server_tag=True)
