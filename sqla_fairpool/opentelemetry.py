@@ -80,10 +80,10 @@ class _Instruments:
         self._observe(meter)
 
     def _keep_durations(self) -> None:
-        exchange = self._source.exchange()
-        assert exchange is not None
-        with exchange.section():
-            meters = exchange.scheduler.roster.meters
+        core = self._source.core()
+        assert core is not None
+        with core.lock.section():
+            meters = core.scheduler.roster.meters
             meters.on_new.append(_keep)
             for tag, meter in meters.by_tag.items():
                 _keep(tag, meter)
@@ -127,12 +127,12 @@ class _Instruments:
 
     def _record_durations(self, options: CallbackOptions) -> Iterable[Observation]:
         """Record what has happened since the last export."""
-        exchange = self._source.exchange()
-        if exchange is None:
+        core = self._source.core()
+        if core is None:
             return ()
         taken: list[tuple[Histogram, str, Iterable[float]]] = []
-        with exchange.section():
-            for tag, meter in exchange.scheduler.roster.meters.by_tag.items():
+        with core.lock.section():
+            for tag, meter in core.scheduler.roster.meters.by_tag.items():
                 more = meter.at_once - self._at_once.get(tag, 0)
                 self._at_once[tag] = meter.at_once
                 zeros = repeat(0.0, min(more, _KEPT))

@@ -62,14 +62,14 @@ class FairPoolCollector(Collector):
 
     def add(self, source: Source) -> None:
         """Collect from one more pool, once."""
-        known = [s.exchange() for s in self._sources]
-        if source.exchange() not in known:
+        known = [s.core() for s in self._sources]
+        if source.core() not in known:
             self._sources.append(source)
 
     def collect(self) -> Iterable[Metric]:
         """Return all series, as they are now."""
         pools = [pool for pool in (s.read() for s in self._sources) if pool]
-        self._sources = [s for s in self._sources if s.exchange() is not None]
+        self._sources = [s for s in self._sources if s.core() is not None]
         yield from _gauges(pools)
         yield from _gauges_by_tag(pools)
         yield from _counters(pools)

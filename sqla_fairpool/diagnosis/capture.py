@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from ..pool.checkout import Seat
-from ..pool.desk import Desk
 from .callers import (
     Caller,
     Place,
@@ -24,7 +23,11 @@ from .callers import (
 )
 from .report import Diagnosis, Holding
 
-__all__ = ["Copy", "Scene", "as_holding", "copy_seat", "copy_scene"]
+if TYPE_CHECKING:
+    from ..pool.checkout import Checkout
+    from ..pool.transitions import Transitions
+
+__all__ = ["Copy", "Scene", "as_holding", "copy_checkout", "copy_scene"]
 
 #: Holders whose present place in the code is looked up: it is not free, and a
 #: message names no more.
@@ -87,70 +90,74 @@ class Scene:
         )
 
 
-def copy_scene(desk: Desk, seat: Seat, now: float) -> Scene:
+def copy_scene(state: Transitions, checkout: Checkout, now: float) -> Scene:
     """Copy what there is to know when a waiting seat gives up.
 
     Caller is in a section.
     """
-    scheduler, account = desk.scheduler, seat.account
+    scheduler, account = state.scheduler, checkout.account
     return Scene(
         now=now,
-        waited=now - seat.since,
-        caller=seat.holder,
+        waited=now - checkout.since,
+        caller=checkout.holder,
         account=(
             account.tag,
             account.in_use,
             scheduler.ceiling(account),
             account.waiting,
-            scheduler.place(seat),
+            scheduler.place(checkout),
         ),
         pool=(
             scheduler.roster.active,
             scheduler.in_use,
-            desk.options.capacity,
-            desk.count_idle()[0],
+            state.options.capacity,
+            len(state.connections.idle),
         ),
         holders=[
             (a.tag, a.in_use) for a in scheduler.roster.accounts.values() if a.in_use
         ],
-        copies=_copies(desk),
-        ledger=(
-            (None, None) if desk.share is None else (desk.allotted, desk.share.trouble)
-        ),
+        copies=_copies(state),
+        ledger=state.slots.describe(),
     )
 
 
-def _copies(desk: Desk) -> list[Copy]:
-    out = desk.seats_out()
+def _copies(state: Transitions) -> list[Copy]:
+    out = state.connections.out()
     # A record without a connection is out while another one is opened for it.
-    hollow = {id(r.seat) for r in desk.records_of(out) if r.dbapi_connection is None}
-    waiting = {seat.holder for seat in desk.seats_waiting()} - {None}
+    hollow = {
+        id(r.fair.checkout)
+        for r in state.connections.records_of(out)
+        if r.dbapi_connection is None
+    }
+    waiting = {checkout.holder for checkout in state.waiting()} - {None}
     return [
         replace(
             copy,
-            opening=copy.opening or id(seat) in hollow,
-            waits=seat.holder in waiting,
+            opening=copy.opening or id(checkout) in hollow,
+            waits=checkout.holder in waiting,
         )
-        for seat, copy in [(seat, copy_seat(desk, seat)) for seat in out]
+        for checkout, copy in [
+            (checkout, copy_checkout(state, checkout)) for checkout in out
+        ]
     ]
 
 
-def copy_seat(desk: Desk, seat: Seat) -> Copy:
+def copy_checkout(state: Transitions, checkout: Checkout) -> Copy:
     """Copy what a seat that is out says. Caller is in a section."""
     return Copy(
-        tag=seat.account.tag,
-        since=seat.since,
-        used=seat.used,
-        holder=seat.holder,
-        stack=seat.stack,
-        opening=desk.is_opening(seat),
+        tag=checkout.account.tag,
+        since=checkout.since,
+        used=checkout.used,
+        holder=checkout.holder,
+        stack=checkout.stack,
+        opening=checkout in state.connections.opening,
     )
 
 
 def as_holding(
     copy: Copy, now: float, asking: Caller | None = None, *, look_up: bool = True
 ) -> Holding:
-    """Return the facts of a seat.
+    """Return the facts of a checkout.
 
     :param asking: the caller who waits.
     :param look_up: find out where its holder is now.

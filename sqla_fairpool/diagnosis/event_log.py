@@ -33,7 +33,7 @@ class Journal:
     :param later: takes what is to be done after the lock.
     """
 
-    def __init__(self, later: deque[Callable[[], None]]) -> None:
+    def __init__(self, later: deque[Callable[[], object]]) -> None:
         #: The pool's.
         self.logger: Any = logging.getLogger(__name__)
         self._later = later
@@ -49,7 +49,7 @@ class Journal:
         """The pool was exhausted when last looked at."""
         return self._since != math.inf
 
-    # -- under the lock ---------------------------------------------------------------
+    # -- under the lock --------------------------------------------------------------
 
     def changed(self, tag: str, active: bool, count: int, ceiling: int) -> None:
         """Note that a tag has become active, or idle; `count` tags are active now."""
@@ -78,7 +78,7 @@ class Journal:
             return
         self.next_look = now + _OVER_AFTER
 
-    # -- after it ---------------------------------------------------------------------
+    # -- after it --------------------------------------------------------------------
 
     def _log_change(self, tag: str, active: bool, count: int, ceiling: int) -> None:
         if not count:

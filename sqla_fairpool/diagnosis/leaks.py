@@ -11,13 +11,15 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..pool.checkout import Seat
-from ..pool.desk import Desk
 from .callers import describe_stack
-from .capture import Copy, as_holding, copy_seat
+from .capture import Copy, as_holding, copy_checkout
 from .report import duration
+
+if TYPE_CHECKING:
+    from ..pool.checkout import Checkout
+    from ..pool.core import PoolCore
 
 __all__ = ["LeakWatch"]
 
@@ -30,8 +32,8 @@ _LONGEST_PAUSE = 1.0
 class LeakWatch:
     """Reports what is out for `threshold` seconds, once for each checkout."""
 
-    def __init__(self, desk: Desk, threshold: float) -> None:
-        self._desk = weakref.ref(desk)
+    def __init__(self, core: PoolCore, threshold: float) -> None:
+        self._core = weakref.ref(core)
         self._threshold = threshold
         self._thread: threading.Thread | None = None
 
@@ -52,22 +54,22 @@ class LeakWatch:
 
     def look(self) -> None:
         """Report what is out for too long and was not reported yet."""
-        desk = self._desk()
-        if desk is None:
+        core = self._core()
+        if core is None:
             return
-        with desk.section() as now:
+        with core.lock.section() as now:
             late = [
-                seat
-                for seat in desk.seats_out()
-                if now - seat.since >= self._threshold and not seat.reported
+                checkout
+                for checkout in core.connections.out()
+                if now - checkout.since >= self._threshold and not checkout.reported
             ]
-            for seat in late:
-                seat.reported = True
-                seat.may_warm = False  # its return is to be noticed
-            copies = [copy_seat(desk, seat) for seat in late]
+            for checkout in late:
+                checkout.reported = True
+                checkout.may_keep = False  # its return is to be noticed
+            copies = [copy_checkout(core.state, checkout) for checkout in late]
         for copy in copies:
             holding = as_holding(copy, now)
-            desk.logger.warning(
+            core.logger.warning(
                 "Connection out for %s, longer than leak_threshold %s: %s%s",
                 duration(holding.age),
                 duration(self._threshold),
@@ -75,13 +77,13 @@ class LeakWatch:
                 describe_stack(copy.stack),
             )
 
-    def returned(self, seat: Seat, now: float) -> Callable[[], None]:
+    def returned(self, checkout: Checkout, now: float) -> Callable[[], None]:
         """Return what logs that a reported connection has come back."""
-        desk = self._desk()
-        assert desk is not None
-        copy = copy_seat(desk, seat)
-        seat.reported = False
-        return partial(_log_return, desk.logger, copy, now)
+        core = self._core()
+        assert core is not None
+        copy = copy_checkout(core.state, checkout)
+        checkout.reported = False
+        return partial(_log_return, core.logger, copy, now)
 
 
 def _log_return(logger: Any, copy: Copy, now: float) -> None:

@@ -1,45 +1,69 @@
-"""The nouns of the exchange: records, the seats on them, whose they are."""
+"""One checkout's state, and what the pool notes on a record."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Protocol
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ..diagnosis.callers import Caller, Place
+from ..diagnosis.callers import Caller, Place, TaskHere, ThreadHere
 from ..scheduling.account import FREE, GRANTED, Ticket
-from .connections import PhysicalConnection
+from .physical import PhysicalConnection
 from .waiters import Waiter
 
-if TYPE_CHECKING:
-    from .exchange import Exchange
-
-__all__ = ["Generation", "Opener", "Record", "Seat"]
+__all__ = ["Checkout", "Core", "Generation", "Opener", "Record", "RecordState"]
 
 
-#: Long checkouts that a seat notes before they are booked, which takes the lock. So
-#: many that it happens rarely, so few that the list is no burden.
+#: Long checkouts that are noted before they are booked, which takes the lock: so many
+#: that it happens rarely, so few that the list is no burden.
 _LONG_HOLDS_KEPT = 256
 
 
-class Record(ConnectionPoolEntry):
-    """For the type checker: a connection record with what we put on it."""
+class Core(Protocol):
+    """What a checkout asks of the pool's core."""
 
-    seat: Seat
-    #: What is known of its connection, or of the last one that it had.
-    physical: PhysicalConnection
-    #: Present, and True: to be closed when it comes back.
-    doomed: bool
-    #: Present from when it is decided that it is closed: why.
-    reason: str
-    #: Present after the first look at it while it was idle: its last checkout's
-    #: time, and since when that has been known to be the last one.
-    seen: tuple[float, float]
+    alive: weakref.ref[Any]
+
+    @property
+    def clock(self) -> Callable[[], float]: ...
+    @property
+    def here(self) -> ThreadHere | TaskHere: ...
+
+    def give_up(self, checkout: Checkout) -> None: ...
+    def lost(self, checkout: Checkout) -> None: ...
+    def activity(self, checkout: Checkout) -> None: ...
+    def move(self, checkout: Checkout, tag: str) -> bool: ...
+
+
+class RecordState:
+    """What the pool notes on a connection record."""
+
+    __slots__ = ("checkout", "close_reason", "doomed", "idle_since", "physical")
+
+    def __init__(self, physical: PhysicalConnection, checkout: Checkout) -> None:
+        #: Its connection, or the last one that it had.
+        self.physical = physical
+        #: The one that it is out for, or was last; a free one before the first.
+        self.checkout = checkout
+        #: When it came back last.
+        self.idle_since = -math.inf
+        #: To be closed when it comes back.
+        self.doomed = False
+        #: Why it is closed, once that is decided.
+        self.close_reason: str | None = None
+
+
+class Record(ConnectionPoolEntry):
+    """For the type checker: a connection record with what the pool puts on it."""
+
+    fair: RecordState
 
 
 class Opener(Protocol):
-    """Who opens another connection; a pool."""
+    """What opens another connection: a pool."""
 
     generation: Generation
     logger: Any
@@ -48,9 +72,9 @@ class Opener(Protocol):
 
 
 class Generation:
-    """One of the pools that follow each other at an exchange (``recreate()``)."""
+    """One of the pools that follow each other over one core (``recreate()``)."""
 
-    __slots__ = ("disposed", "left", "warm")
+    __slots__ = ("disposed", "left", "warmed_up")
 
     def __init__(self) -> None:
         #: What lay in the pool when the next one took over: not for use there.
@@ -58,24 +82,22 @@ class Generation:
         #: It was told to close what lies in it.
         self.disposed = False
         #: Its ``min_idle`` connections have been opened.
-        self.warm = False
+        self.warmed_up = False
 
 
-class Seat(Ticket):
-    """A ticket with what belongs to it on this side.
+class Checkout(Ticket):
+    """One checkout, from when a slot is requested until it is released.
 
-    A record keeps its seat, which serves one checkout after the other; a caller
-    that has to wait brings a new one.
+    While its record is warm, it serves further checkouts under the same tag. Its fields
+    are its caller's until the slot is granted; then those of whoever has the lock.
     """
 
     __slots__ = (
         "__weakref__",
         "alive",
-        "exchange",
-        "former",
+        "core",
         "holder",
-        "loan",
-        "may_warm",
+        "may_keep",
         "orphaned",
         "record",
         "reported",
@@ -85,50 +107,49 @@ class Seat(Ticket):
         "warm",
     )
 
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, core: Core) -> None:
         super().__init__()
-        self.exchange = exchange
-        #: Tells if the exchange is in use, or garbage together with this seat.
-        self.alive = exchange.alive
-        #: What was handed over, until the owner picks it up.
+        self.core = core
+        #: Tells if the core is in use, or garbage together with this checkout.
+        self.alive = core.alive
+        #: The record that was handed over, until the caller picks it up.
         self.record: Record | None = None
-        #: The owner has gone while its connection is being opened.
+        #: The caller has gone while a connection is being opened for it.
         self.orphaned = False
-        #: How to wake the owner, until the slot was handed over.
+        #: Wakes the caller; None when nobody waits, or once the slot is granted.
         self.waiter: Waiter | None = None
-        #: Its record may be kept warm when it comes back.
-        self.may_warm = False
-        #: It is, among its tag's.
+        #: The record may be kept warm when it comes back.
+        self.may_keep = False
+        #: It is kept warm.
         self.warm = False
-        #: Who asked for it, or was the last to use it. Stale while it is warm.
+        #: Who asked for it, or used it last. Stale while it is warm.
         self.holder: Caller | None = None
-        #: When a statement was last executed, by whomever.
+        #: When a statement was last executed, by any caller.
         self.used = -math.inf
-        #: Where it was checked out, if that is noted, innermost place first.
+        #: Where it was checked out, innermost first; only with ``leak_threshold``.
         self.stack: tuple[Place, ...] = ()
         #: It was reported as out for too long.
         self.reported = False
-        #: The tag of a caller in the middle of a critical section of the same thread,
-        #: until this checkout is accounted for; and the record's seat before.
-        self.loan: str | None = None
-        self.former: Seat | None = None
 
     def note(self, held: float) -> None:
         super().note(held)
         if len(self.long_holds) >= _LONG_HOLDS_KEPT:
-            self.may_warm = False  # they are booked when it comes back
+            self.may_keep = False  # they are booked when it comes back
 
     def abandon(self) -> None:
-        """Called by its waiter when its owner cannot be woken any more."""
-        self.exchange.give_up(self)
+        """Give up: the caller cannot be woken any more. Called by the waiter."""
+        self.core.give_up(self)
 
     def adopt(self, record: Record | None) -> None:
-        """Called by its waiter when that connection is open, or could not be opened."""
+        """Take back what was opened for a caller that has gone. Called by the waiter.
+
+        :param record: None if the connection could not be opened.
+        """
         self.orphaned = False
         self.record = record
-        self.exchange.give_up(self)
+        self.core.give_up(self)
 
     def __del__(self) -> None:
-        # An interrupt may have left it without its fields.
+        # It may lack its fields if an interrupt came while it was made.
         if getattr(self, "state", FREE) is GRANTED and self.alive() is not None:
-            self.exchange.lost(self)
+            self.core.lost(self)

@@ -1,349 +1,112 @@
-"""The connections of a pool that exist at the server.
+"""The records of a pool: which lie idle, in which order they are handed out.
 
 Rules of this file:
 
-* A connection exists from before it is opened until its session at the server has
-  ended, by whatever way: closed, invalidated, detached, collected, interrupted.
-* Nothing is counted up and down. Who pays for a connection is found by looking at it:
-  the ticket of its checkout, the pool in which it lies idle, or nobody any more. Those
-  are *apart*: detached, being closed, or closed and not over at the server.
-* A driver's connection that nobody has any more is noticed by a weak reference, and its
-  session is ended then. So none stays apart that is not in somebody's hands.
-* What is called by a finaliser takes no lock.
+* All of it is guarded by the pool's lock. But a signal handler may take an idle record
+  in the middle of a section of the same thread (see :mod:`.nested`): a section takes a
+  record before it decides, and iterates over copies.
 """
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import time
 import weakref
-from collections.abc import Callable, Collection, Container, Iterator
-from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from collections import deque
+from collections.abc import Collection
 
-from sqlalchemy.util import await_only
-
-from ..ledger.rows import Session
 from ..scheduling.account import GRANTED
-from .endings import ENDED, OPEN, UNKNOWN, SocketCopy, silence, stop_statement, watcher
-from .sqlalchemy_private import in_greenlet
+from .checkout import Checkout, Generation, Record
+from .server_tag import TOLD
 
-if TYPE_CHECKING:
-    from .checkout import Record
-
-__all__ = ["Connections", "PhysicalConnection"]
-
-#: Seconds in which a server ends a session as a rule: it takes one or two milliseconds.
-#: What takes longer is not waited for by the thread that closes.
-_GOODBYE = 0.5
-
-#: Seconds after which a session counts as ended that the server has not ended, where
-#: there is no ledger through which it could be asked.
-_GIVE_UP = 10.0
-
-
-def driver_of(dbapi_connection: Any) -> Any:
-    """Return the driver's connection, from behind SQLAlchemy's adapter for asyncio."""
-    return getattr(dbapi_connection, "driver_connection", dbapi_connection)
-
-
-#: Seconds after which somebody must have looked at the end of a closed connection.
-_OVERDUE = _GOODBYE + _GIVE_UP + 1.0
-
-
-class PhysicalConnection:
-    """One connection to the server."""
-
-    __slots__ = (
-        "__weakref__",
-        "_driver",
-        "_kept",
-        "_record",
-        "ending",
-        "lost",
-        "opening",
-        "session",
-        "socket",
-    )
-
-    def __init__(self, record: Record) -> None:
-        self._record = weakref.ref(record)
-        self._driver: weakref.ref[Any] | None = None
-        # The driver's connection itself, where it cannot be referred to weakly.
-        self._kept: Any = None
-        #: It belongs to whoever opens it, until that is done.
-        self.opening = True
-        #: Since when it is closed by the client, though the server may not have ended
-        #: the session; 0.0 before.
-        self.ending = 0.0
-        #: Nobody in this process will learn when the session ends.
-        self.lost = False
-        #: What the server calls it, if that is known.
-        self.session: Session | None = None
-        self.socket: SocketCopy | None = None
-
-    @property
-    def driver(self) -> Any:
-        """The driver's connection, None before it is opened and when it is gone."""
-        return self._kept if self._driver is None else self._driver()
-
-    def attach(
-        self,
-        driver: Any,
-        gone: Callable[[], Callable[[PhysicalConnection], None] | None],
-    ) -> None:
-        """Note the driver's connection; call `gone` when nobody has it any more."""
-        self.socket = SocketCopy.of(driver)
-        this = weakref.ref(self)
-
-        def collected(_: object) -> None:
-            physical, call = this(), gone()
-            if physical is not None and call is not None:
-                call(physical)
-
-        try:
-            self._driver = weakref.ref(driver, collected)
-        except TypeError:  # sqlite3
-            self._kept = driver
-
-    def record(self) -> Record | None:
-        """The record that has it now, None if none has."""
-        record = self._record()
-        if record is None or record.physical is not self:
-            return None
-        return record if self.opening or record.dbapi_connection is not None else None
-
-    def is_abandoned(self) -> bool:
-        """Tell if one that cannot be watched weakly is closed, or nobody has it."""
-        if self._kept is None:
-            return False
-        try:
-            _ = getattr(self._kept, "total_changes", None)
-        except Exception:
-            return True  # sqlite3's, closed
-        return sys.getrefcount(self._kept) <= _references_of_its_own()
-
-
-@cache
-def _references_of_its_own() -> int:
-    """Return how many references there are to a sqlite3 connection that nobody has."""
-    import sqlite3  # some builds of Python are without
-
-    holder = PhysicalConnection(cast(Any, _references_of_its_own))
-    holder._kept = sqlite3.connect(":memory:")
-    number = sys.getrefcount(holder._kept)
-    holder._kept.close()
-    return number
+__all__ = ["Connections"]
 
 
 class Connections:
-    """The set of a pool's physical connections.
+    """Records: all of them, those that lie idle, and those that a former pool has left.
 
-    :param changed: called, without a lock, when one has ended.
-    :param may_block: closing may wait for the server, as a thread does.
+    :param use_lifo: hand out the record that came back last, not first.
     """
 
-    def __init__(self, changed: Callable[[], None], may_block: bool) -> None:
-        self._changed = changed
-        self._may_block = may_block
-        #: Those that are lost are the ledger's to look after. None without one.
-        self.on_lost: Callable[[], None] | None = None
-        #: Errors after which it is known that no session has begun.
-        self.failures: tuple[type[BaseException], ...] = (BaseException,)
-        self._existing: set[PhysicalConnection] = set()
+    __slots__ = (
+        "_take",
+        "all",
+        "end",
+        "idle",
+        "left",
+        "opening",
+        "owner",
+    )
 
-    def __iter__(self) -> Iterator[PhysicalConnection]:
-        return iter(list(self._existing))
+    def __init__(self, use_lifo: bool) -> None:
+        #: Records in the pool, the one that came back first on the left.
+        self.idle: deque[Record] = deque()
+        #: Every record there is, for the child of a fork.
+        self.all: weakref.WeakSet[Record] = weakref.WeakSet()
+        #: Checkouts for which a connection is opened. Weak: one that an interrupted
+        #: caller has dropped gives its slot back.
+        self.opening: weakref.WeakSet[Checkout] = weakref.WeakSet()
+        #: The pool whose records are kept, and what is left of those before it.
+        self.owner = Generation()
+        self.left: weakref.WeakSet[Record] = weakref.WeakSet()
+        self.hand_out(last_first=use_lifo)
 
-    def __len__(self) -> int:
-        return len(self._existing)
+    def hand_out(self, *, last_first: bool) -> None:
+        """Set which of the records that came back is the next."""
+        #: Where the next one is: -1 or 0, as an index.
+        self.end = -1 if last_first else 0
+        self._take = self.idle.pop if last_first else self.idle.popleft
 
-    def __contains__(self, physical: PhysicalConnection) -> bool:
-        return physical in self._existing
+    # -- what lies idle --------------------------------------------------------------
 
-    def apart(self, idle: Container[int], left: Container[Any]) -> int:
-        """Return how many are paid for by no ticket and do not lie in the pool.
-
-        Caller is in a section. O(connections).
-
-        :param idle: ids of the records in the pool.
-        :param left: records of former pools, which are counted elsewhere.
-        """
-        return sum(
-            not self._is_paid_for(physical, idle, left)
-            for physical in list(self._existing)
-        )
-
-    @staticmethod
-    def _is_paid_for(
-        physical: PhysicalConnection, idle: Container[int], left: Container[Any]
-    ) -> bool:
-        record = physical.record()
-        if record is None or physical.ending:
-            return False
-        if physical.opening or id(record) in idle or record in left:
-            return True
-        return record.seat.state is GRANTED
-
-    def detached(self) -> int:
-        """Return how many are open and have left the pool."""
-        return sum(
-            physical.record() is None and not physical.ending
-            for physical in list(self._existing)
-        )
-
-    # -- opening ------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def opening(self, record: Record) -> Iterator[PhysicalConnection]:
-        """One more is being opened.
-
-        It does not exist after all if that fails. If it was interrupted, the server may
-        have begun a session, which ends as soon as it sees that the client has gone: no
-        statement was executed in it.
-        """
-        physical = PhysicalConnection(record)
+    def pop(self) -> Record | None:
+        """Take the idle record that is next, None if there is none."""
         try:
-            record.physical = physical
-            self._existing.add(physical)
-            yield physical
-        except self.failures:
-            self._existing.discard(physical)
-            raise
-        except BaseException:
-            physical.ending = time.monotonic()
-            watcher.watch(None, _GOODBYE, lambda _: self.ended(physical))
-            raise
+            return self._take()
+        except IndexError:
+            return None
 
-    def opened(self, physical: PhysicalConnection, dbapi_connection: Any) -> None:
-        """Note the connection that was opened."""
-        gone = weakref.WeakMethod(self._is_gone)
-        physical.attach(driver_of(dbapi_connection), gone)
+    def prefer(self, tag: str) -> None:
+        """Make a record the next one that the server knows under `tag`, if there is."""
+        for record in list(self.idle):
+            if record.info.get(TOLD) == tag and self.remove(record):
+                self.put_back(record)
+                return
 
-    def of(self, dbapi_connection: Any) -> PhysicalConnection | None:
-        """Return what stands for a DBAPI connection, None if it is not of this pool."""
-        driver = driver_of(dbapi_connection)
-        for physical in list(self._existing):
-            if physical.driver is driver:
-                return physical
-        return None
-
-    # -- ending -------------------------------------------------------------------
-
-    def close(self, dbapi_connection: Any, close: Callable[[], None]) -> None:
-        """Close a connection; it is over when the server has ended the session."""
-        physical = self.of(dbapi_connection)
-        if physical is None:
-            close()
-            return
+    def remove(self, record: Record) -> bool:
+        """Take an idle record; tell if it was there."""
         try:
-            stop_statement(physical.driver)
-            close()
-        finally:
-            self.closed(physical)
+            self.idle.remove(record)
+        except ValueError:
+            return False  # a signal handler took it a moment ago
+        return True
 
-    def closed(self, physical: PhysicalConnection) -> None:
-        """The client has closed it. Waits for the server for a moment, if it may."""
-        physical.opening = False
-        line = physical.socket
-        if line is None:
-            self.ended(physical)
-            return
-        if physical.ending or physical not in self._existing:
-            return
-        state = None
-        try:
-            physical.ending = time.monotonic()
-            was_reset = line.was_reset()
-            line.hang_up()  # the copy would keep the connection up
-            if was_reset:
-                state = UNKNOWN
-            elif self._may_block:
-                state = line.look(_GOODBYE)
-            elif in_greenlet():
-                state = await_only(line.look_in_loop(_GOODBYE))
-        finally:
-            if state is None:  # interrupted, or not where a task can wait
-                watcher.watch(line, _GOODBYE, lambda s: self._conclude(physical, s))
-            else:
-                self._conclude(physical, state)
-
-    def _conclude(self, physical: PhysicalConnection, state: str) -> None:
-        if state is ENDED:
-            self.ended(physical)
-        elif self.on_lost is not None:
-            physical.lost = True
-            self.on_lost()
-        elif state is OPEN and physical.socket is not None:
-            watcher.watch(physical.socket, _GIVE_UP, lambda _: self.ended(physical))
+    def put_back(self, record: Record) -> None:
+        """Undo :meth:`pop`."""
+        if self.end:
+            self.idle.append(record)
         else:
-            self.ended(physical)  # nobody can be asked
+            self.idle.appendleft(record)
 
-    def ended(self, physical: PhysicalConnection) -> None:
-        """Its session is over."""
-        if physical in self._existing:
-            self._existing.discard(physical)
-            if physical.socket is not None:
-                physical.socket.close()
-            self._changed()
+    def count_open(self) -> int:
+        """Return how many idle records have a connection."""
+        return len([r for r in list(self.idle) if r.dbapi_connection is not None])
 
-    def release(self, physical: PhysicalConnection) -> bool:
-        """Let go of a connection that is not this pool's business any more."""
-        there = physical in self._existing
-        self._existing.discard(physical)
-        return there
+    # -- what is out -----------------------------------------------------------------
 
-    def hang_up(self, physical: PhysicalConnection) -> None:
-        """End a session without the driver: its loop may be gone, or blocked."""
-        if physical.socket is not None:
-            physical.socket.hang_up()
-        elif hasattr(physical.driver, "stop"):  # aiosqlite: the end of its thread
-            physical.driver.stop()
-        self.closed(physical)
+    def granted(self) -> list[Checkout]:
+        """Return the checkouts whose records are out."""
+        checkouts = [record.fair.checkout for record in self.all]
+        return [checkout for checkout in checkouts if checkout.state is GRANTED]
 
-    def _is_gone(self, physical: PhysicalConnection) -> None:
-        """Nobody has the driver's connection any more. Called by its finaliser."""
-        if physical in self._existing and not physical.ending:
-            if physical.socket is not None:
-                physical.socket.hang_up()
-                physical.opening = False
-                physical.ending = time.monotonic()
-                watcher.watch(
-                    physical.socket, _GOODBYE, lambda s: self._conclude(physical, s)
-                )
-            else:
-                self.ended(physical)
+    def out(self) -> list[Checkout]:
+        """Return :meth:`granted` and those for which a connection is opened."""
+        opening = [checkout for checkout in self.opening if checkout.state is GRANTED]
+        return list({*self.granted(), *opening})
 
-    def end_abandoned(self) -> None:
-        """End those that nobody has, as far as only a look can tell."""
-        now = time.monotonic()
-        for physical in list(self._existing):
-            if physical.ending and not physical.lost:
-                if now - physical.ending > _OVERDUE:  # its watcher was interrupted
-                    self._conclude(physical, UNKNOWN)
-                continue
-            # Without a driver's connection: who opened it was interrupted twice.
-            nobodys = physical.driver is None or physical.is_abandoned()
-            if nobodys and physical.record() is None:
-                self.ended(physical)
+    def records_of(self, checkouts: Collection[Checkout]) -> list[Record]:
+        """Return the records that are out for some checkouts."""
+        return [record for record in self.all if record.fair.checkout in checkouts]
 
-    # -- for the ledger -------------------------------------------------------------
-
-    def sessions(self) -> list[Session]:
-        """Return the sessions that exist, as far as they are known."""
-        return [p.session for p in list(self._existing) if p.session is not None]
-
-    def lost_ones(self) -> Collection[PhysicalConnection]:
-        """Return those of which nobody here will learn when they end."""
-        return [p for p in list(self._existing) if p.lost]
-
-    # -- fork -----------------------------------------------------------------------
-
-    def disown(self) -> None:
-        """In a forked child: forget them all, and let go of the parent's sockets."""
-        for physical in list(self._existing):
-            if physical.socket is not None:
-                physical.socket.close()
-            silence(physical.driver)
-        self._existing = set()
+    def release_soon(self) -> None:
+        """Have what is out now looked at when it comes back, and not be kept warm."""
+        for checkout in self.granted():
+            checkout.may_keep = False

@@ -1,8 +1,8 @@
 """``FairQueuePool``: the surface that SQLAlchemy sees.
 
-Rules of this file: it translates. Connections change hands in
-:mod:`.exchange`, the rules are :mod:`.policy` and :mod:`.scheduler`, who is
-asking is found in :mod:`.tagging`.
+Rules of this file: it translates. Connections change hands in :mod:`.core`, the rules
+are :mod:`..scheduling.policy` and :mod:`..scheduling.scheduler`, and which tag asks is
+found in :mod:`..tagging`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from ..options import BadOption, PoolOptions, describe_changes
 from ..stats import PoolStats
 from ..tagging import blocks, context_tag, make_request, requested
 from . import sqlalchemy_private
-from .checkout import Generation, Seat
+from .checkout import Generation, Record
+from .core import PoolCore, TracedCore
 from .drivers import has_private_memory, warn_of_memory
 from .events import observe, open_for_record
-from .exchange import Exchange, TracedExchange
-from .joining import await_url, join_ledger
+from .ledger_member import LedgerMember
+from .ledger_sessions import await_url, join_ledger
 from .metrics import PoolMetrics, Source, collect
 from .server_tag import tell, tell_on_checkout
 from .snapshot import snapshot
@@ -129,11 +130,11 @@ class FairQueuePool(Pool):
         ledger: str | None = None,
         use_lifo: bool = False,
         *,
-        _exchange: Exchange | None = None,
+        _core: PoolCore | None = None,
         **kw: Any,
     ) -> None:
-        owns = _exchange is None
-        if _exchange is None:
+        owns, member = _core is None, None
+        if _core is None:
             options = PoolOptions.parse(
                 pool_size=pool_size,
                 max_overflow=max_overflow,
@@ -152,30 +153,33 @@ class FairQueuePool(Pool):
                 server_tag=server_tag,
                 ledger=ledger,
             )
+            if options.ledger is not None:
+                member = LedgerMember(self._waiter_class, options.default_tag)
             traced = options.leak_threshold is not None
-            _exchange = (TracedExchange if traced else Exchange)(
-                options, self._waiter_class, use_lifo, self._clock
+            _core = (TracedCore if traced else PoolCore)(
+                options, self._waiter_class, use_lifo, self._clock, member
             )
-        self._exchange = _exchange
-        self._default_tag = _exchange.options.default_tag
+        self._core = _core
+        self._default_tag = _core.options.default_tag
         self.generation = Generation()
         if owns:
-            _exchange.owner = self.generation
+            _core.housekeeping.owner = self.generation
         super().__init__(creator, **kw)
-        _exchange.log_to(self.logger)
+        _core.log_to(self.logger)
         if owns:  # its successors inherit what listens
-            observe(self, _exchange)
-            if _exchange.options.server_tag:
+            observe(self, _core)
+            if _core.options.server_tag:
                 tell_on_checkout(self)
             _tell_of_memory(self, self._dialect)
-            if _exchange.options.ledger is not None:
-                join_ledger(self, _exchange)
-                await_url(self, _exchange, self._dialect)
+            if member is not None:
+                member.serve(_core)
+                join_ledger(self, _core, member)
+                await_url(self, _core, member, self._dialect)
 
     @property
     def options(self) -> PoolOptions:
         """The options in force, checked, with the defaults filled in."""
-        return self._exchange.options
+        return self._core.options
 
     # -- what Pool asks of a pool ------------------------------------------------
 
@@ -183,13 +187,13 @@ class FairQueuePool(Pool):
         request = requested()
         if request is None or request.dialect is not self._dialect:
             tag = (context_tag() if blocks() else None) or self._default_tag
-            return self._exchange.checkout(tag, self)
+            return self._core.checkout(tag, self)
         make_request(None)  # before it waits or connects, see `tagging`
         tag = request.tag or context_tag() or self._default_tag
-        return self._exchange.checkout(tag, self, request.timeout)
+        return self._core.checkout(tag, self, request.timeout)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        self._exchange.checkin(record, self.generation)  # type: ignore[arg-type]
+        self._core.checkin(record, self.generation)  # type: ignore[arg-type]
 
     # Pool's own would only call the other: one frame less on every checkin.
     _return_conn = _do_return_conn
@@ -200,7 +204,7 @@ class FairQueuePool(Pool):
         # Every way of closing comes through here: records, detached connections,
         # those whose `connect` events failed.
         close = partial(super()._close_connection, connection, terminate=terminate)
-        self._exchange.connections.close(connection, close)
+        self._core.slots.existing.close(connection, close)
 
     def recreate(self) -> FairQueuePool:
         """Return a pool that takes over from this one when it is first used.
@@ -211,7 +215,7 @@ class FairQueuePool(Pool):
         """
         self.logger.info("Pool recreating")
         if self.generation.disposed:
-            self._exchange.doom()
+            self._core.housekeeping.doom()
         return type(self)(
             self._creator,
             recycle=self._recycle,
@@ -221,7 +225,7 @@ class FairQueuePool(Pool):
             pre_ping=self._pre_ping,
             dialect=self._dialect,
             _dispatch=self.dispatch,
-            _exchange=self._exchange,
+            _core=self._core,
         )
 
     def dispose(self) -> None:
@@ -230,10 +234,10 @@ class FairQueuePool(Pool):
         Those that are checked out stay open until they come back.
         """
         self.generation.disposed = True
-        if self._exchange.owner is self.generation:
-            self._exchange.close_idle()
+        if self._core.housekeeping.owner is self.generation:
+            self._core.housekeeping.close_idle()
         else:
-            self._exchange.close_left(self.generation)
+            self._core.housekeeping.close_left(self.generation)
         self.logger.info("Pool disposed. %s", self.status())
 
     def open_another(self) -> DBAPIConnection:
@@ -265,7 +269,7 @@ class FairQueuePool(Pool):
         :raises sqlalchemy.exc.ArgumentError: for a bad value, naming it. Nothing
           has changed then.
         """
-        before, now = self._exchange.reconfigure(changes)
+        before, now = self._core.housekeeping.reconfigure(changes)
         if before != now:
             self.logger.info("Pool reconfigured: %s", describe_changes(before, now))
 
@@ -275,7 +279,7 @@ class FairQueuePool(Pool):
         Connections that are checked out count as open. What goes wrong in opening
         one is raised; those opened before stay in the pool.
         """
-        return self._exchange.warm_up(self)
+        return self._core.warm_up(self)
 
     def upkeep(self) -> None:
         """Do what is left to the next visitor, without waiting for one.
@@ -284,7 +288,8 @@ class FairQueuePool(Pool):
         nobody has used for `idle_connection_ttl`. For a timer of yours, in a
         process that may not touch its pool for hours.
         """
-        self._exchange.keep_up()
+        with self._core.lock.section() as now:
+            self._core.housekeeping.look_around(now)
 
     # -- figures -------------------------------------------------------------------
 
@@ -298,13 +303,13 @@ class FairQueuePool(Pool):
 
     def checkedin(self) -> int:
         """Return the number of records in the pool, invalidated ones included."""
-        if self._exchange.owner is self.generation:
-            return self._exchange.idle_count
+        if self._core.housekeeping.owner is self.generation:
+            return self._core.idle_count
         return len(self.generation.left)  # not in use yet, or not any more
 
     def checkedout(self) -> int:
         """Return the number of connections out or being opened."""
-        return self._exchange.in_use
+        return self._core.in_use
 
     def overflow(self) -> int:
         """Return the connections there are beyond ``pool_size``; below 0 if fewer."""
@@ -316,12 +321,12 @@ class FairQueuePool(Pool):
             f"Pool size: {self.size()}  Connections in pool: {self.checkedin()} "
             f"Current Overflow: {self.overflow()} Current Checked out "
             f"connections: {self.checkedout()} Waiting: "
-            f"{self._exchange.scheduler.waiting}"
+            f"{self._core.scheduler.waiting}"
         )
 
     def stats(self) -> PoolStats:
         """Return a snapshot of the pool and a row for each tag. O(tags log tags)."""
-        return snapshot(self._exchange)
+        return snapshot(self._core)
 
     def metrics(self) -> PoolMetrics:
         """Return counters and histograms for monitoring. O(tags).
@@ -329,19 +334,19 @@ class FairQueuePool(Pool):
         :mod:`sqla_fairpool.prometheus` and :mod:`sqla_fairpool.opentelemetry` export
         them.
         """
-        return collect(self._exchange, self.metrics_name)
+        return collect(self._core, self.metrics_name)
 
     @property
     def metrics_name(self) -> str:
         """What tells this pool from others: ``pool_logging_name``, or a number."""
-        return self._orig_logging_name or f"pool-{self._exchange.number}"
+        return self._orig_logging_name or f"pool-{self._core.number}"
 
     def __repr__(self) -> str:
-        exchange = self._exchange
-        scheduler = exchange.scheduler
+        core = self._core
+        scheduler = core.scheduler
         return (
-            f"<{type(self).__name__} in_use={exchange.in_use}/"
-            f"{self.options.capacity} idle={exchange.idle_count} "
+            f"<{type(self).__name__} in_use={core.in_use}/"
+            f"{self.options.capacity} idle={core.idle_count} "
             f"waiting={scheduler.waiting} active_tags={scheduler.roster.active}>"
         )
 
@@ -352,11 +357,9 @@ class FairQueuePool(Pool):
         def __setattr__(self, name, value):
             # Pool.__init__ and create_engine(pool=...) assign the dialect. Not a
             # property: SQLAlchemy reads the attribute at every checkin.
-            if (
-                name == "_invoke_creator"
-            ):  # set with the creator, see sqlalchemy_private
+            if name == "_invoke_creator":  # set together with the creator
                 self._open_another = value
-                value = partial(open_for_record, self._exchange, value)
+                value = partial(open_for_record, self._core, value)
             super().__setattr__(name, value)
             if name == "_dialect" and isinstance(value, Dialect):
                 _watch_dialect(value, self.options)
@@ -400,7 +403,7 @@ def metrics_source(engine: Any) -> Source:
         raise exc.ArgumentError(
             f"{engine!r} has no FairQueuePool, so there are no figures of it"
         )
-    return Source(pool._exchange, pool.metrics_name)
+    return Source(pool._core, pool.metrics_name)
 
 
 def _tell_of_memory(pool: FairQueuePool, dialect: Any) -> None:
@@ -442,8 +445,11 @@ def _retag(connection: Connection, tag: str | None) -> None:
     pool = connection.engine.pool
     if connection.closed or not isinstance(pool, FairQueuePool):
         return
-    seat = _seat_of(connection)
-    if seat is None or tag is None or seat.account.tag == tag:
+    record = sqlalchemy_private.record_of(connection)
+    if record is None or tag is None:
+        return
+    checkout = cast(Record, record).fair.checkout
+    if checkout.account.tag == tag:
         return
     if connection.in_transaction():
         raise exc.InvalidRequestError(
@@ -452,7 +458,7 @@ def _retag(connection: Connection, tag: str | None) -> None:
             "altered unless rollback() or commit() is called first."
         )
     try:
-        if not seat.exchange.move(seat, tag):
+        if not checkout.core.move(checkout, tag):
             sqlalchemy_private.check_out_again(connection)
         elif pool.options.server_tag:
             _tell(connection)
@@ -474,8 +480,3 @@ def _tell(connection: Connection) -> None:
     except (exc.DisconnectionError, dialect.loaded_dbapi.Error) as error:
         connection.invalidate(error)
         sqlalchemy_private.check_out_again(connection)
-
-
-def _seat_of(connection: Connection) -> Seat | None:
-    """Return the seat of a connection's checkout, None if it has none of ours."""
-    return getattr(sqlalchemy_private.record_of(connection), "seat", None)

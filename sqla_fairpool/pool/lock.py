@@ -1,131 +1,185 @@
-"""The pool's critical section: its lock, and what is left to do after it.
+"""The pool's lock, and what is left to do after it.
 
 Rules of this file:
 
 * One lock. No I/O, no wake-up, no logging and no caller's code happens while it is
-  held: what a transition leaves to do, bells to ring and chores, is done after it.
-  Bells come first, so that nobody sleeps while a connection is being closed; chores are
-  left for the next one by whoever may not wait for the database (a finaliser beside an
-  event loop).
-* A call may come from a finaliser or a signal handler, in the middle of anything, also
-  of our own critical section on the same thread. The lock is re-entrant, so that this
-  cannot deadlock, and `_busy` tells the second call that it must not touch anything.
+  held. A section leaves these for afterwards: first the wake-ups, so that no caller
+  sleeps while a connection is being closed, then the deferred work. What waits for the
+  database is left to the next caller where it cannot be awaited (in a finaliser beside
+  an event loop).
+* A finaliser or a signal handler may call in the middle of anything, also of a section
+  of the same thread. The lock is re-entrant, so that such a call cannot deadlock; the
+  busy flag tells it that it must not touch anything. It puts its work into the inbox.
+* What is in the inbox is done when a section begins, and again before it ends. Each
+  piece of work leaves the inbox when it is done, so an interrupt loses none: it can be
+  done twice.
 """
 
 from __future__ import annotations
 
 import threading
-from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from threading import get_ident
+from typing import Any, NoReturn, TypeVar
 
 from sqlalchemy import exc
 
-__all__ = ["Section", "refuse_inner_call"]
+__all__ = ["PoolLock", "refuse_inner_call"]
+
+_T = TypeVar("_T")
 
 
-class Section:
-    """A lock that has something done after it.
+class PoolLock:
+    """A re-entrant lock, an inbox, and what is done after the lock.
 
     :param clock: seconds on a steadily rising scale.
-    :param can_wait: tells if this is a place where chores may wait for the database.
+    :param can_wait: tells if the caller may wait for the database.
     """
 
-    __slots__ = ("_bells", "_busy", "_can_wait", "_chores", "_lock", "clock")
+    __slots__ = (
+        "_busy_in",
+        "_can_wait",
+        "_lock",
+        "clock",
+        "deferred",
+        "inbox",
+        "wake_ups",
+    )
 
     def __init__(
         self, clock: Callable[[], float], can_wait: Callable[[], bool]
     ) -> None:
         self.clock = clock
         self._can_wait = can_wait
+        self.reset()
 
-    def _begin(self) -> None:
-        """Be as new, at first and in the child of a fork."""
-        # Guards everything that its owner has; see the head of this file.
+    def reset(self) -> None:
+        """Be as new, also in the child of a fork."""
         self._lock = threading.RLock()
-        # True in the middle of a transition.
-        self._busy = False
-        # What is left to do after the lock: callers to wake, and what takes time.
-        self._bells: deque[Callable[[], None]] = deque()
-        self._chores: deque[Callable[[], None]] = deque()
+        # The thread that is in a section.
+        self._busy_in: int | None = None
+        #: What is to be done in a section, this one or the next; called with the time.
+        self.inbox: deque[Callable[[float], object]] = deque()
+        #: What is to be done after the lock: callers to wake, and what takes time.
+        self.wake_ups: deque[Callable[[], object]] = deque()
+        self.deferred: deque[Callable[[], object]] = deque()
 
-    @abstractmethod
-    def _tidy(self, now: float) -> None:
-        """What is done by whoever enters, and again before he leaves."""
+    def run(self, transition: Callable[..., _T], *args: Any) -> _T:
+        """Call a function in a section, with the time as its last argument.
 
-    @abstractmethod
-    def _is_unsettled(self) -> bool:
-        """Tell if something has come up since that a section has to do."""
+        For the checkout path: an interrupt never leaves the section open. (With a
+        context manager it can, as long as the interrupt's traceback lives: one that
+        comes as ``__enter__`` returns.)
+        """
+        with self._lock:
+            if self._busy_in is not None:
+                refuse_inner_call()
+            self._busy_in = get_ident()
+            try:
+                now = self.clock()
+                if self.inbox:
+                    self._empty_inbox(now)
+                result = transition(*args, now)
+                if self.inbox:
+                    self._empty_inbox(now)
+            finally:
+                self._busy_in = None
+        if self.wake_ups or self.deferred or self.inbox:
+            self.flush()
+        return result
 
     @contextmanager
     def section(self) -> Iterator[float]:
-        """A critical section off the hot path; gives the time."""
+        """Hold the lock for a block of code; gives the time."""
         with self._lock:
-            if self._busy:
+            if self._busy_in is not None:
                 refuse_inner_call()
-            self._busy = True
+            self._busy_in = get_ident()
             try:
                 now = self.clock()
-                self._tidy(now)
+                if self.inbox:
+                    self._empty_inbox(now)
                 yield now
-                self._tidy(now)
+                if self.inbox:
+                    self._empty_inbox(now)
             finally:
-                self._busy = False
-        if self._bells or self._chores:
-            self._flush()
+                self._busy_in = None
+        if self.wake_ups or self.deferred or self.inbox:
+            self.flush()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the lock to read or note something, also in the middle of a section."""
+        with self._lock:
+            yield
+
+    def in_section(self) -> bool:
+        """Tell if this thread is in a section.
+
+        If so, the caller runs in a finaliser or in a signal handler.
+        """
+        return self._busy_in == get_ident()
 
     def visit(self) -> None:
-        """Enter and leave a critical section, which does what there is to do."""
-        if not self._in_section():
-            with self.section():
-                pass
+        """Begin and end a section, which does what is in the inbox."""
+        if not self.in_section():
+            self.run(_do_nothing)
 
-    def _in_section(self) -> bool:
-        """Tell if this thread is in a critical section.
+    def do(self, work: Callable[[float], object]) -> None:
+        """Do something in a section: now, or in the one that this call interrupts."""
+        self.inbox.append(work)
+        self.visit()
 
-        The caller runs in a finaliser or a signal handler then.
-        """
-        with self._lock:
-            return self._busy
+    def _empty_inbox(self, now: float) -> None:
+        inbox = self.inbox
+        while inbox:
+            inbox[0](now)
+            inbox.popleft()
 
-    def _flush(self) -> None:
+    # -- after the lock -------------------------------------------------------------
+
+    def flush(self) -> None:
         """Do what was left to do after the lock."""
         try:
             while True:
-                while self._bells:
-                    self._next_bell()
-                if self._is_unsettled():
+                while self.wake_ups:
+                    self._wake_next()
+                if self.inbox:
                     self.visit()
-                if not self._chores or not self._can_wait():
+                if not self.deferred or not self._can_wait():
                     return
-                self._next_chore()
+                self._do_next()
         except BaseException:
-            self._flush()
+            self.flush()
             raise
 
-    def _next_bell(self) -> None:
+    def _wake_next(self) -> None:
         try:
-            bell = self._bells.popleft()
+            wake = self.wake_ups.popleft()
         except IndexError:
             return  # another thread was faster
         try:
-            bell()
-        except BaseException:  # an interrupt's: ring it again, which does no harm
-            self._bells.append(bell)
+            wake()
+        except BaseException:  # an interrupt: to wake a caller twice does no harm
+            self.wake_ups.append(wake)
             raise
 
-    def _next_chore(self) -> None:
+    def _do_next(self) -> None:
         try:
-            chore = self._chores.popleft()
+            work = self.deferred.popleft()
         except IndexError:
             return  # another thread was faster
-        chore()
+        work()
+
+
+def _do_nothing(now: float) -> None:
+    """The inbox is emptied all the same."""
 
 
 def refuse_inner_call(why: str = "this call is not possible there") -> NoReturn:
-    """Raise for a call in the middle of a critical section of the same thread."""
+    """Raise for a call in the middle of a section of the same thread."""
     raise exc.InvalidRequestError(
         "a signal handler or a finaliser has called the pool in the middle of the "
         f"pool's own bookkeeping, on the same thread, and {why}: let the handler set a "

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..scheduling.counters import BOUNDS, OTHER, Histogram, Meter
-from .exchange import Exchange
+from .core import PoolCore
 
 __all__ = ["HistogramCopy", "PoolMetrics", "Source", "TagMetrics", "collect"]
 
@@ -79,22 +79,22 @@ class PoolMetrics:
 class Source:
     """A pool to read from, as long as it is in use."""
 
-    def __init__(self, exchange: Exchange, name: str) -> None:
-        # The exchange, because engine.dispose() makes another pool.
-        self.exchange = weakref.ref(exchange)
+    def __init__(self, core: PoolCore, name: str) -> None:
+        # The core, because engine.dispose() makes another pool.
+        self.core = weakref.ref(core)
         self.name = name
 
     def read(self) -> PoolMetrics | None:
         """Return its figures, None if it is gone."""
-        exchange = self.exchange()
-        return None if exchange is None else collect(exchange, self.name)
+        core = self.core()
+        return None if core is None else collect(core, self.name)
 
 
-def collect(exchange: Exchange, name: str) -> PoolMetrics:
+def collect(core: PoolCore, name: str) -> PoolMetrics:
     """Copy the counters in one hold of the lock. O(tags)."""
-    options = exchange.options
-    with exchange.section():
-        scheduler = exchange.scheduler
+    options = core.options
+    with core.lock.section():
+        scheduler = core.scheduler
         meters = dict(scheduler.roster.meters.by_tag)
         live: dict[str, list[int]] = {}
         for account in scheduler.accounts.values():
@@ -104,16 +104,16 @@ def collect(exchange: Exchange, name: str) -> PoolMetrics:
             row[1] += account.in_use
             row[2] = max(row[2], scheduler.ceiling(account))
             row[3] += account.waiting
-        for seat in exchange.granted_seats():  # counted and not handed in
-            tag = seat.account.tag if seat.account.tag in meters else OTHER
-            live[tag].append(seat.again)
+        for checkout in core.connections.granted():  # counted and not handed in
+            tag = checkout.account.tag if checkout.account.tag in meters else OTHER
+            live[tag].append(checkout.again)
         tags = tuple(
             _copy(
                 tag, meters[tag], live.get(tag, [0, 0, scheduler.roster.max_limit, 0])
             )
             for tag in sorted(meters)
         )
-        _, idle = exchange.count_idle()
+        idle = core.connections.count_open()
         return PoolMetrics(
             name=name,
             size=options.pool_size,
@@ -122,7 +122,7 @@ def collect(exchange: Exchange, name: str) -> PoolMetrics:
             used=scheduler.in_use,
             idle=idle,
             waiting=scheduler.waiting,
-            closures=dict(exchange.closures),
+            closures=dict(core.closures),
             tags=tags,
         )
 

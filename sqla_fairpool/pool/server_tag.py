@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 from sqlalchemy import event, exc
-from sqlalchemy.pool import ConnectionPoolEntry, Pool
+from sqlalchemy.pool import Pool
 
 __all__ = ["TOLD", "tell", "tell_on_checkout"]
 
@@ -32,13 +32,13 @@ def tell_on_checkout(pool: Pool) -> None:
         tell(proxied.dbapi_connection, record, pool._dialect)
 
 
-def tell(dbapi_connection: Any, record: ConnectionPoolEntry, dialect: Any) -> None:
+def tell(dbapi_connection: Any, record: Any, dialect: Any) -> None:
     """Tell the server whose connection this is, unless it knows.
 
     :raises sqlalchemy.exc.DisconnectionError: if the connection turns out to be
       dead; the pool opens another one then.
     """
-    tag = getattr(record, "seat").account.tag  # noqa: B009
+    tag = record.fair.checkout.account.tag
     name = _as_name(tag)
     driver_connection = dialect.get_driver_connection(dbapi_connection)
     if _name_known_to(driver_connection) != name:

@@ -8,7 +8,7 @@ from typing import Any
 from ..scheduling import policy
 from ..scheduling.account import Account
 from ..stats import PoolStats, Summary, TagStats
-from .exchange import Exchange
+from .core import PoolCore
 
 __all__ = ["snapshot"]
 
@@ -28,22 +28,28 @@ _figures = attrgetter(
 )
 
 
-def snapshot(exchange: Exchange) -> PoolStats:
+def snapshot(core: PoolCore) -> PoolStats:
     """Copy the counters in one hold of the lock; compute the rest after it."""
-    options = exchange.options
-    with exchange.section() as now:
-        scheduler = exchange.scheduler
+    options = core.options
+    with core.lock.section() as now:
+        scheduler = core.scheduler
         in_use, waiting = scheduler.in_use, scheduler.waiting
-        records, idle = exchange.count_idle()
+        records, idle = len(core.connections.idle), core.connections.count_open()
         active = scheduler.roster.active
         copies = [
             (scheduler.ceiling(account), _waiting_since(account), *_figures(account))
             for account in scheduler.roster.accounts.values()
         ]
-        # What the seats that are out have counted and not yet handed in.
+        # What the checkouts that are out have counted and not yet handed in.
         pending = [
-            (seat.account.tag, seat.since, seat.again, seat.held, seat.held_max)
-            for seat in exchange.granted_seats()
+            (
+                checkout.account.tag,
+                checkout.since,
+                checkout.again,
+                checkout.held,
+                checkout.held_max,
+            )
+            for checkout in core.connections.granted()
         ]
     return PoolStats(
         size=options.pool_size,

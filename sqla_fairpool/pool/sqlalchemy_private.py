@@ -105,15 +105,16 @@ def note_statements(dialect: Dialect) -> None:
 
 def _note(context: Any) -> None:
     try:
-        seat = context.root_connection._dbapi_connection._connection_record.seat
+        record = context.root_connection._dbapi_connection._connection_record
+        checkout = record.fair.checkout
+        account, core = checkout.account, checkout.core
     except AttributeError:
         return  # no connection of ours, or its first
-    account, exchange = seat.account, seat.exchange
-    account.last_activity = seat.used = exchange.clock()
-    # Whoever works with it has it, whoever checked it out.
-    seat.holder = exchange.here.caller
+    account.last_activity = checkout.used = core.clock()
+    # The caller that works with it has it, whichever caller checked it out.
+    checkout.holder = core.here.caller
     if not account.active:
-        exchange.activity(seat)
+        core.activity(checkout)
 
 
 def check_out_again(connection: Connection) -> None:

@@ -20,7 +20,7 @@ import concurrent.futures
 import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from sqlalchemy import exc
 from sqlalchemy.util import greenlet_spawn
@@ -29,12 +29,11 @@ from ..errors import CheckoutTimeout
 from ..ledger.errors import LedgerError
 from ..ledger.local import TagDemand
 from ..ledger.rows import Session
-from .connections import PhysicalConnection
+from .core import PoolCore
+from .physical import PhysicalConnection
+from .waiters import Waiter
 
-if TYPE_CHECKING:
-    from .exchange import Exchange
-
-__all__ = ["Keeper", "Share"]
+__all__ = ["Keeper", "LedgerMember"]
 
 #: Seconds that a new connection waits for the ledger to know it: a transaction takes a
 #: millisecond, one that waits for a stopped process two seconds.
@@ -66,23 +65,23 @@ class Keeper(Protocol):
         """Give back what is closed, and leave."""
 
 
-class Share:
+class LedgerMember:
     """What a keeper may do to a pool, and the other way round.
 
-    The keeper's thread calls :meth:`demand`, :meth:`allot`, :meth:`close_surplus` and
-    :meth:`refuse`; the pool calls :meth:`ring`.
+    The keeper's thread calls what stands below "for the keeper", the pool the rest.
+
+    :param default_tag: under which connections count that nobody in particular has.
     """
 
-    def __init__(self, exchange: Exchange) -> None:
-        # Weak: a pool that nobody has any more ends, and its keeper with it.
-        self._exchange = weakref.ref(exchange, self._pool_is_gone)
+    def __init__(self, waiter_class: type[Waiter], default_tag: str) -> None:
+        self._new_waiter = waiter_class
+        self._default_tag = default_tag
+        self._core: Callable[[], PoolCore | None] = lambda: None
         self.keeper: Keeper | None = None
-        #: Why nobody here may have a connection: what an operator has to mend.
+        #: Why no caller here may have a connection: what an operator has to mend.
         self.refusal: exc.SQLAlchemyError | None = None
         # The loop in which connections are closed, the last one that opened any.
         self._loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
-        self._new_waiter = exchange.new_waiter
-        self._tag = exchange.options.default_tag
         #: Others may take this process for dead though it lives.
         self.can_lose_slots = False
         #: The server of the pool's connections, once one was opened.
@@ -94,6 +93,11 @@ class Share:
         # The last order to a loop to close connections, and when it was given.
         self._closing: concurrent.futures.Future[Any] | None = None
         self._ordered_at = 0.0
+
+    def serve(self, core: PoolCore) -> None:
+        """Be the member that a pool's slots come from."""
+        # Weak: a pool that nobody has any more ends, and its keeper with it.
+        self._core = weakref.ref(core, self._pool_is_gone)
 
     def _pool_is_gone(self, ref: object) -> None:
         if self.keeper is not None:
@@ -127,6 +131,11 @@ class Share:
             self._loop = weakref.ref(asyncio.get_running_loop())
         except RuntimeError:
             pass  # threads
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child."""
+        if self.keeper is not None:
+            self.keeper.after_fork()
 
     def before_opening(self) -> None:
         """Before a connection is opened: are the slots still ours?
@@ -186,7 +195,7 @@ class Share:
         return CheckoutTimeout(
             f"no connection is opened while the ledger does not confirm that this "
             f"process owns its slots: {why}",
-            self._tag,
+            self._default_tag,
             _CONFIRMED_WITHIN,
         )
 
@@ -194,37 +203,40 @@ class Share:
 
     def demand(self) -> tuple[int, Mapping[str, TagDemand]]:
         """Return how many connections are open, and what is wanted by tag."""
-        exchange = self._exchange()
-        if exchange is None:
+        core = self._core()
+        if core is None:
             if self.keeper is not None:
                 self.keeper.close()  # nobody has the pool any more
             return 0, {}
-        exchange.connections.end_abandoned()
-        with exchange.section() as now:
-            exchange.look_around(now)  # others want to know who is idle
+        existing = core.slots.existing
+        existing.end_abandoned()
+        with core.lock.section() as now:
+            core.housekeeping.look_around(now)  # others want to know who is idle
             tags = {}
-            for account in exchange.scheduler.accounts.values():
+            for account in core.scheduler.accounts.values():
                 peak, account.peak = account.peak, account.in_use
                 if peak or account.waiting or account.active:
                     tags[account.tag] = TagDemand(peak, account.waiting, account.active)
-            detached = exchange.connections.detached()
-            if detached:  # nobody's in particular, so the default tag's
-                default = tags.get(self._tag, TagDemand(0, 0, False))
+            detached = existing.detached()
+            if detached:
+                default = tags.get(self._default_tag, TagDemand(0, 0, False))
                 in_use = default.in_use + detached
-                tags[self._tag] = default._replace(in_use=in_use)
-            return exchange.settle(now), tags
+                tags[self._default_tag] = default._replace(in_use=in_use)
+            core.state.recount(now)
+            return core.slots.there(), tags
 
     def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
         """Set how many connections there may be, and the ceiling of each tag."""
-        exchange = self._exchange()
-        if exchange is not None:
+        core = self._core()
+        if core is not None:
             self.refusal = None
-            exchange.allot(slots, ceilings, other)
+            with core.lock.section() as now:
+                core.state.allot(slots, ceilings, other, now)
 
     def sessions(self) -> Collection[Session]:
         """Return the server sessions that exist, as far as they are known."""
-        exchange = self._exchange()
-        return () if exchange is None else exchange.connections.sessions()
+        core = self._core()
+        return () if core is None else core.slots.existing.sessions()
 
     def server(self) -> str | None:
         """Return the identity of the pool's server, None if it is not known yet."""
@@ -232,55 +244,59 @@ class Share:
 
     def lost(self) -> Sequence[Session | None]:
         """Return the sessions of which nobody here will learn when they end."""
-        exchange = self._exchange()
-        self._lost = () if exchange is None else exchange.connections.lost_ones()
+        core = self._core()
+        self._lost = () if core is None else core.slots.existing.lost_ones()
         return [physical.session for physical in self._lost]
 
     def buried(self, lost: Sequence[Session | None]) -> None:
         """Forget those that :meth:`lost` has returned: they are in quarantine now."""
-        exchange, buried = self._exchange(), self._lost
+        core, buried = self._core(), self._lost
         self._lost = ()
-        if exchange is not None:
-            exchange.bury(buried)
+        if core is not None:
+            with core.lock.section() as now:
+                core.state.bury(buried, now)
 
     def close_surplus(self) -> None:
         """Close idle connections that are too many."""
-        exchange = self._exchange()
-        if exchange is None:
+        core = self._core()
+        if core is None:
             return
         loop = self._loop() if self._loop is not None else None
         if self._loop is None:
-            exchange.visit()  # threads
+            core.lock.visit()  # threads
         elif loop is None or loop.is_closed():
-            exchange.hang_up_surplus()
+            core.housekeeping.hang_up_surplus()
         elif self._closing is None or self._closing.done():
-            coroutine = greenlet_spawn(exchange.visit)
+            coroutine = greenlet_spawn(core.lock.visit)
             self._ordered_at = time.monotonic()
             try:
                 self._closing = asyncio.run_coroutine_threadsafe(coroutine, loop)
             except RuntimeError:  # closed in between
                 coroutine.close()
         elif time.monotonic() - self._ordered_at > _LOOP_ANSWERS_WITHIN:
-            exchange.hang_up_surplus()  # it is blocked, or does not run
+            core.housekeeping.hang_up_surplus()  # it is blocked, or does not run
 
     def freeze(self) -> None:
         """Let those connections be used that there are, and no other be opened."""
-        exchange = self._exchange()
-        if exchange is not None:
-            exchange.freeze()
+        core = self._core()
+        if core is not None:
+            with core.lock.section() as now:
+                core.state.freeze(now)
 
     def press(self, pressed: bool) -> None:
-        """Ring when a connection falls idle, or do not any more."""
-        exchange = self._exchange()
-        if exchange is not None:
-            exchange.press(pressed)
+        """Call :meth:`ring` when a connection falls idle, or do not any more."""
+        core = self._core()
+        if core is not None:
+            with core.lock.section():
+                core.state.press(pressed)
 
     def refuse(self, error: exc.SQLAlchemyError) -> None:
-        """Raise an error in those who wait, and who come, until there is a share."""
-        exchange = self._exchange()
-        if exchange is not None:
+        """Raise an error in all callers that wait or come, until slots are allotted."""
+        core = self._core()
+        if core is not None:
             self.refusal = error
-            exchange.wake_all()
+            with core.lock.section():
+                core.state.wake_all()
 
 
 class _Nobody:

@@ -25,9 +25,9 @@ from ..ledger.rows import Terms
 from ..ledger.sessions import identify, look, other_ledgers, sign_stands
 from ..ledger.watch import Present
 from ..options import PoolOptions
-from .connections import PhysicalConnection
-from .exchange import Exchange
-from .share import Share
+from .core import PoolCore
+from .ledger_member import LedgerMember
+from .physical import PhysicalConnection
 from .snapshot import snapshot
 
 __all__ = ["await_url", "join_ledger"]
@@ -46,64 +46,62 @@ def terms_of(options: PoolOptions) -> Terms:
     )
 
 
-def join_ledger(pool: Pool, exchange: Exchange) -> None:
-    """Let a pool share the slots of its ledger. Needs :func:`await_url` for some."""
-    share = Share(exchange)
-    exchange.join(share)
-    ledger = exchange.options.ledger
+def join_ledger(
+    pool: Pool, core: PoolCore, member: LedgerMember, url: URL | None = None
+) -> None:
+    """Let a pool share the slots of its ledger.
+
+    :param url: the pool's database; None before the engine has told it, and then
+      nothing happens if the ledger's address follows from it.
+    """
+    ledger = core.options.ledger
     assert ledger is not None
-    if not needs_database(ledger):
-        _begin(pool, exchange, share, None)
+    if member.keeper is not None or (url is None and needs_database(ledger)):
+        return
+    store = make_store(ledger, url)
+    sessions = _Sessions(pool, store, member)
+    keeper = Keeper(
+        store,
+        terms_of(core.options),
+        member,
+        sessions.look,
+        figures=partial(_figures, weakref.ref(core)),
+    )
+    member.keeper = keeper
+    member.can_lose_slots = store.can_lose_sign
+    sessions.judge_failures(core)
+    sessions.listen()
+    _keepers.add(keeper)
 
 
-def await_url(pool: Pool, exchange: Exchange, dialect: Any) -> None:
-    """Prepare the engine's dialect; begin when it is told which database it is.
+def await_url(pool: Pool, core: PoolCore, member: LedgerMember, dialect: Any) -> None:
+    """Prepare the engine's dialect; join when it is told which database it is.
 
     ``on_connect_url()`` is called by ``create_engine`` with the URL, which a pool
     is never told.
     """
-    share = exchange.share
-    if share is None or not isinstance(dialect, Dialect) or share.keeper is not None:
+    if not isinstance(dialect, Dialect) or member.keeper is not None:
         return
     on_connect_url = dialect.on_connect_url
 
     def told(url: URL) -> Any:
-        if share.keeper is None:
-            _begin(pool, exchange, share, url)
+        join_ledger(pool, core, member, url)
         return on_connect_url(url)
 
     setattr(dialect, on_connect_url.__name__, told)
 
 
-def _begin(pool: Pool, exchange: Exchange, share: Share, url: URL | None) -> None:
-    assert exchange.options.ledger is not None
-    store = make_store(exchange.options.ledger, url)
-    sessions = _Sessions(pool, store, share)
-    keeper = Keeper(
-        store,
-        terms_of(exchange.options),
-        share,
-        sessions.look,
-        figures=partial(_figures, weakref.ref(exchange)),
-    )
-    share.keeper = keeper
-    share.can_lose_slots = store.can_lose_sign
-    sessions.judge_failures(exchange)
-    sessions.listen()
-    _keepers.add(keeper)
-
-
-def _figures(ref: weakref.ref[Exchange]) -> dict[str, Any]:
+def _figures(ref: weakref.ref[PoolCore]) -> dict[str, Any]:
     """Return what a process says of itself to whoever looks on."""
-    exchange = ref()
-    if exchange is None:
+    core = ref()
+    if core is None:
         return {}
-    with exchange.section():
-        open_ = exchange.connections_there()
+    with core.lock.section():
+        there = core.slots.there()
     return {
-        "size": exchange.options.pool_size,
-        "open": open_,
-        "tags": [asdict(figures) for figures in figures_of(snapshot(exchange))],
+        "size": core.options.pool_size,
+        "open": there,
+        "tags": [asdict(figures) for figures in figures_of(snapshot(core))],
     }
 
 
@@ -111,11 +109,11 @@ class _Sessions:
     """Finds out what the server calls a pool's connections, and which others it has."""
 
     def __init__(
-        self, pool: Pool, store: HostStore | PostgresStore, share: Share
+        self, pool: Pool, store: HostStore | PostgresStore, member: LedgerMember
     ) -> None:
         self._pool = weakref.ref(pool)
         self._store = store
-        self._share = share
+        self._member = member
 
     def listen(self) -> None:
         """Have each new connection known to the ledger before it is used."""
@@ -125,10 +123,10 @@ class _Sessions:
         @event.listens_for(pool, "connect")
         def connected(dbapi_connection: Any, record: Any) -> None:
             if self._on_postgresql():
-                self._identify(dbapi_connection, record.physical)
-            self._share.after_opening(record.physical)
+                self._identify(dbapi_connection, record.fair.physical)
+            self._member.after_opening(record.fair.physical)
 
-    def judge_failures(self, exchange: Exchange) -> None:
+    def judge_failures(self, core: PoolCore) -> None:
         """Tell errors of a driver that cannot connect from interruptions.
 
         A time limit's exception, say, that a signal handler raises: the server may have
@@ -137,7 +135,7 @@ class _Sessions:
         pool: Any = self._pool()
         if self._on_postgresql() and pool._dialect.dbapi is not None:
             driver = pool._dialect.loaded_dbapi.Error
-            exchange.connections.failures = (driver, OSError, exc.SQLAlchemyError)
+            core.slots.existing.failures = (driver, OSError, exc.SQLAlchemyError)
 
     def _on_postgresql(self) -> bool:
         pool: Any = self._pool()
@@ -145,20 +143,20 @@ class _Sessions:
 
     def _identify(self, dbapi_connection: Any, physical: PhysicalConnection) -> None:
         """Ask the server which of its sessions this is, over the connection itself."""
-        share, store = self._share, self._store
+        member, store = self._member, self._store
         # If this fails the connection is closed, so nothing is tidied up then.
         cursor = dbapi_connection.cursor()
         server, session = identify(cursor, _backend_pid(dbapi_connection))
-        if share.server_name is None:
-            share.server_name = server
+        if member.server_name is None:
+            member.server_name = server
         if (
             isinstance(store, PostgresStore)
             and store.server == server
             and not sign_stands(cursor, store.sign)
         ):
-            raise share.unconfirmed("its sign of life is gone at the server")
-        if store.key and not share.shows_ledger:
-            share.shows_ledger = True
+            raise member.unconfirmed("its sign of life is gone at the server")
+        if store.key and not member.shows_ledger:
+            member.shows_ledger = True
             self._warn_of(other_ledgers(cursor, store.key))
         physical.session = session
         cursor.close()
@@ -185,7 +183,7 @@ class _Sessions:
             return None
         if (
             isinstance(self._store, PostgresStore)
-            and self._share.server_name == self._store.server is not None
+            and self._member.server_name == self._store.server is not None
         ):
             return self._store.look()
         if pool._dialect.is_async:

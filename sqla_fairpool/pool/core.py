@@ -1,0 +1,575 @@
+"""The checkout path: how a caller gets a connection and gives it back.
+
+Rules of this file:
+
+* A checkout and a checkin of what is kept warm (see :mod:`.warm`) need no lock. All
+  else is done in a section of it (see :mod:`.transitions`), and opening after it.
+* A checkout is bound to a variable of its caller before its state changes, and is given
+  up by whoever catches an exception, KeyboardInterrupt included. One that is lost all
+  the same (dropped between our return and the next line of SQLAlchemy) gives its slot
+  back when it is deallocated.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+from sqlalchemy import exc
+
+from ..diagnosis.callers import places
+from ..diagnosis.leaks import LeakWatch
+from ..errors import TooManyWaiting
+from ..options import PoolOptions
+from ..scheduling.account import FREE, GRANTED, Account, LineFull
+from ..scheduling.scheduler import Scheduler
+from . import sqlalchemy_private
+from .checkout import Checkout, Generation, Opener, Record
+from .connections import Connections
+from .housekeeping import Housekeeping, in_background
+from .lock import PoolLock
+from .nested import NestedCheckouts
+from .physical import PhysicalConnections
+from .slots import LedgerSlots, Member, Slots
+from .transitions import Transitions
+from .waiters import Waiter
+from .waiting import Waiting
+
+__all__ = ["PoolCore", "TracedCore"]
+
+_numbers = itertools.count(1)
+
+#: Seconds that opening ahead waits for slots of a ledger.
+_OPENING_AHEAD_WAITS = 2.0
+
+
+class PoolCore:
+    """What a pool and its successors (``recreate()``) have in common.
+
+    :param waiter_class: how callers sleep.
+    :param use_lifo: hand out the record that came back last, not first.
+    :param clock: seconds on a steadily rising scale.
+    :param member: the pool's side of a ledger, None without one.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_member",
+        "_use_lifo",
+        "_waiter_class",
+        "_waiting",
+        "alive",
+        "clock",
+        "closures",
+        "connections",
+        "here",
+        "housekeeping",
+        "lock",
+        "logger",
+        "nested",
+        "number",
+        "scheduler",
+        "slots",
+        "state",
+        "warm",
+    )
+
+    def __init__(
+        self,
+        options: PoolOptions,
+        waiter_class: type[Waiter],
+        use_lifo: bool,
+        clock: Callable[[], float],
+        member: Member | None,
+    ) -> None:
+        #: Tells it from others in this process.
+        self.number = next(_numbers)
+        self._waiter_class = waiter_class
+        self._use_lifo = use_lifo
+        self._member = member
+        self.clock = clock
+        self.logger: Any = logging.getLogger(__name__)
+        self.here = waiter_class.here
+        # With a callback: only such a reference is sure to be cleared before the
+        # finalisers of a cycle run (CPython changed this in 3.15).
+        self.alive = weakref.ref(self, lambda ref: None)
+        self.lock = PoolLock(clock, waiter_class.can_wait)
+        self._begin(options)
+        _living.add(self)
+
+    def _begin(self, options: PoolOptions) -> None:
+        """Make the parts, at first and in the child of a fork."""
+        self.scheduler = Scheduler(
+            capacity=options.capacity,
+            soft_limit=options.soft_limit,
+            max_limit=options.max_limit,
+            idle_timeout=options.idle_timeout,
+            reallocation_interval=options.reallocation_interval,
+            max_waiting=options.max_waiting,
+            silent_tag=options.default_tag,
+            now=self.clock(),
+        )
+        self.connections = Connections(self._use_lifo)
+        existing = PhysicalConnections(
+            partial(_connection_ended, self.alive), self._waiter_class.may_block
+        )
+        if self._member is None:
+            self.slots = Slots(
+                options.capacity, self.scheduler, self.connections, existing
+            )
+        else:
+            self.slots = LedgerSlots(
+                self._member, self.lock, self.scheduler, self.connections, existing
+            )
+            self.scheduler.impose(0, {}, 0, self.clock())
+        self.state = Transitions(
+            options, self.here, self.lock, self.scheduler, self.connections, self.slots
+        )
+        self.warm = self.state.warm
+        self.nested = NestedCheckouts(self.state)
+        self.housekeeping = Housekeeping(self.state, self._use_lifo)
+        self._waiting = Waiting(self.state, self.housekeeping)
+        #: Connections closed, by reason.
+        self.closures: Counter[str] = Counter()
+
+    def log_to(self, logger: Any) -> None:
+        """Write what an operator is to read to a pool's logger."""
+        self.logger = self.state.event_log.logger = logger
+
+    @property
+    def options(self) -> PoolOptions:
+        """The options in force."""
+        return self.state.options
+
+    # -- checkout --------------------------------------------------------------------
+
+    def checkout(
+        self, tag: str, opener: Opener, timeout: float | None = None
+    ) -> Record:
+        """Return a record charged to `tag`, waiting for it if need be.
+
+        :param timeout: how long the caller's options let it wait, None if they do
+          not say.
+        :raises CheckoutTimeout: after the options' ``timeout``.
+        :raises TooManyWaiting: if the caller may not even wait.
+        """
+        housekeeping = self.housekeeping
+        if housekeeping.owner is not opener.generation:
+            if self.lock.in_section():
+                return self.nested.lend(Checkout(self), tag, opener)
+            housekeeping.hand_over(opener.generation)
+        try:
+            record: Record | None = self.warm.by_tag[tag].pop(self.connections.end)
+        except LookupError:
+            record = None
+        if record is None:  # not in the clause above, to be no context of errors
+            return self._acquire(tag, opener, timeout)
+        now = self.clock()
+        checkout = record.fair.checkout
+        account, scheduler = checkout.account, self.scheduler
+        if (
+            scheduler.waiting
+            or now >= housekeeping.next_visit
+            or account.in_use > scheduler.roster.common_ceiling
+            or not account.prompt
+        ):
+            # The slot is not this tag's to keep any more, or there is work to do.
+            self.warm.put(tag, record)
+            return self._acquire(tag, opener, timeout)
+        checkout.warm = False
+        checkout.again += 1
+        checkout.holder = self.here.caller
+        checkout.since = account.last_activity = now
+        return record
+
+    def _acquire(self, tag: str, opener: Opener, timeout: float | None) -> Record:
+        """:meth:`checkout` under the lock: the scheduler is asked for a slot."""
+        checkout = Checkout(self)
+        if self.lock.in_section():
+            return self.nested.lend(checkout, tag, opener)
+        try:
+            since = self.lock.run(self._request, checkout, tag)
+            record = checkout.record
+            if record is None:
+                return self._obtain(checkout, opener, since, timeout)
+            checkout.record = None
+            return record
+        except LineFull:
+            self.lock.flush()
+            raise self._too_many_waiting(tag) from None
+        except BaseException:
+            if checkout.state is not FREE:
+                try:
+                    self.give_up(checkout)
+                except BaseException:  # a second interrupt
+                    self.give_up(checkout)
+                    raise
+            raise
+
+    def _request(self, checkout: Checkout, tag: str, now: float) -> float:
+        """Ask for a slot; join the line if there is none. Returns the time.
+
+        Caller is in a section.
+        """
+        connections, state = self.connections, self.state
+        if now >= self.housekeeping.next_visit:
+            self.housekeeping.look_around(now)
+        if state.options.server_tag:
+            connections.prefer(tag)
+        record = connections.pop()
+        try:
+            if self.nested.loans:  # of what would have been popped here
+                self.nested.admit(now)
+            granted = self.scheduler.request(checkout, tag, now)
+            checkout.holder = self.here.caller
+            if granted:
+                state.grant(checkout, record)
+            else:
+                self._join_line(checkout, tag, now)
+        finally:
+            if record is not None and checkout.record is not record:
+                connections.put_back(record)  # last: from here on it may be lent
+        return now
+
+    def _join_line(self, checkout: Checkout, tag: str, now: float) -> None:
+        """Prepare a checkout that has to wait. Caller is in a section."""
+        state, scheduler = self.state, self.scheduler
+        checkout.waiter = self._waiter_class(checkout)
+        if state.watcher is None:
+            state.watcher = checkout
+        self.slots.wanted(tag)
+        if (
+            self.slots.sees_all_callers
+            and not state.event_log.exhausted
+            and scheduler.in_use >= scheduler.capacity  # else it waits for its own tag
+        ):
+            accounts = scheduler.accounts.values()
+            holders = [(a.tag, a.in_use) for a in accounts if a.in_use]
+            state.event_log.begin(tag, now, scheduler.capacity, holders)
+            self.housekeeping.plan_visit()
+
+    def _obtain(
+        self, checkout: Checkout, opener: Opener, since: float, timeout: float | None
+    ) -> Record:
+        """Return the record for a checkout, once it has a slot."""
+        waiter = checkout.waiter
+        if waiter is not None:
+            self._waiting.wait(checkout, waiter, since, timeout)
+        record = checkout.record
+        if record is None:
+            if self.connections.left:
+                self.housekeeping.make_room()
+            record = self._open(checkout, opener)
+            if not self.scheduler.knows(checkout):
+                # The process was forked meanwhile: not of this accounting.
+                checkout.state, checkout.may_keep = FREE, False
+            elif self.options.min_idle and not opener.generation.warmed_up:
+                checkout.record = record  # where `give_up` finds it
+                in_background(
+                    self._waiter_class.run_apart,
+                    partial(self.warm_up, opener),
+                    opener,
+                    self.options.min_idle,
+                )
+        checkout.record = None
+        return record
+
+    def _too_many_waiting(self, tag: str) -> TooManyWaiting:
+        scheduler = self.scheduler
+        with self.lock.held():
+            scheduler.roster.meters.of(tag).refusals += 1
+        return TooManyWaiting(
+            f"too many waiting: tag {tag!r} refused, waiting={scheduler.waiting} "
+            f"max_waiting={self.options.max_waiting}; "
+            f"pool in_use={scheduler.in_use}/{self.options.capacity}",
+            tag,
+        )
+
+    def give_up(self, checkout: Checkout) -> None:
+        """Leave the line, or pass on what was granted in the same instant."""
+        if checkout.orphaned:
+            return  # its connection is being opened: see `Checkout.adopt`
+        self.lock.run(self._give_up, checkout)
+
+    def _give_up(self, checkout: Checkout, now: float) -> None:
+        if self.scheduler.cancel(checkout):
+            self.state.leave_line(checkout)
+        else:
+            record, checkout.record = checkout.record, None
+            self.state.take_back(checkout, record, True, now)
+
+    # -- opening ---------------------------------------------------------------------
+
+    def _open(self, checkout: Checkout, opener: Opener) -> Record:
+        """Open a connection for a checkout."""
+        if self.slots.frozen:
+            record = self._request_again(checkout)
+            if record is not None:
+                return record
+        # What was begun is finished: the next caller needs it if this one has gone.
+        create = partial(self._create, checkout, opener)
+        return cast(Record, self._waiter_class.run_through(create, checkout))
+
+    def _create(self, checkout: Checkout, opener: Opener) -> Record:
+        account, began = checkout.account, self.clock()
+        record = None
+        try:
+            self.slots.before_creating()
+            with self.lock.held():
+                self.connections.opening.add(checkout)
+            record = cast(Record, opener._create_connection())
+            record.fair.checkout = checkout
+            record.fair.physical.opening = False
+            return record
+        finally:
+            took = None if record is None else self.clock() - began
+            with self.lock.held():
+                self.connections.opening.discard(checkout)
+                if record is not None:
+                    self.connections.all.add(record)
+                self.count_opening(account, took)
+
+    def open_again(self, checkout: Checkout) -> None:
+        """Before a connection is opened in the place of one that was lost.
+
+        The session of the one before may not be over, or the pool may have fewer slots
+        now. Then this one would be one too many, and its caller waits for a slot again.
+        """
+        while checkout.state is GRANTED and self.scheduler.knows(checkout):
+            with self.lock.held():  # no section: what is kept warm stays so
+                if self.slots.has_room():
+                    return
+            record = self._request_again(checkout)
+            if record is None:
+                return
+            record.fair.checkout = Checkout(self)
+            record.fair.close_reason = "invalidated"
+            record.close()
+            self.lock.visit()
+
+    def _request_again(self, checkout: Checkout) -> Record | None:
+        """Give a slot back and ask for another one under the same tag.
+
+        Returns the record that came with it, if one did.
+        """
+        since = self.lock.run(self._release_and_request, checkout)
+        waiter = checkout.waiter
+        if waiter is not None:
+            self._waiting.wait(checkout, waiter, since, None)
+        record, checkout.record = checkout.record, None
+        return record
+
+    def _release_and_request(self, checkout: Checkout, now: float) -> float:
+        tag = checkout.account.tag
+        self.state.part_with(None, now)
+        self.state.deliver(self.scheduler.release(checkout, now))
+        try:
+            granted = self.scheduler.request(checkout, tag, now)
+        except LineFull:
+            raise self._too_many_waiting(tag) from None
+        if granted:
+            self.state.grant(checkout, None)
+        else:
+            self._join_line(checkout, tag, now)
+        return now
+
+    def warm_up(self, opener: Opener) -> int:
+        """Open connections until there are `min_idle`; return how many were opened.
+
+        Raises what opening raises.
+        """
+        generation = opener.generation
+        if self.housekeeping.owner is not generation:
+            self.housekeeping.hand_over(generation)
+        generation.warmed_up = True
+        if not self.slots.on_request_only:
+            return self.housekeeping.open_ahead(opener)
+        # Others may need a ledger's slots more: what there is in a moment has to do.
+        existing, options = self.slots.existing, self.options
+        out: list[Record] = []
+        opened = 0
+        try:
+            while len(out) < options.min_idle:
+                before = len(existing)
+                out.append(
+                    self.checkout(options.default_tag, opener, _OPENING_AHEAD_WAITS)
+                )
+                opened += len(existing) > before
+        except exc.TimeoutError:
+            pass
+        finally:
+            for record in out:
+                self.checkin(record, generation)
+        return opened
+
+    # -- checkin ---------------------------------------------------------------------
+
+    def checkin(self, record: Record, generation: Generation) -> None:
+        """Take a record back, from its user or from the collector.
+
+        :param generation: the pool that opened it.
+        """
+        fair = record.fair
+        checkout = fair.checkout
+        account = checkout.account
+        scheduler = self.scheduler
+        waiting = scheduler.waiting
+        if (
+            waiting
+            or checkout.warm
+            or not checkout.may_keep
+            or not account.prompt
+            or (
+                record.dbapi_connection is None
+                and not self.slots.is_over(fair.physical)
+            )
+        ):
+            keep = generation is self.housekeeping.owner
+            self._release(checkout, record, keep)
+            return
+        now = self.clock()
+        held = now - checkout.since
+        checkout.held += held
+        if held > checkout.notable:
+            checkout.note(held)
+        fair.idle_since = account.last_activity = now
+        checkout.warm = True
+        try:
+            records = self.warm.by_tag[account.tag]
+        except KeyError:
+            records = self.warm.of(account.tag)
+        # Listed before, so that an interrupt leaves no record where nobody looks;
+        # and after, if a section has looked in between.
+        if not records.listed:
+            records.list()
+        records.append(record)
+        if not records.listed:
+            records.list()
+        if scheduler.waiting:  # since it was looked at above
+            self.lock.visit()
+
+    def _release(self, checkout: Checkout, record: Record | None, keep: bool) -> None:
+        """Take a record back under the lock, or a checkout that has lost its record."""
+        if not self.lock.in_section():
+            self.lock.run(self.state.take_back, checkout, record, keep)
+        elif not (self.nested.loans and self.nested.end(checkout)):
+            work = partial(self.state.take_back, checkout, record, keep)
+            self.lock.inbox.append(work)
+
+    def lost(self, checkout: Checkout) -> None:
+        """Take back the slot of a checkout that was dropped with its record."""
+        checkout.warm = False  # it may have been about to be taken
+        self._release(checkout, None, False)
+
+    # -- while it is out -------------------------------------------------------------
+
+    def move(self, checkout: Checkout, tag: str) -> bool:
+        """Charge a checkout to another tag, if that one is next; tell if it was."""
+        if self.nested.loans and self.lock.in_section():
+            loan = self.nested.of(checkout)
+            if loan is not None:
+                loan.tag = tag
+                return True
+        return self.lock.run(self.state.move, checkout, tag)
+
+    def activity(self, checkout: Checkout) -> None:
+        """Note that the holder of a checkout works, though its tag is not active."""
+        if not self.lock.in_section():  # else: a finaliser's statement, let it pass
+            self.lock.run(self.scheduler.activity, checkout)
+
+    def connection_ended(self) -> None:
+        """A connection is over, so that another one may be opened. From any thread."""
+        with self.lock.held():
+            if self.slots.is_paid_by_a_checkout() and not self.lock.in_section():
+                return  # what is kept warm stays so
+        self.lock.do(self._recount_ended)
+
+    def _recount_ended(self, now: float) -> None:
+        self.state.recount(now)
+        self.slots.recounted()
+
+    # -- figures ---------------------------------------------------------------------
+
+    def count_opening(self, account: Account, seconds: float | None) -> None:
+        """Count a connection that was opened for a tag, or None if it could not be."""
+        with self.lock.held():
+            if seconds is None:
+                account.meter.create_failures += 1
+            else:
+                account.meter.create.add(seconds)
+
+    def count_closure(self, reason: str) -> None:
+        """Count a connection that is closed."""
+        with self.lock.held():
+            self.closures[reason] += 1
+
+    @property
+    def idle_count(self) -> int:
+        """Records in the pool."""
+        self.lock.visit()
+        return len(self.connections.idle)
+
+    @property
+    def in_use(self) -> int:
+        """Slots in use."""
+        self.lock.visit()
+        return self.scheduler.in_use
+
+    # -- fork ------------------------------------------------------------------------
+
+    def after_fork(self) -> None:
+        """In a forked child: an empty pool; what is open belongs to the parent."""
+        for record in list(self.connections.all):
+            record.fair.checkout.state = FREE
+            record.fair.checkout.may_keep = False
+            sqlalchemy_private.disown(record)
+        self.slots.existing.disown()
+        self.lock.reset()
+        self._begin(self.options)
+        self.log_to(self.logger)
+        self.slots.after_fork()
+
+
+class TracedCore(PoolCore):
+    """Notes where connections are checked out, and reports those out for too long."""
+
+    __slots__ = ()
+
+    def _begin(self, options: PoolOptions) -> None:
+        super()._begin(options)
+        assert options.leak_threshold is not None
+        self.state.leaks = LeakWatch(self, options.leak_threshold)
+
+    def checkout(
+        self, tag: str, opener: Opener, timeout: float | None = None
+    ) -> Record:
+        assert self.state.leaks is not None
+        self.state.leaks.start()
+        stack = places(self.here.frames())
+        record = super().checkout(tag, opener, timeout)
+        record.fair.checkout.stack = stack
+        return record
+
+
+def _connection_ended(alive: weakref.ref[PoolCore]) -> None:
+    core = alive()
+    if core is not None:
+        core.connection_ended()
+
+
+_living: weakref.WeakSet[PoolCore] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for core in list(_living):
+        core.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

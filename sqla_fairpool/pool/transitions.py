@@ -1,0 +1,280 @@
+"""What changes in a section of the pool's lock.
+
+Rules of this file:
+
+* Every method is called in a section, and leaves the scheduler, the records and the
+  slots in step with each other. Wake-ups and closing are left for after the lock.
+* A section takes an idle record before it decides (see :mod:`.connections`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import cast
+
+from ..diagnosis.callers import TaskHere, ThreadHere
+from ..diagnosis.event_log import Journal
+from ..diagnosis.leaks import LeakWatch
+from ..options import PoolOptions
+from ..scheduling.account import GRANTED, Ticket
+from ..scheduling.scheduler import Scheduler
+from .checkout import Checkout, Record
+from .connections import Connections
+from .lock import PoolLock
+from .physical import PhysicalConnection
+from .slots import Slots
+from .warm import WarmCache
+
+__all__ = ["Transitions"]
+
+
+class Transitions:
+    """The parts of a pool that change together."""
+
+    __slots__ = (
+        "connections",
+        "event_log",
+        "here",
+        "leaks",
+        "lock",
+        "options",
+        "scheduler",
+        "slots",
+        "warm",
+        "watcher",
+    )
+
+    def __init__(
+        self,
+        options: PoolOptions,
+        here: ThreadHere | TaskHere,
+        lock: PoolLock,
+        scheduler: Scheduler,
+        connections: Connections,
+        slots: Slots,
+    ) -> None:
+        #: Those in force.
+        self.options = options
+        #: Tells which thread or task is asking.
+        self.here = here
+        self.lock = lock
+        self.scheduler = scheduler
+        self.connections = connections
+        self.slots = slots
+        self.warm = WarmCache(lock.inbox, self._give_up_warm)
+        self.event_log = Journal(lock.deferred)
+        self.leaks: LeakWatch | None = None
+        #: The waiting checkout whose caller wakes up for what is due.
+        self.watcher: Checkout | None = None
+        scheduler.roster.on_change = self.event_log.changed
+
+    # -- granting --------------------------------------------------------------------
+
+    def deliver(self, granted: Sequence[Ticket], record: Record | None = None) -> None:
+        """Give the granted their records: this one, then idle ones, then none.
+
+        A caller that gets none opens a connection.
+        """
+        for checkout in cast(Sequence[Checkout], granted):
+            assert checkout.waiter is not None
+            if record is None:
+                record = self.connections.pop()
+            self.grant(checkout, record)
+            record = None
+            if checkout is self.watcher:
+                self.pass_the_watch()
+            self.lock.wake_ups.append(checkout.waiter.wake)
+            checkout.waiter = None  # the last thing: now its caller may look
+
+    def grant(self, checkout: Checkout, record: Record | None) -> None:
+        """Complete a checkout that was granted, or moved to another tag."""
+        checkout.may_keep = (
+            # Without overflow there is a place for every record that comes back.
+            self.options.max_overflow == 0
+            and not checkout.account.silent
+            and not self.slots.pressed
+        )
+        checkout.reported = False
+        if record is not None:
+            record.fair.checkout = checkout
+            checkout.record = record
+
+    def move(self, checkout: Checkout, tag: str, now: float) -> bool:
+        """Charge a checkout to another tag, if that one is next; tell if it was."""
+        granted = self.scheduler.move(checkout, tag, now)
+        if granted is None:
+            return False
+        self.grant(checkout, None)
+        self.deliver(granted)
+        return True
+
+    def leave_line(self, checkout: Checkout) -> None:
+        """Note that a waiting checkout has left its line without a slot."""
+        if checkout is self.watcher:
+            self.pass_the_watch()
+
+    def pass_the_watch(self) -> None:
+        """Let another caller wake up for what is due.
+
+        The newest, because it will wait longest: else the watch would change hands
+        with every grant, and each time a caller would be woken for that alone.
+        """
+        newest = cast("Checkout | None", self.scheduler.newest_waiter())
+        self.watcher = newest
+        if newest is not None and newest.waiter is not None:
+            self.lock.wake_ups.append(newest.waiter.wake)
+
+    def wake_all(self) -> None:
+        """Wake all callers that wait, to look for themselves."""
+        for checkout in self.waiting():
+            if checkout.waiter is not None:
+                self.lock.wake_ups.append(checkout.waiter.wake)
+
+    def waiting(self) -> list[Checkout]:
+        """Return the checkouts that wait for a slot."""
+        return [
+            cast(Checkout, ticket)
+            for account in self.scheduler.waiting_accounts()
+            for ticket in account.waiters or ()
+        ]
+
+    # -- coming back -----------------------------------------------------------------
+
+    def _give_up_warm(self, record: Record, now: float) -> None:
+        """Release the slot of a record that was kept warm."""
+        checkout = record.fair.checkout
+        checkout.warm = False
+        granted = self.scheduler.vacate(checkout, now)
+        if granted:
+            self.deliver(granted, record)
+        else:
+            self.connections.idle.append(record)
+            self.drain(now)
+
+    def take_back(
+        self, checkout: Checkout, record: Record | None, keep: bool, now: float
+    ) -> None:
+        """Release a slot; hand the record on, keep it or have it closed."""
+        scheduler, connections = self.scheduler, self.connections
+        if (
+            checkout.state is not GRANTED
+            or checkout.warm
+            or not scheduler.knows(checkout)
+        ):
+            return  # back already, or checked out before a fork
+        if checkout.reported and self.leaks is not None:
+            self.lock.deferred.append(self.leaks.returned(checkout, now))
+        idle = len(connections.idle)
+        full = (
+            idle >= self.options.pool_size
+            or scheduler.in_use + idle > scheduler.capacity
+        )
+        is_open = False
+        if record is not None:
+            is_open = record.dbapi_connection is not None
+            keep = keep and not record.fair.doomed
+            if is_open and (not keep or (full and not scheduler.wanted(checkout))):
+                record.fair.close_reason = "overflow" if keep else "disposed"
+                # Its slot is free when it is closed, not before.
+                self.lock.deferred.append(partial(self._close_and_release, record))
+                return
+        if not is_open:
+            self.part_with(record, now)
+            keep = keep and self.slots.keeps_hollow_records
+        granted = scheduler.release(checkout, now)
+        is_idle = False
+        if granted:
+            self.deliver(granted, record if keep else None)
+        elif record is not None and keep and not full:
+            record.fair.idle_since = now
+            connections.idle.append(record)
+            is_idle = True
+        self.slots.returned(idle=is_idle)
+
+    def _close_and_release(self, record: Record) -> None:
+        """Close a record, and then take its slot back. Called after the lock."""
+        try:
+            record.close()  # logs what goes wrong, and raises interrupts only
+        finally:
+            self.lock.run(self.take_back, record.fair.checkout, None, False)
+
+    def part_with(self, record: Record | None, now: float) -> None:
+        """Before a slot is released whose connection has not come back with it.
+
+        It was closed, invalidated, detached or lost. What is left of it at the server
+        has to be paid for from now on.
+        """
+        slots = self.slots
+        if record is not None:
+            record.fair.physical.opening = False
+            slots.detached(record.fair.physical)
+        else:
+            slots.existing.end_abandoned()
+        if slots.frozen:
+            slots.allotted = min(slots.allotted, slots.there() - 1)
+        self.deliver(self.scheduler.set_capacity(slots.usable(1), now))
+
+    # -- how many there may be -------------------------------------------------------
+
+    def recount(self, now: float) -> None:
+        """Let as many slots be granted as there may be connections."""
+        slots = self.slots
+        if slots.frozen:
+            slots.allotted = min(slots.allotted, slots.there())
+        self.deliver(self.scheduler.set_capacity(slots.usable(), now))
+
+    def drain(self, now: float) -> None:
+        """Have idle records closed of which there are too many, the oldest first.
+
+        There are none but after a limit has fallen.
+        """
+        while idle := list(self.connections.idle):
+            if (
+                len(idle) <= self.options.pool_size
+                and self.scheduler.in_use + len(idle) <= self.slots.allotted
+            ):
+                return
+            self.retire(idle[0], now, "resized")
+
+    def retire(self, record: Record, now: float, reason: str) -> None:
+        """Have an idle record closed. Its slot is out of use until that is over."""
+        if self.connections.remove(record):
+            record.fair.close_reason = reason
+            self.lock.deferred.append(record.close)
+            self.recount(now)
+
+    # -- a ledger's ------------------------------------------------------------------
+
+    def allot(
+        self, slots: int, ceilings: Mapping[str, int], other: int, now: float
+    ) -> None:
+        """Set how many connections there may be, and the ceiling of each tag.
+
+        :param other: the ceiling of any tag not named.
+        """
+        self.slots.allotted = slots
+        self.slots.frozen = False
+        if self.slots.there() > slots:
+            self.connections.release_soon()
+        usable = self.slots.usable()
+        self.deliver(self.scheduler.impose(usable, ceilings, other, now))
+        self.drain(now)
+
+    def freeze(self, now: float) -> None:
+        """Let those connections be used that there are, until the next `allot`."""
+        self.slots.frozen = True
+        self.recount(now)
+
+    def press(self, pressed: bool) -> None:
+        """Have the ledger hear when a connection falls idle, or not any more."""
+        self.slots.pressed = pressed
+        if pressed:
+            self.connections.release_soon()
+
+    def bury(self, lost: Collection[PhysicalConnection], now: float) -> None:
+        """Forget connections whose slots are in the ledger's quarantine now."""
+        for physical in lost:
+            if self.slots.existing.release(physical):
+                self.slots.allotted = max(self.slots.allotted - 1, 0)
+        self.recount(now)

@@ -1,0 +1,114 @@
+"""How a checkout waits for its slot: until it is granted, timed out or refused."""
+
+from __future__ import annotations
+
+import math
+
+from ..diagnosis.capture import Scene, copy_scene
+from ..diagnosis.deadlock import collect, holds_another, is_stuck
+from ..errors import CheckoutTimeout, SelfDeadlock
+from ..tagging import context_timeout
+from .checkout import Checkout
+from .housekeeping import Housekeeping
+from .transitions import Transitions
+from .waiters import Waiter
+
+__all__ = ["Waiting"]
+
+
+class Waiting:
+    """Waits on behalf of callers."""
+
+    __slots__ = ("_housekeeping", "_state")
+
+    def __init__(self, state: Transitions, housekeeping: Housekeeping) -> None:
+        self._state = state
+        self._housekeeping = housekeeping
+
+    def wait(
+        self, checkout: Checkout, waiter: Waiter, since: float, timeout: float | None
+    ) -> None:
+        """Return when the checkout is granted.
+
+        :param timeout: seconds, None for what the context or the options say.
+        :raises CheckoutTimeout: when it has waited for its time.
+        :raises SelfDeadlock: when only callers that wait likewise could serve it.
+        """
+        state = self._state
+        if timeout is None:
+            timeout = context_timeout()
+        if timeout is None:
+            timeout = state.options.timeout
+        deadline = math.inf if timeout is None else since + timeout
+        interval = state.options.deadlock_timeout
+        if interval is None or not state.slots.sees_all_callers:
+            interval = math.inf
+        check, now = since + interval, since
+        while True:
+            until = min(deadline, check)
+            if state.watcher is checkout:
+                until = min(until, self._housekeeping.next_duty)
+            waiter.wait(None if until == math.inf else until - now)
+            if checkout.waiter is None:
+                return
+            if state.slots.refusal is not None:
+                raise state.slots.refusal
+            now, scene = state.lock.run(self._look, checkout, deadline)
+            if scene is not None:
+                what = f"timed out after {scene.waited:.2f}s"
+                raise self._error(CheckoutTimeout, what, scene)
+            if now < check:
+                continue
+            check = now + interval
+            stuck = state.lock.run(self._is_stuck, checkout, deadline)
+            if stuck is None:
+                check = math.inf  # it holds nothing, and will not while it waits
+            elif stuck and collect():  # else another thread collects at this moment
+                scene = state.lock.run(self._refuse_stuck, checkout, deadline)
+                if scene is not None:
+                    raise self._error(SelfDeadlock, "would wait for itself", scene)
+
+    def _look(
+        self, checkout: Checkout, deadline: float, now: float
+    ) -> tuple[float, Scene | None]:
+        """Look around; return the time, and how things are if the time is over."""
+        self._housekeeping.look_around(now)
+        if now < deadline or checkout.waiter is None:
+            return now, None
+        scene = copy_scene(self._state, checkout, now)
+        self._state.scheduler.expire(checkout)
+        self._state.leave_line(checkout)
+        return now, scene
+
+    def _is_stuck(self, checkout: Checkout, deadline: float, now: float) -> bool | None:
+        """Tell if only callers that wait likewise could serve it; None: it never is."""
+        if not holds_another(self._state, checkout):
+            return None
+        return is_stuck(self._state, checkout, deadline)
+
+    def _refuse_stuck(
+        self, checkout: Checkout, deadline: float, now: float
+    ) -> Scene | None:
+        """Have it leave its line if it is stuck; return how things are then.
+
+        In the section that finds it stuck: of two callers that wait for each other,
+        only one is refused.
+        """
+        if not is_stuck(self._state, checkout, deadline):
+            return None
+        scene = copy_scene(self._state, checkout, now)
+        self._state.scheduler.cancel(checkout)
+        self._state.leave_line(checkout)
+        checkout.account.meter.deadlocks += 1
+        return scene
+
+    def _error(
+        self, error: type[CheckoutTimeout], what: str, scene: Scene
+    ) -> CheckoutTimeout:
+        diagnosis = scene.diagnose(self._state.here.frames())
+        return error(
+            f"checkout {what}: {diagnosis}; advice: {diagnosis.advice}",
+            diagnosis.tag,
+            scene.waited,
+            diagnosis,
+        )
