@@ -11,6 +11,7 @@ import ctypes
 import gc
 import random
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -215,10 +216,15 @@ def test_ledger_that_cannot_confirm_a_new_connection_costs_no_slot(member, monke
 # -- exceptions from outside ----------------------------------------------------------
 
 
-# What is raised in a driver's destructor Python reports and goes on.
-INTO_DESTRUCTORS = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+@pytest.fixture
+def nobody_keeps_what_is_ignored(monkeypatch):
+    """Let nobody keep exceptions that nobody can catch.
+
+    They are raised in a destructor or a finaliser: Python reports them and goes on.
+    pytest keeps them until the test is over, and in their frames are the records whose
+    return they have interrupted.
+    """
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
 
 
 class Thrown(Exception):  # noqa: N818  (what Celery's SoftTimeLimitExceeded is)
@@ -230,9 +236,9 @@ def work(engine, statement="select pg_sleep(0.002)"):
         connection.execute(text(statement))
 
 
-@pytest.mark.parametrize("driver", ["psycopg2"])
-@INTO_DESTRUCTORS
-def test_exceptions_thrown_into_threads(member, driver, no_log):
+@pytest.mark.parametrize("driver", THREADS)
+@pytest.mark.usefixtures("no_log", "nobody_keeps_what_is_ignored")
+def test_exceptions_thrown_into_threads(member, driver):
     one = member(driver)
     one.beside = 1  # of a driver that was interrupted while it connected
     throw = ctypes.pythonapi.PyThreadState_SetAsyncExc
@@ -269,9 +275,9 @@ def test_exceptions_thrown_into_threads(member, driver, no_log):
     one.all_can_be_had()
 
 
-@pytest.mark.parametrize("driver", ["psycopg2"])
-@INTO_DESTRUCTORS
-def test_signal_handlers_that_raise(member, driver, no_log):
+@pytest.mark.parametrize("driver", THREADS)
+@pytest.mark.usefixtures("no_log", "nobody_keeps_what_is_ignored")
+def test_signal_handlers_that_raise(member, driver):
     """Soft time limits, and time-outs by SIGALRM."""
     one = member(driver)
     one.beside = 1  # of a driver that was interrupted while it connected
@@ -295,6 +301,42 @@ def test_signal_handlers_that_raise(member, driver, no_log):
     finally:
         signal.signal(signal.SIGALRM, before)
     assert hits > 20
+    one.all_can_be_had()
+
+
+@pytest.mark.parametrize("driver", THREADS)
+@pytest.mark.usefixtures("no_log")
+def test_exception_in_a_finaliser_costs_a_slot_while_it_is_kept(
+    member, monkeypatch, driver
+):
+    """SQLAlchemy 2.0's own pool loses that slot for good.
+
+    A dropped connection is returned by SQLAlchemy's finaliser. Where an exception ends
+    that, only the record's own end tells that nobody will return it.
+    """
+    one = member(driver)
+    kept = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda u: kept.append(u.exc_value))
+    connections = [one.engine.connect()]
+    existing = one.pool._exchange.connections
+    close = existing.close
+
+    def fail(*_):  # as psycopg's does in the middle of a statement
+        raise one.engine.dialect.loaded_dbapi.Error
+
+    def interrupted(*args):
+        close(*args)
+        raise Thrown
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.engine.dialect, "do_rollback", fail)
+        patch.setattr(existing, "close", interrupted)
+        drop(connections)
+    assert [type(error) for error in kept] == [Thrown]
+    assert one.pool.checkedout() == 1
+    kept.clear()
+    gc.collect()
+    assert one.pool.checkedout() == 0
     one.all_can_be_had()
 
 
