@@ -24,7 +24,14 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from support.sessions import Sessions
 from support.threads import PATIENCE, Caller, eventually
 
-from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
+from sqla_fairpool import (
+    AsyncAdaptedFairQueuePool,
+    CheckoutTimeout,
+    FairQueuePool,
+    joining,
+    share,
+)
+from sqla_fairpool.ledger.errors import ServerDiffers
 
 pytestmark = pytest.mark.postgres
 
@@ -199,17 +206,55 @@ def test_task_that_is_cancelled_when_a_connection_is_opened_again(
 def test_ledger_that_cannot_confirm_a_new_connection_costs_no_slot(member, monkeypatch):
     one = member()
     one.all_can_be_had()
-    share = one.pool._exchange.share
+    its_share = one.pool._exchange.share
     one.engine.dispose()
 
     def fail(physical):
-        raise share.unconfirmed("for a test")
+        raise its_share.unconfirmed("for a test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(share, "after_opening", fail)
+        patch.setattr(its_share, "after_opening", fail)
         for _ in range(2 * SLOTS):
             with pytest.raises(SQLAlchemyError, match="for a test"):
                 one.engine.connect()
+    one.all_can_be_had()
+
+
+def test_first_connection_to_another_server_is_not_used(member, monkeypatch):
+    """Its session is none of those that the ledger's slots are for."""
+    one, other = member(), member()
+    one.all_can_be_had()
+    one.engine.dispose()
+    identify = joining.identify
+
+    def elsewhere(cursor, pid):
+        return "postgresql elsewhere", identify(cursor, pid)[1]
+
+    monkeypatch.setattr(joining, "identify", elsewhere)
+    with pytest.raises(ServerDiffers, match="postgresql elsewhere"):
+        other.engine.connect()
+    monkeypatch.undo()
+    eventually(lambda: other.sessions.now == 0)
+    one.all_can_be_had()
+
+
+@pytest.mark.parametrize("hindered", [True, False])
+def test_denied_connection_is_used_only_if_the_ledger_cannot_say(
+    member, ledger, monkeypatch, hindered
+):
+    """On the host: what is owned then stays so."""
+    one = member()
+    one.all_can_be_had()
+    one.engine.dispose()
+    monkeypatch.setattr(share, "_CONFIRMED_WITHIN", 0.1)
+    monkeypatch.setattr(one.keeper, "post", lambda done: done(False))
+    monkeypatch.setattr(type(one.keeper), "is_hindered", hindered)
+    if hindered and not ledger.startswith("postgresql"):
+        one.engine.connect().close()
+    else:
+        with pytest.raises(CheckoutTimeout, match="does not confirm"):
+            one.engine.connect()
+    monkeypatch.undo()
     one.all_can_be_had()
 
 

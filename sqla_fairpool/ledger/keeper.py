@@ -204,6 +204,12 @@ class Keeper(Membership):
         if thread is not threading.current_thread():
             thread.join(self._pace.retry)
 
+    @property
+    def is_hindered(self) -> bool:
+        """The ledger cannot be reached or used now; what is owned is kept."""
+        orders = self._orders
+        return self.trouble is not None and orders is not None and orders.owned > 0
+
     def status(self) -> KeeperStatus:
         """Return what a monitor shows."""
         orders, away = self._orders, self.away_since
