@@ -6,19 +6,24 @@ A proxy stands in between; the server's sessions are looked at all the time, pas
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
+import subprocess
+import sys
 import threading
 import uuid
 from functools import partial
+from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
 from support.proxy import Proxy
 from support.sessions import Sessions
 from support.threads import PATIENCE, Caller, eventually
 
-from sqla_fairpool import FairQueuePool, joining
+from sqla_fairpool import CheckoutTimeout, FairQueuePool, joining
 from sqla_fairpool.ledger.keeper import Keeper, Pace
 
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
@@ -58,11 +63,11 @@ def operator(postgres_url):
 
 
 class Member:
-    """An engine that connects through the proxy."""
+    """An engine that shares a ledger."""
 
-    def __init__(self, proxy, ledger, driver, name):
+    def __init__(self, url, ledger, driver, name):
         self.engine = create_engine(
-            proxy.url.set(drivername=f"postgresql+{driver}"),
+            make_url(url).set(drivername=f"postgresql+{driver}"),
             poolclass=FairQueuePool,
             pool_size=SLOTS,
             soft_limit=SLOTS,
@@ -109,9 +114,14 @@ def member(monkeypatch, postgres_url, proxy, ledger):
     name = f"network {uuid.uuid4().hex[:12]}"
     members = []
 
-    def make(driver="psycopg2"):
-        members.append(Member(proxy, ledger, driver, name))
+    def make(driver="psycopg2", past=False):
+        """Make one that connects through the proxy, or past it."""
+        url = postgres_url if past else proxy.url
+        members.append(Member(url, ledger, driver, name))
         return members[-1]
+
+    # Sessions that there may be beside the slots, for a moment.
+    make.beside = 0
 
     with Sessions(postgres_url, name) as sessions:
         make.sessions = sessions
@@ -121,7 +131,7 @@ def member(monkeypatch, postgres_url, proxy, ledger):
             one.close()
     # Who asks for sessions that are lost does it beside the budget, for a moment.
     beside = 0 if ledger.startswith("postgresql") else len(members)
-    assert SLOTS <= sessions.most <= SLOTS + beside
+    assert SLOTS <= sessions.most <= SLOTS + beside + make.beside
 
 
 LOCK = 4711
@@ -165,3 +175,127 @@ def test_only_the_clients_learn_of_the_end(member, proxy, operator, driver):
         m.over.set()
     for caller in working:
         caller.result()
+
+
+SILENCED = pytest.mark.parametrize("ledger", ["cut postgresql"], indirect=True)
+
+
+def end_control_connections(operator):
+    """As the server does when its keepalives are not answered."""
+    operator(
+        "select pg_terminate_backend(pid) from pg_stat_activity "
+        "where application_name = 'sqla_fairpool ledger'"
+    )
+
+
+def take_all(one):
+    """Return all connections that there may be, once a member has them."""
+    callers = [Caller(one.engine.connect) for _ in range(SLOTS)]
+    return [caller.result() for caller in callers]
+
+
+def refuses(one):
+    """Assert that as many as there are slots cannot be had: nobody confirms them."""
+    callers = [Caller(one.engine.connect) for _ in range(SLOTS)]
+    for caller in callers:
+        with pytest.raises(CheckoutTimeout, match="confirm that this process owns"):
+            caller.result()
+
+
+@SILENCED
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_member_whose_control_connection_is_silent_opens_nothing(
+    member, proxy, operator, driver
+):
+    """It cannot know that its slots were given on; the network is back for others."""
+    one = member(driver, past=True)
+    mine = take_all(one)
+    proxy.silence()
+    end_control_connections(operator)
+    operator(
+        "select pg_terminate_backend(pid) from pg_stat_activity "
+        "where application_name = :name",
+        name=member.name,
+    )
+    other = member(driver, past=True)
+    theirs = take_all(other)
+    for connection in mine:
+        connection.invalidate()
+        connection.close()
+    refuses(one)
+    assert member.sessions.now == SLOTS
+    proxy.notice()
+    one.reaches_the_ledger()
+    for connection in theirs:
+        connection.close()
+    for connection in take_all(one):
+        connection.close()
+
+
+@SILENCED
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_control_connection_that_falls_silent_while_connections_are_opened(
+    member, proxy, operator, driver
+):
+    """The sign of life is looked at over the new connection itself."""
+    one = member(driver, past=True)
+    member.beside = SLOTS  # for a moment, in which nothing else is done in them
+    connecting, goes_on = threading.Barrier(SLOTS + 1), threading.Event()
+
+    @event.listens_for(one.engine, "do_connect")
+    def on_connect(*_):
+        if not goes_on.is_set():
+            connecting.wait(PATIENCE)
+            goes_on.wait(PATIENCE)
+
+    callers = [Caller(one.engine.connect) for _ in range(SLOTS)]
+    connecting.wait(PATIENCE)
+    proxy.silence()
+    end_control_connections(operator)
+    other = member(driver, past=True)
+    theirs = take_all(other)
+    goes_on.set()
+    for caller in callers:
+        with pytest.raises(CheckoutTimeout, match="sign of life is gone"):
+            caller.result()
+    eventually(lambda: member.sessions.now == SLOTS)
+    refuses(one)
+    proxy.notice()
+    one.reaches_the_ledger()
+    for connection in theirs:
+        connection.close()
+    for connection in take_all(one):
+        connection.close()
+
+
+@SILENCED
+def test_member_that_is_stopped_while_it_connects(
+    member, operator, postgres_url, ledger
+):
+    """And loses its control connection meanwhile."""
+    other = member(past=True)
+    member.beside = SLOTS  # for a moment, in which nothing else is done in them
+    program = Path(__file__).parent / "support" / "stopped_program.py"
+    process = subprocess.Popen(
+        [sys.executable, program, postgres_url, ledger, str(SLOTS), member.name],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        os.waitpid(process.pid, os.WUNTRACED)
+        end_control_connections(operator)
+        theirs = take_all(other)
+        os.kill(process.pid, signal.SIGCONT)
+        told = [process.stdout.readline() for _ in range(SLOTS)]
+        assert told == ["refused\n"] * SLOTS
+        eventually(lambda: member.sessions.now == SLOTS)
+        for connection in theirs:
+            connection.close()
+        process.stdin.close()
+        assert process.stdout.readline() == f"has {SLOTS}\n"
+        assert process.wait(PATIENCE) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
