@@ -145,6 +145,24 @@ def test_forked_worker_is_a_member_of_its_own(server, scraper):
         server.stays(0.5, parent=10, other=10)
 
 
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+@pytest.mark.parametrize("ledger", ["postgresql"], indirect=True)
+def test_children_forked_in_the_middle_of_checkouts(server, ledger, driver):
+    """Each of them gets a connection; ten threads of their parent go on meanwhile."""
+    url = server.url.set(drivername=f"postgresql+{driver}")
+    program = PROGRAM.with_name("member_program.py")
+    command = [program, url.render_as_string(hide_password=False), ledger, "threads"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=4 * PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n" * 41
+    eventually(lambda: not server.open)
+
+
 @pytest.mark.parametrize("how", ["preload", "multiprocessing"])
 def test_workers_of_one_application_share_its_tags_part(server, scraper, how):
     """As gunicorn's and Celery's: the engine is made before they are forked."""
