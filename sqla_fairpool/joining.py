@@ -23,7 +23,7 @@ from .ledger.host import HostStore
 from .ledger.keeper import Keeper
 from .ledger.places import make_store, needs_database
 from .ledger.postgres import PostgresStore
-from .ledger.rows import Terms
+from .ledger.rows import Session, Terms
 from .ledger.sessions import identify, look, other_ledgers, sign_stands
 from .ledger.watch import Present
 from .options import PoolOptions
@@ -150,9 +150,13 @@ class _Sessions:
     def _identify(self, dbapi_connection: Any, physical: PhysicalConnection) -> None:
         """Ask the server which of its sessions this is, over the connection itself."""
         share, store = self._share, self._store
+        pid = _backend_pid(dbapi_connection)
+        if pid is not None:
+            # As far as it is known: the connection may be lost before it is asked.
+            physical.session = Session(pid, None)
         # If this fails the connection is closed, so nothing is tidied up then.
         cursor = dbapi_connection.cursor()
-        server, session = identify(cursor, _backend_pid(dbapi_connection))
+        server, session = identify(cursor, pid)
         if share.server_name is None:
             share.server_name = server
         if (

@@ -6,12 +6,14 @@ A proxy stands in between; the server's sessions are looked at all the time, pas
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import uuid
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -152,7 +154,7 @@ def at_work(operator, one):
 
 
 @pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
-def test_only_the_clients_learn_of_the_end(member, proxy, operator, driver):
+def test_only_the_clients_learn_of_the_end(member, proxy, operator, driver, no_log):
     """As by a firewall's reset: the server goes on with the statements."""
     one, other = member(driver), member(driver)
     with at_work(operator, one) as callers:
@@ -160,6 +162,9 @@ def test_only_the_clients_learn_of_the_end(member, proxy, operator, driver):
         for caller in callers:
             with pytest.raises(SQLAlchemyError):
                 caller.result()
+        callers.clear()  # nobody has the driver's connections any more
+        caller = None
+        gc.collect()
         working = [Caller(m.go_on) for m in (one, other) for _ in range(SLOTS)]
         # Much longer than a slot is kept whose session cannot be asked after.
         threading.Event().wait(3 * PACE.reclaim_after)
@@ -175,6 +180,51 @@ def test_only_the_clients_learn_of_the_end(member, proxy, operator, driver):
         m.over.set()
     for caller in working:
         caller.result()
+
+
+def has_one_less(one, proxy):
+    """Assert that a slot is kept for as long as the server has a lost session."""
+    callers = [Caller(one.engine.connect) for _ in range(SLOTS)]
+    waiting = one.engine.pool._exchange.scheduler
+    eventually(lambda: sum(not c.is_alive() for c in callers) == SLOTS - 1)
+    # Much longer than a slot is kept whose session cannot be asked after.
+    threading.Event().wait(3 * PACE.reclaim_after)
+    assert waiting.waiting == 1
+    proxy.let_go()
+    for caller in callers:
+        caller.result().close()
+
+
+@pytest.mark.parametrize("ledger", ["host", "postgresql"], indirect=True)
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_connection_that_is_lost_before_the_ledger_knows_its_session(
+    member, proxy, driver, monkeypatch, no_log
+):
+    identify = joining.identify
+    monkeypatch.setattr(
+        joining, "identify", lambda *args: (proxy.reset(), identify(*args))[1]
+    )
+    with pytest.raises(SQLAlchemyError):
+        member(driver).engine.connect()
+    monkeypatch.setattr(joining, "identify", identify)
+    has_one_less(member(driver, past=True), proxy)
+
+
+@pytest.mark.parametrize("ledger", ["host", "postgresql"], indirect=True)
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_lost_connection_that_the_collector_ends(member, proxy, driver, no_log):
+    """Its driver has read of the reset; nobody has closed it through the pool."""
+    connection = member(driver).engine.connect()
+    raw = connection.connection.driver_connection
+    connection.detach()
+    proxy.reset()
+    with pytest.raises(Exception, match="connection"):
+        raw.execute("select 1") if driver == "psycopg" else raw.cursor().execute("x")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the driver, that it was not closed
+        connection._dbapi_connection = raw = None
+        gc.collect()
+    has_one_less(member(driver, past=True), proxy)
 
 
 SILENCED = pytest.mark.parametrize("ledger", ["cut postgresql"], indirect=True)
