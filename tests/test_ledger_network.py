@@ -168,7 +168,7 @@ def test_only_the_clients_learn_of_the_end(member, proxy, operator, driver, no_l
         working = [Caller(m.go_on) for m in (one, other) for _ in range(SLOTS)]
         # Much longer than a slot is kept whose session cannot be asked after.
         threading.Event().wait(3 * PACE.reclaim_after)
-        assert member.sessions.now == SLOTS
+        assert member.sessions.now >= SLOTS  # and who asks after them
         assert one.done + other.done == 0
         for m in (one, other):
             # Also where the server has not noticed the end of a control connection.
