@@ -208,8 +208,8 @@ class Server:
     def sessions_of(self, whose: object) -> list[Session]:
         return [session for session, owner in self.sessions.items() if owner == whose]
 
-    def look(self) -> Present:
-        """What it tells who asks."""
+    def look(self, server: str | None = None) -> Present:
+        """What it tells who asks for the sessions on `server`."""
         there = frozenset(self.sessions)
         return Present(self.name, there, there)
 

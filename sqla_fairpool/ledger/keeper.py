@@ -91,9 +91,10 @@ class Keeper(Membership):
 
     def _begin(self) -> None:
         super()._begin()
-        self._thread: threading.Thread | None = None
-        # Held by whoever starts the thread.
-        self._starting = threading.Lock()
+        # What does the rounds, once there is something: the thread, or this object
+        # itself if it was closed before. The first one that is entered is it; without a
+        # lock, which an interrupt could leave locked.
+        self._runner: dict[str, threading.Thread | Keeper] = {}
         # Rings while the store cannot: taken by the keeper, released to wake it.
         self._bell = threading.Lock()
         self._bell.acquire()
@@ -120,7 +121,7 @@ class Keeper(Membership):
             return
         try:
             self._rung = True
-            if self._thread is None:
+            if not self._runner:
                 self._start()
             if self._opened:
                 self._store.nudge()
@@ -166,24 +167,20 @@ class Keeper(Membership):
             pass  # it was ringing already
 
     def _start(self) -> None:
-        if not self._starting.acquire(blocking=False):
-            return  # somebody else starts it
-        started = True
+        """Start a thread, which ends at once if it is not the first.
+
+        Whoever does it may be interrupted anywhere. The next one starts another.
+        """
         try:
-            if self._thread is None and not self._closing:
-                thread = threading.Thread(
-                    target=self._run, name="sqla_fairpool-keeper", daemon=True
-                )
-                self._thread = thread  # before: an interrupt leaves no second one
-                thread.start()
-        except RuntimeError:
-            self._thread = None
-            started = self._rung = False  # at the interpreter's end
-        finally:
-            self._starting.release()
-        if not started:
-            # Also those of threads that have found it being started.
+            threading.Thread(
+                target=self._run, name="sqla_fairpool-keeper", daemon=True
+            ).start()
+        except RuntimeError:  # at the interpreter's end
+            self._rung = False
             self._answer_posts(self._take_posts(), False)
+
+    def _is_runner(self, who: threading.Thread | Keeper) -> bool:
+        return self._runner.setdefault("runner", who) is who
 
     def after_fork(self) -> None:
         """In the child: be a new process that owns nothing."""
@@ -194,15 +191,23 @@ class Keeper(Membership):
     def close(self) -> None:
         """Give everything back that is closed, and leave. Waits for the thread."""
         self._closing = True
-        thread = self._thread
-        if thread is None:
+        if self._is_runner(self):
             self._end()
             return
+        thread = self._runner["runner"]
         if self._opened:
             self._store.nudge()
         self._wake()
-        if thread is not threading.current_thread():
+        if isinstance(thread, threading.Thread) and (
+            thread is not threading.current_thread()
+        ):
             thread.join(self._pace.retry)
+
+    @property
+    def is_hindered(self) -> bool:
+        """The ledger cannot be reached or used now; what is owned is kept."""
+        orders = self._orders
+        return self.trouble is not None and orders is not None and orders.owned > 0
 
     def status(self) -> KeeperStatus:
         """Return what a monitor shows."""
@@ -227,6 +232,8 @@ class Keeper(Membership):
     # -- the thread -----------------------------------------------------------------
 
     def _run(self) -> None:
+        if not self._is_runner(threading.current_thread()):
+            return
         rung = False
         while not self._closing:
             wake_at = self.step(self._clock(), rung)

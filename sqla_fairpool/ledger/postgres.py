@@ -79,6 +79,15 @@ _SIGNS = text(
 )
 
 
+# Of another role's session that would be an error.
+_END_HOLDERS = text(
+    "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_stat_activity USING (pid) "
+    "WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND database = datid "
+    "AND datname = current_database() AND usename = current_user "
+    "AND (classid::bigint << 32) | objid::bigint = :sign AND pid <> pg_backend_pid()"
+)
+
+
 class _Heard(NamedTuple):
     """A notification."""
 
@@ -218,6 +227,9 @@ class PostgresStore:
 
     def _appear(self) -> None:
         """Give the sign of life, at this place, and listen."""
+        # The session before this one may hold it still: where only we have learned of
+        # its end, the server would take minutes or hours to notice.
+        self._live.execute(_END_HOLDERS, {"sign": self.sign})
         self._run(f"LISTEN {_channel(self.member)}")
         self._run(f"LISTEN {self._everybody}")
         self._run(

@@ -51,8 +51,9 @@ class Present(NamedTuple):
     peers: frozenset[Session]
 
 
-#: Asks the server; returns None where it cannot be asked.
-Sessions = Callable[[], Present | None]
+#: Asks the server, given which one it is, None if that is not known; returns None where
+#: it cannot be asked.
+Sessions = Callable[[str | None], Present | None]
 
 
 class View(NamedTuple):
@@ -233,7 +234,8 @@ class Watch:
         """Return what the server says, None if the members' server cannot be asked."""
         trouble = present = None
         try:
-            present = self._sessions() if self._sessions is not None else None
+            if self._sessions is not None:
+                present = self._sessions(server)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             trouble = reason.splitlines()[0][:_REASON]

@@ -44,6 +44,19 @@ def member(path):
     keeper.close()
 
 
+@pytest.fixture
+def dead_with_trouble(path):
+    """A member whose last question to the server has failed."""
+    store = HostStore(path)
+    store.open()
+    with store.transaction() as rows:
+        book = Book(rows)
+        book.join("nobody", {"pid": 4711}, TERMS)
+        why = "OperationalError: no way to postgresql://u:s3cret@h/d"
+        book.write("nobody", replace(book.members["nobody"], unasked=why))
+    store.close()
+
+
 def run(capsys, *args):
     """Run a command; return its status and what it printed."""
     status = main(["ledger", *map(str, args)])
@@ -59,6 +72,17 @@ def test_show(capsys, member, path):
     assert f":{os.getpid()}, since 20" in who
     assert who.endswith(": 3 slots")
     assert tag.startswith("    'layer\u00e93' ")
+
+
+def test_show_says_why_sessions_cannot_be_asked_for(capsys, dead_with_trouble, path):
+    _, out, _ = run(capsys, "show", "--ledger", path)
+    (line,) = [line for line in out.splitlines() if "cannot be asked" in line]
+    assert line == (
+        "the server cannot be asked for sessions, so that each quarantine takes its "
+        "stated time: OperationalError: no way to postgresql://u:***@h/d"
+    )
+    _, out, _ = run(capsys, "show", "--ledger", path, "--json")
+    assert json.loads(out)["unasked"].startswith("OperationalError: ")
 
 
 def test_show_for_programs(capsys, member, path, monkeypatch):

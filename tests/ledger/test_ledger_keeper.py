@@ -765,11 +765,37 @@ def test_no_thread_before_somebody_rings(two_threads):
     assert "sqla_fairpool-keeper" not in names
 
 
+@pytest.mark.parametrize("how", ["before", "after"])
+def test_interrupt_while_the_thread_is_started(two_threads, monkeypatch, how):
+    """Before it is started, or after that: later there is one that does the work."""
+    a, _ = two_threads
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        if how == "after":
+            start(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            a.request("a")
+    a.keeper.ring()
+    eventually(lambda: a.in_use["a"] == 1)
+
+    def runners():
+        return [t for t in threading.enumerate() if t.name == "sqla_fairpool-keeper"]
+
+    eventually(lambda: len(runners()) == 1)
+    a.keeper.close()
+    assert runners() == []
+
+
 def test_a_keeper_that_was_closed_stays_closed(two_threads):
     a, _ = two_threads
     a.keeper.close()
     a.request("a")
-    assert a.keeper._thread is None
+    test_no_thread_before_somebody_rings(two_threads)
     assert a.in_use["a"] == 0
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError
 from support.threads import PATIENCE, Caller, eventually
 
 from sqla_fairpool import FairQueuePool
@@ -456,6 +457,25 @@ def test_store_is_in_place_while_its_session_is_not_known_to_be_lost(
     with pytest.raises(StoreAway):
         rows_of(store)
     assert not store.in_place()
+
+
+def test_sign_of_a_session_that_only_the_server_still_has_is_given_anew(
+    driver_url, make, monkeypatch
+):
+    """A firewall has reset the client: the server may not notice for hours."""
+    store = make(driver_url)
+    before = store._connection
+    with monkeypatch.context() as patch:
+        patch.setattr(before, "invalidate", lambda: None)
+        patch.setattr(before, "close", lambda: None)
+        store._lost()
+    assert not store.signed
+    store.open()
+    assert store.signed
+    assert store.living([store.member]) == {store.member}
+    with pytest.raises(DBAPIError):
+        before.execute(text("select 1"))
+    before.close()
 
 
 def test_network_that_is_cut_is_noticed_by_the_kernel_within_ten_seconds(driver_url):

@@ -200,7 +200,7 @@ def test_what_comes_after_the_first_look_is_nobodys_of_the_dead(world):
 def test_a_failed_question_is_one_warning_and_said_in_the_ledger(world, caplog):
     answers = []
 
-    def sessions():
+    def sessions(server):
         if not answers:
             raise RuntimeError("no token for this record\nand more")
         return world.server.look()
@@ -228,7 +228,7 @@ def test_a_failed_question_is_one_warning_and_said_in_the_ledger(world, caplog):
 
 
 def test_another_server_is_not_asked(world):
-    def sessions():
+    def sessions(server):
         return Present("another", frozenset(), frozenset())
 
     world.sessions = sessions

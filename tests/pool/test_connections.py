@@ -187,6 +187,24 @@ def test_closed_connection_is_over_when_the_server_says_so(
     assert not connections.release(physical)
 
 
+def test_lost_connection_is_there_until_it_is_buried(connections, changes, monkeypatch):
+    """Also if nobody has the driver's connection any more."""
+    monkeypatch.setattr("sqla_fairpool.connections._GOODBYE", 0.0)
+    connections.on_lost = lambda: None
+    driver, record = Driver(), Record()
+    server = driver.server
+    physical = open_one(connections, driver, record)
+    record.dbapi_connection = None
+    connections.close(driver, driver.close)
+    del driver
+    gc.collect()
+    assert physical.driver is None
+    connections.end_abandoned()
+    assert connections.lost_ones() == [physical]
+    assert changes == []
+    server.close()
+
+
 def test_without_a_ledger_a_late_end_is_waited_for(
     connections, driver, changes, monkeypatch
 ):

@@ -77,8 +77,8 @@ class World:
         self.living.append(process)
         return process
 
-    def sessions(self):
-        return self.server.look() if self.can_ask else None
+    def sessions(self, server):
+        return self.server.look(server) if self.can_ask else None
 
     @property
     def book(self):
