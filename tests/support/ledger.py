@@ -6,7 +6,7 @@ import copy
 
 import greenlet
 
-from sqla_fairpool.bench.ledger_world import (
+from benchmarks.ledger_world import (
     Host,
     MemoryStore,
     Server,
