@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
+from support import state
 from support.stub import StubServer
 from support.threads import eventually
 
@@ -35,7 +36,7 @@ def member(path):
     """A pool of this process that has three connections out."""
     engine = StubServer().engine(ledger=path).execution_options(scraper="layer\u00e93")
     held = [engine.connect() for _ in range(3)]
-    keeper = engine.pool._exchange.share.keeper
+    keeper = state.keeper(engine)
     eventually(lambda: keeper.status().owned == 3)
     yield engine
     for connection in held:
@@ -294,7 +295,7 @@ def test_broken_row_is_one_line_and_reset_mends_it(capsys, left, key, row):
     engine = StubServer().engine(ledger=left)
     engine.connect().close()
     engine.dispose()
-    engine.pool._exchange.share.keeper.close()
+    state.keeper(engine).close()
 
 
 # -- limit ----------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import Column, Integer, String, make_url, select, text
 from sqlalchemy.exc import ArgumentError, IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Session, declarative_base
+from support import state
 from support.threads import eventually
 
 import sqla_fairpool
@@ -49,8 +50,7 @@ def environment(monkeypatch, url):
 
 
 def keeper_of(pool):
-    share = pool._exchange.share
-    return None if share is None else share.keeper
+    return state.keeper(pool)
 
 
 def end(one):

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
+from support import state
 from support.threads import PATIENCE, Caller, eventually
 
 from sqla_fairpool import FairQueuePool
@@ -224,7 +225,7 @@ def test_tables_that_are_dropped_under_load_do_not_raise_the_bound(url, operator
         caller.result().close()
     for engine in (member, newcomer):
         engine.dispose()
-        engine.pool._exchange.share.keeper.close()
+        state.keeper(engine).close()
 
 
 # -- which tables ---------------------------------------------------------------------

@@ -21,6 +21,7 @@ import pytest
 from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 from sqlalchemy.ext.asyncio import create_async_engine
+from support import state
 from support.sessions import Sessions
 from support.threads import PATIENCE, Caller, eventually
 
@@ -79,7 +80,7 @@ class Member:
 
     @property
     def keeper(self):
-        return self.pool._exchange.share.keeper
+        return state.keeper(self)
 
     def all_can_be_had(self):
         """Assert that as many connections can be had as there are slots."""
@@ -206,7 +207,7 @@ def test_task_that_is_cancelled_when_a_connection_is_opened_again(
 def test_ledger_that_cannot_confirm_a_new_connection_costs_no_slot(member, monkeypatch):
     one = member()
     one.all_can_be_had()
-    its_share = one.pool._exchange.share
+    its_share = state.share(one)
     one.engine.dispose()
 
     def fail(physical):
@@ -479,7 +480,7 @@ def test_detached_connection_keeps_its_own_slot_and_no_other(member, driver):
     others = [caller.result() for caller in others]
     assert one.sessions.now == SLOTS
     waiting = Caller(one.engine.connect)
-    eventually(lambda: one.pool._exchange.scheduler.waiting == 1)
+    eventually(lambda: state.waiting(one) == 1)
     detached.close()
     waiting.result().close()
     for connection in others:
@@ -509,7 +510,7 @@ def test_detached_connection_of_sqlite(tmp_path, how):
     for connection in [caller.result() for caller in callers]:
         connection.close()
     engine.dispose()
-    engine.pool._exchange.share.keeper.close()
+    state.keeper(engine).close()
 
 
 def test_connections_of_a_loop_that_is_gone_are_given_up(member):

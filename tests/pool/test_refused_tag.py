@@ -9,6 +9,7 @@ from sqlalchemy import Column, Integer, MetaData, Table, make_url, select, text
 from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
+from support import state
 from support.state import assert_quiet
 from support.stub import StubError
 from support.tasks import waiting
@@ -320,15 +321,15 @@ def test_interrupt_in_the_move_leaves_nothing_under_the_new_tag(
     with engine.connect().execution_options(
         scraper="old", isolation_level="AUTOCOMMIT"
     ) as connection:
-        exchange = type(engine.pool._exchange)
-        move = exchange.move
+        core = type(state.core(engine))
+        move = core.move
 
         def interrupted(*args):
             move(*args)
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(exchange, "move", interrupted)
+            patch.setattr(core, "move", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 connection.execution_options(scraper="new")
         assert holders(engine) == {}

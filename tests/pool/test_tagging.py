@@ -13,6 +13,7 @@ from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import ArgumentError, InvalidRequestError
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import QueuePool
+from support import state
 from support.threads import PATIENCE, Caller, ensure_waiting
 
 import sqla_fairpool
@@ -619,8 +620,7 @@ def test_many_threads_with_tags_of_their_own_do_not_mix(make_engine):
         barrier.wait()
         for _ in range(200):
             connection = tagged.connect()
-            record = connection.connection._connection_record
-            assert record.seat.account.tag == name
+            assert state.tag_of(connection) == name
             connection.close()
 
     for caller in [Caller(work, f"tag{n}") for n in range(8)]:
