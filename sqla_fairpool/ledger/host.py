@@ -54,6 +54,9 @@ _SIGN, _BELL, _FIGURES = ".sign", ".bell", ".figures"
 # Under these names, a sign and figures are made.
 _NEW_SIGN, _NEW_FIGURES = ".new", ".said"
 
+# How often what is at the ledger's place may vanish while it is being opened.
+_ATTEMPTS = 50
+
 # What is written into a bell: somebody else rings, it is its own, somebody asks.
 _RING, _NUDGE, _ASK = b"r", b"n", b"a"
 
@@ -113,16 +116,26 @@ class HostStore:
             if self._file.database is not None:
                 return
             try:
-                with self._file.opening() as there:
-                    was_used = self._use_directory(there)
-                    others = self._remove_the_dead() - {self.member}
-                    self._file.connect(in_use=bool(others), was_used=was_used)
-                    self._give_sign(there)
+                for left in reversed(range(_ATTEMPTS)):
+                    try:
+                        self._open_what_is_there()
+                        break
+                    except (FileNotFoundError, Replaced):
+                        # Removed or replaced between two steps.
+                        if not left:
+                            raise
             except OSError as error:
                 raise LedgerError(
                     f"the ledger {self.name} cannot be used: {error}"
                 ) from None
             self.signed = True
+
+    def _open_what_is_there(self) -> None:
+        with self._file.opening() as there:
+            was_used = self._use_directory(there)
+            others = self._remove_the_dead() - {self.member}
+            self._file.connect(in_use=bool(others), was_used=was_used)
+            self._give_sign(there)
 
     def _use_directory(self, there: os.stat_result) -> bool:
         """Make the directory of signs; return False if there was none."""

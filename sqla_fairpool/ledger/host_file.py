@@ -204,11 +204,14 @@ class LedgerFile:
         :param in_use: another process has given a sign of life.
         :param was_used: there was a ledger before. If it is damaged, and not in use, it
           is made anew.
+        :raises Replaced: if the file is not the one at its path any more.
         :raises LedgerError: if it cannot be used as it is.
         """
         try:
             self._connect(in_use)
         except sqlite3.Error as error:
+            if not self.in_place():
+                raise self._replaced() from None
             self._disconnect()
             translated = self._translated(error)
             is_damage = type(error) is sqlite3.DatabaseError
@@ -231,6 +234,8 @@ class LedgerFile:
             raise LedgerError(f"{journal} is not a file: remove it")
         with no_fork:
             database = self.database = self._sqlite("&nolock=1")
+            if not self.in_place():
+                raise self._replaced()  # SQLite has opened another, without its lock
             database.execute("pragma journal_mode = truncate")
             database.execute("pragma synchronous = off")
             (found,) = database.execute("pragma quick_check(1)").fetchone()

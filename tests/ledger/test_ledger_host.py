@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ from support.threads import PATIENCE, eventually
 from sqla_fairpool.ledger import host, host_file
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
+from sqla_fairpool.ledger.host_file import LedgerFile
 from sqla_fairpool.ledger.rows import member_key
 from sqla_fairpool.ledger.store import StoreAway
 
@@ -421,6 +423,57 @@ def test_sign_of_life_stands_while_the_file_is_replaced(member, path):
     other.open()
     assert other.strangers([]) == 1
     assert other.living([store.member]) == {store.member}
+
+
+#: What is called between two steps of opening a ledger.
+STEPS = [
+    (host_file, "share"),
+    (host, "share"),
+    (Path, "rename"),
+    (HostStore, "_use_directory"),
+    (LedgerFile, "connect"),
+    (LedgerFile, "_make_tables"),
+    (HostStore, "_give_sign"),
+]
+
+
+@pytest.mark.parametrize("lose", [remove, replace, remove_directory, remove_signs])
+@pytest.mark.parametrize(("owner", "name"), STEPS, ids=[name for _, name in STEPS])
+def test_newcomer_tries_again_when_the_ledger_vanishes_while_it_opens_it(
+    path, monkeypatch, owner, name, lose
+):
+    store, do, times = HostStore(path), getattr(owner, name), []
+
+    def first_lose(*args, **kwargs):
+        times.append(1)
+        if len(times) == 1:
+            with contextlib.suppress(FileNotFoundError):  # it was not made yet
+                lose(path)
+        return do(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, first_lose)
+    store.open()
+    monkeypatch.undo()
+    assert times
+    if not store.in_place():  # it was lost after the last look
+        with pytest.raises(StoreAway):
+            rows_of(store)
+        store.open()
+    join(store)
+    assert store.in_place()
+    store.close()
+
+
+def test_ledger_that_vanishes_again_and_again_is_given_up(path, monkeypatch):
+    do = HostStore._give_sign
+
+    def lose(store, there):
+        remove_directory(path)
+        do(store, there)
+
+    monkeypatch.setattr(HostStore, "_give_sign", lose)
+    with pytest.raises(LedgerError, match="No such file"):
+        HostStore(path).open()
 
 
 def go_on(path, pipe):
