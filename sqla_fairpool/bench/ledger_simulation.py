@@ -19,7 +19,7 @@ from functools import partial
 
 from ..ledger.allocation import allocate
 from ..ledger.book import Book
-from ..ledger.keeper import Pace
+from ..ledger.demand import Pace
 from ..ledger.rows import Terms
 from ..scheduling.policy import jain
 from .ledger_world import Host, MemoryStore, Server, SimKeeper, SimPool

@@ -21,9 +21,9 @@ from collections.abc import (
 from contextlib import contextmanager
 from functools import partial
 
+from ..ledger.demand import TagDemand
 from ..ledger.errors import LedgerError
 from ..ledger.keeper import Keeper
-from ..ledger.local import TagDemand
 from ..ledger.rows import Session
 from ..ledger.store import StoreAway
 from ..ledger.watch import Present

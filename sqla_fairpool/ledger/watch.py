@@ -18,9 +18,10 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .allocation import STALLED, TURN
 from .book import Book
-from .demand import Pace, turn_length
-from .rows import STALLED, TURN, Gone, Left, Session, among
+from .demand import Pace
+from .rows import Gone, Left, Session, among
 from .store import Store
 
 __all__ = [
@@ -187,7 +188,7 @@ class Watch:
         self, view: View, living: Collection[str], now: float
     ) -> dict[str, float]:
         """Return for how long we have seen those who are expected to look, in vain."""
-        turn = turn_length(self._pace, list(view.due.values()).count(TURN))
+        turn = self._pace.turn_length(list(view.due.values()).count(TURN))
         late, expected = {}, {}
         for key, why in view.due.items():
             if key in living and key in view.texts:

@@ -36,7 +36,7 @@ def member(path):
     engine = StubServer().engine(ledger=path).execution_options(scraper="layer\u00e93")
     held = [engine.connect() for _ in range(3)]
     keeper = engine.pool._exchange.share.keeper
-    eventually(lambda: keeper.status().owned == 3)
+    eventually(lambda: (has := keeper.member.allotment) and has.owned == 3)
     yield engine
     for connection in held:
         connection.close()

@@ -502,7 +502,7 @@ def test_server_that_has_no_session_for_the_role_is_a_store_that_is_away(
         keeper = Keeper(PostgresStore(poor), TERMS, _Wanting())
         with caplog.at_level(logging.DEBUG):
             keeper.step(0.0)
-        assert "too many connections for role" in keeper.status().trouble
+        assert "too many connections for role" in keeper.trouble
         (record,) = caplog.records
         assert record.exc_info is None
         assert "\n" not in record.getMessage()
