@@ -104,6 +104,11 @@ class Book:
         return self._known_meta.terms
 
     @property
+    def server(self) -> str | None:
+        """Where the members' sessions are, once it is known."""
+        return self.meta.server if self.meta is not None else None
+
+    @property
     def owned(self) -> int:
         return sum(member.owned for member in self.members.values())
 

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 
 from .allocation import Line
 from .errors import LedgerError
-from .rows import Gone, Session
+from .rows import Gone, Member, Session
 
 __all__ = ["Allotment", "Demand", "Local", "Pace", "State", "TagDemand"]
 
@@ -148,19 +148,17 @@ def condense(demand: Mapping[str, TagDemand]) -> Mapping[str, TagDemand]:
 class Allotment:
     """What a member learns from a transaction."""
 
-    number: int
-    owned: int
+    #: Its row: the slots that it owns, what it posted.
+    row: Member
+    #: The slots that it is to have.
     target: int
-    #: By tag: what it posted, what it got of that, what is the most for its pool.
-    lines: Mapping[str, Line]
+    #: By tag: what it got of what it posted, and what is the most for its pool.
     claims: Mapping[str, int]
     ceilings: Mapping[str, int]
     #: Ceiling of any other tag.
     other: int
     #: Slots wanted by any member that there are not.
     unmet: int
-    #: Others go short: what is not used is to be given up.
-    pressed: bool
     #: Tags under which it is asked to yield, and how many are asked of all members.
     asked: frozenset[str]
     turns: int
@@ -168,22 +166,25 @@ class Allotment:
     starved: int
     members: int
     gone: Mapping[int, Gone]
-    #: The sessions that the row says are ours.
-    sessions: frozenset[Session]
-    #: Of the lost ones those that are in quarantine.
+    #: Of the lost connections those that are in quarantine.
     buried: tuple[Session | None, ...]
     #: As many slots are owned as connections are open.
     covered: bool
     #: The members, while there may be others that are in no row; or else None.
     fresh: frozenset[str] | None
-    #: Why we cannot ask the server, as the row says.
-    unasked: str | None
     #: Why it is expected to look again, if it is.
     due: str | None
     #: The members to be rung.
     bells: tuple[str, ...]
-    #: The row, to see if any other member has changed it.
-    text: str
+
+    @property
+    def vain(self) -> frozenset[str]:
+        """The tags under which it waits for more than it got."""
+        return frozenset(
+            tag
+            for tag, line in self.row.tags.items()
+            if line.waiting and self.claims[tag] < line.wants
+        )
 
     def slack(self, demand: Mapping[str, TagDemand]) -> int:
         """Return how many slots are claimed here and not wanted."""
@@ -257,7 +258,7 @@ class Demand:
         self._slack_since = _since(self._slack_since, has_slack, since)
         active = {tag for tag, want in demand.items() if want.active}
         return (
-            active != {tag for tag, line in allotment.lines.items() if line.active}
+            active != {tag for tag, line in allotment.row.tags.items() if line.active}
             or any(self._rises(allotment, tag, want) for tag, want in demand.items())
             or any(tag in allotment.asked for tag in self.ready(now))
             or self._falls(allotment, demand, now)
@@ -268,7 +269,7 @@ class Demand:
         """Tell if more is wanted than posted, and what was posted is the limit."""
         if not want.waiting:
             return False
-        line, claim = allotment.lines.get(tag, Line()), allotment.claims.get(tag, 0)
+        line, claim = allotment.row.tags.get(tag, Line()), allotment.claims.get(tag, 0)
         if claim:
             return want.wants > line.wants and claim >= line.wants
         return not line.waiting
@@ -277,14 +278,9 @@ class Demand:
         self, allotment: Allotment, demand: Mapping[str, TagDemand], now: float
     ) -> bool:
         """Tell if less has been wanted for a while than others could use."""
-        gone = any(
-            line.waiting
-            and allotment.claims[tag] < line.wants
-            and not demand.get(tag, _NOTHING).waiting
-            for tag, line in allotment.lines.items()
-        )
+        gone = any(not demand.get(tag, _NOTHING).waiting for tag in allotment.vain)
         self._gone_since = _since(self._gone_since, gone, now)
-        return (allotment.pressed and self._is_slack(now)) or _over(
+        return (allotment.row.pressed and self._is_slack(now)) or _over(
             self._gone_since, self._pace.beat, now
         )
 
@@ -311,9 +307,9 @@ class Demand:
         self, allotment: Allotment, demand: Mapping[str, TagDemand], now: float
     ) -> int:
         """Return how many slots are unused that others go short of."""
-        if not (allotment.pressed and self._is_slack(now)):
+        if not (allotment.row.pressed and self._is_slack(now)):
             return 0
-        unused = allotment.owned - sum(want.wants for want in demand.values())
+        unused = allotment.row.owned - sum(want.wants for want in demand.values())
         return max(min(allotment.unmet, allotment.slack(demand), unused), 0)
 
     def ready(self, now: float) -> list[str]:
@@ -324,20 +320,20 @@ class Demand:
         """Take note of a new allotment."""
         self._slack_since = self._gone_since = None
         self._turn = self._pace.turn_length(allotment.turns)
-        old = {t: line.place for t, line in before.lines.items()} if before else {}
+        old = {t: line.place for t, line in before.row.tags.items()} if before else {}
         self._had_since = {
             tag: self._had_since.get(tag, now)
-            if old.get(tag) == allotment.lines[tag].place
+            if old.get(tag) == allotment.row.tags[tag].place
             else now  # a new place, a new turn
             for tag, claim in allotment.claims.items()
-            if claim and allotment.owned
+            if claim and allotment.row.owned
         }
 
     def times(self, allotment: Allotment, now: float) -> Iterator[float]:
         """Yield the times at which something may have to be said."""
-        if allotment.lines:
+        if allotment.row.tags:
             yield now + self._pace.beat
-        if allotment.pressed:
+        if allotment.row.pressed:
             if self._slack_since is not None:
                 yield self._slack_since + self._pace.linger
             if self._ask_at > now:

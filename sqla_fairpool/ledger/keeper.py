@@ -314,7 +314,7 @@ class Keeper:
         allotment = self.member.allotment
         if allotment is None:
             self.member.exclude()
-        if allotment is None or not allotment.owned:
+        if allotment is None or not allotment.row.owned:
             self._local.refuse(error)
         elif trouble != self.trouble:
             _log.warning("the ledger %s cannot be used: %s", self._store.name, error)

@@ -23,7 +23,7 @@ from .demand import Allotment, Demand, Local, Pace, State, condense
 from .rows import Terms
 from .store import Store, StoreAway
 from .transaction import has_news, settle
-from .watch import Findings, Sessions, View, Watch
+from .watch import Findings, Sessions, Watch
 
 __all__ = ["Membership"]
 
@@ -105,7 +105,7 @@ class Membership:
         """Tell if there is something to be expected from others."""
         allotment = self.allotment
         return allotment is not None and (
-            allotment.owned != allotment.target
+            allotment.row.owned != allotment.target
             or bool(allotment.asked)
             or bool(self.vain)
             or self._guards
@@ -146,8 +146,8 @@ class Membership:
         post = (
             asked
             or bool(state.lost)
-            or not state.sessions <= allotment.sessions
-            or allotment.owned > max(self._allowed, state.open)
+            or not state.sessions.issubset(allotment.row.sessions)
+            or allotment.row.owned > max(self._allowed, state.open)
             or self._returning
             or self._demand.is_news(allotment, state.tags, now)
         )
@@ -265,7 +265,7 @@ class Membership:
         if slow:
             post |= self._let_go(state)
         elif post and (spare := self._demand.spare(allotment, state.tags, now)):
-            self._shrink_pool(allotment.owned - spare)
+            self._shrink_pool(allotment.row.owned - spare)
         if not self._settle(now, self._state(), post):
             return  # no member any more
         self._give_back(now)
@@ -340,7 +340,7 @@ class Membership:
     def _obey(self, allotment: Allotment, now: float) -> None:
         """Do what the rows say, and ring those that are to hear of ours."""
         before, self.allotment = self.allotment, allotment
-        self.number = allotment.number
+        self.number = allotment.row.number
         if allotment.buried:
             self._local.buried(allotment.buried)
             if self._told is not None:
@@ -349,18 +349,16 @@ class Membership:
             self._guards = True
         self._demand.note(before, allotment, now)
         self._tell_pool(
-            min(allotment.owned, allotment.target), allotment.ceilings, allotment.other
+            min(allotment.row.owned, allotment.target),
+            allotment.ceilings,
+            allotment.other,
         )
         if allotment.bells:
             self._store.ring(allotment.bells)
-        if allotment.pressed != self.pressed:
-            self.pressed = allotment.pressed
-            self._local.press(allotment.pressed)
-        self.vain = frozenset(
-            tag
-            for tag, line in allotment.lines.items()
-            if line.waiting and allotment.claims[tag] < line.wants
-        )
+        if allotment.row.pressed != self.pressed:
+            self.pressed = allotment.row.pressed
+            self._local.press(allotment.row.pressed)
+        self.vain = allotment.vain
         self._plan_looks(now)
 
     def _plan_looks(self, now: float) -> None:
@@ -396,11 +394,11 @@ class Membership:
         """While slots are to go and their connections are closed: give them back."""
         for _ in range(_ROUNDS):
             allotment = self.allotment
-            if allotment is None or allotment.owned <= allotment.target:
+            if allotment is None or allotment.row.owned <= allotment.target:
                 return
             self._local.close_surplus()
             state = self._state()
-            if max(self._allowed, state.open) >= allotment.owned:
+            if max(self._allowed, state.open) >= allotment.row.owned:
                 return
             if not self._settle(now, state, True):
                 return
@@ -410,7 +408,10 @@ class Membership:
         allotment, peak = self.allotment, self._peak
         assert allotment is not None
         self._peak = state.open
-        if any(want.waiting for want in state.tags.values()) or peak >= allotment.owned:
+        if (
+            any(want.waiting for want in state.tags.values())
+            or peak >= allotment.row.owned
+        ):
             return False
         self._shrink_pool(peak)
         return True
@@ -423,15 +424,15 @@ class Membership:
         pause = pace.grace if self._guards else pace.beat * 0.9
         if allotment is None or now - self._watched_at < pause:
             return
-        short = bool(self.vain) or allotment.owned < allotment.target
+        short = bool(self.vain) or allotment.row.owned < allotment.target
         lucky = self._chance() * max(allotment.starved, 1) < _WATCHERS
         if not (patrol or self._guards or (lucky and (short or allotment.gone))):
             return
         self._watched_at = now
         with self._transaction() as rows:
-            view = View.of(Book(rows))
-        findings = self._watch.look(view, self._store.member, now)
-        if findings.any or self.unasked != allotment.unasked:
+            book = Book(dict(rows))
+        findings = self._watch.look(book, self._store.member, now)
+        if findings.any or self.unasked != allotment.row.unasked:
             if not self._settle(now, self._state(), True, findings):
                 return
             self._guards = self._guards or bool(findings.dead)

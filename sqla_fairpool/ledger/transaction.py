@@ -11,7 +11,7 @@ from dataclasses import replace
 from .allocation import TURN, Allocation, Line
 from .book import Book
 from .demand import Allotment, State, TagDemand
-from .rows import DUE, Member, Session, in_order, member_key, read, words
+from .rows import DUE, Session, in_order, member_key, read, words
 
 __all__ = ["has_news", "settle"]
 
@@ -21,7 +21,7 @@ def has_news(rows: Mapping[str, str], member: str, allotment: Allotment) -> bool
 
     :param allotment: what it knows.
     """
-    if rows.get(member_key(member)) != allotment.text:
+    if rows.get(member_key(member)) != allotment.row.text:
         return True
     why = read(DUE, rows.get(DUE), words).get(member)
     # Being asked to yield is not to be answered before the turn is over.
@@ -136,33 +136,27 @@ def _allotment(
     covered: bool,
 ) -> Allotment:
     bells = book.tell(plan)
-    member: Member = book.members[key]
+    member = book.members[key]
     ceilings = {
         tag: max(1, ceiling - plan.shares[tag])
         for tag, ceiling in plan.ceilings.items()
     }
     ceilings |= {tag: line.limit for tag, line in member.tags.items()}
     return Allotment(
-        number=member.number,
-        owned=member.owned,
+        row=member,
         target=plan.targets[key],
-        lines=member.tags,
         claims={tag: plan.claims.get((tag, key), 0) for tag in member.tags},
         ceilings=ceilings,
         other=plan.newcomer,
         unmet=plan.unmet,
-        pressed=member.pressed,
         asked=frozenset(tag for tag, asked in plan.asked if asked == key),
         turns=len(plan.asked),
         starved=len(frozenset().union(*plan.starved.values())),
         members=len(book.members),
         gone=dict(book.gone),
-        sessions=frozenset(member.sessions),
         buried=buried,
         covered=covered,
         fresh=frozenset(book.members) if book.is_fresh else None,
-        unasked=member.unasked,
         due=book.due.get(key),
         bells=tuple(bell for bell in bells if bell != key),
-        text=book.texts[key],
     )

@@ -362,7 +362,7 @@ def test_local_checkout_does_no_store_io(member, monkeypatch):
     engine = member(StubServer())
     give(take(engine, 3))
     keeper = engine.pool._exchange.share.keeper
-    eventually(lambda: (has := keeper.member.allotment) and has.owned == 3)
+    eventually(lambda: (has := keeper.member.allotment) and has.row.owned == 3)
     calls = []
     for name in ("transaction", "ring", "living", "nudge"):
         original = getattr(HostStore, name)
