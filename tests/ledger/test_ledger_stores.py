@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sqlite3
 import stat
 import threading
 import uuid
@@ -335,22 +334,6 @@ def test_figures_that_cannot_be_published_are_a_store_that_is_away(make_host):
     store._members = store._members / "nowhere"
     with pytest.raises(StoreAway):
         store.publish("x")
-
-
-def test_schema_from_the_future_is_refused(make_host, path):
-    make_host()
-    with sqlite3.connect(path) as database:
-        database.execute("pragma user_version = 99")
-    database.close()
-    with pytest.raises(LedgerError, match=r"schema version 99.* knows 2"):
-        HostStore(path).open()
-
-
-def test_file_that_is_no_ledger_is_refused(path):
-    path.parent.mkdir()
-    path.write_text("something else " * 100)
-    with pytest.raises(LedgerError, match="is no ledger, or damaged"):
-        HostStore(path).open()
 
 
 def test_place_that_cannot_be_written_is_refused(tmp_path):
