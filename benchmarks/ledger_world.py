@@ -21,9 +21,9 @@ from collections.abc import (
 from contextlib import contextmanager
 from functools import partial
 
+from sqla_fairpool.ledger.demand import TagDemand
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.keeper import Keeper
-from sqla_fairpool.ledger.local import TagDemand
 from sqla_fairpool.ledger.rows import Session
 from sqla_fairpool.ledger.store import StoreAway
 from sqla_fairpool.ledger.watch import Present

@@ -14,8 +14,8 @@ from sqlalchemy.orm import Session
 
 from ..ledger.addresses import make_store
 from ..ledger.errors import LedgerError
-from ..ledger.identity import describe_process
 from ..ledger.inspector import Observer
+from ..ledger.keeper import describe_process
 from ..ledger.overview import (
     Limits,
     Overview,

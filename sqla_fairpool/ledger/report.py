@@ -102,7 +102,7 @@ def read(store: Store) -> LedgerReport | None:
             target=plan.targets[key],
             tags=tuple(
                 TagReport(tag, line.in_use, line.waiting, line.active, line.limit)
-                for tag, line in sorted(member.lines.items())
+                for tag, line in sorted(member.tags.items())
             ),
         )
         for key, member in book.members.items()

@@ -22,8 +22,7 @@ from ..ledger.keeper import Keeper
 from ..ledger.overview import figures_of
 from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Session, Terms
-from ..ledger.sessions import identify, look, other_ledgers, sign_stands
-from ..ledger.watch import Present
+from ..ledger.watch import Present, identify, look, other_ledgers, sign_stands
 from ..options import PoolOptions
 from .connections import PhysicalConnection, driver_of
 from .endings import SocketCopy

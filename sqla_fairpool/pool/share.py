@@ -26,8 +26,8 @@ from sqlalchemy import exc
 from sqlalchemy.util import greenlet_spawn
 
 from ..errors import CheckoutTimeout
+from ..ledger.demand import TagDemand
 from ..ledger.errors import LedgerError
-from ..ledger.local import TagDemand
 from ..ledger.rows import Session
 from .connections import PhysicalConnection
 

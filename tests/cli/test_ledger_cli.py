@@ -21,7 +21,7 @@ from sqla_fairpool.cli.budget import ask_room, connected
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.rows import Meta, Terms
-from sqla_fairpool.ledger.sessions import identify
+from sqla_fairpool.ledger.watch import identify
 
 TERMS = Terms(20, 10, 15, 60.0, 30.0)
 
@@ -37,7 +37,7 @@ def member(path):
     engine = StubServer().engine(ledger=path).execution_options(scraper="layer\u00e93")
     held = [engine.connect() for _ in range(3)]
     keeper = state.keeper(engine)
-    eventually(lambda: keeper.status().owned == 3)
+    eventually(lambda: (has := keeper.member.allotment) and has.row.owned == 3)
     yield engine
     for connection in held:
         connection.close()

@@ -18,7 +18,7 @@ from sqla_fairpool.cli.server_view import (
     server_text,
 )
 from sqla_fairpool.ledger.overview import Limits, Part, TagFigures, compile_overview
-from sqla_fairpool.ledger.sessions import identify
+from sqla_fairpool.ledger.watch import identify
 
 ROOM = Room("app", 100, 3, 0, False, None)
 

@@ -356,7 +356,7 @@ def test_local_checkout_does_no_store_io(member, monkeypatch):
     engine = member(StubServer())
     give(take(engine, 3))
     keeper = state.keeper(engine)
-    eventually(lambda: keeper.status().owned == 3)
+    eventually(lambda: (has := keeper.member.allotment) and has.row.owned == 3)
     calls = []
     for name in ("transaction", "ring", "living", "nudge"):
         original = getattr(HostStore, name)
@@ -365,10 +365,10 @@ def test_local_checkout_does_no_store_io(member, monkeypatch):
             name,
             lambda *args, _o=original, _n=name: calls.append(_n) or _o(*args),
         )
-    before = keeper.status().transactions
+    before = keeper.member.transactions
     for _ in range(300):
         give(take(engine, 3))
-    assert keeper.status().transactions == before
+    assert keeper.member.transactions == before
     assert calls == []
 
 

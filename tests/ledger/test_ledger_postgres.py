@@ -16,7 +16,7 @@ from support.threads import PATIENCE, Caller, eventually
 from sqla_fairpool import FairQueuePool
 from sqla_fairpool.cli import main
 from sqla_fairpool.cli.watching import Place
-from sqla_fairpool.ledger import sessions
+from sqla_fairpool.ledger import watch
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.keeper import Keeper
@@ -523,7 +523,7 @@ def test_server_that_has_no_session_for_the_role_is_a_store_that_is_away(
         keeper = Keeper(PostgresStore(poor), TERMS, _Wanting())
         with caplog.at_level(logging.DEBUG):
             keeper.step(0.0)
-        assert "too many connections for role" in keeper.status().trouble
+        assert "too many connections for role" in keeper.trouble
         (record,) = caplog.records
         assert record.exc_info is None
         assert "\n" not in record.getMessage()
@@ -558,7 +558,7 @@ class _Wanting:
 def test_session_that_ends_while_it_is_prepared_is_a_store_that_is_away(
     driver_url, operator, monkeypatch
 ):
-    check = sessions.identify
+    check = watch.identify
 
     def ended(cursor, pid):
         operator(driver_url, "select pg_terminate_backend(:pid)", pid=pid)
@@ -566,7 +566,7 @@ def test_session_that_ends_while_it_is_prepared_is_a_store_that_is_away(
 
     store = PostgresStore(driver_url)
     with monkeypatch.context() as patch:
-        patch.setattr(sessions, "identify", ended)
+        patch.setattr(watch, "identify", ended)
         with pytest.raises(StoreAway):
             store.open()
     assert store.control_connections == 0

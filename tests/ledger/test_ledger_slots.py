@@ -367,7 +367,7 @@ def test_exception_in_a_finaliser_costs_a_slot_while_it_is_kept(
     kept = []
     monkeypatch.setattr(sys, "unraisablehook", lambda u: kept.append(u.exc_value))
     connections = [one.engine.connect()]
-    existing = one.pool._exchange.connections
+    existing = state.core(one).connections
     close = existing.close
 
     def fail(*_):  # as psycopg's does in the middle of a statement

@@ -220,7 +220,7 @@ def test_server_is_asked_with_what_a_listener_keeps_on_the_record(
     process.kill()
     killed = time.monotonic()
     connections = [first, *(engine.connect() for _ in range(SLOTS - 1))]
-    assert state.keeper(engine).status().unasked is None
+    assert state.keeper(engine).member.unasked is None
     assert time.monotonic() - killed < PATIENCE
     for connection in connections:
         connection.close()

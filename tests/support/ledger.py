@@ -14,7 +14,7 @@ from benchmarks.ledger_world import (
     SimPool,
 )
 from sqla_fairpool.ledger.book import Book
-from sqla_fairpool.ledger.keeper import Pace
+from sqla_fairpool.ledger.demand import Pace
 from sqla_fairpool.ledger.rows import Terms
 from sqla_fairpool.ledger.store import StoreAway
 

@@ -21,12 +21,14 @@ import pytest
 from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.pool import NullPool
+from support import state
 from support.proxy import Proxy
 from support.sessions import Sessions
 from support.threads import PATIENCE, Caller, eventually
 
-from sqla_fairpool import CheckoutTimeout, FairQueuePool, joining
+from sqla_fairpool import CheckoutTimeout, FairQueuePool
 from sqla_fairpool.ledger.keeper import Keeper, Pace
+from sqla_fairpool.pool import joining
 
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
@@ -85,7 +87,7 @@ class Member:
 
     @property
     def keeper(self):
-        return self.engine.pool._exchange.share.keeper
+        return state.keeper(self.engine)
 
     def work(self, statement, **values):
         with self.engine.connect() as connection:
@@ -101,7 +103,7 @@ class Member:
                 self.errors.append(error)
 
     def reaches_the_ledger(self):
-        eventually(lambda: self.keeper.status().trouble is None, "the ledger is there")
+        eventually(lambda: self.keeper.trouble is None, "the ledger is there")
 
     def close(self):
         self.over.set()
@@ -173,7 +175,7 @@ def test_only_the_clients_learn_of_the_end(member, proxy, operator, driver, no_l
         for m in (one, other):
             # Also where the server has not noticed the end of a control connection.
             m.reaches_the_ledger()
-            assert m.keeper.status().unasked is None
+            assert m.keeper.member.unasked is None
     proxy.let_go()
     eventually(lambda: one.done and other.done, "there are slots again")
     for m in (one, other):
@@ -185,7 +187,7 @@ def test_only_the_clients_learn_of_the_end(member, proxy, operator, driver, no_l
 def has_one_less(one, proxy):
     """Assert that a slot is kept for as long as the server has a lost session."""
     callers = [Caller(one.engine.connect) for _ in range(SLOTS)]
-    waiting = one.engine.pool._exchange.scheduler
+    waiting = state.scheduler(one.engine)
     eventually(lambda: sum(not c.is_alive() for c in callers) == SLOTS - 1)
     # Much longer than a slot is kept whose session cannot be asked after.
     threading.Event().wait(3 * PACE.reclaim_after)
@@ -325,7 +327,7 @@ def test_member_that_is_stopped_while_it_connects(
     """And loses its control connection meanwhile."""
     other = member(past=True)
     member.beside = SLOTS  # for a moment, in which nothing else is done in them
-    program = Path(__file__).parent / "support" / "stopped_program.py"
+    program = Path(__file__).parents[1] / "support" / "stopped_program.py"
     process = subprocess.Popen(
         [sys.executable, program, postgres_url, ledger, str(SLOTS), member.name],
         stdin=subprocess.PIPE,
