@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from ..ledger.addresses import make_store
 from ..ledger.errors import LedgerError
 from ..ledger.identity import describe_process
-from ..ledger.inspector import Observer
+from ..ledger.inspector import Inspector
 from ..ledger.overview import (
     Limits,
     Overview,
@@ -88,9 +88,9 @@ class Started(Generic[_E]):
         ledger = self.pool.options.ledger
         if ledger is None:
             return self._own_overview(registered)
-        observer = Observer(make_store(ledger, self._url, observes=True))
+        inspector = Inspector(make_store(ledger, self._url, observes=True))
         try:
-            return observer.look(registered=registered)
+            return inspector.look(registered=registered)
         except StoreAway as error:
             return self._own_overview(registered, f"the ledger is away: {error}")
         except LedgerError as error:
@@ -98,7 +98,7 @@ class Started(Generic[_E]):
             is_used = self.pool.checkedout() or self.pool.checkedin()
             return self._own_overview(registered, *([str(error)] if is_used else []))
         finally:
-            observer.close()
+            inspector.close()
 
     def _own_overview(self, registered: Mapping[str, None], *warnings: str) -> Overview:
         stats = self.pool.stats()

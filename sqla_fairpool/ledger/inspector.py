@@ -31,7 +31,7 @@ from .report import LedgerReport, MemberReport, read
 from .rows import Session
 from .store import Store
 
-__all__ = ["Observer"]
+__all__ = ["Inspector"]
 
 #: Seconds that members have for an answer. They take a millisecond or two; a process
 #: that computes in many threads lets its keeper wait for its turn.
@@ -43,10 +43,10 @@ _FIRST, _LONGEST = 0.001, 0.02
 _KNOWN = {field.name for field in fields(TagFigures)}
 
 
-class Observer:
+class Inspector:
     """Looks at a ledger. It is no member of it.
 
-    :param store: where the ledger is; the observer opens and closes it. A store in a
+    :param store: where the ledger is; the inspector opens and closes it. A store in a
       database costs one connection beside the budget until :meth:`close`.
     :param patience: seconds that the members have for an answer.
     """

@@ -1,4 +1,4 @@
-"""Overviews to look at, and an observer that shows them."""
+"""Overviews to look at, and an inspector that shows them."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def overview(names=("layer1_5", "layer2", "layer3"), capacity=20, **more):
     return compile_overview(parts, limits, **more)
 
 
-class FakeObserver:
+class FakeInspector:
     """Shows what it is given, one after the other, and then the last of it.
 
     :param scenes: overviews, or errors that are raised.
