@@ -22,7 +22,7 @@ from ..ledger.overview import (
     Part,
     ProcessRow,
     compile_overview,
-    figures_of,
+    condensed,
 )
 from ..ledger.store import StoreAway
 from ..options import PoolOptions
@@ -103,18 +103,18 @@ class Started(Generic[_E]):
     def _own_overview(self, registered: Mapping[str, None], *warnings: str) -> Overview:
         stats = self.pool.stats()
         options = self.pool.options
-        figures = figures_of(stats)
+        rows = condensed(stats.tags)
         who = describe_process()
         process = ProcessRow(
             host=who["host"],
             pid=who["pid"],
             program=who["program"],
             state="answers",
-            tags=tuple(row.tag for row in figures),
+            tags=tuple(row.name for row in rows),
             open=stats.checked_out + stats.idle,
         )
         return compile_overview(
-            [Part(process, figures)],
+            [Part(process, rows)],
             Limits(
                 options.pool_size,
                 options.capacity,

@@ -80,7 +80,7 @@ def world(path, clock):
 
 
 def tags(*rows):
-    names = ("tag", "active", "in_use")
+    names = ("name", "active", "connections")
     return {"tags": [dict(zip(names, row, strict=True)) for row in rows]}
 
 
@@ -122,7 +122,7 @@ def test_sessions_are_those_that_members_and_quarantines_have_posted(world):
 
 def test_what_a_later_version_says_more_is_left_out(world):
     join, inspector = world
-    join({"tags": [{"tag": "a", "in_use": 2, "mood": "good"}], "weather": 1})
+    join({"tags": [{"name": "a", "connections": 2, "mood": "good"}], "weather": 1})
     assert inspector.look().checked_out == 2
 
 
