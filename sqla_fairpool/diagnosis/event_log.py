@@ -20,14 +20,14 @@ from typing import Any
 
 from .report import describe_holders, duration
 
-__all__ = ["Journal"]
+__all__ = ["EventLog"]
 
 #: Seconds without anybody waiting after which an exhaustion is over. A pool that works
 #: at its limit runs empty many times a second, and that is one exhaustion.
 _OVER_AFTER = 5.0
 
 
-class Journal:
+class EventLog:
     """Writes to a pool's logger, and remembers what it has written.
 
     :param later: takes what is to be done after the lock.

@@ -18,7 +18,7 @@ _OLDEST_NAMED = 3
 
 #: A connection without a statement for so many seconds is held by somebody who does
 #: something else: a statement that takes longer is running, and is seen as that
-#: by its place in the code.
+#: by its location in the code.
 _QUIET = 5.0
 
 #: A checkout that is so many times as old as the wait that it has made vain is the
@@ -79,11 +79,12 @@ class Diagnosis:
     #: Who waited, and for how many seconds.
     tag: str
     waited: float
-    #: What the tag held, its ceiling, how many waited under it, and at which place.
+    #: What the tag held, its ceiling, how many waited under it, and the caller's
+    #: position in that line.
     in_use: int
     ceiling: int
     waiting: int
-    place: int
+    position: int
     #: How many tags were active: the reason for the ceiling.
     active_tags: int
     #: The pool's slots in use, how many there are, connections in the pool.
@@ -115,7 +116,7 @@ class Diagnosis:
         """The counts, on one line."""
         return (
             f"tag {self.tag!r} in_use={self.in_use} ceiling={self.ceiling} "
-            f"waiting={self.waiting} place={self.place}; "
+            f"waiting={self.waiting} position={self.position}; "
             f"pool in_use={self.pool_in_use}/{self.capacity} idle={self.idle} "
             f"active_tags={self.active_tags}; {describe_holders(self.holders)}"
         )
