@@ -82,16 +82,9 @@ class Out(NamedTuple):
         cls, checkout: Checkout, *, opening: bool = False, unclaimed: bool = False
     ) -> Out:
         """Copy a checkout. Caller is in a section."""
-        return cls(
-            checkout,
-            checkout.account.tag,
-            checkout.since,
-            checkout.used,
-            checkout.holder,
-            checkout.stack,
-            opening,
-            unclaimed,
-        )
+        tag, since, used = checkout.account.tag, checkout.since, checkout.used
+        holder, stack = checkout.holder, checkout.stack
+        return cls(checkout, tag, since, used, holder, stack, opening, unclaimed)
 
     def as_holding(
         self,
@@ -136,25 +129,18 @@ class Pool(Protocol):
     @property
     def logger(self) -> Any: ...
 
-    def section(self) -> AbstractContextManager[float]:
-        """Hold the lock; gives the time."""
-        ...
+    #: Hold the lock; gives the time.
+    def section(self) -> AbstractContextManager[float]: ...
 
-    def checkouts_out(self) -> Sequence[Out]:
-        """Return the checkouts that have a slot."""
-        ...
+    #: Those that have a slot, and those that wait for one.
+    def checkouts_out(self) -> Sequence[Out]: ...
+    def checkouts_waiting(self) -> Sequence[Checkout]: ...
 
-    def checkouts_waiting(self) -> Sequence[Checkout]:
-        """Return the checkouts that wait for one."""
-        ...
+    #: The records in the pool, and how many of them are open.
+    def count_idle(self) -> tuple[int, int]: ...
 
-    def count_idle(self) -> tuple[int, int]:
-        """Return how many records are in the pool, and how many of them are open."""
-        ...
-
-    def allotment(self) -> tuple[int | None, str | None]:
-        """Return what a ledger allots, and why it cannot be reached; None without."""
-        ...
+    #: What a ledger allots, and why it cannot be reached; None without.
+    def allotment(self) -> tuple[int | None, str | None]: ...
 
 
 class Capture(NamedTuple):
