@@ -74,7 +74,7 @@ class TagStats:
         """Return one row for several: many tags, or one tag in several processes."""
         figures = {
             figure: merge([getattr(row, figure) for row in rows])
-            for figure, merge in _MERGE.items()
+            for figure, merge in SHARED.items()
         }
         return cls(name, **figures)
 
@@ -83,8 +83,8 @@ def _known(times: Sequence[float | None]) -> list[float]:
     return [seconds for seconds in times if seconds is not None]
 
 
-#: How the figures of several rows become one. What is not here is not known of several.
-_MERGE: dict[str, Callable[[Sequence[Any]], Any]] = {
+#: What a process tells others of a tag, and how several figures become one.
+SHARED: dict[str, Callable[[Sequence[Any]], Any]] = {
     "active": any,
     "connections": sum,
     "waiting": sum,

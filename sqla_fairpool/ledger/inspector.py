@@ -29,7 +29,7 @@ from .overview import (
     Part,
     ProcessRow,
     compile_overview,
-    heard,
+    decode,
 )
 from .rows import Session
 from .store import Store
@@ -245,7 +245,7 @@ class Inspector:
     def _part(self, member: MemberReport, said: Mapping[str, Any] | None) -> Part:
         """Return what is known of a member: what it said, or else what it posted."""
         if said is not None:
-            figures = heard(said.get("tags", ()))
+            figures = decode(said.get("tags", ()))
         else:
             # The dead use nothing, whatever their sessions still do.
             figures = _posted(member) if member.alive else []

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from ..scheduling import policy
-from ..stats import TagStats
+from ..stats import SHARED, TagStats
 
 __all__ = [
     "LONG_HOLD",
@@ -22,8 +22,8 @@ __all__ = [
     "ScraperRow",
     "compile_overview",
     "condensed",
-    "heard",
-    "said",
+    "decode",
+    "encode",
 ]
 
 #: Seconds after which a connection that is out is worth a warning.
@@ -52,8 +52,6 @@ class ProcessRow:
     open: int | None = None
     #: Its number in the ledger; None without one.
     number: int | None = None
-    #: Seconds for which it has not reached the ledger.
-    away_for: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,20 +189,6 @@ def _plain(row: ScraperRow | ProcessRow) -> dict[str, Any]:
     return {k: [*v] if isinstance(v, tuple) else v for k, v in asdict(row).items()}
 
 
-#: What a process says of each tag: attributes of :class:`.TagStats`.
-_SAID = (
-    "name",
-    "active",
-    "connections",
-    "waiting",
-    "idle_for",
-    "waiting_for",
-    "held_for",
-    "checkouts",
-    "timeouts",
-)
-
-
 def condensed(rows: Sequence[TagStats]) -> Sequence[TagStats]:
     """Return the rows that a process shows to others.
 
@@ -220,16 +204,16 @@ def condensed(rows: Sequence[TagStats]) -> Sequence[TagStats]:
     return [*ordered[:_MAX_TAGS], rest]
 
 
-def said(rows: Sequence[TagStats]) -> list[dict[str, Any]]:
-    """Return what a process says of its tags to others, ready for JSON."""
-    return [{name: getattr(row, name) for name in _SAID} for row in condensed(rows)]
+def encode(rows: Sequence[TagStats]) -> list[dict[str, Any]]:
+    """Return what a process tells others of its tags, ready for JSON."""
+    names = ("name", *SHARED)
+    return [{name: getattr(row, name) for name in names} for row in condensed(rows)]
 
 
-def heard(said: Iterable[Mapping[str, Any]]) -> list[TagStats]:
-    """Return the rows of :func:`said`. A later version may say more."""
-    return [
-        TagStats(**{name: row[name] for name in _SAID if name in row}) for row in said
-    ]
+def decode(rows: Iterable[Mapping[str, Any]]) -> list[TagStats]:
+    """Return the rows of :func:`encode`. A later version may tell more."""
+    names = {"name", *SHARED}
+    return [TagStats(**{n: row[n] for n in names if n in row}) for row in rows]
 
 
 def compile_overview(
@@ -335,8 +319,6 @@ def _warnings(
             yield f"{who} does not answer: it keeps its {process.slots} slots"
         elif process.state == "dead":
             yield f"{who} is dead: its {process.slots} slots are to be freed"
-        if process.away_for is not None:
-            yield f"{who} has not reached the ledger for {process.away_for:.0f} s"
     for row in rows:
         if row.longest_hold is not None and row.longest_hold >= long_hold:
             who = row.scraper or "a scraper of very many"

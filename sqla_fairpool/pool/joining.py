@@ -18,7 +18,7 @@ from sqlalchemy.util import greenlet_spawn
 from ..ledger.addresses import make_store, needs_database
 from ..ledger.host import HostStore
 from ..ledger.keeper import Keeper
-from ..ledger.overview import said
+from ..ledger.overview import encode
 from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Terms
 from ..ledger.sessions import identify, look, other_ledgers, sign_stands
@@ -102,7 +102,7 @@ def _figures(ref: weakref.ref[Exchange]) -> dict[str, Any]:
     return {
         "size": exchange.options.pool_size,
         "open": open_,
-        "tags": said(snapshot(exchange).tags),
+        "tags": encode(snapshot(exchange).tags),
     }
 
 

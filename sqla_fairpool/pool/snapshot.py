@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate, repeat
 from operator import attrgetter, itemgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..scheduling import policy
 from ..scheduling.account import Account
@@ -55,18 +55,13 @@ class _Tag(NamedTuple):
 _figures = attrgetter("tag", *_Tag._fields[1:-2])
 
 
-class _Unbooked(NamedTuple):
-    """What a checkout that is out has counted, and its tag has not yet."""
-
-    since: float
-    again: int
-    held: float
-    held_max: float
+# Of a checkout that is out, what its tag has not booked yet.
+_unbooked = attrgetter("since", "again", "held", "held_max")
 
 
 def snapshot(exchange: Exchange, name: str = "") -> PoolStats:
     """Return the pool's figures, with a row for each tag. O(tags log tags)."""
-    unbooked: dict[str, list[_Unbooked]] = defaultdict(list)
+    unbooked: dict[str, list[Any]] = defaultdict(list)
     with exchange.section() as now:
         scheduler = exchange.scheduler
         copied = [
@@ -74,8 +69,7 @@ def snapshot(exchange: Exchange, name: str = "") -> PoolStats:
             for account in scheduler.accounts.values()
         ]
         for checkout in exchange.granted_seats():
-            figures = [getattr(checkout, field) for field in _Unbooked._fields]
-            unbooked[checkout.account.tag].append(_Unbooked(*figures))
+            unbooked[checkout.account.tag].append(_unbooked(checkout))
         pool = _pool(exchange, name)
     tags = sorted(map(_Tag._make, copied), key=itemgetter(0))
     # An idle tag does not count, whatever it still holds.
@@ -119,14 +113,14 @@ def _since(account: Account) -> float | None:
     return next(iter(account.waiters)).since if account.waiters else None
 
 
-def _row(tag: _Tag, share: int, now: float, unbooked: Sequence[_Unbooked]) -> TagStats:
+def _row(tag: _Tag, share: int, now: float, unbooked: Sequence[Any]) -> TagStats:
     checkouts, hold_total, hold_max = tag.checkouts, tag.hold_total, tag.hold_max
     out_since = None
-    for one in unbooked:
-        checkouts += one.again
-        hold_total += one.held
-        hold_max = max(hold_max, one.held_max)
-        out_since = one.since if out_since is None else min(out_since, one.since)
+    for since, again, held, held_max in unbooked:
+        checkouts += again
+        hold_total += held
+        hold_max = max(hold_max, held_max)
+        out_since = since if out_since is None else min(out_since, since)
     return TagStats(
         name=tag.name,
         active=tag.active,

@@ -121,14 +121,13 @@ def test_warnings_say_who():
     parts = [
         Part(process(1, "silent", slots=3), [busy("a", 3)]),
         Part(process(2, "dead", slots=2)),
-        Part(process(3, away_for=12.3), [busy("b", 1, held_for=61.4)]),
+        Part(process(3), [busy("b", 1, held_for=61.4)]),
     ]
     overview = compile_overview(parts, LIMITS, warnings=["first"])
     assert overview.warnings == (
         "first",
         "scraper.py (here:1) does not answer: it keeps its 3 slots",
         "scraper.py (here:2) is dead: its 2 slots are to be freed",
-        "scraper.py (here:3) has not reached the ledger for 12 s",
         "b holds a connection for 61 s",
     )
     assert [row.status for row in overview.scrapers] == ["silent", "active"]
