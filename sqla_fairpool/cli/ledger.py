@@ -17,8 +17,8 @@ from ..ledger.addresses import make_store
 from ..ledger.book import Book
 from ..ledger.errors import LedgerError, RowBroken
 from ..ledger.host import HostStore
+from ..ledger.inspector import LedgerReport, MemberReport, read
 from ..ledger.postgres import PostgresStore
-from ..ledger.report import LedgerReport, MemberReport, read
 from ..ledger.rows import Left
 from ..ledger.store import StoreAway
 from ..ledger.watch import Present, look, still_there, unaccounted
@@ -163,11 +163,11 @@ def _lines(report: LedgerReport) -> Iterator[str]:
     for member in report.members:
         who = _who(member.number, member.who)
         yield f"  {who}{_state(member)}: {member.owned} slots"
-        for tag in member.tags:
-            idle = "" if tag.active else ", idle"
+        for tag, line in member.tags.items():
+            idle = "" if line.active else ", idle"
             yield (
-                f"    {tag.tag!r} at most {tag.limit}{idle}; last posted: "
-                f"{tag.in_use} in use, {tag.waiting} waiting"
+                f"    {tag!r} at most {line.limit}{idle}; last posted: "
+                f"{line.in_use} in use, {line.waiting} waiting"
             )
     for gone in report.gone:
         known = f"; {gone.sessions} sessions are known" if gone.sessions else ""

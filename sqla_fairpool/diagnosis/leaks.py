@@ -13,10 +13,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..pool.checkout import Seat
-from ..pool.desk import Desk
 from .callers import describe_stack
-from .capture import Copy, as_holding, copy_seat
+from .capture import Checkout, Out, Pool
 from .report import duration
 
 __all__ = ["LeakWatch"]
@@ -30,8 +28,8 @@ _LONGEST_PAUSE = 1.0
 class LeakWatch:
     """Reports what is out for `threshold` seconds, once for each checkout."""
 
-    def __init__(self, desk: Desk, threshold: float) -> None:
-        self._desk = weakref.ref(desk)
+    def __init__(self, pool: Pool, threshold: float) -> None:
+        self._pool = weakref.ref(pool)
         self._threshold = threshold
         self._thread: threading.Thread | None = None
 
@@ -52,43 +50,39 @@ class LeakWatch:
 
     def look(self) -> None:
         """Report what is out for too long and was not reported yet."""
-        desk = self._desk()
-        if desk is None:
+        pool = self._pool()
+        if pool is None:
             return
-        with desk.section() as now:
+        with pool.section() as now:
             late = [
-                seat
-                for seat in desk.seats_out()
-                if now - seat.since >= self._threshold and not seat.reported
+                out
+                for out in pool.checkouts_out()
+                if now - out.since >= self._threshold and not out.checkout.reported
             ]
-            for seat in late:
-                seat.reported = True
-                seat.may_warm = False  # its return is to be noticed
-            copies = [copy_seat(desk, seat) for seat in late]
-        for copy in copies:
-            holding = as_holding(copy, now)
-            desk.logger.warning(
+            for out in late:
+                out.checkout.reported = True
+                out.checkout.may_warm = False  # its return is to be noticed
+        for out in late:
+            holding = out.as_holding(now)
+            pool.logger.warning(
                 "Connection out for %s, longer than leak_threshold %s: %s%s",
                 duration(holding.age),
                 duration(self._threshold),
                 holding,
-                describe_stack(copy.stack),
+                describe_stack(out.stack),
             )
 
-    def returned(self, seat: Seat, now: float) -> Callable[[], None]:
+    def returned(self, checkout: Checkout, now: float) -> Callable[[], None]:
         """Return what logs that a reported connection has come back."""
-        desk = self._desk()
-        assert desk is not None
-        copy = copy_seat(desk, seat)
-        seat.reported = False
-        return partial(_log_return, desk.logger, copy, now)
+        pool = self._pool()
+        assert pool is not None
+        checkout.reported = False
+        return partial(_log_return, pool.logger, Out.of(checkout), now)
 
 
-def _log_return(logger: Any, copy: Copy, now: float) -> None:
-    logger.warning(
-        "Connection back that was out for too long: %s",
-        as_holding(copy, now, look_up=False),
-    )
+def _log_return(logger: Any, out: Out, now: float) -> None:
+    holding = out.as_holding(now, look_up=False)
+    logger.warning("Connection back that was out for too long: %s", holding)
 
 
 def _watch(ref: weakref.ref[LeakWatch], pause: float) -> None:

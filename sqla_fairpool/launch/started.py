@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from ..ledger.addresses import make_store
 from ..ledger.errors import LedgerError
-from ..ledger.inspector import Observer
+from ..ledger.inspector import Inspector
 from ..ledger.keeper import describe_process
 from ..ledger.overview import (
     Limits,
@@ -22,7 +22,7 @@ from ..ledger.overview import (
     Part,
     ProcessRow,
     compile_overview,
-    figures_of,
+    condensed,
 )
 from ..ledger.store import StoreAway
 from ..options import PoolOptions
@@ -88,9 +88,9 @@ class Started(Generic[_E]):
         ledger = self.pool.options.ledger
         if ledger is None:
             return self._own_overview(registered)
-        observer = Observer(make_store(ledger, self._url, observes=True))
+        inspector = Inspector(make_store(ledger, self._url, observes=True))
         try:
-            return observer.look(registered=registered)
+            return inspector.look(registered=registered)
         except StoreAway as error:
             return self._own_overview(registered, f"the ledger is away: {error}")
         except LedgerError as error:
@@ -98,23 +98,23 @@ class Started(Generic[_E]):
             is_used = self.pool.checkedout() or self.pool.checkedin()
             return self._own_overview(registered, *([str(error)] if is_used else []))
         finally:
-            observer.close()
+            inspector.close()
 
     def _own_overview(self, registered: Mapping[str, None], *warnings: str) -> Overview:
         stats = self.pool.stats()
         options = self.pool.options
-        figures = figures_of(stats)
+        rows = condensed(stats.tags)
         who = describe_process()
         process = ProcessRow(
             host=who["host"],
             pid=who["pid"],
             program=who["program"],
             state="answers",
-            tags=tuple(row.tag for row in figures),
+            tags=tuple(row.name for row in rows),
             open=stats.checked_out + stats.idle,
         )
         return compile_overview(
-            [Part(process, figures)],
+            [Part(process, rows)],
             Limits(
                 options.pool_size,
                 options.capacity,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ..diagnosis.callers import Caller, Place
+from ..diagnosis.callers import Caller, Location
 from ..scheduling.account import FREE, GRANTED, Ticket
 from .connections import PhysicalConnection
 from .waiters import Waiter
@@ -104,8 +104,8 @@ class Seat(Ticket):
         self.holder: Caller | None = None
         #: When a statement was last executed, by whomever.
         self.used = -math.inf
-        #: Where it was checked out, if that is noted, innermost place first.
-        self.stack: tuple[Place, ...] = ()
+        #: Where it was checked out, if that is noted, innermost first.
+        self.stack: tuple[Location, ...] = ()
         #: It was reported as out for too long.
         self.reported = False
         #: The tag of a caller in the middle of a critical section of the same thread,

@@ -32,11 +32,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from ..diagnosis.callers import TaskHere, ThreadHere
-from ..diagnosis.event_log import Journal
+from ..diagnosis.capture import Out
+from ..diagnosis.event_log import EventLog
 from ..options import PoolOptions
 from ..scheduling.account import GRANTED, Account, Ticket
 from ..scheduling.counters import Meter
 from ..scheduling.scheduler import Scheduler
+from . import sqlalchemy_private
 from .checkout import Generation, Opener, Record, Seat
 from .connections import Connections
 from .lock import Section, refuse_inner_call
@@ -186,7 +188,7 @@ class Desk(Section):
         )
         #: Connections closed, by reason.
         self.closures: Counter[str] = Counter()
-        self.journal = Journal(self._chores)
+        self.journal = EventLog(self._chores)
         self.journal.logger = self.logger
         self.scheduler.roster.on_change = self.journal.changed
 
@@ -506,7 +508,7 @@ class Desk(Section):
     def wake_all(self) -> None:
         """Wake whoever waits, to look for himself."""
         with self.section():
-            for seat in self.seats_waiting():
+            for seat in self.checkouts_waiting():
                 if seat.waiter is not None:
                     self._bells.append(seat.waiter.wake)
 
@@ -625,7 +627,7 @@ class Desk(Section):
         seats = [record.seat for record in self._records]
         return [seat for seat in seats if seat.state is GRANTED]
 
-    def seats_waiting(self) -> list[Seat]:
+    def checkouts_waiting(self) -> list[Seat]:
         """Return the seats that wait for a slot. Caller is in a section."""
         return [
             cast(Seat, ticket)
@@ -633,21 +635,28 @@ class Desk(Section):
             for ticket in account.waiters or ()
         ]
 
-    def records_of(self, seats: Collection[Seat]) -> list[Record]:
-        """Return the records on which seats are. Caller is in a section."""
-        return [record for record in self._records if record.seat in seats]
+    def checkouts_out(self) -> list[Out]:
+        """Return what is out or being opened, for a diagnosis. Caller is in a section.
 
-    def is_opening(self, seat: Seat) -> bool:
-        """Tell if a connection is being opened for a seat."""
-        return seat in self._opening
-
-    def seats_out(self) -> list[Seat]:
-        """Return :meth:`granted_seats` and those for which a connection is opened.
-
-        Caller is in a section.
+        A record without a connection is out while another one is opened for it.
         """
         opening = [seat for seat in self._opening if seat.state is GRANTED]
-        return list({*self.granted_seats(), *opening})
+        found = {seat: Out.of(seat, opening=True) for seat in opening}
+        for record in self._records:
+            seat = record.seat
+            if seat.state is GRANTED:
+                hollow = record.dbapi_connection is None
+                unclaimed = sqlalchemy_private.is_dropped(record)
+                found[seat] = Out.of(
+                    seat, opening=hollow or seat in found, unclaimed=unclaimed
+                )
+        return list(found.values())
+
+    def allotment(self) -> tuple[int | None, str | None]:
+        """Return what a ledger allots, and why it cannot be reached; None without."""
+        if self.share is None:
+            return None, None
+        return self._allotted, self.share.trouble
 
 
 def _do_nothing() -> None:

@@ -22,8 +22,8 @@ import weakref
 from functools import partial
 from typing import cast
 
-from ..diagnosis.callers import places
-from ..diagnosis.capture import Scene, copy_scene
+from ..diagnosis.callers import locations
+from ..diagnosis.capture import Capture, capture
 from ..diagnosis.deadlock import collect, holds_another, is_stuck
 from ..diagnosis.leaks import LeakWatch
 from ..errors import CheckoutTimeout, SelfDeadlock, TooManyWaiting
@@ -369,7 +369,7 @@ class Exchange(Upkeep):
             with self.section() as now:
                 self.look_around(now)
                 if now >= deadline and seat.waiter is not None:
-                    scene = self._expire(seat, now)
+                    captured = self._expire(seat, now)
                     break
                 if now < check:
                     continue
@@ -378,22 +378,22 @@ class Exchange(Upkeep):
                     continue
                 check = now + patience
             self._refuse_deadlock(seat, deadline)
-        diagnosis = scene.diagnose(self.here.frames())
+        diagnosis = captured.diagnose(self.here.frames())
         raise CheckoutTimeout(
-            f"checkout timed out after {scene.waited:.2f}s: {diagnosis}; "
+            f"checkout timed out after {diagnosis.waited:.2f}s: {diagnosis}; "
             f"advice: {diagnosis.advice}",
             diagnosis.tag,
-            scene.waited,
+            diagnosis.waited,
             diagnosis,
         )
 
-    def _expire(self, seat: Seat, now: float) -> Scene:
+    def _expire(self, seat: Seat, now: float) -> Capture:
         """End a wait under the lock; return how things were."""
-        scene = copy_scene(self, seat, now)
+        captured = capture(self, seat, now)
         self.scheduler.expire(seat)
         if seat is self._watch:
             self._pass_the_watch()
-        return scene
+        return captured
 
     def _patience(self) -> float:
         """Return how long a caller waits before it is checked for a deadlock."""
@@ -414,16 +414,16 @@ class Exchange(Upkeep):
         with self.section() as now:
             if not is_stuck(self, seat, deadline):
                 return
-            scene = copy_scene(self, seat, now)
+            captured = capture(self, seat, now)
             self.scheduler.cancel(seat)
             if seat is self._watch:
                 self._pass_the_watch()
             seat.account.meter.deadlocks += 1
-        diagnosis = scene.diagnose(self.here.frames())
+        diagnosis = captured.diagnose(self.here.frames())
         raise SelfDeadlock(
             f"checkout would wait for itself: {diagnosis}; advice: {diagnosis.advice}",
             diagnosis.tag,
-            scene.waited,
+            diagnosis.waited,
             diagnosis,
         )
 
@@ -486,7 +486,7 @@ class TracedExchange(Exchange):
     ) -> Record:
         assert self.leaks is not None
         self.leaks.start()
-        stack = places(self.here.frames())
+        stack = locations(self.here.frames())
         record = super().checkout(tag, opener, timeout)
         record.seat.stack = stack
         return record

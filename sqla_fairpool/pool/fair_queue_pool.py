@@ -28,9 +28,8 @@ from .drivers import has_private_memory, warn_of_memory
 from .events import observe, open_for_record
 from .exchange import Exchange, TracedExchange
 from .joining import await_url, join_ledger
-from .metrics import PoolMetrics, Source, collect
 from .server_tag import tell, tell_on_checkout
-from .snapshot import snapshot
+from .snapshot import Source, metrics, snapshot
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
 
 __all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool", "metrics_source"]
@@ -321,15 +320,18 @@ class FairQueuePool(Pool):
 
     def stats(self) -> PoolStats:
         """Return a snapshot of the pool and a row for each tag. O(tags log tags)."""
-        return snapshot(self._exchange)
+        return snapshot(self._exchange, self.metrics_name)
 
-    def metrics(self) -> PoolMetrics:
-        """Return counters and histograms for monitoring. O(tags).
+    def metrics(self) -> PoolStats:
+        """Return the figures for monitoring: counters that never fall, histograms.
+
+        A row for each of the first hundred tags, also when the pool has forgotten it
+        since, and one named ``other`` for all others together. O(tags log tags).
 
         :mod:`sqla_fairpool.prometheus` and :mod:`sqla_fairpool.opentelemetry` export
         them.
         """
-        return collect(self._exchange, self.metrics_name)
+        return metrics(self._exchange, self.metrics_name)
 
     @property
     def metrics_name(self) -> str:

@@ -7,7 +7,6 @@ import atexit
 import logging
 import weakref
 from collections.abc import Collection
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,7 @@ from sqlalchemy.util import greenlet_spawn
 from ..ledger.addresses import make_store, needs_database
 from ..ledger.host import HostStore
 from ..ledger.keeper import Keeper
-from ..ledger.overview import figures_of
+from ..ledger.overview import encode
 from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Session, Terms
 from ..ledger.watch import Present, identify, look, other_ledgers, sign_stands
@@ -106,7 +105,7 @@ def _figures(ref: weakref.ref[Exchange]) -> dict[str, Any]:
     return {
         "size": exchange.options.pool_size,
         "open": open_,
-        "tags": [asdict(figures) for figures in figures_of(snapshot(exchange))],
+        "tags": encode(snapshot(exchange).tags),
     }
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, make_url, text
 from support import state
-from support.overviews import EVIL, FakeObserver, overview
+from support.overviews import EVIL, FakeInspector, overview
 from support.stub import StubServer
 from support.threads import PATIENCE, VirtualClock
 
@@ -56,7 +56,7 @@ def show(monkeypatch):
     """Have the observer show these scenes; return it."""
 
     def show(*scenes):
-        observer = FakeObserver(*scenes)
+        observer = FakeInspector(*scenes)
         monkeypatch.setattr(watching, "make_observer", lambda store: observer)
         return observer
 
@@ -245,7 +245,7 @@ def watch(path):
 
         def observe(store):
             # One scene each: after an error there is a new one.
-            observer = FakeObserver(*scenes)
+            observer = FakeInspector(*scenes)
             observer.scenes = scenes
             observers.append(observer)
             return observer
@@ -328,7 +328,7 @@ def test_a_server_that_hangs_does_not_hide_the_ledger(path, monkeypatch):
     clock = VirtualClock()
     view = overview()
     place = Place(path, path, None, make_url("postgresql://h/d"))
-    watch = Watch(place, clock, lambda store: FakeObserver(view))
+    watch = Watch(place, clock, lambda store: FakeInspector(view))
     watch.look()
     clock.advance(8)
     seen = watch.look()

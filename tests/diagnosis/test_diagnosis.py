@@ -34,7 +34,7 @@ def case(**changes):
         "in_use": 0,
         "ceiling": 10,
         "waiting": 5,
-        "place": 1,
+        "position": 1,
         "active_tags": 2,
         "pool_in_use": 4,
         "capacity": 4,
@@ -219,7 +219,7 @@ def test_message_names_thread_age_statement_and_line(make_engine, clock):
     facts = caught.value.diagnosis
     (held,) = facts.holdings
     assert (held.tag, held.age, held.statement_age) == ("layer2", 41.0, 41.0)
-    assert (facts.tag, facts.active_tags, facts.place) == ("web", 2, 1)
+    assert (facts.tag, facts.active_tags, facts.position) == ("web", 2, 1)
     assert held.now_at.endswith(" in hold_and_sleep")
     message = str(caught.value)
     assert "oldest: 'layer2' for 41s by thread 'Thread-" in message

@@ -29,13 +29,6 @@ ORDER = [
 #: To be emptied: what still goes against the order.
 DEBTS = {
     ("cli.demo", "demo.server"),
-    ("diagnosis.capture", "pool.desk"),
-    ("diagnosis.capture", "pool.checkout"),
-    ("diagnosis.deadlock", "pool.sqlalchemy_private"),
-    ("diagnosis.deadlock", "pool.desk"),
-    ("diagnosis.deadlock", "pool.checkout"),
-    ("diagnosis.leaks", "pool.desk"),
-    ("diagnosis.leaks", "pool.checkout"),
     ("ledger.addresses", "pool.drivers"),
     ("tagging", "pool.sqlalchemy_private"),
 }

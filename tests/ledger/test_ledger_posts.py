@@ -11,8 +11,8 @@ from support.threads import PATIENCE
 from benchmarks.ledger_world import Host, MemoryStore, Server, SimPool
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError, ServerDiffers
+from sqla_fairpool.ledger.inspector import read
 from sqla_fairpool.ledger.keeper import Keeper
-from sqla_fairpool.ledger.report import read
 from sqla_fairpool.ledger.rows import Terms
 
 

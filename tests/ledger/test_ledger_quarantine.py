@@ -13,7 +13,7 @@ from support.ledger import TERMS, World
 from sqla_fairpool.ledger import rows as ledger_rows
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError
-from sqla_fairpool.ledger.report import read
+from sqla_fairpool.ledger.inspector import read
 from sqla_fairpool.ledger.rows import Gone, Left, Member, Session, among, dump
 from sqla_fairpool.ledger.watch import Present, still_there, unaccounted
 

@@ -325,7 +325,8 @@ def test_time_out_names_tag_ceiling_line_and_holders(make_pool, clock):
         connect(pool, "web")
     assert str(caught.value).startswith(
         "checkout timed out after 0.00s: tag 'web' in_use=2 ceiling=2 waiting=1 "
-        "place=1; pool in_use=3/3 idle=0 active_tags=2; held by web=2 jobs=1; oldest: "
+        "position=1; pool in_use=3/3 idle=0 active_tags=2; held by web=2 jobs=1; "
+        "oldest: "
     )
     assert isinstance(caught.value, SQLAlchemyTimeoutError)
     assert (caught.value.tag, caught.value.waited) == ("web", 0.0)
