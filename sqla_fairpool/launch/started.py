@@ -25,7 +25,7 @@ from ..ledger.overview import (
     figures_of,
 )
 from ..ledger.store import StoreAway
-from ..options import PoolOptions
+from ..options import OPTIONS
 from ..pool.drivers import translate_for_asyncpg
 from ..pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 
@@ -64,7 +64,7 @@ class Started(Generic[_E]):
         """Raise if it would be another pool with these."""
         differing = []
         for name, value in options.items():
-            if name in PoolOptions.names():
+            if name in OPTIONS:
                 current = getattr(self.pool.options, name)
                 if str(value) != str(current):  # numbers may come as texts
                     differing.append(f"{name}={value!r}, which is {current!r}")
