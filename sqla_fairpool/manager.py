@@ -51,9 +51,9 @@ from .launch.started import (
     threads_engine,
 )
 from .ledger import overview_text
+from .ledger.drivers import for_asyncio, for_threads
 from .ledger.overview import Overview
 from .options import PoolOptions, naming, validate_tag
-from .pool.drivers import for_asyncio, for_threads
 from .tagging import context_tag
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL, CreateEnginePlugin, Dialect
 from sqlalchemy.pool import Pool
 
+from .ledger.drivers import has_private_memory, warn_of_memory
 from .options import OPTIONS, BadOption, PoolOptions, naming, read_switch, validate_tag
-from .pool.drivers import has_private_memory, warn_of_memory
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 
 __all__ = ["PREFIX", "FairPoolPlugin"]

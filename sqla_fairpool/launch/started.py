@@ -13,6 +13,7 @@ from sqlalchemy.engine import URL, Engine
 from sqlalchemy.orm import Session
 
 from ..ledger.addresses import make_store
+from ..ledger.drivers import translate_for_asyncpg
 from ..ledger.errors import LedgerError
 from ..ledger.identity import describe_process
 from ..ledger.inspector import Observer
@@ -26,7 +27,6 @@ from ..ledger.overview import (
 )
 from ..ledger.store import StoreAway
 from ..options import OPTIONS
-from ..pool.drivers import translate_for_asyncpg
 from ..pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 
 if TYPE_CHECKING:

@@ -19,12 +19,12 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import greenlet_spawn
 
 from .. import tagging
+from ..ledger.drivers import has_private_memory, warn_of_memory
 from ..options import BadOption, PoolOptions, describe_changes
 from ..stats import PoolStats
 from ..tagging import blocks, context_tag, make_request, requested
 from . import sqlalchemy_private
 from .checkout import Generation, Seat
-from .drivers import has_private_memory, warn_of_memory
 from .events import observe, open_for_record
 from .exchange import Exchange, TracedExchange
 from .joining import await_url, join_ledger

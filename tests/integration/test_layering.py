@@ -38,7 +38,6 @@ DEBTS = {
     ("diagnosis.deadlock", "pool.checkout"),
     ("diagnosis.leaks", "pool.desk"),
     ("diagnosis.leaks", "pool.checkout"),
-    ("ledger.addresses", "pool.drivers"),
     ("tagging", "pool.sqlalchemy_private"),
 }
 
