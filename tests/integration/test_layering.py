@@ -38,7 +38,6 @@ DEBTS = {
     ("diagnosis.deadlock", "pool.checkout"),
     ("diagnosis.leaks", "pool.desk"),
     ("diagnosis.leaks", "pool.checkout"),
-    ("tagging", "pool.sqlalchemy_private"),
 }
 
 
