@@ -29,8 +29,6 @@ ORDER = [
 #: To be emptied: what still goes against the order.
 DEBTS = {
     ("cli.demo", "demo.server"),
-    ("ledger.addresses", "pool.drivers"),
-    ("tagging", "pool.sqlalchemy_private"),
 }
 
 

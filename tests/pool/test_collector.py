@@ -19,6 +19,7 @@ from support.threads import Caller, ensure_waiting
 
 import sqla_fairpool
 from sqla_fairpool import CheckoutTimeout, tagging
+from sqla_fairpool.pool.execution_options import requested
 
 PACKAGE = str(Path(sqla_fairpool.__file__).parent)
 
@@ -488,7 +489,7 @@ def test_signal_at_any_moment_in_our_code_loses_no_slot(tags):
         strike(work)
         gc.collect()
         assert pool.checkedout() == 0
-        assert tagging.context_tag() is tagging.requested() is None
+        assert tagging.context_tag() is requested() is None
     assert_quiet(pool)
 
 
