@@ -10,23 +10,16 @@ __all__ = ["CheckoutTimeout", "SelfDeadlock", "TooManyWaiting"]
 
 
 class CheckoutTimeout(exc.TimeoutError):
-    """A checkout waited for as long as it may and got nothing.
-
-    .. attribute:: tag
-
-       the tag that waited.
-
-    .. attribute:: waited
-
-       seconds it waited.
-
-    .. attribute:: diagnosis
-
-       a :class:`.Diagnosis`: who has the connections, since when, and what could be
-       done; what the message says, as data.
-    """
+    """A checkout waited for as long as it may and got nothing."""
 
     __module__ = "sqla_fairpool"
+
+    #: The tag that waited, and for how many seconds.
+    tag: str
+    waited: float
+    #: Who has the connections, since when, and what could be done: what the message
+    #: says, as data.
+    diagnosis: Diagnosis | None
 
     def __init__(
         self, message: str, tag: str, waited: float, diagnosis: Diagnosis | None = None
@@ -44,22 +37,19 @@ class SelfDeadlock(CheckoutTimeout):
     """A checkout that waited for its own caller, and was refused.
 
     Every caller that could have returned a connection waited in the same way, when this
-    one had waited for the option ``deadlock_timeout``. The attributes are those of
-    :class:`.CheckoutTimeout`.
+    one had waited for the option ``deadlock_timeout``.
     """
 
     __module__ = "sqla_fairpool"
 
 
 class TooManyWaiting(exc.TimeoutError):
-    """A checkout was refused at once: ``max_waiting`` callers wait already.
-
-    .. attribute:: tag
-
-       the tag that was refused.
-    """
+    """A checkout was refused at once: ``max_waiting`` callers wait already."""
 
     __module__ = "sqla_fairpool"
+
+    #: The tag that was refused.
+    tag: str
 
     def __init__(self, message: str, tag: str) -> None:
         super().__init__(message)

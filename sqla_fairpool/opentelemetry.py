@@ -17,14 +17,11 @@ a pool is instrumented for one provider.
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from itertools import repeat
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from opentelemetry.metrics import (
     CallbackOptions,
-    Histogram,
     Meter,
     MeterProvider,
     Observation,
@@ -32,8 +29,8 @@ from opentelemetry.metrics import (
 )
 
 from .pool.fair_queue_pool import metrics_source
-from .pool.metrics import PoolMetrics, Source
-from .scheduling.counters import Meter as TagMeter
+from .pool.snapshot import Source
+from .stats import PoolStats
 
 __all__ = ["instrument"]
 
@@ -42,10 +39,7 @@ _POOL_NAME = _PREFIX + "pool.name"
 _STATE = _PREFIX + "state"
 _TAG = "sqla_fairpool.tag"
 
-#: Durations kept between two exports; a minute's worth of a very busy tag.
-_KEPT = 100_000
-
-#: Our histogram of a tag's meter, and the convention's.
+#: What a :class:`.Source` calls durations, the convention's name, and its help.
 _DURATIONS = (
     ("wait", "wait_time", "The time it took to obtain a connection from the pool"),
     ("hold", "use_time", "The time between borrowing a connection and returning it"),
@@ -62,124 +56,74 @@ def instrument(engine: Any, meter_provider: MeterProvider | None = None) -> None
     """
     source = metrics_source(engine)
     provider = meter_provider or get_meter_provider()
-    _Instruments(source, provider.get_meter("sqla_fairpool"))
-
-
-class _Instruments:
-    """The instruments of one pool."""
-
-    def __init__(self, source: Source, meter: Meter) -> None:
-        self._source = source
-        self._histograms = [
-            (ours, meter.create_histogram(_PREFIX + name, "s", text))
-            for ours, name, text in _DURATIONS
-        ]
-        # Checkouts by tag that had not to wait, as far as they are recorded.
-        self._at_once: dict[str, int] = {}
-        self._keep_durations()
-        self._observe(meter)
-
-    def _keep_durations(self) -> None:
-        core = self._source.core()
-        assert core is not None
-        with core.lock.section():
-            meters = core.scheduler.roster.meters
-            meters.on_new.append(_keep)
-            for tag, meter in meters.by_tag.items():
-                _keep(tag, meter)
-                self._at_once[tag] = meter.at_once
-
-    def _observe(self, meter: Meter) -> None:
-        gauges: list[tuple[str, str, str, Callable[[PoolMetrics], Observations]]] = [
-            ("count", "{connection}", "Connections by state", _count),
-            ("max", "{connection}", "Most open connections allowed", _max),
-            (
-                "idle.max",
-                "{connection}",
-                "Most idle open connections allowed",
-                _idle_max,
-            ),
-            ("idle.min", "{connection}", "Fewest idle open connections", _idle_min),
-            ("pending_requests", "{request}", "Waiting requests", _pending),
-        ]
-        for name, unit, text, read in gauges:
-            meter.create_observable_up_down_counter(
-                _PREFIX + name, [self._callback(read)], unit, text
-            )
-        meter.create_observable_counter(
-            _PREFIX + "timeouts",
-            [self._callback(_timeouts), self._record_durations],
-            "{timeout}",
-            "Connection timeouts",
+    source.keep_durations()
+    meter = provider.get_meter("sqla_fairpool")
+    for name, unit, text, read in _FIGURES:
+        meter.create_observable_up_down_counter(
+            _PREFIX + name, [_observe(source, read)], unit, text
         )
+    meter.create_observable_counter(
+        _PREFIX + "timeouts",
+        [_observe(source, _by_tag("timeouts")), _record_durations(source, meter)],
+        "{timeout}",
+        "Connection timeouts",
+    )
 
-    def _callback(
-        self, read: Callable[[PoolMetrics], Observations]
-    ) -> Callable[[CallbackOptions], Iterable[Observation]]:
-        def observe(options: CallbackOptions) -> Iterable[Observation]:
-            pool = self._source.read()
-            if pool is None:
-                return
-            for number, attributes in read(pool):
-                yield Observation(number, {_POOL_NAME: pool.name, **attributes})
 
-        return observe
+#: Called for each export.
+_Callback = Callable[[CallbackOptions], Iterable[Observation]]
 
-    def _record_durations(self, options: CallbackOptions) -> Iterable[Observation]:
-        """Record what has happened since the last export."""
-        core = self._source.core()
-        if core is None:
-            return ()
-        taken: list[tuple[Histogram, str, Iterable[float]]] = []
-        with core.lock.section():
-            for tag, meter in core.scheduler.roster.meters.by_tag.items():
-                more = meter.at_once - self._at_once.get(tag, 0)
-                self._at_once[tag] = meter.at_once
-                zeros = repeat(0.0, min(more, _KEPT))
-                taken.append((self._histograms[0][1], tag, zeros))
-                for ours, histogram in self._histograms:
-                    durations = getattr(meter, ours)
-                    if durations.raw:
-                        taken.append((histogram, tag, durations.raw))
-                        durations.raw = deque(maxlen=_KEPT)
-        for histogram, tag, values in taken:
-            attributes = {_POOL_NAME: self._source.name, _TAG: tag}
-            for seconds in values:
-                histogram.record(seconds, attributes)
+#: From a pool to its numbers, each with attributes beside the pool's name.
+_Read = Callable[[PoolStats], Iterable[tuple[int, dict[str, str]]]]
+
+
+def _observe(source: Source, read: _Read) -> _Callback:
+    def observe(options: CallbackOptions) -> Iterable[Observation]:
+        pool = source.read()
+        for number, attributes in () if pool is None else read(pool):
+            yield Observation(number, {_POOL_NAME: source.name, **attributes})
+
+    return observe
+
+
+def _record_durations(source: Source, meter: Meter) -> _Callback:
+    """Return what records, in histograms, what has happened since the last export."""
+    histograms = {
+        kind: meter.create_histogram(_PREFIX + name, "s", text)
+        for kind, name, text in _DURATIONS
+    }
+
+    def record(options: CallbackOptions) -> Iterable[Observation]:
+        for kind, tag, durations in source.take_durations():
+            attributes = {_POOL_NAME: source.name, _TAG: tag}
+            for seconds in durations:
+                histograms[kind].record(seconds, attributes)
         return ()
 
-
-Observations = Iterator[tuple[int, dict[str, str]]]
-
-
-def _keep(tag: str, meter: TagMeter) -> None:
-    for ours, _, _ in _DURATIONS:
-        getattr(meter, ours).raw = deque(maxlen=_KEPT)
+    return record
 
 
-def _count(pool: PoolMetrics) -> Observations:
+def _of_pool(attribute: str) -> _Read:
+    return lambda pool: [(getattr(pool, attribute), {})]
+
+
+def _by_tag(attribute: str) -> _Read:
+    return lambda pool: [
+        (getattr(tag, attribute), {_TAG: tag.name}) for tag in pool.tags
+    ]
+
+
+def _count(pool: PoolStats) -> Iterable[tuple[int, dict[str, str]]]:
     yield pool.idle, {_STATE: "idle"}
     for tag in pool.tags:
-        yield tag.connections, {_STATE: "used", _TAG: tag.tag}
+        yield tag.connections, {_STATE: "used", _TAG: tag.name}
 
 
-def _max(pool: PoolMetrics) -> Observations:
-    yield pool.capacity, {}
-
-
-def _idle_max(pool: PoolMetrics) -> Observations:
-    yield pool.size, {}
-
-
-def _idle_min(pool: PoolMetrics) -> Observations:
-    yield pool.min_idle, {}
-
-
-def _pending(pool: PoolMetrics) -> Observations:
-    for tag in pool.tags:
-        yield tag.waiting, {_TAG: tag.tag}
-
-
-def _timeouts(pool: PoolMetrics) -> Observations:
-    for tag in pool.tags:
-        yield tag.timeouts, {_TAG: tag.tag}
+#: Name, unit, help, and how the numbers are read.
+_FIGURES: tuple[tuple[str, str, str, _Read], ...] = (
+    ("count", "{connection}", "Connections by state", _count),
+    ("max", "{connection}", "Most open connections allowed", _of_pool("capacity")),
+    ("idle.max", "{connection}", "Most idle connections allowed", _of_pool("size")),
+    ("idle.min", "{connection}", "Fewest idle connections", _of_pool("min_idle")),
+    ("pending_requests", "{request}", "Waiting requests", _by_tag("waiting")),
+)

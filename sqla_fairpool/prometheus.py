@@ -18,7 +18,7 @@ process serve a port of its own, or push a registry of its own to a gateway.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from prometheus_client import REGISTRY, CollectorRegistry
@@ -31,7 +31,8 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from .pool.fair_queue_pool import metrics_source
-from .pool.metrics import HistogramCopy, PoolMetrics, Source, TagMetrics
+from .pool.snapshot import Source
+from .stats import PoolStats, Summary
 
 __all__ = ["FairPoolCollector", "register"]
 
@@ -70,10 +71,8 @@ class FairPoolCollector(Collector):
         """Return all series, as they are now."""
         pools = [pool for pool in (s.read() for s in self._sources) if pool]
         self._sources = [s for s in self._sources if s.core() is not None]
-        yield from _gauges(pools)
-        yield from _gauges_by_tag(pools)
-        yield from _counters(pools)
-        yield from _histograms(pools)
+        yield from _of_pools(pools)
+        yield from _of_tags(pools)
 
 
 _collectors: weakref.WeakKeyDictionary[CollectorRegistry, FairPoolCollector] = (
@@ -81,89 +80,84 @@ _collectors: weakref.WeakKeyDictionary[CollectorRegistry, FairPoolCollector] = (
 )
 
 
-def _gauges(pools: list[PoolMetrics]) -> Iterable[Metric]:
-    connections = GaugeMetricFamily(
-        _PREFIX + "connections",
-        "Connections that are used, or idle in the pool",
-        labels=("pool", "state"),
-    )
+#: Name, help, attribute of :class:`.PoolStats`.
+_POOL_GAUGES = (
+    ("connections_max", "Most connections there may be", "capacity"),
+    ("pending_requests", "Callers that wait", "waiting"),
+)
+
+#: Name, help, attribute of :class:`.TagStats`.
+_TAG_GAUGES = (
+    ("tag_active", "1 if the tag counts in the division", "active"),
+    ("tag_connections", "Connections the tag holds", "connections"),
+    ("tag_connections_max", "Most the tag may hold now", "limit"),
+    ("tag_pending_requests", "Callers that wait", "waiting"),
+)
+_TAG_COUNTERS = (
+    ("checkouts", "Checkouts granted", "checkouts"),
+    ("connect_failures", "Connections that could not be opened", "create_failures"),
+)
+_TAG_HISTOGRAMS = (
+    ("wait_seconds", "Until a checkout had its slot", "wait_time"),
+    ("hold_seconds", "Until a connection came back", "hold_time"),
+    ("connect_seconds", "To open a connection", "create_time"),
+)
+
+#: The reason of a failed checkout, and its counter of :class:`.TagStats`.
+_FAILURES = {"timeout": "timeouts", "refused": "refusals", "deadlock": "deadlocks"}
+
+
+def _of_pools(pools: list[PoolStats]) -> Iterator[Metric]:
+    text = "Connections that are used, or idle in the pool"
+    connections = _family(GaugeMetricFamily, "connections", text, "state")
     for pool in pools:
-        connections.add_metric((pool.name, "used"), pool.used)
+        connections.add_metric((pool.name, "used"), pool.checked_out)
         connections.add_metric((pool.name, "idle"), pool.idle)
     yield connections
-    figures: list[tuple[str, str, Callable[[PoolMetrics], float]]] = [
-        ("connections_max", "Most connections there may be", lambda p: p.capacity),
-        ("pending_requests", "Callers that wait", lambda p: p.waiting),
-    ]
-    for name, text, read in figures:
-        family = GaugeMetricFamily(_PREFIX + name, text, labels=("pool",))
+    for name, text, attribute in _POOL_GAUGES:
+        gauge = _family(GaugeMetricFamily, name, text)
         for pool in pools:
-            family.add_metric((pool.name,), read(pool))
-        yield family
-
-
-def _gauges_by_tag(pools: list[PoolMetrics]) -> Iterable[Metric]:
-    figures: list[tuple[str, str, Callable[[TagMetrics], float]]] = [
-        ("tag_active", "1 if the tag counts in the division", lambda t: t.active),
-        ("tag_connections", "Connections the tag holds", lambda t: t.connections),
-        ("tag_connections_max", "Most the tag may hold now", lambda t: t.limit),
-        ("tag_pending_requests", "Callers that wait", lambda t: t.waiting),
-    ]
-    for name, text, read in figures:
-        family = GaugeMetricFamily(_PREFIX + name, text, labels=("pool", "tag"))
-        for pool in pools:
-            for tag in pool.tags:
-                family.add_metric((pool.name, tag.tag), read(tag))
-        yield family
-
-
-def _counters(pools: list[PoolMetrics]) -> Iterable[Metric]:
-    checkouts = CounterMetricFamily(
-        _PREFIX + "checkouts", "Checkouts granted", labels=("pool", "tag")
-    )
-    failures = CounterMetricFamily(
-        _PREFIX + "checkout_failures",
-        "Checkouts that gave up: timeout, refused (max_waiting), deadlock",
-        labels=("pool", "tag", "reason"),
-    )
-    opening = CounterMetricFamily(
-        _PREFIX + "connect_failures",
-        "Connections that could not be opened",
-        labels=("pool", "tag"),
-    )
-    closures = CounterMetricFamily(
-        _PREFIX + "connections_closed",
-        "Connections closed, by reason",
-        labels=("pool", "reason"),
-    )
+            gauge.add_metric((pool.name,), getattr(pool, attribute))
+        yield gauge
+    text = "Connections closed, by reason"
+    closures = _family(CounterMetricFamily, "connections_closed", text, "reason")
     for pool in pools:
-        for tag in pool.tags:
-            labels = (pool.name, tag.tag)
-            checkouts.add_metric(labels, tag.checkouts)
-            failures.add_metric((*labels, "timeout"), tag.timeouts)
-            failures.add_metric((*labels, "refused"), tag.refusals)
-            failures.add_metric((*labels, "deadlock"), tag.deadlocks)
-            opening.add_metric(labels, tag.create_failures)
         for reason, count in sorted(pool.closures.items()):
             closures.add_metric((pool.name, reason), count)
-    yield from (checkouts, failures, opening, closures)
+    yield closures
 
 
-def _histograms(pools: list[PoolMetrics]) -> Iterable[Metric]:
-    figures: list[tuple[str, str, Callable[[TagMetrics], HistogramCopy]]] = [
-        ("wait_seconds", "Until a checkout had its slot", lambda t: t.wait_time),
-        ("hold_seconds", "Until a connection came back", lambda t: t.hold_time),
-        ("connect_seconds", "To open a connection", lambda t: t.create_time),
+def _of_tags(pools: list[PoolStats]) -> Iterator[Metric]:
+    rows = [((pool.name, tag.name), tag) for pool in pools for tag in pool.tags]
+    for kind, figures in (
+        (GaugeMetricFamily, _TAG_GAUGES),
+        (CounterMetricFamily, _TAG_COUNTERS),
+    ):
+        for name, text, attribute in figures:
+            family = _family(kind, name, text, "tag")
+            for labels, tag in rows:
+                family.add_metric(labels, getattr(tag, attribute))
+            yield family
+    text = "Checkouts that gave up: timeout, refused (max_waiting), deadlock"
+    failures = _family(CounterMetricFamily, "checkout_failures", text, "tag", "reason")
+    for labels, tag in rows:
+        for reason, attribute in _FAILURES.items():
+            failures.add_metric((*labels, reason), getattr(tag, attribute))
+    yield failures
+    for name, text, attribute in _TAG_HISTOGRAMS:
+        histogram = _family(HistogramMetricFamily, name, text, "tag")
+        for labels, tag in rows:
+            summary: Summary = getattr(tag, attribute)
+            histogram.add_metric(labels, _buckets(summary), summary.total)
+        yield histogram
+
+
+def _family(kind: Any, name: str, text: str, *labels: str) -> Any:
+    return kind(_PREFIX + name, text, labels=("pool", *labels))
+
+
+def _buckets(summary: Summary) -> list[tuple[str, int]]:
+    return [
+        ("+Inf" if bound == float("inf") else repr(bound), count)
+        for bound, count in summary.buckets
     ]
-    for name, text, read in figures:
-        family = HistogramMetricFamily(_PREFIX + name, text, labels=("pool", "tag"))
-        for pool in pools:
-            for tag in pool.tags:
-                copy = read(tag)
-                buckets = [(_bound(bound), count) for bound, count in copy.buckets]
-                family.add_metric((pool.name, tag.tag), buckets, copy.total)
-        yield family
-
-
-def _bound(bound: float) -> str:
-    return "+Inf" if bound == float("inf") else repr(bound)

@@ -1,8 +1,14 @@
-"""Snapshots of the pool: plain frozen data, ready for JSON."""
+"""The pool's figures at one moment: plain frozen data, ready for JSON.
+
+:class:`TagStats` is the one row of a tag. `pool.stats()` has one for each tag that the
+pool remembers, `pool.metrics()` one for each that has counters of its own, and the
+overview of a ledger sums up those of several processes.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 __all__ = ["PoolStats", "Summary", "TagStats"]
@@ -15,6 +21,9 @@ class Summary:
     count: int = 0
     total: float = 0.0
     max: float = 0.0
+    #: How many took up to so long: (upper bound, count), cumulated; the last bound is
+    #: infinite. Of waiting and holding in `pool.metrics()` only.
+    buckets: tuple[tuple[float, int], ...] = ()
 
     @property
     def mean(self) -> float:
@@ -28,30 +37,63 @@ class TagStats:
 
     name: str
     #: It counts in the division of the capacity.
-    active: bool
+    active: bool = False
     #: Slots it holds: connections checked out or being opened under it.
-    connections: int
+    connections: int = 0
     #: Its ceiling now.
-    limit: int
+    limit: int = 0
     #: Its max-min share of the capacity, given what everybody wants now.
-    fair_share: int
+    fair_share: int = 0
     #: Callers that wait under it.
-    waiting: int
+    waiting: int = 0
     #: Seconds since its last activity, None if it never had any.
-    idle_for: float | None
+    idle_for: float | None = None
     #: Seconds for which the one has waited who waits longest, None if nobody waits.
-    waiting_for: float | None
+    waiting_for: float | None = None
     #: Seconds for which the connection has been out that has been longest, None
     #: without one.
-    held_for: float | None
+    held_for: float | None = None
     #: Checkouts granted.
-    checkouts: int
+    checkouts: int = 0
     #: Checkouts that gave up waiting.
-    timeouts: int
+    timeouts: int = 0
     #: How long checkouts waited; those served at once count with 0.
-    wait_time: Summary
+    wait_time: Summary = Summary()
     #: How long connections were kept, over those that came back.
-    hold_time: Summary
+    hold_time: Summary = Summary()
+    #: In `pool.metrics()`, else None: checkouts refused because `max_waiting` callers
+    #: waited, and because they would have waited for themselves.
+    refusals: int | None = None
+    deadlocks: int | None = None
+    #: Likewise: how long it took to open connections, and those that could not be.
+    create_time: Summary | None = None
+    create_failures: int | None = None
+
+    @classmethod
+    def merged(cls, name: str, rows: Sequence[TagStats]) -> TagStats:
+        """Return one row for several: many tags, or one tag in several processes."""
+        figures = {
+            figure: merge([getattr(row, figure) for row in rows])
+            for figure, merge in SHARED.items()
+        }
+        return cls(name, **figures)
+
+
+def _known(times: Sequence[float | None]) -> list[float]:
+    return [seconds for seconds in times if seconds is not None]
+
+
+#: What a process tells others of a tag, and how several figures become one.
+SHARED: dict[str, Callable[[Sequence[Any]], Any]] = {
+    "active": any,
+    "connections": sum,
+    "waiting": sum,
+    "idle_for": lambda times: min(_known(times), default=None),
+    "waiting_for": lambda times: max(_known(times), default=None),
+    "held_for": lambda times: max(_known(times), default=None),
+    "checkouts": sum,
+    "timeouts": sum,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +118,15 @@ class PoolStats:
     utilization: float
     #: The division in force, in words.
     strategy: str
-    #: One row per tag that the pool remembers, by name.
+    #: One row per tag that the pool remembers, by name. In `pool.metrics()` one for
+    #: each of the first hundred tags, and one that sums up the others as ``other``.
     tags: tuple[TagStats, ...]
+    #: What tells the pool from others: ``pool_logging_name``, or a number.
+    name: str = ""
+    #: ``min_idle``: connections kept ready.
+    min_idle: int = 0
+    #: Connections closed, by reason.
+    closures: Mapping[str, int] = field(default_factory=dict)
 
     def tag(self, name: str) -> TagStats | None:
         """Return the row of tag `name`, None if the pool does not know it."""
@@ -86,8 +135,15 @@ class PoolStats:
     def as_dict(self) -> dict[str, Any]:
         """Return everything as dicts, lists and numbers, ready for JSON."""
         plain = asdict(self)
-        plain["tags"] = [dict(row) for row in plain["tags"]]
-        for row, tag in zip(plain["tags"], self.tags, strict=True):
-            row["wait_time"]["mean"] = tag.wait_time.mean
-            row["hold_time"]["mean"] = tag.hold_time.mean
+        plain["tags"] = [_plain(row) for row in self.tags]
         return plain
+
+
+def _plain(row: TagStats) -> dict[str, Any]:
+    plain = asdict(row)
+    for name in ("wait_time", "hold_time", "create_time"):
+        summary: Summary | None = getattr(row, name)
+        if summary is not None:
+            del plain[name]["buckets"]  # infinity is no JSON
+            plain[name]["mean"] = summary.mean
+    return plain

@@ -17,12 +17,11 @@ from ..ledger.addresses import make_store
 from ..ledger.book import Book
 from ..ledger.errors import LedgerError, RowBroken
 from ..ledger.host import HostStore
+from ..ledger.inspector import LedgerReport, MemberReport, read
 from ..ledger.postgres import PostgresStore
-from ..ledger.report import LedgerReport, MemberReport, read
 from ..ledger.rows import Left
-from ..ledger.sessions import look
 from ..ledger.store import StoreAway
-from ..ledger.watch import Present, View, still_there, unaccounted
+from ..ledger.watch import Present, look, still_there, unaccounted
 from .budget import Need, ask_room, connected, limit_statement, need
 from .common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError, hide_passwords
 
@@ -164,11 +163,11 @@ def _lines(report: LedgerReport) -> Iterator[str]:
     for member in report.members:
         who = _who(member.number, member.who)
         yield f"  {who}{_state(member)}: {member.owned} slots"
-        for tag in member.tags:
-            idle = "" if tag.active else ", idle"
+        for tag, line in member.tags.items():
+            idle = "" if line.active else ", idle"
             yield (
-                f"    {tag.tag!r} at most {tag.limit}{idle}; last posted: "
-                f"{tag.in_use} in use, {tag.waiting} waiting"
+                f"    {tag!r} at most {line.limit}{idle}; last posted: "
+                f"{line.in_use} in use, {line.waiting} waiting"
             )
     for gone in report.gone:
         known = f"; {gone.sessions} sessions are known" if gone.sessions else ""
@@ -196,7 +195,8 @@ def _reap(arguments: argparse.Namespace) -> int:
     """Do what the next keeper that goes short would do."""
     with _opened(arguments) as store, _asking(arguments, store) as ask:
         with store.transaction() as rows:
-            texts, server = dict(Book(rows).texts), View.of(Book(rows)).server
+            book = Book(rows)
+            texts, server = dict(book.texts), book.server
         present = ask()
         if present is not None and server is not None and present.server != server:
             raise CommandError(
@@ -207,7 +207,7 @@ def _reap(arguments: argparse.Namespace) -> int:
         with store.transaction() as rows:
             book = Book(rows)
             dead = book.reap({k: v for k, v in texts.items() if k not in living})
-            view = View.of(book)
+            view = Book(dict(rows))
             if book.meta is not None:
                 book.tell(book.allocation())
         # After the dead were found: what they have opened before is seen now.
@@ -234,7 +234,7 @@ def _reap(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _less(view: View, present: Present) -> dict[int, Left]:
+def _less(view: Book, present: Present) -> dict[int, Left]:
     """Return the quarantines of which less is left, by what the server says."""
     suspects = len(unaccounted(present.peers, view.accounted))
     found = {n: still_there(gone, present, suspects) for n, gone in view.gone.items()}

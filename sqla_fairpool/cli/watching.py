@@ -17,7 +17,7 @@ from ..ledger.addresses import known_ledgers, make_store
 from ..ledger.book import Book
 from ..ledger.errors import LedgerError
 from ..ledger.host import HostStore
-from ..ledger.inspector import Observer
+from ..ledger.inspector import Inspector
 from ..ledger.overview import Overview
 from ..ledger.overview_text import printable, seconds_text
 from ..ledger.postgres import PostgresStore
@@ -43,7 +43,7 @@ _PATIENCE = 1.0
 
 
 class Looks(Protocol):
-    """What this file needs of an :class:`.observer.Observer`."""
+    """What this file needs of an :class:`.Inspector`."""
 
     @property
     def sessions(self) -> Mapping[Session, int]:
@@ -60,7 +60,7 @@ class Looks(Protocol):
 
 def make_observer(store: _Store) -> Looks:
     """Return what looks at a ledger."""
-    return Observer(store)
+    return Inspector(store)
 
 
 # -- where -----------------------------------------------------------------------------

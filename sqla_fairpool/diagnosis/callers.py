@@ -1,8 +1,7 @@
 """Who asks for a connection, a thread or a task, and where in the code it is.
 
-A caller is known by a weak reference, so that nobody is kept alive for having asked,
-and by identity, so that a thread that gets a finished one's number is not taken
-for it.
+A caller is known by a weak reference, which keeps nothing alive, and by identity:
+a new thread may have the number of one that has ended.
 """
 
 from __future__ import annotations
@@ -21,26 +20,28 @@ import sqlalchemy
 
 __all__ = [
     "Caller",
-    "Place",
+    "Location",
     "TaskHere",
     "ThreadHere",
-    "coroutines_of",
     "describe_caller",
-    "describe_place",
+    "describe_location",
     "describe_stack",
     "frames_of",
     "has_ended",
-    "places",
+    "locations",
     "users_level",
-    "users_place",
+    "users_location",
 ]
 
 #: A weak reference to a :class:`threading.Thread` or an :class:`asyncio.Task`.
 Caller: TypeAlias = "weakref.ref[Any]"
 
-#: A place in the code, cheap to note: the code, and how far it has come. No frame:
-#: that would keep its variables, and the connection among them.
-Place: TypeAlias = tuple[CodeType, int]
+#: A location in the code, cheap to note: the code, and the offset of the instruction.
+#: No frame, which would keep its variables alive, and the connection among them.
+Location: TypeAlias = tuple[CodeType, int]
+
+
+# -- who ------------------------------------------------------------------------------
 
 
 class _Thread(weakref.ref[threading.Thread]):
@@ -52,11 +53,10 @@ class _Thread(weakref.ref[threading.Thread]):
 
 
 class ThreadHere(threading.local):
-    """Tells who is asking, among threads."""
+    """The current thread. An instance serves all threads."""
 
     def __init__(self) -> None:
         thread = threading.current_thread()
-        #: The current thread.
         self.caller: Caller | None = _Thread(thread)
         setattr(self.caller, "name", thread.name)  # noqa: B010
 
@@ -66,11 +66,11 @@ class ThreadHere(threading.local):
 
 
 class TaskHere:
-    """Tells who is asking, among tasks."""
+    """The current task."""
 
     @property
     def caller(self) -> Caller | None:
-        """The current task, None outside of one."""
+        """The task, None outside of one."""
         try:
             task = asyncio.current_task()
         except RuntimeError:
@@ -91,38 +91,55 @@ class TaskHere:
             yield from _up(parent.gr_frame)
 
 
+def has_ended(caller: Caller | None) -> bool:
+    """Tell if a caller has ended, so that it returns nothing any more."""
+    if caller is None:
+        return False
+    referent = caller()
+    if referent is None:
+        return True
+    # By what refers to it: under gevent the main thread is no threading.Thread.
+    is_thread = isinstance(caller, _Thread)
+    return not referent.is_alive() if is_thread else referent.done()
+
+
+def describe_caller(caller: Caller | None) -> str:
+    """Return ``thread 'worker-3'`` or ``task 'fetch'``."""
+    if caller is None:
+        return "a caller outside of any task"
+    ended = " (ended)" if has_ended(caller) else ""
+    if isinstance(caller, _Thread):
+        return f"thread {caller.name!r}{ended}"
+    task = caller()
+    return (
+        "a task that has ended" if task is None else f"task {task.get_name()!r}{ended}"
+    )
+
+
+# -- where ----------------------------------------------------------------------------
+
+
 def _up(frame: FrameType | None) -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
 
 
-# -- what somebody else is doing ------------------------------------------------------
-
-
-def coroutines_of(task: asyncio.Task[Any]) -> Iterator[Any]:
-    """Yield the coroutines that a task consists of, the innermost last."""
-    coroutine: Any = task.get_coro()
-    while coroutine is not None:
-        yield coroutine
-        coroutine = getattr(coroutine, "cr_await", None)
-
-
 def frames_of(caller: Caller | None) -> list[FrameType]:
     """Return the frames in which a caller is at this moment, innermost first."""
-    someone = caller() if caller is not None else None
-    if someone is None or has_ended(caller):
+    referent = None if caller is None else caller()
+    if referent is None or has_ended(caller):
         return []  # another thread may have its number by now
     if isinstance(caller, _Thread):
-        return list(_up(sys._current_frames().get(someone.ident or 0)))
-    found = [getattr(c, "cr_frame", None) for c in coroutines_of(someone)]
-    return [frame for frame in reversed(found) if frame is not None]
+        return list(_up(sys._current_frames().get(referent.ident or 0)))
+    frames, coroutine = [], referent.get_coro()
+    while coroutine is not None:
+        frames.append(getattr(coroutine, "cr_frame", None))
+        coroutine = getattr(coroutine, "cr_await", None)
+    return [frame for frame in reversed(frames) if frame is not None]
 
 
-# -- places --------------------------------------------------------------------------
-
-
-def places(frames: Iterable[FrameType]) -> tuple[Place, ...]:
+def locations(frames: Iterable[FrameType]) -> tuple[Location, ...]:
     """Note where frames are."""
     return tuple([(frame.f_code, frame.f_lasti) for frame in frames])
 
@@ -144,18 +161,14 @@ def _is_users(code: CodeType) -> bool:
     return not name.startswith(_LIBRARY) or any(part in name for part in _INSTALLED)
 
 
-def users_place(stack: Sequence[Place]) -> Place | None:
-    """Return the innermost place in the user's code, None without a stack."""
-    for place in stack:
-        if _is_users(place[0]):
-            return place
-    return stack[0] if stack else None
+def users_location(stack: Sequence[Location]) -> Location | None:
+    """Return the innermost location in the user's code, None without a stack."""
+    users = (location for location in stack if _is_users(location[0]))
+    return next(users, stack[0] if stack else None)
 
 
 def users_level() -> int:
-    """Return the ``stacklevel`` with which a warning of the caller names the user's
-    line.
-    """
+    """Return the ``stacklevel`` with which a warning names the user's line."""
     for level, frame in enumerate(_up(sys._getframe(1)), 1):
         generated = frame.f_code.co_filename.startswith("<")  # SQLAlchemy's wrappers
         if _is_users(frame.f_code) and not generated:
@@ -163,9 +176,8 @@ def users_level() -> int:
     return 1
 
 
-def line_of(place: Place) -> int:
-    """Return the line number of a place."""
-    code, offset = place
+def _line_of(location: Location) -> int:
+    code, offset = location
     line = code.co_firstlineno
     for start, end, number in code.co_lines():
         if start <= offset < end and number is not None:
@@ -177,54 +189,28 @@ def line_of(place: Place) -> int:
 _PARTS_SHOWN = 3
 
 
-def describe_place(place: Place | None) -> str | None:
+def describe_location(location: Location | None) -> str | None:
     """Return ``scrapers/layer2/fetch.py:41 in parse``."""
-    if place is None:
+    if location is None:
         return None
-    code = place[0]
+    code = location[0]
     parts = code.co_filename.replace(os.sep, "/").split("/")
     path = "/".join(parts[-_PARTS_SHOWN:])
-    return f"{path}:{line_of(place)} in {code.co_name}"
+    return f"{path}:{_line_of(location)} in {code.co_name}"
 
 
-def describe_stack(stack: Sequence[Place]) -> str:
+def describe_stack(stack: Sequence[Location]) -> str:
     """Return lines for a log, as a traceback has them, down to the user's last.
 
     Empty without a stack.
     """
-    last = users_place(stack)
+    last = users_location(stack)
     if last is None:
         return ""
     users = list(stack)[stack.index(last) :]
     lines = [
-        f'\n  File "{code.co_filename}", line {line_of((code, offset))}, in '
-        f"{code.co_name}"
-        for code, offset in reversed(users)
+        f'\n  File "{location[0].co_filename}", line {_line_of(location)}, in '
+        f"{location[0].co_name}"
+        for location in reversed(users)
     ]
     return "\nchecked out at (most recent call last):" + "".join(lines)
-
-
-def has_ended(caller: Caller | None) -> bool:
-    """Tell if a caller is no more, so that nobody will return what he took."""
-    if caller is None:
-        return False
-    someone = caller()
-    if someone is None:
-        return True
-    # By what refers to it: under gevent the main thread is no threading.Thread.
-    return not someone.is_alive() if isinstance(caller, _Thread) else someone.done()
-
-
-# -- in words ------------------------------------------------------------------------
-
-
-def describe_caller(caller: Caller | None) -> str:
-    """Return ``thread 'worker-3'`` or ``task 'fetch'``."""
-    if caller is None:
-        return "a caller outside of any task"
-    someone = caller()
-    if isinstance(caller, _Thread):
-        return f"thread {caller.name!r}" + (" (ended)" if has_ended(caller) else "")
-    if someone is None:
-        return "a task that has ended"
-    return f"task {someone.get_name()!r}" + (" (ended)" if has_ended(caller) else "")

@@ -1,180 +1,192 @@
-"""From the pool's live state to the facts of :mod:`.diagnosis`.
+"""What diagnosis reads of a pool under its lock, and the facts that it makes of that.
 
-What is read under the lock is copied and no more; names, lines and ages are found
-after it.
+Rule of this file: under the lock, values are copied and no more. Names, lines and ages
+are found after it.
+
+The pool is known by the protocols here alone; it imports this folder, not the reverse.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple, Protocol, cast
 
+from ..options import PoolOptions
+from ..scheduling.account import Account, Ticket
+from ..scheduling.scheduler import Scheduler
 from .callers import (
     Caller,
-    Place,
+    Location,
+    TaskHere,
+    ThreadHere,
     describe_caller,
-    describe_place,
+    describe_location,
     frames_of,
     has_ended,
-    places,
-    users_place,
+    locations,
+    users_location,
 )
 from .report import Diagnosis, Holding
 
-if TYPE_CHECKING:
-    from ..pool.checkout import Checkout
-    from ..pool.transitions import Transitions
+__all__ = ["Capture", "Checkout", "Out", "Pool", "capture"]
 
-__all__ = ["Copy", "Scene", "as_holding", "copy_checkout", "copy_scene"]
-
-#: Holders whose present place in the code is looked up: it is not free, and a
+#: Holders whose present location in the code is looked up: that takes time, and a
 #: message names no more.
 _LOOKED_UP = 8
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """What a seat that is out said under the lock."""
+class Checkout(Protocol):
+    """A checkout that waits, or that is out: a ticket of the scheduler, and its caller.
 
+    Seconds are those of the pool's clock.
+    """
+
+    account: Account
+    state: str
+    #: Arrival number, while it waits.
+    number: int
+    #: Since when it waits, or is out.
+    since: float
+    #: The caller that asked for it, or has executed a statement on it since.
+    holder: Caller | None
+    #: When a statement was last executed.
+    used: float
+    #: Where it was checked out, innermost first; empty if that is not noted.
+    stack: tuple[Location, ...]
+    #: It was reported as out for too long.
+    reported: bool
+    #: It may be returned without the lock.
+    may_keep: bool
+
+
+class Out(NamedTuple):
+    """A copy of a checkout that is out, and what the pool knows of its connection."""
+
+    checkout: Checkout
     tag: str
     since: float
     used: float
     holder: Caller | None
-    stack: tuple[Place, ...]
+    stack: tuple[Location, ...]
+    #: It is being opened, the first one of the checkout or another one.
     opening: bool
-    waits: bool = False
+    #: No caller has it: it is about to be handed out; or it was dropped, and is being
+    #: reset before it comes back, which takes as long as the database does.
+    unclaimed: bool
+
+    @classmethod
+    def of(
+        cls, checkout: Checkout, *, opening: bool = False, unclaimed: bool = False
+    ) -> Out:
+        """Copy a checkout. Caller is in a section."""
+        tag, since, used = checkout.account.tag, checkout.since, checkout.used
+        holder, stack = checkout.holder, checkout.stack
+        return cls(checkout, tag, since, used, holder, stack, opening, unclaimed)
+
+    def as_holding(
+        self,
+        now: float,
+        asking: Caller | None = None,
+        waiting: Collection[Caller | None] = (),
+        *,
+        look_up: bool = True,
+    ) -> Holding:
+        """Return the facts. Without the lock.
+
+        :param asking: the caller that has waited in vain.
+        :param waiting: all callers that wait.
+        :param look_up: find out where the holder is now.
+        """
+        own = self.holder is not None and self.holder is asking
+        frames = frames_of(self.holder) if look_up and not own else []
+        is_used = self.used >= self.since
+        return Holding(
+            tag=self.tag,
+            age=max(now - self.since, 0.0),
+            caller=describe_caller(self.holder),
+            taken_at=describe_location(users_location(self.stack)),
+            now_at=describe_location(users_location(locations(frames))),
+            statement_age=max(now - self.used, 0.0) if is_used else None,
+            opening=self.opening,
+            own=own,
+            waits=self.holder is not None and self.holder in waiting,
+            abandoned=has_ended(self.holder),
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """The pool, as it was when a waiting seat gave up."""
+class Pool(Protocol):
+    """What is asked of a pool. All but `section` is called in a section."""
+
+    @property
+    def options(self) -> PoolOptions: ...
+    @property
+    def scheduler(self) -> Scheduler: ...
+    @property
+    def here(self) -> ThreadHere | TaskHere: ...
+    @property
+    def logger(self) -> Any: ...
+
+    #: Hold the lock; gives the time.
+    def section(self) -> AbstractContextManager[float]: ...
+
+    #: Those that have a slot, and those that wait for one.
+    def checkouts_out(self) -> Sequence[Out]: ...
+    def checkouts_waiting(self) -> Sequence[Checkout]: ...
+
+    #: The records in the pool, and how many of them are open.
+    def count_idle(self) -> tuple[int, int]: ...
+
+    #: What a ledger allots, and why it cannot be reached; None without.
+    def allotment(self) -> tuple[int | None, str | None]: ...
+
+
+class Capture(NamedTuple):
+    """The pool as it was when a checkout gave up waiting."""
 
     now: float
-    waited: float
     caller: Caller | None
-    account: tuple[str, int, int, int, int]
-    pool: tuple[int, int, int, int]
-    holders: list[tuple[str, int]]
-    copies: list[Copy]
-    ledger: tuple[int | None, str | None]
+    #: The diagnosis without the holdings.
+    figures: Diagnosis
+    out: Sequence[Out]
+    waiting: Collection[Caller | None]
 
     def diagnose(self, frames: Iterable[FrameType]) -> Diagnosis:
-        """Return it as facts, for whoever reads the error. Without the lock.
+        """Return the facts. Without the lock.
 
-        :param frames: those of the caller who waited.
+        :param frames: those of the caller that waited.
         """
-        tag, in_use, ceiling, waiting, place = self.account
-        active, pool_in_use, capacity, idle = self.pool
-        copies = sorted(self.copies, key=lambda copy: copy.since)
-        return Diagnosis(
-            tag=tag,
-            waited=self.waited,
-            in_use=in_use,
-            ceiling=ceiling,
-            waiting=waiting,
-            place=place,
-            active_tags=active,
-            pool_in_use=pool_in_use,
-            capacity=capacity,
-            idle=idle,
-            holders=tuple(sorted(self.holders, key=lambda h: (-h[1], h[0]))),
-            holdings=tuple(
-                as_holding(copy, self.now, self.caller, look_up=n < _LOOKED_UP)
-                for n, copy in enumerate(copies)
-            ),
-            asked_at=describe_place(users_place(places(frames))),
-            allotted=self.ledger[0],
-            ledger_trouble=self.ledger[1],
-        )
-
-
-def copy_scene(state: Transitions, checkout: Checkout, now: float) -> Scene:
-    """Copy what there is to know when a waiting seat gives up.
-
-    Caller is in a section.
-    """
-    scheduler, account = state.scheduler, checkout.account
-    return Scene(
-        now=now,
-        waited=now - checkout.since,
-        caller=checkout.holder,
-        account=(
-            account.tag,
-            account.in_use,
-            scheduler.ceiling(account),
-            account.waiting,
-            scheduler.place(checkout),
-        ),
-        pool=(
-            scheduler.roster.active,
-            scheduler.in_use,
-            state.options.capacity,
-            len(state.connections.idle),
-        ),
-        holders=[
-            (a.tag, a.in_use) for a in scheduler.roster.accounts.values() if a.in_use
-        ],
-        copies=_copies(state),
-        ledger=state.slots.describe(),
-    )
-
-
-def _copies(state: Transitions) -> list[Copy]:
-    out = state.connections.out()
-    # A record without a connection is out while another one is opened for it.
-    hollow = {
-        id(r.fair.checkout)
-        for r in state.connections.records_of(out)
-        if r.dbapi_connection is None
-    }
-    waiting = {checkout.holder for checkout in state.waiting()} - {None}
-    return [
-        replace(
-            copy,
-            opening=copy.opening or id(checkout) in hollow,
-            waits=checkout.holder in waiting,
-        )
-        for checkout, copy in [
-            (checkout, copy_checkout(state, checkout)) for checkout in out
+        holdings = [
+            out.as_holding(self.now, self.caller, self.waiting, look_up=n < _LOOKED_UP)
+            for n, out in enumerate(sorted(self.out, key=lambda out: out.since))
         ]
-    ]
+        asked_at = describe_location(users_location(locations(frames)))
+        return replace(self.figures, holdings=tuple(holdings), asked_at=asked_at)
 
 
-def copy_checkout(state: Transitions, checkout: Checkout) -> Copy:
-    """Copy what a seat that is out says. Caller is in a section."""
-    return Copy(
-        tag=checkout.account.tag,
-        since=checkout.since,
-        used=checkout.used,
-        holder=checkout.holder,
-        stack=checkout.stack,
-        opening=checkout in state.connections.opening,
+def capture(pool: Pool, checkout: Checkout, now: float) -> Capture:
+    """Copy what there is to know when a checkout gives up. Caller is in a section."""
+    scheduler, account = pool.scheduler, checkout.account
+    accounts = scheduler.roster.accounts.values()
+    holders = [(other.tag, other.in_use) for other in accounts if other.in_use]
+    allotted, trouble = pool.allotment()
+    figures = Diagnosis(
+        tag=account.tag,
+        waited=now - checkout.since,
+        in_use=account.in_use,
+        ceiling=scheduler.ceiling(account),
+        waiting=account.waiting,
+        position=scheduler.place(cast(Ticket, checkout)),
+        active_tags=scheduler.roster.active,
+        pool_in_use=scheduler.in_use,
+        capacity=pool.options.capacity,
+        idle=pool.count_idle()[0],
+        holders=tuple(sorted(holders, key=lambda holder: (-holder[1], holder[0]))),
+        holdings=(),
+        allotted=allotted,
+        ledger_trouble=trouble,
     )
-
-
-def as_holding(
-    copy: Copy, now: float, asking: Caller | None = None, *, look_up: bool = True
-) -> Holding:
-    """Return the facts of a checkout.
-
-    :param asking: the caller who waits.
-    :param look_up: find out where its holder is now.
-    """
-    own = copy.holder is not None and copy.holder is asking
-    current: Sequence[Place] = ()
-    if look_up and not own:
-        current = places(frames_of(copy.holder))
-    return Holding(
-        tag=copy.tag,
-        age=max(now - copy.since, 0.0),
-        caller=describe_caller(copy.holder),
-        taken_at=describe_place(users_place(copy.stack)),
-        now_at=describe_place(users_place(current)),
-        statement_age=max(now - copy.used, 0.0) if copy.used >= copy.since else None,
-        opening=copy.opening,
-        own=own,
-        waits=copy.waits,
-        abandoned=has_ended(copy.holder),
-    )
+    waiting = {other.holder for other in pool.checkouts_waiting()}
+    return Capture(now, checkout.holder, figures, pool.checkouts_out(), waiting)

@@ -1,13 +1,13 @@
 """Does a caller wait for a connection that only itself could return?
 
-A checkout inside another checkout is served only if somebody else returns a
+A checkout inside another checkout is served only if some other caller returns a
 connection. If every caller that could return one waits in the pool as well, none of
 them is ever served: that is a deadlock, and it lasts until the first time-out.
 
 The check is made as PostgreSQL makes its own: not when the wait begins, but when it
 has lasted for ``deadlock_timeout``, and again after each further one. Until then it
-costs nothing. It looks at the callers that hold connections (`holder`, noted at each
-checkout and at each statement) and at those that wait, and at nothing else.
+costs nothing. It looks at the callers that hold connections (noted at each checkout and
+at each statement) and at those that wait, and at nothing else.
 
 A waiting caller *can go on* if a connection that would help it is held by a caller
 that does not wait, or that can go on. All others are stuck. Whatever is not certain
@@ -21,59 +21,59 @@ import gc
 import math
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from ..pool import sqlalchemy_private
 from ..scheduling.account import WAITING, Account
 from ..scheduling.scheduler import Scheduler
 from .callers import TaskHere
-
-if TYPE_CHECKING:
-    from ..pool.checkout import Checkout
-    from ..pool.transitions import Transitions
+from .capture import Checkout, Out, Pool
 
 __all__ = ["collect", "holds_another", "is_stuck"]
 
 
-def holds_another(state: Transitions, checkout: Checkout) -> bool:
-    """Tell if the caller of a waiting seat holds a connection. O(connections).
+def holds_another(pool: Pool, checkout: Checkout) -> bool:
+    """Tell if the caller of a waiting checkout holds a connection. O(connections).
 
     Nearly every caller that waits holds none, and needs no other check. Caller is in
     a section.
     """
+    # Not where greenlets were made to stand for threads (gevent's and eventlet's
+    # monkey-patching) after the import of this package: all have the same reference.
+    tells_callers_apart = isinstance(pool.here, (TaskHere, threading.local))
     caller = checkout.holder
     return (
         caller is not None
-        and _tells_callers_apart(state)
-        and any(other.holder is caller for other in state.connections.out())
+        and tells_callers_apart
+        and any(out.holder is caller for out in pool.checkouts_out())
     )
 
 
-def is_stuck(state: Transitions, checkout: Checkout, deadline: float) -> bool:
+def is_stuck(pool: Pool, checkout: Checkout, deadline: float) -> bool:
     """Tell if only callers that wait likewise could serve a waiting checkout.
 
     Caller is in a section.
 
-    :param deadline: until when the seat would wait.
+    :param deadline: until when it would wait.
     """
-    scheduler = state.scheduler
-    if checkout.state is not WAITING or scheduler.capacity != state.options.capacity:
+    scheduler = pool.scheduler
+    if checkout.state is not WAITING or scheduler.capacity != pool.options.capacity:
         return False  # granted; or a slot is out of use for a moment
-    out = state.connections.out()
-    if len(out) < scheduler.in_use or _is_coming_back(state, out):
-        return False
+    out = pool.checkouts_out()
+    if len(out) < scheduler.in_use:
+        return False  # a slot is with no caller
+    if any(other.unclaimed and not other.opening for other in out):
+        return False  # a connection comes back, or is about to be handed out
     if not any(other.holder is checkout.holder for other in out):
         return False
     if _may_rise(scheduler, checkout.account, deadline):
         return False
-    # One seat for each caller, the newest: a signal handler may wait during a wait.
-    waiting = sorted(state.waiting(), key=lambda waiting: waiting.number)
-    stuck = {s.holder: s for s in waiting if s.holder is not None}
+    # One for each caller, the newest: a signal handler may wait during a wait.
+    waiting = sorted(pool.checkouts_waiting(), key=lambda other: other.number)
+    stuck = {other.holder: other for other in waiting if other.holder is not None}
     while True:
         able = [
             caller
             for caller, theirs in stuck.items()
-            if any(s.holder not in stuck for s in _helpful(scheduler, theirs, out))
+            if any(o.holder not in stuck for o in _helpful(scheduler, theirs, out))
         ]
         if not able:
             return checkout.holder in stuck
@@ -95,35 +95,13 @@ def collect() -> bool:
     return gc.collect() > 0
 
 
-def _tells_callers_apart(state: Transitions) -> bool:
-    """Tell if each caller is known by a reference of its own.
-
-    Not if greenlets were made to stand for threads (gevent's and eventlet's
-    monkey-patching) after this package was imported.
-    """
-    return isinstance(state.here, (TaskHere, threading.local))
-
-
-def _is_coming_back(state: Transitions, out: Sequence[Checkout]) -> bool:
-    """Tell if a connection is out that no caller has.
-
-    It is about to be handed out; or it was dropped, by whatever thread, and is being
-    reset before it comes back, which takes as long as the database does.
-    """
-    return any(
-        sqlalchemy_private.is_dropped(record)
-        and record.fair.checkout not in state.connections.opening
-        for record in state.connections.records_of(out)
-    )
-
-
 def _helpful(
-    scheduler: Scheduler, checkout: Checkout, out: Sequence[Checkout]
-) -> Sequence[Checkout]:
-    """Return those of the seats that are out whose return would help a waiting one."""
-    account = checkout.account
+    scheduler: Scheduler, waiting: Checkout, out: Sequence[Out]
+) -> Sequence[Out]:
+    """Return those that are out whose return would help a waiting one."""
+    account = waiting.account
     if account.in_use >= scheduler.ceiling(account):
-        return [other for other in out if other.account is account]
+        return [other for other in out if other.tag == account.tag]
     return out
 
 

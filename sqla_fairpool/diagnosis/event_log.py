@@ -4,9 +4,9 @@ A tag has become active or idle, and with it the others' limits; the pool is exh
 or is not any more. Tags are printable by definition (:func:`.options.validate_tag`)
 and shown as Python shows strings, so that no line can be forged.
 
-Rule of this file: what is called under the pool's lock only leaves to be logged after
-it. Logging takes locks of its own, and somebody who holds one of those may be in a
-finaliser that waits for ours.
+Rule of this file: everything is called under the pool's lock, and nothing is logged
+before it is released. Logging takes locks of its own, and a thread that holds one of
+those may be in a finaliser that waits for the pool's.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any
 
 from .report import describe_holders, duration
 
-__all__ = ["Journal"]
+__all__ = ["EventLog"]
 
-#: Seconds without anybody waiting after which an exhaustion is over. A pool that works
+#: Seconds without a waiting caller after which an exhaustion is over. A pool that works
 #: at its limit runs empty many times a second, and that is one exhaustion.
 _OVER_AFTER = 5.0
 
 
-class Journal:
+class EventLog:
     """Writes to a pool's logger, and remembers what it has written.
 
     :param later: takes what is to be done after the lock.
@@ -37,9 +37,9 @@ class Journal:
         #: The pool's.
         self.logger: Any = logging.getLogger(__name__)
         self._later = later
-        # Since when the pool is exhausted, and when somebody last had to wait.
+        # Since when the pool is exhausted, and when a caller last had to wait.
         self._since = self._last = math.inf
-        # How many had had to wait when that was last looked at.
+        # How many callers had had to wait at the last look.
         self._waits = 0
         #: When it has to be looked if the exhaustion is over.
         self.next_look = math.inf
@@ -49,59 +49,43 @@ class Journal:
         """The pool was exhausted when last looked at."""
         return self._since != math.inf
 
-    # -- under the lock --------------------------------------------------------------
-
     def changed(self, tag: str, active: bool, count: int, ceiling: int) -> None:
-        """Note that a tag has become active, or idle; `count` tags are active now."""
-        self._later.append(partial(self._log_change, tag, active, count, ceiling))
+        """Log that a tag has become active, or idle; `count` tags are active now."""
+        now = f"{count} active tags, at most {ceiling} each"
+        if count < 2:
+            is_one = "1 active tag, which" if count else "nobody is active, the first"
+            now = f"{is_one} may have {ceiling}"
+        self._log("Tag %r is %s: %s", tag, "active" if active else "idle", now)
 
     def begin(
         self, tag: str, now: float, capacity: int, holders: list[tuple[str, int]]
     ) -> None:
-        """Note that somebody has to wait because all slots are in use."""
+        """Log that a caller has to wait because all slots are in use."""
         self._since = self._last = now
         self.next_look = now + _OVER_AFTER
-        self._later.append(partial(self._log_begin, tag, capacity, holders))
+        self._log(
+            "Pool exhausted: tag %r has to wait, all %d connections are in use; %s",
+            tag,
+            capacity,
+            describe_holders(holders),
+        )
 
     def look(self, now: float, waiting: int, waits: int) -> None:
-        """Look if the exhaustion is over.
+        """Look if the exhaustion is over, and log it.
 
-        :param waiting: how many wait now.
+        :param waiting: how many callers wait now.
         :param waits: how many have had to wait, in all.
         """
+        self.next_look = now + _OVER_AFTER
         if waiting or waits != self._waits:
             self._last = now
             self._waits = waits
         elif now - self._last >= _OVER_AFTER:
-            self._later.append(partial(self._log_end, self._last - self._since))
+            self._log(
+                "Pool no longer exhausted: nobody waits any more, after %s",
+                duration(self._last - self._since),
+            )
             self._since = self.next_look = math.inf
-            return
-        self.next_look = now + _OVER_AFTER
 
-    # -- after it --------------------------------------------------------------------
-
-    def _log_change(self, tag: str, active: bool, count: int, ceiling: int) -> None:
-        if not count:
-            now = f"nobody is active, the first may have {ceiling}"
-        elif count == 1:
-            now = f"1 active tag, which may have {ceiling}"
-        else:
-            now = f"{count} active tags, at most {ceiling} each"
-        self.logger.info("Tag %r is %s: %s", tag, "active" if active else "idle", now)
-
-    def _log_begin(
-        self, tag: str, capacity: int, holders: list[tuple[str, int]]
-    ) -> None:
-        ordered = sorted(holders, key=lambda holder: (-holder[1], holder[0]))
-        self.logger.info(
-            "Pool exhausted: tag %r has to wait, all %d connections are in use; %s",
-            tag,
-            capacity,
-            describe_holders(ordered),
-        )
-
-    def _log_end(self, lasted: float) -> None:
-        self.logger.info(
-            "Pool no longer exhausted: nobody waits any more, after %s",
-            duration(lasted),
-        )
+    def _log(self, text: str, *values: object) -> None:
+        self._later.append(partial(self.logger.info, text, *values))

@@ -11,15 +11,11 @@ import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .callers import describe_stack
-from .capture import Copy, as_holding, copy_checkout
+from .capture import Checkout, Out, Pool
 from .report import duration
-
-if TYPE_CHECKING:
-    from ..pool.checkout import Checkout
-    from ..pool.core import PoolCore
 
 __all__ = ["LeakWatch"]
 
@@ -32,8 +28,8 @@ _LONGEST_PAUSE = 1.0
 class LeakWatch:
     """Reports what is out for `threshold` seconds, once for each checkout."""
 
-    def __init__(self, core: PoolCore, threshold: float) -> None:
-        self._core = weakref.ref(core)
+    def __init__(self, pool: Pool, threshold: float) -> None:
+        self._pool = weakref.ref(pool)
         self._threshold = threshold
         self._thread: threading.Thread | None = None
 
@@ -54,43 +50,39 @@ class LeakWatch:
 
     def look(self) -> None:
         """Report what is out for too long and was not reported yet."""
-        core = self._core()
-        if core is None:
+        pool = self._pool()
+        if pool is None:
             return
-        with core.lock.section() as now:
+        with pool.section() as now:
             late = [
-                checkout
-                for checkout in core.connections.out()
-                if now - checkout.since >= self._threshold and not checkout.reported
+                out
+                for out in pool.checkouts_out()
+                if now - out.since >= self._threshold and not out.checkout.reported
             ]
-            for checkout in late:
-                checkout.reported = True
-                checkout.may_keep = False  # its return is to be noticed
-            copies = [copy_checkout(core.state, checkout) for checkout in late]
-        for copy in copies:
-            holding = as_holding(copy, now)
-            core.logger.warning(
+            for out in late:
+                out.checkout.reported = True
+                out.checkout.may_keep = False  # its return is to be noticed
+        for out in late:
+            holding = out.as_holding(now)
+            pool.logger.warning(
                 "Connection out for %s, longer than leak_threshold %s: %s%s",
                 duration(holding.age),
                 duration(self._threshold),
                 holding,
-                describe_stack(copy.stack),
+                describe_stack(out.stack),
             )
 
     def returned(self, checkout: Checkout, now: float) -> Callable[[], None]:
         """Return what logs that a reported connection has come back."""
-        core = self._core()
-        assert core is not None
-        copy = copy_checkout(core.state, checkout)
+        pool = self._pool()
+        assert pool is not None
         checkout.reported = False
-        return partial(_log_return, core.logger, copy, now)
+        return partial(_log_return, pool.logger, Out.of(checkout), now)
 
 
-def _log_return(logger: Any, copy: Copy, now: float) -> None:
-    logger.warning(
-        "Connection back that was out for too long: %s",
-        as_holding(copy, now, look_up=False),
-    )
+def _log_return(logger: Any, out: Out, now: float) -> None:
+    holding = out.as_holding(now, look_up=False)
+    logger.warning("Connection back that was out for too long: %s", holding)
 
 
 def _watch(ref: weakref.ref[LeakWatch], pause: float) -> None:

@@ -1,6 +1,6 @@
 """Why somebody waits in vain: the facts, and the sentences made of them.
 
-Pure: from what the pool has copied under its lock to what an operator reads.
+Pure: from what was copied of the pool under its lock to what an operator reads.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ _HOLDERS_NAMED = 6
 #: Oldest checkouts that a message tells of.
 _OLDEST_NAMED = 3
 
-#: A connection without a statement for so many seconds is held by somebody who does
-#: something else: a statement that takes longer is running, and is seen as that
-#: by its place in the code.
+#: A connection without a statement for so many seconds is unused: its caller does
+#: something else. Where a statement takes longer, the caller's location shows that.
 _QUIET = 5.0
 
 #: A checkout that is so many times as old as the wait that it has made vain is the
@@ -79,11 +78,12 @@ class Diagnosis:
     #: Who waited, and for how many seconds.
     tag: str
     waited: float
-    #: What the tag held, its ceiling, how many waited under it, and at which place.
+    #: What the tag held, its ceiling, how many waited under it, and the caller's
+    #: position in that line.
     in_use: int
     ceiling: int
     waiting: int
-    place: int
+    position: int
     #: How many tags were active: the reason for the ceiling.
     active_tags: int
     #: The pool's slots in use, how many there are, connections in the pool.
@@ -115,20 +115,25 @@ class Diagnosis:
         """The counts, on one line."""
         return (
             f"tag {self.tag!r} in_use={self.in_use} ceiling={self.ceiling} "
-            f"waiting={self.waiting} place={self.place}; "
+            f"waiting={self.waiting} position={self.position}; "
             f"pool in_use={self.pool_in_use}/{self.capacity} idle={self.idle} "
             f"active_tags={self.active_tags}; {describe_holders(self.holders)}"
         )
 
     @property
     def at_ceiling(self) -> bool:
-        """The tag had all it may have, and the pool had more."""
-        return self.in_use >= self.ceiling and self.pool_in_use < self.capacity
+        """The tag had all it may have."""
+        return self.in_use >= self.ceiling
+
+    @property
+    def goes_short(self) -> bool:
+        """A ledger let the pool have less than its capacity."""
+        return self.allotted is not None and self.allotted < self.capacity
 
     @property
     def oldest(self) -> tuple[Holding, ...]:
         """What would have had to come back: the tag's own, or anybody's."""
-        if self.in_use < self.ceiling:
+        if not self.at_ceiling:
             return self.holdings
         return tuple(h for h in self.holdings if h.tag == self.tag)
 
@@ -139,45 +144,25 @@ class Diagnosis:
         That is being closed, or opened ahead, or handed over.
         """
         there = self.capacity if self.allotted is None else self.allotted
-        slots = self.in_use if self.in_use >= self.ceiling else there
+        slots = self.in_use if self.at_ceiling else there
         return max(slots - len(self.oldest), 0)
 
     @property
     def advice(self) -> str:
         """One sentence that fits the case.
 
-        What others have done wrong comes before what is the caller's own, unless nobody
-        but the caller could have helped.
+        What others have done wrong comes before what is the caller's own, unless no
+        other caller could have helped.
         """
         held = self.oldest
-        for say in (
-            _only_nested,
-            _no_ledger,
-            _connecting,
-            _nobodys,
-            _idle_holder,
-            _leaked,
-            _others,
-            _nested,
-        ):
-            sentence = say(self, held)
-            if sentence is not None:
-                return sentence
-        if self.at_ceiling:
-            return (
-                f"tag {self.tag!r} is at its ceiling while the pool has "
-                f"{self.capacity - self.pool_in_use} free: {_why(self)}"
-            )
-        return (
-            f"all {self.capacity} connections are at work and "
-            f"{self.waiting} wait under {self.tag!r} alone: hold them for shorter, "
-            "or give the pool more"
-        )
+        sentences = (say(self, held) for say in _ADVICE)
+        return next(sentence for sentence in sentences if sentence is not None)
 
 
 def _only_nested(case: Diagnosis, held: Sequence[Holding]) -> str | None:
     alone = all(h.own or h.waits for h in held) and not case.nobodys
-    return _nested(case, case.holdings) if alone and not _goes_short(case) else None
+    goes_short = case.goes_short and not case.at_ceiling
+    return _nested(case, case.holdings) if alone and not goes_short else None
 
 
 def _nested(case: Diagnosis, held: Sequence[Holding]) -> str | None:
@@ -201,15 +186,8 @@ def _no_ledger(case: Diagnosis, held: Sequence[Holding]) -> str | None:
     )
 
 
-def _goes_short(case: Diagnosis) -> bool:
-    """Tell if other processes have connections that would have helped."""
-    if case.allotted is None or case.in_use >= case.ceiling:
-        return False
-    return case.allotted < case.capacity
-
-
-def _others(case: Diagnosis, held: Sequence[Holding]) -> str | None:
-    if case.allotted is None or case.allotted >= case.capacity:
+def _other_processes(case: Diagnosis, held: Sequence[Holding]) -> str | None:
+    if not case.goes_short:
         return None
     return (
         f"the ledger lets this process have {case.allotted} of {case.capacity} "
@@ -272,11 +250,9 @@ def _idle_holder(case: Diagnosis, held: Sequence[Holding]) -> str | None:
     tag, most = max(by_tag.items(), key=lambda item: len(item[1]))
     since = min(h.quiet_for for h in most)
     first = next((h for h in most if h.now_at or h.taken_at), most[0])
-    where = ""
+    where = f" (one was taken at {first.taken_at})" if first.taken_at else ""
     if first.now_at:
         where = f" ({first.caller} is at {first.now_at})"
-    elif first.taken_at:
-        where = f" (one was taken at {first.taken_at})"
     return (
         f"{tag!r} keeps {len(most)} of {len(held)} connections unused, the last "
         f"statement was {duration(since)} ago{where}: end the transaction and close "
@@ -284,13 +260,39 @@ def _idle_holder(case: Diagnosis, held: Sequence[Holding]) -> str | None:
     )
 
 
-def _why(case: Diagnosis) -> str:
+def _ceiling(case: Diagnosis, held: Sequence[Holding]) -> str | None:
+    if not case.at_ceiling or case.pool_in_use >= case.capacity:
+        return None
+    why = f"alone it may have {case.ceiling} (max_limit)"
     if case.active_tags > 1:
-        return (
-            f"of {case.active_tags} active tags each may have {case.ceiling} "
-            "(soft_limit)"
-        )
-    return f"alone it may have {case.ceiling} (max_limit)"
+        why = f"of {case.active_tags} active tags each may have {case.ceiling} "
+        why += "(soft_limit)"
+    return (
+        f"tag {case.tag!r} is at its ceiling while the pool has "
+        f"{case.capacity - case.pool_in_use} free: {why}"
+    )
+
+
+def _flood(case: Diagnosis, held: Sequence[Holding]) -> str:
+    return (
+        f"all {case.capacity} connections are at work and {case.waiting} wait under "
+        f"{case.tag!r} alone: hold them for shorter, or give the pool more"
+    )
+
+
+#: What an advice may be about; the first that fits is given. The last one always does.
+_ADVICE = (
+    _only_nested,
+    _no_ledger,
+    _connecting,
+    _nobodys,
+    _idle_holder,
+    _leaked,
+    _other_processes,
+    _nested,
+    _ceiling,
+    _flood,
+)
 
 
 def duration(seconds: float) -> str:
@@ -308,8 +310,9 @@ def describe_holders(holders: Sequence[tuple[str, int]]) -> str:
     """Return ``held by web=12 jobs=6``, the largest holders first."""
     if not holders:
         return "held by nobody"
-    named = [f"{tag}={in_use}" for tag, in_use in holders[:_HOLDERS_NAMED]]
-    rest = holders[_HOLDERS_NAMED:]
+    ordered = sorted(holders, key=lambda holder: (-holder[1], holder[0]))
+    named = [f"{tag}={in_use}" for tag, in_use in ordered[:_HOLDERS_NAMED]]
+    rest = ordered[_HOLDERS_NAMED:]
     if rest:
         named.append(f"and {len(rest)} more tags={sum(n for _, n in rest)}")
     return "held by " + " ".join(named)

@@ -1,10 +1,12 @@
-"""Looks at everybody who shares a ledger, from any process.
+"""Reads a ledger from outside, by no member of it: what it says, what its members say.
 
-A ledger's rows are written when they can move a slot, not for onlookers. So whoever
-looks asks the members for their figures, and waits a moment until they have answered:
-nothing is done for onlookers while there are none, and what they see is of now. Each
-process's figures are of one moment; those of two are some milliseconds apart, so a
-connection that changes hands meanwhile may be seen with both, or with none.
+:func:`read` returns what the rows of a ledger say. They are written when that can move
+a slot, not for onlookers, so the figures in them are old.
+
+:class:`Inspector` asks the members for theirs, and waits a moment for the answers:
+nothing is done for onlookers while there are none, and what they see is of now. The
+figures of each process are of one moment; those of two are some milliseconds apart, so
+a connection that changes hands meanwhile may be seen with both, or with none.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..scheduling import policy
+from ..stats import TagStats
+from .allocation import Line
 from .book import Book
 from .errors import LedgerError
 from .overview import (
@@ -24,14 +28,13 @@ from .overview import (
     Overview,
     Part,
     ProcessRow,
-    TagFigures,
     compile_overview,
+    decode,
 )
-from .report import LedgerReport, MemberReport, read
 from .rows import Session
 from .store import Store
 
-__all__ = ["Observer"]
+__all__ = ["GoneReport", "Inspector", "LedgerReport", "MemberReport", "read"]
 
 #: Seconds that members have for an answer. They take a millisecond or two; a process
 #: that computes in many threads lets its keeper wait for its turn.
@@ -40,13 +43,118 @@ _PATIENCE = 1.0
 #: Seconds between two looks for answers: the first, and the longest.
 _FIRST, _LONGEST = 0.001, 0.02
 
-_KNOWN = {field.name for field in fields(TagFigures)}
+
+@dataclass(frozen=True, slots=True)
+class MemberReport:
+    """A process that takes part."""
+
+    number: int
+    #: What the store calls it.
+    key: str
+    #: Host, pid, program, since when; for people.
+    who: Mapping[str, Any]
+    #: Its sign of life stands.
+    alive: bool
+    #: It was asked for something and does not answer: it is stopped.
+    stalled: bool
+    #: Slots it owns, and how many it is to have.
+    owned: int
+    target: int
+    #: What it has, and wants, under each tag, as it was last posted.
+    tags: Mapping[str, Line]
 
 
-class Observer:
+@dataclass(frozen=True, slots=True)
+class GoneReport:
+    """Slots in quarantine, because their owner may have sessions on the server yet."""
+
+    number: int
+    slots: int
+    #: Of how many of them a server session is known.
+    sessions: int
+    why: str
+    who: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerReport:
+    """A ledger at one moment."""
+
+    name: str
+    kind: str
+    capacity: int
+    soft_limit: int
+    max_limit: int
+    owned: int
+    quarantined: int
+    free: int
+    #: Connections of the members' keepers to the ledger, beside the slots.
+    control_connections: int
+    #: Identity of the server in which the members' sessions are, once it is known.
+    server: str | None
+    #: Nothing is handed out yet: somebody lives who was a member before these rows.
+    fresh: bool
+    #: Why a member cannot ask the server what is to be freed of the quarantines.
+    unasked: str | None
+    members: tuple[MemberReport, ...]
+    gone: tuple[GoneReport, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything as dicts, lists and numbers, ready for JSON."""
+        plain = asdict(self)
+        for row, member in zip(plain["members"], self.members, strict=True):
+            row["tags"] = [
+                {"tag": tag, **line._asdict()} for tag, line in member.tags.items()
+            ]
+        return plain
+
+
+def read(store: Store) -> LedgerReport | None:
+    """Return what an open store holds; None if nobody has ever joined."""
+    with store.transaction() as rows:
+        book = Book(rows)
+    if book.meta is None:
+        return None
+    living = store.living(list(book.members))
+    plan = book.allocation()
+    members = [
+        MemberReport(
+            number=member.number,
+            key=key,
+            who=dict(member.who),
+            alive=key in living,
+            stalled=member.stalled,
+            owned=member.owned,
+            target=plan.targets[key],
+            tags=dict(sorted(member.tags.items())),
+        )
+        for key, member in book.members.items()
+    ]
+    return LedgerReport(
+        name=store.name,
+        kind=store.kind,
+        capacity=book.terms.capacity,
+        soft_limit=book.terms.soft_limit,
+        max_limit=book.terms.max_limit,
+        owned=book.owned,
+        quarantined=book.quarantined,
+        free=book.free,
+        control_connections=store.control_connections * len(living),
+        server=book.meta.server,
+        fresh=book.meta.fresh,
+        unasked=next((m.unasked for m in book.members.values() if m.unasked), None),
+        members=tuple(sorted(members, key=lambda member: member.number)),
+        gone=tuple(
+            GoneReport(number, gone.slots, len(gone.sessions), gone.why, dict(gone.who))
+            for number, gone in sorted(book.gone.items())
+        ),
+    )
+
+
+class Inspector:
     """Looks at a ledger. It is no member of it.
 
-    :param store: where the ledger is; the observer opens and closes it. A store in a
+    :param store: where the ledger is; the inspector opens and closes it. A store in a
       database costs one connection beside the budget until :meth:`close`.
     :param patience: seconds that the members have for an answer.
     """
@@ -137,7 +245,7 @@ class Observer:
     def _part(self, member: MemberReport, said: Mapping[str, Any] | None) -> Part:
         """Return what is known of a member: what it said, or else what it posted."""
         if said is not None:
-            figures = [_parse(row) for row in said.get("tags", ())]
+            figures = decode(said.get("tags", ()))
         else:
             # The dead use nothing, whatever their sessions still do.
             figures = _posted(member) if member.alive else []
@@ -149,7 +257,7 @@ class Observer:
             pid=member.who.get("pid"),
             program=str(member.who.get("program", "?")),
             state=state if member.alive else "dead",
-            tags=tuple(row.tag for row in figures),
+            tags=tuple(row.name for row in figures),
             slots=member.owned,
             open=None if said is None else said.get("open"),
             number=member.number,
@@ -163,20 +271,15 @@ def _posted_sessions(book: Book) -> Mapping[Session, int]:
     return {session: number for sessions, number in rows for session in sessions}
 
 
-def _posted(member: MemberReport) -> list[TagFigures]:
+def _posted(member: MemberReport) -> list[TagStats]:
     """Return what a member is taken to hold that has posted what it wants."""
     # What it posted is what it was promised then. It may have got more since.
-    wanted = [tag.in_use + tag.waiting for tag in member.tags]
+    wanted = [line.wants for line in member.tags.values()]
     held = policy.fair_shares(wanted, member.owned)
     return [
-        TagFigures(tag.tag, tag.active, in_use, wants - in_use)
-        for tag, wants, in_use in zip(member.tags, wanted, held, strict=True)
+        TagStats(tag, line.active, connections=in_use, waiting=line.wants - in_use)
+        for (tag, line), in_use in zip(member.tags.items(), held, strict=True)
     ]
-
-
-def _parse(row: Mapping[str, Any]) -> TagFigures:
-    # A later version may say more.
-    return TagFigures(**{name: row[name] for name in row if name in _KNOWN})
 
 
 def _limits(report: LedgerReport, said: Mapping[str, Mapping[str, Any]]) -> Limits:

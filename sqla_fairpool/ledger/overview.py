@@ -7,11 +7,11 @@ here, over all of them, by the same rules that divide the connections.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 from ..scheduling import policy
-from ..stats import PoolStats
+from ..stats import SHARED, TagStats
 
 __all__ = [
     "LONG_HOLD",
@@ -20,9 +20,10 @@ __all__ = [
     "Part",
     "ProcessRow",
     "ScraperRow",
-    "TagFigures",
     "compile_overview",
-    "figures_of",
+    "condensed",
+    "decode",
+    "encode",
 ]
 
 #: Seconds after which a connection that is out is worth a warning.
@@ -31,21 +32,6 @@ LONG_HOLD = 60.0
 #: Tags that one process names.
 _MAX_TAGS = 256
 _REST = ""
-
-
-@dataclass(frozen=True, slots=True)
-class TagFigures:
-    """What one process says of one tag. Times are in seconds."""
-
-    tag: str
-    active: bool = False
-    in_use: int = 0
-    waiting: int = 0
-    idle_for: float | None = None
-    waiting_for: float | None = None
-    held_for: float | None = None
-    checkouts: int = 0
-    timeouts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +52,6 @@ class ProcessRow:
     open: int | None = None
     #: Its number in the ledger; None without one.
     number: int | None = None
-    #: Seconds for which it has not reached the ledger.
-    away_for: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +78,11 @@ class ScraperRow:
     processes: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """One process and its figures."""
+class Part(NamedTuple):
+    """One process, and what it says of each tag."""
 
     process: ProcessRow
-    tags: Sequence[TagFigures] = ()
+    tags: Sequence[TagStats] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +121,8 @@ class Overview:
     @property
     def available(self) -> int:
         """Slots that could be granted now."""
-        limits = self.limits
-        return max(limits.capacity - limits.quarantined - self.checked_out, 0)
+        there = self.limits.capacity - self.limits.quarantined
+        return max(there - self.checked_out, 0)
 
     @property
     def overflow(self) -> int:
@@ -177,22 +160,17 @@ class Overview:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as dicts, lists and numbers, ready for JSON."""
-        limits = self.limits
         return {
             "taken_at": self.taken_at,
             "ledger": self.ledger,
             "pool": {
-                "size": limits.size,
-                "capacity": limits.capacity,
+                **asdict(self.limits),
                 "checked_out": self.checked_out,
                 "available": self.available,
                 "overflow": self.overflow,
                 "open": self.open,
                 "waiting": self.waiting,
-                "quarantined": limits.quarantined,
                 "utilization": self.utilization,
-                "soft_limit": limits.soft_limit,
-                "max_limit": limits.max_limit,
             },
             "scrapers": [_plain(row) for row in self.scrapers],
             "strategy": self.strategy,
@@ -211,87 +189,31 @@ def _plain(row: ScraperRow | ProcessRow) -> dict[str, Any]:
     return {k: [*v] if isinstance(v, tuple) else v for k, v in asdict(row).items()}
 
 
-def figures_of(stats: PoolStats) -> list[TagFigures]:
-    """Return what a process says of its tags.
+def condensed(rows: Sequence[TagStats]) -> Sequence[TagStats]:
+    """Return the rows that a process shows to others.
 
     Of very many, which may come from user data, those that want most; the others are
     summed up under the name of none.
     """
-    figures = [
-        TagFigures(
-            tag=row.name,
-            active=row.active,
-            in_use=row.connections,
-            waiting=row.waiting,
-            idle_for=row.idle_for,
-            waiting_for=row.waiting_for,
-            held_for=row.held_for,
-            checkouts=row.checkouts,
-            timeouts=row.timeouts,
-        )
-        for row in stats.tags
-    ]
-    if len(figures) <= _MAX_TAGS:
-        return figures
-    figures.sort(key=lambda f: (-f.in_use - f.waiting, not f.active, f.tag))
-    return [*figures[:_MAX_TAGS], _Sum(figures[_MAX_TAGS:]).as_figures(_REST)]
+    if len(rows) <= _MAX_TAGS:
+        return rows
+    ordered = sorted(
+        rows, key=lambda row: (-row.connections - row.waiting, not row.active, row.name)
+    )
+    rest = TagStats.merged(_REST, ordered[_MAX_TAGS:])
+    return [*ordered[:_MAX_TAGS], rest]
 
 
-@dataclass(slots=True)
-class _Sum:
-    """A tag's figures over the processes."""
+def encode(rows: Sequence[TagStats]) -> list[dict[str, Any]]:
+    """Return what a process tells others of its tags, ready for JSON."""
+    names = ("name", *SHARED)
+    return [{name: getattr(row, name) for name in names} for row in condensed(rows)]
 
-    figures: list[TagFigures] = field(default_factory=list)
-    processes: list[ProcessRow] = field(default_factory=list)
 
-    def longest(self, name: str) -> float | None:
-        times = [getattr(figures, name) for figures in self.figures]
-        return max((seconds for seconds in times if seconds is not None), default=None)
-
-    @property
-    def active(self) -> bool:
-        return any(figures.active for figures in self.figures)
-
-    @property
-    def in_use(self) -> int:
-        return sum(figures.in_use for figures in self.figures)
-
-    @property
-    def waiting(self) -> int:
-        return sum(figures.waiting for figures in self.figures)
-
-    @property
-    def idle_for(self) -> float | None:
-        times = [f.idle_for for f in self.figures if f.idle_for is not None]
-        return min(times, default=None)
-
-    @property
-    def checkouts(self) -> int:
-        return sum(figures.checkouts for figures in self.figures)
-
-    @property
-    def timeouts(self) -> int:
-        return sum(figures.timeouts for figures in self.figures)
-
-    def as_figures(self, tag: str) -> TagFigures:
-        return TagFigures(
-            tag=tag,
-            active=self.active,
-            in_use=self.in_use,
-            waiting=self.waiting,
-            idle_for=self.idle_for,
-            waiting_for=self.longest("waiting_for"),
-            held_for=self.longest("held_for"),
-            checkouts=self.checkouts,
-            timeouts=self.timeouts,
-        )
-
-    @property
-    def status(self) -> str:
-        # A tag that is only registered has no process yet.
-        if self.processes and all(p.state != "answers" for p in self.processes):
-            return "silent"
-        return "active" if self.active else "idle"
+def decode(rows: Iterable[Mapping[str, Any]]) -> list[TagStats]:
+    """Return the rows of :func:`encode`. A later version may tell more."""
+    names = {"name", *SHARED}
+    return [TagStats(**{n: row[n] for n in names if n in row}) for row in rows]
 
 
 def compile_overview(
@@ -311,69 +233,74 @@ def compile_overview(
     :param long_hold: seconds after which a connection that is out gets a warning.
     """
     parts = list(parts)
-    sums = {name: _Sum() for name in registered}
-    for part in parts:
-        for figures in part.tags:
-            total = sums.setdefault(figures.tag, _Sum())
-            total.figures.append(figures)
-            total.processes.append(part.process)
     processes = tuple(part.process for part in parts)
-    rows = _rows(sums, limits, _labels(processes))
+    found: dict[str, list[tuple[ProcessRow, TagStats]]] = {n: [] for n in registered}
+    for process, rows in parts:
+        for row in rows:
+            found.setdefault(row.name, []).append((process, row))
+    scrapers = _scrapers(found, limits, _labels(processes))
     return Overview(
         ledger=ledger,
         limits=limits,
-        checked_out=sum(row.connections for row in rows),
+        checked_out=sum(row.connections for row in scrapers),
         open=sum(p.slots if p.open is None else p.open for p in processes),
-        waiting=sum(row.waiting for row in rows),
-        scrapers=rows,
+        waiting=sum(row.waiting for row in scrapers),
+        scrapers=scrapers,
         processes=processes,
         strategy=policy.strategy(
-            sum(row.active for row in rows), limits.soft_limit, limits.max_limit
+            sum(row.active for row in scrapers), limits.soft_limit, limits.max_limit
         ),
-        warnings=(*warnings, *_warnings(rows, processes, long_hold)),
+        warnings=(*warnings, *_warnings(scrapers, processes, long_hold)),
         taken_at=taken_at,
     )
 
 
-def _rows(
-    sums: Mapping[str, _Sum], limits: Limits, labels: Mapping[int, str]
+def _scrapers(
+    found: Mapping[str, Sequence[tuple[ProcessRow, TagStats]]],
+    limits: Limits,
+    labels: Mapping[int, str],
 ) -> tuple[ScraperRow, ...]:
-    names = sorted(sums)
-    totals = [sums[name] for name in names]
-    active = sum(total.active for total in totals)
-    ceilings = [
-        policy.ceiling(active - total.active, limits.soft_limit, limits.max_limit)
-        for total in totals
+    tags = [
+        TagStats.merged(name, [row for _, row in found[name]]) for name in sorted(found)
     ]
-    in_use = [total.in_use for total in totals]
+    active = sum(tag.active for tag in tags)
+    ceilings = [
+        policy.ceiling(active - tag.active, limits.soft_limit, limits.max_limit)
+        for tag in tags
+    ]
     # An idle tag does not count, whatever it still holds.
     demands = [
-        min(held + total.waiting, most) if total.active else 0
-        for total, held, most in zip(totals, in_use, ceilings, strict=True)
+        min(tag.connections + tag.waiting, most) if tag.active else 0
+        for tag, most in zip(tags, ceilings, strict=True)
     ]
     there = max(limits.capacity - limits.quarantined, 0)
-    shares = policy.standing_shares(in_use, demands, there)
+    shares = policy.standing_shares([tag.connections for tag in tags], demands, there)
     return tuple(
         ScraperRow(
-            scraper=name,
-            status=total.status,
-            active=total.active,
-            connections=held,
+            scraper=tag.name,
+            status=_status(tag, [process for process, _ in found[tag.name]]),
+            active=tag.active,
+            connections=tag.connections,
             limit=ceiling,
             fair_share=share,
-            waiting=total.waiting,
-            longest_wait=total.longest("waiting_for"),
-            longest_hold=total.longest("held_for"),
-            idle_seconds=total.idle_for,
-            checkouts=total.checkouts,
-            timeouts=total.timeouts,
-            # One with several engines is a member several times.
-            processes=tuple(dict.fromkeys(labels[id(p)] for p in total.processes)),
+            waiting=tag.waiting,
+            longest_wait=tag.waiting_for,
+            longest_hold=tag.held_for,
+            idle_seconds=tag.idle_for,
+            checkouts=tag.checkouts,
+            timeouts=tag.timeouts,
+            # A process with several engines is a member several times.
+            processes=tuple(dict.fromkeys(labels[id(p)] for p, _ in found[tag.name])),
         )
-        for name, total, ceiling, held, share in zip(
-            names, totals, ceilings, in_use, shares, strict=True
-        )
+        for tag, ceiling, share in zip(tags, ceilings, shares, strict=True)
     )
+
+
+def _status(tag: TagStats, processes: Sequence[ProcessRow]) -> str:
+    # A tag that is only registered has no process yet.
+    if processes and all(process.state != "answers" for process in processes):
+        return "silent"
+    return "active" if tag.active else "idle"
 
 
 def _labels(processes: Sequence[ProcessRow]) -> dict[int, str]:
@@ -392,8 +319,6 @@ def _warnings(
             yield f"{who} does not answer: it keeps its {process.slots} slots"
         elif process.state == "dead":
             yield f"{who} is dead: its {process.slots} slots are to be freed"
-        if process.away_for is not None:
-            yield f"{who} has not reached the ledger for {process.away_for:.0f} s"
     for row in rows:
         if row.longest_hold is not None and row.longest_hold >= long_hold:
             who = row.scraper or "a scraper of very many"

@@ -9,17 +9,12 @@ from typing import Any, Protocol
 
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ..diagnosis.callers import Caller, Place, TaskHere, ThreadHere
+from ..diagnosis.callers import Caller, Location, TaskHere, ThreadHere
 from ..scheduling.account import FREE, GRANTED, Ticket
 from .physical import PhysicalConnection
 from .waiters import Waiter
 
 __all__ = ["Checkout", "Core", "Generation", "Opener", "Record", "RecordState"]
-
-
-#: Long checkouts that are noted before they are booked, which takes the lock: so many
-#: that it happens rarely, so few that the list is no burden.
-_LONG_HOLDS_KEPT = 256
 
 
 class Core(Protocol):
@@ -127,14 +122,9 @@ class Checkout(Ticket):
         #: When a statement was last executed, by any caller.
         self.used = -math.inf
         #: Where it was checked out, innermost first; only with ``leak_threshold``.
-        self.stack: tuple[Place, ...] = ()
+        self.stack: tuple[Location, ...] = ()
         #: It was reported as out for too long.
         self.reported = False
-
-    def note(self, held: float) -> None:
-        super().note(held)
-        if len(self.long_holds) >= _LONG_HOLDS_KEPT:
-            self.may_keep = False  # they are booked when it comes back
 
     def abandon(self) -> None:
         """Give up: the caller cannot be woken any more. Called by the waiter."""

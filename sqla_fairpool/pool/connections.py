@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Collection
 
 from ..scheduling.account import GRANTED
 from .checkout import Checkout, Generation, Record
@@ -96,15 +95,6 @@ class Connections:
         """Return the checkouts whose records are out."""
         checkouts = [record.fair.checkout for record in self.all]
         return [checkout for checkout in checkouts if checkout.state is GRANTED]
-
-    def out(self) -> list[Checkout]:
-        """Return :meth:`granted` and those for which a connection is opened."""
-        opening = [checkout for checkout in self.opening if checkout.state is GRANTED]
-        return list({*self.granted(), *opening})
-
-    def records_of(self, checkouts: Collection[Checkout]) -> list[Record]:
-        """Return the records that are out for some checkouts."""
-        return [record for record in self.all if record.fair.checkout in checkouts]
 
     def release_soon(self) -> None:
         """Have what is out now looked at when it comes back, and not be kept warm."""

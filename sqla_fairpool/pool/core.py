@@ -23,7 +23,7 @@ from typing import Any, cast
 
 from sqlalchemy import exc
 
-from ..diagnosis.callers import places
+from ..diagnosis.callers import locations
 from ..diagnosis.leaks import LeakWatch
 from ..errors import TooManyWaiting
 from ..options import PoolOptions
@@ -44,6 +44,10 @@ from .waiting import Waiting
 __all__ = ["PoolCore", "TracedCore"]
 
 _numbers = itertools.count(1)
+
+#: Long checkouts that are noted before they are booked, which takes the lock: so many
+#: that it happens rarely, so few that the list is no burden.
+_LONG_HOLDS_KEPT = 256
 
 #: Seconds that opening ahead waits for slots of a ledger.
 _OPENING_AHEAD_WAITS = 2.0
@@ -438,6 +442,8 @@ class PoolCore:
         checkout.held += held
         if held > checkout.notable:
             checkout.note(held)
+            if len(checkout.long_holds) >= _LONG_HOLDS_KEPT:
+                checkout.may_keep = False  # they are booked when it comes back
         fair.idle_since = account.last_activity = now
         checkout.warm = True
         try:
@@ -544,14 +550,14 @@ class TracedCore(PoolCore):
     def _begin(self, options: PoolOptions) -> None:
         super()._begin(options)
         assert options.leak_threshold is not None
-        self.state.leaks = LeakWatch(self, options.leak_threshold)
+        self.state.leaks = LeakWatch(self.state, options.leak_threshold)
 
     def checkout(
         self, tag: str, opener: Opener, timeout: float | None = None
     ) -> Record:
         assert self.state.leaks is not None
         self.state.leaks.start()
-        stack = places(self.here.frames())
+        stack = locations(self.here.frames())
         record = super().checkout(tag, opener, timeout)
         record.fair.checkout.stack = stack
         return record

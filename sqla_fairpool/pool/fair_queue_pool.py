@@ -2,7 +2,7 @@
 
 Rules of this file: it translates. Connections change hands in :mod:`.core`, the rules
 are :mod:`..scheduling.policy` and :mod:`..scheduling.scheduler`, and which tag asks is
-found in :mod:`..tagging`.
+found in :mod:`..tagging` and :mod:`.execution_options`.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import greenlet_spawn
 
-from .. import tagging
+from ..ledger.drivers import has_private_memory, warn_of_memory
 from ..options import BadOption, PoolOptions, describe_changes
 from ..stats import PoolStats
-from ..tagging import blocks, context_tag, make_request, requested
+from ..tagging import blocks, context_tag
 from . import sqlalchemy_private
 from .checkout import Generation, Record
 from .core import PoolCore, TracedCore
-from .drivers import has_private_memory, warn_of_memory
 from .events import observe, open_for_record
+from .execution_options import follow, make_request, requested
 from .ledger_member import LedgerMember
 from .ledger_sessions import await_url, join_ledger
-from .metrics import PoolMetrics, Source, collect
 from .server_tag import tell, tell_on_checkout
-from .snapshot import snapshot
+from .snapshot import Source, metrics, snapshot
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
 
 __all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool", "metrics_source"]
@@ -188,7 +187,7 @@ class FairQueuePool(Pool):
         if request is None or request.dialect is not self._dialect:
             tag = (context_tag() if blocks() else None) or self._default_tag
             return self._core.checkout(tag, self)
-        make_request(None)  # before it waits or connects, see `tagging`
+        make_request(None)  # before it waits or connects, see there
         tag = request.tag or context_tag() or self._default_tag
         return self._core.checkout(tag, self, request.timeout)
 
@@ -326,15 +325,18 @@ class FairQueuePool(Pool):
 
     def stats(self) -> PoolStats:
         """Return a snapshot of the pool and a row for each tag. O(tags log tags)."""
-        return snapshot(self._core)
+        return snapshot(self._core, self.metrics_name)
 
-    def metrics(self) -> PoolMetrics:
-        """Return counters and histograms for monitoring. O(tags).
+    def metrics(self) -> PoolStats:
+        """Return the figures for monitoring: counters that never fall, histograms.
+
+        A row for each of the first hundred tags, also when the pool has forgotten it
+        since, and one named ``other`` for all others together. O(tags log tags).
 
         :mod:`sqla_fairpool.prometheus` and :mod:`sqla_fairpool.opentelemetry` export
         them.
         """
-        return collect(self._core, self.metrics_name)
+        return metrics(self._core, self.metrics_name)
 
     @property
     def metrics_name(self) -> str:
@@ -432,7 +434,7 @@ def _watch_dialect(dialect: Dialect, options: PoolOptions) -> None:
         raise BadOption(
             "server_tag", True, f"False, because {dialect.name} is not PostgreSQL"
         )
-    if tagging.follow(dialect, options.tag_option, _retag):
+    if follow(dialect, options.tag_option, _retag):
         sqlalchemy_private.note_statements(dialect)
 
 

@@ -1,125 +1,265 @@
-"""From the pool's live state to the frozen snapshot of :mod:`.stats`."""
+"""Reads a pool's figures: copied in one hold of the lock, computed after it.
+
+:func:`snapshot` has a row for each tag that the pool remembers. :func:`metrics`, for
+exporters, has one for each tag with counters of its own, which are kept for as long as
+the pool lives, and one for all other tags together.
+"""
 
 from __future__ import annotations
 
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import accumulate, repeat
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..scheduling import policy
 from ..scheduling.account import Account
+from ..scheduling.counters import BOUNDS, OTHER, Histogram, Meter
 from ..stats import PoolStats, Summary, TagStats
 from .core import PoolCore
 
-__all__ = ["snapshot"]
+__all__ = ["Source", "metrics", "snapshot"]
 
-# Read in one call per account, to hold the lock as short as possible.
-_figures = attrgetter(
-    "tag",
-    "active",
-    "in_use",
-    "waiting",
-    "last_activity",
-    "checkouts",
-    "timeouts",
-    "wait_total",
-    "wait_max",
-    "hold_total",
-    "hold_max",
-)
+#: Durations kept between two exports; a minute's worth of a very busy tag.
+_DURATIONS_KEPT = 100_000
+
+#: Upper bounds of a histogram's buckets.
+_BOUNDS = (*BOUNDS, float("inf"))
+
+#: What durations of a tag are counted by size.
+_HISTOGRAMS = ("wait", "hold", "create")
 
 
-def snapshot(core: PoolCore) -> PoolStats:
-    """Copy the counters in one hold of the lock; compute the rest after it."""
-    options = core.options
+class _Tag(NamedTuple):
+    """What is copied of a tag."""
+
+    name: str
+    active: bool
+    in_use: int
+    waiting: int
+    last_activity: float | None
+    checkouts: int
+    timeouts: int
+    wait_total: float
+    wait_max: float
+    hold_total: float
+    hold_max: float
+    limit: int
+    waiting_since: float | None
+
+
+# In one call for each tag, so that the lock is held as short as possible.
+_figures = attrgetter("tag", *_Tag._fields[1:-2])
+
+
+# Of a checkout that is out, what its tag has not booked yet.
+_unbooked = attrgetter("since", "again", "held", "held_max")
+
+
+def snapshot(core: PoolCore, name: str = "") -> PoolStats:
+    """Return the pool's figures, with a row for each tag. O(tags log tags)."""
+    unbooked: dict[str, list[Any]] = defaultdict(list)
     with core.lock.section() as now:
         scheduler = core.scheduler
-        in_use, waiting = scheduler.in_use, scheduler.waiting
-        records, idle = len(core.connections.idle), core.connections.count_open()
-        active = scheduler.roster.active
-        copies = [
-            (scheduler.ceiling(account), _waiting_since(account), *_figures(account))
-            for account in scheduler.roster.accounts.values()
+        copied = [
+            (*_figures(account), scheduler.ceiling(account), _since(account))
+            for account in scheduler.accounts.values()
         ]
-        # What the checkouts that are out have counted and not yet handed in.
-        pending = [
-            (
-                checkout.account.tag,
-                checkout.since,
-                checkout.again,
-                checkout.held,
-                checkout.held_max,
-            )
-            for checkout in core.connections.granted()
-        ]
+        for checkout in core.connections.granted():
+            unbooked[checkout.account.tag].append(_unbooked(checkout))
+        pool = _pool(core, name)
+    tags = sorted(map(_Tag._make, copied), key=itemgetter(0))
+    # An idle tag does not count, whatever it still holds.
+    demands = [min(t.in_use + t.waiting, t.limit) if t.active else 0 for t in tags]
+    in_use = [tag.in_use for tag in tags]
+    shares = policy.standing_shares(in_use, demands, pool.capacity)
+    rows = tuple(
+        _row(tag, share, now, unbooked.get(tag.name, ()))
+        for tag, share in zip(tags, shares, strict=True)
+        # Else: the default tag, when all its callers named another one later.
+        if tag.active or tag.in_use or tag.waiting or tag.checkouts or tag.timeouts
+    )
+    return replace(pool, tags=rows)
+
+
+def _pool(core: PoolCore, name: str) -> PoolStats:
+    """Return the figures without the tags. Caller holds the lock."""
+    options, scheduler = core.options, core.scheduler
+    records, idle = core.state.count_idle()
     return PoolStats(
         size=options.pool_size,
         capacity=options.capacity,
-        checked_out=in_use,
-        available=options.capacity - in_use,
-        overflow=max(in_use + records - options.pool_size, 0),
+        checked_out=scheduler.in_use,
+        available=options.capacity - scheduler.in_use,
+        overflow=max(scheduler.in_use + records - options.pool_size, 0),
         idle=idle,
-        waiting=waiting,
-        utilization=in_use / options.capacity,
-        strategy=policy.strategy(active, options.soft_limit, options.max_limit),
-        tags=_rows(copies, pending, options.capacity, now),
+        waiting=scheduler.waiting,
+        utilization=scheduler.in_use / options.capacity,
+        strategy=policy.strategy(
+            scheduler.roster.active, options.soft_limit, options.max_limit
+        ),
+        tags=(),
+        name=name,
+        min_idle=options.min_idle,
+        closures=dict(core.closures),
     )
 
 
-def _waiting_since(account: Account) -> float | None:
+def _since(account: Account) -> float | None:
     """Return since when the first in a tag's line waits."""
     return next(iter(account.waiters)).since if account.waiters else None
 
 
-def _rows(
-    copies: list[tuple[Any, ...]],
-    pending: list[tuple[str, float, int, float, float]],
-    capacity: int,
-    now: float,
-) -> tuple[TagStats, ...]:
-    copies.sort(key=itemgetter(2))
-    # An idle tag does not count, whatever it still holds.
-    demands = [min(copy[4] + copy[5], copy[0]) if copy[3] else 0 for copy in copies]
-    shares = policy.standing_shares([c[4] for c in copies], demands, capacity)
-    more: dict[str, list[tuple[float, int, float, float]]] = {}
-    for tag, since, again, held, held_max in pending:
-        more.setdefault(tag, []).append((since, again, held, held_max))
-    rows = (
-        _row(copy, share, more.get(copy[2], []), now)
-        for copy, share in zip(copies, shares, strict=True)
-    )
-    return tuple(row for row in rows if row)
-
-
-def _row(
-    copy: tuple[Any, ...],
-    share: int,
-    more: list[tuple[float, int, float, float]],
-    now: float,
-) -> TagStats | None:
-    limit, line_since, tag, active, in_use, waiting, last, checkouts, *rest = copy
-    timeouts, wait_total, wait_max, hold_total, hold_max = rest
-    if not (active or in_use or waiting or checkouts or timeouts):
-        return None  # the default tag, when everybody said later who he is
-    for _, again, held, held_max in more:
+def _row(tag: _Tag, share: int, now: float, unbooked: Sequence[Any]) -> TagStats:
+    checkouts, hold_total, hold_max = tag.checkouts, tag.hold_total, tag.hold_max
+    out_since = None
+    for since, again, held, held_max in unbooked:
         checkouts += again
         hold_total += held
         hold_max = max(hold_max, held_max)
+        out_since = since if out_since is None else min(out_since, since)
     return TagStats(
-        name=tag,
-        active=active,
-        connections=in_use,
-        limit=limit,
+        name=tag.name,
+        active=tag.active,
+        connections=tag.in_use,
+        limit=tag.limit,
         fair_share=share,
-        waiting=waiting,
-        idle_for=_seconds(last, now),
-        waiting_for=_seconds(line_since, now),
-        held_for=_seconds(min((since for since, *_ in more), default=None), now),
+        waiting=tag.waiting,
+        idle_for=_age(tag.last_activity, now),
+        waiting_for=_age(tag.waiting_since, now),
+        held_for=_age(out_since, now),
         checkouts=checkouts,
-        timeouts=timeouts,
-        wait_time=Summary(checkouts, wait_total, wait_max),
-        hold_time=Summary(checkouts - in_use, hold_total, hold_max),
+        timeouts=tag.timeouts,
+        wait_time=Summary(checkouts, tag.wait_total, tag.wait_max),
+        hold_time=Summary(checkouts - tag.in_use, hold_total, hold_max),
     )
 
 
-def _seconds(since: float | None, now: float) -> float | None:
+def _age(since: float | None, now: float) -> float | None:
     return None if since is None else max(now - since, 0.0)
+
+
+# Likewise, of a tag's counters.
+_counts = attrgetter(
+    "checkouts", "at_once", "timeouts", "refusals", "deadlocks", "create_failures"
+)
+
+
+def metrics(core: PoolCore, name: str) -> PoolStats:
+    """Return the pool's figures, with a row for each tag that has counters. O(tags).
+
+    The rows have no fair shares and no times of this moment.
+    """
+    with core.lock.section():
+        meters = core.scheduler.roster.meters.by_tag
+        counters = {tag: (_counts(m), _histograms(m)) for tag, m in meters.items()}
+        live = _live_by_counters(core)
+        pool = _pool(core, name)
+    rows = []
+    for tag, (counted, (wait, hold, create)) in sorted(counters.items()):
+        active, connections, limit, waiting, unbooked = live[tag]
+        checkouts, at_once, timeouts, refusals, deadlocks, failures = counted
+        row = TagStats(
+            name=tag,
+            active=bool(active),
+            connections=connections,
+            limit=limit or core.options.max_limit,
+            waiting=waiting,
+            checkouts=checkouts + unbooked,
+            timeouts=timeouts,
+            wait_time=_summary(*wait, at_once=at_once + unbooked),
+            hold_time=_summary(*hold),
+            refusals=refusals,
+            deadlocks=deadlocks,
+            create_time=_summary(*create),
+            create_failures=failures,
+        )
+        rows.append(row)
+    return replace(pool, tags=tuple(rows))
+
+
+def _live_by_counters(core: PoolCore) -> dict[str, list[int]]:
+    """Return what is now, summed up by the tags that have counters.
+
+    If it is active, its connections, limit and line, and checkouts that are not booked
+    yet. Caller is in a section.
+    """
+    scheduler = core.scheduler
+    live = {tag: [0, 0, 0, 0, 0] for tag in scheduler.roster.meters.by_tag}
+    for account in scheduler.accounts.values():
+        figures = live[account.tag if account.tag in live else OTHER]
+        figures[0] |= account.active
+        figures[1] += account.in_use
+        figures[2] = max(figures[2], scheduler.ceiling(account))
+        figures[3] += account.waiting
+    for checkout in core.connections.granted():
+        tag = checkout.account.tag
+        live[tag if tag in live else OTHER][4] += checkout.again
+    return live
+
+
+def _histograms(meter: Meter) -> list[tuple[list[int], float, float]]:
+    """Copy them: durations by size, their sum, the longest."""
+    return [
+        (h.counts[:], h.total, h.max) for h in (meter.wait, meter.hold, meter.create)
+    ]
+
+
+def _summary(
+    counts: Sequence[int], total: float, longest: float, *, at_once: int = 0
+) -> Summary:
+    cumulated = list(accumulate(counts, initial=at_once))[1:]
+    buckets = tuple(zip(_BOUNDS, cumulated, strict=True))
+    return Summary(cumulated[-1], total, longest, buckets)
+
+
+class Source:
+    """A pool that exporters read from, for as long as it is in use."""
+
+    def __init__(self, core: PoolCore, name: str) -> None:
+        # Not the pool, because engine.dispose() makes another one.
+        self.core = weakref.ref(core)
+        self.name = name
+        # Checkouts by tag that had not to wait, as far as they were taken.
+        self._at_once: dict[str, int] = {}
+
+    def read(self) -> PoolStats | None:
+        """Return its figures as :func:`metrics` does, None if it is gone."""
+        core = self.core()
+        return None if core is None else metrics(core, self.name)
+
+    def keep_durations(self) -> None:
+        """Have each duration kept from now on, until it is taken."""
+        core = self.core()
+        assert core is not None
+        with core.lock.section():
+            meters = core.scheduler.roster.meters
+            meters.on_new.append(_keep_durations)
+            for tag, meter in meters.by_tag.items():
+                _keep_durations(tag, meter)
+                self._at_once[tag] = meter.at_once
+
+    def take_durations(self) -> list[tuple[str, str, Iterable[float]]]:
+        """Return what was kept: ``wait``, ``hold`` or ``create``, the tag, seconds."""
+        core = self.core()
+        if core is None:
+            return []
+        taken: list[tuple[str, str, Iterable[float]]] = []
+        with core.lock.section():
+            for tag, meter in core.scheduler.roster.meters.by_tag.items():
+                more = meter.at_once - self._at_once.get(tag, 0)
+                self._at_once[tag] = meter.at_once
+                taken.append(("wait", tag, repeat(0.0, min(more, _DURATIONS_KEPT))))
+                for name in _HISTOGRAMS:
+                    histogram: Histogram = getattr(meter, name)
+                    taken.append((name, tag, histogram.raw or ()))
+                    histogram.raw = deque(maxlen=_DURATIONS_KEPT)
+        return taken
+
+
+def _keep_durations(tag: str, meter: Meter) -> None:
+    for name in _HISTOGRAMS:
+        getattr(meter, name).raw = deque(maxlen=_DURATIONS_KEPT)

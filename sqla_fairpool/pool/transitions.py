@@ -10,15 +10,18 @@ Rules of this file:
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from ..diagnosis.callers import TaskHere, ThreadHere
-from ..diagnosis.event_log import Journal
+from ..diagnosis.capture import Out
+from ..diagnosis.event_log import EventLog
 from ..diagnosis.leaks import LeakWatch
 from ..options import PoolOptions
 from ..scheduling.account import GRANTED, Ticket
 from ..scheduling.scheduler import Scheduler
+from . import sqlalchemy_private
 from .checkout import Checkout, Record
 from .connections import Connections
 from .lock import PoolLock
@@ -33,6 +36,7 @@ class Transitions:
     """The parts of a pool that change together."""
 
     __slots__ = (
+        "__weakref__",
         "connections",
         "event_log",
         "here",
@@ -63,7 +67,7 @@ class Transitions:
         self.connections = connections
         self.slots = slots
         self.warm = WarmCache(lock.inbox, self._give_up_warm)
-        self.event_log = Journal(lock.deferred)
+        self.event_log = EventLog(lock.deferred)
         self.leaks: LeakWatch | None = None
         #: The waiting checkout whose caller wakes up for what is due.
         self.watcher: Checkout | None = None
@@ -127,17 +131,54 @@ class Transitions:
 
     def wake_all(self) -> None:
         """Wake all callers that wait, to look for themselves."""
-        for checkout in self.waiting():
+        for checkout in self.checkouts_waiting():
             if checkout.waiter is not None:
                 self.lock.wake_ups.append(checkout.waiter.wake)
 
-    def waiting(self) -> list[Checkout]:
+    def checkouts_waiting(self) -> list[Checkout]:
         """Return the checkouts that wait for a slot."""
         return [
             cast(Checkout, ticket)
             for account in self.scheduler.waiting_accounts()
             for ticket in account.waiters or ()
         ]
+
+    # -- what a diagnosis asks for -----------------------------------------------------
+
+    @property
+    def logger(self) -> Any:
+        """What an operator is to read is written there."""
+        return self.event_log.logger
+
+    def section(self) -> AbstractContextManager[float]:
+        """Hold the lock; gives the time."""
+        return self.lock.section()
+
+    def count_idle(self) -> tuple[int, int]:
+        """Return the records in the pool, and how many of them are open."""
+        return len(self.connections.idle), self.connections.count_open()
+
+    def allotment(self) -> tuple[int | None, str | None]:
+        """Return what a ledger allots, and why it is no more; None without one."""
+        return self.slots.describe()
+
+    def checkouts_out(self) -> list[Out]:
+        """Return what is out or being opened.
+
+        A record without a connection is out while another one is opened for it.
+        """
+        opening = [c for c in self.connections.opening if c.state is GRANTED]
+        found = {checkout: Out.of(checkout, opening=True) for checkout in opening}
+        for record in self.connections.all:
+            checkout = record.fair.checkout
+            if checkout.state is GRANTED:
+                hollow = record.dbapi_connection is None
+                found[checkout] = Out.of(
+                    checkout,
+                    opening=hollow or checkout in found,
+                    unclaimed=sqlalchemy_private.is_dropped(record),
+                )
+        return list(found.values())
 
     # -- coming back -----------------------------------------------------------------
 

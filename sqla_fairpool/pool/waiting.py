@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ..diagnosis.capture import Scene, copy_scene
+from ..diagnosis.capture import Capture, capture
 from ..diagnosis.deadlock import collect, holds_another, is_stuck
 from ..errors import CheckoutTimeout, SelfDeadlock
 from ..tagging import context_timeout
@@ -53,10 +53,9 @@ class Waiting:
                 return
             if state.slots.refusal is not None:
                 raise state.slots.refusal
-            now, scene = state.lock.run(self._look, checkout, deadline)
-            if scene is not None:
-                what = f"timed out after {scene.waited:.2f}s"
-                raise self._error(CheckoutTimeout, what, scene)
+            now, captured = state.lock.run(self._look, checkout, deadline)
+            if captured is not None:
+                raise self._error(CheckoutTimeout, "timed out after {:.2f}s", captured)
             if now < check:
                 continue
             check = now + interval
@@ -64,21 +63,21 @@ class Waiting:
             if stuck is None:
                 check = math.inf  # it holds nothing, and will not while it waits
             elif stuck and collect():  # else another thread collects at this moment
-                scene = state.lock.run(self._refuse_stuck, checkout, deadline)
-                if scene is not None:
-                    raise self._error(SelfDeadlock, "would wait for itself", scene)
+                captured = state.lock.run(self._refuse_stuck, checkout, deadline)
+                if captured is not None:
+                    raise self._error(SelfDeadlock, "would wait for itself", captured)
 
     def _look(
         self, checkout: Checkout, deadline: float, now: float
-    ) -> tuple[float, Scene | None]:
+    ) -> tuple[float, Capture | None]:
         """Look around; return the time, and how things are if the time is over."""
         self._housekeeping.look_around(now)
         if now < deadline or checkout.waiter is None:
             return now, None
-        scene = copy_scene(self._state, checkout, now)
+        captured = capture(self._state, checkout, now)
         self._state.scheduler.expire(checkout)
         self._state.leave_line(checkout)
-        return now, scene
+        return now, captured
 
     def _is_stuck(self, checkout: Checkout, deadline: float, now: float) -> bool | None:
         """Tell if only callers that wait likewise could serve it; None: it never is."""
@@ -88,7 +87,7 @@ class Waiting:
 
     def _refuse_stuck(
         self, checkout: Checkout, deadline: float, now: float
-    ) -> Scene | None:
+    ) -> Capture | None:
         """Have it leave its line if it is stuck; return how things are then.
 
         In the section that finds it stuck: of two callers that wait for each other,
@@ -96,19 +95,20 @@ class Waiting:
         """
         if not is_stuck(self._state, checkout, deadline):
             return None
-        scene = copy_scene(self._state, checkout, now)
+        captured = capture(self._state, checkout, now)
         self._state.scheduler.cancel(checkout)
         self._state.leave_line(checkout)
         checkout.account.meter.deadlocks += 1
-        return scene
+        return captured
 
     def _error(
-        self, error: type[CheckoutTimeout], what: str, scene: Scene
+        self, error: type[CheckoutTimeout], what: str, captured: Capture
     ) -> CheckoutTimeout:
-        diagnosis = scene.diagnose(self._state.here.frames())
+        diagnosis = captured.diagnose(self._state.here.frames())
         return error(
-            f"checkout {what}: {diagnosis}; advice: {diagnosis.advice}",
+            f"checkout {what.format(diagnosis.waited)}: {diagnosis}; "
+            f"advice: {diagnosis.advice}",
             diagnosis.tag,
-            scene.waited,
+            diagnosis.waited,
             diagnosis,
         )

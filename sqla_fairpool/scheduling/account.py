@@ -74,7 +74,7 @@ class Ticket:
         meter = account.meter
         meter.checkouts += self.again + account.silent
         meter.at_once += self.again
-        meter.hold.add_all(self.again + 1, self.held, self.long_holds)
+        meter.hold.add_all(self.again + 1, self.held, self.held_max, self.long_holds)
         if self.long_holds:
             self.long_holds = []
         self.again = 0

@@ -50,12 +50,13 @@ OTHER = "other"
 class Histogram:
     """Durations by size. Seconds."""
 
-    __slots__ = ("counts", "raw", "total")
+    __slots__ = ("counts", "max", "raw", "total")
 
     def __init__(self) -> None:
         #: Durations up to each bound, and above the last; not cumulated.
         self.counts = [0] * (len(BOUNDS) + 1)
         self.total = 0.0
+        self.max = 0.0
         #: Each duration, for an exporter that wants them one by one and has put an
         #: empty one here. If it does not fetch them, the oldest are dropped.
         self.raw: deque[float] | None = None
@@ -69,16 +70,20 @@ class Histogram:
         """Count one duration."""
         self.counts[bisect_left(BOUNDS, seconds)] += 1
         self.total += seconds
+        self.max = max(self.max, seconds)
         if self.raw is not None:
             self.raw.append(seconds)
 
-    def add_all(self, count: int, total: float, longer: Sequence[float]) -> None:
+    def add_all(
+        self, count: int, total: float, longest: float, longer: Sequence[float]
+    ) -> None:
         """Count many, of which those in `longer` are above the first bound."""
         counts = self.counts
         counts[0] += count - len(longer)
         for seconds in longer:
             counts[bisect_left(BOUNDS, seconds)] += 1
         self.total += total
+        self.max = max(self.max, longest)
         if self.raw is not None:
             self.raw.extend(longer)
             shorter = count - len(longer)

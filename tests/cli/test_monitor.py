@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
-from support.overviews import EVIL, FakeObserver, overview
+from support import state
+from support.overviews import EVIL, FakeInspector, overview
 from support.stub import StubServer
 from support.threads import PATIENCE, VirtualClock
 
@@ -55,7 +56,7 @@ def show(monkeypatch):
     """Have the observer show these scenes; return it."""
 
     def show(*scenes):
-        observer = FakeObserver(*scenes)
+        observer = FakeInspector(*scenes)
         monkeypatch.setattr(watching, "make_observer", lambda store: observer)
         return observer
 
@@ -109,7 +110,7 @@ def test_the_only_ledger_in_use_is_meant(capsys, temp):
     assert f"ledger {folder}/used.ledger\n" in out
     assert "\na " in out
     engine.dispose()
-    engine.pool._exchange.share.keeper.close()
+    state.keeper(engine).close()
 
 
 def test_the_url_tells_which_ledger(capsys, monkeypatch):
@@ -228,7 +229,7 @@ def test_a_pool_is_seen_by_ledger_and_server(capsys, tmp_path, postgres_url):
         assert server["idle_in_transaction"] == 1
         assert [warning for warning in server["warnings"] if "bug" in warning] == []
     engine.dispose()
-    engine.pool._exchange.share.keeper.close()
+    state.keeper(engine).close()
 
 
 # -- again and again -------------------------------------------------------------------
@@ -244,7 +245,7 @@ def watch(path):
 
         def observe(store):
             # One scene each: after an error there is a new one.
-            observer = FakeObserver(*scenes)
+            observer = FakeInspector(*scenes)
             observer.scenes = scenes
             observers.append(observer)
             return observer
@@ -327,7 +328,7 @@ def test_a_server_that_hangs_does_not_hide_the_ledger(path, monkeypatch):
     clock = VirtualClock()
     view = overview()
     place = Place(path, path, None, make_url("postgresql://h/d"))
-    watch = Watch(place, clock, lambda store: FakeObserver(view))
+    watch = Watch(place, clock, lambda store: FakeInspector(view))
     watch.look()
     clock.advance(8)
     seen = watch.look()

@@ -17,8 +17,9 @@ from sqla_fairpool.cli.server_view import (
     count,
     server_text,
 )
-from sqla_fairpool.ledger.overview import Limits, Part, TagFigures, compile_overview
-from sqla_fairpool.ledger.sessions import identify
+from sqla_fairpool.ledger.overview import Limits, Part, compile_overview
+from sqla_fairpool.ledger.watch import identify
+from sqla_fairpool.stats import TagStats
 
 ROOM = Room("app", 100, 3, 0, False, None)
 
@@ -37,8 +38,8 @@ def of_two_tags():
     """An overview of a member with two tags and one with one."""
     both = process("a", 1, tags=("a", "\u00e9t\u00e9"))
     parts = [
-        Part(both, [TagFigures("a", True, 1), TagFigures("\u00e9t\u00e9", True, 1)]),
-        Part(process("b", 2), [TagFigures("b", True, 2)]),
+        Part(both, [TagStats("a", True, 1), TagStats("\u00e9t\u00e9", True, 1)]),
+        Part(process("b", 2), [TagStats("b", True, 2)]),
     ]
     return compile_overview(parts, Limits(20, 20, 10, 15))
 

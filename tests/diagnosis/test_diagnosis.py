@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import create_async_engine
+from support import state
 from support.state import assert_quiet
 from support.tasks import waiting
 from support.threads import PATIENCE, Caller, ensure_waiting, eventually
@@ -23,7 +24,6 @@ from sqla_fairpool import (
 )
 from sqla_fairpool.diagnosis.callers import ThreadHere, describe_caller, frames_of
 from sqla_fairpool.diagnosis.report import duration
-from sqla_fairpool.pool.checkout import Seat
 
 
 def case(**changes):
@@ -34,7 +34,7 @@ def case(**changes):
         "in_use": 0,
         "ceiling": 10,
         "waiting": 5,
-        "place": 1,
+        "position": 1,
         "active_tags": 2,
         "pool_in_use": 4,
         "capacity": 4,
@@ -219,7 +219,7 @@ def test_message_names_thread_age_statement_and_line(make_engine, clock):
     facts = caught.value.diagnosis
     (held,) = facts.holdings
     assert (held.tag, held.age, held.statement_age) == ("layer2", 41.0, 41.0)
-    assert (facts.tag, facts.active_tags, facts.place) == ("web", 2, 1)
+    assert (facts.tag, facts.active_tags, facts.position) == ("web", 2, 1)
     assert held.now_at.endswith(" in hold_and_sleep")
     message = str(caught.value)
     assert "oldest: 'layer2' for 41s by thread 'Thread-" in message
@@ -330,13 +330,8 @@ def test_connection_that_is_being_closed_is_named_to_a_nested_caller(
 
 
 def test_lost_slot_is_named_to_a_nested_caller(two):
-    exchange = two.pool._exchange
-    lost = Seat(exchange)
-    with exchange.section() as now:
-        assert exchange.scheduler.request(lost, "a", now)
-    assert "1 of 2 connections are with no caller" in advice_to_nested(two)
-    with exchange.section() as now:
-        exchange.scheduler.release(lost, now)
+    with state.slot_without_caller(two, "a"):
+        assert "1 of 2 connections are with no caller" in advice_to_nested(two)
 
 
 def test_idle_holder_is_named_to_a_nested_caller(make_engine, clock):
@@ -493,7 +488,7 @@ def test_other_callers_wait_as_before(full):
         caller = Caller(lambda: full.connect().close())
         ensure_waiting(full.pool, 1)
         assert waited(full) < 0.01
-    assert full.pool._exchange.scheduler.waiting == 1
+    assert state.waiting(full) == 1
     full.pool.reconfigure(pool_size=2, max_limit=2, soft_limit=2)
     caller.result()
 

@@ -21,7 +21,6 @@ ORDER = [
     {"launch"},
     {"manager", "opentelemetry", "plugin", "prometheus"},
     {"__init__"},
-    {"bench"},
     {"cli"},
     {"demo"},
     {"__main__"},
@@ -29,17 +28,7 @@ ORDER = [
 
 #: To be emptied: what still goes against the order.
 DEBTS = {
-    ("cli.bench", "demo.server"),
     ("cli.demo", "demo.server"),
-    ("diagnosis.capture", "pool.desk"),
-    ("diagnosis.capture", "pool.checkout"),
-    ("diagnosis.deadlock", "pool.sqlalchemy_private"),
-    ("diagnosis.deadlock", "pool.desk"),
-    ("diagnosis.deadlock", "pool.checkout"),
-    ("diagnosis.leaks", "pool.desk"),
-    ("diagnosis.leaks", "pool.checkout"),
-    ("ledger.addresses", "pool.drivers"),
-    ("tagging", "pool.sqlalchemy_private"),
 }
 
 

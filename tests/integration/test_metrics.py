@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import create_engine
 from sqlalchemy.exc import ArgumentError
+from support import state
 from support.stub import StubError
 from support.threads import Caller, ensure_waiting
 
@@ -35,7 +36,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def tag_of(engine, name):
     """Return the metrics of a tag."""
-    return next(row for row in engine.pool.metrics().tags if row.tag == name)
+    return next(row for row in engine.pool.metrics().tags if row.name == name)
 
 
 def buckets(copy):
@@ -58,7 +59,7 @@ def test_histogram_counts_up_to_its_bounds_inclusive():
         histogram.add(bound)
     histogram.add(math.nextafter(BOUNDS[-1], math.inf))
     assert histogram.counts == [1] * (len(BOUNDS) + 1)
-    histogram.add_all(5, 2.0002, [2.0])
+    histogram.add_all(5, 2.0002, 2.0, [2.0])
     assert histogram.counts[0] == 5
     assert histogram.count == len(BOUNDS) + 1 + 5
 
@@ -85,10 +86,10 @@ def test_many_long_holds_do_not_pile_up(make_engine, clock):
     tagged = engine.execution_options(scraper="a")
     for _ in range(1000):
         connection = tagged.connect()
-        seat = connection._dbapi_connection._connection_record.seat
+        checkout = state.checkout_of(connection)
         clock.advance(1.0)
         connection.close()
-        assert len(seat.long_holds) <= 256
+        assert len(checkout.long_holds) <= 256
     assert tag_of(engine, "a").hold_time.count == 1000
     assert tag_of(engine, "a").checkouts == 1000
 
@@ -219,7 +220,7 @@ def test_tags_beyond_the_cap_share_a_meter(make_engine, clock):
     engine = make_engine(idle_timeout=1.0, reallocation_interval=1.0)
     for n in range(MAX_METERS + 50):
         engine.execution_options(scraper=f"tag{n}").connect().close()
-    rows = {row.tag: row for row in engine.pool.metrics().tags}
+    rows = {row.name: row for row in engine.pool.metrics().tags}
     assert len(rows) == MAX_METERS + 1
     assert rows[OTHER].checkouts == 50
     assert rows["tag0"].checkouts == 1
@@ -228,7 +229,7 @@ def test_tags_beyond_the_cap_share_a_meter(make_engine, clock):
         clock.advance(1.0)
         engine.pool.upkeep()
     assert engine.pool.stats().tags == ()
-    rows = {row.tag: row for row in engine.pool.metrics().tags}
+    rows = {row.name: row for row in engine.pool.metrics().tags}
     assert (rows["tag0"].checkouts, rows[OTHER].checkouts) == (1, 50)
     assert not rows["tag0"].active
 

@@ -11,18 +11,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support import state
 from support.stub import StubServer
 from support.threads import PATIENCE, VirtualClock, eventually
 
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
-from sqla_fairpool.ledger.inspector import Observer
+from sqla_fairpool.ledger.inspector import Inspector
 from sqla_fairpool.ledger.rows import Session, Terms
 
 
 class Member:
-    """One that answers when the observer sleeps, or does not."""
+    """One that answers when the inspector sleeps, or does not."""
 
     def __init__(self, path, figures=None):
         self.store = HostStore(path)
@@ -59,7 +60,7 @@ def clock():
 
 @pytest.fixture
 def world(path, clock):
-    """Make members; and an observer in whose sleep they run."""
+    """Make members; and an inspector in whose sleep they run."""
     members = []
 
     def sleep(seconds):
@@ -72,22 +73,22 @@ def world(path, clock):
         members.append(Member(path, figures))
         return members[-1]
 
-    observer = Observer(HostStore(path), clock=clock, sleep=sleep)
-    yield join, observer
-    observer.close()
+    inspector = Inspector(HostStore(path), clock=clock, sleep=sleep)
+    yield join, inspector
+    inspector.close()
     for member in members:
         member.store.close()
 
 
 def tags(*rows):
-    names = ("tag", "active", "in_use")
+    names = ("name", "active", "connections")
     return {"tags": [dict(zip(names, row, strict=True)) for row in rows]}
 
 
 def test_figures_are_those_of_the_moment(world):
-    join, observer = world
+    join, inspector = world
     member = join(tags(("a", True, 3)) | {"open": 4, "size": 18})
-    overview = observer.look()
+    overview = inspector.look()
     assert [(row.scraper, row.connections) for row in overview.scrapers] == [("a", 3)]
     assert (overview.open, overview.limits.size, overview.limits.capacity) == (
         4,
@@ -95,16 +96,16 @@ def test_figures_are_those_of_the_moment(world):
         20,
     )
     member.figures = tags(("a", True, 5), ("b", True, 1))
-    overview = observer.look()
+    overview = inspector.look()
     assert [(row.scraper, row.connections) for row in overview.scrapers] == [
         ("a", 5),
         ("b", 1),
     ]
-    assert observer.name == overview.ledger
+    assert inspector.name == overview.ledger
 
 
 def test_sessions_are_those_that_members_and_quarantines_have_posted(world):
-    join, observer = world
+    join, inspector = world
     member, lost = join(), Session(4712, 6)
     with member.store.transaction() as rows:
         book = Book(rows)
@@ -115,19 +116,19 @@ def test_sessions_are_those_that_members_and_quarantines_have_posted(world):
         book.write(key, book.members[key])
         book.tell(book.allocation())
         (number,) = book.gone
-    assert observer.sessions == {}
-    observer.look()
-    assert observer.sessions == {Session(4711, 5): own.number, lost: number}
+    assert inspector.sessions == {}
+    inspector.look()
+    assert inspector.sessions == {Session(4711, 5): own.number, lost: number}
 
 
 def test_what_a_later_version_says_more_is_left_out(world):
-    join, observer = world
-    join({"tags": [{"tag": "a", "in_use": 2, "mood": "good"}], "weather": 1})
-    assert observer.look().checked_out == 2
+    join, inspector = world
+    join({"tags": [{"name": "a", "connections": 2, "mood": "good"}], "weather": 1})
+    assert inspector.look().checked_out == 2
 
 
 def test_one_that_does_not_answer_is_shown_with_what_it_posted(world, clock):
-    join, observer = world
+    join, inspector = world
     silent = join()
     with silent.store.transaction() as rows:
         key = f"member/{silent.store.member}"
@@ -135,7 +136,7 @@ def test_one_that_does_not_answer_is_shown_with_what_it_posted(world, clock):
         # Posted when it was promised three, and it has four.
         rows[key] = json.dumps({**row, "owned": 4, "tags": {"a": [3, 2, True, 1, 10]}})
     join(tags(("b", True, 1)))
-    overview = observer.look()
+    overview = inspector.look()
     a, b = overview.scrapers
     assert (a.status, a.connections, a.waiting) == ("silent", 4, 1)
     assert b.status == "active"
@@ -144,17 +145,17 @@ def test_one_that_does_not_answer_is_shown_with_what_it_posted(world, clock):
     )
     # It is waited for once; and is back as soon as it answers.
     before = clock.now
-    observer.look()
+    inspector.look()
     assert clock.now - before < 0.1
     silent.figures = tags(("a", True, 9))
     silent.run()  # late, to the question before
-    overview = observer.look()
+    overview = inspector.look()
     assert overview.scrapers[0].connections == 9
     assert overview.warnings == ()
 
 
 def test_dead_ones_and_quarantines_are_told(world):
-    join, observer = world
+    join, inspector = world
     dead, other = join(), join()
     with dead.store.transaction() as rows:
         key = f"member/{dead.store.member}"
@@ -163,7 +164,7 @@ def test_dead_ones_and_quarantines_are_told(world):
     member = dead.store.member
     dead.store.close()
     dead.closed = True
-    overview = observer.look()
+    overview = inspector.look()
     assert overview.warnings[0] == (
         "a.py (here:4711) is dead: its 4 slots are to be freed"
     )
@@ -173,22 +174,22 @@ def test_dead_ones_and_quarantines_are_told(world):
         book = Book(rows)
         assert book.reap({member: book.texts[member]})
         book.tell(book.allocation())
-    overview = observer.look()
+    overview = inspector.look()
     assert overview.limits.quarantined == 4
     assert overview.warnings[0] == "4 slots in quarantine: a.py (here:4711) died"
 
 
 def test_ledger_that_nobody_has_joined_is_an_error(world):
-    _, observer = world
+    _, inspector = world
     with pytest.raises(LedgerError, match="nobody has joined it yet"):
-        observer.look()
+        inspector.look()
 
 
 def test_it_is_no_member_and_leaves_nothing(world, path):
-    join, observer = world
+    join, inspector = world
     member = join(tags())
-    assert len(observer.look().processes) == 1
-    observer.close()
+    assert len(inspector.look().processes) == 1
+    inspector.close()
     names = {file.stem for file in Path(f"{path}.members").iterdir()}
     assert names == {member.store.member}
 
@@ -214,10 +215,10 @@ def test_real_pools_answer_and_a_stopped_process_does_not(path):
         stdout=subprocess.PIPE,
         text=True,
     )
-    observer = Observer(HostStore(path), patience=PATIENCE)
+    inspector = Inspector(HostStore(path), patience=PATIENCE)
     try:
         assert process.stdout.readline() == "holding\n"
-        overview = observer.look()
+        overview = inspector.look()
         rows = {row.scraper: row for row in overview.scrapers}
         assert (rows["mine"].connections, rows["other"].connections) == (3, 2)
         assert rows["mine"].processes == (str(os.getpid()),)
@@ -225,23 +226,23 @@ def test_real_pools_answer_and_a_stopped_process_does_not(path):
         assert (overview.checked_out, overview.open) == (5, 5)
         assert rows["mine"].longest_hold > 0
         held.pop().close()
-        assert observer.look().checked_out == 4
+        assert inspector.look().checked_out == 4
         os.kill(process.pid, signal.SIGSTOP)
-        impatient = Observer(HostStore(path), patience=0.5)
+        impatient = Inspector(HostStore(path), patience=0.5)
         assert {row.scraper: row.status for row in impatient.look().scrapers} == {
             "mine": "active",
             "other": "silent",
         }
         impatient.close()
         os.kill(process.pid, signal.SIGCONT)
-        eventually(lambda: not observer.look().warnings)
+        eventually(lambda: not inspector.look().warnings)
     finally:
         process.kill()
         process.wait()
         process.stdin.close()
         process.stdout.close()
-        observer.close()
+        inspector.close()
         for connection in held:
             connection.close()
         engine.dispose()
-        engine.pool._exchange.share.keeper.close()
+        state.keeper(engine).close()

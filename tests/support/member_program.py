@@ -18,7 +18,7 @@ from sqlalchemy import create_engine, text
 
 from sqla_fairpool import FairQueuePool
 from sqla_fairpool.ledger.host import HostStore
-from sqla_fairpool.ledger.inspector import Observer
+from sqla_fairpool.ledger.inspector import Inspector
 
 QUERY = text("select pg_sleep(0.01)")
 
@@ -73,9 +73,9 @@ def observe(engine, ledger):
 
     def look():
         for _ in range(5):
-            observer = Observer(HostStore(ledger))
-            observer.look()
-            observer.close()
+            inspector = Inspector(HostStore(ledger))
+            inspector.look()
+            inspector.close()
             work(engine, 1)
 
     in_threads(3, look)

@@ -12,7 +12,7 @@ import sys
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
 from sqla_fairpool.cli import main, watching
-from support.overviews import FakeObserver, overview
+from support.overviews import FakeInspector, overview
 
 if __name__ == "__main__":
     # The first terminal that the leader of a session opens is the session's, and the
@@ -22,5 +22,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ["FAIRPOOL_LEDGER"] = sys.argv[1]
     os.environ.pop("DATABASE_URL", None)
-    watching.make_observer = lambda store: FakeObserver(overview())
+    watching.make_observer = lambda store: FakeInspector(overview())
     sys.exit(main(sys.argv[2:]))

@@ -1,4 +1,4 @@
-"""Overviews to look at, and an observer that shows them."""
+"""Overviews to look at, and an inspector that shows them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from sqla_fairpool.ledger.overview import (
     Limits,
     Part,
     ProcessRow,
-    TagFigures,
     compile_overview,
 )
+from sqla_fairpool.stats import TagStats
 
 #: Names that must not do anything to a terminal.
 EVIL = [
@@ -36,10 +36,10 @@ def overview(names=("layer1_5", "layer2", "layer3"), capacity=20, **more):
         Part(
             process(name, number),
             [
-                TagFigures(
+                TagStats(
                     name,
                     active=number % 3 != 2,
-                    in_use=2,
+                    connections=2,
                     waiting=number % 4,
                     idle_for=0.3 * number,
                     waiting_for=41.0 if number % 4 else None,
@@ -59,7 +59,7 @@ def overview(names=("layer1_5", "layer2", "layer3"), capacity=20, **more):
     return compile_overview(parts, limits, **more)
 
 
-class FakeObserver:
+class FakeInspector:
     """Shows what it is given, one after the other, and then the last of it.
 
     :param scenes: overviews, or errors that are raised.
