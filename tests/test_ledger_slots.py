@@ -317,9 +317,12 @@ def test_exceptions_thrown_into_threads(member, driver):
         throw(ctypes.c_ulong(thread.ident), ctypes.py_object(Thrown))
         gc.collect()  # connections in cycles, for which all the threads may wait
     over.set()
-    for thread in threads:
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
+
+    def all_have_ended():
+        gc.collect()
+        return not any(thread.is_alive() for thread in threads)
+
+    eventually(all_have_ended)
     one.all_can_be_had()
 
 
