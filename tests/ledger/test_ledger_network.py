@@ -28,7 +28,7 @@ from support.threads import PATIENCE, Caller, eventually
 
 from sqla_fairpool import CheckoutTimeout, FairQueuePool
 from sqla_fairpool.ledger.keeper import Keeper, Pace
-from sqla_fairpool.pool import joining
+from sqla_fairpool.pool import ledger_sessions
 
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
@@ -114,7 +114,7 @@ class Member:
 @pytest.fixture
 def member(monkeypatch, postgres_url, proxy, ledger):
     """Make members; all of them never have more sessions than there are slots."""
-    monkeypatch.setattr(joining, "Keeper", partial(Keeper, pace=PACE))
+    monkeypatch.setattr(ledger_sessions, "Keeper", partial(Keeper, pace=PACE))
     name = f"network {uuid.uuid4().hex[:12]}"
     members = []
 
@@ -202,13 +202,13 @@ def has_one_less(one, proxy):
 def test_connection_that_is_lost_before_the_ledger_knows_its_session(
     member, proxy, driver, monkeypatch, no_log
 ):
-    identify = joining.identify
+    identify = ledger_sessions.identify
     monkeypatch.setattr(
-        joining, "identify", lambda *args: (proxy.reset(), identify(*args))[1]
+        ledger_sessions, "identify", lambda *args: (proxy.reset(), identify(*args))[1]
     )
     with pytest.raises(SQLAlchemyError):
         member(driver).engine.connect()
-    monkeypatch.setattr(joining, "identify", identify)
+    monkeypatch.setattr(ledger_sessions, "identify", identify)
     has_one_less(member(driver, past=True), proxy)
 
 

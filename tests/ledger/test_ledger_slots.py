@@ -29,10 +29,9 @@ from sqla_fairpool import (
     AsyncAdaptedFairQueuePool,
     CheckoutTimeout,
     FairQueuePool,
-    joining,
-    share,
 )
 from sqla_fairpool.ledger.errors import ServerDiffers
+from sqla_fairpool.pool import ledger_member, ledger_sessions
 
 pytestmark = pytest.mark.postgres
 
@@ -226,12 +225,12 @@ def test_first_connection_to_another_server_is_not_used(member, monkeypatch):
     one, other = member(), member()
     one.all_can_be_had()
     one.engine.dispose()
-    identify = joining.identify
+    identify = ledger_sessions.identify
 
     def elsewhere(cursor, pid):
         return "postgresql elsewhere", identify(cursor, pid)[1]
 
-    monkeypatch.setattr(joining, "identify", elsewhere)
+    monkeypatch.setattr(ledger_sessions, "identify", elsewhere)
     with pytest.raises(ServerDiffers, match="postgresql elsewhere"):
         other.engine.connect()
     monkeypatch.undo()
@@ -247,7 +246,7 @@ def test_denied_connection_is_used_only_if_the_ledger_cannot_say(
     one = member()
     one.all_can_be_had()
     one.engine.dispose()
-    monkeypatch.setattr(share, "_CONFIRMED_WITHIN", 0.1)
+    monkeypatch.setattr(ledger_member, "_CONFIRMED_WITHIN", 0.1)
     monkeypatch.setattr(one.keeper, "post", lambda done: done(False))
     monkeypatch.setattr(type(one.keeper), "is_hindered", hindered)
     if hindered and not ledger.startswith("postgresql"):
@@ -371,7 +370,7 @@ def test_exception_in_a_finaliser_costs_a_slot_while_it_is_kept(
     kept = []
     monkeypatch.setattr(sys, "unraisablehook", lambda u: kept.append(u.exc_value))
     connections = [one.engine.connect()]
-    existing = state.core(one).connections
+    existing = state.core(one).slots.existing
     close = existing.close
 
     def fail(*_):  # as psycopg's does in the middle of a statement
