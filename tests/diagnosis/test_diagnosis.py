@@ -10,13 +10,10 @@ from contextlib import contextmanager
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import ArgumentError
-from sqlalchemy.ext.asyncio import create_async_engine
-from support.state import assert_quiet
 from support.tasks import waiting
 from support.threads import PATIENCE, Caller, ensure_waiting
 
 from sqla_fairpool import (
-    AsyncAdaptedFairQueuePool,
     CheckoutTimeout,
     Diagnosis,
     Holding,
@@ -377,21 +374,14 @@ def test_callers_in_words():
     assert describe_caller(None) == "a caller outside of any task"
 
 
-def test_tasks_are_told_by_name_and_line(tmp_path):
+def test_tasks_are_told_by_name_and_line(run):
     async def hold(engine, taken, go_on):
         async with engine.connect() as connection:
             await connection.execute(text("select 1"))
             taken.set()
             await go_on.wait()
 
-    async def main():
-        engine = create_async_engine(
-            f"sqlite+aiosqlite:///{tmp_path / 'test.db'}",
-            poolclass=AsyncAdaptedFairQueuePool,
-            pool_size=1,
-            pool_timeout=0,
-            leak_threshold=60,
-        )
+    async def main(engine):
         taken, go_on = asyncio.Event(), asyncio.Event()
         task = asyncio.create_task(hold(engine, taken, go_on), name="spider")
         await taken.wait()
@@ -403,10 +393,8 @@ def test_tasks_are_told_by_name_and_line(tmp_path):
         assert held.caller == "task 'spider'"
         assert held.now_at.endswith(" in hold")
         assert held.taken_at.endswith(" in hold")
-        assert_quiet(engine.pool)
-        await engine.dispose()
 
-    asyncio.run(main())
+    run(main, pool_timeout=0, leak_threshold=60)
 
 
 # -- how long one checkout may wait ---------------------------------------------------
@@ -483,14 +471,8 @@ def test_bad_timeouts_are_refused(make_engine, bad):
             connection.execution_options(fairpool_timeout=bad)
 
 
-def test_tasks_have_their_own(tmp_path):
-    async def main():
-        engine = create_async_engine(
-            f"sqlite+aiosqlite:///{tmp_path / 'test.db'}",
-            poolclass=AsyncAdaptedFairQueuePool,
-            pool_size=1,
-            deadlock_timeout=None,
-        )
+def test_tasks_have_their_own(run):
+    async def main(engine):
         async with engine.connect():
             with tag("b"):
                 patient = asyncio.create_task(engine.connect().start())
@@ -501,7 +483,5 @@ def test_tasks_have_their_own(tmp_path):
             with pytest.raises(CheckoutTimeout):
                 await hurried.connect()
         await (await patient).close()
-        await engine.dispose()
-        assert_quiet(engine.pool)
 
-    asyncio.run(main())
+    run(main, deadlock_timeout=None)

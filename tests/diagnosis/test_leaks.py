@@ -10,11 +10,7 @@ import weakref
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import create_async_engine
-from support.state import assert_quiet
 from support.threads import Caller, eventually
-
-from sqla_fairpool import AsyncAdaptedFairQueuePool
 
 
 @pytest.fixture
@@ -43,6 +39,11 @@ def reports(log):
     return [r.getMessage() for r in log.records if r.levelno == logging.WARNING]
 
 
+def look(engine):
+    """Have the pool look for leaks."""
+    engine.pool._exchange.leaks.look()
+
+
 def take_and_forget(engine):
     return engine.connect()  # the line that is reported
 
@@ -54,12 +55,12 @@ def test_leak_is_reported_once_with_its_stack(make_engine, clock, log):
     clock.advance(20.0)
     connection.execute(text("select 1"))
     clock.advance(39.0)
-    engine.pool._exchange.leaks.look()
+    look(engine)
     assert reports(log) == []
     clock.advance(3.0)
-    engine.pool._exchange.leaks.look()
+    look(engine)
     clock.advance(3.0)
-    engine.pool._exchange.leaks.look()
+    look(engine)
     (report,) = reports(log)
     assert report.startswith(
         "Connection out for 1m02s, longer than leak_threshold 1m00s: 'layer2' for "
@@ -81,7 +82,7 @@ def test_leak_is_reported_once_with_its_stack(make_engine, clock, log):
     # The next checkout of the same connection is another one.
     with tagged.connect():
         clock.advance(61.0)
-        engine.pool._exchange.leaks.look()
+        look(engine)
     assert len(reports(log)) == 4
 
 
@@ -90,9 +91,9 @@ def test_what_comes_back_in_time_is_not_reported(make_engine, clock, log):
     for _ in range(3):
         with engine.connect():
             clock.advance(59.0)
-            engine.pool._exchange.leaks.look()
+            look(engine)
         clock.advance(59.0)
-        engine.pool._exchange.leaks.look()
+        look(engine)
     assert reports(log) == []
 
 
@@ -100,7 +101,7 @@ def test_nothing_is_taken_away(make_engine, clock, log):
     engine = make_engine(leak_threshold=1)
     connection = engine.connect()
     clock.advance(1000.0)
-    engine.pool._exchange.leaks.look()
+    look(engine)
     connection.execute(text("select 1"))
     assert engine.pool.checkedout() == 1
     connection.close()
@@ -110,12 +111,12 @@ def test_retagged_checkout_is_a_new_one(make_engine, clock, log):
     engine = make_engine(leak_threshold=60)
     with engine.connect() as connection:
         clock.advance(61.0)
-        engine.pool._exchange.leaks.look()
+        look(engine)
         connection.execution_options(scraper="late")
-        engine.pool._exchange.leaks.look()
+        look(engine)
         assert len(reports(log)) == 1
         clock.advance(61.0)
-        engine.pool._exchange.leaks.look()
+        look(engine)
     assert [r[:15] for r in reports(log)] == [
         "Connection out ",
         "Connection out ",
@@ -130,7 +131,7 @@ def test_connection_that_hangs_in_opening_is_reported(make_engine, server, clock
     caller = Caller(lambda: engine.connect().close())
     eventually(lambda: engine.pool.checkedout() == 1)
     clock.advance(11.0)
-    engine.pool._exchange.leaks.look()
+    look(engine)
     go_on.set()
     caller.result()
     report, _ = reports(log)
@@ -181,26 +182,18 @@ def test_no_variable_is_kept(make_engine):
     connection.close()
 
 
-def test_task_is_named(tmp_path, clock, log):
+def test_task_is_named(run, clock, log):
     async def leak(engine):
         return await engine.connect()
 
-    async def main():
-        engine = create_async_engine(
-            f"sqlite+aiosqlite:///{tmp_path / 'test.db'}",
-            poolclass=AsyncAdaptedFairQueuePool,
-            leak_threshold=60,
-        )
-        task = asyncio.create_task(leak(engine), name="spider")
-        connection = await task
+    async def main(engine):
+        connection = await asyncio.create_task(leak(engine), name="spider")
         clock.advance(61.0)
-        engine.pool._exchange.leaks.look()
+        look(engine)
         (report,) = reports(log)
         assert "by task 'spider' (ended), taken at " in report
         assert report.endswith(", in leak")
         await connection.close()
         assert len(reports(log)) == 2
-        assert_quiet(engine.pool)
-        await engine.dispose()
 
-    asyncio.run(main())
+    run(main, leak_threshold=60)
