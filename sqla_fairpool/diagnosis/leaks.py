@@ -1,8 +1,8 @@
-"""Connections that are out for too long: who took them, and where.
+"""Connections that are out for too long: which caller took them, and where.
 
 With ``leak_threshold`` only. Each checkout notes its stack then, and a daemon thread
-looks at what is out: the pool may be waiting for nobody when its last user has gone
-astray. Nothing is ever taken away.
+looks at what is out, because a pool may never be called again once all its connections
+have leaked. Nothing is ever taken away.
 """
 
 from __future__ import annotations
