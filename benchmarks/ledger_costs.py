@@ -1,6 +1,6 @@
 """What a ledger costs, and how fast it is.
 
-    python benchmarks/ledger_costs.py
+    python -m benchmarks.ledger_costs
 
 Prints, for the host store and for PostgreSQL: transactions per second by one, four and
 eight processes; how long it takes until a slot that one process returns is used in
@@ -20,11 +20,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import create_engine, make_url
+from sqlalchemy import create_engine
 
+from benchmarks.database import open_database
+from benchmarks.peers import fair_engine
 from sqla_fairpool import FairQueuePool
-from sqla_fairpool.bench.peers import fair_engine
-from sqla_fairpool.demo.server import EmbeddedServer
 from sqla_fairpool.ledger.addresses import make_store
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -140,10 +140,8 @@ def idle_cost(ledger: str, seconds: float = 20.0) -> float:
 def places() -> Iterator[tuple[str, dict[str, Any]]]:
     """A PostgreSQL, and what makes a new ledger of each kind."""
     folder = tempfile.mkdtemp()
-    server = EmbeddedServer()
-    server.start()
-    try:
-        url = make_url(server.url)
+    with open_database() as database:
+        url = database.url
 
         def in_database() -> str:
             ledger = url.update_query_dict({"ledger": uuid.uuid4().hex})
@@ -156,8 +154,6 @@ def places() -> Iterator[tuple[str, dict[str, Any]]]:
                 "postgresql": in_database,
             },
         )
-    finally:
-        server.stop()
 
 
 def main() -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from sqla_fairpool.bench import styles
-from sqla_fairpool.bench.catalogue import PEERS, SHIFT
-from sqla_fairpool.bench.generator import headroom, sleepers
-from sqla_fairpool.bench.stage import Part, Place
-from sqla_fairpool.bench.static import ALONE, BURSTS, SATURATED
+from benchmarks import styles
+from benchmarks.catalogue import PEERS, SHIFT
+from benchmarks.database import Database
+from benchmarks.generator import headroom, sleepers
+from benchmarks.stage import Part
+from benchmarks.static import ALONE, BURSTS, SATURATED
 
 from .conftest import Sheet
 
@@ -22,7 +23,7 @@ PARTS = {
 @pytest.mark.postgres
 @pytest.mark.slow
 @pytest.mark.parametrize("part", PARTS.values(), ids=PARTS)
-def test_claim(sheet: Sheet, place: Place, part: Part) -> None:
+def test_claim(sheet: Sheet, place: Database, part: Part) -> None:
     sheet.run(part, place=place)
 
 
@@ -32,7 +33,7 @@ def test_style(sheet: Sheet, part: Part) -> None:
 
 
 @pytest.mark.postgres
-def test_style_of_asyncpg(sheet: Sheet, place: Place) -> None:
+def test_style_of_asyncpg(sheet: Sheet, place: Database) -> None:
     sheet.run(styles.asyncpg_1247, place=place)
 
 

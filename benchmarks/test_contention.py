@@ -1,8 +1,8 @@
-"""More threads than connections; see :mod:`sqla_fairpool.bench.contention`."""
+"""More threads than connections; see :mod:`benchmarks.contention`."""
 
 from __future__ import annotations
 
-from sqla_fairpool.bench import contention
+from benchmarks import contention
 
 from .conftest import Sheet
 

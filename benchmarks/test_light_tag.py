@@ -1,10 +1,10 @@
-"""One quiet thread beside a flood; see :mod:`sqla_fairpool.bench.light`."""
+"""One quiet thread beside a flood; see :mod:`benchmarks.light`."""
 
 from __future__ import annotations
 
 import pytest
 
-from sqla_fairpool.bench.light import CASES, light_tag
+from benchmarks.light import CASES, light_tag
 
 from .conftest import Sheet
 

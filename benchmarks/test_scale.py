@@ -1,10 +1,10 @@
-"""Many tags, waiters and connections; see :mod:`sqla_fairpool.bench.scale`."""
+"""Many tags, waiters and connections; see :mod:`benchmarks.scale`."""
 
 from __future__ import annotations
 
 import pytest
 
-from sqla_fairpool.bench import memory, scale
+from benchmarks import memory, scale
 
 from .conftest import Sheet
 

@@ -1,11 +1,11 @@
-"""What the settings for diagnosis cost; see :mod:`sqla_fairpool.bench.settings`."""
+"""What the settings for diagnosis cost; see :mod:`benchmarks.settings`."""
 
 from __future__ import annotations
 
 import pytest
 
-from sqla_fairpool.bench import settings
-from sqla_fairpool.bench.stage import Place
+from benchmarks import settings
+from benchmarks.database import Database
 
 from .conftest import Sheet
 
@@ -19,5 +19,5 @@ def test_figures(sheet: Sheet) -> None:
 
 
 @pytest.mark.postgres
-def test_server_tag(sheet: Sheet, place: Place) -> None:
+def test_server_tag(sheet: Sheet, place: Database) -> None:
     sheet.run(settings.of_server_tag, place=place)

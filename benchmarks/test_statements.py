@@ -1,17 +1,17 @@
-"""Statements that count as activity; see :mod:`sqla_fairpool.bench.statements`."""
+"""Statements that count as activity; see :mod:`benchmarks.statements`."""
 
 from __future__ import annotations
 
 import pytest
 
-from sqla_fairpool.bench import statements
-from sqla_fairpool.bench.stage import Place
+from benchmarks import statements
+from benchmarks.database import Database
 
 from .conftest import Sheet
 
 
 @pytest.mark.postgres
-def test_statement_on_postgresql(sheet: Sheet, place: Place) -> None:
+def test_statement_on_postgresql(sheet: Sheet, place: Database) -> None:
     sheet.run(statements.statement_on_postgresql, place=place)
 
 

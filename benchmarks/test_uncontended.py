@@ -1,4 +1,4 @@
-"""One thread, no waiting; see :mod:`sqla_fairpool.bench.uncontended`."""
+"""One thread, no waiting; see :mod:`benchmarks.uncontended`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sqla_fairpool.bench import uncontended
-from sqla_fairpool.bench.uncontended import CYCLES, PEERS, by_engine
+from benchmarks import uncontended
+from benchmarks.uncontended import CYCLES, PEERS, by_engine
 
 from .conftest import Sheet
 

@@ -10,7 +10,7 @@
 
 The database and the limits come from the environment, see :mod:`.environment`, unless
 :func:`startup_dynamic_pool` is given others. Scripts that name the same database share
-one budget: the ledger is ``host`` if nobody says otherwise.
+one budget: the ledger is ``host`` by default.
 
 ====================================  ==================================================
 what happens                          what it does
@@ -23,8 +23,8 @@ shut-down twice, or before            nothing
 registering twice                     nothing
 a scraper that is not registered      is served like any other; it has a row in the
                                       figures from its first session on
-no name                               the tag of ``with sqla_fairpool.tag(...)`` around
-                                      it, the launcher's ``--scraper``, or else
+a session without a name              has the tag of the ``with sqla_fairpool.tag(...)``
+                                      around it, the launcher's ``--scraper``, or else
                                       ``unknown``, with one warning
 ====================================  ==================================================
 """
@@ -34,7 +34,6 @@ from __future__ import annotations
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
@@ -42,18 +41,12 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.orm import Session
 
-from .launch.environment import DATABASE, Settings
-from .launch.started import (
-    Started,
-    async_session,
-    session,
-    tasks_engine,
-    threads_engine,
-)
+from .diagnosis.callers import users_level
+from .launch.environment import DATABASE, VARIABLES, Settings
+from .launch.started import TASKS, THREADS, Kind, Started, async_session, session
 from .ledger import overview_text
 from .ledger.overview import Overview
 from .options import PoolOptions, naming, validate_tag
-from .pool.drivers import for_asyncio, for_threads
 from .tagging import context_tag
 
 if TYPE_CHECKING:
@@ -73,6 +66,9 @@ __all__ = [
 ]
 
 _E = TypeVar("_E", bound="Engine | AsyncEngine")
+
+#: The options if nothing is said.
+_DEFAULTS = PoolOptions.parse()
 
 
 class DynamicConnectionManager:
@@ -95,24 +91,22 @@ class DynamicConnectionManager:
     """
 
     #: Connections in all.
-    GLOBAL_POOL_SIZE: int = 20
+    GLOBAL_POOL_SIZE: int = _DEFAULTS.pool_size
     #: Most connections of each of several active scrapers.
-    SCRAPER_SOFT_LIMIT: int = 10
+    SCRAPER_SOFT_LIMIT: int = _DEFAULTS.soft_limit
     #: Most connections of one that is alone.
-    SCRAPER_MAX_LIMIT: int = 15
+    SCRAPER_MAX_LIMIT: int = _DEFAULTS.max_limit
     #: Seconds without activity after which a scraper is idle.
-    IDLE_TIMEOUT: float = 60
+    IDLE_TIMEOUT: float = _DEFAULTS.idle_timeout
     #: How often, in seconds, idle scrapers are looked for.
-    REALLOCATION_INTERVAL: float = 30
+    REALLOCATION_INTERVAL: float = _DEFAULTS.reallocation_interval
 
     def __init__(self, url: str | URL | None = None, **options: Any) -> None:
         self._url = url
         self._options = options
         self._lock = threading.RLock()
-        self._started: Started[Engine] | None = None
-        self._started_async: Started[AsyncEngine] | None = None
-        #: Which were shut down: "" and "_async".
-        self._ended: set[str] = set()
+        self._running: dict[Kind[Any], Started[Any]] = {}
+        self._ended: set[Kind[Any]] = set()
         self._scrapers: dict[str, None] = {}
         self._has_warned = False
 
@@ -129,13 +123,7 @@ class DynamicConnectionManager:
           the variable; without any URL.
         :raises sqlalchemy.exc.InvalidRequestError: if it runs with others already.
         """
-        with self._lock:
-            if self._started is not None:
-                given = None if url is None else self._database(url, for_threads)
-                self._started.refuse_others(given, options)
-                return
-            self._started = self._start(url, options, for_threads, threads_engine)
-            self._ended.discard("")
+        self._start(THREADS, url, options)
 
     def startup_async(self, url: str | URL | None = None, **options: Any) -> None:
         """Start the pool of :meth:`get_async_session`. See :meth:`startup`.
@@ -143,63 +131,58 @@ class DynamicConnectionManager:
         It is another pool than that of the threads, and shares their budget as every
         process does, by the ledger.
         """
-        with self._lock:
-            if self._started_async is not None:
-                given = None if url is None else self._database(url, for_asyncio)
-                self._started_async.refuse_others(given, options)
-                return
-            self._started_async = self._start(url, options, for_asyncio, tasks_engine)
-            self._ended.discard("_async")
+        self._start(TASKS, url, options)
 
     def shutdown(self) -> None:
         """Close the connections in the pool; those that are out, when they come back.
 
-        Nothing if it does not run.
+        Does nothing if it does not run.
         """
-        with self._lock:
-            started, self._started = self._started, None
-            if started is not None:
-                self._ended.add("")
-        if started is not None:
-            started.engine.dispose()
+        running = self._end(THREADS)
+        if running is not None:
+            running.engine.dispose()
 
     async def shutdown_async(self) -> None:
         """Close the connections in the pool of :meth:`get_async_session`."""
-        with self._lock:
-            started, self._started_async = self._started_async, None
-            if started is not None:
-                self._ended.add("_async")
-        if started is not None:
-            await started.engine.dispose()
+        running = self._end(TASKS)
+        if running is not None:
+            await running.engine.dispose()
 
     def _start(
-        self,
-        url: str | URL | None,
-        arguments: Mapping[str, Any],
-        driver: Callable[[URL], URL],
-        make: Callable[[URL, dict[str, Any]], _E],
+        self, kind: Kind[_E], url: str | URL | None, options: dict[str, Any]
+    ) -> Started[_E]:
+        with self._lock:
+            running = self._running.get(kind)
+            if running is not None:
+                given = None if url is None else self._database(kind, url)
+                running.refuse_others(given, options)
+            else:
+                running = self._running[kind] = self._make(kind, url, options)
+                self._ended.discard(kind)
+            return running
+
+    def _make(
+        self, kind: Kind[_E], url: str | URL | None, arguments: dict[str, Any]
     ) -> Started[_E]:
         settings = Settings.read()
         arguments = {**self._options, **arguments}
-        defaults = self._class_options()
-        names = {
-            _ATTRIBUTES[name]: name
-            for name in _ATTRIBUTES
-            if _ATTRIBUTES[name] not in {*settings.options, *arguments}
-        }
+        # What the class says otherwise than the pool itself would.
+        defaults, names = {}, {}
+        for attribute, option in _ATTRIBUTES.items():
+            if getattr(self, attribute) != getattr(_DEFAULTS, option):
+                defaults[option] = getattr(self, attribute)
+            if option not in settings.options and option not in arguments:
+                names[option] = attribute
         if settings.run is not None:
             defaults["default_tag"] = settings.run.scraper
-        database = self._database(url, driver, settings)
+        database = self._database(kind, url, settings)
         with naming(names), settings.naming(arguments):
             options = settings.with_arguments(arguments, defaults)
-            engine = make(database, options)
+            engine = kind.engine(database, options)
         return Started(engine, database, options)
 
     def _database(
-        self,
-        url: str | URL | None,
-        driver: Callable[[URL], URL],
-        settings: Settings | None = None,
+        self, kind: Kind[_E], url: str | URL | None, settings: Settings | None = None
     ) -> URL:
         settings = settings or Settings.read()
         found = settings.database(self._url if url is None else url, "url")
@@ -207,15 +190,28 @@ class DynamicConnectionManager:
             raise exc.ArgumentError(
                 f"no database is named: set {DATABASE}, or start the pool with a URL"
             )
-        return driver(found)
+        return kind.driver(found)
 
-    def _class_options(self) -> dict[str, Any]:
-        """Return what the class says otherwise than the pool itself would."""
-        return {
-            option: getattr(self, name)
-            for name, option in _ATTRIBUTES.items()
-            if getattr(self, name) != _DEFAULTS[name]
-        }
+    def _end(self, kind: Kind[_E]) -> Started[_E] | None:
+        with self._lock:
+            running = self._running.pop(kind, None)
+            if running is not None:
+                self._ended.add(kind)
+            return running
+
+    def _use(self, kind: Kind[_E]) -> Started[_E]:
+        """Return the running pool; start it if it was never started."""
+        # Without the lock, as a rule, so that it is free when the process forks.
+        running = self._running.get(kind)
+        if running is None:
+            with self._lock:
+                if kind in self._ended:
+                    raise exc.InvalidRequestError(
+                        "the dynamic pool has been shut down: "
+                        f"{kind.startup}() starts it again"
+                    )
+                running = self._start(kind, None, {})
+        return running
 
     # -- sessions -------------------------------------------------------------------
 
@@ -239,52 +235,27 @@ class DynamicConnectionManager:
         :raises sqlalchemy.exc.ArgumentError: if the name cannot be a tag.
         :raises sqlalchemy.exc.InvalidRequestError: after :meth:`shutdown`.
         """
-        started = self._running()
-        return session(self._engine_for(started, name), options)
+        return session(self._engine_for(self._use(THREADS), name), options)
 
     def get_async_session(
         self, name: str | None = None, **options: Any
     ) -> AbstractAsyncContextManager[AsyncSession]:
         """Return a session for an ``async with`` block. See :meth:`get_session`."""
-        started = self._started_async
-        if started is None:
-            with self._lock:
-                self._refuse_after_shutdown("_async")
-                self.startup_async()
-                started = self._started_async
-        assert started is not None
-        return async_session(self._engine_for(started, name), options)
+        return async_session(self._engine_for(self._use(TASKS), name), options)
 
-    def _running(self) -> Started[Engine]:
-        # Without the lock, as a rule: nobody holds it when a process forks.
-        started = self._started
-        if started is None:
-            with self._lock:
-                self._refuse_after_shutdown("")
-                self.startup()
-                started = self._started
-        assert started is not None
-        return started
-
-    def _refuse_after_shutdown(self, which: str) -> None:
-        if which in self._ended:
-            raise exc.InvalidRequestError(
-                f"the dynamic pool has been shut down: startup{which}() starts it again"
-            )
-
-    def _engine_for(self, started: Started[_E], name: str | None) -> _E:
+    def _engine_for(self, running: Started[_E], name: str | None) -> _E:
         if name is not None:
-            return started.tagged(validate_tag(name, "scraper"))
-        if context_tag() is None and not self._has_warned:
-            default = started.pool.options.default_tag
-            if default == _UNKNOWN:
-                self._has_warned = True
-                warnings.warn(
-                    f"a session without a scraper's name goes under {default!r}: give "
-                    "the name, or put `with sqla_fairpool.tag(name):` around it",
-                    stacklevel=_stack_of_ours(),
-                )
-        return started.engine
+            return running.tagged(validate_tag(name, "scraper"))
+        default = running.pool.options.default_tag
+        is_unknown = context_tag() is None and default == _DEFAULTS.default_tag
+        if is_unknown and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"a session without a scraper's name goes under {default!r}: give "
+                "the name, or put `with sqla_fairpool.tag(name):` around it",
+                stacklevel=users_level(),
+            )
+        return running.engine
 
     # -- figures --------------------------------------------------------------------
 
@@ -315,82 +286,28 @@ class DynamicConnectionManager:
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=out)
 
     def _overview(self) -> Overview:
-        started: Started[Any] | None = self._started or self._started_async
-        return (started or self._running()).overview(self._scrapers)
+        running = self._running.get(THREADS) or self._running.get(TASKS)
+        return (running or self._use(THREADS)).overview(self._scrapers)
 
 
 #: The pool's option that each class attribute stands for.
-_ATTRIBUTES = {
-    "GLOBAL_POOL_SIZE": "pool_size",
-    "SCRAPER_SOFT_LIMIT": "soft_limit",
-    "SCRAPER_MAX_LIMIT": "max_limit",
-    "IDLE_TIMEOUT": "idle_timeout",
-    "REALLOCATION_INTERVAL": "reallocation_interval",
+_ATTRIBUTES = {"GLOBAL_POOL_SIZE": "pool_size"} | {
+    name: option
+    for name, option in VARIABLES.items()
+    if hasattr(DynamicConnectionManager, name)
 }
 
-_DEFAULTS = {name: getattr(DynamicConnectionManager, name) for name in _ATTRIBUTES}
 
-#: The tag of those who say nothing, and are warned.
-_UNKNOWN = PoolOptions.parse().default_tag
-
-
-def _stack_of_ours() -> int:
-    """Return the level of the first frame that is not of this file, for a warning."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename == __file__:
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-# -- the functions --------------------------------------------------------------------
+# -- the functions: methods of one manager ---------------------------------------------
 
 _manager = DynamicConnectionManager()
 
-
-def startup_dynamic_pool(url: str | URL | None = None, **options: Any) -> None:
-    """Start the pool. See :meth:`DynamicConnectionManager.startup`."""
-    _manager.startup(url, **options)
-
-
-def shutdown_dynamic_pool() -> None:
-    """Close the pool. See :meth:`DynamicConnectionManager.shutdown`."""
-    _manager.shutdown()
-
-
-def startup_dynamic_async_pool(url: str | URL | None = None, **options: Any) -> None:
-    """Start the asyncio pool. See :meth:`DynamicConnectionManager.startup_async`."""
-    _manager.startup_async(url, **options)
-
-
-async def shutdown_dynamic_async_pool() -> None:
-    """Close the asyncio pool. See :meth:`DynamicConnectionManager.shutdown_async`."""
-    await _manager.shutdown_async()
-
-
-def register_scraper(name: str) -> None:
-    """Name a scraper. See :meth:`DynamicConnectionManager.register_scraper`."""
-    _manager.register_scraper(name)
-
-
-def get_session(
-    name: str | None = None, **options: Any
-) -> AbstractContextManager[Session]:
-    """Return a session. See :meth:`DynamicConnectionManager.get_session`."""
-    return _manager.get_session(name, **options)
-
-
-def get_async_session(
-    name: str | None = None, **options: Any
-) -> AbstractAsyncContextManager[AsyncSession]:
-    """Return one of asyncio. See :meth:`DynamicConnectionManager.get_async_session`."""
-    return _manager.get_async_session(name, **options)
-
-
-def get_connection_stats() -> dict[str, Any]:
-    """Return figures. See :meth:`DynamicConnectionManager.get_connection_stats`."""
-    return _manager.get_connection_stats()
-
-
-def print_connection_stats(file: TextIO | None = None) -> None:
-    """Print them. See :meth:`DynamicConnectionManager.print_connection_stats`."""
-    _manager.print_connection_stats(file)
+startup_dynamic_pool = _manager.startup
+shutdown_dynamic_pool = _manager.shutdown
+startup_dynamic_async_pool = _manager.startup_async
+shutdown_dynamic_async_pool = _manager.shutdown_async
+register_scraper = _manager.register_scraper
+get_session = _manager.get_session
+get_async_session = _manager.get_async_session
+get_connection_stats = _manager.get_connection_stats
+print_connection_stats = _manager.print_connection_stats

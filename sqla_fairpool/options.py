@@ -1,20 +1,30 @@
-"""The pool's options, validated. One bad value, one clear error."""
+"""The pool's options: one table, and the checks of its values.
+
+The table is the fields of :class:`PoolOptions`. Derived from it are the check of the
+constructor and of ``reconfigure``, the keys in URLs (:mod:`.plugin`), the variables of
+the environment and the launcher's flags (:mod:`.launch.environment`), and README's
+tables.
+
+Rules of this file: a bad value is one error, which says the option, the value and what
+is allowed. No password is shown, neither in an error nor by ``repr``.
+"""
 
 from __future__ import annotations
 
 import math
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeAlias
 
 from sqlalchemy import exc
 
 __all__ = [
-    "MAX_TAG_LENGTH",
+    "OPTIONS",
     "BadOption",
+    "Option",
     "PoolOptions",
     "describe_changes",
     "hide_passwords",
@@ -24,9 +34,8 @@ __all__ = [
     "validate_timeout",
 ]
 
-#: Bounds of the options that are times, in seconds. With a shorter one a waiting caller
-#: would do nothing but look at the clock; a longer one than some thirty years is a
-#: mistake, and too long for what an operating system can wait.
+#: Bounds of times, in seconds. With a shorter one a waiting caller would do nothing but
+#: look at the clock; a longer one, some thirty years, no operating system can wait.
 SHORTEST_TIME, LONGEST_TIME = 0.001, 1e9
 
 #: Longest tag. Tags stand in log lines, error messages and monitors' columns.
@@ -69,67 +78,111 @@ def naming(names: Mapping[str, str]) -> Iterator[None]:
         raise BadOption(names[bad.name], bad.value, bad.allowed) from None
 
 
-def _refuse(name: str, value: object, allowed: str) -> NoReturn:
-    raise BadOption(name, value, allowed)
+# -- checks: from an option's name, a value and the options above it -------------------
+
+_Known: TypeAlias = Mapping[str, Any]
+_Check: TypeAlias = Callable[[str, Any, _Known], Any]
 
 
-def _integer(name: str, value: object, least: int, allowed: str) -> int:
+def _integer(name: str, value: Any, least: int, most: float, bounds: str) -> int:
     number = None
-    if isinstance(value, str):
-        try:
+    try:
+        if isinstance(value, str):
             number = int(value)
-        except ValueError:
-            pass
-    elif not isinstance(value, bool):
-        try:
-            number = operator.index(value)  # type: ignore[arg-type]
-        except TypeError:
-            pass
-    if number is None or number < least:
-        _refuse(name, value, allowed)
+        elif not isinstance(value, bool):
+            number = operator.index(value)
+    except (TypeError, ValueError):
+        pass
+    if number is None or not least <= number <= most:
+        raise BadOption(name, value, f"a whole number {bounds}")
     return number
 
 
-def _seconds(
-    name: str, value: object, least: float = SHORTEST_TIME, or_none: str = ""
-) -> float:
-    """Return a time in seconds.
+def _whole(least: int, why: str = "") -> _Check:
+    def check(name: str, value: Any, known: _Known) -> int:
+        return _integer(name, value, least, math.inf, f"of at least {least}{why}")
 
-    :param or_none: what None would mean, where it is allowed.
-    """
-    allowed = f"seconds, at least {least:g} and at most {LONGEST_TIME:.0f}"
-    number = math.nan
-    if not isinstance(value, bool):
+    return check
+
+
+def _seconds(least: float) -> _Check:
+    def check(name: str, value: Any, known: _Known) -> float:
         try:
-            number = float(value)  # type: ignore[arg-type]
+            number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
-            pass
-    if not least <= number <= LONGEST_TIME:  # nor is NaN
-        _refuse(name, value, f"{allowed}, or None {or_none}" if or_none else allowed)
-    return number
+            number = math.nan
+        if not least <= number <= LONGEST_TIME:  # nor is NaN
+            allowed = f"seconds, at least {least:g} and at most {LONGEST_TIME:.0f}"
+            raise BadOption(name, value, allowed)
+        return number
+
+    return check
 
 
-_WORDS = {"true": True, "yes": True, "on": True, "1": True}
-_WORDS |= {"false": False, "no": False, "off": False, "0": False}
+_time = _seconds(SHORTEST_TIME)
 
 
-def read_switch(name: str, value: object) -> bool:
+def _max_limit(name: str, value: Any, known: _Known) -> int:
+    capacity = known["pool_size"] + known["max_overflow"]
+    if value is None:
+        value = -(-capacity * 3 // 4)
+    return _integer(name, value, 1, capacity, f"from 1 to the capacity, {capacity}")
+
+
+def _soft_limit(name: str, value: Any, known: _Known) -> int:
+    most: int = known["max_limit"]
+    capacity: int = known["pool_size"] + known["max_overflow"]
+    if value is not None:
+        origin = ""
+        if most == _max_limit(name, None, known):
+            origin = f" (by default three quarters of the capacity, {capacity})"
+        return _integer(name, value, 1, most, f"from 1 to max_limit, {most}{origin}")
+    half = -(-capacity // 2)
+    if half > most:
+        allowed = f"soft_limit, by default half the capacity, is {half}; it must not "
+        allowed += "be above max_limit, so give soft_limit as well"
+        raise BadOption("max_limit", most, allowed)
+    return half
+
+
+def _min_idle(name: str, value: Any, known: _Known) -> int:
+    size = known["pool_size"]
+    return _integer(name, value, 0, size, f"from 0 to pool_size, {size}")
+
+
+def _text(allowed: str, is_allowed: Callable[[str], bool]) -> _Check:
+    def check(name: str, value: Any, known: _Known) -> str:
+        if isinstance(value, str):
+            # A member of an Enum, say, shows itself as another text than it is.
+            text = str.__str__(value)
+            if is_allowed(text):
+                return text
+            value = text if len(text) <= MAX_TAG_LENGTH else text[:32] + "..."
+        raise BadOption(name, value, allowed)
+
+    return check
+
+
+_tag = _text(
+    f"a tag is a non-empty string of at most {MAX_TAG_LENGTH} printable characters",
+    lambda text: 0 < len(text) <= MAX_TAG_LENGTH and text.isprintable(),
+)
+
+
+def read_switch(name: str, value: Any, known: _Known) -> bool:
     """Return a yes or no, which may come as a word."""
     if isinstance(value, bool):
         return value
-    if isinstance(value, str) and value.lower() in _WORDS:
-        return _WORDS[value.lower()]
-    _refuse(name, value, "true or false")
-
-
-def _plain(text: str) -> str:
-    """Return the text of a member of an Enum, say, which shows itself as another."""
-    return str.__str__(text)
+    word = value.lower() if isinstance(value, str) else ""
+    if word not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
+        raise BadOption(name, value, "true or false")
+    return word in ("true", "yes", "on", "1")
 
 
 def validate_timeout(value: object, name: str) -> float:
     """Return the seconds that a checkout may wait."""
-    return _seconds(name, value, least=0)
+    seconds: float = _seconds(0)(name, value, {})
+    return seconds
 
 
 def validate_tag(value: object, name: str = "tag") -> str:
@@ -137,54 +190,157 @@ def validate_tag(value: object, name: str = "tag") -> str:
 
     :param name: what to call it in the error, the option's name as a rule.
     """
-    if isinstance(value, str):
-        value = _plain(value)
-    if (
-        isinstance(value, str)
-        and 0 < len(value) <= MAX_TAG_LENGTH
-        and value.isprintable()
-    ):
-        return value
-    shown = value
-    if isinstance(value, str) and len(value) > MAX_TAG_LENGTH:
-        shown = value[:32] + "..."
-    _refuse(
-        name,
-        shown,
-        f"a tag is a non-empty string of at most {MAX_TAG_LENGTH} printable characters",
-    )
+    tag: str = _tag(name, value, {})
+    return tag
+
+
+# -- the table -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
+class Option:
+    """A row of the table."""
+
+    default: Any
+    check: _Check
+    #: In a sentence, as README has it.
+    meaning: str
+    #: The environment's variable. The launcher has flags for the same options.
+    variable: str = ""
+    #: What None is for, where it is allowed.
+    none: str = ""
+    #: A living pool cannot change it: its engines and connections know it already.
+    is_fixed: bool = False
+
+    def read(self, name: str, value: Any, known: _Known) -> Any:
+        """Return the value, checked.
+
+        :param known: the values of the options above it, on which bounds depend.
+        """
+        if value is None and self.none:
+            return None
+        try:
+            return self.check(name, value, known)
+        except BadOption as bad:
+            if not self.none:
+                raise
+            allowed = f"{bad.allowed}, or None {self.none}"
+            raise BadOption(bad.name, bad.value, allowed) from None
+
+    def from_text(self, text: str) -> str | None:
+        """Return what a text in a URL, in the environment or of a flag stands for."""
+        return None if self.none and text.lower() == "none" else text
+
+
+def _option(*columns: Any, **more: Any) -> Any:
+    return field(metadata={"option": Option(*columns, **more)})
+
+
+_NO_LIMIT = ", which is no limit in QueuePool, would leave nothing to share)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PoolOptions:
-    """The options of one pool, every value checked and every default filled in.
+    """The options of one pool, checked, defaults filled in; built by :meth:`parse`."""
 
-    Build it with :meth:`parse`.
-    """
-
-    pool_size: int
-    max_overflow: int
-    timeout: float | None
-    soft_limit: int
-    max_limit: int
-    idle_timeout: float
-    reallocation_interval: float
-    max_waiting: int | None
-    tag_option: str
-    default_tag: str
-    min_idle: int
-    idle_connection_ttl: float | None
-    leak_threshold: float | None
-    deadlock_timeout: float | None
-    server_tag: bool
-    ledger: str | None
+    pool_size: int = _option(
+        20, _whole(1, f" (0{_NO_LIMIT}"), "connections kept open", "DYNAMIC_POOL_SIZE"
+    )
+    max_overflow: int = _option(
+        0,
+        _whole(0, f" (-1{_NO_LIMIT}"),
+        "further connections while they are needed, closed when they come back; "
+        "`pool_size + max_overflow` is the capacity",
+    )
+    timeout: float | None = _option(
+        30.0,
+        _seconds(0),
+        "seconds a checkout waits; `pool_timeout` in `create_engine`",
+        none="to wait without limit",
+    )
+    max_limit: int = _option(
+        None,
+        _max_limit,
+        "most connections of a tag that is alone; 3/4 of the capacity, rounded up",
+        "SCRAPER_MAX_LIMIT",
+    )
+    soft_limit: int = _option(
+        None,
+        _soft_limit,
+        "most of each tag while two or more are active; half the capacity, rounded up",
+        "SCRAPER_SOFT_LIMIT",
+    )
+    idle_timeout: float = _option(
+        60.0,
+        _time,
+        "seconds without activity after which a tag is idle",
+        "IDLE_TIMEOUT",
+    )
+    reallocation_interval: float = _option(
+        30.0, _time, "seconds between two looks for idle tags", "REALLOCATION_INTERVAL"
+    )
+    max_waiting: int | None = _option(
+        None,
+        _whole(0),
+        "most callers that may wait; one more is refused at once",
+        none="for no limit",
+    )
+    tag_option: str = _option(
+        "scraper",
+        _text("the name of an execution option", str.isidentifier),
+        "the execution option that carries the tag",
+        is_fixed=True,
+    )
+    default_tag: str = _option(
+        "unknown", _tag, "the tag of a checkout that has none", is_fixed=True
+    )
+    min_idle: int = _option(
+        0,
+        _min_idle,
+        "connections opened in the background after the first, or by "
+        "`pool.warm_up()`, and left open by `idle_connection_ttl`",
+    )
+    idle_connection_ttl: float | None = _option(
+        None,
+        _time,
+        "seconds after which an unused connection in the pool is closed, by the next "
+        "call that uses the pool",
+        none="to keep unused connections open",
+    )
+    leak_threshold: float | None = _option(
+        None,
+        _time,
+        "seconds after which a connection that is out is reported in the log",
+        none="to look for no leaks",
+        is_fixed=True,
+    )
+    deadlock_timeout: float | None = _option(
+        1.0,
+        _time,
+        "seconds after which a checkout that waits for its own caller is refused",
+        none="to look for no deadlocks",
+    )
+    server_tag: bool = _option(
+        False,
+        read_switch,
+        "tell PostgreSQL the tag as `application_name`",
+        is_fixed=True,
+    )
+    ledger: str | None = _option(
+        None,
+        _text("'host', a path", lambda text: True),
+        "one budget for all processes that name the same ledger: `host`, a path, a URL",
+        "FAIRPOOL_LEDGER",
+        none="for no ledger",
+        is_fixed=True,
+    )
     #: The limits that were not given, and so follow the capacity.
-    defaulted: frozenset[str]
+    defaulted: frozenset[str] = field()
 
     def __repr__(self) -> str:
         # With the ledger's URL, if that is one, but not with its password.
-        values = (f"{one.name}={getattr(self, one.name)!r}" for one in fields(self))
-        return hide_passwords(f"{type(self).__name__}({', '.join(values)})")
+        values = ", ".join(f"{one}={getattr(self, one)!r}" for one in self.__slots__)
+        return hide_passwords(f"{type(self).__name__}({values})")
 
     @property
     def capacity(self) -> int:
@@ -192,109 +348,25 @@ class PoolOptions:
         return self.pool_size + self.max_overflow
 
     @classmethod
-    def parse(
-        cls,
-        *,
-        pool_size: Any = 20,
-        max_overflow: Any = 0,
-        timeout: Any = 30.0,
-        soft_limit: Any = None,
-        max_limit: Any = None,
-        idle_timeout: Any = 60.0,
-        reallocation_interval: Any = 30.0,
-        max_waiting: Any = None,
-        tag_option: Any = "scraper",
-        default_tag: Any = "unknown",
-        min_idle: Any = 0,
-        idle_connection_ttl: Any = None,
-        leak_threshold: Any = None,
-        deadlock_timeout: Any = 1.0,
-        server_tag: Any = False,
-        ledger: Any = None,
-    ) -> PoolOptions:
+    def parse(cls, **given: Any) -> PoolOptions:
         """Check the values as users give them; numbers may come as strings.
 
         :raises sqlalchemy.exc.ArgumentError: naming the option, the value and
           what is allowed.
         """
-        size = _integer(
-            "pool_size",
-            pool_size,
-            1,
-            "a whole number of at least 1 (0, which is no limit in QueuePool, "
-            "would leave nothing to share)",
-        )
-        overflow = _integer(
-            "max_overflow",
-            max_overflow,
-            0,
-            "a whole number of at least 0 (-1, which is no limit in QueuePool, "
-            "would leave nothing to share)",
-        )
-        limits = (("soft_limit", soft_limit), ("max_limit", max_limit))
-        soft, most = _limits(soft_limit, max_limit, size + overflow)
-        if timeout is not None:
-            timeout = _seconds("timeout", timeout, 0, "to wait without limit")
-        idle = _seconds("idle_timeout", idle_timeout)
-        interval = _seconds("reallocation_interval", reallocation_interval)
-        if max_waiting is not None:
-            max_waiting = _integer(
-                "max_waiting",
-                max_waiting,
-                0,
-                "a whole number of at least 0, or None for no limit",
-            )
-        within = f"a whole number from 0 to pool_size, {size}"
-        least_idle = _integer("min_idle", min_idle, 0, within)
-        if least_idle > size:
-            _refuse("min_idle", min_idle, within)
-        if idle_connection_ttl is not None:
-            idle_connection_ttl = _seconds(
-                "idle_connection_ttl",
-                idle_connection_ttl,
-                or_none="to keep unused connections open",
-            )
-        if leak_threshold is not None:
-            leak_threshold = _seconds(
-                "leak_threshold",
-                leak_threshold,
-                or_none="to look for no leaks",
-            )
-        if deadlock_timeout is not None:
-            deadlock_timeout = _seconds(
-                "deadlock_timeout",
-                deadlock_timeout,
-                or_none="to look for no deadlocks",
-            )
-        if ledger is not None and not isinstance(ledger, str):
-            _refuse("ledger", ledger, "'host', a path, or None for no ledger")
-        if not isinstance(tag_option, str) or not tag_option.isidentifier():
-            _refuse("tag_option", tag_option, "the name of an execution option")
-        tag_option = _plain(tag_option)
-        return cls(
-            pool_size=size,
-            max_overflow=overflow,
-            timeout=timeout,
-            soft_limit=soft,
-            max_limit=most,
-            idle_timeout=idle,
-            reallocation_interval=interval,
-            max_waiting=max_waiting,
-            tag_option=tag_option,
-            default_tag=validate_tag(default_tag, "default_tag"),
-            min_idle=least_idle,
-            idle_connection_ttl=idle_connection_ttl,
-            leak_threshold=leak_threshold,
-            deadlock_timeout=deadlock_timeout,
-            server_tag=read_switch("server_tag", server_tag),
-            ledger=ledger,
-            defaulted=frozenset(name for name, value in limits if value is None),
-        )
+        if given.keys() - OPTIONS.keys():
+            raise TypeError(f"no options: {sorted(given.keys() - OPTIONS.keys())}")
+        known: dict[str, Any] = {}
+        for name, option in OPTIONS.items():
+            known[name] = option.read(name, given.get(name, option.default), known)
+        limits = ("soft_limit", "max_limit")
+        defaulted = frozenset(name for name in limits if given.get(name) is None)
+        return cls(**known, defaulted=defaulted)
 
     @classmethod
-    def names(cls) -> list[str]:
-        """Return the names of the options."""
-        return [field.name for field in fields(cls) if field.name != "defaulted"]
+    def among(cls, arguments: Mapping[str, Any]) -> PoolOptions:
+        """Check the options that are among the arguments for an engine."""
+        return cls.parse(**{k: v for k, v in arguments.items() if k in OPTIONS})
 
     def changed(self, changes: Mapping[str, Any]) -> PoolOptions:
         """Return these options with some changed; limits not given follow along.
@@ -302,53 +374,26 @@ class PoolOptions:
         :raises sqlalchemy.exc.ArgumentError: for a bad value, or for an option
           that does not exist or cannot be changed in a living pool.
         """
-        changeable = [name for name in self.names() if name not in _FIXED]
+        changeable = [name for name, one in OPTIONS.items() if not one.is_fixed]
         for name, value in changes.items():
             if name not in changeable:
-                _refuse(name, value, f"what can be changed is {', '.join(changeable)}")
-        values = {
-            name: getattr(self, name)
-            for name in self.names()
-            if name not in self.defaulted
-        }
-        return self.parse(**{**values, **changes})
+                allowed = f"what can be changed is {', '.join(changeable)}"
+                raise BadOption(name, value, allowed)
+        kept = {n: getattr(self, n) for n in OPTIONS if n not in self.defaulted}
+        return self.parse(**{**kept, **changes})
 
 
-#: What engines and connections were told when they were made.
-_FIXED = frozenset(
-    {"tag_option", "default_tag", "leak_threshold", "server_tag", "ledger"}
-)
+#: The table: what there is to know of each option, by its name. A bound of an option
+#: may follow from options above it.
+OPTIONS: Mapping[str, Option] = {
+    one.name: one.metadata["option"]
+    for one in fields(PoolOptions)
+    if "option" in one.metadata
+}
 
 
 def describe_changes(before: PoolOptions, now: PoolOptions) -> str:
     """Return ``soft_limit 10 -> 8, max_limit 15 -> 12``: what differs."""
-    pairs = [(n, getattr(before, n), getattr(now, n)) for n in PoolOptions.names()]
+    pairs = [(name, getattr(before, name), getattr(now, name)) for name in OPTIONS]
     changes = ", ".join(f"{name} {a} -> {b}" for name, a, b in pairs if a != b)
     return hide_passwords(changes)
-
-
-def _limits(soft_limit: Any, max_limit: Any, capacity: int) -> tuple[int, int]:
-    """Return (soft_limit, max_limit), defaults filled in."""
-    if max_limit is None:
-        most = -(-capacity * 3 // 4)
-        origin = f" (by default three quarters of the capacity, {capacity})"
-    else:
-        within = f"a whole number from 1 to the capacity, {capacity}"
-        most, origin = _integer("max_limit", max_limit, 1, within), ""
-        if most > capacity:
-            _refuse("max_limit", max_limit, within)
-    within = f"a whole number from 1 to max_limit, {most}{origin}"
-    if soft_limit is None:
-        soft = -(-capacity // 2)
-        if soft > most:
-            _refuse(
-                "max_limit",
-                max_limit,
-                f"soft_limit, by default half the capacity, is {soft}; it must not "
-                f"be above max_limit, so give soft_limit as well",
-            )
-        return soft, most
-    soft = _integer("soft_limit", soft_limit, 1, within)
-    if soft > most:
-        _refuse("soft_limit", soft_limit, within)
-    return soft, most

@@ -14,9 +14,8 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL, CreateEnginePlugin, Dialect
 from sqlalchemy.pool import Pool
 
-from .launch.environment import LEDGER
-from .options import BadOption, PoolOptions, naming, read_switch, validate_tag
-from .pool.drivers import has_private_memory, warn_of_memory
+from .ledger.drivers import has_private_memory, warn_of_memory
+from .options import OPTIONS, BadOption, PoolOptions, naming, read_switch, validate_tag
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 
 __all__ = ["PREFIX", "FairPoolPlugin"]
@@ -25,39 +24,15 @@ __all__ = ["PREFIX", "FairPoolPlugin"]
 PREFIX = "fairpool_"
 
 
-def _seconds(key: str, value: str) -> int:
+def _seconds(key: str, value: str, known: Mapping[str, Any]) -> int:
     try:
         return int(value)
     except ValueError:
         raise BadOption(key, value, "whole seconds, -1 for never") from None
 
 
-def _or_none(key: str, value: str) -> str | None:
-    return None if value.lower() == "none" else value
-
-
-def _as_it_is(key: str, value: str) -> str:
-    return value
-
-
-#: From the text in a URL to what the pool takes; it checks the rest itself.
-_READERS: dict[str, Callable[[str, str], Any]] = {
-    "pool_size": _as_it_is,
-    "max_overflow": _as_it_is,
-    "timeout": _or_none,
-    "soft_limit": _as_it_is,
-    "max_limit": _as_it_is,
-    "idle_timeout": _as_it_is,
-    "reallocation_interval": _as_it_is,
-    "max_waiting": _or_none,
-    "tag_option": _as_it_is,
-    "default_tag": _as_it_is,
-    "min_idle": _as_it_is,
-    "idle_connection_ttl": _or_none,
-    "leak_threshold": _or_none,
-    "deadlock_timeout": _or_none,
-    "server_tag": read_switch,
-    "ledger": _or_none,
+#: Keys beside those of the options: arguments of the pool that it does not check.
+_OTHERS: dict[str, Callable[[str, str, Mapping[str, Any]], Any]] = {
     "use_lifo": read_switch,
     "recycle": _seconds,
     "pre_ping": read_switch,
@@ -91,11 +66,12 @@ class FairPoolPlugin(CreateEnginePlugin):
         found = {key: url.query[key] for key in url.query if key.startswith(PREFIX)}
         self._keys = list(found)
         self._options = _read(found)
-        # The ledger is the one thing that an engine takes from the environment: named
-        # there, it is meant for all of a program's.
-        if os.environ.get(LEDGER):
-            ledger = _or_none(LEDGER, os.environ[LEDGER])
-            self._options.setdefault("ledger", ledger)
+        # The ledger is the one option that an engine takes from the environment: named
+        # there, it is meant for all engines of a program.
+        ledger = OPTIONS["ledger"]
+        if os.environ.get(ledger.variable):
+            value = ledger.from_text(os.environ[ledger.variable])
+            self._options.setdefault("ledger", value)
         scraper = self._options.pop("scraper", None)
         if scraper is not None:
             option = self._given("tag_option") or "scraper"
@@ -133,9 +109,8 @@ class FairPoolPlugin(CreateEnginePlugin):
             return
         from_url = {k: v for k, v in self._options.items() if k not in pool_args}
         pool_args.update(from_url)
-        checked = PoolOptions.names()
         with naming({name: PREFIX + name for name in from_url}):
-            PoolOptions.parse(**{k: v for k, v in pool_args.items() if k in checked})
+            PoolOptions.among(pool_args)
 
 
 def _read(found: Mapping[str, str | tuple[str, ...]]) -> dict[str, Any]:
@@ -143,15 +118,17 @@ def _read(found: Mapping[str, str | tuple[str, ...]]) -> dict[str, Any]:
     options: dict[str, Any] = {}
     for key, value in found.items():
         name = key.removeprefix(PREFIX)
-        if name != "scraper" and name not in _READERS:
-            known = ", ".join(PREFIX + name for name in ("scraper", *_READERS))
+        if not isinstance(value, str):
+            raise exc.ArgumentError(f"key {key!r} stands twice in the database URL")
+        if name in OPTIONS:
+            options[name] = OPTIONS[name].from_text(value)
+        elif name in _OTHERS:
+            options[name] = _OTHERS[name](key, value, {})
+        elif name == "scraper":
+            options[name] = validate_tag(value, key)
+        else:
+            known = ", ".join(PREFIX + name for name in ("scraper", *OPTIONS, *_OTHERS))
             raise exc.ArgumentError(
                 f"unknown key {key!r} in the database URL; the known ones are {known}"
             )
-        if not isinstance(value, str):
-            raise exc.ArgumentError(f"key {key!r} stands twice in the database URL")
-        if name == "scraper":
-            options[name] = validate_tag(value, key)
-        else:
-            options[name] = _READERS[name](key, value)
     return options

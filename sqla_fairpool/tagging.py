@@ -1,20 +1,17 @@
-"""Who is asking: from execution options and the context to the current tag.
+"""The tag of a block of code, and of what runs from here on: ``tag`` and ``set_tag``.
 
-The pool is asked for a connection without an argument, so what options say travels
-in a context variable, as a :class:`Request`. The pool takes it out of there before it
-does anything else, so that nothing else sees it: not a task that the driver starts
-while it connects, not another pool that a listener uses. SQLAlchemy reports options as
-they are set, to the dialect of the engine:
+A context variable holds the blocks that have begun and not ended, the innermost last.
+The pool reads it at a checkout for which no option of an engine or a connection says a
+tag. (Those options are :mod:`.pool.execution_options`.)
 
-* an engine's: its ``raw_connection()``, the public method through which every
-  :class:`~sqlalchemy.engine.Connection` is filled, is wrapped on that engine, so
-  that it makes the request. Engines derived from it report themselves in the same way.
-* a connection's: it has been checked out by then. What happens is the pool's
-  decision, so the pool's function is called. SQLAlchemy has stored the options by
-  then as well, so they are taken back if it refuses.
+Rules of this file:
 
-Both are set on one dialect object, which belongs to one engine and those derived
-from it; nothing else in the process is touched.
+* A block takes out its own entry, wherever that stands. No tokens of the context
+  variable: blocks of generators end in any order, and in other contexts than they began
+  in.
+* Where a block ends in a copy of its context, as in the task in which a loop ends an
+  abandoned generator, its entry in the original is marked as ended. Not always, because
+  a task keeps the tag of the block in which it was created, though the block ends.
 """
 
 from __future__ import annotations
@@ -24,79 +21,50 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, cast
 
 from sqlalchemy import exc
-from sqlalchemy.engine import Connection, Dialect, Engine
-from sqlalchemy.pool import PoolProxiedConnection
 
 from .options import validate_tag, validate_timeout
-from .pool import sqlalchemy_private
 
 __all__ = [
-    "TIMEOUT_OPTION",
-    "Request",
     "blocks",
     "context_tag",
     "context_timeout",
-    "follow",
-    "make_request",
     "outside_of_blocks",
-    "requested",
-    "requesting",
     "set_tag",
     "tag",
 ]
 
-#: The execution option that says how long a checkout may wait.
-TIMEOUT_OPTION = "fairpool_timeout"
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What options say about one checkout, None where they say nothing."""
-
-    #: That of the pool which is meant; another pool takes no notice.
-    dialect: Dialect
-    tag: str | None
-    timeout: float | None
-    #: It is made for a connection, whose options go before those of its engine.
-    is_connections: bool = False
-
-
+@dataclass(slots=True, eq=False)
 class _Block:
     """One block that has begun."""
 
-    __slots__ = ("caller", "frame", "has_ended", "source", "timeout")
-
-    def __init__(
-        self,
-        source: object,
-        timeout: float | None,
-        frame: int | None = None,
-        caller: int = 0,
-    ) -> None:
-        #: The object with which it was written.
-        self.source = source
-        self.timeout = timeout
-        #: The generator or coroutine in which it is written, None in a function.
-        self.frame = frame
-        #: The thread or task in which it began.
-        self.caller = caller
-        #: It ended in another context than it began in, where it still stands.
-        self.has_ended = False
+    #: The object with which it was written.
+    source: object = None
+    timeout: float | None = None
+    #: The generator or coroutine in which it is written, None in a function.
+    frame: int | None = None
+    #: The thread or task in which it began.
+    caller: int = 0
+    #: It ended in another context than it began in, where its entry is left.
+    has_ended: bool = False
 
 
-#: Stands for the code around all blocks, to which ``set_tag`` may give a tag.
-_AROUND = _Block(None, None)
+#: What a block stands for in one context: its tag, which `set_tag` replaces.
+_Entry: TypeAlias = tuple[str | None, _Block]
 
-#: What is suspended, so that a block in it may end in any order and anywhere.
+#: Stands for the code around all blocks, to which `set_tag` may give a tag.
+_AROUND = _Block()
+
+#: The code of what is suspended, so that a block in it may end in any order.
 _SUSPENDABLE = (
     inspect.CO_GENERATOR
     | inspect.CO_ASYNC_GENERATOR
@@ -104,30 +72,9 @@ _SUSPENDABLE = (
     | inspect.CO_ITERABLE_COROUTINE
 )
 
-
-#: What a block stands for in one context, its tag; `set_tag` replaces it.
-_Entry: TypeAlias = tuple[str | None, _Block]
-
-
-def _here() -> int:
-    """Tell threads and tasks apart."""
-    # None where no loop runs, whereas asyncio.current_task() raises there.
-    loop = asyncio._get_running_loop()
-    task = None if loop is None else asyncio.current_task(loop)
-    return threading.get_ident() if task is None else id(task)
-
-
-# Set for the few instructions between who has options and the pool.
-_request: ContextVar[Request | None] = ContextVar("sqla_fairpool_request", default=None)
-# The blocks that have begun and not ended in a context, the innermost last.
 _blocks: ContextVar[tuple[_Entry, ...]] = ContextVar("sqla_fairpool_blocks", default=())
 
-#: The request of the checkout that begins; first read by every checkout.
-requested = _request.get
-#: Make a request, or with None take it back.
-make_request = _request.set
-
-#: The blocks in force, empty for most; first read by a checkout without a request.
+#: The blocks of the context, for most callers none; the pool's first look.
 blocks = _blocks.get
 
 
@@ -145,13 +92,6 @@ def context_timeout() -> float | None:
         if not block.has_ended and block.timeout is not None:
             return block.timeout
     return None
-
-
-#: What is set on a dialect, to recognise it when a pool is recreated.
-_MARK = "_sqla_fairpool_tag_option"
-
-#: What is set on an engine or a connection: those of its options that were accepted.
-_ACCEPTED = "_sqla_fairpool_accepted"
 
 
 class tag:  # noqa: N801  (read as a verb: with tag(...))
@@ -182,26 +122,20 @@ class tag:  # noqa: N801  (read as a verb: with tag(...))
 
     def __init__(self, name: str, *, timeout: float | None = None) -> None:
         self._name = validate_tag(name)
-        self._timeout = (
-            None if timeout is None else validate_timeout(timeout, "timeout")
-        )
+        if timeout is not None:
+            timeout = validate_timeout(timeout, "timeout")
+        self._timeout = timeout
         # The open blocks by where they are written: a generator or coroutine, None for
         # functions. None as well instead of a block where several are open at once.
         self._open: dict[int | None, _Block | None] = {}
 
-    # A block takes out its own entry, wherever that stands. No tokens: blocks of
-    # generators end in any order, and in other contexts than they began in. Where one
-    # ends in a copy of its context, in the task in which a loop ends an abandoned
-    # generator say, the entry in the original is marked. Not always, because a task
-    # keeps the tag of the block in which it was created, though the block ends.
-
     def __enter__(self) -> None:
-        outer, caller = blocks(), sys._getframe(1)
-        frame = id(caller) if caller.f_code.co_flags & _SUSPENDABLE else None
+        outer, code = blocks(), sys._getframe(1)
+        frame = id(code) if code.f_code.co_flags & _SUSPENDABLE else None
         block = _Block(self, self._timeout, frame, _here())
         try:
             self._open[frame] = None if frame in self._open else block
-            _blocks.set((*_open(outer), (self._name, block)))
+            _blocks.set((*_not_ended(outer), (self._name, block)))
         except BaseException:  # an interrupt: the block is not entered
             _blocks.set(outer)
             raise
@@ -209,8 +143,8 @@ class tag:  # noqa: N801  (read as a verb: with tag(...))
     def __exit__(self, *exc_info: object) -> None:
         # Without calls, comprehensions among them, until the entry is out: a handler
         # of a signal is more likely to run, and to raise, in a function that begins.
-        entries, caller = blocks(), sys._getframe(1)
-        frame = id(caller) if caller.f_code.co_flags & _SUSPENDABLE else None
+        entries, code = blocks(), sys._getframe(1)
+        frame = id(code) if code.f_code.co_flags & _SUSPENDABLE else None
         # Which of this object's blocks ends: that of the generator; or the innermost
         # of the context; or the only one there is, which is in another context.
         innermost = alike = None
@@ -238,26 +172,25 @@ class tag:  # noqa: N801  (read as a verb: with tag(...))
 
     def __call__(self, function: _F) -> _F:
         """Tag every call of `function`, which may be a coroutine function."""
-        name, timeout = self._name, self._timeout
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(
-            function
-        ):
-            # Its body runs in pieces, between which the tag would be everybody's.
+        block = functools.partial(tag, self._name, timeout=self._timeout)
+        is_generator = inspect.isgeneratorfunction(function)
+        if is_generator or inspect.isasyncgenfunction(function):
+            # Its body runs in pieces, and what runs between them would be tagged.
             raise exc.ArgumentError(
                 f"a generator function cannot be tagged: {function!r}; "
-                f"write `with tag({name!r}):` inside, around what checks out"
+                f"write `with tag({self._name!r}):` inside, around what checks out"
             )
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
             async def tagged(*args: Any, **kwargs: Any) -> Any:
-                with tag(name, timeout=timeout):
+                with block():
                     return await function(*args, **kwargs)
         else:
 
             @functools.wraps(function)
             def tagged(*args: Any, **kwargs: Any) -> Any:
-                with tag(name, timeout=timeout):
+                with block():
                     return function(*args, **kwargs)
 
         return cast(_F, tagged)
@@ -274,7 +207,7 @@ def set_tag(name: str | None) -> None:
     :raises sqlalchemy.exc.ArgumentError: if it cannot be one.
     """
     name = None if name is None else validate_tag(name)
-    entries = _open(blocks())
+    entries = _not_ended(blocks())
     block = entries[-1][1] if entries else _AROUND
     if name is None and block is _AROUND:
         _blocks.set(())
@@ -286,8 +219,8 @@ def set_tag(name: str | None) -> None:
 def outside_of_blocks() -> Iterator[None]:
     """Run what is in the block as if no ``with tag(...)`` were around it.
 
-    That is how connections are opened: what the driver starts for one, tasks and
-    callbacks, lives as long as it does, and serves whichever tag has it then.
+    That is how connections are opened: tasks and callbacks that the driver starts for
+    a connection live as long as it does, and serve all tags that have it in turn.
     """
     entries = blocks()
     _blocks.set(())
@@ -297,7 +230,7 @@ def outside_of_blocks() -> Iterator[None]:
         _blocks.set(entries)
 
 
-def _open(entries: tuple[_Entry, ...]) -> tuple[_Entry, ...]:
+def _not_ended(entries: tuple[_Entry, ...]) -> tuple[_Entry, ...]:
     """Return the entries of those blocks that have not ended elsewhere."""
     for _, block in entries:
         if block.has_ended:
@@ -305,154 +238,9 @@ def _open(entries: tuple[_Entry, ...]) -> tuple[_Entry, ...]:
     return entries
 
 
-@contextmanager
-def requesting(request: Request) -> Iterator[None]:
-    """Let the checkout in the block be that of a connection with options of its own."""
-    outer = requested()
-    make_request(request)
-    try:
-        yield
-    finally:
-        make_request(outer)
-
-
-def follow(
-    dialect: Dialect, option: str, retag: Callable[[Connection, str | None], None]
-) -> bool:
-    """Watch the options of a dialect's engines and connections: tag and time-out.
-
-    Does so once, however many pools the dialect gets in turn; tells if this was
-    the first time.
-
-    :param option: the execution option that carries the tag.
-    :param retag: called when an option is set on a connection, with the connection
-      and its tag. What it raises refuses the options.
-    """
-    seen = getattr(dialect, _MARK, None)
-    if seen == option:
-        return False
-    hooks = _Hooks(dialect, option, retag)
-    # Set by name: to the type checker they are methods, here they are hooks.
-    for hook in (
-        hooks.set_engine_execution_options,
-        hooks.set_connection_execution_options,
-    ):
-        setattr(dialect, hook.__name__, hook)
-    setattr(dialect, _MARK, option)
-    return seen is None
-
-
-class _Hooks:
-    """What a dialect does, from now on, when options are set."""
-
-    def __init__(
-        self,
-        dialect: Dialect,
-        option: str,
-        retag: Callable[[Connection, str | None], None],
-    ) -> None:
-        self._option = option
-        self._retag = retag
-        self._apply_to_engine = dialect.set_engine_execution_options
-        self._apply = dialect.set_connection_execution_options
-
-    def set_engine_execution_options(
-        self, engine: Engine, opts: Mapping[str, Any]
-    ) -> None:
-        # All its options, not only the new ones: a derived engine has its tag
-        # from its parent and reports only what it adds.
-        options = engine.get_execution_options()
-        try:
-            name, timeout = self._read(options)
-        except exc.ArgumentError:
-            without = {key: options[key] for key in options if key not in opts}
-            sqlalchemy_private.set_options(
-                engine, vars(engine).get(_ACCEPTED, type(options)(without))
-            )
-            raise
-        vars(engine)[_ACCEPTED] = options
-        if name is not None or timeout is not None:
-            _tag_engine(engine, name, timeout)
-        self._apply_to_engine(engine, opts)
-
-    def set_connection_execution_options(
-        self, connection: Connection, opts: Mapping[str, Any]
-    ) -> None:
-        before = accepted = _accepted_of(connection)
-        ours = {key: opts[key] for key in (self._option, TIMEOUT_OPTION) if key in opts}
-        try:
-            if ours:
-                if self._option in ours:
-                    validate_tag(ours[self._option], self._option)  # None says nothing
-                name, _ = self._read(before.union(ours))
-                vars(connection)[_ACCEPTED] = before.union(ours)
-                sqlalchemy_private.check_out_by(connection, self._check_out)
-                self._retag(connection, name)
-                accepted = before.union(ours)
-            self._apply(connection, opts)
-        except BaseException:
-            if connection.invalidated:
-                accepted = before  # there is nothing of which they could be true
-            vars(connection)[_ACCEPTED] = accepted
-            sqlalchemy_private.set_options(connection, accepted)
-            raise
-        vars(connection)[_ACCEPTED] = before.union(opts)
-
-    def _check_out(
-        self, connection: Connection, check_out: Callable[[], PoolProxiedConnection]
-    ) -> PoolProxiedConnection:
-        """Check out again for a connection that has none, and apply its options.
-
-        SQLAlchemy does not apply them: a connection that was lost, or given back for
-        another tag, would have an isolation level in name only.
-        """
-        options = _accepted_of(connection)
-        name, timeout = self._read(options)
-        request = Request(connection.dialect, name, timeout, is_connections=True)
-        with requesting(request):
-            proxied = check_out()
-        try:
-            self._apply(connection, options)
-        except BaseException as error:
-            connection.invalidate(error)
-            raise
-        return proxied
-
-    def _read(self, options: Mapping[str, Any]) -> tuple[str | None, float | None]:
-        """Return the tag and the time-out that stand among execution options."""
-        name, timeout = options.get(self._option), options.get(TIMEOUT_OPTION)
-        return (
-            None if name is None else validate_tag(name, self._option),
-            None if timeout is None else validate_timeout(timeout, TIMEOUT_OPTION),
-        )
-
-
-def _accepted_of(connection: Connection) -> Any:
-    """Return the options that are in force on a connection, as SQLAlchemy has them."""
-    accepted = vars(connection).get(_ACCEPTED)
-    # The first that are set on it follow those with which it was made.
-    return connection.engine.get_execution_options() if accepted is None else accepted
-
-
-def _tag_engine(engine: Engine, name: str | None, timeout: float | None) -> None:
-    """Have `engine` check out under tag `name`, waiting for `timeout` at most."""
-    dialect = engine.dialect
-    request = Request(dialect, name, timeout)
-
-    def raw_connection() -> PoolProxiedConnection:
-        outer = requested()
-        if outer is not None and outer.is_connections and outer.dialect is dialect:
-            return engine.pool.connect()
-        make_request(request)
-        try:
-            return engine.pool.connect()
-        finally:
-            # Another one is there if a signal handler runs this in the middle of a
-            # checkout; ours is if it was not taken: by another kind of pool, say.
-            if requested() is not outer:
-                make_request(outer)
-
-    # A reference cycle, so engines that are dropped wait for the collector. They
-    # hold no connection; and a weak reference would fail whoever calls
-    # engine.execution_options(...).raw_connection() in one breath.
-    setattr(engine, raw_connection.__name__, raw_connection)
+def _here() -> int:
+    """Tell threads and tasks apart."""
+    # None where no loop runs, whereas asyncio.current_task() raises there.
+    loop = asyncio._get_running_loop()
+    task = None if loop is None else asyncio.current_task(loop)
+    return threading.get_ident() if task is None else id(task)

@@ -30,7 +30,6 @@ _COMMANDS = {
     "stats": "monitor",
     "ledger": "ledger",
     "demo": "demo",
-    "bench": "bench",
 }
 
 

@@ -20,9 +20,8 @@ from ..ledger.host import HostStore
 from ..ledger.inspector import LedgerReport, MemberReport, read
 from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Left
-from ..ledger.sessions import look
 from ..ledger.store import StoreAway
-from ..ledger.watch import Present, View, still_there, unaccounted
+from ..ledger.watch import Present, look, still_there, unaccounted
 from .budget import Need, ask_room, connected, limit_statement, need
 from .common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError, hide_passwords
 
@@ -187,7 +186,8 @@ def _reap(arguments: argparse.Namespace) -> int:
     """Do what the next keeper that goes short would do."""
     with _opened(arguments) as store, _asking(arguments, store) as ask:
         with store.transaction() as rows:
-            texts, server = dict(Book(rows).texts), View.of(Book(rows)).server
+            book = Book(rows)
+            texts, server = dict(book.texts), book.server
         present = ask()
         if present is not None and server is not None and present.server != server:
             raise CommandError(
@@ -198,7 +198,7 @@ def _reap(arguments: argparse.Namespace) -> int:
         with store.transaction() as rows:
             book = Book(rows)
             dead = book.reap({k: v for k, v in texts.items() if k not in living})
-            view = View.of(book)
+            view = Book(dict(rows))
             if book.meta is not None:
                 book.tell(book.allocation())
         # After the dead were found: what they have opened before is seen now.
@@ -225,7 +225,7 @@ def _reap(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _less(view: View, present: Present) -> dict[int, Left]:
+def _less(view: Book, present: Present) -> dict[int, Left]:
     """Return the quarantines of which less is left, by what the server says."""
     suspects = len(unaccounted(present.peers, view.accounted))
     found = {n: still_there(gone, present, suspects) for n, gone in view.gone.items()}

@@ -16,10 +16,15 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL
 
 from ..launch.adoption import say, show_place
-from ..launch.environment import DATABASE, LEDGER, RUN, Run, Settings
-from ..ledger.addresses import database_place, make_store, needs_database
+from ..launch.environment import DATABASE, LEDGER, RUN, VARIABLES, Run, Settings
+from ..ledger.addresses import (
+    database_place,
+    default_ledger,
+    make_store,
+    needs_database,
+)
 from ..ledger.errors import LedgerError
-from ..options import PoolOptions, naming, validate_tag
+from ..options import OPTIONS, PoolOptions, naming, validate_tag
 from .budget import ask_room, connected, need
 from .common import EXIT_SIGNAL, CommandError, hide_passwords
 
@@ -32,19 +37,8 @@ examples:
   sqla-fairpool run --url postgresql://app@db/app --strict -v scrapers/layer3.py
 
 Options of this command come before SCRIPT; all that follows it is the script's. Several
-scripts share one budget as long as they have the same options and the same ledger; the
-environment's DYNAMIC_POOL_SIZE, SCRAPER_SOFT_LIMIT, SCRAPER_MAX_LIMIT, IDLE_TIMEOUT,
-REALLOCATION_INTERVAL and FAIRPOOL_LEDGER stand in for those that are not given.
+scripts share one budget as long as they have the same options and the same ledger.
 """
-
-#: The options of the pool, and what stands for their value in the help.
-_OPTIONS = {
-    "pool_size": ("N", "connections of all scripts together; default 20"),
-    "soft_limit": ("N", "most of each tag while several are active; default half"),
-    "max_limit": ("N", "most of a tag that is alone; default three quarters"),
-    "idle_timeout": ("SECONDS", "without activity, then a tag is idle; default 60"),
-    "reallocation_interval": ("SECONDS", "between looks for idle tags; default 30"),
-}
 
 #: The directory with the sitecustomize for the script's process.
 _HOOK = str(Path(__file__).parent.parent.absolute() / "launch")
@@ -95,14 +89,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "it every database. Everybody on this host can read a password in a command "
         "line, which is not so in DATABASE_URL",
     )
-    parser.add_argument(
-        "--ledger",
-        metavar="LEDGER",
-        help="what the scripts share by: host, a path, database, a PostgreSQL URL, or "
-        "none; default: FAIRPOOL_LEDGER, or host",
-    )
-    for name, (metavar, text) in _OPTIONS.items():
-        parser.add_argument(_flag(name), metavar=metavar, help=text)
+    group = parser.add_argument_group("the pool of all scripts together")
+    defaults = PoolOptions.parse(ledger=default_ledger())
+    for name in VARIABLES.values():
+        option, default = OPTIONS[name], getattr(defaults, name)
+        what = {int: "N", float: "SECONDS"}.get(type(default), name.upper())
+        none = f"; none {option.none}" if option.none else ""
+        text = f"{option.meaning}{none}; default: {option.variable}, or {default}"
+        group.add_argument(_flag(name), metavar=what, help=text.replace("`", ""))
 
 
 def _flag(option: str) -> str:
@@ -169,11 +163,11 @@ def _database(
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the pool's options that stand in the command line."""
-    found = {name: getattr(arguments, name) for name in _OPTIONS}
-    given = {name: value for name, value in found.items() if value is not None}
-    if arguments.ledger is not None:
-        none = arguments.ledger.lower() == "none"
-        given["ledger"] = None if none else _absolute(arguments.ledger)
+    found = {name: getattr(arguments, name) for name in VARIABLES.values()}
+    given = {n: OPTIONS[n].from_text(v) for n, v in found.items() if v is not None}
+    ledger = given.get("ledger")
+    if ledger is not None:
+        given["ledger"] = _absolute(ledger)
     return given
 
 
@@ -190,8 +184,7 @@ def _checked(
         if ledger is not None and (url is not None or not needs_database(ledger)):
             with settings.naming(given):
                 make_store(ledger, url).close()
-        known = PoolOptions.names()
-        return PoolOptions.parse(**{k: v for k, v in options.items() if k in known})
+        return PoolOptions.among(options)
 
 
 def _tag(arguments: argparse.Namespace, name: str) -> str:

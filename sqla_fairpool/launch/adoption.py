@@ -15,7 +15,7 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL, Dialect, make_url
 
 from ..ledger.addresses import database_place, default_path, with_threads_driver
-from ..pool.drivers import has_private_memory
+from ..ledger.drivers import has_private_memory
 from ..pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 from .environment import RUN, Run, Settings
 

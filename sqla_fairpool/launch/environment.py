@@ -1,7 +1,7 @@
 """The settings of scripts, from the environment.
 
-Read by the manager, the launcher and the command line, never by the pool, which must
-not be surprised by an ``IDLE_TIMEOUT`` that somebody else has set.
+The manager, the launcher and the command line read them. The pool does not: an
+``IDLE_TIMEOUT`` in the environment may be meant for another program.
 """
 
 from __future__ import annotations
@@ -17,26 +17,19 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL, make_url
 
 from ..ledger.addresses import default_ledger
-from ..options import BadOption, PoolOptions, naming
+from ..options import OPTIONS, BadOption, PoolOptions, naming
 
 __all__ = ["DATABASE", "LEDGER", "RUN", "VARIABLES", "Run", "Settings", "parse_url"]
 
+#: The pool's options by their variables.
+VARIABLES = {one.variable: name for name, one in OPTIONS.items() if one.variable}
+
 #: The variables with the URL of the database and with the ledger.
-DATABASE, LEDGER = "DATABASE_URL", "FAIRPOOL_LEDGER"
+DATABASE, LEDGER = "DATABASE_URL", OPTIONS["ledger"].variable
 
-#: The variable by which the launcher tells the script's process, and that one's
-#: children, what it was told.
+#: The variable by which the launcher passes what it was told to the script's process,
+#: and to the children of that one.
 RUN = "FAIRPOOL_RUN"
-
-#: The pool's option that each of the other variables stands for.
-VARIABLES = {
-    "DYNAMIC_POOL_SIZE": "pool_size",
-    "SCRAPER_SOFT_LIMIT": "soft_limit",
-    "SCRAPER_MAX_LIMIT": "max_limit",
-    "IDLE_TIMEOUT": "idle_timeout",
-    "REALLOCATION_INTERVAL": "reallocation_interval",
-    LEDGER: "ledger",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +38,7 @@ class Run:
 
     #: The tag of checkouts that have none.
     scraper: str
-    #: The database whose engines are meant, as :func:`.places.database_place` has it;
-    #: None for every one.
+    #: The database whose engines are meant, by :func:`.database_place`; None for all.
     database: tuple[str, ...] | None = None
     #: Options of the pool.
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -72,14 +64,14 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What scripts are told by the environment."""
+    """What the environment tells scripts."""
 
     url: str | None
     #: Options of the pool, as texts.
     options: Mapping[str, Any]
-    #: The options' names in front of people: those of the variables.
+    #: The variables that these options come from.
     names: Mapping[str, str]
-    #: The launcher's, None without one.
+    #: What the launcher was told, None without one.
     run: Run | None = None
 
     @classmethod
@@ -92,49 +84,39 @@ class Settings:
         """
         if environment is None:
             environment = os.environ
-        found = {
-            option: (variable, environment[variable])
-            for variable, option in VARIABLES.items()
-            if environment.get(variable)
-        }
         run = Run.of(environment)
-        options: dict[str, Any] = {option: text for option, (_, text) in found.items()}
-        if str(options.get("ledger", "")).lower() == "none":
-            options["ledger"] = None
-        names = {option: variable for option, (variable, _) in found.items()}
-        if run is not None:
-            options |= run.options
-            names = {name: names[name] for name in names if name not in run.options}
+        told = {} if run is None else run.options
+        options, names = dict(told), {}
+        for variable, name in VARIABLES.items():
+            if environment.get(variable) and name not in told:
+                options[name] = OPTIONS[name].from_text(environment[variable])
+                names[name] = variable
         return cls(environment.get(DATABASE) or None, options, names, run)
 
     def with_arguments(
-        self,
-        arguments: Mapping[str, Any],
-        defaults: Mapping[str, Any] | None = None,
+        self, arguments: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
         """Return the options, checked: of the arguments, or of the environment, or else
         the defaults.
 
-        Without any, the ledger is :func:`.places.default_ledger`.
+        Without any, the ledger is :func:`.default_ledger`.
 
         :raises sqlalchemy.exc.ArgumentError: for a bad value, naming its variable.
         """
         ledger = {"ledger": default_ledger()}
         options = {**ledger, **(defaults or {}), **self.options, **arguments}
-        known = PoolOptions.names()
         with self.naming(arguments):
-            PoolOptions.parse(**{k: v for k, v in options.items() if k in known})
+            PoolOptions.among(options)
         return options
 
     def naming(self, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Have errors name a variable, where it is not an argument that is bad."""
-        names = self.names.items()
-        return naming({name: var for name, var in names if name not in arguments})
+        """Have errors name the variable, where the bad value is not an argument's."""
+        return naming({n: v for n, v in self.names.items() if n not in arguments})
 
     def database(self, url: str | URL | None, where: str = "the URL") -> URL | None:
-        """Return the database that is meant, None if nobody has named one.
+        """Return the database that is meant, None if none is named.
 
-        :param url: an argument, which wins.
+        :param url: an argument, which wins over the environment.
         :param where: what to call the argument in an error.
         :raises sqlalchemy.exc.ArgumentError: if it is not a URL. Shows nothing of it.
         """

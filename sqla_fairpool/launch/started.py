@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
@@ -13,9 +14,10 @@ from sqlalchemy.engine import URL, Engine
 from sqlalchemy.orm import Session
 
 from ..ledger.addresses import make_store
+from ..ledger.drivers import for_asyncio, for_threads, translate_for_asyncpg
 from ..ledger.errors import LedgerError
-from ..ledger.identity import describe_process
 from ..ledger.inspector import Inspector
+from ..ledger.keeper import describe_process
 from ..ledger.overview import (
     Limits,
     Overview,
@@ -25,19 +27,27 @@ from ..ledger.overview import (
     condensed,
 )
 from ..ledger.store import StoreAway
-from ..options import PoolOptions
-from ..pool.drivers import translate_for_asyncpg
+from ..options import OPTIONS
 from ..pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-__all__ = ["Started", "async_session", "session", "tasks_engine", "threads_engine"]
+__all__ = ["TASKS", "THREADS", "Kind", "Started", "async_session", "session"]
 
 _E = TypeVar("_E", bound="Engine | AsyncEngine")
 
 #: Engines with a tag that are kept; names may come from user data.
 _ENGINES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Kind(Generic[_E]):
+    """What differs between the pool for threads and that for tasks."""
+
+    startup: str
+    driver: Callable[[URL], URL]
+    engine: Callable[[URL, dict[str, Any]], _E]
 
 
 class Started(Generic[_E]):
@@ -63,25 +73,23 @@ class Started(Generic[_E]):
     def refuse_others(self, url: URL | None, options: Mapping[str, Any]) -> None:
         """Raise if it would be another pool with these."""
         differing = []
+        if url is not None and url != self._url:
+            differing.append("another URL")
         for name, value in options.items():
-            if name in PoolOptions.names():
+            if name in OPTIONS:
                 current = getattr(self.pool.options, name)
                 if str(value) != str(current):  # numbers may come as texts
                     differing.append(f"{name}={value!r}, which is {current!r}")
             elif value != self._options.get(name):
                 differing.append(f"another {name}")  # it may be a secret
-        if url is not None and url != self._url:
-            differing.insert(0, "another URL")
         if differing:
             raise exc.InvalidRequestError(
                 "the dynamic pool runs already and cannot be started with "
                 f"{', '.join(differing)}: shut it down before"
             )
 
-    # -- figures --------------------------------------------------------------------
-
     def overview(self, registered: Mapping[str, None]) -> Overview:
-        """Return the picture of all who share the budget, of this process in need.
+        """Return the figures of all that share the budget, or of this process alone.
 
         :param registered: scrapers that have a row in any case.
         """
@@ -94,17 +102,15 @@ class Started(Generic[_E]):
         except StoreAway as error:
             return self._own_overview(registered, f"the ledger is away: {error}")
         except LedgerError as error:
-            # A pool that nobody has used has joined none.
+            # A pool that was never used has joined none.
             is_used = self.pool.checkedout() or self.pool.checkedin()
             return self._own_overview(registered, *([str(error)] if is_used else []))
         finally:
             inspector.close()
 
     def _own_overview(self, registered: Mapping[str, None], *warnings: str) -> Overview:
-        stats = self.pool.stats()
-        options = self.pool.options
-        rows = condensed(stats.tags)
-        who = describe_process()
+        stats, options = self.pool.stats(), self.pool.options
+        rows, who = condensed(stats.tags), describe_process()
         process = ProcessRow(
             host=who["host"],
             pid=who["pid"],
@@ -113,33 +119,33 @@ class Started(Generic[_E]):
             tags=tuple(row.name for row in rows),
             open=stats.checked_out + stats.idle,
         )
+        limits = Limits(
+            options.pool_size, options.capacity, options.soft_limit, options.max_limit
+        )
         return compile_overview(
             [Part(process, rows)],
-            Limits(
-                options.pool_size,
-                options.capacity,
-                options.soft_limit,
-                options.max_limit,
-            ),
+            limits,
             registered=registered,
             warnings=warnings,
             taken_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
 
 
-def threads_engine(url: URL, options: dict[str, Any]) -> Engine:
-    """Return an engine with the pool."""
+def _threads_engine(url: URL, options: dict[str, Any]) -> Engine:
     return create_engine(url, poolclass=FairQueuePool, **options)
 
 
-def tasks_engine(url: URL, options: dict[str, Any]) -> AsyncEngine:
-    """Return an engine of asyncio with the pool. It needs greenlet."""
-    from sqlalchemy.ext.asyncio import create_async_engine
+def _tasks_engine(url: URL, options: dict[str, Any]) -> AsyncEngine:
+    from sqlalchemy.ext.asyncio import create_async_engine  # needs greenlet
 
     engine = create_async_engine(url, poolclass=AsyncAdaptedFairQueuePool, **options)
     if url.get_driver_name() == "asyncpg":
         translate_for_asyncpg(engine.sync_engine, url)
     return engine
+
+
+THREADS = Kind("startup", for_threads, _threads_engine)
+TASKS = Kind("startup_async", for_asyncio, _tasks_engine)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL, make_url
 
 from ..options import BadOption
-from ..pool.drivers import with_libpq_keys
+from .drivers import with_libpq_keys
 from .errors import LedgerError
 from .host import HostStore
 from .postgres import PostgresStore

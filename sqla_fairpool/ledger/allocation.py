@@ -1,4 +1,4 @@
-"""Who is to have how many slots: a pure function of what stands on the board.
+"""Who is to have how many slots: a pure function of the members' rows.
 
 The rules are those of :mod:`sqla_fairpool.scheduling.policy`, in two steps: max-min
 shares over the tags of all members, each below its ceiling; then each tag's share, max-
@@ -8,15 +8,15 @@ and its *target* the claim and what it may keep of what nobody claims.
 What is promised, and tested against this definition:
 
 1. Claims add up to ``min(capacity, what can be claimed)`` exactly, and targets to
-   no more than the capacity: whoever grows to its target never has to wait for slots
-   but those that others are to give back.
-2. Slots that nobody claims stay with whoever has them.
+   no more than the capacity: a member that grows to its target never has to wait for
+   slots but those that others are to give back.
+2. Slots that nobody claims stay where they are.
 3. Nothing depends on the order of the rows, on a clock or on chance. Remainders go to
-   those who stand first in the *line* (see below), and stay there.
+   the first in the *line* (see below), and stay there.
 4. The claim of one that gets less than it wants does not depend on how much more it
    wants: while all are saturated, changes of demand move nothing.
 
-The line. Each tag on the board has a place, and each member under it: numbers from a
+The line. Each tag has a place, and each member under it: numbers from a
 counter, given when its demand begins. With more members than slots, those at the end
 get nothing; as many at the head are then *asked* to yield, and one that yields takes a
 new place, behind those who wait (round robin). While there is a slot for everybody,
@@ -28,14 +28,18 @@ and takes nothing: it counts with the slots that it has, not with what it wanted
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from ..scheduling import policy
 
-__all__ = ["Allocation", "Limits", "Line", "Party", "allocate"]
+__all__ = ["STALLED", "TURN", "Allocation", "Limits", "Line", "Party", "allocate"]
+
+#: Two reasons for which a member is expected to look: asked to yield a place in a line;
+#: and written down as stalled, so that it sees that when it goes on.
+TURN, STALLED = "turn", "stalled"
 
 
 class Line(NamedTuple):
@@ -61,9 +65,11 @@ class Party(Protocol):
     @property
     def owned(self) -> int: ...
     @property
+    def pressed(self) -> bool: ...
+    @property
     def stalled(self) -> bool: ...
     @property
-    def lines(self) -> Mapping[str, Line]: ...
+    def tags(self) -> Mapping[str, Line]: ...
 
 
 class Limits(NamedTuple):
@@ -79,31 +85,72 @@ class Limits(NamedTuple):
 class Allocation:
     """The answer. Pairs are (tag, member)."""
 
-    #: Slots each member is to have.
-    targets: dict[str, int]
-    #: What each member claims of them, all tags together.
-    claimed: dict[str, int]
-    #: The same by tag and member, those with demand only.
-    claims: dict[tuple[str, str], int]
-    #: Ceiling of the tag in the member's pool. It leaves room: what nobody claims.
-    limits: dict[tuple[str, str], int]
-    #: By tag: what it got, and its ceiling, over all members.
-    shares: dict[str, int]
+    #: By tag: its ceiling, and what it got, over all members.
     ceilings: dict[str, int]
-    #: The ceiling of a tag that nobody has on the board.
+    #: The ceiling of a tag that is in no row.
     newcomer: int
+    #: What each member claims, all tags together, and the slots it is to have.
+    claimed: dict[str, int]
+    targets: dict[str, int] = field(default_factory=dict)
+    shares: dict[str, int] = field(default_factory=dict)
+    #: The claims by tag and member, those with demand only.
+    claims: dict[tuple[str, str], int] = field(default_factory=dict)
+    #: Ceiling of the tag in the member's pool. It leaves room: what nobody claims.
+    limits: dict[tuple[str, str], int] = field(default_factory=dict)
     #: Slots that are wanted below ceilings and that there are not.
-    unmet: int
+    unmet: int = 0
     #: By tag: members who wait there for more than their claim.
-    hungry: dict[str, frozenset[str]]
+    starved: dict[str, frozenset[str]] = field(default_factory=dict)
     #: Who is asked to yield; and the tags that are.
-    asked: set[tuple[str, str]]
-    asked_tags: set[str]
+    asked: set[tuple[str, str]] = field(default_factory=set)
+    asked_tags: set[str] = field(default_factory=set)
+
+    def grants(self, parties: Mapping[str, Party], free: int) -> dict[str, int]:
+        """Divide the free slots among the members that are below their targets."""
+        short = [key for key, p in parties.items() if p.owned < self.targets[key]]
+        owned = [parties[key].owned for key in short]
+        wanted = [self.targets[key] for key in short]
+        shares = policy.fair_shares(wanted, free + sum(owned), floors=owned)
+        return {
+            key: share - had
+            for key, share, had in zip(short, shares, owned, strict=True)
+            if share > had
+        }
+
+    def due(self, parties: Mapping[str, Party], free: int) -> dict[str, str]:
+        """Return who is expected to look, and why."""
+        grants = self.grants(parties, free)
+        asked = {key for _, key in self.asked}
+        due = {}
+        for key, party in parties.items():
+            target = self.targets[key]
+            if party.stalled:
+                due[key] = STALLED
+            elif party.owned > target:
+                due[key] = f"give {target}"
+            elif key in grants:
+                due[key] = f"take {grants[key]}"
+            elif not party.owned:
+                continue
+            elif self._binds_anew(key, party.tags):
+                due[key] = "limit"
+            elif key in asked:
+                due[key] = TURN
+            elif not party.pressed and self.presses(key, party.tags):
+                due[key] = "press"
+        return due
+
+    def _binds_anew(self, member: str, tags: Mapping[str, Line]) -> bool:
+        """Tell if a ceiling that it does not know yet makes a difference."""
+        return any(
+            min(line.wants, line.limit) != min(line.wants, self.limits[tag, member])
+            for tag, line in tags.items()
+        )
 
     def presses(self, member: str, tags: Mapping[str, Line]) -> bool:
         """Tell if others go short of what `member` does not use."""
         return self.unmet > 0 or any(
-            self.hungry.get(tag, frozenset()) - {member} for tag in tags
+            self.starved.get(tag, frozenset()) - {member} for tag in tags
         )
 
 
@@ -114,7 +161,7 @@ class _Row(NamedTuple):
     member: str
     wants: int
     #: It waits, and it answers.
-    hungry: bool
+    waits: bool
     #: What a stalled member is taken to hold here; None for one that answers.
     fixed: int | None
 
@@ -131,24 +178,14 @@ def allocate(
     """
     lines, active, locked = _lines(parties)
     order = sorted(lines, key=lambda tag: (places.get(tag, 0), tag))
-    ceilings = {
-        tag: policy.ceiling(
-            len(active) - (tag in active), limits.soft_limit, limits.max_limit
-        )
-        for tag in order
-    }
+
+    def ceiling(others: int) -> int:
+        return policy.ceiling(others, limits.soft_limit, limits.max_limit)
+
     found = Allocation(
-        targets={},
+        ceilings={tag: ceiling(len(active - {tag})) for tag in order},
+        newcomer=ceiling(len(active)),
         claimed=dict.fromkeys(parties, 0),
-        claims={},
-        limits={},
-        shares={},
-        ceilings=ceilings,
-        newcomer=policy.ceiling(len(active), limits.soft_limit, limits.max_limit),
-        unmet=0,
-        hungry={},
-        asked=set(),
-        asked_tags=set(),
     )
     _divide_among_tags(found, order, lines, limits.capacity - locked)
     for tag in order:
@@ -166,19 +203,18 @@ def _lines(
     active: set[str] = set()
     locked = 0
     for member, party in parties.items():
+        held: Sequence[int | None] = [None] * len(party.tags)
         if party.stalled:
-            in_use = [line.in_use for line in party.lines.values()]
-            held = policy.fair_shares(in_use, party.owned)
-            locked += party.owned - sum(held)
-            for (tag, line), slots in zip(party.lines.items(), held, strict=True):
-                row = _Row(line.place, member, slots, False, slots)
-                lines.setdefault(tag, []).append(row)
-            continue
-        for tag, (in_use_now, waiting, is_active, place, _) in party.lines.items():
-            row = _Row(place, member, in_use_now + waiting, waiting > 0, None)
+            in_use = [line.in_use for line in party.tags.values()]
+            held = slots = policy.fair_shares(in_use, party.owned)
+            locked += party.owned - sum(slots)
+        else:
+            active.update(tag for tag, line in party.tags.items() if line.active)
+        for (tag, line), fixed in zip(party.tags.items(), held, strict=True):
+            wants = line.wants if fixed is None else fixed
+            waits = line.waiting > 0 and fixed is None
+            row = _Row(line.place, member, wants, waits, fixed)
             lines.setdefault(tag, []).append(row)
-            if is_active:
-                active.add(tag)
     for rows in lines.values():
         rows.sort()
     return lines, active, locked
@@ -200,14 +236,14 @@ def _divide_among_tags(
 def _divide_tag(found: Allocation, tag: str, line: list[_Row]) -> None:
     """Divide a tag's share among its members, and its ceiling as their limits."""
     share, ceiling = found.shares[tag], found.ceilings[tag]
-    claims, rooms, hungry, asked = _divide_line(tuple(line), share, ceiling)
+    claims, rooms, starved, asked = _divide_line(tuple(line), share, ceiling)
     for row, claim, room in zip(line, claims, rooms, strict=True):
         if claim:
             found.claims[tag, row.member] = claim
             found.claimed[row.member] += claim
         found.limits[tag, row.member] = room
-    if hungry:
-        found.hungry[tag] = hungry
+    if starved:
+        found.starved[tag] = starved
     found.asked.update((tag, member) for member in asked)
 
 
@@ -219,19 +255,16 @@ def _divide_line(
     """Return claims, limits, those that go short and those that are asked to yield."""
     floors = [row.fixed or 0 for row in line]
     claims = policy.fair_shares([row.wants for row in line], share, floors=floors)
-    without_end = [ceiling] * len(line)
-    rooms = policy.fair_shares(without_end, ceiling, floors=claims)
-    # One that wants nothing now is not to wait for an answer when it does.
-    rooms = [
-        room if row.wants else max(room, 1)
-        for row, room in zip(line, rooms, strict=True)
-    ]
+    rooms = policy.fair_shares([ceiling] * len(line), ceiling, floors=claims)
     pairs = [*zip(line, claims, strict=True)]
-    hungry = frozenset(r.member for r, claim in pairs if r.hungry and claim < r.wants)
+    # One that wants nothing now is not to wait for an answer when it does.
+    least = [0 if row.wants else 1 for row in line]
+    rooms = [*map(max, rooms, least)]
+    starved = frozenset(r.member for r, claim in pairs if r.waits and claim < r.wants)
     # Round robin: as many of the first are asked as get nothing at all.
-    empty = sum(row.hungry and not claim for row, claim in pairs)
+    empty = sum(row.waits and not claim for row, claim in pairs)
     holders = [row.member for row, claim in pairs if claim and row.fixed is None]
-    return claims, rooms, hungry, holders[:empty]
+    return claims, rooms, starved, holders[:empty]
 
 
 def _ask_tags(
@@ -239,22 +272,17 @@ def _ask_tags(
 ) -> None:
     """Round robin among tags, when there are more of them than slots."""
     empty = sum(
-        not found.shares[tag] and any(row.hungry for row in lines[tag]) for tag in order
+        not found.shares[tag] and any(row.waits for row in lines[tag]) for tag in order
     )
-    if not empty:
-        return
-    for tag in order:
-        rows = [
-            row.member
+    for tag in order if empty else ():
+        rows = {
+            (tag, row.member)
             for row in lines[tag]
             if row.fixed is None and (tag, row.member) in found.claims
-        ]
-        if rows:
+        }
+        if rows and len(found.asked_tags) < empty:
             found.asked_tags.add(tag)
-            found.asked.update((tag, member) for member in rows)
-            empty -= 1
-            if not empty:
-                return
+            found.asked |= rows
 
 
 def _set_targets(
@@ -262,14 +290,11 @@ def _set_targets(
 ) -> None:
     """Let everybody keep what nobody claims; those who have most give first."""
     members = sorted(parties)
-    claimed = found.claimed
+    owned = [parties[m].owned for m in members]
     held = [
-        party.owned if (party := parties[m]).stalled else claimed[m] for m in members
+        parties[m].owned if parties[m].stalled else found.claimed[m] for m in members
     ]
-    spare = [
-        max(parties[m].owned - slots, 0) for m, slots in zip(members, held, strict=True)
-    ]
+    spare = [max(had - slots, 0) for had, slots in zip(owned, held, strict=True)]
     kept = policy.fair_shares(spare, max(capacity - sum(held), 0))
-    found.targets = {
-        m: slots + more for m, slots, more in zip(members, held, kept, strict=True)
-    }
+    slots = map(sum, zip(held, kept, strict=True))
+    found.targets = dict(zip(members, slots, strict=True))

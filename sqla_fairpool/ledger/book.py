@@ -1,122 +1,180 @@
-"""The ledger's book: who owns which slots, and who may change that, how.
+"""The ledger's book: what may be done to its rows. The protocol is in the package's
+docstring.
 
 Pure: rows in, rows out, in one transaction of a store, which is exclusive over all
-members. No clock, no I/O, no thread. A transaction either happens or does not. What a
-member does for itself in one is :func:`.settling.settle`; the rest is here.
-
-**A slot** is the right to have one connection open. Of the N slots each is
-
-=============  =======================================================================
-free           counted in no row: N less all the others
-owned          counted in the row of one member, `owned`
-quarantined    counted in a row ``gone/<number>``: no member answers for it, but a
-               server session may still be open
-=============  =======================================================================
-
-**A session** is what a connection is at the server: a process there and when it began.
-A member writes each into its row before the connection is used, and takes it out after
-the session has ended. So a slot of a member that is gone is held by a session that is
-known, or *unposted*: by one that was opened a moment before, or by none.
-
-============================  ==========================================================
-transition                    who may do it, and when
-============================  ==========================================================
-free -> owned                 `settle`: a member, for itself, up to its target, before
-                              it opens a connection
-owned -> free                 `settle`, `leave`: the owner, for itself, after the
-                              connection is closed and its pool told not to open another
-owned -> quarantined          `reap`: anybody, when the kernel or the server says that
-                              the owner's sign of life is gone and its row has not
-                              changed since before that was asked;
-                              `leave`: the owner, for connections that stay open;
-                              `quarantine`: the owner, for a single connection of which
-                              it cannot know if its session has ended
-quarantined -> free           `release`: anybody, session by session, when the server
-                              says that it is gone (or, where it cannot be asked, after
-                              a stated time); an unposted slot when there is no session
-                              that could have it, see :mod:`.watch`
-quarantined -> owned          `join`: the owner itself, that was taken for dead
-anything -> free              `reset`: an operator, while no member lives
-============================  ==========================================================
-
-So a member never has more connections open than slots are kept for it, whenever it
-stops: the number that its pool may open is raised *after* the row, and lowered
-*before* it. What happens if a member is gone for good
-
-* before its transaction is committed: nothing of it has happened;
-* after it took slots, before its pool knows: they are reaped with the others;
-* after its pool was told to shrink, before it gave back: the same;
-* after it gave back, before it rang who waits for that: the waiting one looks on its
-  beat, finds itself in the row ``due``, and takes;
-* in the transaction: the store undoes it;
-* between `reap` and `release`: the quarantine is in the rows, anybody goes on;
-* after `quarantine`, before its pool knows: the other slots are reaped, that one stays;
-* after a connection was opened, before its session was posted: its slot is unposted;
-* in `leave`: before it, as killed; after it, it was no member any more.
-
-A member that only *stops* (SIGSTOP, a debugger, a suspended machine) keeps its sign of
-life, so its slots; it goes on from where it stood. Others may write into its row that
-it is `stalled`, which takes its demand off the board and nothing else. A forked child
-is another process with an id of its own, and owns nothing. Commits of which the answer
-was lost do no harm either: what counts is the row, which is read at the next look.
-
-A sign of life can be *lost* while its process lives, where it depends on a connection.
-Then the slots of a living member go into quarantine, and are free once the server knows
-no session of it. So a pool uses a new connection only after its keeper has said that
-the session is in the row, and that the row covers all that is open. And a keeper lets
-its pool open nothing from before it makes a new sign until it has seen its row: it
-takes its quarantine back, or takes free slots for what is open, before anything else.
-
-The rows can be *lost* while members live: the file is deleted, the tables are dropped.
-Rows that are made anew are `fresh`: they hand out no slot while there is a sign of life
-that belongs to no member. That is one of the rows before, whose connections are open;
-it finds out, joins, and takes slots for what it has open.
-
-The rows can be *older* than what a member knows, if somebody has restored a copy. Then
-it takes free slots for what it has open, and opens nothing while it has fewer.
-
-**Who is told** (:mod:`.board`). Each transaction computes the allocation for the whole
-board (:mod:`.allocation`) and writes down, in the row ``due``, who is expected to look
-and why: ``give``, its target is below what it owns; ``take``, there are free slots for
-it; ``limit``, a ceiling that binds it has changed; ``turn``, it is asked to yield its
-place in a line; ``press``, somebody goes short, so what it does not use has to be given
-up at once. Those whose entry is new are rung. A bell may be lost: the row is not.
-
-**Terms.** All members have the same numbers, and their connections go to one server. A
-newcomer with other terms, or another server, is refused unless nobody else lives; then
-its own are in force. So are members of a later version by those of an earlier one.
+members. No clock, no I/O, no thread. What a member does for itself in a transaction is
+:func:`.transaction.settle`; the rest is here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
-from .board import Board
+from .allocation import STALLED, Allocation, allocate
 from .errors import LedgerError, RowBroken, ServerDiffers, TermsDiffer
 from .rows import (
+    DUE,
+    GONE,
+    MEMBER,
     META,
     PROTOCOL,
+    TAGS,
     Gone,
     Left,
     Member,
     Meta,
     Session,
     Terms,
+    counts,
+    dump,
     gone_key,
     in_order,
     member_key,
+    parse_member,
+    read,
+    words,
 )
 
 __all__ = ["Book"]
 
 
-class Book(Board):
-    """The rows of one transaction, and all that may be done to them.
+class Book:
+    """The rows of one transaction, understood, and all that may be done to them.
 
-    :meth:`reset` works on rows that cannot be read as well.
+    Rows are read when they are needed; :attr:`texts` and :meth:`reset` are there for
+    those that cannot be read as well.
+
+    :param rows: what the store gave. Changes are written there at once.
+    :raises LedgerError: on use, if a later version has written them, or no member has.
     """
+
+    def __init__(self, rows: MutableMapping[str, str]) -> None:
+        self._rows = rows
+        #: The members' rows, sorted: nothing may depend on the store.
+        self.texts = dict(self._texts(MEMBER))
+
+    def _texts(self, kind: str) -> Iterator[tuple[str, str]]:
+        for key in sorted(self._rows):
+            if key.startswith(kind):
+                yield key.removeprefix(kind), self._rows[key]
+
+    @cached_property
+    def meta(self) -> Meta | None:
+        text = self._rows.get(META)
+        return None if text is None else read(META, text, Meta.parse)
+
+    @cached_property
+    def members(self) -> dict[str, Member]:
+        return {key: parse_member(key, text) for key, text in self.texts.items()}
+
+    @cached_property
+    def gone(self) -> dict[int, Gone]:
+        """What is in quarantine, by number."""
+        return {
+            read(GONE + number, dump(number), int): read(
+                GONE + number, text, Gone.parse
+            )
+            for number, text in self._texts(GONE)
+        }
+
+    @cached_property
+    def places(self) -> dict[str, int]:
+        """The tags' places in the line of tags."""
+        return read(TAGS, self._rows.get(TAGS), counts)
+
+    @cached_property
+    def due(self) -> dict[str, str]:
+        """Who is expected to look, and why."""
+        return read(DUE, self._rows.get(DUE), words)
+
+    # -- figures ----------------------------------------------------------------
+
+    @property
+    def _known_meta(self) -> Meta:
+        if self.meta is None:
+            raise LedgerError("the ledger is empty: nobody has joined it yet")
+        return self.meta
+
+    @property
+    def terms(self) -> Terms:
+        """The terms in force."""
+        return self._known_meta.terms
+
+    @property
+    def server(self) -> str | None:
+        """Where the members' sessions are, once it is known."""
+        return self.meta.server if self.meta is not None else None
+
+    @property
+    def owned(self) -> int:
+        return sum(member.owned for member in self.members.values())
+
+    @property
+    def quarantined(self) -> int:
+        return sum(gone.slots for gone in self.gone.values())
+
+    @property
+    def left(self) -> int:
+        """Slots that are neither owned nor in quarantine.
+
+        Not negative, even where the terms were lowered over a quarantine.
+        """
+        return max(self.terms.capacity - self.owned - self.quarantined, 0)
+
+    @property
+    def is_fresh(self) -> bool:
+        """Tell if there may be members of other rows, that were here before these."""
+        return self._known_meta.fresh
+
+    @property
+    def free(self) -> int:
+        """Slots that may be handed out."""
+        return 0 if self.is_fresh else self.left
+
+    @property
+    def accounted(self) -> frozenset[Session]:
+        """The sessions that are in any row."""
+        posted = (member.sessions for member in self.members.values())
+        return self.in_quarantine.union(*posted)
+
+    @property
+    def in_quarantine(self) -> frozenset[Session]:
+        """The sessions for which a slot is in quarantine."""
+        return frozenset().union(*(gone.sessions for gone in self.gone.values()))
+
+    def allocation(self) -> Allocation:
+        """Return who is to have what."""
+        limits = self.terms.limits(self.quarantined)
+        return allocate(self.members, self.places, limits)
+
+    def grants(self, plan: Allocation) -> dict[str, int]:
+        """Return how many free slots each member below its target is to take."""
+        return plan.grants(self.members, self.free)
+
+    # -- writing ----------------------------------------------------------------
+
+    def next_place(self) -> int:
+        """Return a number that was never given."""
+        meta = self._known_meta
+        self.meta = replace(meta, next_place=meta.next_place + 1)
+        return meta.next_place
+
+    def write(self, key: str, member: Member) -> None:
+        """Write a member's row, if it is another one now."""
+        self.members[key] = member
+        text = member.text
+        if text != self.texts.get(key):
+            self.texts[key] = self._rows[member_key(key)] = text
+
+    def _write_gone(self, number: int, gone: Gone | None) -> None:
+        if gone is None:
+            del self.gone[number], self._rows[gone_key(number)]
+        else:
+            self.gone[number] = gone
+            self._rows[gone_key(number)] = gone.text
 
     # -- coming and going -------------------------------------------------------
 
@@ -157,8 +215,8 @@ class Book(Board):
             if number is None or self._is_anothers(number, key):
                 number = self.meta.next_number
             elif number in self.gone:
-                owned = self.gone.pop(number).slots
-                del self._rows[gone_key(number)]
+                owned = self.gone[number].slots
+                self._write_gone(number, None)
             next_number = max(number + 1, self.meta.next_number)
             self.meta = replace(self.meta, next_number=next_number)
             # A row unlike any that this member may have had before, see `reap`.
@@ -191,34 +249,32 @@ class Book(Board):
         )
 
     def _difference(self, terms: Terms, server: str | None) -> LedgerError:
-        members = [
-            f"{m.who.get('host', '?')}:{m.who.get('pid', '?')}"
-            for m in self.members.values()
-        ]
-        shown = ", ".join(members[:4])
-        if len(members) > 4:
-            shown += f" and {len(members) - 4} more"
+        """Return what is wrong with the terms or the server of a newcomer."""
+        whos = [member.who for member in self.members.values()]
+        shown = ", ".join(f"{w.get('host', '?')}:{w.get('pid', '?')}" for w in whos[:4])
+        more = f" and {len(whos) - 4} more" if len(whos) > 4 else ""
+        members = f"(members: {shown}{more})"
         meta = self._known_meta
         if meta.protocol != PROTOCOL:
             return LedgerError(
                 f"an older version of sqla_fairpool uses the ledger (protocol version "
                 f"{meta.protocol}, here {PROTOCOL}): use the same version everywhere "
-                f"(members: {shown})"
+                f"{members}"
             )
         if meta.terms == terms:
             return ServerDiffers(
                 f"the members of this ledger use server {meta.server}, and this pool's "
                 f"connections go to server {server}: name another ledger for it "
-                f"(members: {shown})"
+                f"{members}"
             )
         return TermsDiffer(
             f"the members of a ledger have to agree on its limits: here "
             f"{terms.differences(meta.terms)}, there {meta.terms.differences(terms)} "
-            f"(members: {shown})"
+            f"{members}"
         )
 
     def leave(self, key: str, open_: int, sessions: Collection[Session] = ()) -> None:
-        """Take a member off the board, and give back what it has closed.
+        """Remove a member, and give back what it has closed.
 
         As after `reap` and `release`, :meth:`tell` comes next.
 
@@ -236,7 +292,7 @@ class Book(Board):
         """Put the slots of dead members into quarantine; return the numbers.
 
         :param texts: their rows as they were before the signs of life were looked
-          at. Whose row has changed since is not dead.
+          at. A member whose row has changed since is not dead.
         """
         reaped = []
         for key, text in texts.items():
@@ -286,27 +342,20 @@ class Book(Board):
         sessions: Collection[Session],
     ) -> None:
         if slots:
-            gone = Gone(
-                slots, why, member.who, key, self.next_place(), in_order(sessions)
-            )
-            self.gone[number] = gone
-            self._rows[gone_key(number)] = gone.text
+            stamp, sessions = self.next_place(), in_order(sessions)
+            gone = Gone(slots, why, member.who, key, stamp, sessions)
+            self._write_gone(number, gone)
 
     def release(self, found: Mapping[int, Left]) -> None:
         """Set slots free: the server sessions that had them are gone.
 
         :param found: for each number, what is left of its quarantine.
         """
-        for number, left in found.items():
-            if self.gone.get(number) != left.gone:
-                continue
-            if not left.slots:
-                del self.gone[number], self._rows[gone_key(number)]
-                continue
-            # With the stamp that it had: who watches it has watched this one.
-            gone = replace(left.gone, slots=left.slots, sessions=left.sessions)
-            self.gone[number] = gone
-            self._rows[gone_key(number)] = gone.text
+        for number, (gone, sessions, slots) in found.items():
+            if self.gone.get(number) == gone:
+                # With the stamp that it had: a keeper that watches it goes on.
+                left = replace(gone, slots=slots, sessions=sessions) if slots else None
+                self._write_gone(number, left)
 
     def stall(self, texts: Mapping[str, str]) -> None:
         """Note that members do not answer, if their rows are still as they were."""
@@ -329,3 +378,23 @@ class Book(Board):
             self._rows[META] = self.meta.text
         self.texts, self.members, self.gone = {}, {}, {}
         self.places, self.due = {}, {}
+
+    # -- who is told ------------------------------------------------------------------
+
+    def tell(self, plan: Allocation) -> list[str]:
+        """Write down who is expected to look; return those who are to be rung.
+
+        The last thing in every transaction that changes a row.
+        """
+        due = plan.due(self.members, self.free)
+        bells = [
+            key for key, why in due.items() if why not in (self.due.get(key), STALLED)
+        ]
+        if due != self.due:
+            self._rows[DUE] = dump(due)
+            self.due = due
+        places = {tag: self.places[tag] for tag in plan.shares if tag in self.places}
+        for key, text in ((TAGS, dump(places)), (META, self._known_meta.text)):
+            if self._rows.get(key) != text:
+                self._rows[key] = text
+        return bells

@@ -40,7 +40,7 @@ from pathlib import Path
 from .errors import LedgerError
 from .host_file import LedgerFile, Replaced, is_at, no_fork, share
 from .rows import member_key
-from .store import StoreAway
+from .store import Store, StoreAway
 
 try:
     import fcntl
@@ -54,19 +54,21 @@ _SIGN, _BELL, _FIGURES = ".sign", ".bell", ".figures"
 # Under these names, a sign and figures are made.
 _NEW_SIGN, _NEW_FIGURES = ".new", ".said"
 
+# How often what is at the ledger's place may vanish while it is being opened.
+_ATTEMPTS = 50
+
 # What is written into a bell: somebody else rings, it is its own, somebody asks.
 _RING, _NUDGE, _ASK = b"r", b"n", b"a"
 
 
-class HostStore:
-    """See the head of this file.
+class HostStore(Store):
+    """See the head of this file, and :class:`.store.Store` for the methods.
 
     :param path: the SQLite file; it is created, its directory too.
     """
 
     kind = "host"
-    control_connections = 0
-    #: The kernel loses no sign, but the file may go away: see :meth:`in_place`.
+    #: The kernel loses no sign, but the file may go away.
     can_lose_sign = False
     watches_place = True
 
@@ -91,6 +93,10 @@ class HostStore:
         self._process = os.getpid()
 
     @property
+    def control_connections(self) -> int:
+        return 0
+
+    @property
     def key(self) -> int:
         """The ledger's own number; 0 until it is opened."""
         return self._file.key
@@ -98,11 +104,6 @@ class HostStore:
     # -- opening and closing --------------------------------------------------------
 
     def open(self) -> None:
-        """Create the file if need be, check it, give a sign of life. Idempotent.
-
-        :raises StoreAway: if it is locked for too long.
-        :raises LedgerError: if it cannot be used as it is.
-        """
         self._check_process()
         if fcntl is None:
             raise LedgerError(
@@ -113,16 +114,31 @@ class HostStore:
             if self._file.database is not None:
                 return
             try:
-                with self._file.opening() as there:
-                    was_used = self._use_directory(there)
-                    others = self._remove_the_dead() - {self.member}
-                    self._file.connect(in_use=bool(others), was_used=was_used)
-                    self._give_sign(there)
+                for left in reversed(range(_ATTEMPTS)):
+                    try:
+                        self._open_what_is_there()
+                        break
+                    except (FileNotFoundError, Replaced):
+                        # Removed or replaced between two steps.
+                        if not left:
+                            raise
             except OSError as error:
                 raise LedgerError(
                     f"the ledger {self.name} cannot be used: {error}"
                 ) from None
             self.signed = True
+
+    def _open_what_is_there(self) -> None:
+        with self._file.opening() as there:
+            was_used = self._use_directory(there)
+            others = self._remove_dead() - {self.member}
+            try:
+                self._file.connect(repair=was_used and not others)
+            except LedgerError:
+                if not was_used:  # nor is it the next time
+                    self._members.rmdir()
+                raise
+            self._give_sign(there)
 
     def _use_directory(self, there: os.stat_result) -> bool:
         """Make the directory of signs; return False if there was none."""
@@ -169,7 +185,6 @@ class HostStore:
         self._has_joined = True
 
     def close(self) -> None:
-        """Give up the sign of life and all handles. Idempotent."""
         with self._lock:
             if self._bell is not None or self._sign is not None:
                 self._unlink(self.member)
@@ -187,10 +202,7 @@ class HostStore:
                 os.close(handle)
 
     def after_fork(self) -> None:
-        """In the child: become a closed store with a member id of its own.
-
-        Runs in every child that Python forks, before its own code.
-        """
+        # Runs in every child that Python forks, before its own code.
         for handle in (self._bell, self._sign):
             if handle is not None:
                 # Closing does not unlock: the parent has the files open as well.
@@ -204,10 +216,6 @@ class HostStore:
             self.after_fork()  # forked by something that does not tell Python
 
     def in_place(self) -> bool:
-        """Tell if file, sign of life and bell are those at the ledger's place.
-
-        No lock, and no more than a look at the file system. False if it is not open.
-        """
         return self._file.in_place() and self._has_sign()
 
     def _has_sign(self) -> bool:
@@ -219,11 +227,6 @@ class HostStore:
 
     @contextmanager
     def transaction(self) -> Iterator[MutableMapping[str, str]]:
-        """The rows, for this process alone; kept on leaving, undone by an exception.
-
-        :raises StoreAway: if the lock is not to be had in time; or if the ledger was
-          removed or replaced: then :attr:`signed` is False until :meth:`open`.
-        """
         self._check_process()
         with self._lock:
             try:
@@ -244,10 +247,6 @@ class HostStore:
     # -- signs of life ----------------------------------------------------------------
 
     def living(self, members: Collection[str]) -> set[str]:
-        """Return those whose sign of life stands. Removes those of the others.
-
-        :raises StoreAway: if it cannot be told.
-        """
         try:
             living = {member for member in members if self._lives(member)}
         except OSError as error:
@@ -258,11 +257,6 @@ class HostStore:
         return living
 
     def strangers(self, members: Collection[str]) -> int:
-        """Count the living that had rows in a former file here, and have none now.
-
-        :param members: those with rows. This process does not count, nor do those that
-          have never had a row, as those that only look at the ledger.
-        """
         signs = self._found(_SIGN) - {self.member, *members}
         return len(self.living({member for member in signs if self._had_row(member)}))
 
@@ -292,7 +286,7 @@ class HostStore:
         self._unlink(member)
         return False
 
-    def _remove_the_dead(self) -> set[str]:
+    def _remove_dead(self) -> set[str]:
         """Remove what was left by processes that were killed; return the living.
 
         The caller holds the lock of the rows: nobody gives a sign meanwhile.
@@ -322,15 +316,12 @@ class HostStore:
     # -- bells ------------------------------------------------------------------------
 
     def ring(self, members: Iterable[str]) -> None:
-        """Wake them from their :meth:`wait`. Best effort."""
         self._write_into_bells(members, _RING)
 
     def ring_all(self) -> None:
-        """Wake everybody who has a bell here. Best effort."""
         self._write_into_bells(self._found(_BELL), _RING)
 
     def ask(self, members: Iterable[str]) -> None:
-        """Wake them, and have them publish. Best effort."""
         self._write_into_bells(members, _ASK)
 
     def _write_into_bells(self, members: Iterable[str], what: bytes) -> None:
@@ -347,7 +338,6 @@ class HostStore:
                 os.close(bell)
 
     def wait(self, seconds: float | None) -> bool:
-        """Sleep until rung or nudged; return False when the time was up."""
         bell = self._bell
         if bell is None:
             raise StoreAway("the ledger is not open")
@@ -365,7 +355,6 @@ class HostStore:
         return True
 
     def nudge(self) -> None:
-        """End this process's wait. From any thread, never blocks."""
         bell = self._bell
         if bell is not None:
             with contextlib.suppress(OSError):  # full, or closed meanwhile
@@ -374,7 +363,6 @@ class HostStore:
     # -- figures ----------------------------------------------------------------------
 
     def publish(self, text: str) -> None:
-        """Let others read what this process says of itself."""
         new = self._beside(self.member, _NEW_FIGURES)
         try:
             new.write_text(text, encoding="utf-8")
@@ -384,7 +372,6 @@ class HostStore:
             raise StoreAway(f"{self.name}: {error}") from error
 
     def published(self, members: Collection[str]) -> dict[str, str]:
-        """Return what each of `members` has published last, if anything."""
         found = {}
         for member in members:
             with contextlib.suppress(OSError, ValueError):

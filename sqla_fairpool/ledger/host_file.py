@@ -38,7 +38,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .errors import LedgerError
-from .store import StoreAway
+from .store import StoreAway, changes
 
 try:
     import fcntl
@@ -59,6 +59,9 @@ _FIRST, _LONGEST = 50e-6, 2e-3
 
 #: Version of the file. Version 1 was in WAL mode, under SQLite's own locks.
 SCHEMA = 2
+
+_DELETE = "delete from row where key = ?"
+_WRITE = "insert or replace into row values (?, ?)"
 
 #: Held by a thread that must not see its process forked.
 no_fork = threading.RLock()
@@ -198,54 +201,50 @@ class LedgerFile:
             self.close()
             raise LedgerError(f"the ledger {self.name} is not a file")
 
-    def connect(self, *, in_use: bool, was_used: bool) -> None:
+    def connect(self, *, repair: bool) -> None:
         """Let SQLite open the file; make the tables, or check them.
 
-        :param in_use: another process has given a sign of life.
-        :param was_used: there was a ledger before. If it is damaged, and not in use, it
-          is made anew.
+        :param repair: if the file is damaged, make it anew: no other process uses it.
+        :raises Replaced: if the file is not the one at its path any more.
         :raises LedgerError: if it cannot be used as it is.
         """
         try:
-            self._connect(in_use)
+            self._connect()
         except sqlite3.Error as error:
+            if not self.in_place():
+                raise self._replaced() from None
             self._disconnect()
-            translated = self._translated(error)
-            is_damage = type(error) is sqlite3.DatabaseError
-            if in_use or not was_used or not is_damage:
-                raise translated from None
+            if not repair or type(error) is not sqlite3.DatabaseError:
+                raise self._translated(error) from None
             self._make_anew(error)
-            self._connect(in_use)
+            self._connect()
 
-    def _connect(self, in_use: bool) -> None:
+    def _connect(self) -> None:
         assert self._handle is not None
-        if os.pread(self._handle, 2, 18) == b"\2\2":
-            self._leave_wal()
+        if os.pread(self._handle, 2, 18) == b"\2\2":  # in WAL mode, as version 1
+            raise self._older()
         journal = Path(f"{self.real}-journal")
-        if not journal.exists():
-            # Here, for SQLite knows the ledger's mode, but not its group.
-            journal.touch(0o600)
-            there = os.fstat(self._handle)
-            share(journal, there.st_mode & 0o777, there)
-        if not journal.is_file():
+        if journal.exists() and not journal.is_file():
             raise LedgerError(f"{journal} is not a file: remove it")
         with no_fork:
-            database = self.database = self._sqlite("&nolock=1")
+            database = self.database = self._sqlite()
+            if not self.in_place():
+                raise self._replaced()  # SQLite has opened another, without its lock
             database.execute("pragma journal_mode = truncate")
             database.execute("pragma synchronous = off")
             (found,) = database.execute("pragma quick_check(1)").fetchone()
             if found != "ok":
                 raise sqlite3.DatabaseError(" ".join(found.split()))
-            self._make_tables(database, in_use)
+            self._make_tables(database, journal)
 
-    def _sqlite(self, options: str) -> sqlite3.Connection:
+    def _sqlite(self) -> sqlite3.Connection:
         # Never created by SQLite, which does not know of the lock.
-        uri = f"file:{quote(os.fsencode(self.real))}?mode=rw{options}"
+        uri = f"file:{quote(os.fsencode(self.real))}?mode=rw&nolock=1"
         return sqlite3.connect(
             uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False
         )
 
-    def _make_tables(self, database: sqlite3.Connection, in_use: bool) -> None:
+    def _make_tables(self, database: sqlite3.Connection, journal: Path) -> None:
         database.execute("begin")
         (version,) = database.execute("pragma user_version").fetchone()
         tables = database.execute("select name from sqlite_master").fetchall()
@@ -256,8 +255,13 @@ class LedgerFile:
             )
         if tables and (version == 0 or ("row",) not in tables):
             raise LedgerError(f"the ledger {self.name} is a database of something else")
-        if version == 1 and in_use:
-            raise self._used_by_older()
+        if tables and version < SCHEMA:
+            raise self._older()
+        if not journal.exists():
+            # Here, for SQLite knows the ledger's mode, but not its group.
+            journal.touch(0o600)
+            there = os.stat(self.real)
+            share(journal, there.st_mode & 0o777, there)
         if not tables:
             database.execute(
                 "create table row (key text primary key, value text not null) "
@@ -267,28 +271,14 @@ class LedgerFile:
             # container.
             key = uuid.uuid4().int & 0x7FFFFFFF
             database.execute(f"pragma application_id = {key}")
-        if version < SCHEMA:
             database.execute(f"pragma user_version = {SCHEMA}")
         (self.key,) = database.execute("pragma application_id").fetchone()
         database.execute("commit")
 
-    def _leave_wal(self) -> None:
-        """Convert a file of version 1, unless a process of that version has it open."""
-        with no_fork:
-            database = self._sqlite("")
-            try:
-                (mode,) = database.execute("pragma journal_mode = truncate").fetchone()
-            except sqlite3.OperationalError:
-                mode = "wal"
-            finally:
-                database.close()
-        if mode == "wal":
-            raise self._used_by_older()
-
-    def _used_by_older(self) -> LedgerError:
+    def _older(self) -> LedgerError:
         return LedgerError(
-            f"the ledger {self.name} is in use by processes with an older "
-            f"sqla_fairpool, which locks it otherwise: stop them first"
+            f"the ledger {self.name} is of an older sqla_fairpool, which locks it "
+            f"otherwise: stop the processes that use it, then remove it"
         )
 
     def _make_anew(self, error: sqlite3.Error) -> None:
@@ -371,7 +361,9 @@ class LedgerFile:
                 if self.database is not database:
                     raise StoreAway("the ledger was closed in a transaction")
                 with no_fork:
-                    self._write(database, before, rows)
+                    gone, changed = changes(before, rows)
+                    database.executemany(_DELETE, [(key,) for key in gone])
+                    database.executemany(_WRITE, changed)
                     database.execute("commit")
             except sqlite3.Error as error:
                 # When it is opened again, it is looked at what there is.
@@ -382,21 +374,6 @@ class LedgerFile:
                     with no_fork:
                         self._roll_back(database)
                 raise
-
-    @staticmethod
-    def _write(
-        database: sqlite3.Connection, before: dict[str, str], rows: dict[str, str]
-    ) -> None:
-        gone = [(key,) for key in before if key not in rows]
-        changed = [(k, v) for k, v in rows.items() if before.get(k) != v]
-        if gone:
-            database.executemany("delete from row where key = ?", gone)
-        if changed:
-            database.executemany(
-                "insert into row values (?, ?) "
-                "on conflict (key) do update set value = excluded.value",
-                changed,
-            )
 
     def _translated(self, error: sqlite3.Error) -> Exception:
         reason = " ".join(str(error).split()) or type(error).__name__

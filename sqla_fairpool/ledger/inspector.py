@@ -132,7 +132,7 @@ def _read(store: Store) -> tuple[LedgerReport, Book]:
             stalled=member.stalled,
             owned=member.owned,
             target=plan.targets[key],
-            tags=dict(sorted(member.lines.items())),
+            tags=dict(sorted(member.tags.items())),
         )
         for key, member in book.members.items()
     ]

@@ -11,64 +11,52 @@ grows, and the pool's shrinking goes on by itself; giving back follows.
 from __future__ import annotations
 
 import logging
+import os
 import random
+import socket
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from .demand import Pace
+from .demand import Local, Pace
 from .errors import LedgerError
-from .identity import describe_process
-from .local import Local, TagDemand
 from .member import Membership
 from .rows import Terms, dump
 from .store import Store, StoreAway
 from .watch import Sessions
 
-__all__ = ["Keeper", "KeeperStatus", "Local", "Pace", "TagDemand", "Terms"]
+__all__ = ["Keeper", "Pace", "describe_process"]
 
 _log = logging.getLogger(__name__)
 
-#: A step is not followed by another one at once, unless somebody rings.
+#: A step is not followed by another one at once, unless the pool rings.
 _LEAST = 0.001
 
 
-@dataclass(frozen=True, slots=True)
-class KeeperStatus:
-    """What a monitor shows of the ledger."""
-
-    kind: str
-    name: str
-    member: int | None
-    owned: int
-    target: int
-    allotted: int
-    free: int
-    quarantined: int
-    members: int
-    #: Seconds, None while it is there.
-    away_for: float | None
-    #: Why it is away, or why we are refused.
-    trouble: str | None
-    #: Why the server cannot be asked for the sessions of members that are gone.
-    unasked: str | None
-    transactions: int
-    control_connections: int
+def describe_process() -> Mapping[str, Any]:
+    """Return host, pid, program and the time, for people: nothing depends on them."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "program": os.path.basename(sys.argv[0]) if sys.argv else "",
+        "since": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
-class Keeper(Membership):
+class Keeper:
     """Keeps one pool's slots in a ledger.
 
     :param store: where the ledger is.
     :param terms: the limits that all members have to share.
     :param local: the pool.
     :param sessions: asks the server which sessions there are.
-    :param figures: what the process says of itself, ready for JSON, to whom asks.
+    :param figures: what the process says of itself, ready for JSON, when it is asked.
     :param clock: seconds on a steadily rising scale.
     :param chance: a random number below 1.
+    :param who: describes the process, for people.
     """
 
     def __init__(
@@ -84,16 +72,33 @@ class Keeper(Membership):
         chance: Callable[[], float] = random.random,
         who: Callable[[], Mapping[str, Any]] = describe_process,
     ) -> None:
-        self._clock = clock
+        self._store = store
+        self._terms = terms
+        self._local = local
+        self._sessions = sessions
         self._figures = figures
+        self._pace = pace or Pace()
+        self._clock = clock
+        self._chance = chance
+        self._who = who
         self._answers = 0
-        super().__init__(store, terms, local, sessions, pace or Pace(), chance, who)
+        self._begin()
 
     def _begin(self) -> None:
-        super()._begin()
-        self._thread: threading.Thread | None = None
-        # Held by whoever starts the thread.
-        self._starting = threading.Lock()
+        #: The thread's, but for `pressed` and `vain`, which others may read.
+        self.member = Membership(
+            self._store,
+            self._terms,
+            self._local,
+            self._sessions,
+            self._pace,
+            self._chance,
+            self._who,
+        )
+        # What does the rounds, once there is something: the thread, or this object
+        # itself if it was closed before. The first one that is entered is it; without a
+        # lock, which an interrupt could leave locked.
+        self._runner: dict[str, threading.Thread | Keeper] = {}
         # Rings while the store cannot: taken by the keeper, released to wake it.
         self._bell = threading.Lock()
         self._bell.acquire()
@@ -101,28 +106,37 @@ class Keeper(Membership):
         self._closing = False
         # The thread has ended, or will not begin.
         self._ended = False
-        # Who waits to hear that the row is as the pool was then, see `post`.
+        # To be called when the row is as the pool was then, see `post`.
         self._posts: deque[Callable[[bool], None]] = deque()
-        # When to try again what did not work.
+        #: Since when the store does not answer, and why; or why we are refused.
+        self.away_since: float | None = None
+        self.trouble: str | None = None
+        # How often in a row that did not work, and when to try again.
+        self._failures = 0
         self._retry_at = 0.0
 
     # -- called by the pool -------------------------------------------------------
 
+    @property
+    def pressed(self) -> bool:
+        """Others go short of slots."""
+        return self.member.pressed
+
     def ring(self, tag: str | None = None) -> None:
-        """Have the keeper look at the pool: somebody waits, or something was closed.
+        """Have the keeper look at the pool: a caller waits, or something was closed.
 
         Never blocks; cheap when it is rung already, or when more waiting under `tag`
         would change nothing. Starts the thread on first use.
 
         :param tag: who waits; None if that is not the reason.
         """
-        if self._rung or tag in self._vain:
+        if self._rung or tag in self.member.vain:
             return
         try:
             self._rung = True
-            if self._thread is None:
+            if not self._runner:
                 self._start()
-            if self._opened:
+            if self.member.is_open:
                 self._store.nudge()
             else:
                 self._wake()
@@ -139,7 +153,7 @@ class Keeper(Membership):
 
         :param done: called once, by the keeper's thread as a rule: True after the
           commit, False if there is none now: the store is away, we are refused, the
-          keeper is closed. Must not raise. In a forked child nobody is left who waits.
+          keeper is closed. Must not raise. Is not called in a forked child.
         """
         self._posts.append(done)
         self.ring()
@@ -166,67 +180,53 @@ class Keeper(Membership):
             pass  # it was ringing already
 
     def _start(self) -> None:
-        if not self._starting.acquire(blocking=False):
-            return  # somebody else starts it
-        started = True
+        """Start a thread, which ends at once if it is not the first.
+
+        Whoever does it may be interrupted anywhere. The next one starts another.
+        """
         try:
-            if self._thread is None and not self._closing:
-                thread = threading.Thread(
-                    target=self._run, name="sqla_fairpool-keeper", daemon=True
-                )
-                self._thread = thread  # before: an interrupt leaves no second one
-                thread.start()
-        except RuntimeError:
-            self._thread = None
-            started = self._rung = False  # at the interpreter's end
-        finally:
-            self._starting.release()
-        if not started:
-            # Also those of threads that have found it being started.
+            threading.Thread(
+                target=self._run, name="sqla_fairpool-keeper", daemon=True
+            ).start()
+        except RuntimeError:  # at the interpreter's end
+            self._rung = False
             self._answer_posts(self._take_posts(), False)
+
+    def _is_runner(self, who: threading.Thread | Keeper) -> bool:
+        return self._runner.setdefault("runner", who) is who
 
     def after_fork(self) -> None:
         """In the child: be a new process that owns nothing."""
         self._store.after_fork()
         self._begin()
-        self._tell_pool(0, {}, 0)
+        self._local.allot(0, {}, 0)
 
     def close(self) -> None:
         """Give everything back that is closed, and leave. Waits for the thread."""
         self._closing = True
-        thread = self._thread
-        if thread is None:
+        if self._is_runner(self):
             self._end()
             return
-        if self._opened:
+        thread = self._runner["runner"]
+        if self.member.is_open:
             self._store.nudge()
         self._wake()
-        if thread is not threading.current_thread():
+        if isinstance(thread, threading.Thread) and (
+            thread is not threading.current_thread()
+        ):
             thread.join(self._pace.retry)
 
-    def status(self) -> KeeperStatus:
-        """Return what a monitor shows."""
-        orders, away = self._orders, self.away_since
-        return KeeperStatus(
-            kind=self._store.kind,
-            name=self._store.name,
-            member=self._number,
-            owned=orders.owned if orders else 0,
-            target=orders.target if orders else 0,
-            allotted=self._allotted,
-            free=orders.free if orders else 0,
-            quarantined=sum(g.slots for g in orders.gone.values()) if orders else 0,
-            members=orders.members if orders else 0,
-            away_for=None if away is None else self._clock() - away,
-            trouble=self.trouble,
-            unasked=self.unasked,
-            transactions=self.transactions,
-            control_connections=self._store.control_connections,
-        )
+    @property
+    def is_hindered(self) -> bool:
+        """The ledger cannot be reached or used now; what is owned is kept."""
+        has = self.member.allotment
+        return self.trouble is not None and has is not None and has.row.owned > 0
 
     # -- the thread -----------------------------------------------------------------
 
     def _run(self) -> None:
+        if not self._is_runner(threading.current_thread()):
+            return
         rung = False
         while not self._closing:
             wake_at = self.step(self._clock(), rung)
@@ -234,23 +234,26 @@ class Keeper(Membership):
             if not self._rung and not self._closing:
                 woken = self._sleep(max(wake_at - self._clock(), 0.0))
                 # By the pool, or from outside? Where it matters, from both.
-                rung = woken and (self.is_uneasy or not self._is_rung())
+                rung = woken and (self.member.is_uneasy or not self._is_rung())
         self._end()
 
     def _end(self) -> None:
-        self._leave()
+        self.member.leave()
         self._ended = True
         self._answer_posts(self._take_posts(), False)
 
     def _sleep(self, seconds: float) -> bool:
-        """Return if somebody rang."""
-        if self._opened:
+        """Return True if it was rung."""
+        if self.member.is_open:
             try:
                 return self._store.wait(seconds)
             except Exception as error:
-                self._lost(error, self._clock())
+                self._fail(error, self._clock())
                 return False
         return self._bell.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
+
+    def _is_rung(self) -> bool:
+        return self._rung
 
     def step(self, now: float, rung: bool = False) -> float:
         """Do one round; return when to do the next at the latest.
@@ -258,7 +261,7 @@ class Keeper(Membership):
         :param rung: the bell may have been rung by another process.
         """
         if self._rung:
-            self._needs.rung(now)
+            self.member.rung(now)
         self._rung = False
         posts = self._take_posts()  # before the pool is looked at
         has_posted = False
@@ -267,70 +270,58 @@ class Keeper(Membership):
                 self._local.close_surplus()
             else:
                 if self._store.asked:
-                    self._answer()
-                self._round(now, rung, bool(posts))
+                    self._publish()
+                transactions = self.member.transactions
+                self.member.round(now, rung, bool(posts))
                 # As of the last transaction, which was in this round.
-                has_posted = self._orders is not None and self._orders.covered
+                allotment = self.member.allotment
+                has_posted = allotment is not None and allotment.covered
+                if self.member.transactions > transactions:
+                    self.away_since = self.trouble = None
+                    self._failures = 0
         except LedgerError as error:
-            self._refused(error, now)
+            self._refuse(error, now)
         except Exception as error:
-            self._lost(error, now)
+            self._fail(error, now)
         self._answer_posts(posts, has_posted)
-        return self._next_step(now)
+        if now < self._retry_at:
+            return self._retry_at
+        return max(min(self.member.times(now)), now + _LEAST)
 
-    def _answer(self) -> None:
-        """Somebody has asked for our figures: publish them."""
+    def _publish(self) -> None:
+        """Answer to another process that has asked for our figures."""
         self._store.asked = False
         if self._figures is not None:
             # Unlike the answer before, which is how it is told from that.
             self._answers += 1
             self._store.publish(dump({"answer": self._answers, **self._figures()}))
 
-    def _is_rung(self) -> bool:
-        return self._rung
-
     # -- trouble ----------------------------------------------------------------------
 
-    def _lost(self, error: Exception, now: float) -> None:
+    def _fail(self, error: Exception, now: float) -> None:
         """The store is away, or something broke: keep what is owned, try again."""
         if not isinstance(error, StoreAway):
             _log.error("the ledger %s: %r", self._store.name, error, exc_info=error)
         if self.away_since is None:
             self.away_since = now
             _log.warning("the ledger %s is away: %s", self._store.name, error)
-        if not self._store.signed:
-            self._freeze()
         self.trouble = str(error)
-        self._opened = False
-        self._returning = True
+        self.member.away()
         delay = min(self._pace.beat * 0.1 * 2**self._failures, self._pace.retry)
         self._failures = min(self._failures + 1, 16)
         self._retry_at = now + delay * (0.5 + 0.5 * self._chance())
 
-    def _refused(self, error: LedgerError, now: float) -> None:
+    def _refuse(self, error: LedgerError, now: float) -> None:
         """The operator has to mend something: grow no more, try again.
 
-        Who waits is told, unless there are slots here to wait for.
+        Callers that wait are told, unless there are slots here to wait for.
         """
         trouble, self.trouble = self.trouble, str(error)
         self._retry_at = now + self._pace.beat
-        if self._orders is None:
-            if self._number is not None:
-                self._close_pool()  # no member: what is open is to be closed
-            self._opened = False
-            self._store.close()
-        if self._orders is None or not self._orders.owned:
+        allotment = self.member.allotment
+        if allotment is None:
+            self.member.exclude()
+        if allotment is None or not allotment.row.owned:
             self._local.refuse(error)
         elif trouble != self.trouble:
             _log.warning("the ledger %s cannot be used: %s", self._store.name, error)
-
-    def _next_step(self, now: float) -> float:
-        """Return when to look again, if nobody rings."""
-        if now < self._retry_at:
-            return self._retry_at
-        times = [self._look_at]
-        if self._opened and self._store.watches_place:
-            times.append(now + self._pace.beat)
-        if self._orders is not None:
-            times += self._needs.times(self._orders, now)
-        return max(min(times), now + _LEAST)

@@ -2,8 +2,9 @@
 
 Rules of this file:
 
-* What the pool may open is raised after the row, and lowered before it: see
-  :mod:`.book`. The row is the truth; what is remembered here is what it was.
+* What the pool may open is raised after the row, and lowered before it: see the
+  protocol in the package's docstring. The row is the truth; what is remembered here is
+  what it was.
 * Nothing is called in a transaction but the book. Asking for signs of life, asking the
   server, ringing, closing connections: all that is before or after.
 * The store is opened again before the pool is looked at: that may stop the pool from
@@ -18,12 +19,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from .book import Book
-from .demand import Needs, Pace
-from .local import Local, State, condense
+from .demand import Allotment, Demand, Local, Pace, State, condense
 from .rows import Terms
 from .store import Store, StoreAway
-from .transaction import Orders, has_news, settle
-from .watch import Findings, Sessions, View, Watch
+from .transaction import has_news, settle
+from .watch import Findings, Sessions, Watch
 
 __all__ = ["Membership"]
 
@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 #: How many keepers of those that go short watch the others, at each beat, on average.
 _WATCHERS = 4
 
-#: How many of those that do not go short look after the dead within `slow`.
+#: How many of those that do not go short look for dead members within `slow`.
 _PATROL = 20
 
 #: Rounds of giving back within one step: what it closes itself is closed after one.
@@ -40,7 +40,10 @@ _ROUNDS = 3
 
 
 class Membership:
-    """One member. All but :attr:`pressed` is its keeper's thread's."""
+    """One member, from before it joins until it has left. For one thread.
+
+    The parameters are those of :class:`.keeper.Keeper`.
+    """
 
     def __init__(
         self,
@@ -55,29 +58,23 @@ class Membership:
         self._store = store
         self._terms = terms
         self._local = local
-        self._sessions = sessions
         self._pace = pace
         self._chance = chance
         self._who = who
+        self.is_open = False
         self.transactions = 0
-        self._begin()
-
-    def _begin(self) -> None:
-        pace = self._pace
-        self._opened = False
         #: Others go short: the pool rings when a connection falls idle.
         self.pressed = False
-        # Tags of which it is known that more waiting changes nothing.
-        self._vain: frozenset[str] = frozenset()
-        # What the board said last; None if we are no member.
-        self._orders: Orders | None = None
-        # Our number, kept while the row is lost: see `Book.join`.
-        self._number: int | None = None
-        # What the pool was told, and how many connections that allows.
+        #: Tags of which it is known that more waiting changes nothing.
+        self.vain: frozenset[str] = frozenset()
+        #: What the last transaction has said; None if we are no member.
+        self.allotment: Allotment | None = None
+        #: Our number, kept while the row is lost: see `Book.join`.
+        self.number: int | None = None
+        # What the pool was told; None if it may open nothing until it is told anew.
         self._told: tuple[int, Mapping[str, int], int] | None = None
-        self._allotted = 0
-        self._needs = Needs(pace)
-        self._watch = Watch(self._store, self._sessions, pace)
+        self._demand = Demand(pace)
+        self._watch = Watch(store, sessions, pace)
         # Times: of the next look; of the next one without need; of the last watch.
         self._look_at = 0.0
         self._slow_at = 0.0
@@ -92,38 +89,105 @@ class Membership:
         self._guards = False
         # Our sign of life may have been lost; write something, so that others see.
         self._returning = False
-        # Since when the store does not answer, and why.
-        self.away_since: float | None = None
-        self.trouble: str | None = None
-        self._failures = 0
 
-    def _round(self, now: float, rung: bool, asked: bool = False) -> None:
+    @property
+    def _allowed(self) -> int:
+        """How many connections the pool may have, as far as it was told."""
+        return self._told[0] if self._told else 0
+
+    @property
+    def unasked(self) -> str | None:
+        """Why the server cannot be asked for sessions, if it was asked in vain."""
+        return self._watch.unasked
+
+    @property
+    def is_uneasy(self) -> bool:
+        """Tell if there is something to be expected from others."""
+        allotment = self.allotment
+        return allotment is not None and (
+            allotment.row.owned != allotment.target
+            or bool(allotment.asked)
+            or bool(self.vain)
+            or self._guards
+        )
+
+    # -- called by the keeper -------------------------------------------------------
+
+    def rung(self, now: float) -> None:
+        """The pool has rung."""
+        self._demand.rung(now)
+
+    def times(self, now: float) -> Iterator[float]:
+        """Yield the times at which there may be something to do, if nobody rings."""
+        yield self._look_at
+        if self.is_open and self._store.watches_place:
+            yield now + self._pace.beat
+        if self.allotment is not None:
+            yield from self._demand.times(self.allotment, now)
+
+    def round(self, now: float, rung: bool, asked: bool = False) -> None:
         """See what is wanted here, and do what is to be done about that.
 
+        :param rung: the bell may have been rung by another process.
         :param asked: bring the row up to date in any case.
         """
         self._seen.clear()
-        if self._opened or self._number is not None:
+        if self.is_open or self.number is not None:
             self._return_to_place()
         state = self._state()
         self._peak = max(self._peak, state.open)
-        orders = self._orders
-        if orders is None:
-            if asked or state.wants or self._number is not None:
+        allotment = self.allotment
+        if allotment is None:
+            if asked or state.wants or self.number is not None:
                 self._join(now, state)
             else:
                 self._look_at = self._slow_at = now + self._pace.slow
             return
-        matters = (
+        post = (
             asked
             or bool(state.lost)
-            or not state.sessions <= orders.sessions
-            or orders.owned > max(self._allotted, state.open)
+            or not state.sessions.issubset(allotment.row.sessions)
+            or allotment.row.owned > max(self._allowed, state.open)
             or self._returning
-            or self._needs.matter(orders, state.tags, now)
+            or self._demand.is_news(allotment, state.tags, now)
         )
-        if matters or rung or now >= self._look_at:
-            self._look(now, state, matters)
+        if post or rung or now >= self._look_at:
+            self._look(now, state, post)
+
+    def away(self) -> None:
+        """The store is away: what is owned is kept if the sign of life stands."""
+        if not self._store.signed:
+            self._freeze()
+        self.is_open = False
+        self._returning = True
+
+    def exclude(self) -> None:
+        """We are no member, and must not be one: close what is open."""
+        if self.number is not None:
+            self._close_pool()
+        self.is_open = False
+        self._store.close()
+
+    def leave(self) -> None:
+        """Give up everything that is closed, and the sign of life."""
+        try:
+            if self.number is not None:
+                self._close_pool()
+            if self.number is not None and self.is_open:
+                state = self._state()
+                sessions = state.sessions.union(filter(None, state.lost))
+                with self._transaction() as rows:
+                    book = Book(rows)
+                    book.leave(self._store.member, state.open, sessions)
+                    bells = book.tell(book.allocation()) if book.meta else []
+                self._store.ring(bells)
+        except Exception as error:
+            # Others find us dead, and our slots with us.
+            _log.warning("could not leave the ledger %s: %s", self._store.name, error)
+        finally:
+            self.allotment = self.number = None
+            self.is_open = False
+            self._store.close()
 
     def _state(self) -> State:
         state = State.of(self._local)
@@ -133,28 +197,12 @@ class Membership:
         tags = {t: want._replace(in_use=seen[t]) for t, want in state.tags.items()}
         return state._replace(tags=condense(tags))
 
-    @property
-    def is_uneasy(self) -> bool:
-        """Tell if there is something to be expected from others."""
-        orders = self._orders
-        return orders is not None and (
-            orders.owned != orders.target
-            or bool(orders.asked)
-            or bool(self._vain)
-            or self._guards
-        )
-
-    @property
-    def unasked(self) -> str | None:
-        """Why the server cannot be asked for sessions, if it was asked in vain."""
-        return self._watch.unasked
-
     # -- transactions ---------------------------------------------------------------
 
     def _return_to_place(self) -> None:
         """Have the store open, and at the ledger's place."""
         store = self._store
-        if not self._opened:
+        if not self.is_open:
             self._open()
         elif store.watches_place and not store.in_place():
             self._freeze()
@@ -167,21 +215,19 @@ class Membership:
             # cover what the lost one did.
             self._freeze()
         self._store.open()
-        self._opened = True
+        self.is_open = True
 
     def _freeze(self) -> None:
         self._local.freeze()
-        self._told, self._allotted = None, 0
+        self._told = None
 
     @contextmanager
     def _transaction(self) -> Iterator[MutableMapping[str, str]]:
-        if not self._opened:
+        if not self.is_open:
             self._open()
         self.transactions += 1
         with self._store.transaction() as rows:
             yield rows
-        self.away_since = self.trouble = None
-        self._failures = 0
 
     def _join(self, now: float, state: State) -> None:
         """Become a member, and get what there is, in one transaction as a rule."""
@@ -191,14 +237,14 @@ class Membership:
                 book = Book(rows)
                 book.reap(dead)
                 if looked or self._is_accepted(book, state):
-                    orders = self._enter(book, state)
+                    allotment = self._enter(book, state)
                     break
                 texts = dict(book.texts)
             living = self._store.living(list(texts))
             dead = {key: text for key, text in texts.items() if key not in living}
         self._slow_at = now + self._pace.slow
-        self._obey(orders, now)
-        if orders.fresh is not None and not self._settle(now, self._state(), True):
+        self._obey(allotment, now)
+        if allotment.fresh is not None and not self._settle(now, self._state(), True):
             return  # it was another one that is a member now
         self._give_back(now)
         self._watch_others(now)
@@ -206,48 +252,42 @@ class Membership:
     def _is_accepted(self, book: Book, state: State) -> bool:
         return book.accepts(self._store.member, self._terms, state.server)
 
-    def _enter(self, book: Book, state: State) -> Orders:
+    def _enter(self, book: Book, state: State) -> Allotment:
         key = self._store.member
-        book.join(key, self._who(), self._terms, self._number, state.server)
-        return settle(book, key, state, state.tags, self._allotted, sign=True)
+        book.join(key, self._who(), self._terms, self.number, state.server)
+        return settle(book, key, state, state.tags, self._allowed, sign=True)
 
-    def _look(self, now: float, state: State, matters: bool) -> None:
-        """Read the board, say what there is to say, do what is asked."""
-        orders = self._orders
-        assert orders is not None
+    def _look(self, now: float, state: State, post: bool) -> None:
+        """Read the rows, say what there is to say, do what is asked."""
+        allotment = self.allotment
+        assert allotment is not None
         slow = now >= self._slow_at
         if slow:
-            matters |= self._let_go(state)
-        elif matters and (spare := self._needs.spare(orders, state.tags, now)):
-            self._shrink_pool(orders.owned - spare)
-        if not self._settle(now, self._state(), matters):
+            post |= self._let_go(state)
+        elif post and (spare := self._demand.spare(allotment, state.tags, now)):
+            self._shrink_pool(allotment.row.owned - spare)
+        if not self._settle(now, self._state(), post):
             return  # no member any more
         self._give_back(now)
-        if slow and self._chance() * max(self._members, 1) < _PATROL:
-            self._watch_others(now, patrol=True)
-        else:
-            self._watch_others(now)
-
-    @property
-    def _members(self) -> int:
-        return self._orders.members if self._orders else 0
+        members = self.allotment.members if self.allotment else 0
+        self._watch_others(now, slow and self._chance() * max(members, 1) < _PATROL)
 
     def _settle(
         self,
         now: float,
         state: State,
-        matters: bool,
+        post: bool,
         findings: Findings | None = None,
     ) -> bool:
         """Bring our row up to date, if need be; return if we are a member."""
-        orders, key = self._orders, self._store.member
-        assert orders is not None
-        posted = self._needs.steady(orders, state.tags, now)
-        matters = matters or findings is not None or orders.fresh is not None
-        all_there = self._are_all_there(orders)
+        allotment, key = self.allotment, self._store.member
+        assert allotment is not None
+        posted = self._demand.steady(allotment, state.tags, now)
+        post = post or findings is not None or allotment.fresh is not None
+        all_there = self._are_all_there(allotment)
         told = None
         with self._transaction() as rows:
-            if matters or has_news(rows, key, orders):
+            if post or has_news(rows, key, allotment):
                 book = Book(rows)
                 if findings is not None:
                     findings.apply(book)
@@ -264,18 +304,18 @@ class Membership:
                         key,
                         state,
                         posted,
-                        self._allotted,
-                        ready=self._needs.ready(now),
+                        self._allowed,
+                        ready=self._demand.ready(now),
                         keep=True,
                         # It answers, though it may have nothing to give yet.
                         sign=self._returning or key in book.due,
                         unasked=self.unasked,
                     )
                 else:
-                    self._orders = None
+                    self.allotment = None
                     if book.meta is not None:  # else the rows were made anew
                         book.tell(book.allocation())
-        if self._orders is None:
+        if self.allotment is None:
             # Taken for dead, or the ledger was reset: as a newcomer, with the number
             # we had and the connections that are open.
             self._join(now, state)
@@ -287,38 +327,38 @@ class Membership:
             self._plan_looks(now)
         return True
 
-    def _are_all_there(self, orders: Orders) -> frozenset[str] | None:
+    def _are_all_there(self, allotment: Allotment) -> frozenset[str] | None:
         """Return the members of fresh rows, if nobody else lives at this place."""
-        if orders.fresh is None:
+        if allotment.fresh is None:
             return None
-        strangers, before = self._store.strangers(orders.fresh), self._strangers
+        strangers, before = self._store.strangers(allotment.fresh), self._strangers
         self._strangers = strangers
         if strangers and strangers != before:
             self._store.ring_all()  # so that they find out
-        return None if strangers else orders.fresh
+        return None if strangers else allotment.fresh
 
-    def _obey(self, orders: Orders, now: float) -> None:
-        """Do what the board says, and ring who is to hear of ours."""
-        before, self._orders = self._orders, orders
-        self._number = orders.number
-        if orders.buried:
-            self._local.buried(orders.buried)
-            self._allotted = max(self._allotted - len(orders.buried), 0)
+    def _obey(self, allotment: Allotment, now: float) -> None:
+        """Do what the rows say, and ring those that are to hear of ours."""
+        before, self.allotment = self.allotment, allotment
+        self.number = allotment.row.number
+        if allotment.buried:
+            self._local.buried(allotment.buried)
             if self._told is not None:
-                self._told = (self._allotted, *self._told[1:])
+                slots, ceilings, other = self._told
+                self._told = max(slots - len(allotment.buried), 0), ceilings, other
             self._guards = True
-        self._needs.told(before, orders, now)
-        self._tell_pool(min(orders.owned, orders.target), orders.ceilings, orders.other)
-        if orders.bells:
-            self._store.ring(orders.bells)
-        if orders.pressed != self.pressed:
-            self.pressed = orders.pressed
-            self._local.press(orders.pressed)
-        self._vain = frozenset(
-            tag
-            for tag, line in orders.lines.items()
-            if line.waiting and orders.claims[tag] < line.wants
+        self._demand.note(before, allotment, now)
+        self._tell_pool(
+            min(allotment.row.owned, allotment.target),
+            allotment.ceilings,
+            allotment.other,
         )
+        if allotment.bells:
+            self._store.ring(allotment.bells)
+        if allotment.row.pressed != self.pressed:
+            self.pressed = allotment.row.pressed
+            self._local.press(allotment.row.pressed)
+        self.vain = allotment.vain
         self._plan_looks(now)
 
     def _plan_looks(self, now: float) -> None:
@@ -335,11 +375,10 @@ class Membership:
         if told != self._told:
             self._local.allot(slots, ceilings, other)
             self._told = told
-            self._allotted = slots
 
     def _shrink_pool(self, slots: int) -> None:
         """Tell the pool to have no more than `slots`, before the row says so."""
-        if slots < self._allotted and self._told is not None:
+        if self._told is not None and slots < self._allowed:
             self._tell_pool(slots, *self._told[1:])
             self._local.close_surplus()
 
@@ -354,72 +393,54 @@ class Membership:
     def _give_back(self, now: float) -> None:
         """While slots are to go and their connections are closed: give them back."""
         for _ in range(_ROUNDS):
-            orders = self._orders
-            if orders is None or orders.owned <= orders.target:
+            allotment = self.allotment
+            if allotment is None or allotment.row.owned <= allotment.target:
                 return
             self._local.close_surplus()
             state = self._state()
-            if max(self._allotted, state.open) >= orders.owned:
+            if max(self._allowed, state.open) >= allotment.row.owned:
                 return
             if not self._settle(now, state, True):
                 return
 
     def _let_go(self, state: State) -> bool:
         """Give up slots for which there was no connection since the last slow look."""
-        orders, peak = self._orders, self._peak
-        assert orders is not None
+        allotment, peak = self.allotment, self._peak
+        assert allotment is not None
         self._peak = state.open
-        if any(want.waiting for want in state.tags.values()) or peak >= orders.owned:
+        if (
+            any(want.waiting for want in state.tags.values())
+            or peak >= allotment.row.owned
+        ):
             return False
         self._shrink_pool(peak)
         return True
 
-    def _leave(self) -> None:
-        """Give up everything that is closed, and the sign of life."""
-        try:
-            if self._number is not None:
-                self._close_pool()
-            if self._number is not None and self._opened:
-                state = self._state()
-                sessions = state.sessions.union(filter(None, state.lost))
-                with self._transaction() as rows:
-                    book = Book(rows)
-                    book.leave(self._store.member, state.open, sessions)
-                    bells = book.tell(book.allocation()) if book.meta else []
-                self._store.ring(bells)
-        except Exception as error:
-            # Others find us dead, and our slots with us.
-            _log.warning("could not leave the ledger %s: %s", self._store.name, error)
-        finally:
-            self._orders = self._number = None
-            self._opened = False
-            self._store.close()
-
     # -- the others -----------------------------------------------------------------
 
     def _watch_others(self, now: float, patrol: bool = False) -> None:
-        """Look after the dead and the stopped, if it is for us to do that."""
-        orders, pace = self._orders, self._pace
+        """Look for dead and stopped members, if it is for us to do that."""
+        allotment, pace = self.allotment, self._pace
         pause = pace.grace if self._guards else pace.beat * 0.9
-        if orders is None or now - self._watched_at < pause:
+        if allotment is None or now - self._watched_at < pause:
             return
-        short = bool(self._vain) or orders.owned < orders.target
-        lucky = self._chance() * max(orders.hungry, 1) < _WATCHERS
-        if not (patrol or self._guards or (lucky and (short or orders.gone))):
+        short = bool(self.vain) or allotment.row.owned < allotment.target
+        lucky = self._chance() * max(allotment.starved, 1) < _WATCHERS
+        if not (patrol or self._guards or (lucky and (short or allotment.gone))):
             return
         self._watched_at = now
         with self._transaction() as rows:
-            view = View.of(Book(rows))
-        findings = self._watch.look(view, self._store.member, now)
-        if findings.any or self.unasked != orders.unasked:
+            book = Book(dict(rows))
+        findings = self._watch.look(book, self._store.member, now)
+        if findings.any or self.unasked != allotment.row.unasked:
             if not self._settle(now, self._state(), True, findings):
                 return
             self._guards = self._guards or bool(findings.dead)
-            if self._orders is not None:
-                self._watch.note(self._orders.gone, now)
+            if self.allotment is not None:
+                self._watch.note(self.allotment.gone, now)
             self._give_back(now)
-        if self._orders is not None:
-            self._guards = self._guards and bool(self._orders.gone)
+        if self.allotment is not None:
+            self._guards = self._guards and bool(self.allotment.gone)
         if findings.bells:
             self._store.ring(findings.bells)
         self._plan_looks(now)

@@ -34,11 +34,10 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, ProgrammingError, SQLAlchemyError
 from sqlalchemy.pool import NullPool
 
-from . import sessions
+from . import watch
 from .errors import LedgerError
-from .postgres_tables import Tables, TablesGone
-from .store import StoreAway
-from .watch import Present
+from .postgres_tables import Tables, TablesGone, TablesUnusable
+from .store import Store, StoreAway
 
 __all__ = ["PostgresStore"]
 
@@ -72,10 +71,19 @@ _MISSING = frozenset({"42P01", "3F000"})
 # lock was there.
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 
-_SIGNS = text(
-    "SELECT pid, (classid::bigint << 32) | objid::bigint FROM pg_locks "
-    "WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND database = "
-    "(SELECT oid FROM pg_database WHERE datname = current_database())"
+_SIGNS = """
+    SELECT pid, (classid::bigint << 32) | objid::bigint FROM pg_locks
+    WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND database =
+    (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+
+
+# Of another role's session that would be an error.
+_END_HOLDERS = text(
+    "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_stat_activity USING (pid) "
+    "WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND database = datid "
+    "AND datname = current_database() AND usename = current_user "
+    "AND (classid::bigint << 32) | objid::bigint = :sign AND pid <> pg_backend_pid()"
 )
 
 
@@ -87,17 +95,16 @@ class _Heard(NamedTuple):
     pid: int
 
 
-class PostgresStore:
-    """See the head of this file.
+class PostgresStore(Store):
+    """See the head of this file, and :class:`.store.Store` for the methods.
 
     :param url: the database, with psycopg2 or psycopg as the driver.
     :param ledger: which one, if there are several in the database.
-    :param observes: it is opened to look on, by who is no member: it gives no sign of
-      life, and nobody counts it among those who may have connections.
+    :param observes: it is opened to look on, by a process that is no member: it gives
+      no sign of life, and does not count among those that may have connections.
     """
 
     kind = "postgresql"
-    #: The sign of life depends on a connection.
     can_lose_sign = True
     #: The tables are looked at in each transaction, and not in between.
     watches_place = False
@@ -116,7 +123,6 @@ class PostgresStore:
                 "application_name": "sqla_fairpool ledger",
             },
         )
-        self._ledger = ledger
         self._observes = observes
         # Of the place, see the head: the lock that each member shares, as a key of
         # its own and as a second one, and the channel to which all listen.
@@ -126,7 +132,7 @@ class PostgresStore:
         host = url.host or url.query.get("host") or "localhost"
         port = f":{url.port}" if url.port else ""
         self.name = f"postgresql://{host}{port}/{url.database} ledger {ledger!r}"
-        self._tables = Tables(ledger)
+        self._tables = Tables(ledger, self._run)
         self._begin()
 
     def _begin(self) -> None:
@@ -151,28 +157,13 @@ class PostgresStore:
         """The key of this process's sign of life, an advisory lock."""
         return _key(self.member)
 
-    def look(self) -> Present:
-        """Return the sessions of the server in which the ledger is."""
-        with self._translated():
-            cursor = self._driver.cursor()
-            try:
-                return sessions.look(cursor)
-            finally:
-                cursor.close()
-
     @property
     def control_connections(self) -> int:
-        """Server connections that it holds: one, or none."""
         return int(self._connection is not None)
 
     # -- opening and closing --------------------------------------------------------
 
     def open(self) -> None:
-        """Create the tables if need be, check them, give a sign of life. Idempotent.
-
-        :raises StoreAway: if the server cannot be reached.
-        :raises LedgerError: if it cannot be used as it is.
-        """
         if self._is_open:
             return
         if self._pipe is None:
@@ -184,12 +175,14 @@ class PostgresStore:
             if not is_connected:
                 with self._translated():
                     self._connection = self._engine.connect()
-                    self._prepare()
-            with self._exclusive(_CREATION), self._translated():
-                self._tables.open(self._live)
+                self._prepare()
+            with self._exclusive(_CREATION):
+                try:
+                    self._tables.open()
+                except TablesUnusable as error:
+                    raise self._unusable(error) from None
             if not is_connected and not self._observes:
-                with self._translated():
-                    self._appear()
+                self._appear()
         except BaseException:
             # One that was there before has a sign of life, which is not given up.
             if not is_connected:
@@ -198,18 +191,20 @@ class PostgresStore:
         self.signed = self._is_open = True
 
     def _prepare(self) -> None:
-        self._run(f"SET lock_timeout = '{_LOCK_TIMEOUT}'")
-        self._run(f"SET statement_timeout = '{_STATEMENT_TIMEOUT}'")
-        # Who is stopped in a transaction must not keep the others from theirs. His
-        # session is ended, and with it his sign of life, which he finds out.
-        idle = "idle_in_transaction_session_timeout"
-        self._run(f"SET {idle} = '{_STATEMENT_TIMEOUT}'")
-        cursor = self._driver.cursor()
-        try:
+        # A process that is stopped in a transaction must not keep the others from
+        # theirs. Its session is ended, and with it its sign of life: it finds that out.
+        for setting, time in (
+            ("lock_timeout", _LOCK_TIMEOUT),
+            ("statement_timeout", _STATEMENT_TIMEOUT),
+            ("idle_in_transaction_session_timeout", _STATEMENT_TIMEOUT),
+        ):
+            self._run(f"SET {setting} = '{time}'")
+        with self._cursor() as cursor:
             pid = self._driver.info.backend_pid
-            self.server, _ = sessions.identify(cursor, pid)
-        finally:
-            cursor.close()
+            try:
+                self.server, _ = watch.identify(cursor, pid)
+            except LedgerError as error:
+                raise self._unusable(error) from None
         if hasattr(self._driver, "add_notify_handler"):
             # psycopg gives to nobody else what comes in while a statement runs.
             self._driver.add_notify_handler(
@@ -218,19 +213,19 @@ class PostgresStore:
 
     def _appear(self) -> None:
         """Give the sign of life, at this place, and listen."""
+        # The session before this one may hold it still: where only we have learned of
+        # its end, the server would take minutes or hours to notice.
+        self._live.execute(_END_HOLDERS, {"sign": self.sign})
         self._run(f"LISTEN {_channel(self.member)}")
         self._run(f"LISTEN {self._everybody}")
         self._run(
-            f"SELECT pg_advisory_lock({_key(self.member)}), "
+            f"SELECT pg_advisory_lock({self.sign}), "
             f"pg_advisory_lock_shared({self._place})"
         )
 
     def close(self) -> None:
-        """Give up the sign of life and all handles. Idempotent."""
         self._drop()
-        if self._pipe is not None:
-            for end in self._pipe:
-                os.close(end)
+        self._close_pipe()
         self._begin()
 
     def _drop(self) -> None:
@@ -243,8 +238,11 @@ class PostgresStore:
                 connection.invalidate()
                 connection.close()
 
+    def _close_pipe(self) -> None:
+        for end in self._pipe or ():
+            os.close(end)
+
     def after_fork(self) -> None:
-        """In the child: become a closed store with a member id of its own."""
         if self._connection is not None:
             # Never to be deallocated, which would say goodbye to the parent's server;
             # and without its socket, or the parent would live as long as we do.
@@ -254,40 +252,33 @@ class PostgresStore:
                 os.close(nothing)
             for one in (self._driver, self._connection):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
-        if self._pipe is not None:
-            for end in self._pipe:
-                os.close(end)
+        self._close_pipe()
         self._begin()
 
-    # -- rows --------------------------------------------------------------------------
+    # -- statements --------------------------------------------------------------------
 
     @contextmanager
     def transaction(self) -> Iterator[MutableMapping[str, str]]:
-        """The rows, for this process alone; kept on leaving, undone by an exception."""
         if not self._is_open:
             raise StoreAway("the ledger is not open")
         with self._exclusive(self._exclusion):
             with self._translated():
-                before = self._tables.read(self._live)
+                before = self._tables.read()
             rows = dict(before)
             yield rows
-            with self._translated():
-                self._tables.write(self._live, before, rows)
+            self._tables.write(before, rows)
 
     @contextmanager
     def _exclusive(self, key: int) -> Iterator[None]:
         """A transaction of the server's that no other with the same key overlaps."""
         try:
-            with self._translated():
-                self._run(_BEGIN)
-                self._run(f"SELECT pg_advisory_xact_lock({_EXCLUSIVE}, {key})")
+            self._run(_BEGIN)
+            self._run(f"SELECT pg_advisory_xact_lock({_EXCLUSIVE}, {key})")
             yield
-            with self._translated():
-                self._run("COMMIT")
+            self._run("COMMIT")
         except BaseException:
             with contextlib.suppress(SQLAlchemyError, StoreAway, LedgerError):
-                with self._translated():
-                    self._run("ROLLBACK")
+                self._run("ROLLBACK")
             raise
 
     @property
@@ -300,18 +291,26 @@ class PostgresStore:
     def _driver(self) -> Any:
         return self._live.connection.driver_connection
 
-    def _run(self, statement: str, **values: object) -> Any:
-        return self._live.execute(text(statement), values)
+    def _run(self, statement: str, values: Any = None) -> Any:
+        with self._translated():
+            return self._live.execute(text(statement), values)
+
+    @contextmanager
+    def _cursor(self) -> Iterator[Any]:
+        """A cursor of the driver's own."""
+        with self._translated(), contextlib.closing(self._driver.cursor()) as cursor:
+            yield cursor
+
+    def look(self) -> watch.Present:
+        """Return the sessions of the server in which the ledger is."""
+        with self._cursor() as cursor:
+            return watch.look(cursor)
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
         """Raise `StoreAway` or `LedgerError` for what the server or the driver says."""
         try:
             yield
-        except LedgerError as error:
-            raise LedgerError(
-                f"the ledger {self.name} cannot be used: {error}"
-            ) from None
         except TablesGone as error:
             self._miss_tables()
             raise StoreAway(f"{self.name}: {error}") from None
@@ -350,16 +349,10 @@ class PostgresStore:
     # -- signs of life ----------------------------------------------------------------
 
     def living(self, members: Collection[str]) -> set[str]:
-        """Return those whose sign of life stands."""
         signs = {key for keys in self._signs().values() for key in keys}
         return {member for member in members if _key(member) in signs}
 
     def strangers(self, members: Collection[str]) -> int:
-        """Return how many live at the ledger's place, but are none of `members`.
-
-        Nor this process. They are members that the tables do not know, because these
-        were dropped or restored.
-        """
         known = {_key(member) for member in (*members, self.member)}
         return sum(
             self._place in keys and known.isdisjoint(keys)
@@ -368,39 +361,31 @@ class PostgresStore:
 
     def _signs(self) -> dict[int, set[int]]:
         """Return the keys that sessions hold, of members and of places."""
-        with self._translated():
-            found = self._live.execute(_SIGNS).all()
         signs: dict[int, set[int]] = {}
-        for pid, key in found:
+        for pid, key in self._run(_SIGNS):
             signs.setdefault(pid, set()).add(key)
         return signs
 
     def in_place(self) -> bool:
-        """Tell if the control connection is there, as far as is known. No I/O."""
         return self._connection is not None
 
     # -- bells ------------------------------------------------------------------------
 
     def ring(self, members: Iterable[str]) -> None:
-        """Wake them from their :meth:`wait`. Best effort."""
         self._notify(map(_channel, members), "")
 
     def ring_all(self) -> None:
-        """Wake all others at the ledger's place. Best effort."""
         self._notify([self._everybody], "")
 
     def ask(self, members: Iterable[str]) -> None:
-        """Wake them, and have them publish. Best effort."""
         self._notify(map(_channel, members), _ASK)
 
     def _notify(self, channels: Iterable[str], what: str) -> None:
         values = [{"channel": channel, "what": what} for channel in channels]
         if values:
-            with self._translated():
-                self._live.execute(text("SELECT pg_notify(:channel, :what)"), values)
+            self._run("SELECT pg_notify(:channel, :what)", values)
 
     def wait(self, seconds: float | None) -> bool:
-        """Sleep until rung or nudged; return False when the time was up."""
         assert self._pipe is not None
         connection = self._driver
         if self._heard(connection):
@@ -444,20 +429,13 @@ class PostgresStore:
             heard.append(_Heard(n.relname.decode(), n.extra.decode(), n.be_pid))
         return heard
 
-    # -- figures ----------------------------------------------------------------------
-
     def publish(self, text: str) -> None:
-        """Let others read what this process says of itself."""
-        with self._translated():
-            self._tables.publish(self._live, self.member, text)
+        self._tables.publish(self.member, text)
 
     def published(self, members: Collection[str]) -> dict[str, str]:
-        """Return what each of `members` has published last, if anything."""
-        with self._translated():
-            return self._tables.published(self._live, members)
+        return self._tables.published(members)
 
     def nudge(self) -> None:
-        """End this process's wait. From any thread, never blocks."""
         pipe = self._pipe
         if pipe is not None:
             with contextlib.suppress(OSError):  # full, or closed meanwhile

@@ -1,4 +1,4 @@
-"""The ledger's rows, as text and as objects. Unknown fields are left out.
+"""The ledger's rows, as text and as objects. Fields that are not known are ignored.
 
 =================  ===========================================================
 key                what
@@ -14,9 +14,13 @@ key                what
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from functools import lru_cache
+from types import NoneType
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+from typing_extensions import Self
 
 from .allocation import Limits, Line
 from .errors import LedgerError, RowBroken
@@ -25,9 +29,7 @@ __all__ = [
     "DUE",
     "META",
     "PROTOCOL",
-    "STALLED",
     "TAGS",
-    "TURN",
     "Gone",
     "Left",
     "Member",
@@ -41,20 +43,31 @@ __all__ = [
 #: a lower one when they join and no other member lives.
 PROTOCOL = 2
 
-META, TAGS, DUE = "meta", "tags", "due"
+META, TAGS, DUE, MEMBER, GONE = "meta", "tags", "due", "member/", "gone/"
 
-#: Two of the reasons in ``due``: asked to yield a place in a line; and written down as
-#: stalled, so that the member sees that when it goes on.
-TURN, STALLED = "turn", "stalled"
-_MEMBER, _GONE = "member/", "gone/"
+#: Fields that rows of the protocol's first version do not have.
+_LATER = frozenset({"sessions", "unasked", "server", "fresh"})
 
 
-_T = TypeVar("_T")
+def member_key(member: str) -> str:
+    """Return the key of a member's row."""
+    return MEMBER + member
+
+
+def gone_key(number: int) -> str:
+    """Return the key of a quarantine's row."""
+    return f"{GONE}{number}"
 
 
 def dump(value: object) -> str:
     """Return a value as the text of a row."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, default=asdict)
+
+
+# -- reading ---------------------------------------------------------------------------
+
+_T = TypeVar("_T")
+_Check = Callable[[Any], Any]
 
 
 def read(key: str, text: str | None, parse: Callable[[Any], _T]) -> _T:
@@ -72,26 +85,78 @@ def read(key: str, text: str | None, parse: Callable[[Any], _T]) -> _T:
         ) from None
 
 
-def _is(value: Any, *kinds: type) -> Any:
-    # Not isinstance(): to Python, true is a number.
-    if type(value) not in kinds:
-        raise TypeError(f"{value!r} is of the wrong type")
-    return value
+def _of(*kinds: type) -> _Check:
+    def check(value: Any) -> Any:
+        # Not isinstance(): to Python, true is a number.
+        if type(value) not in kinds:
+            raise TypeError(f"{value!r} is of the wrong type")
+        return value
+
+    return check
 
 
-def _whole(row: Mapping[str, Any], name: str) -> int:
-    number: int = _is(row[name], int)
-    return number
+def _each(check: _Check) -> _Check:
+    return lambda row: {name: check(value) for name, value in _object(row).items()}
 
 
-def counts(row: Any) -> dict[str, int]:
-    """Parse the places in the line of tags."""
-    return {name: _whole(row, name) for name in _is(row, dict)}
+_int, _bool, _str, _object, _list = map(_of, (int, bool, str, dict, list))
+_number, _int_or_none, _str_or_none = (
+    _of(int, float),
+    _of(int, NoneType),
+    _of(str, NoneType),
+)
+
+#: Parse the places in the line of tags; who is due, and why.
+counts: Callable[[Any], dict[str, int]] = _each(_int)
+words: Callable[[Any], dict[str, str]] = _each(_str)
 
 
-def words(row: Any) -> dict[str, str]:
-    """Parse who is due, and why."""
-    return {name: _is(word, str) for name, word in _is(row, dict).items()}
+def _line(values: Any) -> Line:
+    checks = (_int, _int, _bool, _int, _int)
+    pairs = zip(checks, _list(values)[:5], strict=True)
+    return Line(*(check(value) for check, value in pairs))
+
+
+def _sessions(values: Any) -> tuple[Session, ...]:
+    return tuple(Session(_int(pid), _int_or_none(began)) for pid, began in values)
+
+
+def _terms(row: Any) -> Terms:
+    return Terms(**{name: _number(row[name]) for name in Terms.__slots__})
+
+
+def _protocol(version: Any) -> int:
+    if _int(version) > PROTOCOL:
+        raise LedgerError(
+            f"the ledger is of protocol version {version}, and this process knows "
+            f"{PROTOCOL}: it runs an older sqla_fairpool than another member; use the "
+            "same version everywhere"
+        )
+    return int(version)
+
+
+class _Row:
+    """An object in a row: its fields in the order of writing, and their checks."""
+
+    __slots__ = ()
+    FIELDS: ClassVar[Mapping[str, _Check]]
+
+    @property
+    def text(self) -> str:
+        return dump({name: getattr(self, name) for name in self.FIELDS})
+
+    @classmethod
+    def parse(cls, row: Any) -> Self:
+        return cls(
+            **{
+                name: check(row[name])
+                for name, check in cls.FIELDS.items()
+                if name in _object(row) or name not in _LATER
+            }
+        )
+
+
+# -- what there is in the rows ---------------------------------------------------------
 
 
 class Session(NamedTuple):
@@ -123,13 +188,6 @@ def in_order(sessions: Iterable[Session]) -> tuple[Session, ...]:
     return tuple(sorted(set(sessions), key=lambda s: (s.pid, s.began or 0)))
 
 
-def _sessions(row: Mapping[str, Any]) -> tuple[Session, ...]:
-    return tuple(
-        Session(_is(pid, int), _is(began, int, type(None)))
-        for pid, began in row.get("sessions", ())  # a lower version wrote none
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Terms:
     """What all members of a ledger have to agree on."""
@@ -152,8 +210,17 @@ class Terms:
 
 
 @dataclass(frozen=True, slots=True)
-class Meta:
+class Meta(_Row):
     """The row of which there is one."""
+
+    FIELDS = {  # noqa: RUF012  (the base says that it is of the class)
+        "protocol": _protocol,
+        "terms": _terms,
+        "next_number": _int,
+        "next_place": _int,
+        "server": _str_or_none,
+        "fresh": _bool,
+    }
 
     terms: Terms
     #: Numbers of members and places in lines are never given twice.
@@ -165,34 +232,22 @@ class Meta:
     fresh: bool = False
     protocol: int = PROTOCOL
 
-    @property
-    def text(self) -> str:
-        return dump(asdict(self))
-
-    @classmethod
-    def parse(cls, row: Any) -> Meta:
-        """:raises LedgerError: if a later version has written it."""
-        protocol = _whole(row, "protocol")
-        if protocol > PROTOCOL:
-            raise LedgerError(
-                f"the ledger is of protocol version {protocol}, and this "
-                f"process knows {PROTOCOL}: it runs an older sqla_fairpool than "
-                f"another member; use the same version everywhere"
-            )
-        terms = {name: _is(row["terms"][name], int, float) for name in Terms.__slots__}
-        return cls(
-            Terms(**terms),
-            _whole(row, "next_number"),
-            _whole(row, "next_place"),
-            _is(row.get("server"), str, type(None)),
-            _is(row.get("fresh", False), bool),
-            protocol,
-        )
-
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class Member(_Row):
     """A process that takes part."""
+
+    FIELDS = {  # noqa: RUF012
+        "number": _int,
+        "who": _object,
+        "owned": _int,
+        "beat": _int,
+        "pressed": _bool,
+        "stalled": _bool,
+        "tags": _each(_line),
+        "sessions": _sessions,
+        "unasked": _str_or_none,
+    }
 
     number: int
     #: For people: host, pid, program, since when.
@@ -204,74 +259,32 @@ class Member:
     pressed: bool = False
     #: It was asked for something and did not answer; written by others.
     stalled: bool = False
-    lines: Mapping[str, Line] = field(default_factory=dict)
+    tags: Mapping[str, Line] = field(default_factory=dict)
     #: Its sessions at the server, as far as it had posted them.
     sessions: tuple[Session, ...] = ()
     #: Why it cannot ask the server for sessions, if it has tried in vain.
     unasked: str | None = None
 
-    @property
-    def text(self) -> str:
-        return dump(
-            {
-                "number": self.number,
-                "who": self.who,
-                "owned": self.owned,
-                "beat": self.beat,
-                "pressed": self.pressed,
-                "stalled": self.stalled,
-                "tags": {tag: [*line] for tag, line in self.lines.items()},
-                "sessions": self.sessions,
-                "unasked": self.unasked,
-            }
-        )
 
-    @classmethod
-    def parse(cls, row: Any) -> Member:
-        return cls(
-            _whole(row, "number"),
-            _is(row["who"], dict),
-            _whole(row, "owned"),
-            _whole(row, "beat"),
-            _is(row["pressed"], bool),
-            _is(row["stalled"], bool),
-            {tag: _line(line) for tag, line in row["tags"].items()},
-            _sessions(row),
-            _is(row.get("unasked"), str, type(None)),
-        )
-
-
-def _line(values: Any) -> Line:
-    in_use, waiting, active, place, limit = _is(values, list)[:5]
-    for number in (in_use, waiting, place, limit):
-        _is(number, int)
-    return Line(in_use, waiting, _is(active, bool), place, limit)
-
-
-# Of many members' rows few change between two looks, so they are kept. What is kept
-# takes some ten times as much memory as the texts.
-_CACHED = 1_000_000  # characters
-_cache: dict[str, Member] = {}
-_cached = 0
-
-
+# Of many members' rows few change between two looks.
+@lru_cache(maxsize=2048)
 def parse_member(key: str, text: str) -> Member:
     """Return a member's row."""
-    global _cached
-    member = _cache.get(text)
-    if member is None:
-        member = read(member_key(key), text, Member.parse)
-        _cached += len(text)
-        if _cached > _CACHED:
-            _cache.clear()
-            _cached = len(text)
-        _cache[text] = member
-    return member
+    return read(member_key(key), text, Member.parse)
 
 
 @dataclass(frozen=True, slots=True)
-class Gone:
+class Gone(_Row):
     """Slots for which a connection may be open, though no member answers for it."""
+
+    FIELDS = {  # noqa: RUF012
+        "slots": _int,
+        "why": _str,
+        "who": _object,
+        "member": _str,
+        "stamp": _int,
+        "sessions": _sessions,
+    }
 
     #: How many; in general not less than there are sessions in the row.
     slots: int
@@ -289,21 +302,6 @@ class Gone:
         """Slots of which no session is known."""
         return max(self.slots - len(self.sessions), 0)
 
-    @property
-    def text(self) -> str:
-        return dump(asdict(self))
-
-    @classmethod
-    def parse(cls, row: Any) -> Gone:
-        return cls(
-            _whole(row, "slots"),
-            _is(row["why"], str),
-            _is(row["who"], dict),
-            _is(row["member"], str),
-            _whole(row, "stamp"),
-            _sessions(row),
-        )
-
 
 class Left(NamedTuple):
     """What is left of a quarantine, after the server was asked."""
@@ -317,28 +315,3 @@ class Left(NamedTuple):
     def is_less(self) -> bool:
         """Tell if there is something to write down."""
         return self.slots < self.gone.slots or self.sessions != self.gone.sessions
-
-
-def member_key(member: str) -> str:
-    """Return the key of a member's row."""
-    return _MEMBER + member
-
-
-def gone_key(number: int) -> str:
-    """Return the key of a member's quarantine."""
-    return f"{_GONE}{number}"
-
-
-def members_in(rows: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield the members' ids and rows, sorted: nothing may depend on the store."""
-    for key in sorted(rows):
-        if key.startswith(_MEMBER):
-            yield key.removeprefix(_MEMBER), rows[key]
-
-
-def gone_in(rows: Mapping[str, str]) -> Iterator[tuple[int, Gone]]:
-    """Yield the numbers of those in quarantine, and their rows."""
-    for key in sorted(rows):
-        if key.startswith(_GONE):
-            number = read(key, dump(key.removeprefix(_GONE)), int)
-            yield number, read(key, rows[key], Gone.parse)

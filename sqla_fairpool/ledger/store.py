@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, MutableMapping
+from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
-__all__ = ["Store", "StoreAway"]
+__all__ = ["Store", "StoreAway", "changes"]
 
 
 class StoreAway(Exception):  # noqa: N818  (a state, not an error)
@@ -30,8 +30,8 @@ class Store(Protocol):
     #: What is at the ledger's place can become another one while it is open, so that
     #: :meth:`in_place` is to be asked now and then.
     watches_place: bool
-    #: Somebody has asked this process for its figures, see :meth:`ask`. Whoever
-    #: answers sets it back.
+    #: Another process has asked this one for its figures, see :meth:`ask`. Set back by
+    #: the answer.
     asked: bool
 
     @property
@@ -45,12 +45,15 @@ class Store(Protocol):
         After :meth:`in_place` has said no, or a transaction has failed because of that:
         open what is at the ledger's place now. A sign of life that stands there already
         stands all the time: others must not take this process for dead in between.
+
+        :raises StoreAway: if it cannot be reached, or is locked for too long.
+        :raises LedgerError: if it cannot be used as it is.
         """
 
     def in_place(self) -> bool:
         """Tell if what is open is what stands at the ledger's place.
 
-        Cheap: asks no server and takes no lock.
+        Cheap: asks no server and takes no lock. False if it is not open.
         """
         ...
 
@@ -63,13 +66,17 @@ class Store(Protocol):
         ...
 
     def living(self, members: Collection[str]) -> set[str]:
-        """Return those whose sign of life stands, by kernel or server, not by time."""
+        """Return those whose sign of life stands, by kernel or server, not by time.
+
+        :raises StoreAway: if it cannot be told.
+        """
         ...
 
     def strangers(self, members: Collection[str]) -> int:
         """Return how many signs of life of others than these stand at this place.
 
-        This process does not count. Nor does who only looks on.
+        They had a row in a ledger that was here before. This process does not count,
+        nor does one that only looks on.
         """
         ...
 
@@ -104,3 +111,13 @@ class Store(Protocol):
 
     def after_fork(self) -> None:
         """In the child: become a closed store with a member id of its own."""
+
+
+def changes(
+    before: Mapping[str, str], rows: Mapping[str, str]
+) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the keys of rows that are gone, and the rows that are new or others."""
+    return (
+        [key for key in before if key not in rows],
+        [(key, text) for key, text in rows.items() if before.get(key) != text],
+    )

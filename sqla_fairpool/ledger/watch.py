@@ -1,4 +1,10 @@
-"""Who does not answer any more: the dead, their slots, the stopped.
+"""Server sessions, and members that do not answer: dead and stopped ones.
+
+A session is known by its server process and by when that began. Nothing that an
+application does in it changes these (``DISCARD ALL`` drops advisory locks and
+settings), and every session of the server shows them to every other one, whichever
+database it is in. The functions here take a plain DBAPI cursor, so that they work
+behind each driver of SQLAlchemy's.
 
 A keeper watches while it goes short, or has put slots into quarantine. What it finds
 is only a finding: the book compares it with the rows as they are when it is applied.
@@ -16,19 +22,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from .allocation import STALLED, TURN
 from .book import Book
-from .demand import Pace, turn_length
-from .rows import STALLED, TURN, Gone, Left, Session, among
+from .demand import Pace
+from .errors import LedgerError
+from .rows import Gone, Left, Session, among
 from .store import Store
 
 __all__ = [
     "Findings",
     "Present",
     "Sessions",
-    "View",
     "Watch",
+    "identify",
+    "look",
+    "other_ledgers",
+    "sign_stands",
     "still_there",
     "unaccounted",
 ]
@@ -38,6 +49,18 @@ _log = logging.getLogger(__name__)
 #: Most characters of a reason that are written down.
 _REASON = 200
 
+# -- what the server says --------------------------------------------------------------
+
+#: First key of the advisory lock by which a pool shows which ledger it uses; the second
+#: is the ledger's number. For a warning only. Any number would do; this one is "pool".
+_USES = 0x706F6F6C
+
+_BEGAN = "(extract(epoch from backend_start) * 1000000)::bigint"
+
+# What tells a server from all others. A standby has its primary's number, and keeps it
+# when it is promoted.
+_SERVER = "(SELECT 'postgresql ' || system_identifier FROM pg_control_system())"
+
 
 class Present(NamedTuple):
     """The sessions at a database server, at one moment."""
@@ -46,31 +69,78 @@ class Present(NamedTuple):
     server: str
     #: Those of all clients.
     sessions: frozenset[Session]
-    #: Those that have the role of who asks, without its own. Keepers' connections to
-    #: the ledger are none.
+    #: Those of the role that asks, without its own. Keepers' connections to the ledger
+    #: are none.
     peers: frozenset[Session]
 
 
-#: Asks the server; returns None where it cannot be asked.
-Sessions = Callable[[], Present | None]
+#: Asks the server, given which one it is, None if that is not known; returns None where
+#: it cannot be asked.
+Sessions = Callable[[str | None], Present | None]
 
 
-class View(NamedTuple):
-    """The board at one moment."""
+def identify(cursor: Any, backend_pid: int | None) -> tuple[str, Session]:
+    """Return the server, and the session that a cursor is of.
 
-    texts: Mapping[str, str]
-    due: Mapping[str, str]
-    gone: Mapping[int, Gone]
-    #: Where the members' sessions are, and which are in any row.
-    server: str | None = None
-    accounted: frozenset[Session] = frozenset()
-
-    @classmethod
-    def of(cls, book: Book) -> View:
-        server = book.meta.server if book.meta is not None else None
-        return cls(
-            dict(book.texts), dict(book.due), dict(book.gone), server, book.accounted
+    :param backend_pid: the server process as the driver knows it, None if it does not.
+    :raises LedgerError: if a pooler is in between.
+    """
+    cursor.execute(
+        f"SELECT {_SERVER}, pid, {_BEGAN} FROM pg_stat_activity "
+        "WHERE pid = pg_backend_pid()"
+    )
+    server, pid, began = cursor.fetchone()
+    if backend_pid is not None and pid != backend_pid:
+        raise LedgerError(
+            f"the driver believes to be connected to process {backend_pid} of the "
+            f"server, and is served by {pid}: a pooler like PgBouncer is in between, "
+            "where sessions, by which a ledger counts, mean nothing; connect directly"
         )
+    return server, Session(pid, began)
+
+
+def look(cursor: Any) -> Present:
+    """Return the sessions that a server has now."""
+    # Processes of the server's own, of replication say, have a superuser's name. What
+    # another role's processes are may be hidden.
+    cursor.execute(
+        f"SELECT pid, {_BEGAN}, usename = current_user AND pid <> pg_backend_pid() "
+        f"AND application_name <> 'sqla_fairpool ledger', {_SERVER} "
+        "FROM pg_stat_activity "
+        "WHERE coalesce(backend_type, 'client backend') = 'client backend'"
+    )
+    rows = cursor.fetchall()
+    return Present(
+        rows[0][3],
+        frozenset(Session(pid, began) for pid, began, *_ in rows),
+        frozenset(Session(pid, began) for pid, began, is_peer, _ in rows if is_peer),
+    )
+
+
+def sign_stands(cursor: Any, sign: int) -> bool:
+    """Tell if a member's sign of life stands, asked on the server that holds it."""
+    cursor.execute(
+        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 "
+        f"AND granted AND (classid::bigint << 32) | objid::bigint = {sign}"
+    )
+    return bool(cursor.fetchone()[0])
+
+
+def other_ledgers(cursor: Any, key: int) -> set[int]:
+    """Show which ledger a session's database is used with; return others in use there.
+
+    :param key: the ledger's own number, a positive int4.
+    """
+    cursor.execute(f"SELECT pg_advisory_lock_shared({_USES}, {key})")
+    cursor.execute(
+        "SELECT DISTINCT objid::bigint FROM pg_locks WHERE locktype = 'advisory' "
+        f"AND classid::bigint = {_USES} AND objsubid = 2 AND granted AND database = "
+        "(SELECT oid FROM pg_database WHERE datname = current_database())"
+    )
+    return {int(row[0]) for row in cursor.fetchall()} - {key}
+
+
+# -- what follows for a quarantine -----------------------------------------------------
 
 
 def unaccounted(
@@ -102,7 +172,7 @@ class _Quarantine:
     suspects: frozenset[Session] | None = None
 
     def left(
-        self, gone: Gone, present: Present | None, view: View, now: float, limit: float
+        self, gone: Gone, present: Present | None, book: Book, now: float, limit: float
     ) -> Left:
         """Return what is left of it.
 
@@ -117,7 +187,7 @@ class _Quarantine:
         there = present.peers
         if self.suspects is not None:
             there = frozenset(among(self.suspects, there))
-        self.suspects = unaccounted(there, view.accounted)
+        self.suspects = unaccounted(there, book.accounted)
         left = still_there(gone, present, 0 if is_over else len(self.suspects))
         if left.sessions:
             self.seen_at = now
@@ -150,12 +220,7 @@ class Watch:
     quarantines end by `reclaim_after` where the server cannot be asked.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        sessions: Sessions | None,
-        pace: Pace,
-    ) -> None:
+    def __init__(self, store: Store, sessions: Sessions | None, pace: Pace) -> None:
         self._store = store
         self._sessions = sessions
         self._pace = pace
@@ -165,38 +230,39 @@ class Watch:
         #: Why the server could not be asked the last time, one line.
         self.unasked: str | None = None
 
-    def look(self, view: View, me: str, now: float) -> Findings:
-        """Look after the others. Asks the store and the server, in no transaction."""
-        others = {key: text for key, text in view.texts.items() if key != me}
+    def look(self, book: Book, me: str, now: float) -> Findings:
+        """Look after the others. Asks the store and the server, in no transaction.
+
+        :param book: a copy of the rows.
+        """
+        others = {key: text for key, text in book.texts.items() if key != me}
         living = self._store.living(list(others)) if others else set()
-        dead = {key: text for key, text in others.items() if key not in living}
-        late = self._late(view, living, now)
+        late = self._late(book, living, now)
         pace = self._pace
         return Findings(
-            dead=dead,
-            released=self._released(view, now),
+            dead={key: text for key, text in others.items() if key not in living},
+            released=self._released(book, now),
             stalled={
                 key: others[key]
                 for key, seconds in late.items()
-                if seconds >= pace.patience and view.due[key] != STALLED
+                if seconds >= pace.patience and book.due[key] != STALLED
             },
             bells=[key for key, seconds in late.items() if seconds >= pace.beat],
         )
 
     def _late(
-        self, view: View, living: Collection[str], now: float
+        self, book: Book, living: Collection[str], now: float
     ) -> dict[str, float]:
         """Return for how long we have seen those who are expected to look, in vain."""
-        turn = turn_length(self._pace, list(view.due.values()).count(TURN))
+        turn = self._pace.turn_length(list(book.due.values()).count(TURN))
         late, expected = {}, {}
-        for key, why in view.due.items():
-            if key in living and key in view.texts:
-                state = view.texts[key], why
-                seen = self._expected.get(key)
-                since = seen[1] if seen is not None and seen[0] == state else now
-                expected[key] = state, since
-                # Whose turn it is does not answer before it is over.
-                late[key] = now - since - (turn if why == TURN else 0.0)
+        for key, why in book.due.items():
+            if key in living:
+                state = book.texts[key], why
+                seen, since = self._expected.get(key, (None, now))
+                expected[key] = state, since if seen == state else now
+                # One whose turn it is does not answer before it is over.
+                late[key] = now - expected[key][1] - (turn if why == TURN else 0.0)
         self._expected = expected
         return late
 
@@ -211,21 +277,17 @@ class Watch:
             for number, row in gone.items()
         }
 
-    def _released(self, view: View, now: float) -> dict[int, Left]:
+    def _released(self, book: Book, now: float) -> dict[int, Left]:
         """Return the quarantines of which less is left than their rows say."""
-        self.note(view.gone, now)
+        self.note(book.gone, now)
         pace = self._pace
-        ripe = {
-            number: row
-            for number, row in view.gone.items()
-            if now - self._gone[number].since >= pace.grace
-        }
+        ripe = [n for n, seen in self._gone.items() if now - seen.since >= pace.grace]
         if not ripe:
             return {}
-        present = self._ask(view.server)
+        present = self._ask(book.server)
         found = {
-            number: self._gone[number].left(row, present, view, now, pace.reclaim_after)
-            for number, row in ripe.items()
+            n: self._gone[n].left(book.gone[n], present, book, now, pace.reclaim_after)
+            for n in ripe
         }
         return {number: left for number, left in found.items() if left.is_less}
 
@@ -233,7 +295,8 @@ class Watch:
         """Return what the server says, None if the members' server cannot be asked."""
         trouble = present = None
         try:
-            present = self._sessions() if self._sessions is not None else None
+            if self._sessions is not None:
+                present = self._sessions(server)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             trouble = reason.splitlines()[0][:_REASON]

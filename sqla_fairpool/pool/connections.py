@@ -243,8 +243,14 @@ class Connections:
         finally:
             self.closed(physical)
 
-    def closed(self, physical: PhysicalConnection) -> None:
-        """The client has closed it. Waits for the server for a moment, if it may."""
+    def closed(
+        self, physical: PhysicalConnection, was_reset: bool | None = None
+    ) -> None:
+        """The client has closed it. Waits for the server for a moment, if it may.
+
+        :param was_reset: what its socket has said before it was hung up; None if it
+          was not.
+        """
         physical.opening = False
         line = physical.socket
         if line is None:
@@ -255,7 +261,8 @@ class Connections:
         state = None
         try:
             physical.ending = time.monotonic()
-            was_reset = line.was_reset()
+            if was_reset is None:
+                was_reset = line.was_reset()
             line.hang_up()  # the copy would keep the connection up
             if was_reset:
                 state = UNKNOWN
@@ -296,22 +303,29 @@ class Connections:
 
     def hang_up(self, physical: PhysicalConnection) -> None:
         """End a session without the driver: its loop may be gone, or blocked."""
+        was_reset = None
         if physical.socket is not None:
+            was_reset = physical.socket.was_reset()
             physical.socket.hang_up()
         elif hasattr(physical.driver, "stop"):  # aiosqlite: the end of its thread
             physical.driver.stop()
-        self.closed(physical)
+        self.closed(physical, was_reset)
 
     def _is_gone(self, physical: PhysicalConnection) -> None:
         """Nobody has the driver's connection any more. Called by its finaliser."""
         if physical in self._existing and not physical.ending:
-            if physical.socket is not None:
-                physical.socket.hang_up()
+            line = physical.socket
+            if line is not None:
+                was_reset = line.was_reset()
+                line.hang_up()
                 physical.opening = False
                 physical.ending = time.monotonic()
-                watcher.watch(
-                    physical.socket, _GOODBYE, lambda s: self._conclude(physical, s)
-                )
+                if was_reset:
+                    watcher.watch(
+                        None, 0.0, lambda _: self._conclude(physical, UNKNOWN)
+                    )
+                else:
+                    watcher.watch(line, _GOODBYE, lambda s: self._conclude(physical, s))
             else:
                 self.ended(physical)
 
@@ -319,8 +333,9 @@ class Connections:
         """End those that nobody has, as far as only a look can tell."""
         now = time.monotonic()
         for physical in list(self._existing):
-            if physical.ending and not physical.lost:
-                if now - physical.ending > _OVERDUE:  # its watcher was interrupted
+            if physical.ending:  # one that is lost, until it is buried
+                overdue = now - physical.ending > _OVERDUE
+                if overdue and not physical.lost:  # its watcher was interrupted
                     self._conclude(physical, UNKNOWN)
                 continue
             # Without a driver's connection: who opened it was interrupted twice.

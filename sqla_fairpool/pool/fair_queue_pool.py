@@ -2,7 +2,7 @@
 
 Rules of this file: it translates. Connections change hands in
 :mod:`.exchange`, the rules are :mod:`.policy` and :mod:`.scheduler`, who is
-asking is found in :mod:`.tagging`.
+asking is found in :mod:`.tagging` and :mod:`.execution_options`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import greenlet_spawn
 
-from .. import tagging
+from ..ledger.drivers import has_private_memory, warn_of_memory
 from ..options import BadOption, PoolOptions, describe_changes
 from ..stats import PoolStats
-from ..tagging import blocks, context_tag, make_request, requested
+from ..tagging import blocks, context_tag
 from . import sqlalchemy_private
 from .checkout import Generation, Seat
-from .drivers import has_private_memory, warn_of_memory
 from .events import observe, open_for_record
 from .exchange import Exchange, TracedExchange
+from .execution_options import follow, make_request, requested
 from .joining import await_url, join_ledger
 from .server_tag import tell, tell_on_checkout
 from .snapshot import Source, metrics, snapshot
@@ -183,7 +183,7 @@ class FairQueuePool(Pool):
         if request is None or request.dialect is not self._dialect:
             tag = (context_tag() if blocks() else None) or self._default_tag
             return self._exchange.checkout(tag, self)
-        make_request(None)  # before it waits or connects, see `tagging`
+        make_request(None)  # before it waits or connects, see there
         tag = request.tag or context_tag() or self._default_tag
         return self._exchange.checkout(tag, self, request.timeout)
 
@@ -431,7 +431,7 @@ def _watch_dialect(dialect: Dialect, options: PoolOptions) -> None:
         raise BadOption(
             "server_tag", True, f"False, because {dialect.name} is not PostgreSQL"
         )
-    if tagging.follow(dialect, options.tag_option, _retag):
+    if follow(dialect, options.tag_option, _retag):
         sqlalchemy_private.note_statements(dialect)
 
 

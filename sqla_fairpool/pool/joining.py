@@ -20,11 +20,11 @@ from ..ledger.host import HostStore
 from ..ledger.keeper import Keeper
 from ..ledger.overview import encode
 from ..ledger.postgres import PostgresStore
-from ..ledger.rows import Terms
-from ..ledger.sessions import identify, look, other_ledgers, sign_stands
-from ..ledger.watch import Present
+from ..ledger.rows import Session, Terms
+from ..ledger.watch import Present, identify, look, other_ledgers, sign_stands
 from ..options import PoolOptions
-from .connections import PhysicalConnection
+from .connections import PhysicalConnection, driver_of
+from .endings import SocketCopy
 from .exchange import Exchange
 from .share import Share
 from .snapshot import snapshot
@@ -32,6 +32,9 @@ from .snapshot import snapshot
 __all__ = ["await_url", "join_ledger"]
 
 _log = logging.getLogger(__name__)
+
+#: Most seconds that are waited for the end of a session in which the server was asked.
+_GOODBYE = 0.5
 
 
 def terms_of(options: PoolOptions) -> Terms:
@@ -145,9 +148,13 @@ class _Sessions:
     def _identify(self, dbapi_connection: Any, physical: PhysicalConnection) -> None:
         """Ask the server which of its sessions this is, over the connection itself."""
         share, store = self._share, self._store
+        pid = _backend_pid(dbapi_connection)
+        if pid is not None:
+            # As far as it is known: the connection may be lost before it is asked.
+            physical.session = Session(pid, None)
         # If this fails the connection is closed, so nothing is tidied up then.
         cursor = dbapi_connection.cursor()
-        server, session = identify(cursor, _backend_pid(dbapi_connection))
+        server, session = identify(cursor, pid)
         if share.server_name is None:
             share.server_name = server
         if (
@@ -172,21 +179,21 @@ class _Sessions:
                 len(others),
             )
 
-    def look(self) -> Present | None:
+    def look(self, server: str | None) -> Present | None:
         """Return the sessions that the server has; None if it cannot be asked.
 
         Where the ledger is not on that server, this takes a connection beside the
         budget: one for each process that asks, for a moment, while there are slots in
         quarantine. It is made as the pool's connections are.
+
+        :param server: where the sessions of the members are.
         """
         pool: Any = self._pool()
         if pool is None or not self._on_postgresql():
             return None
-        if (
-            isinstance(self._store, PostgresStore)
-            and self._share.server_name == self._store.server is not None
-        ):
-            return self._store.look()
+        store = self._store
+        if isinstance(store, PostgresStore) and store.server == server is not None:
+            return store.look()
         if pool._dialect.is_async:
             return asyncio.run(greenlet_spawn(self._look_through, pool))
         return self._look_through(pool)
@@ -194,6 +201,7 @@ class _Sessions:
     @staticmethod
     def _look_through(pool: Any) -> Present:
         connection = pool.open_another()
+        line = SocketCopy.of(driver_of(connection))
         try:
             cursor = connection.cursor()
             try:
@@ -202,6 +210,10 @@ class _Sessions:
                 cursor.close()
         finally:
             connection.close()
+            if line is not None:  # the next one is opened when this one is over
+                line.hang_up()
+                line.look(_GOODBYE)
+                line.close()
 
 
 def _backend_pid(dbapi_connection: Any) -> int | None:

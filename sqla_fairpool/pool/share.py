@@ -26,8 +26,8 @@ from sqlalchemy import exc
 from sqlalchemy.util import greenlet_spawn
 
 from ..errors import CheckoutTimeout
+from ..ledger.demand import TagDemand
 from ..ledger.errors import LedgerError
-from ..ledger.local import TagDemand
 from ..ledger.rows import Session
 from .connections import PhysicalConnection
 
@@ -52,6 +52,10 @@ class Keeper(Protocol):
 
     #: Why the ledger cannot be reached or used, None if it can.
     trouble: str | None
+
+    @property
+    def is_hindered(self) -> bool:
+        """The ledger cannot be reached or used now; what is owned is kept."""
 
     def ring(self, tag: str | None = None) -> None:
         """Look at the pool soon: somebody waits under `tag`, or something else."""
@@ -136,36 +140,44 @@ class Share:
         :raises CheckoutTimeout: if it does not confirm it.
         """
         if self.can_lose_slots and not self._confirmed():
-            raise self.unconfirmed()
+            raise self.refusal or self.unconfirmed()
 
     def after_opening(self, physical: PhysicalConnection) -> None:
         """Have the ledger know a new session before anybody uses it.
 
         Without that it would be given on as free if this process died. A store that
-        cannot lose a member's sign of life may be away: what is owned is used.
+        cannot lose a member's sign of life may be away: what is owned is used. One that
+        answers has the last word.
 
-        :raises CheckoutTimeout: if the slots may have been lost meanwhile.
+        :raises CheckoutTimeout: if there is no slot for it, or the slots may have been
+          lost meanwhile.
+        :raises LedgerError: if it says why this process may have no connection.
         """
         if physical.session is None and not self.can_lose_slots:
             return
-        if not self._confirmed() and self.can_lose_slots:
-            raise self.unconfirmed()
+        answer = self._confirmed()
+        if answer or (answer is None and not self.can_lose_slots):
+            return
+        raise self.refusal or self.unconfirmed()
 
-    def _confirmed(self) -> bool:
+    def _confirmed(self) -> bool | None:
         """Have the store hear of this pool as it is now, and wait for that.
 
         For a moment there may be a session more than there are slots: one whose end is
         not known yet. So a "no" is not the last word while there is time.
+
+        :return: None if the ledger cannot say, or takes too long.
         """
         deadline = time.monotonic() + _CONFIRMED_WITHIN
-        while not self._confirms(deadline):
+        while not (answer := self._confirms(deadline)) and self.refusal is None:
             left = deadline - time.monotonic()
             if left <= 0:
-                return False
+                break
             self._new_waiter(_Nobody()).wait(min(_PAUSE, left))
-        return True
+        hindered = self.keeper is not None and self.keeper.is_hindered
+        return None if answer is False and hindered else answer
 
-    def _confirms(self, deadline: float) -> bool:
+    def _confirms(self, deadline: float) -> bool | None:
         if self.keeper is None:
             return True
         answers: list[bool] = []
@@ -178,7 +190,7 @@ class Share:
         self.keeper.post(done)
         while not answers and (left := deadline - time.monotonic()) > 0:
             waiter.wait(left)
-        return bool(answers and answers[0])
+        return answers[0] if answers else None
 
     def unconfirmed(self, why: str | None = None) -> CheckoutTimeout:
         """Return what is raised where the slots of this process may be lost."""

@@ -76,7 +76,7 @@ def test_only_the_command_that_is_called_is_imported():
     program = (
         "import sys; from sqla_fairpool.cli import make_argument_parser\n"
         "make_argument_parser('run')\n"
-        "sys.exit(any(m.startswith('sqla_fairpool.bench') for m in sys.modules))"
+        "sys.exit(any(m == 'sqla_fairpool.cli.demo' for m in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
+from support import state
 from support.stub import StubServer
 from support.threads import eventually
 
@@ -20,7 +21,7 @@ from sqla_fairpool.cli.budget import ask_room, connected
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.rows import Meta, Terms
-from sqla_fairpool.ledger.sessions import identify
+from sqla_fairpool.ledger.watch import identify
 
 TERMS = Terms(20, 10, 15, 60.0, 30.0)
 
@@ -35,13 +36,26 @@ def member(path):
     """A pool of this process that has three connections out."""
     engine = StubServer().engine(ledger=path).execution_options(scraper="layer\u00e93")
     held = [engine.connect() for _ in range(3)]
-    keeper = engine.pool._exchange.share.keeper
-    eventually(lambda: keeper.status().owned == 3)
+    keeper = state.keeper(engine)
+    eventually(lambda: (has := keeper.member.allotment) and has.row.owned == 3)
     yield engine
     for connection in held:
         connection.close()
     engine.dispose()
     keeper.close()
+
+
+@pytest.fixture
+def dead_with_trouble(path):
+    """A member whose last question to the server has failed."""
+    store = HostStore(path)
+    store.open()
+    with store.transaction() as rows:
+        book = Book(rows)
+        book.join("nobody", {"pid": 4711}, TERMS)
+        why = "OperationalError: no way to postgresql://u:s3cret@h/d"
+        book.write("nobody", replace(book.members["nobody"], unasked=why))
+    store.close()
 
 
 def run(capsys, *args):
@@ -59,6 +73,17 @@ def test_show(capsys, member, path):
     assert f":{os.getpid()}, since 20" in who
     assert who.endswith(": 3 slots")
     assert tag.startswith("    'layer\u00e93' ")
+
+
+def test_show_says_why_sessions_cannot_be_asked_for(capsys, dead_with_trouble, path):
+    _, out, _ = run(capsys, "show", "--ledger", path)
+    (line,) = [line for line in out.splitlines() if "cannot be asked" in line]
+    assert line == (
+        "the server cannot be asked for sessions, so that each quarantine takes its "
+        "stated time: OperationalError: no way to postgresql://u:***@h/d"
+    )
+    _, out, _ = run(capsys, "show", "--ledger", path, "--json")
+    assert json.loads(out)["unasked"].startswith("OperationalError: ")
 
 
 def test_show_for_programs(capsys, member, path, monkeypatch):
@@ -270,7 +295,7 @@ def test_broken_row_is_one_line_and_reset_mends_it(capsys, left, key, row):
     engine = StubServer().engine(ledger=left)
     engine.connect().close()
     engine.dispose()
-    engine.pool._exchange.share.keeper.close()
+    state.keeper(engine).close()
 
 
 # -- limit ----------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
+from support import state
 from support.overviews import EVIL, FakeInspector, overview
 from support.stub import StubServer
 from support.threads import PATIENCE, VirtualClock
@@ -109,7 +110,7 @@ def test_the_only_ledger_in_use_is_meant(capsys, temp):
     assert f"ledger {folder}/used.ledger\n" in out
     assert "\na " in out
     engine.dispose()
-    engine.pool._exchange.share.keeper.close()
+    state.keeper(engine).close()
 
 
 def test_the_url_tells_which_ledger(capsys, monkeypatch):
@@ -228,7 +229,7 @@ def test_a_pool_is_seen_by_ledger_and_server(capsys, tmp_path, postgres_url):
         assert server["idle_in_transaction"] == 1
         assert [warning for warning in server["warnings"] if "bug" in warning] == []
     engine.dispose()
-    engine.pool._exchange.share.keeper.close()
+    state.keeper(engine).close()
 
 
 # -- again and again -------------------------------------------------------------------

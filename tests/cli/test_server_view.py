@@ -18,7 +18,7 @@ from sqla_fairpool.cli.server_view import (
     server_text,
 )
 from sqla_fairpool.ledger.overview import Limits, Part, compile_overview
-from sqla_fairpool.ledger.sessions import identify
+from sqla_fairpool.ledger.watch import identify
 from sqla_fairpool.stats import TagStats
 
 ROOM = Room("app", 100, 3, 0, False, None)

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
+from support import state
 from support.tasks import until
 from support.threads import PATIENCE, Caller, ensure_waiting, eventually
 
 from sqla_fairpool import CheckoutTimeout, SelfDeadlock
 from sqla_fairpool.diagnosis import deadlock
-from sqla_fairpool.pool import exchange
 from sqla_fairpool.pool.waiters import ThreadWaiter
 
 FOR_EVER = 1000.0
@@ -53,7 +53,7 @@ def looks(monkeypatch):
         looks.append(is_stuck(*args))
         return looks[-1]
 
-    monkeypatch.setattr(exchange, "is_stuck", look)
+    monkeypatch.setattr(state.DEADLOCK_CHECK, look)
     return looks
 
 
@@ -193,7 +193,7 @@ def test_not_before_deadlock_timeout(make_engine, looks, clock, monkeypatch):
                 assert looks == []
                 clock.advance(20)
 
-    monkeypatch.setattr(engine.pool._exchange, "_waiter_class", Waiter)
+    state.wait_with(engine, Waiter)
     with engine.connect(), pytest.raises(SelfDeadlock) as caught:
         engine.connect()
     assert wakes == [20.0] * 3
@@ -223,7 +223,7 @@ def test_caller_that_holds_nothing_is_not_looked_at(make_engine, looks, monkeypa
 
     tagged = engine.execution_options(scraper="a")
     Caller(lambda: tagged.connect().close()).result()  # it has had one before
-    monkeypatch.setattr(engine.pool._exchange, "_waiter_class", Waiter)
+    state.wait_with(engine, Waiter)
     with tagged.connect():
         caller = Caller(lambda: tagged.connect().close())
         eventually(lambda: len(wakes) == 2)
@@ -306,11 +306,11 @@ def test_not_while_a_caller_has_a_slot_and_has_not_woken_up(engine, looks, monke
             super().wait(None)
             looks.ensure()
 
-    monkeypatch.setattr(engine.pool._exchange, "_waiter_class", Sleeper)
+    state.wait_with(engine, Sleeper)
     held, other = engine.connect(), engine.connect()
     caller = Caller(lambda: engine.connect().close())
     ensure_waiting(engine.pool, 1)
-    monkeypatch.setattr(engine.pool._exchange, "_waiter_class", ThreadWaiter)
+    state.wait_with(engine, ThreadWaiter)
     # The caller gets a slot, and will open a connection.
     engine.pool.reconfigure(pool_size=3, soft_limit=3, max_limit=3)
     engine.connect().close()

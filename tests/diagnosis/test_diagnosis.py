@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import ArgumentError
+from support import state
 from support.tasks import waiting
 from support.threads import PATIENCE, Caller, ensure_waiting
 
@@ -21,7 +22,6 @@ from sqla_fairpool import (
 )
 from sqla_fairpool.diagnosis.callers import ThreadHere, describe_caller, frames_of
 from sqla_fairpool.diagnosis.report import duration
-from sqla_fairpool.pool.checkout import Seat
 
 
 def case(**changes):
@@ -312,13 +312,8 @@ def test_connecting_is_told(make_engine, server, clock):
 
 
 def test_lost_slot_is_named_to_a_nested_caller(two):
-    exchange = two.pool._exchange
-    lost = Seat(exchange)
-    with exchange.section() as now:
-        assert exchange.scheduler.request(lost, "a", now)
-    assert "1 of 2 connections are with no caller" in advice_to_nested(two)
-    with exchange.section() as now:
-        exchange.scheduler.release(lost, now)
+    with state.slot_without_caller(two, "a"):
+        assert "1 of 2 connections are with no caller" in advice_to_nested(two)
 
 
 def test_idle_holder_is_named_to_a_nested_caller(clock, two):
@@ -454,7 +449,7 @@ def test_other_callers_wait_as_before(full):
         caller = Caller(lambda: full.connect().close())
         ensure_waiting(full.pool, 1)
         assert waited(full) < 0.01
-    assert full.pool._exchange.scheduler.waiting == 1
+    assert state.waiting(full) == 1
     full.pool.reconfigure(pool_size=2, max_limit=2, soft_limit=2)
     caller.result()
 

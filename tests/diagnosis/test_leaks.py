@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 from sqlalchemy import text
+from support import state
 from support.threads import Caller, eventually
 
 
@@ -39,11 +40,6 @@ def reports(log):
     return [r.getMessage() for r in log.records if r.levelno == logging.WARNING]
 
 
-def look(engine):
-    """Have the pool look for leaks."""
-    engine.pool._exchange.leaks.look()
-
-
 def take_and_forget(engine):
     return engine.connect()  # the line that is reported
 
@@ -55,12 +51,12 @@ def test_leak_is_reported_once_with_its_stack(make_engine, clock, log):
     clock.advance(20.0)
     connection.execute(text("select 1"))
     clock.advance(39.0)
-    look(engine)
+    state.find_leaks(engine)
     assert reports(log) == []
     clock.advance(3.0)
-    look(engine)
+    state.find_leaks(engine)
     clock.advance(3.0)
-    look(engine)
+    state.find_leaks(engine)
     (report,) = reports(log)
     assert report.startswith(
         "Connection out for 1m02s, longer than leak_threshold 1m00s: 'layer2' for "
@@ -82,7 +78,7 @@ def test_leak_is_reported_once_with_its_stack(make_engine, clock, log):
     # The next checkout of the same connection is another one.
     with tagged.connect():
         clock.advance(61.0)
-        look(engine)
+        state.find_leaks(engine)
     assert len(reports(log)) == 4
 
 
@@ -91,9 +87,9 @@ def test_what_comes_back_in_time_is_not_reported(make_engine, clock, log):
     for _ in range(3):
         with engine.connect():
             clock.advance(59.0)
-            look(engine)
+            state.find_leaks(engine)
         clock.advance(59.0)
-        look(engine)
+        state.find_leaks(engine)
     assert reports(log) == []
 
 
@@ -101,7 +97,7 @@ def test_nothing_is_taken_away(make_engine, clock, log):
     engine = make_engine(leak_threshold=1)
     connection = engine.connect()
     clock.advance(1000.0)
-    look(engine)
+    state.find_leaks(engine)
     connection.execute(text("select 1"))
     assert engine.pool.checkedout() == 1
     connection.close()
@@ -111,12 +107,12 @@ def test_retagged_checkout_is_a_new_one(make_engine, clock, log):
     engine = make_engine(leak_threshold=60)
     with engine.connect() as connection:
         clock.advance(61.0)
-        look(engine)
+        state.find_leaks(engine)
         connection.execution_options(scraper="late")
-        look(engine)
+        state.find_leaks(engine)
         assert len(reports(log)) == 1
         clock.advance(61.0)
-        look(engine)
+        state.find_leaks(engine)
     assert [r[:15] for r in reports(log)] == [
         "Connection out ",
         "Connection out ",
@@ -131,7 +127,7 @@ def test_connection_that_hangs_in_opening_is_reported(make_engine, server, clock
     caller = Caller(lambda: engine.connect().close())
     eventually(lambda: engine.pool.checkedout() == 1)
     clock.advance(11.0)
-    look(engine)
+    state.find_leaks(engine)
     go_on.set()
     caller.result()
     report, _ = reports(log)
@@ -141,27 +137,27 @@ def test_connection_that_hangs_in_opening_is_reported(make_engine, server, clock
 def test_thread_reports_and_ends_with_the_pool(server, log, with_thread):
     engine = server.engine(leak_threshold=0.02)
     connection = engine.connect()
-    thread = engine.pool._exchange.leaks._thread
+    thread = state.leak_thread(engine)
     assert thread.is_alive()
     assert thread.daemon
     eventually(lambda: reports(log))
     connection.close()
     assert len(reports(log)) == 2
     engine.connect().close()
-    assert engine.pool._exchange.leaks._thread is thread
-    exchange = weakref.ref(engine.pool._exchange)
+    assert state.leak_thread(engine) is thread
+    is_collected = state.is_collected(engine)
     del engine, connection
     gc.collect()
     eventually(lambda: not thread.is_alive())
-    assert exchange() is None
+    assert is_collected()
 
 
 def test_off_means_no_thread_and_no_stack(make_engine, with_thread):
     before = threading.enumerate()
     engine = make_engine()
     with engine.connect() as connection:
-        assert connection._dbapi_connection._connection_record.seat.stack == ()
-    assert engine.pool._exchange.leaks is None
+        assert state.stack_of(connection) == ()
+    assert state.leak_thread(engine) is None
     assert set(threading.enumerate()) <= set(before)
 
 
@@ -189,7 +185,7 @@ def test_task_is_named(run, clock, log):
     async def main(engine):
         connection = await asyncio.create_task(leak(engine), name="spider")
         clock.advance(61.0)
-        look(engine)
+        state.find_leaks(engine)
         (report,) = reports(log)
         assert "by task 'spider' (ended), taken at " in report
         assert report.endswith(", in leak")

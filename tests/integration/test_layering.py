@@ -21,7 +21,6 @@ ORDER = [
     {"launch"},
     {"manager", "opentelemetry", "plugin", "prometheus"},
     {"__init__"},
-    {"bench"},
     {"cli"},
     {"demo"},
     {"__main__"},
@@ -29,10 +28,7 @@ ORDER = [
 
 #: To be emptied: what still goes against the order.
 DEBTS = {
-    ("cli.bench", "demo.server"),
     ("cli.demo", "demo.server"),
-    ("ledger.addresses", "pool.drivers"),
-    ("tagging", "pool.sqlalchemy_private"),
 }
 
 

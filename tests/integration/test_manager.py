@@ -16,11 +16,13 @@ import pytest
 from sqlalchemy import Column, Integer, String, make_url, select, text
 from sqlalchemy.exc import ArgumentError, IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Session, declarative_base
+from support import state
 from support.threads import eventually
 
 import sqla_fairpool
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool, manager
 from sqla_fairpool.launch.environment import RUN, VARIABLES, Run
+from sqla_fairpool.launch.started import TASKS, THREADS
 from sqla_fairpool.ledger import host_file
 from sqla_fairpool.ledger.addresses import default_path
 from sqla_fairpool.ledger.host import HostStore
@@ -49,13 +51,12 @@ def environment(monkeypatch, url):
 
 
 def keeper_of(pool):
-    share = pool._exchange.share
-    return None if share is None else share.keeper
+    return state.keeper(pool)
 
 
 def end(one):
     """End its pools, and their part in the ledger."""
-    pools = [s.pool for s in (one._started, one._started_async) if s is not None]
+    pools = [started.pool for started in one._running.values()]
     one.shutdown()
     asyncio.run(one.shutdown_async())
     for pool in pools:
@@ -74,7 +75,7 @@ def one(url):
 
 
 def options_of(one):
-    return one._started.pool.options
+    return one._running[THREADS].pool.options
 
 
 # -- sessions -------------------------------------------------------------------------
@@ -86,7 +87,7 @@ def test_session_commits_on_success(one):
         session.add(Page(url="x"))
     with one.get_session("b") as session:
         assert session.scalars(select(Page.url)).all() == ["x"]
-    assert one._started.pool.checkedout() == 0
+    assert one._running[THREADS].pool.checkedout() == 0
 
 
 def test_session_rolls_back_on_error_and_returns_the_connection(one):
@@ -99,7 +100,7 @@ def test_session_rolls_back_on_error_and_returns_the_connection(one):
     for error in (ValueError("no"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
             fail(error)
-    assert one._started.pool.checkedout() == 0
+    assert one._running[THREADS].pool.checkedout() == 0
     with one.get_session("a") as session:
         assert session.scalars(select(Page)).all() == []
 
@@ -108,7 +109,7 @@ def test_commit_that_fails_returns_the_connection(one):
     with pytest.raises(IntegrityError):
         with one.get_session("a") as session:
             session.add_all([Page(url="x"), Page(url="x")])
-    assert one._started.pool.checkedout() == 0
+    assert one._running[THREADS].pool.checkedout() == 0
 
 
 def test_script_may_commit_and_go_on(one):
@@ -125,24 +126,24 @@ def test_script_may_commit_and_go_on(one):
 def test_session_checks_out_under_its_scrapers_name(one):
     with one.get_session("a") as session:
         session.execute(text("select 1"))
-        stats = one._started.pool.stats()
+        stats = one._running[THREADS].pool.stats()
         assert stats.tag("a").connections == 1
         assert stats.tag("a").active
     with one.get_session("not registered") as session:
         session.execute(text("select 1"))
-    assert one._started.pool.stats().tag("not registered").checkouts == 1
+    assert one._running[THREADS].pool.stats().tag("not registered").checkouts == 1
 
 
 def test_tag_option_may_be_another(url):
     one = DynamicConnectionManager(tag_option="tenant", ledger=None)
     with one.get_session("a") as session:
         session.execute(text("select 1"))
-        assert one._started.pool.stats().tag("a").connections == 1
+        assert one._running[THREADS].pool.stats().tag("a").connections == 1
     end(one)
 
 
 def test_tagged_engines_are_made_once_and_are_bounded(one):
-    started = one._started
+    started = one._running[THREADS]
     assert started.tagged("a") is started.tagged("a")
     for n in range(1000):
         with one.get_session(f"t{n}"):
@@ -163,7 +164,7 @@ def test_missing_name_goes_under_unknown_with_one_warning(one):
     assert caught[0].filename == __file__
     with context as session:
         session.execute(text("select 1"))
-        assert one._started.pool.stats().tag("unknown").connections == 1
+        assert one._running[THREADS].pool.stats().tag("unknown").connections == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with one.get_session():
@@ -173,7 +174,7 @@ def test_missing_name_goes_under_unknown_with_one_warning(one):
 def test_missing_name_is_that_of_the_block_around(one):
     with sqla_fairpool.tag("block"), one.get_session() as session:
         session.execute(text("select 1"))
-        assert one._started.pool.stats().tag("block").connections == 1
+        assert one._running[THREADS].pool.stats().tag("block").connections == 1
 
 
 def test_missing_name_is_the_launchers(monkeypatch):
@@ -181,7 +182,7 @@ def test_missing_name_is_the_launchers(monkeypatch):
     one = DynamicConnectionManager()
     with one.get_session() as session:
         session.execute(text("select 1"))
-        assert one._started.pool.stats().tag("layer3").connections == 1
+        assert one._running[THREADS].pool.stats().tag("layer3").connections == 1
     assert options_of(one).soft_limit == 4
     end(one)
 
@@ -199,7 +200,7 @@ def test_use_starts_from_the_environment(monkeypatch, url):
     assert (options.pool_size, options.idle_timeout) == (10, 7.0)
     assert options.ledger == "host"
     assert (options.soft_limit, options.max_limit) == (5, 8)
-    assert one._started.engine.url.render_as_string() == url
+    assert one._running[THREADS].engine.url.render_as_string() == url
     end(one)
 
 
@@ -209,7 +210,7 @@ def test_arguments_win_over_the_environment(monkeypatch, tmp_path):
     other = f"sqlite:///{tmp_path / 'other.db'}"
     one.startup(other, pool_size=12, ledger=None, pool_timeout=2.5)
     assert (options_of(one).pool_size, options_of(one).timeout) == (12, 2.5)
-    assert one._started.engine.url.render_as_string() == other
+    assert one._running[THREADS].engine.url.render_as_string() == other
     end(one)
 
 
@@ -239,10 +240,10 @@ def test_bad_value_in_the_environment_names_the_variable(monkeypatch, name, valu
 
 
 def test_start_up_twice_is_one(one):
-    pool = one._started.pool
+    pool = one._running[THREADS].pool
     one.startup()
-    one.startup(one._started.engine.url, pool_size="20", soft_limit=10)
-    assert one._started.pool is pool
+    one.startup(one._running[THREADS].engine.url, pool_size="20", soft_limit=10)
+    assert one._running[THREADS].pool is pool
 
 
 def test_start_up_with_others_is_refused(one, tmp_path):
@@ -278,7 +279,7 @@ def test_shut_down_before_start_up_is_nothing():
 def test_session_that_is_out_at_shut_down_comes_back(one):
     with one.get_session("a") as session:
         session.execute(text("select 1"))
-        pool = one._started.pool
+        pool = one._running[THREADS].pool
         one.shutdown()
         session.add(Page(url="late"))
     assert pool.checkedout() == 0
@@ -295,7 +296,7 @@ def test_threads_that_come_first_start_it_once():
     def use():
         barrier.wait()
         with one.get_session("a"):
-            pools.append(one._started.pool)
+            pools.append(one._running[THREADS].pool)
 
     threads = [threading.Thread(target=use) for _ in range(8)]
     for thread in threads:
@@ -338,9 +339,8 @@ def test_class_attributes_are_those_of_the_rules():
     one = DynamicConnectionManager(ledger=None)
     one.startup()
     options = options_of(one)
-    assert [getattr(options, option) for option in manager._ATTRIBUTES.values()] == [
-        *attributes.values()
-    ]
+    found = {name: getattr(options, n) for name, n in manager._ATTRIBUTES.items()}
+    assert found == attributes
     end(one)
 
 
@@ -380,8 +380,8 @@ def test_asyncio_sessions_commit_roll_back_and_share_the_ledger(one):
             await fail()
         async with one.get_async_session("tasks") as session:
             assert (await session.scalars(select(Page.url))).all() == ["x"]
-        assert type(one._started_async.pool) is AsyncAdaptedFairQueuePool
-        assert one._started_async.pool.checkedout() == 0
+        assert type(one._running[TASKS].pool) is AsyncAdaptedFairQueuePool
+        assert one._running[TASKS].pool.checkedout() == 0
         await one.shutdown_async()
         with pytest.raises(InvalidRequestError, match=r"startup_async\(\) starts it"):
             one.get_async_session("tasks")
@@ -396,7 +396,7 @@ def test_asyncio_sessions_commit_roll_back_and_share_the_ledger(one):
     asyncio.run(main())
     with one.get_session("threads"):
         pass
-    assert type(one._started.pool) is FairQueuePool
+    assert type(one._running[THREADS].pool) is FairQueuePool
 
 
 def test_cancelled_task_returns_its_connection(one):
@@ -415,7 +415,7 @@ def test_cancelled_task_returns_its_connection(one):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert one._started_async.pool.checkedout() == 0
+        assert one._running[TASKS].pool.checkedout() == 0
         async with one.get_async_session("a") as session:
             assert (await session.scalars(select(Page))).all() == []
         await one.shutdown_async()
@@ -539,32 +539,24 @@ def test_name_that_the_output_cannot_show_is_escaped(one):
 # -- the functions --------------------------------------------------------------------
 
 
-def test_functions_are_the_methods_of_one_manager(monkeypatch, url):
-    one = DynamicConnectionManager()
-    monkeypatch.setattr(manager, "_manager", one)
-    manager.startup_dynamic_pool(url, soft_limit=9)
-    manager.register_scraper("a")
+FUNCTIONS = {
+    "startup_dynamic_pool": "startup",
+    "shutdown_dynamic_pool": "shutdown",
+    "startup_dynamic_async_pool": "startup_async",
+    "shutdown_dynamic_async_pool": "shutdown_async",
+}
+
+
+def test_functions_are_the_methods_of_one_manager():
+    functions = set(manager.__all__) - {"DynamicConnectionManager"}
+    assert functions > FUNCTIONS.keys()
+    (one,) = {getattr(manager, name).__self__ for name in functions}
+    for name in functions:
+        assert getattr(manager, name) == getattr(one, FUNCTIONS.get(name, name))
     with manager.get_session("a") as session:
         session.execute(text("select 1"))
-    assert manager.get_connection_stats()["pool"]["soft_limit"] == 9
-    manager.print_connection_stats(io.StringIO())
-    with pytest.warns(UserWarning, match="unknown") as caught:
-        manager.get_session()
-    assert caught[0].filename == __file__
-    keeper = keeper_of(one._started.pool)
-    manager.shutdown_dynamic_pool()
-    keeper.close()
-
-    async def main():
-        manager.startup_dynamic_async_pool(url, ledger=None)
-        async with manager.get_async_session("a") as session:
-            await session.execute(text("select 1"))
-        await manager.shutdown_dynamic_async_pool()
-
-    asyncio.run(main())
-    assert {name for name in vars(manager) if name in manager.__all__} == {
-        *manager.__all__
-    }
+    assert manager.get_connection_stats()["pool"]["size"] == 20
+    end(one)
 
 
 def test_one_url_serves_threads_and_tasks(tmp_path):
@@ -573,8 +565,8 @@ def test_one_url_serves_threads_and_tasks(tmp_path):
         one = DynamicConnectionManager(f"{given}:///{tmp_path / 'app.db'}", ledger=None)
         one.startup()
         one.startup_async()
-        assert not one._started.engine.dialect.is_async
-        assert one._started_async.engine.dialect.is_async
+        assert not one._running[THREADS].engine.dialect.is_async
+        assert one._running[TASKS].engine.dialect.is_async
         end(one)
 
 

@@ -10,6 +10,9 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from support import documents
+
+from sqla_fairpool.options import OPTIONS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -70,35 +73,14 @@ def test_code_of_the_documents_runs_when_pasted(block, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_readme_names_every_option_with_its_default():
-    from sqla_fairpool.options import PoolOptions
-
-    options = PoolOptions.parse()
-    (section,) = re.findall(r"^\| option \|.*?\n\n", README, re.MULTILINE | re.DOTALL)
-    rows = re.findall(r"^\| `(\w+)`[^|]*\| ([^|]*) \|", section, re.MULTILINE)
-    table = {name: default.strip("`") for name, default in rows}
-    assert table == {name: str(getattr(options, name)) for name in options.names()}
+def test_readmes_tables_of_options_are_those_of_the_code():
+    assert documents.with_tables(README) == README
 
 
-def test_readme_names_every_variable_with_its_default():
-    from sqla_fairpool.launch.environment import DATABASE, LEDGER, VARIABLES
-    from sqla_fairpool.options import PoolOptions
-
-    (section,) = re.findall(r"^\| variable \|.*?\n\n", README, re.MULTILINE | re.DOTALL)
-    rows = [line.split("|")[1:4] for line in section.splitlines()[2:] if line]
-    table = {
-        name.strip(" `"): (default.strip(" `"), option.partition(";")[0].strip(" `"))
-        for name, default, option in rows
-    }
-    options = PoolOptions.parse()
-    expected = {
-        name: (f"{getattr(options, option):g}", option)
-        for name, option in VARIABLES.items()
-        if name != LEDGER
-    }
-    expected[LEDGER] = ("host", "ledger")
-    assert table.pop(DATABASE)
-    assert table == expected
+def test_readme_names_the_options_that_a_living_pool_cannot_change():
+    (text,) = re.findall(r"Any option can be\schanged but (.*?)\.\n", README, re.DOTALL)
+    fixed = {name for name, option in OPTIONS.items() if option.is_fixed}
+    assert set(re.findall(r"`(\w+)`", text)) == fixed | {"pool_use_lifo"}
 
 
 def test_links_between_the_documents_lead_somewhere():

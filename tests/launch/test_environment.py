@@ -16,7 +16,7 @@ from sqla_fairpool.ledger.addresses import (
     default_ledger,
     with_threads_driver,
 )
-from sqla_fairpool.pool.drivers import asyncpg_arguments, for_asyncio, for_threads
+from sqla_fairpool.ledger.drivers import asyncpg_arguments, for_asyncio, for_threads
 
 
 def test_variables_stand_for_options():

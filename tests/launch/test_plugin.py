@@ -11,8 +11,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool, QueuePool, StaticPool
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
-from sqla_fairpool.options import PoolOptions
-from sqla_fairpool.plugin import _READERS
+from sqla_fairpool.options import OPTIONS, PoolOptions
 
 FILE = "sqlite:///file.db?plugin=fairpool"
 
@@ -115,16 +114,31 @@ def test_creator_or_a_single_connection_is_no_harm_in_memory(server):
     create_engine("sqlite://", poolclass=FairQueuePool, pool_size=1)
 
 
-def test_every_option_of_the_pool_has_a_key():
-    assert set(PoolOptions.names()) <= set(_READERS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_of_the_pool_has_a_key(name):
+    others = {"tag_option": "tenant", "default_tag": "a", "ledger": "/run/a.ledger"}
+    others["max_limit"] = "18"
+    given = others.get(name, "1")
+    url = make_url(FILE).update_query_dict({f"fairpool_{name}": given})
+    if name == "server_tag":
+        url = url.set(drivername="postgresql+psycopg2")
+    options = create_engine(url).pool.options
+    assert getattr(options, name) == getattr(PoolOptions.parse(**{name: given}), name)
+
+
+NULLABLE = [name for name, option in OPTIONS.items() if option.none]
+
+
+@pytest.mark.parametrize("name", NULLABLE)
+def test_none_is_what_none_means(name):
+    engine = create_engine(f"{FILE}&fairpool_{name}=None")
+    assert getattr(engine.pool.options, name) is None
 
 
 def test_other_keys_of_the_pool():
     engine = create_engine(
         f"{FILE}&fairpool_use_lifo=yes&fairpool_recycle=60&fairpool_pre_ping=off"
-        "&fairpool_timeout=None&fairpool_idle_connection_ttl=none"
     )
-    assert engine.pool.timeout() is None
     assert engine.pool._recycle == 60
     assert engine.pool._pre_ping is False
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support import state
 from support.stub import StubServer
 from support.threads import PATIENCE, VirtualClock, eventually
 
@@ -244,4 +245,4 @@ def test_real_pools_answer_and_a_stopped_process_does_not(path):
         for connection in held:
             connection.close()
         engine.dispose()
-        engine.pool._exchange.share.keeper.close()
+        state.keeper(engine).close()

@@ -19,18 +19,19 @@ TERMS = Limits(capacity=20, soft_limit=10, max_limit=15)
 class Party(NamedTuple):
     owned: int = 0
     stalled: bool = False
-    lines: Mapping[str, Line] = MappingProxyType({})
+    tags: Mapping[str, Line] = MappingProxyType({})
+    pressed: bool = False
 
 
 def wanting(place=1, owned=0, stalled=False, **tags):
     """A member that waits for so much under each tag, and holds nothing of it."""
     lines = {tag: Line(0, n, True, place) for tag, n in tags.items()}
-    return Party(owned, stalled, lines)
+    return Party(owned, stalled, tags=lines)
 
 
 def holding(place=1, owned=0, stalled=False, **tags):
     lines = {tag: Line(n, 0, True, place) for tag, n in tags.items()}
-    return Party(owned, stalled, lines)
+    return Party(owned, stalled, tags=lines)
 
 
 def targets(parties, places=None, limits=TERMS):
@@ -52,14 +53,14 @@ def targets(parties, places=None, limits=TERMS):
 def test_four_scenarios(demands, expected):
     parties = {}
     for n, (tag, wanted) in enumerate(demands.items()):
-        parties[f"m{n}"] = Party(lines={tag: Line(0, wanted, wanted > 0, n + 1)})
+        parties[f"m{n}"] = Party(tags={tag: Line(0, wanted, wanted > 0, n + 1)})
     assert list(targets(parties).values()) == expected
 
 
 def test_a_tag_that_went_idle_leaves_only_what_it_still_holds():
     parties = {
         "a": wanting(layer1_5=99),
-        "b": Party(5, lines={"layer2": Line(5, 0, False, 1)}),
+        "b": Party(5, tags={"layer2": Line(5, 0, False, 1)}),
         "c": wanting(layer3=99),
     }
     assert targets(parties) == {"a": 8, "b": 5, "c": 7}
@@ -99,7 +100,7 @@ def test_a_local_rise_has_room_without_a_new_allocation():
 
 
 def test_a_tag_that_wants_nothing_now_may_start_at_once():
-    quiet = Party(lines={"x": Line(0, 0, True, 0)})
+    quiet = Party(tags={"x": Line(0, 0, True, 0)})
     found = allocate({"a": quiet, "b": wanting(x=99)}, {}, TERMS)
     assert found.limits["x", "a"] == 1
 
@@ -113,7 +114,7 @@ def test_with_more_members_than_slots_the_first_are_asked_for_the_last():
     found = allocate(parties, {}, limits)
     assert found.targets == {"m0": 1, "m1": 1, "m2": 1, "m3": 0, "m4": 0}
     assert found.asked == {("x", "m0"), ("x", "m1")}
-    assert found.hungry == {"x": {"m3", "m4"}}
+    assert found.starved == {"x": {"m3", "m4"}}
 
 
 def test_with_more_tags_than_slots_the_first_tags_are_asked():
@@ -222,7 +223,7 @@ def test_claims_are_what_the_policy_says(board):
     parties, places, limits = board
     parties = {m: p._replace(stalled=False) for m, p in parties.items()}
     found = allocate(parties, places, limits)
-    pairs = [(t, m, line) for m, p in parties.items() for t, line in p.lines.items()]
+    pairs = [(t, m, line) for m, p in parties.items() for t, line in p.tags.items()]
     tags = {t for t, _, _ in pairs}
     active = {t for t, _, line in pairs if line.active}
     order = sorted(tags, key=lambda t: (places.get(t, 0), t))
@@ -275,10 +276,10 @@ def test_who_gets_less_than_it_wants_gains_nothing_by_wanting_more(board, more):
     parties, places, limits = board
     before = allocate(parties, places, limits)
     for member, party in parties.items():
-        for tag, line in party.lines.items():
+        for tag, line in party.tags.items():
             if not party.stalled and before.claims.get((tag, member), 0) < line.wants:
                 grown = line._replace(waiting=line.waiting + more)
-                changed = party._replace(lines={**party.lines, tag: grown})
+                changed = party._replace(tags={**party.tags, tag: grown})
                 after = allocate({**parties, member: changed}, places, limits)
                 assert after.claims == before.claims
 
@@ -291,7 +292,7 @@ def test_who_has_nothing_is_somebody_elses_turn(board):
     for tag, member in found.asked:
         assert found.claims[tag, member] >= 1
     for tag, share in found.shares.items():
-        line = {m: p.lines[tag] for m, p in parties.items() if tag in p.lines}
+        line = {m: p.tags[tag] for m, p in parties.items() if tag in p.tags}
         empty = [
             m
             for m, x in line.items()
@@ -307,7 +308,7 @@ def test_who_has_nothing_is_somebody_elses_turn(board):
 
 def test_a_thousand_processes_and_a_hundred_tags_are_divided_exactly():
     parties = {
-        f"m{n:04}": Party(lines={f"t{n % 100}": Line(0, 3, True, n + 1)})
+        f"m{n:04}": Party(tags={f"t{n % 100}": Line(0, 3, True, n + 1)})
         for n in range(1000)
     }
     found = allocate(parties, {}, Limits(250, 125, 188))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ from support.threads import PATIENCE, eventually
 from sqla_fairpool.ledger import host, host_file
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
+from sqla_fairpool.ledger.host_file import LedgerFile
 from sqla_fairpool.ledger.rows import member_key
 from sqla_fairpool.ledger.store import StoreAway
 
@@ -423,6 +425,57 @@ def test_sign_of_life_stands_while_the_file_is_replaced(member, path):
     assert other.living([store.member]) == {store.member}
 
 
+#: What is called between two steps of opening a ledger.
+STEPS = [
+    (host_file, "share"),
+    (host, "share"),
+    (Path, "rename"),
+    (HostStore, "_use_directory"),
+    (LedgerFile, "connect"),
+    (LedgerFile, "_make_tables"),
+    (HostStore, "_give_sign"),
+]
+
+
+@pytest.mark.parametrize("lose", [remove, replace, remove_directory, remove_signs])
+@pytest.mark.parametrize(("owner", "name"), STEPS, ids=[name for _, name in STEPS])
+def test_newcomer_tries_again_when_the_ledger_vanishes_while_it_opens_it(
+    path, monkeypatch, owner, name, lose
+):
+    store, do, times = HostStore(path), getattr(owner, name), []
+
+    def first_lose(*args, **kwargs):
+        times.append(1)
+        if len(times) == 1:
+            with contextlib.suppress(FileNotFoundError):  # it was not made yet
+                lose(path)
+        return do(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, first_lose)
+    store.open()
+    monkeypatch.undo()
+    assert times
+    if not store.in_place():  # it was lost after the last look
+        with pytest.raises(StoreAway):
+            rows_of(store)
+        store.open()
+    join(store)
+    assert store.in_place()
+    store.close()
+
+
+def test_ledger_that_vanishes_again_and_again_is_given_up(path, monkeypatch):
+    do = HostStore._give_sign
+
+    def lose(store, there):
+        remove_directory(path)
+        do(store, there)
+
+    monkeypatch.setattr(HostStore, "_give_sign", lose)
+    with pytest.raises(LedgerError, match="No such file"):
+        HostStore(path).open()
+
+
 def go_on(path, pipe):
     """Write a number that grows; open what is there when it went away."""
     store, number, aways = HostStore(path), 0, 0
@@ -629,15 +682,44 @@ def test_damaged_file_is_left_alone_while_a_member_lives(make, path):
     assert not Path(f"{path}.damaged").exists()
 
 
-def test_database_of_something_else_is_refused(path):
+def database(*statements, wal=False):
+    """Return what makes a database."""
+
+    def make(path):
+        with contextlib.closing(sqlite3.connect(path)) as made:
+            made.execute(f"pragma journal_mode = {'wal' if wal else 'delete'}")
+            made.executescript(";".join(statements))
+
+    return make
+
+
+A_ROW = "create table row (key text primary key, value text) without rowid"
+
+
+@pytest.mark.parametrize(
+    ("fill", "words"),
+    [
+        (lambda path: path.write_text("no database " * 1000), "is no ledger"),
+        (database("create table x (y)"), "a database of something else"),
+        (database(A_ROW), "a database of something else"),
+        (
+            database(A_ROW, f"pragma user_version = {host_file.SCHEMA + 1}"),
+            "runs an older",
+        ),
+        (database(A_ROW, "pragma user_version = 1"), "is of an older"),
+        (database(A_ROW, "pragma user_version = 1", wal=True), "is of an older"),
+    ],
+)
+def test_what_is_no_ledger_of_this_version_is_refused_and_left_alone(path, fill, words):
     path.parent.mkdir()
-    with sqlite3.connect(path) as database:
-        database.execute("create table pages (url text)")
-    database.close()
+    fill(path)
     before = path.read_bytes()
-    with pytest.raises(LedgerError, match="a database of something else"):
-        HostStore(path).open()
-    assert path.read_bytes() == before
+    for _ in range(3):  # as a keeper does
+        with pytest.raises(LedgerError, match=words) as caught:
+            HostStore(path).open()
+        assert str(path) in str(caught.value)
+        assert path.read_bytes() == before
+        assert os.listdir(path.parent) == [path.name]
 
 
 @pytest.mark.parametrize("name", ["app.ledger", "app.ledger-journal"])
@@ -686,69 +768,6 @@ def test_who_cannot_be_looked_at_is_not_taken_for_dead(make, monkeypatch):
         host, "_open_regular", lambda path: (_ for _ in ()).throw(PermissionError)
     )
     assert store.living([other.member]) == {other.member}
-
-
-# -- files of the version before -------------------------------------------------------
-
-
-@pytest.fixture
-def old(path):
-    """The file of a version that used WAL mode; returns a connection of that."""
-    path.parent.mkdir()
-    database = sqlite3.connect(path, isolation_level=None)
-    database.execute("pragma journal_mode = wal")
-    database.execute(
-        "create table row (key text primary key, value text not null) without rowid"
-    )
-    database.execute("insert into row values ('a', '1')")
-    database.execute("pragma application_id = 12345")
-    database.execute("pragma user_version = 1")
-    yield database
-    database.close()
-
-
-def test_file_in_wal_mode_is_converted_when_nobody_uses_it(old, make, path):
-    old.close()
-    store, other = make(), make()
-    assert rows_of(store) == rows_of(other) == {"a": "1"}
-    assert store.key == 12345
-    assert not Path(f"{path}-wal").exists()
-
-
-def test_file_in_wal_mode_that_was_not_closed_is_converted(old, make, path, tmp_path):
-    """Its process was killed: the rows are in the ``-wal`` file."""
-    copy = tmp_path / "copy"
-    shutil.copytree(path.parent, copy)
-    assert (copy / "app.ledger-wal").stat().st_size
-    store = HostStore(copy / "app.ledger")
-    store.open()
-    assert rows_of(store) == {"a": "1"}
-    store.close()
-
-
-def test_file_in_wal_mode_is_refused_while_it_is_open(old, path):
-    with pytest.raises(LedgerError, match="an older sqla_fairpool"):
-        HostStore(path).open()
-    assert old.execute("select * from row").fetchall() == [("a", "1")]
-
-
-def test_file_of_the_version_before_is_refused_while_a_member_lives(old, make, path):
-    store = make_other(path)
-    old.close()
-    with pytest.raises(LedgerError, match="an older sqla_fairpool"):
-        HostStore(path).open()
-    store.close()
-    assert rows_of(make()) == {"a": "1"}
-
-
-def make_other(path):
-    """Return something whose sign of life lies beside a ledger."""
-    elsewhere = path.with_name("other.ledger")
-    store = HostStore(elsewhere)
-    store.open()
-    store._members.rename(f"{path}.members")
-    store._members = Path(f"{path}.members")
-    return store
 
 
 # -- several users ---------------------------------------------------------------------

@@ -10,12 +10,12 @@ import pytest
 from support.ledger import TERMS, World
 from support.threads import eventually
 
-from sqla_fairpool.bench.ledger_simulation import simulate
-from sqla_fairpool.bench.ledger_world import Host, MemoryStore, Server, SimPool
+from benchmarks.ledger_simulation import simulate
+from benchmarks.ledger_world import Host, MemoryStore, Server, SimPool
 from sqla_fairpool.ledger.book import Book
+from sqla_fairpool.ledger.demand import Pace, TagDemand, condense
 from sqla_fairpool.ledger.errors import LedgerError, TermsDiffer
-from sqla_fairpool.ledger.keeper import Keeper, Pace
-from sqla_fairpool.ledger.local import TagDemand, condense
+from sqla_fairpool.ledger.keeper import Keeper
 from sqla_fairpool.ledger.rows import Left, Terms
 
 
@@ -285,10 +285,10 @@ def test_figures_that_cannot_be_published_are_trouble_like_any_other(world):
     world.host.is_away = True
     a.store.asked = True
     a.step()
-    assert a.keeper.status().trouble == "no answer"
+    assert a.keeper.trouble == "no answer"
     world.host.is_away = False
     world.run(10.0)
-    assert a.keeper.status().trouble is None
+    assert a.keeper.trouble is None
     assert used(a) == [15]
 
 
@@ -334,12 +334,12 @@ def test_while_the_store_is_away_nothing_grows_and_what_is_owned_is_kept(world):
     ask(b, "b", 5)
     world.run(20.0, Churn(world), tick=0.01)
     assert used(a, b) == [5, 0]
-    assert a.keeper.status().away_for > 15
-    assert a.keeper.status().trouble == "no answer"
+    assert a.clock() - a.keeper.away_since > 15
+    assert a.keeper.trouble == "no answer"
     world.host.is_away = False
     world.run(6.0)
     assert used(a, b) == [10, 5]
-    assert a.keeper.status().away_for is None
+    assert a.keeper.away_since is None
 
 
 def test_while_the_store_is_away_it_is_tried_less_and_less(world):
@@ -347,7 +347,7 @@ def test_while_the_store_is_away_it_is_tried_less_and_less(world):
     ask(a, "a", 1)
     world.host.is_away = True
     world.run(120.0, tick=0.01)
-    assert 120 / 5 <= a.keeper.transactions + a.passed.count("open") <= 50
+    assert 120 / 5 <= a.keeper.member.transactions + a.passed.count("open") <= 50
 
 
 def test_what_was_closed_while_the_store_was_away_is_given_back_after(world):
@@ -568,7 +568,7 @@ def test_members_have_to_agree(world):
         "soft_limit=5 max_limit=8, there capacity=20 soft_limit=10 max_limit=15 "
         "(members: here:m00001)"
     )
-    assert b.keeper.status().trouble == str(refusal)
+    assert b.keeper.trouble == str(refusal)
     assert b.store.member not in world.host.alive
 
 
@@ -637,7 +637,7 @@ def test_a_forked_child_owns_nothing_and_its_parent_everything(world):
     world.run(0.1)
     child = parent.fork()
     assert child.store.member != parent.store.member
-    assert (child.pool.slots, child.keeper.status().owned) == (0, 0)
+    assert (child.pool.slots, child.keeper.member.allotment) == (0, None)
     ask(child, "a", 2)
     world.run(0.1)
     assert (parent.row.owned, child.row.owned) == (3, 2)
@@ -756,7 +756,7 @@ def test_threads_hand_slots_to_each_other(two_threads):
     for _ in range(10):
         a.release("a")
     a.keeper.close()
-    assert a.keeper.status().owned == 0
+    assert a.keeper.member.allotment is None
     eventually(lambda: b.in_use["b"] >= 10)
 
 
@@ -765,11 +765,37 @@ def test_no_thread_before_somebody_rings(two_threads):
     assert "sqla_fairpool-keeper" not in names
 
 
+@pytest.mark.parametrize("how", ["before", "after"])
+def test_interrupt_while_the_thread_is_started(two_threads, monkeypatch, how):
+    """Before it is started, or after that: later there is one that does the work."""
+    a, _ = two_threads
+    start = threading.Thread.start
+
+    def interrupted(thread):
+        if how == "after":
+            start(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            a.request("a")
+    a.keeper.ring()
+    eventually(lambda: a.in_use["a"] == 1)
+
+    def runners():
+        return [t for t in threading.enumerate() if t.name == "sqla_fairpool-keeper"]
+
+    eventually(lambda: len(runners()) == 1)
+    a.keeper.close()
+    assert runners() == []
+
+
 def test_a_keeper_that_was_closed_stays_closed(two_threads):
     a, _ = two_threads
     a.keeper.close()
     a.request("a")
-    assert a.keeper._thread is None
+    test_no_thread_before_somebody_rings(two_threads)
     assert a.in_use["a"] == 0
 
 

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 )
 from support.ledger import World
 
-from sqla_fairpool.ledger.keeper import Pace
+from sqla_fairpool.ledger.demand import Pace
 from sqla_fairpool.ledger.rows import Terms
 from sqla_fairpool.scheduling import policy
 
@@ -319,7 +319,7 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
                 and not process.left
                 and not self.is_unknown(process)
             ):
-                gone = book.gone.get(process.keeper._number)
+                gone = book.gone.get(process.keeper.member.number)
                 row = process.row
                 kept = row.owned if row else gone.slots if gone else 0
                 # It may not know yet that these are in quarantine; they are open.
@@ -371,7 +371,7 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
                 assert row.owned >= plan.targets[process.store.member]
                 assert not plan.unmet
             for tag in waiting:
-                assert row.lines[tag].waiting, "nobody knows that it waits"
+                assert row.tags[tag].waiting, "nobody knows that it waits"
             # Nothing is unused that somebody else could use.
             if plan.unmet:
                 assert not pool.idle or pool.open <= plan.claimed[process.store.member]

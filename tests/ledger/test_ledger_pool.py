@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import create_async_engine
+from support import state
 from support.state import assert_consistent
 from support.stub import StubServer
 from support.threads import PATIENCE, Caller, ensure_waiting, eventually
@@ -17,8 +18,6 @@ from support.threads import PATIENCE, Caller, ensure_waiting, eventually
 from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
 from sqla_fairpool.ledger.errors import LedgerError, TermsDiffer
 from sqla_fairpool.ledger.host import HostStore
-from sqla_fairpool.pool.exchange import Exchange
-from sqla_fairpool.pool.share import Share
 
 
 class FakeKeeper:
@@ -43,9 +42,7 @@ class FakeKeeper:
 def joined(server):
     """A pool that is a member, its share, and its keeper."""
     pool = server.pool(pool_size=10, soft_limit=5, max_limit=8)
-    share = Share(pool._exchange)
-    pool._exchange.join(share)
-    share.keeper = FakeKeeper()
+    share = state.join(pool, FakeKeeper())
     return pool, share, share.keeper
 
 
@@ -125,7 +122,7 @@ def test_what_is_being_closed_still_counts(joined, server):
     assert closing.wait(PATIENCE)
     assert server.open == 3
     growing = Caller(share.allot, 3, {"a": 3}, 3)
-    eventually(lambda: pool._exchange._allotted == 3)
+    eventually(lambda: state.allotted(pool) == 3)
     callers = [Caller(connect, pool) for _ in range(3)]
     ensure_waiting(pool, 2)
     go_on.set()
@@ -148,7 +145,7 @@ def test_detached_connection_keeps_its_slot_until_it_is_closed(joined, server):
     ensure_waiting(pool, 1)
     keeper.rings.clear()
     detached.close()
-    pool._exchange.visit()
+    state.look_around(pool)
     waiter.result().close()
     assert keeper.rings
     other.close()
@@ -164,7 +161,7 @@ def test_detached_connection_that_is_dropped_gives_its_slot_back(joined, server)
     assert there(share) == 1
     del connection
     gc.collect()
-    pool._exchange.visit()
+    state.look_around(pool)
     assert (there(share), server.open) == (0, 0)
     connect(pool).close()
 
@@ -256,9 +253,7 @@ def test_refusal_reaches_who_waits_and_is_over_with_a_share(joined):
 
 def test_waiting_for_a_slot_times_out_as_ever(server):
     pool = server.pool(pool_size=2, timeout=0.01)
-    share = Share(pool._exchange)
-    pool._exchange.join(share)
-    share.keeper = FakeKeeper()
+    state.join(pool, FakeKeeper())
     with pytest.raises(CheckoutTimeout):
         connect(pool)
 
@@ -293,9 +288,8 @@ def test_what_all_have_agreed_on_is_not_reconfigured(joined):
 
 def test_pool_that_nobody_has_any_more_is_told_to_its_keeper():
     pool = StubServer().pool()
-    share = Share(pool._exchange)
-    pool._exchange.join(share)
-    share.keeper = keeper = FakeKeeper()
+    keeper = FakeKeeper()
+    share = state.join(pool, keeper)
     del pool
     gc.collect()
     assert keeper.rings == [None]
@@ -324,7 +318,7 @@ def member(ledger):
     yield member
     for engine in engines:
         engine.dispose()
-        engine.pool._exchange.share.keeper.close()
+        state.keeper(engine).close()
 
 
 def take(engine, number, tag="a"):
@@ -361,8 +355,8 @@ def test_two_pools_share_the_rules(member):
 def test_local_checkout_does_no_store_io(member, monkeypatch):
     engine = member(StubServer())
     give(take(engine, 3))
-    keeper = engine.pool._exchange.share.keeper
-    eventually(lambda: keeper.status().owned == 3)
+    keeper = state.keeper(engine)
+    eventually(lambda: (has := keeper.member.allotment) and has.row.owned == 3)
     calls = []
     for name in ("transaction", "ring", "living", "nudge"):
         original = getattr(HostStore, name)
@@ -371,10 +365,10 @@ def test_local_checkout_does_no_store_io(member, monkeypatch):
             name,
             lambda *args, _o=original, _n=name: calls.append(_n) or _o(*args),
         )
-    before = keeper.status().transactions
+    before = keeper.member.transactions
     for _ in range(300):
         give(take(engine, 3))
-    assert keeper.status().transactions == before
+    assert keeper.member.transactions == before
     assert calls == []
 
 
@@ -402,7 +396,7 @@ def test_default_place_follows_from_the_engines_url(temp, tmp_path):
     with engine.connect():
         assert list(temp.glob("sqla-fairpool-*/sqlite-*.ledger"))
     engine.dispose()
-    engine.pool._exchange.share.keeper.close()
+    state.keeper(engine).close()
 
 
 def test_plugin_takes_a_ledger(tmp_path):
@@ -412,7 +406,7 @@ def test_plugin_takes_a_ledger(tmp_path):
     with engine.connect():
         assert (tmp_path / "l.ledger").exists()
     engine.dispose()
-    engine.pool._exchange.share.keeper.close()
+    state.keeper(engine).close()
 
 
 def test_environment_names_the_ledger_where_the_url_does_not(tmp_path, monkeypatch):
@@ -448,20 +442,17 @@ def test_tasks_share_with_threads(tmp_path, ledger):
         async with tasks.connect():
             pass
         await engine.dispose()
-        await asyncio.to_thread(engine.pool._exchange.share.keeper.close)
+        await asyncio.to_thread(state.keeper(engine).close)
 
     asyncio.run(main())
     threads.dispose()
-    threads.pool._exchange.share.keeper.close()
+    state.keeper(threads).close()
 
 
 def test_imposed_ceilings_keep_the_promises(server):
     """Any numbers from outside leave the scheduler's invariants true."""
     pool = server.pool(pool_size=6, soft_limit=3, max_limit=5)
-    assert isinstance(pool._exchange, Exchange)
-    share = Share(pool._exchange)
-    pool._exchange.join(share)
-    share.keeper = FakeKeeper()
+    share = state.join(pool, FakeKeeper())
     for slots, ceilings, other in [(6, {"a": 3}, 2), (3, {}, 1), (0, {"a": 1}, 0)]:
         share.allot(slots, ceilings, other)
         assert_consistent(pool)

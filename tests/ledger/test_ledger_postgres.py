@@ -9,12 +9,14 @@ from dataclasses import replace
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError
+from support import state
 from support.threads import PATIENCE, Caller, eventually
 
 from sqla_fairpool import FairQueuePool
 from sqla_fairpool.cli import main
 from sqla_fairpool.cli.watching import Place
-from sqla_fairpool.ledger import sessions
+from sqla_fairpool.ledger import watch
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.keeper import Keeper
@@ -223,7 +225,7 @@ def test_tables_that_are_dropped_under_load_do_not_raise_the_bound(url, operator
         caller.result().close()
     for engine in (member, newcomer):
         engine.dispose()
-        engine.pool._exchange.share.keeper.close()
+        state.keeper(engine).close()
 
 
 # -- which tables ---------------------------------------------------------------------
@@ -458,6 +460,25 @@ def test_store_is_in_place_while_its_session_is_not_known_to_be_lost(
     assert not store.in_place()
 
 
+def test_sign_of_a_session_that_only_the_server_still_has_is_given_anew(
+    driver_url, make, monkeypatch
+):
+    """A firewall has reset the client: the server may not notice for hours."""
+    store = make(driver_url)
+    before = store._connection
+    with monkeypatch.context() as patch:
+        patch.setattr(before, "invalidate", lambda: None)
+        patch.setattr(before, "close", lambda: None)
+        store._lost()
+    assert not store.signed
+    store.open()
+    assert store.signed
+    assert store.living([store.member]) == {store.member}
+    with pytest.raises(DBAPIError):
+        before.execute(text("select 1"))
+    before.close()
+
+
 def test_network_that_is_cut_is_noticed_by_the_kernel_within_ten_seconds(driver_url):
     def given(url):
         store = PostgresStore(url)
@@ -502,7 +523,7 @@ def test_server_that_has_no_session_for_the_role_is_a_store_that_is_away(
         keeper = Keeper(PostgresStore(poor), TERMS, _Wanting())
         with caplog.at_level(logging.DEBUG):
             keeper.step(0.0)
-        assert "too many connections for role" in keeper.status().trouble
+        assert "too many connections for role" in keeper.trouble
         (record,) = caplog.records
         assert record.exc_info is None
         assert "\n" not in record.getMessage()
@@ -537,7 +558,7 @@ class _Wanting:
 def test_session_that_ends_while_it_is_prepared_is_a_store_that_is_away(
     driver_url, operator, monkeypatch
 ):
-    check = sessions.identify
+    check = watch.identify
 
     def ended(cursor, pid):
         operator(driver_url, "select pg_terminate_backend(:pid)", pid=pid)
@@ -545,7 +566,7 @@ def test_session_that_ends_while_it_is_prepared_is_a_store_that_is_away(
 
     store = PostgresStore(driver_url)
     with monkeypatch.context() as patch:
-        patch.setattr(sessions, "identify", ended)
+        patch.setattr(watch, "identify", ended)
         with pytest.raises(StoreAway):
             store.open()
     assert store.control_connections == 0

@@ -8,7 +8,7 @@ import pytest
 from support.ledger import TERMS, World
 from support.threads import PATIENCE
 
-from sqla_fairpool.bench.ledger_world import Host, MemoryStore, Server, SimPool
+from benchmarks.ledger_world import Host, MemoryStore, Server, SimPool
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError, ServerDiffers
 from sqla_fairpool.ledger.inspector import read
@@ -140,7 +140,7 @@ def test_one_that_owns_less_than_it_has_open_is_denied(world):
     a.keeper.post(answers.append)
     a.step()
     assert answers == [False]
-    assert a.keeper.status().trouble is None
+    assert a.keeper.trouble is None
     assert a.pool.slots < a.pool.open == 15
 
 
@@ -239,13 +239,13 @@ def test_an_error_does_not_reach_the_callers_of_one_that_owns_slots(world, caplo
     world.run(3.0)
     assert a.pool.refusals == []
     assert a.pool.waiting["a"] == 2
-    assert "'gone/9' cannot be read" in a.keeper.status().trouble
+    assert "'gone/9' cannot be read" in a.keeper.trouble
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     a.pool.release("a")
     assert served(a) == [3]  # by what it owns
     del world.host.rows["gone/9"]
     world.run(2.0)
-    assert a.keeper.status().trouble is None
+    assert a.keeper.trouble is None
     assert served(a) == [4]
 
 

@@ -18,9 +18,12 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.pool import NullPool
 from support.counting_server import CountingServer
 from support.sampler import CAPACITY, Server
 from support.threads import PATIENCE, eventually
+
+from sqla_fairpool.cli import main
 
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
@@ -32,7 +35,7 @@ def server(postgres_url):
     server = Server(postgres_url)
     yield server
     server.close()
-    assert server.most <= CAPACITY
+    assert server.most <= CAPACITY + server.beside
     assert server.looks > 10
 
 
@@ -41,6 +44,8 @@ def ledger(request, tmp_path, postgres_url):
     """Where a new ledger is, of each kind."""
     if request.param == "host":
         return str(tmp_path / "app.ledger")
+    if request.param == "the role's own":
+        return request.getfixturevalue("database_of_the_role")
     url = make_url(postgres_url).update_query_dict({"ledger": uuid.uuid4().hex})
     return url.render_as_string(hide_password=False)
 
@@ -145,6 +150,24 @@ def test_forked_worker_is_a_member_of_its_own(server, scraper):
         server.stays(0.5, parent=10, other=10)
 
 
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+@pytest.mark.parametrize("ledger", ["postgresql"], indirect=True)
+def test_children_forked_in_the_middle_of_checkouts(server, ledger, driver):
+    """Each of them gets a connection; ten threads of their parent go on meanwhile."""
+    url = server.url.set(drivername=f"postgresql+{driver}")
+    program = PROGRAM.with_name("member_program.py")
+    command = [program, url.render_as_string(hide_password=False), ledger, "threads"]
+    done = subprocess.run(
+        [sys.executable, *command],
+        capture_output=True,
+        text=True,
+        timeout=4 * PATIENCE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n" * 41
+    eventually(lambda: not server.open)
+
+
 @pytest.mark.parametrize("how", ["preload", "multiprocessing"])
 def test_workers_of_one_application_share_its_tags_part(server, scraper, how):
     """As gunicorn's and Celery's: the engine is made before they are forked."""
@@ -163,6 +186,68 @@ def test_members_killed_again_and_again(server, scraper):
             victim.kill()
             victim.wait()
         server.until(steady=15)
+
+
+@pytest.fixture
+def database_of_the_role(server, postgres_url):
+    """The URL of one in which the scrapers' role may create a ledger."""
+    name = f"d{uuid.uuid4().hex}"
+    engine = create_engine(
+        postgres_url, poolclass=NullPool, isolation_level="AUTOCOMMIT"
+    )
+    with engine.connect() as operator:
+        operator.execute(text(f"create database {name} owner scraper"))
+    yield server.url.set(database=name).render_as_string(hide_password=False)
+    with engine.connect() as operator:
+        operator.execute(text(f"drop database {name} with (force)"))
+
+
+@pytest.fixture
+def limited(server, ledger, postgres_url, capsys):
+    """Have the server hold the role to what `ledger limit` prints, for 3 processes.
+
+    Those for a monitor and a command are taken.
+    """
+    url = server.url.render_as_string(hide_password=False)
+    budget = ["--connections", str(CAPACITY), "--processes", "3"]
+    main(["ledger", "limit", "--url", url, "--ledger", ledger, *budget])
+    _, _, statement = capsys.readouterr().out.rpartition("ALTER ROLE ")
+    number = int(statement.split()[-1])
+    in_server = ledger.startswith("postgresql")
+    tools = 4 if in_server else 2
+    assert number == CAPACITY + 3 * (1 + in_server) + tools
+    # Where the ledger is not in the server, each process may ask by one more.
+    server.beside = 0 if in_server else 3
+    engine = create_engine(
+        postgres_url, poolclass=NullPool, isolation_level="AUTOCOMMIT"
+    )
+    with engine.connect() as operator:
+        operator.execute(text(f"alter role {statement}"))
+        taken = create_engine(server.url, pool_size=tools)
+        held = [taken.connect() for _ in range(tools)]
+        yield
+        for one in held:
+            one.close()
+        taken.dispose()
+
+
+@pytest.mark.parametrize("ledger", ["host", "the role's own"], indirect=True)
+def test_role_that_is_limited_to_what_the_command_prints(server, scraper, limited):
+    """Members are killed under load, and asked after: nobody is refused, or hears of
+    it.
+    """
+    steadies = [scraper.start(name) for name in ("one", "two")]
+    server.until(one=10, two=10)
+    for _ in range(3):
+        victim = scraper.start("victim", 25, 0.5)
+        eventually(lambda: server.now.get("victim", 0) > 3)
+        victim.kill()
+        victim.wait()
+    server.until(one=10, two=10)
+    for steady in steadies:
+        steady.stdin.close()
+        assert steady.wait(PATIENCE) == 0
+        assert steady.stderr.read() == ""
 
 
 def test_killed_while_it_holds_the_stores_lock(server, scraper, ledger):

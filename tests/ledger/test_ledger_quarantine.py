@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from support.ledger import TERMS, World
 
 from sqla_fairpool.ledger import rows as ledger_rows
-from sqla_fairpool.ledger.allocation import Line
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.inspector import read
@@ -200,7 +199,7 @@ def test_what_comes_after_the_first_look_is_nobodys_of_the_dead(world):
 def test_a_failed_question_is_one_warning_and_said_in_the_ledger(world, caplog):
     answers = []
 
-    def sessions():
+    def sessions(server):
         if not answers:
             raise RuntimeError("no token for this record\nand more")
         return world.server.look()
@@ -212,7 +211,7 @@ def test_a_failed_question_is_one_warning_and_said_in_the_ledger(world, caplog):
     world.run(5.0)
     assert len(b.sessions) == 10
     reason = "RuntimeError: no token for this record"
-    assert b.keeper.status().unasked == reason
+    assert b.keeper.member.unasked == reason
     assert read(b.store).unasked == reason
     (warning,) = [r for r in caplog.records if "cannot be asked" in r.message]
     assert warning.levelname == "WARNING"
@@ -223,12 +222,12 @@ def test_a_failed_question_is_one_warning_and_said_in_the_ledger(world, caplog):
     world.run(2.0)
     assert len(b.sessions) == 20
     world.run(15.0)
-    assert b.keeper.status().unasked is None
+    assert b.keeper.member.unasked is None
     assert read(b.store).unasked is None
 
 
 def test_another_server_is_not_asked(world):
-    def sessions():
+    def sessions(server):
         return Present("another", frozenset(), frozenset())
 
     world.sessions = sessions
@@ -237,7 +236,7 @@ def test_another_server_is_not_asked(world):
     a.kill()
     world.run(9.0)
     assert len(b.sessions) == 10
-    assert b.keeper.status().unasked == (
+    assert b.keeper.member.unasked == (
         "asked server another, the sessions are on the server"
     )
     a.server_notices()
@@ -432,13 +431,12 @@ def test_no_value_in_a_row_is_a_traceback(value):
 
 
 def test_the_texts_that_are_kept_parsed_are_bounded():
-    lines = {f"tag {n}": Line(1, 2, True, n, 3) for n in range(256)}
-    for number in range(500):
-        text = Member(number, {}, lines=lines).text
+    most = ledger_rows.parse_member.cache_info().maxsize
+    for number in range(most + 10):
+        text = Member(number).text
         assert ledger_rows.parse_member("x", text).number == number
-        kept = sum(map(len, ledger_rows._cache))
-        assert kept == ledger_rows._cached <= ledger_rows._CACHED
     assert ledger_rows.parse_member("x", text) is ledger_rows.parse_member("x", text)
+    assert ledger_rows.parse_member.cache_info().currsize == most
 
 
 # -- versions ----------------------------------------------------------------------

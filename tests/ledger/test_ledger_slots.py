@@ -11,6 +11,7 @@ import ctypes
 import gc
 import random
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -20,10 +21,18 @@ import pytest
 from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 from sqlalchemy.ext.asyncio import create_async_engine
+from support import state
 from support.sessions import Sessions
 from support.threads import PATIENCE, Caller, eventually
 
-from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
+from sqla_fairpool import (
+    AsyncAdaptedFairQueuePool,
+    CheckoutTimeout,
+    FairQueuePool,
+    joining,
+    share,
+)
+from sqla_fairpool.ledger.errors import ServerDiffers
 
 pytestmark = pytest.mark.postgres
 
@@ -71,7 +80,7 @@ class Member:
 
     @property
     def keeper(self):
-        return self.pool._exchange.share.keeper
+        return state.keeper(self)
 
     def all_can_be_had(self):
         """Assert that as many connections can be had as there are slots."""
@@ -198,27 +207,70 @@ def test_task_that_is_cancelled_when_a_connection_is_opened_again(
 def test_ledger_that_cannot_confirm_a_new_connection_costs_no_slot(member, monkeypatch):
     one = member()
     one.all_can_be_had()
-    share = one.pool._exchange.share
+    its_share = state.share(one)
     one.engine.dispose()
 
     def fail(physical):
-        raise share.unconfirmed("for a test")
+        raise its_share.unconfirmed("for a test")
 
     with monkeypatch.context() as patch:
-        patch.setattr(share, "after_opening", fail)
+        patch.setattr(its_share, "after_opening", fail)
         for _ in range(2 * SLOTS):
             with pytest.raises(SQLAlchemyError, match="for a test"):
                 one.engine.connect()
     one.all_can_be_had()
 
 
+def test_first_connection_to_another_server_is_not_used(member, monkeypatch):
+    """Its session is none of those that the ledger's slots are for."""
+    one, other = member(), member()
+    one.all_can_be_had()
+    one.engine.dispose()
+    identify = joining.identify
+
+    def elsewhere(cursor, pid):
+        return "postgresql elsewhere", identify(cursor, pid)[1]
+
+    monkeypatch.setattr(joining, "identify", elsewhere)
+    with pytest.raises(ServerDiffers, match="postgresql elsewhere"):
+        other.engine.connect()
+    monkeypatch.undo()
+    eventually(lambda: other.sessions.now == 0)
+    one.all_can_be_had()
+
+
+@pytest.mark.parametrize("hindered", [True, False])
+def test_denied_connection_is_used_only_if_the_ledger_cannot_say(
+    member, ledger, monkeypatch, hindered
+):
+    """On the host: what is owned then stays so."""
+    one = member()
+    one.all_can_be_had()
+    one.engine.dispose()
+    monkeypatch.setattr(share, "_CONFIRMED_WITHIN", 0.1)
+    monkeypatch.setattr(one.keeper, "post", lambda done: done(False))
+    monkeypatch.setattr(type(one.keeper), "is_hindered", hindered)
+    if hindered and not ledger.startswith("postgresql"):
+        one.engine.connect().close()
+    else:
+        with pytest.raises(CheckoutTimeout, match="does not confirm"):
+            one.engine.connect()
+    monkeypatch.undo()
+    one.all_can_be_had()
+
+
 # -- exceptions from outside ----------------------------------------------------------
 
 
-# What is raised in a driver's destructor Python reports and goes on.
-INTO_DESTRUCTORS = pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)
+@pytest.fixture
+def nobody_keeps_what_is_ignored(monkeypatch):
+    """Let nobody keep exceptions that nobody can catch.
+
+    They are raised in a destructor or a finaliser: Python reports them and goes on.
+    pytest keeps them until the test is over, and in their frames are the records whose
+    return they have interrupted.
+    """
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
 
 
 class Thrown(Exception):  # noqa: N818  (what Celery's SoftTimeLimitExceeded is)
@@ -230,9 +282,10 @@ def work(engine, statement="select pg_sleep(0.002)"):
         connection.execute(text(statement))
 
 
+# With psycopg about one run in ten on a busy machine does not end: why is not known.
 @pytest.mark.parametrize("driver", ["psycopg2"])
-@INTO_DESTRUCTORS
-def test_exceptions_thrown_into_threads(member, driver, no_log):
+@pytest.mark.usefixtures("no_log", "nobody_keeps_what_is_ignored", "light_heap")
+def test_exceptions_thrown_into_threads(member, driver):
     one = member(driver)
     one.beside = 1  # of a driver that was interrupted while it connected
     throw = ctypes.pythonapi.PyThreadState_SetAsyncExc
@@ -257,21 +310,27 @@ def test_exceptions_thrown_into_threads(member, driver, no_log):
     for thread in threads:
         thread.start()
     chance = random.Random(1)
-    for _ in range(200):
+    end = time.monotonic() + PATIENCE
+    # One that is thrown into a thread which waits in the driver replaces another.
+    while len(hits) < 100:
+        assert time.monotonic() < end
         time.sleep(chance.random() * 0.01)  # at any moment
         thread = chance.choice(threads)
         throw(ctypes.c_ulong(thread.ident), ctypes.py_object(Thrown))
+        gc.collect()  # connections in cycles, for which all the threads may wait
     over.set()
-    for thread in threads:
-        thread.join(PATIENCE)
-        assert not thread.is_alive()
-    assert len(hits) > 50
+
+    def all_have_ended():
+        gc.collect()
+        return not any(thread.is_alive() for thread in threads)
+
+    eventually(all_have_ended)
     one.all_can_be_had()
 
 
-@pytest.mark.parametrize("driver", ["psycopg2"])
-@INTO_DESTRUCTORS
-def test_signal_handlers_that_raise(member, driver, no_log):
+@pytest.mark.parametrize("driver", THREADS)
+@pytest.mark.usefixtures("no_log", "nobody_keeps_what_is_ignored")
+def test_signal_handlers_that_raise(member, driver):
     """Soft time limits, and time-outs by SIGALRM."""
     one = member(driver)
     one.beside = 1  # of a driver that was interrupted while it connected
@@ -295,6 +354,42 @@ def test_signal_handlers_that_raise(member, driver, no_log):
     finally:
         signal.signal(signal.SIGALRM, before)
     assert hits > 20
+    one.all_can_be_had()
+
+
+@pytest.mark.parametrize("driver", THREADS)
+@pytest.mark.usefixtures("no_log")
+def test_exception_in_a_finaliser_costs_a_slot_while_it_is_kept(
+    member, monkeypatch, driver
+):
+    """SQLAlchemy 2.0's own pool loses that slot for good.
+
+    A dropped connection is returned by SQLAlchemy's finaliser. Where an exception ends
+    that, only the record's own end tells that nobody will return it.
+    """
+    one = member(driver)
+    kept = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda u: kept.append(u.exc_value))
+    connections = [one.engine.connect()]
+    existing = state.core(one).connections
+    close = existing.close
+
+    def fail(*_):  # as psycopg's does in the middle of a statement
+        raise one.engine.dialect.loaded_dbapi.Error
+
+    def interrupted(*args):
+        close(*args)
+        raise Thrown
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one.engine.dialect, "do_rollback", fail)
+        patch.setattr(existing, "close", interrupted)
+        drop(connections)
+    assert [type(error) for error in kept] == [Thrown]
+    assert one.pool.checkedout() == 1
+    kept.clear()
+    gc.collect()
+    assert one.pool.checkedout() == 0
     one.all_can_be_had()
 
 
@@ -389,7 +484,7 @@ def test_detached_connection_keeps_its_own_slot_and_no_other(member, driver):
     others = [caller.result() for caller in others]
     assert one.sessions.now == SLOTS
     waiting = Caller(one.engine.connect)
-    eventually(lambda: one.pool._exchange.scheduler.waiting == 1)
+    eventually(lambda: state.waiting(one) == 1)
     detached.close()
     waiting.result().close()
     for connection in others:
@@ -419,7 +514,7 @@ def test_detached_connection_of_sqlite(tmp_path, how):
     for connection in [caller.result() for caller in callers]:
         connection.close()
     engine.dispose()
-    engine.pool._exchange.share.keeper.close()
+    state.keeper(engine).close()
 
 
 def test_connections_of_a_loop_that_is_gone_are_given_up(member):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sqlite3
 import stat
 import threading
 import uuid
@@ -17,7 +16,7 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import ArgumentError
 from support.threads import PATIENCE, Caller, eventually
 
-from sqla_fairpool.ledger import addresses, host_file, postgres, sessions
+from sqla_fairpool.ledger import addresses, host_file, postgres, watch
 from sqla_fairpool.ledger.addresses import default_path, make_store
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
@@ -337,22 +336,6 @@ def test_figures_that_cannot_be_published_are_a_store_that_is_away(make_host):
         store.publish("x")
 
 
-def test_schema_from_the_future_is_refused(make_host, path):
-    make_host()
-    with sqlite3.connect(path) as database:
-        database.execute("pragma user_version = 99")
-    database.close()
-    with pytest.raises(LedgerError, match=r"schema version 99.* knows 2"):
-        HostStore(path).open()
-
-
-def test_file_that_is_no_ledger_is_refused(path):
-    path.parent.mkdir()
-    path.write_text("something else " * 100)
-    with pytest.raises(LedgerError, match="is no ledger, or damaged"):
-        HostStore(path).open()
-
-
 def test_place_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(LedgerError, match="cannot be used"):
         HostStore(tmp_path).open()
@@ -549,7 +532,7 @@ def test_ledgers_in_one_database_are_apart(postgres_url):
 @pytest.mark.postgres
 def test_tables_from_the_future_are_refused(in_database, database):
     store = in_database()
-    name = {"name": store._ledger}
+    name = {"name": store._tables._ledger["ledger"]}
     store.close()
     database.execute(
         text("update fairpool_ledger set version = 99 where name = :name"), name
@@ -570,8 +553,8 @@ def test_server_that_is_not_there_is_a_store_that_is_away(tmp_path):
 @pytest.mark.postgres
 def test_pooler_in_between_is_refused(postgres_url, monkeypatch):
     """None is installed here: what its driver would say is put in its place."""
-    check = sessions.identify
-    monkeypatch.setattr(sessions, "identify", lambda c, pid: check(c, pid + 1))
+    check = watch.identify
+    monkeypatch.setattr(watch, "identify", lambda c, pid: check(c, pid + 1))
     with pytest.raises(LedgerError, match="a pooler like PgBouncer is in between"):
         PostgresStore(make_url(postgres_url)).open()
 
@@ -584,24 +567,24 @@ def test_sessions_are_seen_until_they_end_whatever_is_done_in_them(
     url = make_url(postgres_url).set(drivername=f"postgresql+{driver}")
     engine = create_engine(url)
     asking = database.connection.cursor()
-    before = sessions.look(asking)
+    before = watch.look(asking)
     with engine.connect() as connection:
         cursor = connection.connection.cursor()
         pid = connection.connection.driver_connection.info.backend_pid
-        server, session = sessions.identify(cursor, pid)
+        server, session = watch.identify(cursor, pid)
         connection.rollback()
         driver_connection = connection.connection.driver_connection
         driver_connection.rollback()
         driver_connection.autocommit = True
         cursor.execute("DISCARD ALL")
-        present = sessions.look(asking)
+        present = watch.look(asking)
         assert present.server == server == before.server
         assert session.pid == pid
         assert session in present.sessions - before.sessions
         assert session in present.peers
         driver_connection.autocommit = False
     engine.dispose()
-    eventually(lambda: session not in sessions.look(asking).sessions)
+    eventually(lambda: session not in watch.look(asking).sessions)
 
 
 @pytest.mark.postgres
@@ -612,9 +595,9 @@ def test_sessions_of_another_role_are_seen_without_their_beginning(
     try:
         engine = create_engine(make_url(postgres_url).set(username="looks_on"))
         cursor = database.connection.cursor()
-        _, session = sessions.identify(cursor, None)
+        _, session = watch.identify(cursor, None)
         with engine.connect() as connection:
-            present = sessions.look(connection.connection.cursor())
+            present = watch.look(connection.connection.cursor())
         assert session._replace(began=None) in present.sessions
         assert session.pid not in {peer.pid for peer in present.peers}
         engine.dispose()
@@ -627,9 +610,9 @@ def test_pools_of_other_ledgers_are_seen(postgres_url, database):
     cursor = database.connection.cursor()
     engine = create_engine(postgres_url)
     with engine.connect() as connection:
-        assert sessions.other_ledgers(connection.connection.cursor(), 77) == set()
-        assert sessions.other_ledgers(cursor, 78) == {77}
-        assert sessions.other_ledgers(cursor, 77) == {78}
+        assert watch.other_ledgers(connection.connection.cursor(), 77) == set()
+        assert watch.other_ledgers(cursor, 78) == {77}
+        assert watch.other_ledgers(cursor, 77) == {78}
         connection.invalidate()
     engine.dispose()
     cursor.execute("select pg_advisory_unlock_all()")

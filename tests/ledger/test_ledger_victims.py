@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.pool import NullPool
+from support import state
 from support.threads import PATIENCE, eventually
 
 from sqla_fairpool import FairQueuePool
@@ -109,7 +110,7 @@ def survivor(postgres_url, role, ledger):
     for thread in threads:
         thread.join()
     engine.dispose()
-    engine.pool._exchange.share.keeper.close()
+    state.keeper(engine).close()
     eventually(lambda: watched.now == 0)
     watched.close()
     assert not errors
@@ -151,7 +152,7 @@ def victim(postgres_url, role, ledger):
 
 
 def held_by(survivor):
-    return survivor.pool._exchange.connections_there()
+    return state.connections_there(survivor)
 
 
 KINDS = [
@@ -219,9 +220,9 @@ def test_server_is_asked_with_what_a_listener_keeps_on_the_record(
     process.kill()
     killed = time.monotonic()
     connections = [first, *(engine.connect() for _ in range(SLOTS - 1))]
-    assert engine.pool._exchange.share.keeper.status().unasked is None
+    assert state.keeper(engine).member.unasked is None
     assert time.monotonic() - killed < PATIENCE
     for connection in connections:
         connection.close()
     engine.dispose()
-    engine.pool._exchange.share.keeper.close()
+    state.keeper(engine).close()

@@ -12,6 +12,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.exc import ArgumentError, MissingGreenlet
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
+from support import state
 from support.state import assert_consistent, assert_quiet
 from support.tasks import checkin, checkout, steps, until, waiting
 from support.threads import PATIENCE, Caller, eventually
@@ -131,7 +132,7 @@ def test_time_out_names_the_holders_and_leaves_the_line(make_pool, run):
         holder = await checkout(pool)
         with pytest.raises(CheckoutTimeout, match="held by unknown=1"):
             await checkout(pool)
-        assert pool._exchange.scheduler.waiting == 0
+        assert state.waiting(pool) == 0
         await checkin(holder)
 
     run(main())
@@ -192,7 +193,7 @@ def test_waiting_needs_sqlalchemys_greenlet(make_pool, run):
         holder = await checkout(pool)
         with pytest.raises(MissingGreenlet):
             pool.connect()
-        assert pool._exchange.scheduler.waiting == 0
+        assert state.waiting(pool) == 0
         await checkin(holder)
 
     run(main())
@@ -236,7 +237,7 @@ def test_waiter_that_is_cancelled_when_it_was_granted_passes_the_grant_on(
         await waiting(pool, 2)
         await checkin(holder)
         # The grant is made, the bell has rung, the task has not run yet.
-        assert pool._exchange.scheduler.waiting == 1
+        assert state.waiting(pool) == 1
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
             await first
@@ -272,7 +273,7 @@ def test_cancel_and_time_out_in_the_same_moment(make_pool, run, clock):
         task = asyncio.create_task(checkout(pool))
         await waiting(pool, 1)
         clock.advance(1.0)
-        seat = next(iter(pool._exchange.scheduler.accounts["unknown"].waiters))
+        seat = state.line(pool, "unknown")[0]
         seat.waiter.wake()  # as the timer does
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -383,7 +384,7 @@ def test_waiter_does_not_wait_for_the_closing_of_another_connection(
         task = asyncio.create_task(checkout(pool))
         await waiting(pool, 1)
         # As a transition leaves it that grants somebody something as well.
-        pool._exchange._chores.append(close)
+        state.do_later(pool, close)
         back = asyncio.create_task(checkin(fairies.pop()))
         fairies.append(await task)
         await until(closing.is_set)
@@ -436,7 +437,7 @@ def test_waiter_whose_loop_is_closed_is_passed_over(make_pool, new_loop, run):
         await checkin(await task)
 
     run(main())
-    assert pool._exchange.scheduler.in_use == 0
+    assert state.in_use(pool) == 0
     assert not stranded.done()
     stranded._log_destroy_pending = False
     del stranded
@@ -458,7 +459,7 @@ def test_line_of_a_closed_loop_drains_by_itself(make_pool, new_loop):
     holder = dead.run_until_complete(begin())
     dead.close()
     holder.close()  # in no loop at all
-    assert pool._exchange.scheduler.waiting == 0
+    assert state.waiting(pool) == 0
     assert pool.stats().idle == 1
 
 
@@ -548,10 +549,10 @@ def test_collected_in_the_middle_of_a_critical_section(make_pool, run):
         leaked = [await checkout(pool)]
         task = asyncio.create_task(checkout(pool))
         await waiting(pool, 1)
-        with pool._exchange.section():
+        with state.critical_section(pool):
             leaked.clear()
             gc.collect()
-            assert len(pool._exchange._inbox) == 1
+            assert state.came_back_meanwhile(pool) == 1
         await checkin(await task)
 
     run(main())

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
+from support import state
 from support.state import assert_quiet
 from support.stub import StubServer
 from support.threads import Caller, ensure_waiting
 
 import sqla_fairpool
 from sqla_fairpool import CheckoutTimeout, tagging
+from sqla_fairpool.pool.execution_options import requested
 
 PACKAGE = str(Path(sqla_fairpool.__file__).parent)
 
@@ -67,7 +69,7 @@ def test_leaked_connection_serves_who_waits(make_pool):
 def test_collector_in_the_middle_of_our_own_transition(make_pool, tag):
     """On the same thread, at the worst moment: no deadlock, no re-entry."""
     pool = make_pool(pool_size=3, soft_limit=3, max_limit=3)
-    scheduler = pool._exchange.scheduler
+    scheduler = state.scheduler(pool)
     leak = [Cycle(connect(pool, tag))]
     request, depth = scheduler.request, []
 
@@ -87,7 +89,7 @@ def test_collector_in_the_middle_of_our_own_transition(make_pool, tag):
 
 def test_collector_in_a_transition_while_others_wait(make_pool):
     pool = make_pool(pool_size=2, soft_limit=2, max_limit=2)
-    scheduler = pool._exchange.scheduler
+    scheduler = state.scheduler(pool)
     leak = [Cycle(connect(pool, "a"))]
     holder = connect(pool, "b")
     caller = Caller(connect, pool, "b")
@@ -109,12 +111,12 @@ def test_collector_in_a_transition_while_others_wait(make_pool):
 
 def in_a_transition(pool, handler):
     """Call `handler` in the middle of the next transition, as a signal's would be."""
-    scheduler = pool._exchange.scheduler
+    scheduler = state.scheduler(pool)
     request = scheduler.request
 
     def request_with_handler(*args):
         scheduler.request = request
-        assert pool._exchange._busy
+        assert state.is_busy(pool)
         handler()
         return request(*args)
 
@@ -241,14 +243,14 @@ def test_handlers_on_top_of_each_other_open_no_more_than_there_is_room_for(
 class AtLine:
     """Calls a handler at one line of our package, the n-th in critical sections."""
 
-    def __init__(self, exchange, number, handler):
-        self.exchange, self.number, self.handler = exchange, number, handler
+    def __init__(self, pool, number, handler):
+        self.pool, self.number, self.handler = pool, number, handler
         self.seen = 0
 
     def __call__(self, frame, event, argument):
         if not frame.f_code.co_filename.startswith(PACKAGE):
             return None
-        if event == "line" and self.exchange._busy:
+        if event == "line" and state.is_busy(self.pool):
             self.seen += 1
             if self.seen == self.number:
                 sys.settrace(None)
@@ -322,7 +324,7 @@ def test_handler_at_any_line_of_a_transition(clock, size, keeps):
 
         for one in (a, b):
             one.connect().close()
-        reached = AtLine(engine.pool._exchange, number, handler).run(work)
+        reached = AtLine(engine.pool, number, handler).run(work)
         refused += len(errors)
         assert server.most <= size + size // 3
         for connection in kept:
@@ -382,7 +384,7 @@ def test_record_lost_between_our_return_and_its_owner_gives_its_slot_back(make_p
 def test_warm_record_lost_as_it_was_taken_gives_its_slot_back(make_pool):
     pool = make_pool(pool_size=1)
     connect(pool, "a").close()
-    pool._exchange.scheduler.accounts["a"].warm.pop()
+    state.warm(pool, "a").pop()
     gc.collect()
     connect(pool, "b").close()
     assert pool.checkedout() == 0
@@ -395,12 +397,10 @@ def test_dropped_pool_is_collected_with_its_warm_connections():
     kept = connect(pool, "a")
     connection.close()
     kept.close()
-    exchange = pool._exchange
-    seats = [record.seat for record in exchange._records]
-    alive = exchange.alive
-    del pool, exchange, connection, kept, seats
+    is_collected = state.is_collected(pool)
+    del pool, connection, kept
     gc.collect()
-    assert alive() is None
+    assert is_collected()
 
 
 # -- hollow records ------------------------------------------------------------
@@ -489,7 +489,7 @@ def test_signal_at_any_moment_in_our_code_loses_no_slot(tags):
         strike(work)
         gc.collect()
         assert pool.checkedout() == 0
-        assert tagging.context_tag() is tagging.requested() is None
+        assert tagging.context_tag() is requested() is None
     assert_quiet(pool)
 
 

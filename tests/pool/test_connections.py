@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.ext.asyncio import create_async_engine
+from support import state
 from support.sessions import Sessions
 from support.state import assert_quiet
 from support.threads import PATIENCE, Caller, eventually
@@ -175,7 +176,7 @@ def test_connection_is_paid_for_by_its_opener_the_pool_or_nobody(connections, dr
 def test_closed_connection_is_over_when_the_server_says_so(
     connections, driver, changes, monkeypatch
 ):
-    monkeypatch.setattr("sqla_fairpool.pool.connections._GOODBYE", 0.0)
+    monkeypatch.setattr(state.GOODBYE, 0.0)
     physical = open_one(connections, driver, Record())
     lost = []
     connections.on_lost = lambda: lost.append(physical)
@@ -187,10 +188,28 @@ def test_closed_connection_is_over_when_the_server_says_so(
     assert not connections.release(physical)
 
 
+def test_lost_connection_is_there_until_it_is_buried(connections, changes, monkeypatch):
+    """Also if nobody has the driver's connection any more."""
+    monkeypatch.setattr("sqla_fairpool.pool.connections._GOODBYE", 0.0)
+    connections.on_lost = lambda: None
+    driver, record = Driver(), Record()
+    server = driver.server
+    physical = open_one(connections, driver, record)
+    record.dbapi_connection = None
+    connections.close(driver, driver.close)
+    del driver
+    gc.collect()
+    assert physical.driver is None
+    connections.end_abandoned()
+    assert connections.lost_ones() == [physical]
+    assert changes == []
+    server.close()
+
+
 def test_without_a_ledger_a_late_end_is_waited_for(
     connections, driver, changes, monkeypatch
 ):
-    monkeypatch.setattr("sqla_fairpool.pool.connections._GOODBYE", 0.0)
+    monkeypatch.setattr(state.GOODBYE, 0.0)
     physical = open_one(connections, driver, Record())
     connections.close(driver, driver.close)
     assert physical in connections
@@ -295,13 +314,13 @@ def test_interrupted_statements_leave_no_session_too_many(
             alarm(0)
             gc.collect()  # the traceback may be part of a cycle
     assert 1 <= sessions.most <= 3
-    eventually(lambda: not list(engine.pool._exchange.connections) or _is_idle(engine))
+    eventually(lambda: not state.connections(engine) or _is_idle(engine))
     engine.dispose()
     assert_quiet(engine.pool)
 
 
 def _is_idle(engine):
-    return len(list(engine.pool._exchange.connections)) == engine.pool.checkedin()
+    return len(state.connections(engine)) == engine.pool.checkedin()
 
 
 @pytest.mark.postgres
@@ -342,7 +361,7 @@ def test_cancelled_statements_leave_no_session_too_many(postgres_url, driver):
     with Sessions(postgres_url, name) as sessions:
         engine = asyncio.run(main())
     assert 1 <= sessions.most <= 3
-    eventually(lambda: not list(engine.sync_engine.pool._exchange.connections))
+    eventually(lambda: not state.connections(engine))
 
 
 @pytest.mark.postgres
@@ -350,7 +369,7 @@ def test_checkout_waits_for_the_session_in_whose_place_it_comes(
     postgres_url, monkeypatch
 ):
     """A connection is found dead whose session the server has not ended."""
-    monkeypatch.setattr("sqla_fairpool.pool.connections._GOODBYE", 0.0)
+    monkeypatch.setattr(state.GOODBYE, 0.0)
     name = "in its place"
     engine = create_engine(
         postgres_url,
@@ -378,11 +397,11 @@ def test_checkout_waits_for_the_session_in_whose_place_it_comes(
     with Sessions(postgres_url, name) as sessions:
         with pytest.raises(CheckoutTimeout):
             engine.connect()
-        eventually(lambda: not list(engine.pool._exchange.connections))
+        eventually(lambda: not state.connections(engine))
         engine.connect().close()
     assert sessions.most == 1
     engine.dispose()
-    eventually(lambda: not list(engine.pool._exchange.connections))
+    eventually(lambda: not state.connections(engine))
     assert_quiet(engine.pool)
 
 
@@ -420,12 +439,12 @@ def test_thread_that_waits_is_served_when_a_session_ends(server, monkeypatch):
     driver = Driver()
     pool = server.pool(pool_size=1, soft_limit=1, max_limit=1)
     pool._creator = lambda: driver if driver else server.connect()
-    monkeypatch.setattr("sqla_fairpool.pool.connections._GOODBYE", 0.0)
+    monkeypatch.setattr(state.GOODBYE, 0.0)
     driver.rollback = lambda: None
     connection = pool.connect()
     connection.invalidate()
     caller = Caller(pool.connect)
-    eventually(lambda: pool._exchange.scheduler.waiting == 1)
+    eventually(lambda: state.waiting(pool) == 1)
     far, driver = driver.server, None
     far.close()
     caller.result().close()

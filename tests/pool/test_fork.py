@@ -22,6 +22,7 @@ import gc, os, sys, threading, warnings
 warnings.simplefilter("ignore")  # newer Pythons warn of threads and fork together
 from sqlalchemy import text
 import sqla_fairpool
+from support import state
 from support.stub import StubServer
 
 def forked(child):
@@ -45,7 +46,7 @@ def run(program, *args):
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert done.returncode == 0, done.stderr
 
@@ -114,11 +115,10 @@ def test_fork_while_another_thread_is_in_the_pool():
         server = StubServer()
         engine = server.engine(pool_size=1)
         tagged = engine.execution_options(scraper="a")
-        exchange = engine.pool._exchange
         inside, leave = threading.Event(), threading.Event()
 
         def occupy():
-            with exchange.section():
+            with state.critical_section(engine):
                 inside.set()
                 leave.wait()
 
@@ -151,7 +151,7 @@ def test_waiters_and_openers_of_other_threads_are_not_the_childs():
             assert (engine.pool.checkedout(), engine.pool.stats().waiting) == (0, 0)
             tagged.connect().close()
             gc.collect()
-            engine.pool._exchange.scheduler.check_valid()
+            state.assert_consistent(engine)
             assert engine.pool.checkedout() == 0
 
         forked(child)
@@ -179,7 +179,7 @@ def test_fork_in_a_connect_listener_gives_the_child_no_slot():
         assert engine.pool.checkedout() == 0
         tagged.connect().close()
         assert engine.pool.checkedout() == 0
-        engine.pool._exchange.scheduler.check_valid([])
+        state.scheduler(engine).check_valid([])
         if pids == [0]:
             os._exit(0)
         assert os.waitpid(pids[0], 0)[1] == 0

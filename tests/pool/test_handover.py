@@ -6,6 +6,7 @@ import threading
 
 import pytest
 from sqlalchemy.exc import TimeoutError as SQLAlchemyTimeoutError
+from support import state
 from support.state import assert_consistent, assert_quiet
 from support.stub import StubError
 from support.threads import Caller, ensure_waiting, eventually
@@ -24,7 +25,7 @@ def wait_in_line(pool, tag, count=1):
     """Start `count` callers under `tag`, one after the other; return them in order."""
     callers = []
     for _ in range(count):
-        before = pool._exchange.scheduler.waiting
+        before = state.waiting(pool)
         callers.append(Caller(connect, pool, tag))
         ensure_waiting(pool, before + 1)
     return callers
@@ -109,7 +110,7 @@ def test_idle_connection_is_used_before_another_is_opened(make_pool, server):
 def test_connection_kept_warm_is_there_for_everybody(make_pool, server):
     pool = make_pool(pool_size=1)
     connect(pool, "a").close()
-    assert pool._exchange.scheduler.in_use == 1, "kept warm for a"
+    assert state.in_use(pool) == 1, "kept warm for a"
     connect(pool, "b").close()
     assert server.opened == 1
 
@@ -133,7 +134,7 @@ def test_checkin_that_meets_a_new_waiter_serves_him(narrow):
             callers.extend(wait_in_line(narrow, "b"))
             super().append(record)
 
-    narrow._exchange.scheduler.accounts["a"].warm = Late()
+    state.replace_warm(narrow, "a", Late())
     holder.close()
     callers[0].result().close()
 
@@ -150,8 +151,7 @@ def test_checkout_that_meets_a_new_waiter_lets_him_go_first(narrow):
                 callers.extend(wait_in_line(narrow, "b"))
             return record
 
-    account = narrow._exchange.scheduler.accounts["a"]
-    account.warm = Early(account.warm)
+    state.replace_warm(narrow, "a", Early(state.warm(narrow, "a")))
     again = Caller(connect, narrow, "a")
     eventually(lambda: callers, "the waiter")
     callers[0].result().close()
@@ -213,7 +213,7 @@ def test_failed_connect_passes_the_slot_on(narrow, server):
 
     server.before["connect"] = fail
     caller = Caller(connect, narrow, "a")
-    eventually(lambda: narrow._exchange.scheduler.in_use == 1)
+    eventually(lambda: state.in_use(narrow) == 1)
     (next_one,) = wait_in_line(narrow, "b")
     first_fails.set()
     with pytest.raises(StubError):
@@ -411,7 +411,7 @@ def test_exception_while_waiting_leaves_the_line(narrow, error):
 
     narrow.reconfigure(deadlock_timeout=None)
     with connect(narrow, "a"):
-        narrow._exchange._waiter_class = Waiter
+        state.wait_with(narrow, Waiter)
         with pytest.raises(error):
             connect(narrow, "a")
         assert narrow.stats().waiting == 0
@@ -426,11 +426,11 @@ def test_exception_that_meets_the_grant_passes_it_on(narrow):
         holder.close()
 
     def wait_in_line_plainly():
-        exchange._waiter_class = ThreadWaiter
+        state.wait_with(narrow, ThreadWaiter)
         return wait_in_line(narrow, "a")
 
-    exchange, others = narrow._exchange, []
-    exchange._waiter_class = interrupting(granted_meanwhile)
+    others = []
+    state.wait_with(narrow, interrupting(granted_meanwhile))
     with pytest.raises(Interrupted):
         connect(narrow, "a")
     others[0].result().close()
@@ -446,7 +446,7 @@ def test_time_out_that_meets_the_grant_takes_it(make_pool, clock):
             clock.advance(5.0)
             holder.close()
 
-    pool._exchange._waiter_class = Waiter
+    state.wait_with(pool, Waiter)
     connect(pool, "a").close()
 
 
@@ -461,7 +461,7 @@ def test_wake_up_for_nothing_is_slept_over(make_pool, clock):
             if len(wakes) == 3:
                 holder.close()
 
-    pool._exchange._waiter_class = Waiter
+    state.wait_with(pool, Waiter)
     connect(pool, "a").close()
     assert wakes == [30.0, 30.0, 30.0]
 
@@ -486,29 +486,25 @@ def test_waiters_notice_that_a_tag_became_idle_when_nobody_else_comes(make_pool)
 
 def test_watch_is_passed_on_when_its_owner_leaves(make_pool):
     pool = make_pool(pool_size=1)
-    exchange = pool._exchange
     holder = connect(pool, "a")
     callers = wait_in_line(pool, "a", 3)
     for n, caller in enumerate(callers):
-        assert exchange._watch is not None
-        assert exchange._watch.waiter is not None, "the watch is somebody who waits"
+        assert state.watcher(pool).waiter is not None, "the watcher waits itself"
         holder.close()
         holder = caller.result()
         assert_consistent(pool)
-        assert (exchange._watch is None) == (n == 2)
+        assert (state.watcher(pool) is None) == (n == 2)
     holder.close()
 
 
 def test_newest_waiter_takes_the_watch(make_pool):
     """So it changes hands seldom: he will wait longest."""
     pool = make_pool(pool_size=1)
-    exchange = pool._exchange
     holder = connect(pool, "a")
     first, second, third = wait_in_line(pool, "a", 3)
     holder.close()
     holder = first.result()
-    newest = exchange.scheduler.newest_waiter()
-    assert exchange._watch is newest
+    assert state.watcher(pool) is state.newest_waiter(pool)
     for caller in (second, third):
         holder.close()
         holder = caller.result()
@@ -582,7 +578,7 @@ def test_connections_being_closed_by_dispose_keep_their_slots(make_engine, serve
     disposal = Caller(engine.dispose)
     assert closing.wait(30)
     callers = [Caller(tagged.connect) for _ in range(2)]
-    eventually(lambda: engine.pool._exchange.scheduler.waiting >= 1)
+    eventually(lambda: state.waiting(engine) >= 1)
     go_on.set()
     disposal.result()
     for connection in [caller.result() for caller in callers]:
@@ -606,7 +602,7 @@ def test_interrupt_while_disposing_leaves_the_rest_to_the_next(make_pool, server
         pool.dispose()
     connect(pool, "b").close()
     assert [c.closed for c in dbapi_connections[:2]] == [True, True]
-    assert pool._exchange.scheduler.capacity == 3
+    assert state.capacity(pool) == 3
 
 
 def test_recreate_keeps_every_option(server):
@@ -631,7 +627,7 @@ def test_recreate_keeps_every_option(server):
     again = pool.recreate()
     assert type(again) is FairQueuePool
     assert again.options == pool.options
-    assert again._exchange is pool._exchange
+    assert state.core(again) is state.core(pool)
     for name in ("_recycle", "_pre_ping", "_reset_on_return", "_orig_logging_name"):
         assert getattr(again, name) == getattr(pool, name)
 

@@ -10,6 +10,7 @@ import threading
 import pytest
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.util import greenlet_spawn
+from support import state
 from support.state import assert_consistent, assert_quiet
 from support.stub import StubError
 from support.tasks import checkin, checkout
@@ -17,7 +18,6 @@ from support.threads import PATIENCE, Caller, ensure_waiting, eventually
 
 import sqla_fairpool
 from sqla_fairpool import AsyncAdaptedFairQueuePool
-from sqla_fairpool.pool.exchange import Exchange
 from sqla_fairpool.pool.waiters import ThreadWaiter
 
 
@@ -181,7 +181,7 @@ def test_forked_child_or_new_pool_opens_them_again(make_pool, server):
     successor.connect().close()
     opened_ahead(pool)
     assert server.open == 3
-    pool._exchange.begin_again()
+    state.after_fork(pool)
     successor.connect().close()
     opened_ahead(pool)
     assert server.opened == 9
@@ -324,13 +324,11 @@ def test_slot_is_taken_until_the_unused_connection_is_closed(make_pool, server, 
     assert server.most == 1
 
 
-def test_common_path_does_not_look(make_pool, server, clock, monkeypatch):
+def test_common_path_does_not_look(make_pool, server, clock):
     """With a connection kept warm, a checkout enters no critical section."""
     pool = make_pool(idle_connection_ttl=100.0, min_idle=2)
     give(take(pool, 1))
-    with monkeypatch.context() as patch:
-        patch.setattr(Exchange, "section", None)  # entering one would fail
-        patch.setattr(Exchange, "_checkout", None)
+    with state.lock_forbidden(pool):
         give(take(pool, 1))
 
 
@@ -395,7 +393,7 @@ def test_waiter_gets_no_slot_that_is_above_a_lowered_capacity(make_pool, server)
     pool.reconfigure(pool_size=1, soft_limit=1, max_limit=1)
     fairies.pop().close()
     fairies.pop().close()
-    assert pool._exchange.scheduler.waiting == 1
+    assert state.waiting(pool) == 1
     assert server.open == 1
     fairies.pop().close()
     give(caller.result())

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import inspect
 import math
 import pickle
+import re
 import sys
 
 import pytest
@@ -11,7 +13,13 @@ from sqlalchemy import engine_from_config
 from sqlalchemy.exc import ArgumentError
 
 from sqla_fairpool import FairQueuePool, TooManyWaiting, tag, tagging
-from sqla_fairpool.options import BadOption, PoolOptions, describe_changes, validate_tag
+from sqla_fairpool.options import (
+    OPTIONS,
+    BadOption,
+    PoolOptions,
+    describe_changes,
+    validate_tag,
+)
 
 
 def test_defaults_are_the_contract():
@@ -69,6 +77,11 @@ def test_limits_follow_the_capacity_rounded_up(size, overflow, soft, most):
         ("max_limit", 21, "capacity, 20"),
         ("max_limit", 0, "capacity, 20"),
         ("max_limit", 8, "give soft_limit as well"),
+        ("soft_limit", 16, "by default three quarters of the capacity, 20"),
+        ("min_idle", 21, "from 0 to pool_size, 20"),
+        ("server_tag", "maybe", "true or false"),
+        ("server_tag", 1, "true or false"),
+        ("ledger", 7, "'host', a path, or None for no ledger"),
         ("idle_timeout", 0, "at least 0.001"),
         ("idle_timeout", math.nan, "at least 0.001"),
         ("idle_timeout", None, "at least 0.001"),
@@ -121,44 +134,40 @@ def test_timeouts_have_bounds(bad):
 
 
 def test_numbers_may_be_strings(server):
+    numbers = {"pool_size": 8, "max_overflow": 2, "soft_limit": 4, "max_limit": 6}
+    numbers |= {"timeout": 5.0, "idle_timeout": 1.5, "reallocation_interval": 0.5}
+    numbers |= {"max_waiting": 100, "min_idle": 3, "idle_connection_ttl": 9.5}
+    numbers |= {"leak_threshold": 60.0, "deadlock_timeout": 2.5}
+    texts = {f"sqlalchemy.{name}": f"{number:g}" for name, number in numbers.items()}
+    texts["sqlalchemy.pool_timeout"] = texts.pop("sqlalchemy.timeout")
     engine = engine_from_config(
-        {
-            "sqlalchemy.url": "sqlite://",
-            "sqlalchemy.pool_size": "8",
-            "sqlalchemy.max_overflow": "2",
-            "sqlalchemy.pool_timeout": "5",
-            "sqlalchemy.soft_limit": "4",
-            "sqlalchemy.max_limit": "6",
-            "sqlalchemy.idle_timeout": "1.5",
-            "sqlalchemy.reallocation_interval": "0.5",
-            "sqlalchemy.max_waiting": "100",
-            "sqlalchemy.min_idle": "3",
-            "sqlalchemy.idle_connection_ttl": "9.5",
-            "sqlalchemy.leak_threshold": "60",
-            "sqlalchemy.deadlock_timeout": "2.5",
-        },
+        {"sqlalchemy.url": "sqlite://", **texts},
         poolclass=FairQueuePool,
         creator=server.connect,
     )
-    assert engine.pool.options == PoolOptions(
-        pool_size=8,
-        max_overflow=2,
-        timeout=5.0,
-        soft_limit=4,
-        max_limit=6,
-        idle_timeout=1.5,
-        reallocation_interval=0.5,
-        max_waiting=100,
-        tag_option="scraper",
-        default_tag="unknown",
-        min_idle=3,
-        idle_connection_ttl=9.5,
-        leak_threshold=60.0,
-        deadlock_timeout=2.5,
-        server_tag=False,
-        ledger=None,
-        defaulted=frozenset(),
-    )
+    expected = PoolOptions.parse(**numbers)
+    assert engine.pool.options == expected
+    for name, number in numbers.items():
+        assert getattr(expected, name) == number
+        assert type(getattr(expected, name)) is type(number)
+
+
+def test_constructor_takes_what_is_in_the_table():
+    """With the same defaults, and a word on each in its docstring."""
+    parameters = inspect.signature(FairQueuePool).parameters
+    others = {"creator", "use_lifo", "_exchange", "kw"}
+    assert {name: parameters[name].default for name in parameters.keys() - others} == {
+        name: option.default for name, option in OPTIONS.items()
+    }
+    documented = set(re.findall(r":param (\w+):", FairQueuePool.__doc__))
+    assert documented == OPTIONS.keys() | {"creator", "use_lifo"}
+
+
+def test_what_is_no_option_is_refused():
+    with pytest.raises(TypeError, match=r"no options: .'softlimit'"):
+        PoolOptions.parse(softlimit=3)
+    others = {"softlimit": 3, "echo": True, "pool_size": 8}
+    assert PoolOptions.among(others) == PoolOptions.parse(pool_size=8)
 
 
 def test_timeout_none_waits_without_limit():

@@ -9,11 +9,12 @@ from sqlalchemy import Column, Integer, MetaData, Table, make_url, select, text
 from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
+from support import state
 from support.state import assert_quiet
 from support.stub import StubError
 from support.tasks import waiting
 from support.threads import Caller, ensure_waiting
-from support.worlds import Tasks, Threads, contract
+from support.worlds import contract, holders, world_of
 
 from sqla_fairpool import (
     AsyncAdaptedFairQueuePool,
@@ -26,27 +27,19 @@ from sqla_fairpool.pool.waiters import ThreadWaiter
 #: One connection for each of two tags, so that a tag which has its own is full.
 ONE_EACH = {"pool_size": 2, "soft_limit": 1, "max_limit": 1, "pool_timeout": 0}
 
+DRIVERS = ["psycopg2", "psycopg", "psycopg tasks", "asyncpg"]
+
 
 @pytest.fixture(
-    params=[
-        pytest.param("postgresql+psycopg2", marks=pytest.mark.postgres),
-        pytest.param("postgresql+psycopg", marks=pytest.mark.postgres),
-        pytest.param("postgresql+psycopg tasks", marks=pytest.mark.postgres),
-        pytest.param("postgresql+asyncpg", marks=pytest.mark.postgres),
-    ]
+    params=[pytest.param(driver, marks=pytest.mark.postgres) for driver in DRIVERS]
 )
 def world(request, postgres_url):
     """Threads or tasks, with the URL of a PostgreSQL."""
-    driver, _, variant = request.param.partition(" ")
-    url = make_url(postgres_url).set(drivername=driver)
-    is_asyncio = variant == "tasks" or driver.endswith("asyncpg")
-    return (Tasks if is_asyncio else Threads)(url)
+    return world_of(postgres_url, f"postgresql+{request.param}")
 
 
-def holders(engine):
-    """Return who holds how much, tags that hold nothing left out."""
-    rows = engine.pool.stats().tags
-    return {row.name: row.connections for row in rows if row.connections}
+def autocommit(engine):
+    return engine.connect().execution_options(isolation_level="AUTOCOMMIT")
 
 
 def setting(name):
@@ -106,43 +99,33 @@ OPTIONS = [
 @pytest.mark.parametrize(
     ("options", "look", "expected"), OPTIONS, ids=[next(iter(o[0])) for o in OPTIONS]
 )
+@contract
 def test_options_hold_after_a_refused_tag(world, options, look, expected):
-    @contract
-    def test(world):
-        engine = world.engine(**ONE_EACH)
-        with engine.connect().execution_options(
-            scraper="mine", **options
-        ) as connection:
+    engine = world.engine(**ONE_EACH)
+    with engine.connect().execution_options(scraper="mine", **options) as connection:
+        assert look(connection) == expected
+        before = connection.get_execution_options()
+        with engine.execution_options(scraper="full").connect():
+            with pytest.raises(CheckoutTimeout, match="tag 'full' in_use=1"):
+                connection.execution_options(scraper="full")
+            assert connection.get_execution_options() == before
+            assert holders(engine) == {"full": 1}
             assert look(connection) == expected
-            before = connection.get_execution_options()
-            with engine.execution_options(scraper="full").connect():
-                with pytest.raises(CheckoutTimeout, match="tag 'full' in_use=1"):
-                    connection.execution_options(scraper="full")
-                assert connection.get_execution_options() == before
-                assert holders(engine) == {"full": 1}
-                assert look(connection) == expected
-                assert holders(engine) == {"full": 1, "mine": 1}
-
-    test(world)
+            assert holders(engine) == {"full": 1, "mine": 1}
 
 
 @contract
 def test_options_of_the_refused_call_are_not_claimed(world):
     engine = world.engine(**ONE_EACH)
+    more = {"isolation_level": "SERIALIZABLE", "stream_results": True}
     with engine.execution_options(scraper="full").connect():
-        with engine.connect().execution_options(
-            isolation_level="AUTOCOMMIT"
-        ) as connection:
+        with autocommit(engine) as connection:
             with pytest.raises(CheckoutTimeout):
                 connection.execution_options(
-                    scraper="full",
-                    isolation_level="SERIALIZABLE",
-                    stream_results=True,
-                    fairpool_timeout=0.0,
+                    scraper="full", fairpool_timeout=0.0, **more
                 )
-            assert connection.get_execution_options() == {
-                "isolation_level": "AUTOCOMMIT"
-            }
+            options = connection.get_execution_options()
+            assert options == {"isolation_level": "AUTOCOMMIT"}
             assert is_autocommit(connection)
 
 
@@ -158,35 +141,30 @@ def test_refused_tag_of_an_engine_with_options(world):
         assert is_autocommit(connection)
 
 
+def by_connection(connection):
+    connection.execution_options(scraper="full")
+
+
+def by_session(connection):
+    with Session(connection) as session:
+        session.connection(execution_options={"scraper": "full"})
+
+
+@pytest.mark.parametrize(
+    ("set_tag", "options", "error"),
+    [
+        (by_session, {}, CheckoutTimeout),
+        (by_connection, {"max_waiting": 0}, TooManyWaiting),
+        (by_connection, {"pool_timeout": 30, "deadlock_timeout": 0.01}, SelfDeadlock),
+    ],
+)
 @contract
-def test_refused_tag_of_a_sessions_connection(world):
-    engine = world.engine(**ONE_EACH)
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+def test_every_refusal_leaves_the_options(world, set_tag, options, error):
+    engine = world.engine(**{**ONE_EACH, **options})
+    with autocommit(engine) as connection:
         with engine.execution_options(scraper="full").connect():
-            with Session(connection) as session:
-                with pytest.raises(CheckoutTimeout):
-                    session.connection(execution_options={"scraper": "full"})
-            with Session(connection) as session:
-                assert is_autocommit(session.connection())
-
-
-@contract
-def test_too_many_waiting_refuses_in_the_same_way(world):
-    engine = world.engine(**ONE_EACH, max_waiting=0)
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        with engine.execution_options(scraper="full").connect():
-            with pytest.raises(TooManyWaiting):
-                connection.execution_options(scraper="full")
-            assert is_autocommit(connection)
-
-
-@contract
-def test_self_deadlock_refuses_in_the_same_way(world):
-    engine = world.engine(**{**ONE_EACH, "pool_timeout": 30})
-    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        with engine.execution_options(scraper="full").connect():
-            with pytest.raises(SelfDeadlock):
-                connection.execution_options(scraper="full")
+            with pytest.raises(error):
+                set_tag(connection)
             assert is_autocommit(connection)
 
 
@@ -195,7 +173,7 @@ def test_connection_that_cannot_be_had_again_raises_and_forgets_nothing(world):
     """Both the new tag and the old one are full: the next use says so."""
     engine = world.engine(**{**ONE_EACH, "pool_size": 3})
     mine = engine.execution_options(scraper="mine")
-    with mine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+    with autocommit(mine) as connection:
         with engine.execution_options(scraper="full").connect():
             with pytest.raises(CheckoutTimeout):
                 connection.execution_options(scraper="full")
@@ -275,25 +253,22 @@ def test_interrupt_while_waiting_refuses_in_the_same_way(make_engine, monkeypatc
     def wait(self, seconds):
         raise KeyboardInterrupt
 
-    with (
-        engine.execution_options(scraper="full").connect(),
-        engine.connect() as connection,
-    ):
-        connection.execution_options(isolation_level="AUTOCOMMIT")
-        with monkeypatch.context() as patch:
-            patch.setattr(ThreadWaiter, "wait", wait)
-            with pytest.raises(KeyboardInterrupt):
-                connection.execution_options(scraper="full")
-        assert len(levels) == 1
-        assert levels.are_on(connection)
-        assert len(levels) == 2
-        assert holders(engine) == {"full": 1, "unknown": 1}
+    with engine.execution_options(scraper="full").connect():
+        with autocommit(engine) as connection:
+            with monkeypatch.context() as patch:
+                patch.setattr(ThreadWaiter, "wait", wait)
+                with pytest.raises(KeyboardInterrupt):
+                    connection.execution_options(scraper="full")
+            assert len(levels) == 1
+            assert levels.are_on(connection)
+            assert len(levels) == 2
+            assert holders(engine) == {"full": 1, "unknown": 1}
 
 
 def test_failed_connect_refuses_in_the_same_way(make_engine, server):
     engine = make_engine(**{**ONE_EACH, "pool_timeout": 30})
     levels = Levels(engine.dialect)
-    connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+    connection = autocommit(engine)
     holder = engine.execution_options(scraper="full").connect()
     caller = Caller(lambda: connection.execution_options(scraper="full"))
     ensure_waiting(engine.pool, 1)
@@ -320,15 +295,15 @@ def test_interrupt_in_the_move_leaves_nothing_under_the_new_tag(
     with engine.connect().execution_options(
         scraper="old", isolation_level="AUTOCOMMIT"
     ) as connection:
-        exchange = type(engine.pool._exchange)
-        move = exchange.move
+        core = type(state.core(engine))
+        move = core.move
 
         def interrupted(*args):
             move(*args)
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(exchange, "move", interrupted)
+            patch.setattr(core, "move", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 connection.execution_options(scraper="new")
         assert holders(engine) == {}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from sqlalchemy import create_engine, event, make_url, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import NullPool
 from support.state import assert_quiet
 from support.threads import eventually
-from support.worlds import Tasks, Threads, contract, count_opened
+from support.worlds import contract, count_opened, world_of
 
 from sqla_fairpool import FairQueuePool
 from sqla_fairpool.pool import server_tag
@@ -20,25 +20,37 @@ def name_of(connection):
     return connection.scalar(text("select current_setting('application_name')"))
 
 
+def pid_of(connection):
+    pid = connection.scalar(text("select pg_backend_pid()"))
+    connection.rollback()
+    return pid
+
+
 @pytest.fixture
-def engine(postgres_url):
-    engine = create_engine(
-        postgres_url, poolclass=FairQueuePool, server_tag=True, pool_size=4
-    )
-    yield engine
-    assert_quiet(engine.pool)
-    engine.dispose()
+def make_engine(postgres_url):
+    """Make an engine whose pool must be quiet in the end."""
+    engines = []
+
+    def make(**options):
+        options = {"server_tag": True, "pool_size": 4, **options}
+        engines.append(create_engine(postgres_url, poolclass=FairQueuePool, **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        assert_quiet(engine.pool)
+        engine.dispose()
 
 
-@pytest.fixture(
-    params=["psycopg2", "psycopg", "psycopg tasks", "asyncpg"],
-)
+@pytest.fixture
+def engine(make_engine):
+    return make_engine()
+
+
+@pytest.fixture(params=["psycopg2", "psycopg", "psycopg tasks", "asyncpg"])
 def world(request, postgres_url):
     """Threads or tasks, with the URL of a PostgreSQL."""
-    driver, _, variant = request.param.partition(" ")
-    url = make_url(postgres_url).set(drivername=f"postgresql+{driver}")
-    is_asyncio = variant == "tasks" or driver == "asyncpg"
-    return (Tasks if is_asyncio else Threads)(url)
+    return world_of(postgres_url, f"postgresql+{request.param}")
 
 
 @pytest.fixture
@@ -76,34 +88,24 @@ def terminate(engine, pid):
         ("層" * 64, ("\\xe5\\xb1\\xa4" * 6)[:63]),
     ],
 )
+@contract
 def test_server_sees_the_tag_and_is_told_it_once(world, told, tag, seen):
-    @contract
-    def test(world):
-        engine = world.engine(server_tag=True, pool_size=1)
-        tagged = engine.execution_options(scraper=tag)
-        for _ in range(3):
-            with tagged.connect() as connection:
-                assert name_of(connection) == seen
-        assert told == [seen]
-
-    test(world)
+    engine = world.engine(server_tag=True, pool_size=1)
+    tagged = engine.execution_options(scraper=tag)
+    for _ in range(3):
+        with tagged.connect() as connection:
+            assert name_of(connection) == seen
+    assert told == [seen]
 
 
 @pytest.mark.parametrize("encoding", ["latin1", "sql_ascii"])
-def test_tag_that_the_clients_encoding_lacks(postgres_url, told, encoding):
-    engine = create_engine(
-        postgres_url,
-        poolclass=FairQueuePool,
-        server_tag=True,
-        pool_size=1,
-        connect_args={"client_encoding": encoding},
-    )
+def test_tag_that_the_clients_encoding_lacks(make_engine, told, encoding):
+    engine = make_engine(pool_size=1, connect_args={"client_encoding": encoding})
     tagged = engine.execution_options(scraper="層")
     for _ in range(2):
         with tagged.connect() as connection:
             assert name_of(connection) == "\\xe5\\xb1\\xa4"
     assert len(told) == 1
-    engine.dispose()
 
 
 def test_it_is_said_only_when_a_connection_changes_hands(engine, told):
@@ -125,27 +127,25 @@ def test_it_is_said_only_when_a_connection_changes_hands(engine, told):
     assert len(told) == 2
 
 
-def test_rollback_does_not_take_it_back(engine):
-    with engine.execution_options(scraper="a").connect() as connection:
-        connection.execute(text("select 1"))
-        connection.rollback()
-        assert name_of(connection) == "a"
-
-
-def test_tag_set_on_the_connection(engine):
+def test_tag_set_on_the_connection_outlives_a_rollback(engine):
     with engine.connect() as connection:
         assert name_of(connection) == "unknown"
         connection.rollback()
         assert name_of(connection.execution_options(scraper="late")) == "late"
+        connection.rollback()
+        assert name_of(connection) == "late"
 
 
-def test_new_connection_in_an_old_record(engine):
+def test_new_connection_in_an_old_record_or_after_dispose(engine):
     tagged = engine.execution_options(scraper="a")
     with tagged.connect() as connection:
         connection.invalidate()
         assert name_of(connection) == "a"
     with tagged.connect() as connection:
         connection.invalidate()
+    with tagged.connect() as connection:
+        assert name_of(connection) == "a"
+    engine.dispose()
     with tagged.connect() as connection:
         assert name_of(connection) == "a"
 
@@ -155,11 +155,11 @@ def test_dead_connection_is_replaced(world):
     engine = world.engine(server_tag=True)
     a, b = (engine.execution_options(scraper=tag) for tag in "ab")
     with a.connect() as connection:
-        pid = connection.scalar(text("select pg_backend_pid()"))
+        pid = pid_of(connection)
     terminate(engine, pid)
     with b.connect() as connection:
         assert name_of(connection) == "b"
-        assert connection.scalar(text("select pg_backend_pid()")) != pid
+        assert pid_of(connection) != pid
 
 
 @contract
@@ -167,9 +167,7 @@ def test_dead_connection_is_replaced_when_it_gets_a_tag_of_its_own(world):
     engine = world.engine(server_tag=True, pool_size=1)
     opened = count_opened(engine)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        pid = connection.scalar(text("select pg_backend_pid()"))
-        connection.rollback()
-        terminate(engine, pid)
+        terminate(engine, pid_of(connection))
         connection.execution_options(scraper="late")
         assert name_of(connection) == "late"
         assert len(opened) == 2
@@ -188,9 +186,7 @@ def test_dead_connection_that_cannot_be_replaced_is_a_lost_one(world):
         raise dbapi.OperationalError("the server is away")
 
     with engine.connect().execution_options(scraper="old") as connection:
-        pid = connection.scalar(text("select pg_backend_pid()"))
-        connection.rollback()
-        terminate(engine, pid)
+        terminate(engine, pid_of(connection))
         event.listen(engine, "do_connect", refuse)
         with pytest.raises(DBAPIError, match="the server is away"):
             connection.execution_options(scraper="new")
@@ -221,39 +217,29 @@ STATEMENTS = ["reset all", "discard all", "reset application_name"]
 
 
 @pytest.mark.parametrize("statement", STATEMENTS)
+@contract
 def test_name_that_is_reset_at_each_return_is_told_again(world, statement):
-    @contract
-    def test(world):
-        # Nothing is left by DISCARD ALL of what asyncpg has prepared.
-        arguments = (
-            {"prepared_statement_cache_size": 0}
-            if world.url.drivername.endswith("asyncpg")
-            else {}
-        )
-        engine = world.engine(
-            server_tag=True,
-            pool_size=1,
-            pool_reset_on_return=None,
-            connect_args=arguments,
-        )
+    # Nothing is left by DISCARD ALL of what asyncpg has prepared.
+    is_asyncpg = world.url.drivername.endswith("asyncpg")
+    arguments = {"prepared_statement_cache_size": 0} if is_asyncpg else {}
+    options = {"pool_reset_on_return": None, "connect_args": arguments}
+    engine = world.engine(server_tag=True, pool_size=1, **options)
 
-        @event.listens_for(engine, "reset")
-        def reset(dbapi_connection, record, state):
-            dbapi_connection.rollback()
-            if state.asyncio_safe and not state.terminate_only:
-                autocommit = dbapi_connection.autocommit
-                dbapi_connection.autocommit = True  # for DISCARD ALL
-                cursor = dbapi_connection.cursor()
-                cursor.execute(statement)
-                cursor.close()
-                dbapi_connection.autocommit = autocommit
+    @event.listens_for(engine, "reset")
+    def reset(dbapi_connection, record, state):
+        dbapi_connection.rollback()
+        if state.asyncio_safe and not state.terminate_only:
+            autocommit = dbapi_connection.autocommit
+            dbapi_connection.autocommit = True  # for DISCARD ALL
+            cursor = dbapi_connection.cursor()
+            cursor.execute(statement)
+            cursor.close()
+            dbapi_connection.autocommit = autocommit
 
-        tagged = engine.execution_options(scraper="a")
-        for _ in range(5):
-            with tagged.connect() as connection:
-                assert name_of(connection) == "a"
-
-    test(world)
+    tagged = engine.execution_options(scraper="a")
+    for _ in range(5):
+        with tagged.connect() as connection:
+            assert name_of(connection) == "a"
 
 
 @contract
@@ -275,12 +261,6 @@ def test_driver_that_does_not_say_the_name_is_told_each_time(engine, told, monke
         with tagged.connect() as connection:
             assert name_of(connection) == "a"
     assert told == ["a", "a"]
-
-
-def test_dispose_keeps_it(engine):
-    engine.dispose()
-    with engine.execution_options(scraper="a").connect() as connection:
-        assert name_of(connection) == "a"
 
 
 def test_only_postgresql_has_it():

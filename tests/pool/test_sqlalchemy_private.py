@@ -11,6 +11,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ResourceClosedError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 from sqlalchemy.util import greenlet_spawn
+from support import state
 
 from sqla_fairpool.pool import sqlalchemy_private
 
@@ -189,16 +190,15 @@ def test_creator_can_be_called_with_a_record_of_no_connection(server):
 
 def test_every_opening_and_closing_passes_through_the_pool(server):
     engine = server.engine()
-    existing = engine.pool._exchange.connections
     with engine.connect() as connection:
-        (physical,) = existing
+        (physical,) = state.connections(engine)
         assert physical.driver is connection.connection.dbapi_connection
         connection.invalidate()
-        assert not list(existing)
+        assert not state.connections(engine)
     with engine.connect():
-        assert len(list(existing)) == 1
+        assert len(state.connections(engine)) == 1
     engine.dispose()
-    assert not list(existing)
+    assert not state.connections(engine)
 
 
 def test_record_expires_with_the_pools_recycle(server, monkeypatch):

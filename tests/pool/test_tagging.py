@@ -2,65 +2,72 @@
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import threading
+from contextlib import asynccontextmanager
 
 import pytest
 import sqlalchemy
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.dialects import registry
 from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import ArgumentError, InvalidRequestError
+from sqlalchemy.ext.asyncio import (
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.pool import QueuePool
-from support.threads import PATIENCE, Caller, ensure_waiting
+from support import state
+from support.state import assert_quiet
+from support.tasks import waiting
+from support.threads import Caller, ensure_waiting
+from support.worlds import contract, holders, world_of
 
-import sqla_fairpool
-from sqla_fairpool import CheckoutTimeout, FairQueuePool
+from sqla_fairpool import (
+    AsyncAdaptedFairQueuePool,
+    CheckoutTimeout,
+    FairQueuePool,
+    set_tag,
+    tag,
+)
 from sqla_fairpool.tagging import context_tag
 
 SQLALCHEMY_21 = tuple(map(int, sqlalchemy.__version__.split(".")[:2])) >= (2, 1)
 
 
-def holders(engine):
-    """Return who holds how much, tags that hold nothing left out."""
-    rows = engine.pool.stats().tags
-    return {row.name: row.connections for row in rows if row.connections}
+@pytest.fixture(params=["sqlite", "sqlite+aiosqlite"])
+def world(request, tmp_path):
+    """Threads, and tasks."""
+    return world_of(f"sqlite:///{tmp_path / 'test.db'}", request.param)
 
 
-def by_engine(engine):
-    return engine.execution_options(scraper="a").connect()
+# -- roads -----------------------------------------------------------------------------
 
 
-def by_engine_of_an_engine(engine):
-    tagged = engine.execution_options(scraper="a")
-    return tagged.execution_options(isolation_level="AUTOCOMMIT").connect()
-
-
-def by_engines_later_update(engine):
-    engine.update_execution_options(scraper="a")
-    return engine.connect()
+def in_use(session):
+    session.connection()
+    return session
 
 
 def by_connection(engine):
     return engine.connect().execution_options(scraper="a")
 
 
-def by_context(engine):
-    with sqla_fairpool.tag("a"):
+def by_engine(engine):
+    return engine.execution_options(scraper="a").connect()
+
+
+def by_raw_connection(engine):
+    return engine.execution_options(scraper="a").raw_connection()
+
+
+def by_block(engine):
+    with tag("a"):
         return engine.connect()
-
-
-def by_session_of_tagged_engine(engine):
-    session = Session(engine.execution_options(scraper="a"))
-    session.connection()
-    return session
-
-
-def by_sessionmaker(engine):
-    session = sessionmaker(engine.execution_options(scraper="a"))()
-    session.connection()
-    return session
 
 
 def by_session_connection(engine):
@@ -69,34 +76,29 @@ def by_session_connection(engine):
     return session
 
 
-def by_session_option(engine):
-    session = Session(engine, execution_options={"scraper": "a"})
-    session.connection()
-    return session
+def tagged(engine):
+    return engine.execution_options(scraper="a")
 
 
-def by_raw_connection(engine):
-    return engine.execution_options(scraper="a").raw_connection()
+ROADS = {
+    "connection": by_connection,
+    "engine": by_engine,
+    "engine of an engine": lambda e: tagged(e).execution_options(other=1).connect(),
+    "engine's update": lambda e: e.update_execution_options(scraper="a") or e.connect(),
+    "raw connection": by_raw_connection,
+    "block": by_block,
+    "session of an engine": lambda e: in_use(Session(tagged(e))),
+    "sessionmaker": lambda e: in_use(sessionmaker(tagged(e))()),
+    "session's connection": by_session_connection,
+}
+if SQLALCHEMY_21:  # Session has no such parameter in 2.0
+    ROADS["session"] = lambda e: in_use(Session(e, execution_options={"scraper": "a"}))
 
 
-ROADS = [
-    by_engine,
-    by_engine_of_an_engine,
-    by_engines_later_update,
-    by_connection,
-    by_context,
-    by_session_of_tagged_engine,
-    by_sessionmaker,
-    by_session_connection,
-    by_raw_connection,
-]
-if SQLALCHEMY_21:
-    ROADS.append(by_session_option)  # Session has no such parameter in 2.0
-
-
-@pytest.mark.parametrize("road", ROADS)
-def test_tag_arrives_by(road, make_engine):
-    engine = make_engine()
+@pytest.mark.parametrize("road", ROADS.values(), ids=ROADS)
+@contract
+def test_tag_arrives_by(world, road):
+    engine = world.engine()
     connection = road(engine)
     assert holders(engine) == {"a": 1}
     connection.close()
@@ -104,8 +106,9 @@ def test_tag_arrives_by(road, make_engine):
     assert engine.pool.stats().tag("a").checkouts == 1
 
 
-def test_tag_arrives_by_create_engine(make_engine):
-    engine = make_engine(execution_options={"scraper": "a"})
+@contract
+def test_tag_arrives_by_create_engine(world):
+    engine = world.engine(execution_options={"scraper": "a"})
     with engine.connect():
         assert holders(engine) == {"a": 1}
 
@@ -119,81 +122,114 @@ def test_tag_arrives_through_a_pool_made_beforehand(server):
         assert holders(engine) == {"b": 1}
 
 
-def test_untagged_checkout_is_the_default_tags(make_engine):
-    engine = make_engine(default_tag="nobody")
+def run_async(url, test, **options):
+    """Run a test that takes an asyncio engine; its pool must be quiet in the end."""
+
+    async def main():
+        pool = AsyncAdaptedFairQueuePool
+        engine = create_async_engine(url, poolclass=pool, **options)
+        try:
+            return await test(engine)
+        finally:
+            await engine.dispose()
+            assert_quiet(engine.pool)
+
+    return asyncio.run(main())
+
+
+@pytest.fixture
+def in_asyncio(tmp_path):
+    """Run a test as a user of SQLAlchemy's asyncio classes would write it."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'test.db'}"
+    return lambda test, **options: run_async(url, test, **options)
+
+
+@asynccontextmanager
+async def async_by_connection(engine):
+    async with engine.execution_options(scraper="before").connect() as connection:
+        yield await connection.execution_options(scraper="a")
+
+
+@asynccontextmanager
+async def async_by_session_connection(engine):
+    async with AsyncSession(engine) as session:
+        await session.connection(execution_options={"scraper": "a"})
+        yield session
+
+
+ASYNC_ROADS = {
+    "connection": async_by_connection,
+    "engine": by_engine,
+    "session of an engine": lambda e: AsyncSession(tagged(e)),
+    "sessionmaker": lambda e: async_sessionmaker(tagged(e))(),
+    "session's connection": async_by_session_connection,
+}
+if SQLALCHEMY_21:
+    ASYNC_ROADS["session"] = lambda e: AsyncSession(
+        e, execution_options={"scraper": "a"}
+    )
+
+
+@pytest.mark.parametrize("road", ASYNC_ROADS.values(), ids=ASYNC_ROADS)
+def test_tag_arrives_in_asyncio_by(in_asyncio, road):
+    async def test(engine):
+        async with road(engine) as connection:
+            await connection.execute(text("select 1"))
+            return holders(engine)
+
+    assert in_asyncio(test) == {"a": 1}
+
+
+@contract
+def test_untagged_checkout_is_the_default_tags(world):
+    engine = world.engine(default_tag="nobody")
     with engine.connect():
         assert holders(engine) == {"nobody": 1}
 
 
-def test_option_may_have_another_name(make_engine):
-    engine = make_engine(tag_option="tenant")
+@contract
+def test_option_may_have_another_name(world):
+    engine = world.engine(tag_option="tenant")
     with engine.execution_options(tenant="a", scraper="b").connect():
         assert holders(engine) == {"a": 1}
     with engine.connect().execution_options(tenant="c"):
         assert holders(engine) == {"c": 1}
 
 
-# -- precedence ----------------------------------------------------------------
+# -- precedence ------------------------------------------------------------------------
 
 
-def test_connections_option_wins_over_engines(make_engine):
-    engine = make_engine().execution_options(scraper="engine")
-    with engine.connect().execution_options(scraper="connection"):
-        assert holders(engine) == {"connection": 1}
+@contract
+def test_connection_wins_over_engine_and_engine_over_block(world):
+    engine = world.engine()
+    tagged = engine.execution_options(scraper="engine")
+    with tag("block"):
+        with tagged.connect().execution_options(scraper="connection"):
+            assert holders(engine) == {"connection": 1}
+        with tagged.connect():
+            assert holders(engine) == {"engine": 1}
 
 
-def test_engines_option_wins_over_context(make_engine):
-    engine = make_engine().execution_options(scraper="engine")
-    with sqla_fairpool.tag("context"), engine.connect():
-        assert holders(engine) == {"engine": 1}
-
-
-def test_inner_context_wins_over_outer(make_engine):
-    engine = make_engine()
-    with sqla_fairpool.tag("outer"):
-        with sqla_fairpool.tag("inner"), engine.connect():
+@contract
+def test_inner_block_wins_over_outer_and_ends_with_an_exception(world):
+    engine = world.engine()
+    with tag("outer"):
+        with tag("inner"), engine.connect():
             assert holders(engine) == {"inner": 1}
+        with pytest.raises(ZeroDivisionError), tag("inner"):
+            raise ZeroDivisionError
         with engine.connect():
             assert holders(engine) == {"outer": 1}
     with engine.connect():
         assert holders(engine) == {"unknown": 1}
 
 
-def test_context_ends_with_an_exception(make_engine):
-    engine = make_engine()
-    with pytest.raises(ZeroDivisionError), sqla_fairpool.tag("a"):
-        raise ZeroDivisionError
-    with engine.connect():
-        assert holders(engine) == {"unknown": 1}
-
-
-def test_context_is_not_another_threads(make_engine):
-    engine = make_engine()
-
-    def other():
-        with engine.connect():
-            return holders(engine)
-
-    with sqla_fairpool.tag("a"):
-        assert Caller(other).result() == {"unknown": 1}
-
-
-def test_engines_tag_does_not_stay_after_the_checkout(make_engine):
-    engine = make_engine()
-    with engine.execution_options(scraper="a").connect(), engine.connect():
-        assert holders(engine) == {"a": 1, "unknown": 1}
-
-
-def test_base_engine_is_untouched_by_a_derived_one(make_engine):
-    engine = make_engine()
-    engine.execution_options(scraper="a")
-    with engine.connect():
-        assert holders(engine) == {"unknown": 1}
-
-
-def test_derived_engine_follows_dispose(make_engine):
-    engine = make_engine()
+@contract
+def test_engines_tag_is_that_of_its_own_checkouts_alone(world):
+    engine = world.engine()
     tagged = engine.execution_options(scraper="a")
+    with tagged.connect(), engine.connect():
+        assert holders(engine) == {"a": 1, "unknown": 1}
     engine.dispose()
     with tagged.connect():
         assert holders(engine) == {"a": 1}
@@ -201,7 +237,114 @@ def test_derived_engine_follows_dispose(make_engine):
         assert holders(engine) == {"b": 1}
 
 
-# -- bad tags ------------------------------------------------------------------
+# -- blocks over threads and tasks -----------------------------------------------------
+
+
+def test_block_is_not_another_threads(make_engine):
+    engine = make_engine()
+
+    def other():
+        with engine.connect():
+            return holders(engine)
+
+    with tag("a"):
+        assert Caller(other).result() == {"unknown": 1}
+
+
+def test_block_reaches_across_awaits_tasks_and_threads(in_asyncio):
+    async def test(engine):
+        seen = []
+
+        async def visit():
+            async with engine.connect():
+                seen.append(holders(engine))
+
+        with tag("a"):
+            await asyncio.sleep(0)
+            await visit()
+            await asyncio.create_task(visit())
+            # A thread with a loop of its own, as libraries make them.
+            await asyncio.to_thread(asyncio.run, visit())
+        await visit()
+        return seen
+
+    assert in_asyncio(test) == [{"a": 1}, {"a": 1}, {"a": 1}, {"unknown": 1}]
+
+
+def test_tasks_do_not_see_each_others_tag(in_asyncio):
+    async def test(engine):
+        inside, all_in, seen = [], asyncio.Event(), []
+
+        async def visit(name):
+            with tag(name):
+                async with engine.connect():
+                    inside.append(name)
+                    if len(inside) == 3:
+                        all_in.set()
+                    await all_in.wait()
+                    seen.append(holders(engine))
+
+        await asyncio.gather(*(visit(name) for name in "abc"))
+        return seen
+
+    seen = in_asyncio(test, pool_size=6)
+    assert seen[0] == {"a": 1, "b": 1, "c": 1}
+    assert len(seen) == 3
+
+
+def test_decorated_function_is_tagged_while_it_runs():
+    @tag("job")
+    def job(number):
+        """What it does."""
+        return context_tag(), number
+
+    @tag("job")
+    async def later(number, *, twice):
+        await asyncio.sleep(0)
+        return context_tag(), number, twice
+
+    assert job(3) == ("job", 3)
+    assert asyncio.run(later(3, twice=6)) == ("job", 3, 6)
+    assert inspect.iscoroutinefunction(later)
+    assert (job.__name__, job.__doc__) == ("job", "What it does.")
+    assert context_tag() is None
+
+
+def test_generator_functions_are_refused():
+    async def one():
+        yield
+
+    def two():
+        yield
+
+    for function in (one, two):
+        with pytest.raises(ArgumentError, match=r"write `with tag\('a'\):` inside"):
+            tag("a")(function)
+
+
+def test_set_tag_lasts_for_the_task(in_asyncio):
+    async def test(engine):
+        seen = []
+
+        async def look():
+            async with engine.connect():
+                seen.append(holders(engine))
+
+        async def visit():
+            set_tag("a")
+            await look()
+            set_tag(None)
+            await look()
+            set_tag("a")
+
+        await asyncio.create_task(visit())
+        await look()
+        return seen
+
+    assert in_asyncio(test) == [{"a": 1}, {"unknown": 1}, {"unknown": 1}]
+
+
+# -- bad tags --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", ["", None, 3, "a\nb", "x" * 129])
@@ -210,8 +353,11 @@ def test_bad_tag_is_refused_where_it_is_set(make_engine, bad):
     if bad is not None:  # SQLAlchemy's way of saying "no option"
         with pytest.raises(ArgumentError, match="scraper="):
             engine.execution_options(scraper=bad)
+        with pytest.raises(ArgumentError, match="tag="):
+            set_tag(bad)
     with pytest.raises(ArgumentError, match="tag="):
-        sqla_fairpool.tag(bad).__enter__()
+        tag(bad).__enter__()
+    assert context_tag() is None
     with engine.connect() as connection:
         with pytest.raises(ArgumentError, match="scraper="):
             connection.execution_options(scraper=bad)
@@ -242,31 +388,32 @@ def test_refused_option_is_not_among_the_options(make_engine, bad):
     assert plain.get_execution_options() == {}
 
 
-# -- setting the tag on a connection -------------------------------------------
+# -- setting the tag on a connection ---------------------------------------------------
+
+#: For a tag that has one connection no second one is granted.
+ONE_EACH = {"pool_size": 2, "soft_limit": 1, "max_limit": 1}
 
 
-def test_untagged_moment_leaves_no_trace(make_engine):
-    engine = make_engine()
-    with engine.connect().execution_options(scraper="a"):
-        stats = engine.pool.stats()
-        assert [row.name for row in stats.tags] == ["a"]
-        assert stats.strategy == "1 active: at most 15"
-
-
-def test_connection_that_has_room_keeps_its_dbapi_connection(make_engine, server):
-    engine = make_engine()
+@contract
+def test_connection_that_has_room_keeps_its_dbapi_connection(world):
+    engine = world.engine()
     with engine.connect() as connection:
         before = connection.connection.dbapi_connection
         connection.execution_options(scraper="a")
         assert connection.connection.dbapi_connection is before
-    assert server.opened == 1
+        stats = engine.pool.stats()
+        assert [row.name for row in stats.tags] == ["a"]  # no trace of the time before
+        assert stats.strategy == "1 active: at most 15"
+        connection.execution_options(scraper="a")
+    assert engine.pool.stats().tag("a").checkouts == 1
 
 
-def test_connection_without_room_waits_holding_nothing(make_engine):
-    engine = make_engine(pool_size=2, soft_limit=1, max_limit=1)
+@contract
+def test_connection_without_room_waits_holding_nothing(world):
+    engine = world.engine(**ONE_EACH)
     holder = engine.execution_options(scraper="a").connect()
-    caller = Caller(lambda: engine.connect().execution_options(scraper="a"))
-    ensure_waiting(engine.pool, 1)
+    caller = world.start(lambda: by_connection(engine))
+    world.ensure_waiting(engine, 1)
     assert holders(engine) == {"a": 1}
     assert engine.pool.stats().tag("a").waiting == 1
     holder.close()
@@ -276,15 +423,27 @@ def test_connection_without_room_waits_holding_nothing(make_engine):
     connection.close()
 
 
+def test_task_that_is_cancelled_in_its_new_line_holds_nothing(in_asyncio):
+    async def test(engine):
+        async with engine.execution_options(scraper="b").connect():
+            async with engine.connect() as connection:
+                task = asyncio.create_task(connection.execution_options(scraper="b"))
+                await waiting(engine.pool, 1)
+                assert holders(engine) == {"b": 1}
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+        assert holders(engine) == {}
+
+    in_asyncio(test, **ONE_EACH)
+
+
 def test_options_set_before_the_swap_hold_after_it(make_engine):
-    engine = make_engine(pool_size=2, soft_limit=1, max_limit=1)
+    engine = make_engine(**ONE_EACH)
     holder = engine.execution_options(scraper="a").connect()
     applied = []
-    dialect = engine.dialect
-    dialect.set_isolation_level = lambda connection, level: applied.append(
-        (connection, level)
-    )
-    dialect.reset_isolation_level = lambda connection: None
+    engine.dialect.set_isolation_level = lambda *which: applied.append(which)
+    engine.dialect.reset_isolation_level = lambda connection: None
 
     def work():
         connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
@@ -300,8 +459,9 @@ def test_options_set_before_the_swap_hold_after_it(make_engine):
     connection.close()
 
 
-def test_time_out_in_the_new_tags_line_leaves_nothing_held(make_engine):
-    engine = make_engine(pool_size=2, soft_limit=1, max_limit=1, pool_timeout=0)
+@contract
+def test_time_out_in_the_new_tags_line_leaves_nothing_held(world):
+    engine = world.engine(**ONE_EACH, pool_timeout=0)
     holder = engine.execution_options(scraper="a").connect()
     connection = engine.connect().execution_options(scraper="b")
     with pytest.raises(CheckoutTimeout, match="tag 'a' in_use=1 ceiling=1"):
@@ -318,55 +478,35 @@ def test_time_out_in_the_new_tags_line_leaves_nothing_held(make_engine):
     connection.close()
 
 
-def test_retagging_in_a_transaction_is_refused_as_isolation_level_is(make_engine):
-    engine = make_engine()
+@contract
+def test_retagging_in_a_transaction_is_refused_as_isolation_level_is(world):
+    engine = world.engine()
     with engine.connect().execution_options(scraper="a") as connection:
         connection.execute(text("select 1"))
         with pytest.raises(InvalidRequestError, match="scraper may not be altered"):
             connection.execution_options(scraper="b")
         assert holders(engine) == {"a": 1}
+        assert connection.get_execution_options()["scraper"] == "a"
+        connection.rollback()
+        connection.invalidate()
+        connection.execute(text("select 1"))
+        assert holders(engine) == {"a": 1}  # the refused tag is not remembered
         connection.rollback()
         connection.execution_options(scraper="b")
         assert holders(engine) == {"b": 1}
 
 
-def test_refused_tag_is_not_remembered(make_engine):
-    engine = make_engine()
+@contract
+def test_connection_asks_as_itself_after_an_invalidation(world):
+    engine = world.engine().execution_options(scraper="engine")
     with engine.connect().execution_options(scraper="a") as connection:
-        connection.execute(text("select 1"))
-        with pytest.raises(InvalidRequestError):
-            connection.execution_options(scraper="b")
-        assert connection.get_execution_options()["scraper"] == "a"
-        connection.rollback()
-        connection.invalidate()
-        connection.execute(text("select 1"))
-        assert holders(engine) == {"a": 1}
-
-
-def test_same_tag_again_is_no_change(make_engine):
-    engine = make_engine()
-    with engine.connect().execution_options(scraper="a") as connection:
-        connection.execute(text("select 1"))
-        connection.execution_options(scraper="a")
-    assert engine.pool.stats().tag("a").checkouts == 1
-
-
-def test_connection_asks_as_itself_after_an_invalidation(make_engine):
-    engine = make_engine().execution_options(scraper="engine")
-    with engine.connect().execution_options(scraper="connection") as connection:
-        connection.invalidate()
-        assert holders(engine) == {}
-        connection.execute(text("select 1"))
-        assert holders(engine) == {"connection": 1}
-
-
-def test_tag_set_while_invalidated_is_used_at_the_next_checkout(make_engine):
-    engine = make_engine()
-    with engine.connect() as connection:
-        connection.invalidate()
-        connection.execution_options(scraper="a")
-        connection.execute(text("select 1"))
-        assert holders(engine) == {"a": 1}
+        for name in ("a", "set while it was invalidated"):
+            connection.invalidate()
+            assert holders(engine) == {}
+            connection.execution_options(scraper=name)
+            connection.execute(text("select 1"))
+            assert holders(engine) == {name: 1}
+            connection.rollback()
 
 
 def test_tag_on_a_closed_connection_checks_nothing_out(make_engine):
@@ -384,25 +524,7 @@ def test_tagging_a_connection_makes_no_reference_cycle(make_engine):
     assert holders(engine) == {}, "a leaked connection waits for the collector"
 
 
-def test_checkout_listener_does_not_see_what_the_checkout_asked_for(make_engine):
-    engine = make_engine(pool_size=2, soft_limit=1, max_limit=1)
-    other = make_engine()
-    seen = []
-
-    @event.listens_for(engine, "checkout")
-    def checkout(dbapi_connection, record, proxy):
-        with other.connect():
-            seen.append(holders(other))
-
-    holder = engine.execution_options(scraper="a").connect()
-    caller = Caller(lambda: engine.connect().execution_options(scraper="a"))
-    ensure_waiting(engine.pool, 1)
-    holder.close()
-    caller.result().close()
-    assert seen == [{"unknown": 1}] * 3
-
-
-# -- what is in force for one checkout is nobody else's ---------------------------
+# -- what is in force for one checkout is nobody else's --------------------------------
 
 
 def on_connect(engine, function):
@@ -422,44 +544,53 @@ def on_first_connect(engine, function):
     )
 
 
-@pytest.mark.parametrize("on", [on_connect, on_first_connect, on_do_connect])
-@pytest.mark.parametrize("road", [by_engine, by_connection, by_raw_connection])
-def test_listener_that_runs_while_a_connection_opens_is_untagged(
-    server, on, road, tmp_path
-):
-    engine, other = server.engine(), server.engine()
-    if on is on_do_connect:  # it is not called where there is a creator
-        url = f"sqlite:///{tmp_path / 'listened.db'}"
-        engine = create_engine(url, poolclass=FairQueuePool)
-    seen = []
+def looks_at(other, seen):
+    """Return a listener that checks out of another pool."""
 
-    def listener():
+    def look(*_):
         with other.connect():
             seen.append(holders(other))
-        with sqla_fairpool.tag("own"), other.connect():
+        with tag("own"), other.connect():
             seen.append(holders(other))
 
-    on(engine, listener)
-    connection = road(engine)
-    connection.close()
-    engine.dispose()
-    assert seen == [{"unknown": 1}, {"own": 1}]
+    return look
 
 
-def test_connection_that_opens_again_shows_its_tag_to_nobody(server):
-    engine, other = server.engine(), server.engine()
-    seen = []
+#: What such a listener sees, if nothing of the checkout around it is in force.
+NOTHING = [{"unknown": 1}, {"own": 1}]
+
+
+@pytest.mark.parametrize("on", [on_connect, on_first_connect, on_do_connect])
+@pytest.mark.parametrize("road", [by_engine, by_connection, by_raw_connection])
+@contract
+def test_listener_that_runs_while_a_connection_opens_is_untagged(world, on, road):
+    engine, other, seen = world.engine(), world.engine(), []
+    on(engine, looks_at(other, seen))
+    road(engine).close()
+    assert seen == NOTHING
+
+
+@contract
+def test_connection_that_opens_again_shows_its_tag_to_nobody(world):
+    engine, other, seen = world.engine(), world.engine(), []
     with engine.connect().execution_options(scraper="a") as connection:
         connection.invalidate()
-
-        def listener(dbapi_connection, record):
-            with other.connect():
-                seen.append(holders(other))
-
-        event.listen(engine, "connect", listener)
+        event.listen(engine, "connect", looks_at(other, seen))
         connection.execute(text("select 1"))
         assert holders(engine) == {"a": 1}
-    assert seen == [{"unknown": 1}]
+    assert seen == NOTHING
+
+
+@contract
+def test_checkout_listener_does_not_see_what_the_checkout_asked_for(world):
+    engine, other, seen = world.engine(**ONE_EACH), world.engine(), []
+    event.listen(engine, "checkout", looks_at(other, seen))
+    holder = engine.execution_options(scraper="a").connect()
+    caller = world.start(lambda: by_connection(engine))
+    world.ensure_waiting(engine, 1)
+    holder.close()
+    caller.result().close()
+    assert seen == NOTHING * 3
 
 
 def test_engines_time_out_is_not_that_of_its_listeners(make_engine):
@@ -477,19 +608,14 @@ def test_engines_time_out_is_not_that_of_its_listeners(make_engine):
 
 
 def test_engine_with_another_kind_of_pool_leaves_no_tag_behind(server, make_engine):
-    other = make_engine()
+    other, seen = make_engine(), []
     engine = server.engine(execution_options={"scraper": "a"})
     engine.pool = QueuePool(server.connect, dialect=engine.dialect)
-    seen = []
-
-    def listener(dbapi_connection, record):
-        with other.connect():
-            seen.append(holders(other))
-
-    event.listen(engine.pool, "connect", listener)
-    with engine.connect(), other.connect():
-        seen.append(holders(other))
-    assert seen == [{"unknown": 1}] * 2
+    look = looks_at(other, seen)
+    event.listen(engine.pool, "connect", look)
+    with engine.connect():
+        look()
+    assert seen == NOTHING * 2
 
 
 def test_checkout_in_the_middle_of_another_gives_the_request_back(make_engine):
@@ -511,21 +637,72 @@ def test_checkout_in_the_middle_of_another_gives_the_request_back(make_engine):
     assert seen == [{"b": 1}]
 
 
-# -- activity ------------------------------------------------------------------
+@asynccontextmanager
+async def async_by_block(engine):
+    with tag("a"):
+        async with engine.connect() as connection:
+            yield connection
 
 
-def test_statement_is_activity(make_engine, clock):
-    engine = make_engine()
-    with engine.execution_options(scraper="a").connect() as connection:
-        clock.advance(50.0)
-        assert engine.pool.stats().tag("a").idle_for == 50.0
-        connection.execute(text("select 1"))
-        assert engine.pool.stats().tag("a").idle_for == 0.0
+@pytest.mark.parametrize("road", [by_engine, async_by_block])
+def test_task_that_is_started_while_a_connection_opens_is_untagged(in_asyncio, road):
+    async def test(engine):
+        tasks, closed = [], asyncio.Event()
+
+        async def refresh():
+            await closed.wait()
+            async with engine.connect():
+                first = holders(engine)
+            with tag("own"):
+                async with engine.connect():
+                    return [first, holders(engine)]
+
+        def start(*_):
+            if not tasks:
+                tasks.append(asyncio.create_task(refresh()))
+
+        event.listen(engine.sync_engine, "do_connect", start)
+        async with road(engine):
+            assert holders(engine) == {"a": 1}
+        closed.set()
+        return await tasks[0]
+
+    assert in_asyncio(test) == NOTHING
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("road", [by_engine, async_by_block])
+def test_task_that_a_notification_starts_is_untagged(postgres_url, road):
+    async def test(engine):
+        tasks = asyncio.Queue()
+
+        async def visit():
+            async with engine.connect():
+                return holders(engine)
+
+        def notified(*_):
+            tasks.put_nowait(asyncio.create_task(visit()))
+
+        async with road(engine) as connection:
+            raw = await connection.get_raw_connection()
+            await raw.driver_connection.add_listener("news", notified)
+            await connection.execute(text("notify news"))
+            await connection.commit()
+            seen = await (await tasks.get())
+            await raw.driver_connection.remove_listener("news", notified)
+        return seen
+
+    url = make_url(postgres_url).set(drivername="postgresql+asyncpg")
+    assert run_async(url, test) == {"a": 1, "unknown": 1}
+
+
+# -- activity --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "statement",
     [
+        lambda c: c.execute(text("select 1")),
         lambda c: c.exec_driver_sql("select 1"),
         lambda c: c.execute(text("insert into t values (:x)"), [{"x": 1}, {"x": 2}]),
         lambda c: c.execution_options(no_parameters=True).exec_driver_sql("select 1"),
@@ -535,6 +712,7 @@ def test_every_kind_of_statement_is_activity(make_engine, clock, statement):
     engine = make_engine()
     with engine.execution_options(scraper="a").connect() as connection:
         clock.advance(50.0)
+        assert engine.pool.stats().tag("a").idle_for == 50.0
         statement(connection)
         assert engine.pool.stats().tag("a").idle_for == 0.0
 
@@ -542,22 +720,24 @@ def test_every_kind_of_statement_is_activity(make_engine, clock, statement):
 def test_statement_hooks_take_what_the_dialects_methods_take(make_engine):
     engine = make_engine()
     with engine.connect() as connection:
-        cursor = connection.connection.cursor()
+        proxied = connection.connection
+        cursor = proxied.cursor()
         engine.dialect.do_execute(cursor, "select 1", (), context=None)
         engine.dialect.do_executemany(cursor, "select 1", [()])
         engine.dialect.do_execute_no_params(cursor, "select 1", context=None)
-        assert (
-            connection.connection.dbapi_connection.statements[-3:] == ["select 1"] * 3
-        )
+        assert proxied.dbapi_connection.statements[-3:] == ["select 1"] * 3
 
 
-def test_statement_of_an_idle_tag_makes_it_active(make_engine, clock):
+@pytest.mark.parametrize(
+    "act", [lambda c: c.execute(text("select 1")), lambda c: c.close()]
+)
+def test_statement_or_checkin_of_an_idle_tag_makes_it_active(make_engine, clock, act):
     engine = make_engine()
     with engine.execution_options(scraper="a").connect() as connection:
         clock.advance(100.0)
         engine.execution_options(scraper="b").connect().close()
         assert engine.pool.stats().tag("a").active is False
-        connection.execute(text("select 1"))
+        act(connection)
         assert engine.pool.stats().tag("a").active is True
         assert engine.pool.stats().tag("b").limit == 10
 
@@ -570,17 +750,7 @@ def test_untagged_checkout_is_active_from_its_first_statement(make_engine):
         assert engine.pool.stats().tag("unknown").active is True
 
 
-def test_checkin_is_activity(make_engine, clock):
-    engine = make_engine()
-    connection = engine.execution_options(scraper="a").connect()
-    clock.advance(100.0)
-    engine.execution_options(scraper="b").connect().close()
-    assert engine.pool.stats().tag("a").active is False
-    connection.close()
-    assert engine.pool.stats().tag("a").active is True
-
-
-# -- nobody else pays ----------------------------------------------------------
+# -- nobody else pays ------------------------------------------------------------------
 
 
 def test_other_engines_are_not_listened_to(server, make_engine):
@@ -619,8 +789,7 @@ def test_many_threads_with_tags_of_their_own_do_not_mix(make_engine):
         barrier.wait()
         for _ in range(200):
             connection = tagged.connect()
-            record = connection.connection._connection_record
-            assert record.seat.account.tag == name
+            assert state.tag_of(connection) == name
             connection.close()
 
     for caller in [Caller(work, f"tag{n}") for n in range(8)]:
@@ -642,47 +811,3 @@ def test_wrong_pool_class_for_the_dialect_is_sqlalchemys_error(server):
         create_engine(
             "sqlite+pretended://", creator=server.connect, poolclass=FairQueuePool
         )
-
-
-def test_tag_object_is_shared_by_threads_and_nested(make_pool):
-    """What was in force outside belongs to the context, not to the object."""
-    shared = sqla_fairpool.tag("shared")
-    pool = make_pool()
-    inside = threading.Barrier(2)
-
-    def tags_now():
-        fairy = pool.connect()
-        rows = pool.stats().tags
-        fairy.close()
-        return [row.name for row in rows if row.connections]
-
-    def visit(outer):
-        with sqla_fairpool.tag(outer), shared:
-            inside.wait(PATIENCE)
-            with shared:
-                pass
-            inside.wait(PATIENCE)
-        return context_tag()
-
-    callers = [Caller(visit, "a"), Caller(visit, "b")]
-    for caller in callers:
-        assert caller.result() is None
-    with shared, shared:
-        assert tags_now() == ["shared"]
-    assert context_tag() is None
-
-
-def test_decorated_function_is_tagged_while_it_runs():
-    @sqla_fairpool.tag("job")
-    def job(number):
-        return context_tag(), number
-
-    assert job(3) == ("job", 3)
-    assert job.__name__ == "job"
-    assert context_tag() is None
-
-
-def test_set_tag_refuses_what_is_no_tag():
-    with pytest.raises(ArgumentError, match="tag='' is not allowed"):
-        sqla_fairpool.set_tag("")
-    assert context_tag() is None

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from sqlalchemy import create_engine, text  # noqa: E402
 
 from sqla_fairpool import CheckoutTimeout, FairQueuePool, SelfDeadlock, tag  # noqa: E402
+from support import state  # noqa: E402
 from support.state import assert_quiet  # noqa: E402
 from support.stub import StubServer  # noqa: E402
 
@@ -32,7 +33,7 @@ def one_connection():
 
 
 def waiting(pool, number):
-    while pool._exchange.scheduler.waiting != number:
+    while state.waiting(pool) != number:
         gevent.sleep(0)
 
 
@@ -122,7 +123,7 @@ def killed_when_it_was_granted(url):
     waiting(pool, 2)
     first.kill(block=False)  # at the next switch
     holder.close()  # before it, the slot becomes the first one's
-    assert pool._exchange.scheduler.waiting == 1
+    assert state.waiting(pool) == 1
     second.get().close()
     assert server.opened == 1
     assert_quiet(pool)
@@ -210,7 +211,7 @@ def killed_anywhere_on_postgresql(url):
     def settled():
         # A statement that was cut off may take a moment to end at the server.
         pool = engine.pool
-        while pool._exchange.scheduler.capacity < pool.options.capacity:
+        while state.capacity(pool) < pool.options.capacity:
             gevent.sleep(0.001)
         assert_quiet(pool)
 
@@ -241,7 +242,7 @@ def killed_anywhere_with_a_ledger(url):
 
             kill_anywhere(engine, all_can_be_had)
             engine.dispose()
-            engine.pool._exchange.share.keeper.close()
+            state.keeper(engine).close()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import copy
 
 import greenlet
 
-from sqla_fairpool.bench.ledger_world import (
+from benchmarks.ledger_world import (
     Host,
     MemoryStore,
     Server,
@@ -14,7 +14,7 @@ from sqla_fairpool.bench.ledger_world import (
     SimPool,
 )
 from sqla_fairpool.ledger.book import Book
-from sqla_fairpool.ledger.keeper import Pace
+from sqla_fairpool.ledger.demand import Pace
 from sqla_fairpool.ledger.rows import Terms
 from sqla_fairpool.ledger.store import StoreAway
 
@@ -77,8 +77,8 @@ class World:
         self.living.append(process)
         return process
 
-    def sessions(self):
-        return self.server.look() if self.can_ask else None
+    def sessions(self, server):
+        return self.server.look(server) if self.can_ask else None
 
     @property
     def book(self):

@@ -42,6 +42,8 @@ class Server:
         #: backend by backend, so a single look may see who goes and who comes instead.
         self.most = 0
         self.looks = 0
+        #: Connections that there may be beside the capacity, for a moment.
+        self.beside = 0
         self._thread = threading.Thread(target=self._look)
         self._thread.start()
 

@@ -1,25 +1,223 @@
-"""What must be true of a pool when a test ends."""
+"""The inside of a pool, for tests: no other file of the tests reaches it.
+
+Every function takes a pool or an engine. A test asks here for what no public method
+tells; where one does (`pool.stats()`, `pool.checkedout()`), it asks that.
+"""
 
 from __future__ import annotations
+
+from contextlib import contextmanager
+
+from sqla_fairpool.pool.checkout import Seat
+from sqla_fairpool.pool.share import Share
+
+#: The function that looks for a deadlock, where it is called; to be replaced.
+DEADLOCK_CHECK = "sqla_fairpool.pool.exchange.is_stuck"
+#: Seconds that are waited for the end of a session, to be replaced.
+GOODBYE = "sqla_fairpool.pool.connections._GOODBYE"
+
+
+def core(pool):
+    """The object that owns the state. Pools that follow each other share one."""
+    return getattr(pool, "pool", pool)._exchange
+
+
+def scheduler(pool):
+    """Its scheduler."""
+    return core(pool).scheduler
+
+
+# -- figures that pool.stats() does not have, or takes too long to have ----------------
+
+
+def waiting(pool):
+    """How many callers wait."""
+    return scheduler(pool).waiting
+
+
+def in_use(pool):
+    """How many slots are taken, those of connections that are kept warm included."""
+    return scheduler(pool).in_use
+
+
+def capacity(pool):
+    """How many slots may be taken now."""
+    return scheduler(pool).capacity
+
+
+def allotted(pool):
+    """How many connections there may be: the capacity, or what the ledger allots."""
+    return core(pool)._allotted
+
+
+def connections(pool):
+    """The connections that exist at the server, as the pool knows them."""
+    return list(core(pool).connections)
+
+
+def connections_there(pool):
+    """How many there are, those in the hands of a user who has detached them too."""
+    return core(pool).connections_there()
+
+
+def line(pool, tag):
+    """The checkouts that wait under a tag, the first one first."""
+    return list(scheduler(pool).accounts[tag].waiters or ())
+
+
+def newest_waiter(pool):
+    """The checkout that came last of those that wait."""
+    return scheduler(pool).newest_waiter()
+
+
+def watcher(pool):
+    """The waiting checkout that wakes up for the next reallocation, if one does."""
+    return core(pool)._watch
+
+
+def warm(pool, tag):
+    """The list of the records that are kept warm for a tag."""
+    return scheduler(pool).accounts[tag].warm
+
+
+def replace_warm(pool, tag, records):
+    """Have the records of a tag be kept warm in another list."""
+    scheduler(pool).accounts[tag].warm = records
+
+
+def checkout_of(connection):
+    """What is noted of the checkout of a connection that is out."""
+    return connection.connection._connection_record.seat
+
+
+def tag_of(connection):
+    """The tag that a connection is charged to."""
+    return checkout_of(connection).account.tag
+
+
+def stack_of(connection):
+    """Where a connection was checked out, as far as that was noted."""
+    return checkout_of(connection).stack
+
+
+# -- the lock --------------------------------------------------------------------------
+
+
+def critical_section(pool):
+    """Hold the pool's lock, as a transition does; gives the time."""
+    return core(pool).section()
+
+
+def is_busy(pool):
+    """Tell if somebody is in a critical section."""
+    return core(pool)._busy
+
+
+def came_back_meanwhile(pool):
+    """How many connections came back in the middle of this critical section."""
+    return len(core(pool)._inbox)
+
+
+def do_later(pool, function):
+    """Leave something to be done after the next critical section."""
+    core(pool)._chores.append(function)
+
+
+def look_around(pool):
+    """Do what there is to do in a critical section."""
+    core(pool).visit()
+
+
+@contextmanager
+def lock_forbidden(pool):
+    """Let the test fail if anything takes the pool's lock."""
+    lock, core(pool)._lock = core(pool)._lock, None
+    try:
+        yield
+    finally:
+        core(pool)._lock = lock
+
+
+# -- what tests do to it ---------------------------------------------------------------
+
+
+def wait_with(pool, waiter_class):
+    """Have callers that come from now on wait with another class."""
+    core(pool)._waiter_class = waiter_class
+
+
+def after_fork(pool):
+    """Do what is done in the child of a fork."""
+    core(pool).begin_again()
+
+
+def find_leaks(pool):
+    """Look for connections that are out for too long, as the thread for it does."""
+    core(pool).leaks.look()
+
+
+def leak_thread(pool):
+    """The thread that does it, None if it is switched off."""
+    leaks = core(pool).leaks
+    return None if leaks is None else leaks._thread
+
+
+def is_collected(pool):
+    """Return a function that tells if the core of a pool has been collected."""
+    alive = core(pool).alive
+    return lambda: alive() is None
+
+
+@contextmanager
+def slot_without_caller(pool, tag):
+    """Take a slot that no caller has, nor any connection."""
+    lost = Seat(core(pool))
+    with critical_section(pool) as now:
+        assert scheduler(pool).request(lost, tag, now)
+    yield
+    with critical_section(pool) as now:
+        scheduler(pool).release(lost, now)
+
+
+# -- the ledger ------------------------------------------------------------------------
+
+
+def share(pool):
+    """The pool's part in a ledger, None without one."""
+    return core(pool).share
+
+
+def keeper(pool):
+    """What works for the pool in its ledger, None without one."""
+    return None if share(pool) is None else share(pool).keeper
+
+
+def join(pool, keeper):
+    """Make a pool the member of a ledger with this keeper; return its share."""
+    share = Share(core(pool))
+    core(pool).join(share)
+    share.keeper = keeper
+    return share
+
+
+# -- what must be true -----------------------------------------------------------------
 
 
 def assert_quiet(pool):
     """Nothing is out, nobody waits, and the accounting is consistent."""
-    exchange = pool._exchange
-    with exchange.section():
-        exchange.scheduler.check_valid([])
-        assert exchange.scheduler.in_use == 0
-        assert exchange.scheduler.waiting == 0
-        assert not exchange._inbox
-        assert not exchange._bells
-        assert not exchange._chores
-        assert exchange.scheduler.capacity == exchange.options.capacity
-        assert exchange._watch is None
-        assert len(exchange._idle) <= exchange.options.pool_size
+    with critical_section(pool):
+        scheduler(pool).check_valid([])
+        assert in_use(pool) == 0
+        assert waiting(pool) == 0
+        assert not core(pool)._inbox
+        assert not core(pool)._bells
+        assert not core(pool)._chores
+        assert capacity(pool) == core(pool).options.capacity
+        assert watcher(pool) is None
+        assert len(core(pool)._idle) <= core(pool).options.pool_size
 
 
 def assert_consistent(pool):
-    """The scheduler agrees with the seats that are out."""
-    exchange = pool._exchange
-    with exchange.section():
-        exchange.scheduler.check_valid()
+    """The scheduler agrees with the checkouts that are out."""
+    with critical_section(pool):
+        scheduler(pool).check_valid()

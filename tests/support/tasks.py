@@ -7,6 +7,7 @@ import time
 
 from sqlalchemy.util import greenlet_spawn
 
+from . import state
 from .threads import PATIENCE
 
 
@@ -30,8 +31,7 @@ async def until(condition, what="the condition"):
 
 async def waiting(pool, number):
     """Return once `number` callers wait in the pool."""
-    scheduler = pool._exchange.scheduler
-    await until(lambda: scheduler.waiting == number, f"{number} waiting")
+    await until(lambda: state.waiting(pool) == number, f"{number} waiting")
 
 
 async def steps(number):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
+from . import state
+
 #: How long anything that must happen may take, on a slow and busy machine.
 PATIENCE = 30.0
 
@@ -19,8 +21,7 @@ def eventually(condition, what="the condition"):
 
 def ensure_waiting(pool, number):
     """Return once `number` callers wait in the pool."""
-    scheduler = pool._exchange.scheduler
-    eventually(lambda: scheduler.waiting == number, f"{number} waiting")
+    eventually(lambda: state.waiting(pool) == number, f"{number} waiting")
 
 
 class Caller(threading.Thread):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 
-from sqlalchemy import create_engine, event
+from sqlalchemy import create_engine, event, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 
@@ -99,10 +99,26 @@ def contract(test):
     """Run a test in the world that it is given."""
 
     @functools.wraps(test)
-    def run(world):
-        world.run(lambda: test(world))
+    def run(world, **arguments):
+        world.run(lambda: test(world, **arguments))
 
     return run
+
+
+def world_of(url, driver):
+    """Return threads or tasks with the URL of a database.
+
+    :param driver: SQLAlchemy's name, with `` tasks`` behind one that has a twin.
+    """
+    name, _, variant = driver.partition(" ")
+    is_asyncio = variant == "tasks" or name.endswith(("asyncpg", "aiosqlite"))
+    return (Tasks if is_asyncio else Threads)(make_url(url).set(drivername=name))
+
+
+def holders(engine):
+    """Return who holds how much, tags that hold nothing left out."""
+    rows = engine.pool.stats().tags
+    return {row.name: row.connections for row in rows if row.connections}
 
 
 def count_opened(engine):

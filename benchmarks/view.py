@@ -17,9 +17,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from ..bench.figures import Figure
-from ..bench.report import Report, Section
-from ..bench.svg import nice_number
+from .figures import Figure
+from .report import Report, Section
+from .svg import nice_number
 
 __all__ = ["View", "make_view"]
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..scheduling.policy import jain
+from sqla_fairpool.scheduling.policy import jain
+
 from .figures import percentile
 
 __all__ = ["Closing", "Crowd", "Member", "Outcome"]

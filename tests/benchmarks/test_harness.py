@@ -10,17 +10,18 @@ from collections import Counter
 import pytest
 from sqlalchemy import exc, make_url
 
-from sqla_fairpool.bench import generator, rivalry, rivals, shift, static, workload
-from sqla_fairpool.bench.catalogue import SCENARIOS, play
-from sqla_fairpool.bench.contenders import TASKS, THREADS, Setup
-from sqla_fairpool.bench.crowd import Crowd, Member, Outcome
-from sqla_fairpool.bench.figures import Figure
-from sqla_fairpool.bench.peers import queue_engine
-from sqla_fairpool.bench.report import Findings
-from sqla_fairpool.bench.stage import BenchError, Place, Scenario, Stage
-from sqla_fairpool.bench.targets import TARGETS
-from sqla_fairpool.bench.tasks import TaskCrowd, TaskMember
-from sqla_fairpool.bench.workload import Job, Scraper, Shift, backlog, bursts
+from benchmarks import generator, rivalry, rivals, shift, static, workload
+from benchmarks.catalogue import SCENARIOS, play
+from benchmarks.contenders import TASKS, THREADS, Setup
+from benchmarks.crowd import Crowd, Member, Outcome
+from benchmarks.database import BenchError, Database
+from benchmarks.figures import Figure
+from benchmarks.peers import queue_engine
+from benchmarks.report import Findings
+from benchmarks.stage import Scenario, Stage
+from benchmarks.targets import TARGETS
+from benchmarks.tasks import TaskCrowd, TaskMember
+from benchmarks.workload import Job, Scraper, Shift, backlog, bursts
 
 #: Seconds: how long crowds run here. Nothing that is asserted depends on it.
 MOMENT = 0.05
@@ -368,7 +369,7 @@ def test_targets_have_texts_of_their_own():
 
 
 def null_place():
-    return Place(make_url("null://"))
+    return Database(make_url("null://"))
 
 
 @pytest.mark.parametrize("peers", [THREADS, TASKS])
@@ -400,7 +401,7 @@ def test_semaphore_holds_a_tag_to_its_part():
 
 
 def test_dsn_is_what_libpq_reads():
-    place = Place(make_url("postgresql+psycopg2://u:p%40@h:5/d?sslmode=require"))
+    place = Database(make_url("postgresql+psycopg2://u:p%40@h:5/d?sslmode=require"))
     assert place.dsn == "postgresql://u:p%40@h:5/d?sslmode=require"
 
 

@@ -1,13 +1,13 @@
-"""What a database URL stands for: a driver for threads or one for asyncio, a file or
-a database in memory.
+"""What a database URL stands for: a driver, its arguments, a database in memory.
 
 Scripts share one ``DATABASE_URL``, and some of them use asyncio. Hosters write it with
 libpq's keys, ``?sslmode=require&connect_timeout=10``. psycopg2 and psycopg pass these
 on; asyncpg knows few of them as arguments, and has some of its own.
 
-A key that says how safe a connection is (encryption, certificates, authentication) is
-translated, or refused with an error, and never left out. There is one exception, which
-is logged: asyncpg has no channel binding, and some hosters ask for it in every URL.
+Rule of this file: a key that says how safe a connection is (encryption, certificates,
+authentication) is translated, or refused with an error, and never left out. There is
+one exception, which is logged: asyncpg has no channel binding, and some hosters ask for
+it in every URL.
 """
 
 from __future__ import annotations
@@ -102,39 +102,24 @@ def _with_one_of(url: URL, drivers: dict[str, dict[str, str]], what: str) -> URL
 
 # -- libpq's keys, and asyncpg's -----------------------------------------------------
 
+
+def _keys(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 #: asyncpg reads them as libpq does, but from a DSN only. What else stands in a DSN is a
 #: setting of the server's; so are the last two.
-_IN_DSN = frozenset(
-    {
-        "sslmode",
-        "sslcert",
-        "sslkey",
-        "sslrootcert",
-        "sslcrl",
-        "sslpassword",
-        "sslnegotiation",
-        "ssl_min_protocol_version",
-        "ssl_max_protocol_version",
-        "dbname",
-        "options",
-        "application_name",
-    }
+_IN_DSN = _keys(
+    "sslmode sslcert sslkey sslrootcert sslcrl sslpassword sslnegotiation "
+    "ssl_min_protocol_version ssl_max_protocol_version dbname options "
+    "application_name"
 )
 
-#: Of these asyncpg has nothing, and none of them makes a connection safer.
-_LEFT_OUT = frozenset(
-    {
-        "keepalives",
-        "keepalives_idle",
-        "keepalives_interval",
-        "keepalives_count",
-        "tcp_user_timeout",
-        "client_encoding",
-        "fallback_application_name",
-        "load_balance_hosts",
-        "sslcompression",
-        "sslsni",
-    }
+#: asyncpg has no such settings, and none of them makes a connection safer.
+_LEFT_OUT = _keys(
+    "keepalives keepalives_idle keepalives_interval keepalives_count "
+    "tcp_user_timeout client_encoding fallback_application_name load_balance_hosts "
+    "sslcompression sslsni"
 )
 
 #: The same for these, with such a value. With another one they are refused.
@@ -143,63 +128,50 @@ _LEFT_OUT_WITH = {
     "gssencmode": ("disable", "prefer"),
 }
 
-
-def _connect_timeout(value: str) -> float | None:
-    seconds = float(value)
-    return seconds if seconds > 0 else None  # for libpq, no limit
-
-
-#: What becomes of a text: asyncpg's own arguments, which a URL cannot have as numbers.
-_NUMBERS: dict[str, Callable[[str], Any]] = {
+#: asyncpg's own arguments that are numbers, which a URL has as texts only.
+_NUMBERS: dict[str, Callable[[str], float]] = {
     "timeout": float,
     "command_timeout": float,
     "statement_cache_size": int,
     "max_cached_statement_lifetime": int,
     "max_cacheable_statement_size": int,
-    "connect_timeout": _connect_timeout,
+    "connect_timeout": float,
 }
 
 #: SQLAlchemy's own keys in an asyncpg URL.
-_DIALECTS = frozenset(
-    {
-        "host",
-        "port",
-        "prepared_statement_cache_size",
-        "prepared_statement_name_func",
-        "async_fallback",
-        "async_creator_fn",
-    }
+_DIALECTS = _keys(
+    "prepared_statement_cache_size prepared_statement_name_func async_fallback "
+    "async_creator_fn"
 )
 
 #: asyncpg's and its dialect's keys that mean nothing to libpq: how statements are kept,
 #: and for how long the client waits for one.
-_ASYNCPGS = (set(_NUMBERS) - {"timeout", "connect_timeout"}) | (
-    _DIALECTS - {"host", "port"}
-)
+_ASYNCPGS = _NUMBERS.keys() - {"timeout", "connect_timeout"} | _DIALECTS
 
 
 def asyncpg_arguments(query: Mapping[str, str | tuple[str, ...]]) -> dict[str, Any]:
-    """Return the arguments of ``asyncpg.connect`` for the keys of a URL.
-
-    Without those that stay as they are.
+    """Return the arguments of ``asyncpg.connect`` for the keys of a URL that differ.
 
     :raises sqlalchemy.exc.ArgumentError: for a key that is not known, or that cannot be
       translated.
     """
     import asyncpg  # type: ignore[import-untyped]
 
-    own = _DIALECTS | set(inspect.signature(asyncpg.connect).parameters)
+    own = _DIALECTS | inspect.signature(asyncpg.connect).parameters.keys()
     arguments: dict[str, Any] = {}
     in_dsn: dict[str, str] = {}
     for key, values in query.items():
         # Of a key that stands twice the last one counts, as with libpq.
         value = values if isinstance(values, str) else values[-1]
         if key in _NUMBERS:
-            name = "timeout" if key == "connect_timeout" else key
             try:
-                arguments[name] = _NUMBERS[key](value)
+                number = _NUMBERS[key](value)
             except ValueError:
                 raise BadOption(key, value, "a number, in the database URL") from None
+            if key == "connect_timeout":  # where 0 stands for no limit
+                arguments["timeout"] = number if number > 0 else None
+            else:
+                arguments[key] = number
         elif key in _IN_DSN:
             in_dsn[key] = value
         elif key in _LEFT_OUT or value in _LEFT_OUT_WITH.get(key, ()):
@@ -223,10 +195,10 @@ def translate_for_asyncpg(engine: Engine, url: URL) -> None:
     """Have an engine on asyncpg connect with libpq's keys in its URL.
 
     The engine's URL stays as it was given, so that a ledger's own connection is as safe
-    as the engine's. What the user gives as ``connect_args`` wins.
+    as the engine's. The user's ``connect_args`` win.
     """
     arguments = asyncpg_arguments(url.query)
-    known = _IN_DSN | _LEFT_OUT | set(_LEFT_OUT_WITH) | set(_NUMBERS)
+    known = _IN_DSN | _LEFT_OUT | _LEFT_OUT_WITH.keys() | _NUMBERS.keys()
     replaced = {key: value for key, value in url.query.items() if key in known}
     if not replaced:
         return
@@ -241,10 +213,7 @@ def translate_for_asyncpg(engine: Engine, url: URL) -> None:
 
 
 def with_libpq_keys(url: URL) -> URL:
-    """Return an asyncpg URL with libpq's keys in the place of asyncpg's.
-
-    Another URL is returned as it is.
-    """
+    """Return an asyncpg URL with libpq's keys instead, any other URL as it is."""
     if url.drivername != "postgresql+asyncpg":
         return url
     query = {key: value for key, value in url.query.items() if key not in _ASYNCPGS}
@@ -252,8 +221,7 @@ def with_libpq_keys(url: URL) -> URL:
         query["sslmode"] = str(query.pop("ssl")).replace("_", "-")
     if "timeout" in query:
         # libpq takes whole seconds only.
-        seconds = _NUMBERS["timeout"](str(query.pop("timeout")))
-        query["connect_timeout"] = str(math.ceil(seconds))
+        query["connect_timeout"] = str(math.ceil(float(str(query.pop("timeout")))))
     return url.set(query=query)
 
 
@@ -270,8 +238,7 @@ def has_private_memory(dialect: Any, url: URL) -> bool:
     """
     if url.get_backend_name() != "sqlite":
         with warnings.catch_warnings():
-            # Of whatever the dialect thinks of the URL: create_engine says it again.
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore")  # create_engine gives it again
             default = dialect.get_pool_class(url)
         return issubclass(default, (SingletonThreadPool, StaticPool))
     name = url.database or ""
@@ -281,9 +248,9 @@ def has_private_memory(dialect: Any, url: URL) -> bool:
 
 
 def warn_of_memory(what: str) -> None:
-    """Warn whoever makes an engine with private memory.
+    """Warn the user's line that makes an engine with private memory.
 
-    :param what: is done about it, or was done wrong.
+    :param what: what is done about it, or was done wrong.
     """
     warnings.warn(
         f"{what}: each connection would have a database of its own, in memory; several "

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sqla_fairpool.bench import figures
-from sqla_fairpool.bench.targets import TARGETS
+from benchmarks import figures
+from benchmarks.targets import TARGETS
 from sqla_fairpool.scheduling import policy
 
 Figure, Target = figures.Figure, figures.Target

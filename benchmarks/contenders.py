@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import Engine, exc
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, QueuePool
 
-from .. import AsyncAdaptedFairQueuePool, FairQueuePool
+from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
+
 from .crowd import Closing
+from .database import APPLICATION_NAME, Database
 from .report import Role
-from .stage import Place
 from .tasks import AsyncClosing
 
 if TYPE_CHECKING:
@@ -35,14 +36,12 @@ if TYPE_CHECKING:
 
 __all__ = ["TASKS", "THREADS", "Setup", "TaskPeer", "ThreadPeer"]
 
-_NAME = "sqla-fairpool bench"
-
 
 @dataclass(frozen=True)
 class Setup:
     """What all contenders are given."""
 
-    place: Place
+    place: Database
     #: Connections.
     size: int
     #: How many tags there will be; only the semaphores are made by it.
@@ -184,7 +183,7 @@ def _psycopg_options(setup: Setup) -> dict[str, Any]:
         "max_size": setup.size,
         "timeout": setup.timeout,
         "open": False,
-        "kwargs": {"application_name": _NAME},
+        "kwargs": {"application_name": APPLICATION_NAME},
     }
 
 
@@ -218,7 +217,7 @@ def _async_engine(setup: Setup, pool: type[Pool], **options: Any) -> AsyncEngine
     async def connect() -> Any:
         # asyncpg reads a URL as libpq does; SQLAlchemy's dialect does not.
         return await import_module("asyncpg").connect(
-            setup.place.dsn, server_settings={"application_name": _NAME}
+            setup.place.dsn, server_settings={"application_name": APPLICATION_NAME}
         )
 
     return create_async_engine(
@@ -302,7 +301,7 @@ async def _asyncpg(setup: Setup) -> AsyncIterator[AsyncConnects]:
         setup.place.dsn,
         min_size=setup.size,
         max_size=setup.size,
-        server_settings={"application_name": _NAME},
+        server_settings={"application_name": APPLICATION_NAME},
     )
     try:
 

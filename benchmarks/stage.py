@@ -4,47 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from sqlalchemy import URL, Engine, create_engine
-from sqlalchemy.pool import Pool
-
+from .database import BenchError, Database
 from .figures import interleave
 from .report import Findings, Section
 
-__all__ = ["Audience", "BenchError", "Part", "Place", "Scenario", "Stage"]
+__all__ = ["Audience", "Part", "Scenario", "Stage"]
 
 _T = TypeVar("_T")
 _Name = TypeVar("_Name", bound=Hashable)
-
-
-class BenchError(Exception):
-    """A benchmark cannot do its work; the text, on one line, says why."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """A PostgreSQL database that the benchmarks may use.
-
-    :param url: with a synchronous driver.
-    """
-
-    url: URL
-
-    def engine(self, poolclass: type[Pool], **options: Any) -> Engine:
-        """Return an engine on it."""
-        return create_engine(
-            self.url,
-            connect_args={"application_name": "sqla-fairpool bench"},
-            poolclass=poolclass,
-            **options,
-        )
-
-    @property
-    def dsn(self) -> str:
-        """The URL as libpq and asyncpg read it, with the password."""
-        plain = self.url.set(drivername="postgresql")
-        return plain.render_as_string(hide_password=False)
 
 
 class Audience(Protocol):
@@ -82,7 +51,7 @@ class Stage:
         self,
         *,
         short: bool = False,
-        place: Place | None = None,
+        place: Database | None = None,
         audience: Audience | None = None,
     ) -> None:
         self.short = short
@@ -92,7 +61,7 @@ class Stage:
         self._call, self._calls = 0, 1
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Database:
         """The database.
 
         :raises BenchError: if there is none.
@@ -154,7 +123,5 @@ class Scenario:
     parts: tuple[Part, ...]
     #: Names of the targets that its figures are compared with.
     targets: tuple[str, ...] = ()
-    #: Modules beyond the package's own that it needs.
-    modules: tuple[str, ...] = ()
     #: Sessions of a database that it needs at a time; 0 for no database.
     sessions: int = 0

@@ -1,6 +1,6 @@
 """SQLAlchemy's issue 7679: do 100 threads get the 10 connections in turn?
 
-    python benchmarks/styles/sqlalchemy_7679.py [seconds]
+    python -m benchmarks.sqlalchemy_7679 [seconds]
 
 100 threads share 10 connections and hold each for 10 ms; a fair pool serves each of
 them some ten times a second, and nobody waits much longer than 90 ms. Written

@@ -20,7 +20,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, QueuePool
 
-from .. import FairQueuePool
+from sqla_fairpool import FairQueuePool
 
 __all__ = [
     "FloorPool",

@@ -45,7 +45,6 @@ POOL = Scenario(
         settings.of_server_tag,
     ),
     ("uncontended", "floor", "hold", "fair 200", "no hold", "light", "statement"),
-    modules=("psycopg2",),
     sessions=2,
 )
 
@@ -64,7 +63,6 @@ STYLES = Scenario(
         styles.asyncpg_1247,
     ),
     ("fair 7679", "spread"),
-    modules=("psycopg", "psycopg_pool", "asyncpg", "greenlet"),
     sessions=12,
 )
 
@@ -84,7 +82,6 @@ SCALE = Scenario(
         memory.million_tags,
     ),
     ("tags", "waiters"),
-    modules=("greenlet",),
 )
 
 SCENARIOS: tuple[Scenario, ...] = (

@@ -20,8 +20,8 @@ from itertools import pairwise
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.pool import NullPool
 
+from .database import Database
 from .figures import percentile
-from .stage import Place
 
 __all__ = [
     "Job",
@@ -85,7 +85,7 @@ Work = Callable[[Connection, str, float], None]
 
 
 @contextmanager
-def work_on(place: Place, scrapers: Sequence[str]) -> Iterator[Work]:
+def work_on(place: Database, scrapers: Sequence[str]) -> Iterator[Work]:
     """Create the scrapers' table, yield their work, drop the table."""
     table = f"sqla_fairpool_bench_{secrets.token_hex(4)}"
     engine = place.engine(NullPool)

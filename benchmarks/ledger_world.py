@@ -21,12 +21,12 @@ from collections.abc import (
 from contextlib import contextmanager
 from functools import partial
 
-from ..ledger.errors import LedgerError
-from ..ledger.keeper import Keeper
-from ..ledger.local import TagDemand
-from ..ledger.rows import Session
-from ..ledger.store import StoreAway
-from ..ledger.watch import Present
+from sqla_fairpool.ledger.demand import TagDemand
+from sqla_fairpool.ledger.errors import LedgerError
+from sqla_fairpool.ledger.keeper import Keeper
+from sqla_fairpool.ledger.rows import Session
+from sqla_fairpool.ledger.store import StoreAway
+from sqla_fairpool.ledger.watch import Present
 
 __all__ = ["Host", "MemoryStore", "Server", "SimKeeper", "SimPool"]
 
@@ -208,8 +208,8 @@ class Server:
     def sessions_of(self, whose: object) -> list[Session]:
         return [session for session, owner in self.sessions.items() if owner == whose]
 
-    def look(self) -> Present:
-        """What it tells who asks."""
+    def look(self, server: str | None = None) -> Present:
+        """What it tells who asks for the sessions on `server`."""
         there = frozenset(self.sessions)
         return Present(self.name, there, there)
 

@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from sqla_fairpool.bench.figures import Figure, Target
-from sqla_fairpool.bench.page import page
-from sqla_fairpool.bench.report import (
+from benchmarks.figures import Figure, Target
+from benchmarks.page import page
+from benchmarks.report import (
     SCHEMA,
     Bar,
     Bars,
@@ -23,7 +23,7 @@ from sqla_fairpool.bench.report import (
     Series,
     Table,
 )
-from sqla_fairpool.bench.svg import draw, nice_number, seconds_text
+from benchmarks.svg import draw, nice_number, seconds_text
 
 NASTY = '<script>alert("&")</script>'
 

@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
 
-from .. import AsyncAdaptedFairQueuePool
-from ..scheduling.account import Ticket
+from sqla_fairpool import AsyncAdaptedFairQueuePool
+from sqla_fairpool.scheduling.account import Ticket
+
 from .figures import Figure
 from .peers import fair_engine
 from .report import Bar, Bars, Findings

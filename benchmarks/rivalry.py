@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
-from ..scheduling.policy import jain
+from sqla_fairpool.scheduling.policy import jain
+
 from . import rivals
 from .contenders import TASKS, THREADS
 from .crowd import Outcome
@@ -329,6 +330,5 @@ PEERS = Scenario(
         for side in ("threads", "tasks")
         for key in ("jain", "spread", "tags", "light")
     ),
-    modules=("psycopg2", "psycopg", "psycopg_pool", "asyncpg", "greenlet"),
     sessions=32,
 )

@@ -10,7 +10,8 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.pool import QueuePool
 
-from ..pool.fair_queue_pool import FairQueuePool
+from sqla_fairpool.pool.fair_queue_pool import FairQueuePool
+
 from .figures import Figure, pairwise
 from .peers import fair_engine
 from .report import Findings

@@ -10,9 +10,10 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.pool import QueuePool
 
-from .. import FairQueuePool
+from sqla_fairpool import FairQueuePool
+
+from .database import Database
 from .report import Role
-from .stage import Place
 from .workload import Scraper
 
 __all__ = ["FAIR", "LIFTED", "NAMES", "SCALED", "World", "fair_world", "static_world"]
@@ -50,7 +51,7 @@ def _open(engine: Engine, number: int) -> None:
 
 @contextmanager
 def static_world(
-    place: Place, sizes: Sequence[int] = (10, 10, 10), threads: int = 25
+    place: Database, sizes: Sequence[int] = (10, 10, 10), threads: int = 25
 ) -> Iterator[World]:
     """A ``QueuePool`` for each scraper, of so many connections."""
     with ExitStack() as stack:
@@ -70,7 +71,7 @@ def static_world(
 
 @contextmanager
 def fair_world(
-    place: Place, title: str = FAIR, threads: int = 25, **options: Any
+    place: Database, title: str = FAIR, threads: int = 25, **options: Any
 ) -> Iterator[World]:
     """One ``FairQueuePool`` of twenty connections for all scrapers."""
     engine = place.engine(FairQueuePool, pool_timeout=_PATIENCE, min_idle=20, **options)

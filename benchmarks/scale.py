@@ -10,8 +10,9 @@ from itertools import cycle
 
 from sqlalchemy import Engine
 
-from ..scheduling.account import Ticket
-from ..scheduling.scheduler import Scheduler
+from sqla_fairpool.scheduling.account import Ticket
+from sqla_fairpool.scheduling.scheduler import Scheduler
+
 from .crowd import Closing
 from .figures import Figure, pairwise, percentile
 from .peers import fair_engine, queue_engine

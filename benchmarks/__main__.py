@@ -1,0 +1,182 @@
+"""``python -m benchmarks``: each claim measured, beside what there is, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import exc
+
+from .catalogue import SCENARIOS, play
+from .database import BenchError, Database, open_database, reason
+from .machine import machine, versions
+from .page import page
+from .report import Report
+from .stage import Scenario, Stage
+from .targets import TARGETS
+from .view import make_view
+
+__all__ = ["main"]
+
+_EPILOG = """\
+examples:
+  python -m benchmarks --short
+  python -m benchmarks --output results/monday
+  python -m benchmarks --only alone --only peers --url postgresql://user@host/database
+
+Let the machine be otherwise idle. What the short form leaves out is smaller: fewer
+rounds, and no curves. A target that is not met is told, and does not fail the run
+unless there is --check: time on a busy machine proves little.
+
+exit status: 0, 1 if with --check a target was not met, 2 if it could not run, 130
+after Ctrl-C (what has been measured is written, and nothing else left behind).
+"""
+
+
+def make_argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = argparse.ArgumentParser(
+        prog="benchmarks",
+        description="Measure FairQueuePool beside other pools, on a real PostgreSQL "
+        "and on none, and write a report with plots: PREFIX.html and PREFIX.json.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--short", action="store_true", help="the short form, less than two minutes"
+    )
+    parser.add_argument(
+        "--url",
+        help="use this PostgreSQL database, and not an embedded server; tables have "
+        "names of their own and are dropped at the end",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("fairpool-bench"),
+        metavar="PREFIX",
+        help="where the report goes, a path without a suffix (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=[scenario.name for scenario in SCENARIOS],
+        metavar="SCENARIO",
+        help="run this scenario; may be given several times (default: all)",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="list the scenarios, and run none"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="exit with 1 if a target is not met"
+    )
+    return parser
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the benchmarks, return the exit status."""
+    arguments = make_argument_parser().parse_args(args)
+    if arguments.list:
+        for scenario in SCENARIOS:
+            print(f"{scenario.name:12} {scenario.title}")
+        return 0
+    chosen = [s for s in SCENARIOS if not arguments.only or s.name in arguments.only]
+    try:
+        report = _run(arguments, chosen)
+    except BenchError as error:
+        print(f"benchmarks: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except exc.SQLAlchemyError as error:
+        print(f"benchmarks: the database failed: {reason(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("benchmarks: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 1 if arguments.check and not report.ok else 0
+
+
+def _run(arguments: argparse.Namespace, scenarios: Sequence[Scenario]) -> Report:
+    """Run the scenarios and write the report; of a part, if it is interrupted."""
+    files = _output_files(arguments.output)
+    began = time.monotonic()
+    targets = tuple(TARGETS[key] for s in scenarios for key in s.targets)
+    report = Report(_about(arguments, scenarios, None), targets=targets)
+    view = make_view(len(scenarios))
+    sessions = max(scenario.sessions for scenario in scenarios)
+    # Ended like by Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with ExitStack() as stack:
+            stack.callback(view.close)
+            database = None
+            if sessions:
+                if arguments.url is None:
+                    view.note("starting an embedded PostgreSQL ...")
+                database = stack.enter_context(open_database(arguments.url, sessions))
+                report = replace(report, about=_about(arguments, scenarios, database))
+            stage = Stage(short=arguments.short, place=database, audience=view)
+            for section in play(stage, scenarios):
+                took = time.monotonic() - began
+                report = replace(report.with_section(section), seconds=took)
+    except KeyboardInterrupt:
+        if report.sections:
+            why = "The run was interrupted: not all was measured."
+            _write(replace(report, cut_short=why), files)
+        raise
+    _write(report, files)
+    view.report(report, files)
+    return report
+
+
+def _about(
+    arguments: argparse.Namespace,
+    scenarios: Sequence[Scenario],
+    database: Database | None,
+) -> dict[str, Any]:
+    server = database.about if database else None
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "form": "short" if arguments.short else "full",
+        "scenarios": [scenario.name for scenario in scenarios],
+        "machine": machine(),
+        "versions": versions()
+        | ({"PostgreSQL": str(server["version"])} if server else {}),
+        "server": server,
+    }
+
+
+def _output_files(prefix: Path) -> tuple[Path, Path]:
+    """Return the report's files; find out now, not at the end, if they can be."""
+    html, data = (prefix.with_name(prefix.name + end) for end in (".html", ".json"))
+    try:
+        for file in (html, data):
+            with file.open("a", encoding="utf-8"):
+                pass
+            if not file.stat().st_size:
+                file.unlink()
+    except OSError as error:
+        raise BenchError(f"--output: {error.filename}: {error.strerror}") from None
+    return html, data
+
+
+def _write(report: Report, files: tuple[Path, Path]) -> None:
+    html, data = files
+    try:
+        html.write_text(page(report), encoding="utf-8")
+        text = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
+        data.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise BenchError(f"the report cannot be written: {error}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""Execution options of engines and connections: the tag, and how long a checkout waits.
+
+The pool is asked for a connection without an argument, so what options say travels
+in a context variable, as a :class:`Request`. The pool takes it out of there before it
+does anything else, so that nothing else sees it: not a task that the driver starts
+while it connects, not another pool that a listener uses. SQLAlchemy reports options as
+they are set, to the dialect of the engine:
+
+* an engine's: its ``raw_connection()``, the public method through which every
+  :class:`~sqlalchemy.engine.Connection` is filled, is wrapped on that engine, so
+  that it makes the request. Engines derived from it report themselves in the same way.
+* a connection's: it has been checked out by then. What happens is the pool's
+  decision, so the pool's function is called. SQLAlchemy has stored the options by
+  then as well, so they are taken back if it refuses.
+
+Both are set on one dialect object, which belongs to one engine and those derived
+from it; nothing else in the process is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from sqlalchemy import exc
+from sqlalchemy.engine import Connection, Dialect, Engine
+from sqlalchemy.pool import PoolProxiedConnection
+
+from ..options import validate_tag, validate_timeout
+from . import sqlalchemy_private
+
+__all__ = ["TIMEOUT_OPTION", "Request", "follow", "make_request", "requested"]
+
+#: The execution option that says how long a checkout may wait.
+TIMEOUT_OPTION = "fairpool_timeout"
+
+#: What is set on a dialect, to recognise it when a pool is recreated.
+_MARK = "_sqla_fairpool_tag_option"
+
+#: What is set on an engine or a connection: those of its options that were accepted.
+_ACCEPTED = "_sqla_fairpool_accepted"
+
+_Retag: TypeAlias = Callable[[Connection, str | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What options say about one checkout, None where they say nothing."""
+
+    #: The dialect of the pool which is meant; other pools ignore the request.
+    dialect: Dialect
+    tag: str | None
+    timeout: float | None
+    #: It is made for a connection, whose options go before those of its engine.
+    is_connections: bool = False
+
+
+# Set for the few instructions between a connection or an engine and its pool.
+_request: ContextVar[Request | None] = ContextVar("sqla_fairpool_request", default=None)
+
+#: The request of the checkout that begins; first read by every checkout.
+requested = _request.get
+#: Make a request, or with None take it back.
+make_request = _request.set
+
+
+def follow(dialect: Dialect, option: str, retag: _Retag) -> bool:
+    """Watch the options of a dialect's engines and connections: tag and time-out.
+
+    Does so once, however many pools the dialect gets in turn; tells if this was
+    the first time.
+
+    :param option: the execution option that carries the tag.
+    :param retag: called when an option is set on a connection, with the connection
+      and its tag. What it raises refuses the options.
+    """
+    seen = getattr(dialect, _MARK, None)
+    if seen == option:
+        return False
+    hooks = _Hooks(dialect, option, retag)
+    # Set by name: to the type checker they are methods, here they are hooks.
+    for hook in (
+        hooks.set_engine_execution_options,
+        hooks.set_connection_execution_options,
+    ):
+        setattr(dialect, hook.__name__, hook)
+    setattr(dialect, _MARK, option)
+    return seen is None
+
+
+class _Hooks:
+    """What a dialect does, from now on, when options are set."""
+
+    def __init__(self, dialect: Dialect, option: str, retag: _Retag) -> None:
+        self._option = option
+        self._retag = retag
+        self._apply_to_engine = dialect.set_engine_execution_options
+        self._apply = dialect.set_connection_execution_options
+
+    def set_engine_execution_options(
+        self, engine: Engine, opts: Mapping[str, Any]
+    ) -> None:
+        # All its options, not only the new ones: a derived engine has its tag
+        # from its parent and reports only what it adds.
+        options = engine.get_execution_options()
+        try:
+            request = self._request(engine.dialect, options)
+        except exc.ArgumentError:
+            without = {key: options[key] for key in options if key not in opts}
+            before = vars(engine).get(_ACCEPTED, type(options)(without))
+            sqlalchemy_private.set_options(engine, before)
+            raise
+        vars(engine)[_ACCEPTED] = options
+        if request.tag is not None or request.timeout is not None:
+            _tag_engine(engine, request)
+        self._apply_to_engine(engine, opts)
+
+    def set_connection_execution_options(
+        self, connection: Connection, opts: Mapping[str, Any]
+    ) -> None:
+        before = accepted = _accepted_of(connection)
+        ours = {key: opts[key] for key in (self._option, TIMEOUT_OPTION) if key in opts}
+        try:
+            if ours:
+                if self._option in ours:
+                    validate_tag(ours[self._option], self._option)  # None says nothing
+                now = before.union(ours)
+                request = self._request(connection.dialect, now)
+                vars(connection)[_ACCEPTED] = now
+                sqlalchemy_private.check_out_by(connection, self._check_out)
+                self._retag(connection, request.tag)
+                accepted = now
+            self._apply(connection, opts)
+        except BaseException:
+            if connection.invalidated:
+                accepted = before  # there is no connection which could have the others
+            vars(connection)[_ACCEPTED] = accepted
+            sqlalchemy_private.set_options(connection, accepted)
+            raise
+        vars(connection)[_ACCEPTED] = before.union(opts)
+
+    def _check_out(
+        self, connection: Connection, check_out: Callable[[], PoolProxiedConnection]
+    ) -> PoolProxiedConnection:
+        """Check out again for a connection that has none, and apply its options.
+
+        SQLAlchemy does not apply them: a connection that was lost, or given back for
+        another tag, would have an isolation level in name only.
+        """
+        options, outer = _accepted_of(connection), requested()
+        make_request(self._request(connection.dialect, options, is_connections=True))
+        try:
+            proxied = check_out()
+        finally:
+            make_request(outer)
+        try:
+            self._apply(connection, options)
+        except BaseException as error:
+            connection.invalidate(error)
+            raise
+        return proxied
+
+    def _request(
+        self, dialect: Dialect, options: Mapping[str, Any], is_connections: bool = False
+    ) -> Request:
+        """Return the tag and the time-out that stand among execution options."""
+        tag, timeout = options.get(self._option), options.get(TIMEOUT_OPTION)
+        return Request(
+            dialect,
+            None if tag is None else validate_tag(tag, self._option),
+            None if timeout is None else validate_timeout(timeout, TIMEOUT_OPTION),
+            is_connections,
+        )
+
+
+def _accepted_of(connection: Connection) -> Any:
+    """Return the options that are in force on a connection, as SQLAlchemy has them."""
+    accepted = vars(connection).get(_ACCEPTED)
+    # The first that are set on it follow those with which it was made.
+    return connection.engine.get_execution_options() if accepted is None else accepted
+
+
+def _tag_engine(engine: Engine, request: Request) -> None:
+    """Have each checkout of `engine` begin with a request."""
+    dialect = request.dialect
+
+    def raw_connection() -> PoolProxiedConnection:
+        outer = requested()
+        if outer is not None and outer.is_connections and outer.dialect is dialect:
+            return engine.pool.connect()
+        make_request(request)
+        try:
+            return engine.pool.connect()
+        finally:
+            # Another one is there if a signal handler runs this in the middle of a
+            # checkout; ours is if it was not taken: by another kind of pool, say.
+            if requested() is not outer:
+                make_request(outer)
+
+    # A reference cycle, so engines that are dropped wait for the collector. They hold
+    # no connection; and with a weak reference engine.execution_options(...)
+    # .raw_connection() in one expression would fail.
+    setattr(engine, raw_connection.__name__, raw_connection)
