@@ -72,8 +72,8 @@ class Out(NamedTuple):
     stack: tuple[Location, ...]
     #: It is being opened, the first one of the checkout or another one.
     opening: bool
-    #: No caller has it: it is about to be handed out; or it was dropped, and is being
-    #: reset before it comes back, which takes as long as the database does.
+    #: No caller has it, and none opens it: it is about to be handed out; or it was
+    #: dropped, and is being reset before it comes back, as slowly as the database does.
     unclaimed: bool
 
     @classmethod

@@ -60,7 +60,7 @@ def is_stuck(pool: Pool, checkout: Checkout, deadline: float) -> bool:
     out = pool.checkouts_out()
     if len(out) < scheduler.in_use:
         return False  # a slot is with no caller
-    if any(other.unclaimed and not other.opening for other in out):
+    if any(other.unclaimed for other in out):
         return False  # a connection comes back, or is about to be handed out
     if not any(other.holder is checkout.holder for other in out):
         return False

@@ -645,10 +645,12 @@ class Desk(Section):
         for record in self._records:
             seat = record.seat
             if seat.state is GRANTED:
-                hollow = record.dbapi_connection is None
-                unclaimed = sqlalchemy_private.is_dropped(record)
+                is_opening = seat in found
+                is_dropped = sqlalchemy_private.is_dropped(record)
                 found[seat] = Out.of(
-                    seat, opening=hollow or seat in found, unclaimed=unclaimed
+                    seat,
+                    opening=is_opening or record.dbapi_connection is None,
+                    unclaimed=is_dropped and not is_opening,
                 )
         return list(found.values())
 
