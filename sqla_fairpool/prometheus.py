@@ -80,23 +80,30 @@ _collectors: weakref.WeakKeyDictionary[CollectorRegistry, FairPoolCollector] = (
 )
 
 
-#: Name, help, attribute of :class:`.PoolStats`.
-_POOL_GAUGES = (
-    ("connections_max", "Most connections there may be", "capacity"),
-    ("pending_requests", "Callers that wait", "waiting"),
+_Gauge, _Counter = GaugeMetricFamily, CounterMetricFamily
+
+#: Kind, name, help, attribute of :class:`.PoolStats`.
+_POOL_FIGURES = (
+    (_Gauge, "connections_max", "Most connections there may be", "capacity"),
+    (_Gauge, "pending_requests", "Callers that wait", "waiting"),
+)
+
+#: Kind, name, help, attribute of :class:`.TagStats`.
+_TAG_FIGURES = (
+    (_Gauge, "tag_active", "1 if the tag counts in the division", "active"),
+    (_Gauge, "tag_connections", "Connections the tag holds", "connections"),
+    (_Gauge, "tag_connections_max", "Most the tag may hold now", "limit"),
+    (_Gauge, "tag_pending_requests", "Callers that wait", "waiting"),
+    (_Counter, "checkouts", "Checkouts granted", "checkouts"),
+    (
+        _Counter,
+        "connect_failures",
+        "Connections that could not be opened",
+        "create_failures",
+    ),
 )
 
 #: Name, help, attribute of :class:`.TagStats`.
-_TAG_GAUGES = (
-    ("tag_active", "1 if the tag counts in the division", "active"),
-    ("tag_connections", "Connections the tag holds", "connections"),
-    ("tag_connections_max", "Most the tag may hold now", "limit"),
-    ("tag_pending_requests", "Callers that wait", "waiting"),
-)
-_TAG_COUNTERS = (
-    ("checkouts", "Checkouts granted", "checkouts"),
-    ("connect_failures", "Connections that could not be opened", "create_failures"),
-)
 _TAG_HISTOGRAMS = (
     ("wait_seconds", "Until a checkout had its slot", "wait_time"),
     ("hold_seconds", "Until a connection came back", "hold_time"),
@@ -109,37 +116,31 @@ _FAILURES = {"timeout": "timeouts", "refused": "refusals", "deadlock": "deadlock
 
 def _of_pools(pools: list[PoolStats]) -> Iterator[Metric]:
     text = "Connections that are used, or idle in the pool"
-    connections = _family(GaugeMetricFamily, "connections", text, "state")
+    connections = _family(_Gauge, "connections", text, "state")
+    text = "Connections closed, by reason"
+    closures = _family(_Counter, "connections_closed", text, "reason")
     for pool in pools:
         connections.add_metric((pool.name, "used"), pool.checked_out)
         connections.add_metric((pool.name, "idle"), pool.idle)
-    yield connections
-    for name, text, attribute in _POOL_GAUGES:
-        gauge = _family(GaugeMetricFamily, name, text)
-        for pool in pools:
-            gauge.add_metric((pool.name,), getattr(pool, attribute))
-        yield gauge
-    text = "Connections closed, by reason"
-    closures = _family(CounterMetricFamily, "connections_closed", text, "reason")
-    for pool in pools:
         for reason, count in sorted(pool.closures.items()):
             closures.add_metric((pool.name, reason), count)
-    yield closures
+    yield from (connections, closures)
+    for kind, name, text, attribute in _POOL_FIGURES:
+        family = _family(kind, name, text)
+        for pool in pools:
+            family.add_metric((pool.name,), getattr(pool, attribute))
+        yield family
 
 
 def _of_tags(pools: list[PoolStats]) -> Iterator[Metric]:
     rows = [((pool.name, tag.name), tag) for pool in pools for tag in pool.tags]
-    for kind, figures in (
-        (GaugeMetricFamily, _TAG_GAUGES),
-        (CounterMetricFamily, _TAG_COUNTERS),
-    ):
-        for name, text, attribute in figures:
-            family = _family(kind, name, text, "tag")
-            for labels, tag in rows:
-                family.add_metric(labels, getattr(tag, attribute))
-            yield family
+    for kind, name, text, attribute in _TAG_FIGURES:
+        family = _family(kind, name, text, "tag")
+        for labels, tag in rows:
+            family.add_metric(labels, getattr(tag, attribute))
+        yield family
     text = "Checkouts that gave up: timeout, refused (max_waiting), deadlock"
-    failures = _family(CounterMetricFamily, "checkout_failures", text, "tag", "reason")
+    failures = _family(_Counter, "checkout_failures", text, "tag", "reason")
     for labels, tag in rows:
         for reason, attribute in _FAILURES.items():
             failures.add_metric((*labels, reason), getattr(tag, attribute))

@@ -42,16 +42,15 @@ class TagStats:
     connections: int = 0
     #: Its ceiling now.
     limit: int = 0
-    #: Its max-min share of the capacity, given what everybody wants now.
+    #: Its max-min share of the capacity, given what all tags want now.
     fair_share: int = 0
     #: Callers that wait under it.
     waiting: int = 0
     #: Seconds since its last activity, None if it never had any.
     idle_for: float | None = None
-    #: Seconds for which the one has waited who waits longest, None if nobody waits.
+    #: Seconds that the longest waiting caller has waited, None if none waits.
     waiting_for: float | None = None
-    #: Seconds for which the connection has been out that has been longest, None
-    #: without one.
+    #: Seconds since the oldest checkout that is out, None if none is.
     held_for: float | None = None
     #: Checkouts granted.
     checkouts: int = 0
@@ -110,7 +109,7 @@ class PoolStats:
     available: int
     #: Open connections beyond ``size``.
     overflow: int
-    #: Open connections in the pool, promised to nobody.
+    #: Open connections in the pool, promised to no caller.
     idle: int
     #: Callers that wait.
     waiting: int

@@ -122,18 +122,9 @@ def _opened(arguments: argparse.Namespace) -> Iterator[_Store]:
         store.close()
 
 
-def _report(store: _Store) -> LedgerReport:
-    report = read(store)
-    if report is None:
-        raise CommandError(
-            f"the ledger {store.name} is empty: nobody has joined it yet"
-        )
-    return report
-
-
 def _show(arguments: argparse.Namespace) -> int:
     with _opened(arguments) as store:
-        report = _report(store)
+        report = read(store)
     if arguments.json:
         print(json.dumps(report.as_dict(), indent=1))
     else:
@@ -333,7 +324,7 @@ def _need(arguments: argparse.Namespace, url: URL) -> Need:
     wanted, processes = arguments.connections, arguments.processes
     if wanted is None:
         with _opened(arguments) as store:
-            report = _report(store)
+            report = read(store)
         wanted = report.capacity
         if processes is None:
             processes = sum(member.alive for member in report.members)

@@ -1,1 +1,1 @@
-"""Why somebody waits: what a time-out, a leak report and the log can tell."""
+"""Why a caller waits: what a time-out, a leak report and the log can tell."""

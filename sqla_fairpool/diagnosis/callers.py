@@ -75,7 +75,7 @@ class TaskHere:
             task = asyncio.current_task()
         except RuntimeError:
             return None  # no loop is running here
-        # The same object for the same task, for as long as anybody has it.
+        # The same object for the same task, for as long as it is referred to.
         return None if task is None else weakref.ref(task)
 
     def frames(self) -> Iterator[FrameType]:

@@ -9,10 +9,9 @@ The pool is known by the protocols here alone; it imports this folder, not the r
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import FrameType
-from typing import Any, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 from ..options import PoolOptions
 from ..scheduling.account import Account, Ticket
@@ -73,8 +72,8 @@ class Out(NamedTuple):
     stack: tuple[Location, ...]
     #: It is being opened, the first one of the checkout or another one.
     opening: bool
-    #: No caller has it: it is about to be handed out; or it was dropped, and is being
-    #: reset before it comes back, which takes as long as the database does.
+    #: No caller has it, and none opens it: it is about to be handed out; or it was
+    #: dropped, and is being reset before it comes back, as slowly as the database does.
     unclaimed: bool
 
     @classmethod
@@ -118,7 +117,7 @@ class Out(NamedTuple):
 
 
 class Pool(Protocol):
-    """What is asked of a pool. All but `section` is called in a section."""
+    """What is read of a pool. Everything is called in a section of its lock."""
 
     @property
     def options(self) -> PoolOptions: ...
@@ -126,11 +125,6 @@ class Pool(Protocol):
     def scheduler(self) -> Scheduler: ...
     @property
     def here(self) -> ThreadHere | TaskHere: ...
-    @property
-    def logger(self) -> Any: ...
-
-    #: Hold the lock; gives the time.
-    def section(self) -> AbstractContextManager[float]: ...
 
     #: Those that have a slot, and those that wait for one.
     def checkouts_out(self) -> Sequence[Out]: ...

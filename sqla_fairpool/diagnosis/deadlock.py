@@ -11,7 +11,7 @@ at each statement) and at those that wait, and at nothing else.
 
 A waiting caller *can go on* if a connection that would help it is held by a caller
 that does not wait, or that can go on. All others are stuck. Whatever is not certain
-counts as a caller that can go on: a slot that nobody has for a moment, a connection
+counts as a caller that can go on: a slot that no caller has for a moment, a connection
 that is on its way back, a holder that is not known.
 """
 
@@ -60,7 +60,7 @@ def is_stuck(pool: Pool, checkout: Checkout, deadline: float) -> bool:
     out = pool.checkouts_out()
     if len(out) < scheduler.in_use:
         return False  # a slot is with no caller
-    if any(other.unclaimed and not other.opening for other in out):
+    if any(other.unclaimed for other in out):
         return False  # a connection comes back, or is about to be handed out
     if not any(other.holder is checkout.holder for other in out):
         return False

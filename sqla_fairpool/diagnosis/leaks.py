@@ -1,20 +1,21 @@
-"""Connections that are out for too long: who took them, and where.
+"""Connections that are out for too long: which caller took them, and where.
 
 With ``leak_threshold`` only. Each checkout notes its stack then, and a daemon thread
-looks at what is out: the pool may be waiting for nobody when its last user has gone
-astray. Nothing is ever taken away.
+looks at what is out, because a pool may never be called again once all its connections
+have leaked. Nothing is ever taken away.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from .callers import describe_stack
-from .capture import Checkout, Out, Pool
+from .capture import Checkout, Out
 from .report import duration
 
 __all__ = ["LeakWatch"]
@@ -25,10 +26,23 @@ _LOOKS = 4
 _LONGEST_PAUSE = 1.0
 
 
+class Watched(Protocol):
+    """What is asked of a pool."""
+
+    @property
+    def logger(self) -> Any: ...
+
+    #: Hold the lock; gives the time.
+    def section(self) -> AbstractContextManager[float]: ...
+
+    #: Those that have a slot. Called in a section.
+    def checkouts_out(self) -> Sequence[Out]: ...
+
+
 class LeakWatch:
     """Reports what is out for `threshold` seconds, once for each checkout."""
 
-    def __init__(self, pool: Pool, threshold: float) -> None:
+    def __init__(self, pool: Watched, threshold: float) -> None:
         self._pool = weakref.ref(pool)
         self._threshold = threshold
         self._thread: threading.Thread | None = None

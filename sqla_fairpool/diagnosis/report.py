@@ -1,4 +1,4 @@
-"""Why somebody waits in vain: the facts, and the sentences made of them.
+"""Why a caller waits in vain: the facts, and the sentences made of them.
 
 Pure: from what was copied of the pool under its lock to what an operator reads.
 """
@@ -132,7 +132,7 @@ class Diagnosis:
 
     @property
     def oldest(self) -> tuple[Holding, ...]:
-        """What would have had to come back: the tag's own, or anybody's."""
+        """What would have had to come back: the tag's own, or any tag's."""
         if not self.at_ceiling:
             return self.holdings
         return tuple(h for h in self.holdings if h.tag == self.tag)

@@ -23,7 +23,6 @@ from .allocation import Line
 from .book import Book
 from .errors import LedgerError
 from .overview import (
-    LONG_HOLD,
     Limits,
     Overview,
     Part,
@@ -92,7 +91,7 @@ class LedgerReport:
     control_connections: int
     #: Identity of the server in which the members' sessions are, once it is known.
     server: str | None
-    #: Nothing is handed out yet: somebody lives who was a member before these rows.
+    #: Nothing is handed out yet: a member of the rows before these may live.
     fresh: bool
     #: Why a member cannot ask the server what is to be freed of the quarantines.
     unasked: str | None
@@ -109,12 +108,19 @@ class LedgerReport:
         return plain
 
 
-def read(store: Store) -> LedgerReport | None:
-    """Return what an open store holds; None if nobody has ever joined."""
+def read(store: Store) -> LedgerReport:
+    """Return what an open store holds.
+
+    :raises LedgerError: if no member has ever joined.
+    """
+    return _read(store)[0]
+
+
+def _read(store: Store) -> tuple[LedgerReport, Book]:
     with store.transaction() as rows:
         book = Book(rows)
     if book.meta is None:
-        return None
+        raise LedgerError(f"the ledger {store.name} is empty: nobody has joined it yet")
     living = store.living(list(book.members))
     plan = book.allocation()
     members = [
@@ -130,7 +136,7 @@ def read(store: Store) -> LedgerReport | None:
         )
         for key, member in book.members.items()
     ]
-    return LedgerReport(
+    report = LedgerReport(
         name=store.name,
         kind=store.kind,
         capacity=book.terms.capacity,
@@ -149,6 +155,7 @@ def read(store: Store) -> LedgerReport | None:
             for number, gone in sorted(book.gone.items())
         ),
     )
+    return report, book
 
 
 class Inspector:
@@ -182,37 +189,25 @@ class Inspector:
         """The ledger's name, for people."""
         return self._store.name
 
-    def look(
-        self,
-        *,
-        registered: Iterable[str] = (),
-        warnings: Iterable[str] = (),
-        long_hold: float = LONG_HOLD,
-    ) -> Overview:
+    def look(self, *, registered: Iterable[str] = ()) -> Overview:
         """Return the picture of this moment. See :func:`.compile_overview`.
 
         :raises StoreAway: if the ledger cannot be reached now.
-        :raises LedgerError: if it cannot be used, or nobody has joined it yet.
+        :raises LedgerError: if it cannot be used, or has no member yet.
         """
         self._store.open()
         with self._store.transaction() as rows:
             there = Book(rows).members
         said = self._ask(self._store.living(list(there)))
-        report = read(self._store)
-        if report is None:
-            raise LedgerError(
-                f"the ledger {self.name} is empty: nobody has joined it yet"
-            )
-        # At the end: so many as possible of those that are at the server by now.
-        with self._store.transaction() as rows:
-            self.sessions = _posted_sessions(Book(rows))
+        # After the answers: sessions that they tell of are posted by then.
+        report, book = _read(self._store)
+        self.sessions = _posted_sessions(book)
         return compile_overview(
             [self._part(member, said.get(member.key)) for member in report.members],
             _limits(report, said),
             ledger=report.name,
             registered=registered,
-            warnings=[*warnings, *_quarantines(report)],
-            long_hold=long_hold,
+            warnings=_quarantines(report),
             taken_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
 
@@ -297,8 +292,5 @@ def _limits(report: LedgerReport, said: Mapping[str, Mapping[str, Any]]) -> Limi
 
 def _quarantines(report: LedgerReport) -> Iterable[str]:
     for gone in report.gone:
-        who = gone.who
-        yield (
-            f"{gone.slots} slots in quarantine: {who.get('program', '?')} "
-            f"({who.get('host', '?')}:{who.get('pid', '?')}) {gone.why}"
-        )
+        host, pid, program = (gone.who.get(n, "?") for n in ("host", "pid", "program"))
+        yield f"{gone.slots} slots in quarantine: {program} ({host}:{pid}) {gone.why}"

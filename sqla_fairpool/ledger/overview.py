@@ -1,6 +1,6 @@
-"""Everybody who shares a budget, in one picture: for scripts and the monitor.
+"""All processes that share a budget, in one picture: for scripts and the monitor.
 
-Made of what each process says of itself (*parts*). The limits and shares are computed
+Made of what each process tells of itself (*parts*). The limits and shares are computed
 here, over all of them, by the same rules that divide the connections.
 """
 
@@ -14,7 +14,6 @@ from ..scheduling import policy
 from ..stats import SHARED, TagStats
 
 __all__ = [
-    "LONG_HOLD",
     "Limits",
     "Overview",
     "Part",
@@ -27,7 +26,7 @@ __all__ = [
 ]
 
 #: Seconds after which a connection that is out is worth a warning.
-LONG_HOLD = 60.0
+_LONG_HOLD = 60.0
 
 #: Tags that one process names.
 _MAX_TAGS = 256
@@ -94,13 +93,13 @@ class Limits:
     capacity: int
     soft_limit: int
     max_limit: int
-    #: Slots of the dead, that nobody may have yet.
+    #: Slots of processes that have died, which no other one may have yet.
     quarantined: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Overview:
-    """A budget and all who share it, at one moment."""
+    """A budget and all processes that share it, at one moment."""
 
     #: The ledger's name; None if the budget is one process's own.
     ledger: str | None
@@ -113,7 +112,7 @@ class Overview:
     processes: tuple[ProcessRow, ...]
     #: The division in force, in words.
     strategy: str
-    #: What somebody should look at, one line each.
+    #: What an operator should look at, one line each.
     warnings: tuple[str, ...] = ()
     #: When, UTC, in ISO 8601.
     taken_at: str = ""
@@ -149,7 +148,7 @@ class Overview:
     def jain(self) -> float | None:
         """Jain's index of what the scrapers have of their fair shares.
 
-        1.0 when each has its share, whatever that is; None while nobody wants any.
+        1.0 when each has its share, whatever that is; None while none wants any.
         As in the index's definition, what counts is the part of the fair allocation
         that each gets (Jain, Chiu and Hawe, DEC-TR-301, 1984).
         """
@@ -223,14 +222,12 @@ def compile_overview(
     ledger: str | None = None,
     registered: Iterable[str] = (),
     warnings: Iterable[str] = (),
-    long_hold: float = LONG_HOLD,
     taken_at: str = "",
 ) -> Overview:
-    """Put what the processes say into one picture.
+    """Put what the processes tell into one picture.
 
-    :param registered: scrapers that are to have a row though nobody speaks of them.
+    :param registered: scrapers that have a row though no process tells of them.
     :param warnings: more of them, to stand before those that follow from the parts.
-    :param long_hold: seconds after which a connection that is out gets a warning.
     """
     parts = list(parts)
     processes = tuple(part.process for part in parts)
@@ -250,7 +247,7 @@ def compile_overview(
         strategy=policy.strategy(
             sum(row.active for row in scrapers), limits.soft_limit, limits.max_limit
         ),
-        warnings=(*warnings, *_warnings(scrapers, processes, long_hold)),
+        warnings=(*warnings, *_warnings(scrapers, processes)),
         taken_at=taken_at,
     )
 
@@ -311,7 +308,7 @@ def _labels(processes: Sequence[ProcessRow]) -> dict[int, str]:
 
 
 def _warnings(
-    rows: Sequence[ScraperRow], processes: Sequence[ProcessRow], long_hold: float
+    rows: Sequence[ScraperRow], processes: Sequence[ProcessRow]
 ) -> Iterable[str]:
     for process in processes:
         who = f"{process.program} ({process.host}:{process.pid})"
@@ -320,6 +317,6 @@ def _warnings(
         elif process.state == "dead":
             yield f"{who} is dead: its {process.slots} slots are to be freed"
     for row in rows:
-        if row.longest_hold is not None and row.longest_hold >= long_hold:
+        if row.longest_hold is not None and row.longest_hold >= _LONG_HOLD:
             who = row.scraper or "a scraper of very many"
             yield f"{who} holds a connection for {row.longest_hold:.0f} s"

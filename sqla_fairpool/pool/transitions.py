@@ -172,11 +172,11 @@ class Transitions:
         for record in self.connections.all:
             checkout = record.fair.checkout
             if checkout.state is GRANTED:
-                hollow = record.dbapi_connection is None
+                is_opening = checkout in found
                 found[checkout] = Out.of(
                     checkout,
-                    opening=hollow or checkout in found,
-                    unclaimed=sqlalchemy_private.is_dropped(record),
+                    opening=is_opening or record.dbapi_connection is None,
+                    unclaimed=not is_opening and sqlalchemy_private.is_dropped(record),
                 )
         return list(found.values())
 

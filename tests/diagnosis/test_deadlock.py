@@ -12,14 +12,12 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 from support import state
-from support.state import assert_quiet
 from support.tasks import until
 from support.threads import PATIENCE, Caller, ensure_waiting, eventually
 
-from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, SelfDeadlock
+from sqla_fairpool import CheckoutTimeout, SelfDeadlock
 from sqla_fairpool.diagnosis import deadlock
 from sqla_fairpool.pool.waiters import ThreadWaiter
 
@@ -28,10 +26,13 @@ FOR_EVER = 1000.0
 #: The time-out of a checkout never comes, and deadlocks are looked for all the time.
 WATCHFUL = {"pool_timeout": FOR_EVER, "deadlock_timeout": 0.001}
 
+#: Two connections for whichever tag.
+TWO = {"pool_size": 2, "soft_limit": 2, "max_limit": 2, **WATCHFUL}
+
 
 @pytest.fixture
 def engine(make_engine):
-    return make_engine(pool_size=2, soft_limit=2, max_limit=2, **WATCHFUL)
+    return make_engine(**TWO)
 
 
 class Looks(list):
@@ -54,6 +55,19 @@ def looks(monkeypatch):
 
     monkeypatch.setattr(state.DEADLOCK_CHECK, look)
     return looks
+
+
+@contextmanager
+def beside(work, *arguments):
+    """Have a thread do some work from when it has begun, which it tells.
+
+    :param work: its first argument is what it calls when it has begun.
+    """
+    begun = threading.Event()
+    caller = Caller(work, begun.set, *arguments)
+    assert begun.wait(PATIENCE)
+    yield caller
+    caller.result()
 
 
 def taking(engine, number, taken, go_on):
@@ -222,35 +236,27 @@ def test_caller_that_holds_nothing_is_not_looked_at(make_engine, looks, monkeypa
 
 
 def test_not_while_a_holder_does_not_wait(engine, looks):
-    taken = threading.Event()
-
-    def other():
+    def other(begun):
         with engine.connect():
-            taken.set()
+            begun()
             looks.ensure()
 
-    caller = Caller(other)
-    assert taken.wait(PATIENCE)
-    with engine.connect():
+    with beside(other), engine.connect():
         engine.connect().close()
-    caller.result()
 
 
 def test_connection_is_the_other_threads_that_executes_a_statement(engine, looks):
     """It was handed over; so it is that thread's, whichever has checked it out."""
-    connection, used = engine.connect(), threading.Event()
+    connection = engine.connect()
 
-    def other():
+    def other(begun):
         connection.execute(text("select 1"))
-        used.set()
+        begun()
         looks.ensure()
         connection.close()
 
-    caller = Caller(other)
-    assert used.wait(PATIENCE)
-    with engine.connect():
+    with beside(other), engine.connect():
         engine.connect().close()
-    caller.result()
 
 
 def test_not_if_a_finished_threads_number_is_used_again(engine, looks):
@@ -265,55 +271,33 @@ def test_not_if_a_finished_threads_number_is_used_again(engine, looks):
     caller.result()
 
 
-def test_not_while_a_connection_is_dropped_and_reset(engine, server, looks):
-    """By another thread, to which it was handed; the database is slow to answer."""
-    box, resetting = [engine.connect()], threading.Event()
+@pytest.mark.parametrize("kind", ["dropped and reset", "closed", "opened"])
+def test_not_while_a_connection_is(kind, engine, server, looks):
+    """By another thread; the database is slow to answer. The slot is nobody's then."""
+    box = [engine.connect()]
+    slow, work = {
+        "dropped and reset": ("rollback", box.clear),
+        "closed": ("close", engine.pool.dispose),
+        "opened": ("connect", lambda: engine.connect().close()),
+    }[kind]
 
-    def reset():
-        del server.before["rollback"]
-        resetting.set()
-        looks.ensure()
-
-    with engine.connect():
-        server.before["rollback"] = reset
-        caller = Caller(box.clear)
-        assert resetting.wait(PATIENCE)
-        engine.connect().close()
-    caller.result()
-
-
-def test_not_while_a_connection_is_closed(engine, server, looks):
-    """Its slot is nobody's until then."""
-    closing = threading.Event()
-
-    def close():
-        del server.before["close"]
-        closing.set()
-        looks.ensure()
-
-    with engine.connect():
-        engine.connect().close()
-        server.before["close"] = close
-        caller = Caller(engine.pool.dispose)
-        assert closing.wait(PATIENCE)
-        engine.connect().close()
-    caller.result()
-
-
-def test_not_while_a_connection_is_opened(engine, server, looks):
-    with engine.connect():
-        opening = threading.Event()
-
-        def connect():
-            del server.before["connect"]
-            opening.set()
+    def other(begun):
+        def answer():
+            del server.before[slow]
+            begun()
             looks.ensure()
 
-        server.before["connect"] = connect
-        caller = Caller(lambda: engine.connect().close())
-        assert opening.wait(PATIENCE)
-        engine.connect().close()
-    caller.result()
+        server.before[slow] = answer
+        work()
+
+    with engine.connect():
+        if kind != "dropped and reset":
+            connection = box.pop()
+            if kind == "opened":
+                connection.invalidate()
+            connection.close()
+        with beside(other):
+            engine.connect().close()
 
 
 def test_not_while_a_caller_has_a_slot_and_has_not_woken_up(engine, looks, monkeypatch):
@@ -340,22 +324,19 @@ def test_not_if_a_ceiling_will_rise_in_time(make_engine, clock, looks):
     engine = make_engine(pool_size=4, soft_limit=1, max_limit=2, **WATCHFUL)
     a, b = (engine.execution_options(scraper=tag) for tag in "ab")
     b.connect().close()
-    taken = threading.Event()
 
-    def nested():
+    def nested(begun):
         with a.connect():
-            taken.set()
+            begun()
             a.connect().close()
 
-    caller = Caller(nested)
-    assert taken.wait(PATIENCE)
-    ensure_waiting(engine.pool, 1)
-    for _ in range(3):
-        clock.advance(0.01)
-        looks.ensure(1)
-    clock.advance(100.0)
-    engine.pool.upkeep()
-    caller.result()
+    with beside(nested):
+        ensure_waiting(engine.pool, 1)
+        for _ in range(3):
+            clock.advance(0.01)
+            looks.ensure(1)
+        clock.advance(100.0)
+        engine.pool.upkeep()
 
 
 def test_what_was_dropped_in_a_cycle_is_collected_instead(engine):
@@ -440,25 +421,6 @@ def test_not_where_greenlets_became_threads_too_late():
 # -- tasks ----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def run(tmp_path):
-    def run(test, **options):
-        async def main():
-            engine = create_async_engine(
-                f"sqlite+aiosqlite:///{tmp_path / 'test.db'}",
-                poolclass=AsyncAdaptedFairQueuePool,
-                **{**WATCHFUL, "pool_size": 1, **options},
-            )
-            await test(engine)
-            gc.collect()
-            assert_quiet(engine.pool)
-            await engine.dispose()
-
-        asyncio.run(main())
-
-    return run
-
-
 def test_task_that_waits_for_itself(run):
     async def main(engine):
         async with engine.connect() as connection:
@@ -466,7 +428,7 @@ def test_task_that_waits_for_itself(run):
             with pytest.raises(SelfDeadlock, match="by task"):
                 await engine.connect()
 
-    run(main)
+    run(main, **WATCHFUL)
 
 
 def test_tasks_that_wait_for_each_other(run):
@@ -483,7 +445,7 @@ def test_tasks_that_wait_for_each_other(run):
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         assert sorted(type(o).__name__ for o in outcomes) == ["SelfDeadlock", "str"]
 
-    run(main, pool_size=2, soft_limit=2, max_limit=2)
+    run(main, **TWO)
 
 
 def test_connection_is_the_other_tasks_that_executes_a_statement(run, looks):
@@ -502,4 +464,4 @@ def test_connection_is_the_other_tasks_that_executes_a_statement(run, looks):
         await asyncio.gather(give_back(), take())
         assert not any(looks)
 
-    run(main, pool_size=2, soft_limit=2, max_limit=2)
+    run(main, **TWO)

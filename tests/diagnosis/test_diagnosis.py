@@ -5,18 +5,16 @@ from __future__ import annotations
 import asyncio
 import pickle
 import threading
+from contextlib import contextmanager
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import ArgumentError
-from sqlalchemy.ext.asyncio import create_async_engine
 from support import state
-from support.state import assert_quiet
 from support.tasks import waiting
-from support.threads import PATIENCE, Caller, ensure_waiting, eventually
+from support.threads import PATIENCE, Caller, ensure_waiting
 
 from sqla_fairpool import (
-    AsyncAdaptedFairQueuePool,
     CheckoutTimeout,
     Diagnosis,
     Holding,
@@ -53,69 +51,78 @@ def holding(**changes):
 
 # -- the sentence ---------------------------------------------------------------------
 
-
-def test_flood():
-    advice = case(holdings=(holding(),) * 4).advice
-    assert advice == (
-        "all 4 connections are at work and 5 wait under 'reports' alone: hold them for "
-        "shorter, or give the pool more"
-    )
+OLD = holding(age=725.0)
+LEAK = holding(age=725.0, statement_age=None, taken_at="jobs/x.py:3 in run")
+QUIET = holding(tag="layer2", age=50.0, statement_age=41.0, now_at="a.py:7 in f")
+OPENING = holding(opening=True, age=29.0, statement_age=None)
+LEFT = holding(caller="thread 'w' (ended)", abandoned=True)
+NESTED = holding(own=True, taken_at="x.py:3 in run")
+OWN_TAGS = holding(tag="reports")
+AT_CEILING = {"in_use": 2, "ceiling": 2, "pool_in_use": 2}
 
 
 @pytest.mark.parametrize(
-    ("active", "why"),
+    ("holdings", "changes", "advice"),
     [
-        (3, "of 3 active tags each may have 2 (soft_limit)"),
-        (1, "alone it may have 2 (max_limit)"),
+        (
+            [holding()] * 4,
+            {},
+            "all 4 connections are at work and 5 wait under 'reports' alone: hold them "
+            "for shorter, or give the pool more",
+        ),
+        (
+            [OWN_TAGS] * 2,
+            {**AT_CEILING, "active_tags": 3},
+            "tag 'reports' is at its ceiling while the pool has 2 free: of 3 active "
+            "tags each may have 2 (soft_limit)",
+        ),
+        (
+            [OWN_TAGS] * 2,
+            {**AT_CEILING, "active_tags": 1},
+            "tag 'reports' is at its ceiling while the pool has 2 free: alone it may "
+            "have 2 (max_limit)",
+        ),
+        (
+            [QUIET, QUIET, QUIET, holding()],
+            {},
+            "'layer2' keeps 3 of 4 connections unused, the last statement was 41s ago "
+            "(thread 'w' is at a.py:7 in f): end the transaction and close before "
+            "waiting for something else",
+        ),
+        (
+            [LEAK, *[holding()] * 3],
+            {},
+            "a connection of 'web' is out for 12m05s (thread 'w', taken at jobs/x.py:3 "
+            "in run): it may never come back",
+        ),
+        (
+            [OLD, *[holding()] * 3],
+            {},
+            "a connection of 'web' is out for 12m05s (thread 'w'): it may never come "
+            "back; leak_threshold would tell where it was taken",
+        ),
+        (
+            [LEFT, *[holding()] * 3],
+            {},
+            "a connection of 'web' is out for 0.50s (thread 'w' (ended)): it may never "
+            "come back; leak_threshold would tell where it was taken",
+        ),
+        (
+            [NESTED, *[holding()] * 3],
+            {},
+            "the caller itself holds a connection of 'web', taken at x.py:3 in run "
+            "0.50s ago, and waits for one more: return the first before, or pass it on",
+        ),
+        (
+            [OPENING, OPENING, OPENING, holding()],
+            {},
+            "3 of 4 connections are being opened, the first for 29s: the database does "
+            "not answer",
+        ),
     ],
 )
-def test_own_ceiling_while_the_pool_has_room(active, why):
-    found = case(
-        in_use=2,
-        ceiling=2,
-        pool_in_use=2,
-        active_tags=active,
-        holdings=(holding(tag="reports"),) * 2,
-    )
-    assert found.advice == (
-        f"tag 'reports' is at its ceiling while the pool has 2 free: {why}"
-    )
-
-
-def test_idle_but_holding():
-    quiet = holding(tag="layer2", age=50.0, statement_age=41.0, now_at="a.py:7 in f")
-    found = case(holdings=(quiet, quiet, quiet, holding()))
-    assert found.advice == (
-        "'layer2' keeps 3 of 4 connections unused, the last statement was 41s "
-        "ago (thread 'w' is at a.py:7 in f): end the transaction and close before "
-        "waiting for something else"
-    )
-
-
-def test_leak():
-    leak = holding(age=725.0, statement_age=None, taken_at="jobs/x.py:3 in run")
-    found = case(holdings=(leak, holding(), holding(), holding()))
-    assert found.advice == (
-        "a connection of 'web' is out for 12m05s (thread 'w', taken at jobs/x.py:3 in "
-        "run): it may never come back"
-    )
-    unknown = case(holdings=(holding(age=725.0), holding(), holding(), holding()))
-    assert unknown.advice.endswith("; leak_threshold would tell where it was taken")
-
-
-def test_holder_that_has_ended():
-    left = holding(caller="thread 'w' (ended)", abandoned=True)
-    advice = case(holdings=(left, *[holding()] * 3)).advice
-    assert advice.startswith("a connection of 'web' is out for 0.50s (thread 'w' (end")
-
-
-def test_nested_checkout():
-    own = holding(own=True, taken_at="x.py:3 in run")
-    found = case(holdings=(own, *[holding()] * 3))
-    assert found.advice == (
-        "the caller itself holds a connection of 'web', taken at x.py:3 in run 0.50s "
-        "ago, and waits for one more: return the first before, or pass it on"
-    )
+def test_advice(holdings, changes, advice):
+    assert case(holdings=tuple(holdings), **changes).advice == advice
 
 
 OWN = holding(own=True, tag="reports", age=30.0, statement_age=30.0)
@@ -169,15 +176,6 @@ def test_callers_that_wait_themselves_are_told():
     assert str(second).endswith("last statement 0.10s ago")
 
 
-def test_database_that_does_not_answer():
-    opening = holding(opening=True, age=29.0, statement_age=None)
-    found = case(holdings=(opening, opening, opening, holding()))
-    assert found.advice == (
-        "3 of 4 connections are being opened, the first for 29s: the database does not "
-        "answer"
-    )
-
-
 def test_only_what_would_have_helped_is_told():
     """At its own ceiling, other tags' connections are not the reason."""
     own, other = holding(tag="reports", age=1.0), holding(tag="web", age=900.0)
@@ -197,25 +195,32 @@ def test_durations(seconds, words):
 # -- from a living pool ---------------------------------------------------------------
 
 
-def hold_and_sleep(engine, taken, go_on):
-    with engine.connect() as connection:
-        connection.execute(text("select 1"))
-        taken.set()
-        assert go_on.wait(PATIENCE)  # the line that the message names
+@contextmanager
+def idle_holder(engine):
+    """Have a thread hold a connection of 'layer2', and do something else."""
+    taken, go_on = threading.Event(), threading.Event()
+
+    def hold_and_sleep():
+        with engine.execution_options(scraper="layer2").connect() as connection:
+            connection.execute(text("select 1"))
+            taken.set()
+            assert go_on.wait(PATIENCE)  # the line that the message names
+
+    caller = Caller(hold_and_sleep)
+    assert taken.wait(PATIENCE)
+    try:
+        yield
+    finally:
+        go_on.set()
+        caller.result()
 
 
 def test_message_names_thread_age_statement_and_line(make_engine, clock):
     engine = make_engine(pool_size=1, pool_timeout=0)
-    taken, go_on = threading.Event(), threading.Event()
-    tagged = engine.execution_options(scraper="layer2")
-    caller = Caller(hold_and_sleep, tagged, taken, go_on)
-    caller.name = "worker-3"
-    assert taken.wait(PATIENCE)
-    clock.advance(41.0)
-    with pytest.raises(CheckoutTimeout) as caught:
-        engine.execution_options(scraper="web").connect()
-    go_on.set()
-    caller.result()
+    with idle_holder(engine):
+        clock.advance(41.0)
+        with pytest.raises(CheckoutTimeout) as caught:
+            engine.execution_options(scraper="web").connect()
     facts = caught.value.diagnosis
     (held,) = facts.holdings
     assert (held.tag, held.age, held.statement_age) == ("layer2", 41.0, 41.0)
@@ -243,19 +248,6 @@ def test_where_it_was_taken_is_told_with_leak_threshold(make_engine):
     assert f"taken at {held.taken_at}" in str(caught.value)
 
 
-def test_connecting_is_told(make_engine, server, clock):
-    engine = make_engine(pool_size=1, pool_timeout=0)
-    go_on = threading.Event()
-    server.before["connect"] = lambda: go_on.wait(PATIENCE)
-    caller = Caller(lambda: engine.connect().close())
-    eventually(lambda: engine.pool.checkedout() == 1)
-    clock.advance(29.0)
-    with pytest.raises(CheckoutTimeout, match="the database does not answer"):
-        engine.connect()
-    go_on.set()
-    caller.result()
-
-
 def advice_to_nested(engine):
     """Hold a connection in vain, and return the advice."""
     with engine.connect(), pytest.raises(CheckoutTimeout) as caught:
@@ -268,65 +260,55 @@ def two(make_engine):
     return make_engine(pool_size=2, soft_limit=2, max_limit=2, pool_timeout=0)
 
 
-@pytest.fixture
-def go_on(server):
-    """What the stub server waits for: tests put its ``wait`` where they like."""
-    go_on = threading.Event()
-    yield go_on
-    go_on.set()
+@contextmanager
+def slow(server, kind, run):
+    """Have `run` in a thread that hangs in the server's `kind` until the block ends."""
+    began, go_on = threading.Event(), threading.Event()
 
-
-def blocked(event, go_on):
-    """Return a hook that blocks, once it has set an event."""
-
-    def hook():
-        event.set()
+    def hang():
+        began.set()
         assert go_on.wait(PATIENCE)
 
-    return hook
-
-
-def test_slow_connect_of_another_thread_is_named_to_a_nested_caller(two, server, go_on):
-    with two.connect():
-        began = threading.Event()
-        server.before["connect"] = blocked(began, go_on)
-        caller = Caller(lambda: two.connect().close())
+    server.before[kind] = hang
+    caller = Caller(run)
+    try:
         assert began.wait(PATIENCE)
+        yield
+    finally:
+        go_on.set()
+        caller.result()
+
+
+def test_slow_connect_of_another_thread_is_named_to_a_nested_caller(two, server):
+    with two.connect(), slow(server, "connect", lambda: two.connect().close()):
         with pytest.raises(CheckoutTimeout, match="1 of 2 connections are being open"):
             two.connect()
-    go_on.set()
-    caller.result()
 
 
-def test_slow_reconnect_of_another_thread_is_named_as_well(two, server, go_on):
+def test_slow_reconnect_of_another_thread_is_named_as_well(two, server):
     """The pool has its record for long; only the connection is new."""
     with two.connect():
-        lost = two.connect()
-        lost.invalidate()
-        lost.close()
-        began = threading.Event()
-        server.before["connect"] = blocked(began, go_on)
-        caller = Caller(lambda: two.connect().close())
-        assert began.wait(PATIENCE)
-        with pytest.raises(CheckoutTimeout, match="1 of 2 connections are being open"):
-            two.connect()
-    go_on.set()
-    caller.result()
+        with two.connect() as lost:
+            lost.invalidate()
+        with slow(server, "connect", lambda: two.connect().close()):
+            with pytest.raises(CheckoutTimeout, match="1 of 2 connections are being o"):
+                two.connect()
 
 
-def test_connection_that_is_being_closed_is_named_to_a_nested_caller(
-    two, server, go_on
-):
+def test_connection_that_is_being_closed_is_named_to_a_nested_caller(two, server):
     with two.connect():
         two.connect().close()
-        began = threading.Event()
-        server.before["close"] = blocked(began, go_on)
-        caller = Caller(two.pool.dispose)
-        assert began.wait(PATIENCE)
-        with pytest.raises(CheckoutTimeout, match="1 of 2 connections are with no cal"):
-            two.connect()
-    go_on.set()
-    caller.result()
+        with slow(server, "close", two.pool.dispose):
+            with pytest.raises(CheckoutTimeout, match="1 of 2 connections are with no"):
+                two.connect()
+
+
+def test_connecting_is_told(make_engine, server, clock):
+    engine = make_engine(pool_size=1, pool_timeout=0)
+    with slow(server, "connect", lambda: engine.connect().close()):
+        clock.advance(29.0)
+        with pytest.raises(CheckoutTimeout, match="the database does not answer"):
+            engine.connect()
 
 
 def test_lost_slot_is_named_to_a_nested_caller(two):
@@ -334,30 +316,18 @@ def test_lost_slot_is_named_to_a_nested_caller(two):
         assert "1 of 2 connections are with no caller" in advice_to_nested(two)
 
 
-def test_idle_holder_is_named_to_a_nested_caller(make_engine, clock):
-    two = make_engine(pool_size=2, soft_limit=2, max_limit=2, pool_timeout=0)
-    taken, go_on = threading.Event(), threading.Event()
-    tagged = two.execution_options(scraper="layer2")
-    caller = Caller(hold_and_sleep, tagged, taken, go_on)
-    assert taken.wait(PATIENCE)
-    with two.connect():
+def test_idle_holder_is_named_to_a_nested_caller(clock, two):
+    with idle_holder(two), two.connect():
         clock.advance(41.0)
         with pytest.raises(CheckoutTimeout) as caught:
             two.connect()
-    go_on.set()
-    caller.result()
     advice = caught.value.diagnosis.advice
     assert advice.startswith("'layer2' keeps 1 of 2 connections unused")
 
 
 def test_two_that_wait_for_each_other_are_told_so(make_engine):
-    engine = make_engine(
-        pool_size=2,
-        soft_limit=1,
-        max_limit=1,
-        pool_timeout=1000,
-        deadlock_timeout=0.001,
-    )
+    options = {"pool_timeout": 1000, "deadlock_timeout": 0.001}
+    engine = make_engine(pool_size=2, soft_limit=1, max_limit=1, **options)
     tagged = [engine.execution_options(scraper=tag) for tag in "ab"]
     both_hold = threading.Barrier(2)
 
@@ -399,21 +369,14 @@ def test_callers_in_words():
     assert describe_caller(None) == "a caller outside of any task"
 
 
-def test_tasks_are_told_by_name_and_line(tmp_path):
+def test_tasks_are_told_by_name_and_line(run):
     async def hold(engine, taken, go_on):
         async with engine.connect() as connection:
             await connection.execute(text("select 1"))
             taken.set()
             await go_on.wait()
 
-    async def main():
-        engine = create_async_engine(
-            f"sqlite+aiosqlite:///{tmp_path / 'test.db'}",
-            poolclass=AsyncAdaptedFairQueuePool,
-            pool_size=1,
-            pool_timeout=0,
-            leak_threshold=60,
-        )
+    async def main(engine):
         taken, go_on = asyncio.Event(), asyncio.Event()
         task = asyncio.create_task(hold(engine, taken, go_on), name="spider")
         await taken.wait()
@@ -425,10 +388,8 @@ def test_tasks_are_told_by_name_and_line(tmp_path):
         assert held.caller == "task 'spider'"
         assert held.now_at.endswith(" in hold")
         assert held.taken_at.endswith(" in hold")
-        assert_quiet(engine.pool)
-        await engine.dispose()
 
-    asyncio.run(main())
+    run(main, pool_timeout=0, leak_threshold=60)
 
 
 # -- how long one checkout may wait ---------------------------------------------------
@@ -505,14 +466,8 @@ def test_bad_timeouts_are_refused(make_engine, bad):
             connection.execution_options(fairpool_timeout=bad)
 
 
-def test_tasks_have_their_own(tmp_path):
-    async def main():
-        engine = create_async_engine(
-            f"sqlite+aiosqlite:///{tmp_path / 'test.db'}",
-            poolclass=AsyncAdaptedFairQueuePool,
-            pool_size=1,
-            deadlock_timeout=None,
-        )
+def test_tasks_have_their_own(run):
+    async def main(engine):
         async with engine.connect():
             with tag("b"):
                 patient = asyncio.create_task(engine.connect().start())
@@ -523,7 +478,5 @@ def test_tasks_have_their_own(tmp_path):
             with pytest.raises(CheckoutTimeout):
                 await hurried.connect()
         await (await patient).close()
-        await engine.dispose()
-        assert_quiet(engine.pool)
 
-    asyncio.run(main())
+    run(main, deadlock_timeout=None)

@@ -10,12 +10,8 @@ import weakref
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import create_async_engine
 from support import state
-from support.state import assert_quiet
 from support.threads import Caller, eventually
-
-from sqla_fairpool import AsyncAdaptedFairQueuePool
 
 
 @pytest.fixture
@@ -182,18 +178,12 @@ def test_no_variable_is_kept(make_engine):
     connection.close()
 
 
-def test_task_is_named(tmp_path, clock, log):
+def test_task_is_named(run, clock, log):
     async def leak(engine):
         return await engine.connect()
 
-    async def main():
-        engine = create_async_engine(
-            f"sqlite+aiosqlite:///{tmp_path / 'test.db'}",
-            poolclass=AsyncAdaptedFairQueuePool,
-            leak_threshold=60,
-        )
-        task = asyncio.create_task(leak(engine), name="spider")
-        connection = await task
+    async def main(engine):
+        connection = await asyncio.create_task(leak(engine), name="spider")
         clock.advance(61.0)
         state.find_leaks(engine)
         (report,) = reports(log)
@@ -201,7 +191,5 @@ def test_task_is_named(tmp_path, clock, log):
         assert report.endswith(", in leak")
         await connection.close()
         assert len(reports(log)) == 2
-        assert_quiet(engine.pool)
-        await engine.dispose()
 
-    asyncio.run(main())
+    run(main, leak_threshold=60)

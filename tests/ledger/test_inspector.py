@@ -85,22 +85,27 @@ def tags(*rows):
     return {"tags": [dict(zip(names, row, strict=True)) for row in rows]}
 
 
+def connections(overview):
+    return {row.scraper: row.connections for row in overview.scrapers}
+
+
+def post(member, owned, tags):
+    """Write a member's row: what it owns and has posted of its tags."""
+    with member.store.transaction() as rows:
+        key = f"member/{member.store.member}"
+        rows[key] = json.dumps({**json.loads(rows[key]), "owned": owned, "tags": tags})
+
+
 def test_figures_are_those_of_the_moment(world):
     join, inspector = world
     member = join(tags(("a", True, 3)) | {"open": 4, "size": 18})
     overview = inspector.look()
-    assert [(row.scraper, row.connections) for row in overview.scrapers] == [("a", 3)]
-    assert (overview.open, overview.limits.size, overview.limits.capacity) == (
-        4,
-        18,
-        20,
-    )
+    assert connections(overview) == {"a": 3}
+    limits = overview.limits
+    assert (overview.open, limits.size, limits.capacity) == (4, 18, 20)
     member.figures = tags(("a", True, 5), ("b", True, 1))
     overview = inspector.look()
-    assert [(row.scraper, row.connections) for row in overview.scrapers] == [
-        ("a", 5),
-        ("b", 1),
-    ]
+    assert connections(overview) == {"a": 5, "b": 1}
     assert inspector.name == overview.ledger
 
 
@@ -123,18 +128,16 @@ def test_sessions_are_those_that_members_and_quarantines_have_posted(world):
 
 def test_what_a_later_version_says_more_is_left_out(world):
     join, inspector = world
-    join({"tags": [{"name": "a", "connections": 2, "mood": "good"}], "weather": 1})
+    later = {"name": "a", "connections": 2, "mood": "good"}
+    join({"tags": [later], "weather": 1})
     assert inspector.look().checked_out == 2
 
 
 def test_one_that_does_not_answer_is_shown_with_what_it_posted(world, clock):
     join, inspector = world
     silent = join()
-    with silent.store.transaction() as rows:
-        key = f"member/{silent.store.member}"
-        row = json.loads(rows[key])
-        # Posted when it was promised three, and it has four.
-        rows[key] = json.dumps({**row, "owned": 4, "tags": {"a": [3, 2, True, 1, 10]}})
+    # Posted when it was promised three, and it has four.
+    post(silent, 4, {"a": [3, 2, True, 1, 10]})
     join(tags(("b", True, 1)))
     overview = inspector.look()
     a, b = overview.scrapers
@@ -150,17 +153,14 @@ def test_one_that_does_not_answer_is_shown_with_what_it_posted(world, clock):
     silent.figures = tags(("a", True, 9))
     silent.run()  # late, to the question before
     overview = inspector.look()
-    assert overview.scrapers[0].connections == 9
+    assert connections(overview)["a"] == 9
     assert overview.warnings == ()
 
 
 def test_dead_ones_and_quarantines_are_told(world):
     join, inspector = world
     dead, other = join(), join()
-    with dead.store.transaction() as rows:
-        key = f"member/{dead.store.member}"
-        tags = {"a": [4, 2, True, 1, 10]}
-        rows[key] = json.dumps({**json.loads(rows[key]), "owned": 4, "tags": tags})
+    post(dead, 4, {"a": [4, 2, True, 1, 10]})
     member = dead.store.member
     dead.store.close()
     dead.closed = True
