@@ -9,21 +9,20 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import exc
 
-from .catalogue import SCENARIOS, play
-from .database import BenchError, Database, open_database, reason
-from .machine import machine, versions
-from .page import page
-from .report import Report
-from .stage import Scenario, Stage
-from .targets import TARGETS
-from .view import make_view
+from .harness.bench import Bench, Scenario
+from .harness.database import BenchError, Database, open_database, reason
+from .harness.findings import Report
+from .harness.targets import TARGETS
+from .report.machine import machine, versions
+from .report.page import page
+from .report.view import View
+from .scenarios import SCENARIOS, play
 
 __all__ = ["main"]
 
@@ -108,11 +107,11 @@ def _run(arguments: argparse.Namespace, scenarios: Sequence[Scenario]) -> Report
     """Run the scenarios and write the report; of a part, if it is interrupted."""
     files = _output_files(arguments.output)
     began = time.monotonic()
-    targets = tuple(TARGETS[key] for s in scenarios for key in s.targets)
+    targets = [TARGETS[key] for s in scenarios for key in s.targets]
     report = Report(_about(arguments, scenarios, None), targets=targets)
-    view = make_view(len(scenarios))
+    view = View(len(scenarios))
     sessions = max(scenario.sessions for scenario in scenarios)
-    # Ended like by Ctrl-C.
+    # Ended as by Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with ExitStack() as stack:
@@ -122,15 +121,18 @@ def _run(arguments: argparse.Namespace, scenarios: Sequence[Scenario]) -> Report
                 if arguments.url is None:
                     view.note("starting an embedded PostgreSQL ...")
                 database = stack.enter_context(open_database(arguments.url, sessions))
-                report = replace(report, about=_about(arguments, scenarios, database))
-            stage = Stage(short=arguments.short, place=database, audience=view)
-            for section in play(stage, scenarios):
-                took = time.monotonic() - began
-                report = replace(report.with_section(section), seconds=took)
+                report.about = _about(arguments, scenarios, database)
+            bench = Bench(short=arguments.short, database=database, on_step=view.step)
+            for scenario in scenarios:
+                view.section(scenario.title)
+                section = play(bench, scenario)
+                view.found(section)
+                report.sections.append(section)
+                report.seconds = time.monotonic() - began
     except KeyboardInterrupt:
         if report.sections:
-            why = "The run was interrupted: not all was measured."
-            _write(replace(report, cut_short=why), files)
+            report.cut_short = "The run was interrupted: not all was measured."
+            _write(report, files)
         raise
     _write(report, files)
     view.report(report, files)

@@ -6,7 +6,7 @@ import copy
 
 import greenlet
 
-from benchmarks.ledger_world import (
+from benchmarks.ledger.world import (
     Host,
     MemoryStore,
     Server,

@@ -1,0 +1,1 @@
+"""Ledgers: what they cost, and a simulation of many processes on one."""

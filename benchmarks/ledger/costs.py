@@ -1,0 +1,177 @@
+"""What a ledger costs, and how fast it is.
+
+    python -m benchmarks.ledger.costs
+
+Prints, for the host store and for PostgreSQL: transactions per second by one, four and
+eight processes; how long it takes until a slot that one process returns is used in
+another that waits for it; the throughput of a pool that is alone in its ledger beside
+one without; what an idle member costs. The machine should be otherwise idle.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import create_engine
+
+from benchmarks.harness.database import open_database
+from benchmarks.harness.pools import fair_engine
+from sqla_fairpool import FairQueuePool
+from sqla_fairpool.ledger.addresses import make_store
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def transact(ledger: str, seconds: float, ready: Any, counts: Any) -> None:
+    """Post one row again and again, among a hundred others."""
+    store = make_store(ledger, None)
+    store.open()
+    ready.wait()
+    end, count = time.monotonic() + seconds, 0
+    while time.monotonic() < end:
+        with store.transaction() as rows:
+            rows[store.member] = str(count) * 50
+        count += 1
+    counts.put(count)
+    store.close()
+
+
+def transactions_per_second(ledger: str, processes: int, seconds: float = 2.0) -> float:
+    ready, counts = SPAWN.Barrier(processes), SPAWN.Queue()
+    args = (ledger, seconds, ready, counts)
+    workers = [SPAWN.Process(target=transact, args=args) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    total = sum(counts.get() for _ in workers)
+    for worker in workers:
+        worker.join()
+    return total / seconds
+
+
+def wait_for_slots(url: str, ledger: str, pipe: Any) -> None:
+    """Check out when told to; tell when that had succeeded."""
+    engine = one_slot(url, ledger)
+    while pipe.recv():
+        pipe.send("waiting")
+        with engine.connect():
+            pipe.send(time.monotonic())
+    engine.dispose()
+
+
+def one_slot(url: str, ledger: str) -> Any:
+    return create_engine(
+        url,
+        poolclass=FairQueuePool,
+        pool_size=1,
+        soft_limit=1,
+        max_limit=1,
+        ledger=ledger,
+    ).execution_options(scraper=uuid.uuid4().hex)
+
+
+def hand_over_latency(url: str, ledger: str, times: int = 40) -> list[float]:
+    """Seconds from a checkin here to a checkout there, of the only slot there is."""
+    ours, theirs = SPAWN.Pipe()
+    other = SPAWN.Process(target=wait_for_slots, args=(url, ledger, theirs))
+    other.start()
+    engine, found = one_slot(url, ledger), []
+    for _ in range(times):
+        held = engine.connect()
+        ours.send(True)
+        ours.recv()
+        time.sleep(0.05)  # until it waits
+        began = time.monotonic()
+        held.close()
+        found.append(ours.recv() - began)
+    ours.send(False)
+    other.join()
+    engine.dispose()
+    return found
+
+
+def cycles_per_second(engine: Any, threads: int, seconds: float) -> float:
+    """Checkouts of many threads that hold nothing, or of one."""
+    tagged = engine.execution_options(scraper="a")
+    counts = [0] * threads
+    end = time.monotonic() + seconds
+
+    def work(number: int) -> None:
+        while time.monotonic() < end:
+            tagged.connect().close()
+            counts[number] += 1
+
+    workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    return sum(counts) / seconds
+
+
+def throughput_ratio(ledger: str, threads: int, rounds: int = 7) -> float:
+    """A pool that is alone in a ledger, over one without, in turns."""
+    plain, member = fair_engine(20), fair_engine(20, ledger=ledger)
+    ratios = []
+    for _ in range(rounds + 1):
+        with_it = cycles_per_second(member, threads, 0.4)
+        ratios.append(with_it / cycles_per_second(plain, threads, 0.4))
+    return statistics.median(ratios[1:])
+
+
+def idle_cost(ledger: str, seconds: float = 20.0) -> float:
+    """The part of a core that a member needs that does nothing."""
+    engine = fair_engine(20, ledger=ledger)
+    engine.execution_options(scraper="a").connect().close()
+    time.sleep(2)
+    began = time.process_time()
+    time.sleep(seconds)
+    return (time.process_time() - began) / seconds
+
+
+@contextmanager
+def places() -> Iterator[tuple[str, dict[str, Any]]]:
+    """A PostgreSQL, and what makes a new ledger of each kind."""
+    folder = tempfile.mkdtemp()
+    with open_database() as database:
+        url = database.url
+
+        def in_database() -> str:
+            ledger = url.update_query_dict({"ledger": uuid.uuid4().hex})
+            return ledger.render_as_string(hide_password=False)
+
+        yield (
+            url.render_as_string(hide_password=False),
+            {
+                "host": lambda: f"{folder}/{uuid.uuid4().hex}.ledger",
+                "postgresql": in_database,
+            },
+        )
+
+
+def main() -> None:
+    with places() as (url, kinds):
+        for kind, new in kinds.items():
+            rates = [f"{transactions_per_second(new(), n):,.0f}" for n in (1, 4, 8)]
+            print(f"{kind}: transactions/s by 1, 4, 8 processes: {', '.join(rates)}")
+            found = sorted(hand_over_latency(url, new()))
+            print(
+                f"{kind}: a slot freed there is used here after: median "
+                f"{statistics.median(found) * 1e3:.1f} ms, p95 "
+                f"{found[int(len(found) * 0.95)] * 1e3:.1f} ms"
+            )
+            for threads in (1, 40):
+                ratio = throughput_ratio(new(), threads)
+                print(f"{kind}: alone, {threads} threads, beside none: {ratio:.3f}")
+            print(f"{kind}: an idle member: {idle_cost(new()):.3%} of a core")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""Static against dynamic: a pool for each scraper, beside one that all share.
+
+The static world is what there was before: a ``QueuePool`` of ten connections for
+each of three scrapers, thirty in all. The dynamic one is a ``FairQueuePool`` of
+twenty with its default limits.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import count
+
+from ..harness.bench import Bench, Runs, Scenario
+from ..harness.findings import Findings, Lines, Series
+from ..harness.workload import Job, Outcome, Work, backlog, bursts, run, work_on
+from ..harness.worlds import (
+    FAIR,
+    LIFTED,
+    NAMES,
+    SCALED,
+    World,
+    fair_world,
+    static_world,
+)
+
+__all__ = ["ALONE", "BURSTS", "SATURATED", "unused"]
+
+#: Seconds of service of a workflow, on average.
+SERVICE = 0.05
+
+_THREE = "three QueuePools of 10"
+
+#: The jobs of each scraper in round number so-and-so.
+Demand = Callable[[int], Mapping[str, Sequence[Job]]]
+
+
+def _contender(world: World, work: Work, demand: Demand) -> Callable[[], Outcome]:
+    """Return what runs the next round; in all worlds the same jobs in the same one."""
+    rounds = count()
+
+    def one_round() -> Outcome:
+        jobs = demand(next(rounds))
+        return run(work, {world.scrapers[name]: jobs[name] for name in jobs})
+
+    return one_round
+
+
+def _compare(
+    bench: Bench, what: str, worlds: Sequence[World], demand: Demand, rounds: int
+) -> Runs:
+    with work_on(bench.database, NAMES) as work:
+        for world in worlds:  # plans and caches, and a connection's first statements
+            scrapers = [world.scrapers[name] for name in demand(0)]
+            run(work, {s: backlog(60, 0.005, 0) for s in scrapers})
+        contenders = {w.name: _contender(w, work, demand) for w in worlds}
+        return bench.interleave(what, contenders, rounds)
+
+
+def _over_time(
+    title: str, outcome: Outcome, total: int, top: float, end: float
+) -> Lines:
+    """Return a plot of what the scrapers held, one on top of the other."""
+    series = tuple(
+        Series(name, tuple((t, float(n)) for t, n in points), role)
+        for (name, points), role in zip(outcome.changes.items(), "abc", strict=False)
+    )
+    return Lines(
+        title,
+        "seconds",
+        "connections held",
+        series,
+        steps=True,
+        stacked=True,
+        x_end=end,
+        y_top=top,
+        levels=((float(total), f"{total} open"),),
+    )
+
+
+def _client(runs: Runs) -> str:
+    """Say how busy this process was: it must not be what is measured."""
+    return (
+        "The benchmark's own process, Python and SQLAlchemy included, used of one "
+        f"core: {runs.medians('client', '.0%')}. The rest of the time it waited for "
+        "the server."
+    )
+
+
+# -- one active scraper ---------------------------------------------------------------
+
+
+def unused(outcome: Outcome, connections: int) -> float:
+    """Return the connections that nobody held, as a rule, in the middle of the run."""
+    middle = [
+        held
+        for at, held in outcome.held[NAMES[0]]
+        if 0.2 * outcome.seconds < at < 0.8 * outcome.seconds
+    ]
+    return connections - statistics.median(middle)
+
+
+def one_active(bench: Bench) -> Findings:
+    """One scraper has a backlog, the others rest."""
+    workflows = bench.pick(300, 180)
+
+    def demand(number: int) -> Mapping[str, Sequence[Job]]:
+        return {NAMES[0]: backlog(workflows, SERVICE, number)}
+
+    with ExitStack() as stack:
+        fair = stack.enter_context(fair_world(bench.database, threads=40))
+        static = stack.enter_context(static_world(bench.database, threads=40))
+        rounds = bench.pick(12, 5)
+        runs = _compare(bench, "one active scraper", [fair, static], demand, rounds)
+    free = Runs(
+        {
+            w.name: [unused(outcome, w.connections) for outcome in runs[w.name]]
+            for w in (fair, static)
+        }
+    )
+    now, before = (statistics.median(values) for values in free.values())
+    remark = (
+        f"{before:g} of {static.connections} before, {now:g} of {fair.connections} now"
+    )
+    figures = (
+        runs.ratio("alone: throughput", "throughput"),
+        runs.ratio("alone: latency", "mean"),
+        free.ratio("alone: unused", remark=remark),
+    )
+    new, old = runs[fair.name][0], runs[static.name][0]
+    end = max(old.seconds, new.seconds)
+    plots = (
+        _over_time(f"{static.name}: ten are all it may have", old, 30, 33, end),
+        _over_time(f"{fair.name}: fifteen while it is alone", new, 20, 33, end),
+        runs.bars(
+            "Workflows per second, one active scraper", "per second", "throughput"
+        ),
+        free.bars("Connections that nobody uses meanwhile", "connections"),
+    )
+    return Findings(figures, plots, notes=(_client(runs),))
+
+
+ALONE = Scenario(
+    "alone",
+    "One active scraper",
+    "One of three scrapers has a backlog of workflows, all due at once, and the "
+    "others rest. A workflow fetches a batch with FOR UPDATE SKIP LOCKED, has the "
+    "server work for 50 ms on average, writes the batch back and commits; its latency "
+    "is counted from when it was due. Beside each other: three QueuePools of 10 (30 "
+    "connections, of which this scraper may use 10), and one FairQueuePool of 20, with "
+    "its default options.",
+    (one_active,),
+    ("alone: throughput", "alone: latency", "alone: unused"),
+    sessions=52,
+)
+
+
+# -- all of them, in bursts -----------------------------------------------------------
+
+#: Connections that the three keep busy on average: half of twenty.
+_DEMAND = 10.0
+
+#: Workflows of the largest burst of one scraper, as many as twenty connections do
+#: not take at once.
+_BURST = 15
+
+_LIFTED_NAME = f"{FAIR}, lifted"
+
+
+def _bursty(seconds: float, demand: float) -> Demand:
+    def jobs(number: int) -> Mapping[str, Sequence[Job]]:
+        return {
+            name: bursts(seconds, demand / 3, _BURST, SERVICE, 100 * number + n)
+            for n, name in enumerate(NAMES)
+        }
+
+    return jobs
+
+
+@contextmanager
+def _three_worlds(bench: Bench) -> Iterator[list[World]]:
+    """The shared world as it is, the static one, and shared with lifted limits."""
+    database, lifted = bench.database, {**LIFTED, **SCALED}
+    with ExitStack() as stack:
+        yield [
+            stack.enter_context(fair_world(database, **SCALED)),
+            stack.enter_context(static_world(database)),
+            stack.enter_context(fair_world(database, _LIFTED_NAME, **lifted)),
+        ]
+
+
+def bursty(bench: Bench) -> Findings:
+    """All three have bursts, at times of their own."""
+    demand = _bursty(bench.pick(5.0, 1.6), _DEMAND)
+    with _three_worlds(bench) as worlds:
+        rounds = bench.pick(9, 3)
+        runs = _compare(bench, "three bursty scrapers", worlds, demand, rounds)
+    figures = tuple(
+        runs.ratio(f"{key}: {what}", metric, of=name)
+        for key, name in (("bursts", FAIR), ("bursts, lifted", _LIFTED_NAME))
+        for what, metric in (("throughput", "throughput"), ("latency", "p95"))
+    )
+    end = max(outcomes[0].seconds for outcomes in runs.values())
+    over_time = (
+        _over_time(
+            f"{w.name}: connections held", runs[w.name][0], w.connections, 33, end
+        )
+        for w in worlds
+    )
+    latencies = runs.waits("Latency of a workflow, from due to done", "all_latencies")
+    return Findings(figures, (*over_time, latencies), notes=(_client(runs),))
+
+
+def by_demand(bench: Bench) -> Findings:
+    """The same with less and with more to do: where twenty stop being enough."""
+    points: dict[str, list[tuple[float, float]]] = {FAIR: [], _LIFTED_NAME: []}
+    with _three_worlds(bench) as worlds:
+        for mean in (5.0, 10.0, 15.0, 18.0):
+            demand = _bursty(4.0, mean)
+            what = f"bursts, {mean:g} busy on average"
+            runs = _compare(bench, what, worlds, demand, 3)
+            for name, line in points.items():
+                line.append((mean, runs.ratio(what, "p95", of=name).median))
+    plot = Lines(
+        "p95 latency over that of three QueuePools of 10, by demand",
+        "connections busy on average",
+        "ratio",
+        tuple(
+            Series(name, tuple(line), role)
+            for (name, line), role in zip(points.items(), ("ours", "b"), strict=True)
+        ),
+        levels=((1.05, "target 1.05"),),
+    )
+    return Findings(plots=(plot,))
+
+
+BURSTS = Scenario(
+    "bursts",
+    "Three bursty scrapers, a third fewer connections",
+    "All three scrapers get workflows in bursts of 5 to 15 at random moments, so many "
+    "that ten connections are busy on average. Beside each other, with the same "
+    "workflows due at the same moments: three QueuePools of 10 (30 connections), one "
+    "FairQueuePool of 20 with its default limits, under which a scraper never gets "
+    "more than ten beside others, and the same with soft_limit and max_limit at 20, "
+    "under which it may have what nobody else wants. The pool's times are a hundredth "
+    "of the default ones, as the bursts are.",
+    (bursty,),
+    (
+        "bursts: throughput",
+        "bursts: latency",
+        "bursts, lifted: throughput",
+        "bursts, lifted: latency",
+    ),
+    more=(by_demand,),
+    sessions=72,
+)
+
+
+# -- all of them, always --------------------------------------------------------------
+
+
+def saturated(bench: Bench) -> Findings:
+    """All three want everything: fewer connections do less."""
+    workflows = bench.pick(160, 80)
+
+    def demand(number: int) -> Mapping[str, Sequence[Job]]:
+        return {
+            name: backlog(workflows, SERVICE, 100 * number + n)
+            for n, name in enumerate(NAMES)
+        }
+
+    with ExitStack() as stack:
+        worlds = [
+            stack.enter_context(fair_world(bench.database)),
+            stack.enter_context(static_world(bench.database)),
+            stack.enter_context(static_world(bench.database, (7, 7, 6))),
+        ]
+        rounds = bench.pick(9, 3)
+        runs = _compare(bench, "three saturated scrapers", worlds, demand, rounds)
+    what = "three saturated scrapers on 20 connections"
+    figures = (
+        runs.ratio(
+            f"{what}: workflows per second",
+            "throughput",
+            beside=_THREE,
+            remark="a third fewer connections do up to a third less",
+        ),
+        runs.ratio(f"{what}: p95 latency", "p95", beside=_THREE),
+        runs.ratio(
+            f"{what}: workflows per second",
+            "throughput",
+            over=worlds[2].name,
+            beside="three QueuePools of 7, 7 and 6",
+            remark="the same number of connections; the scraper with 6 is ready last",
+        ),
+    )
+    first = runs[FAIR][0]
+    plots = (
+        _over_time(f"{FAIR}: 7, 7 and 6", first, 20, 22, first.seconds),
+        runs.bars("Workflows per second, all saturated", "per second", "throughput"),
+    )
+    return Findings(figures, plots, notes=(_client(runs),))
+
+
+SATURATED = Scenario(
+    "saturated",
+    "When all of them are saturated",
+    "The honest other half: if all three have a backlog all the time, nothing is left "
+    "to share. Twenty connections do what twenty can, and thirty do half as much "
+    "again. What the pool still does is to divide evenly.",
+    (saturated,),
+    sessions=72,
+)
