@@ -24,8 +24,6 @@ from .report.page import page
 from .report.view import View
 from .scenarios import SCENARIOS, play
 
-__all__ = ["main"]
-
 _EPILOG = """\
 examples:
   python -m benchmarks --short
@@ -50,9 +48,11 @@ def make_argument_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--short", action="store_true", help="the short form, less than two minutes"
-    )
+
+    def flag(name: str, text: str) -> None:
+        parser.add_argument(name, action="store_true", help=text)
+
+    flag("--short", "the short form, some two minutes")
     parser.add_argument(
         "--url",
         help="use this PostgreSQL database, and not an embedded server; tables have "
@@ -72,12 +72,8 @@ def make_argument_parser() -> argparse.ArgumentParser:
         metavar="SCENARIO",
         help="run this scenario; may be given several times (default: all)",
     )
-    parser.add_argument(
-        "--list", action="store_true", help="list the scenarios, and run none"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="exit with 1 if a target is not met"
-    )
+    flag("--list", "list the scenarios, and run none")
+    flag("--check", "exit with 1 if a target is not met")
     return parser
 
 
@@ -91,11 +87,8 @@ def main(args: Sequence[str] | None = None) -> int:
     chosen = [s for s in SCENARIOS if not arguments.only or s.name in arguments.only]
     try:
         report = _run(arguments, chosen)
-    except BenchError as error:
-        print(f"benchmarks: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except exc.SQLAlchemyError as error:
-        print(f"benchmarks: the database failed: {reason(error)}", file=sys.stderr)
+    except (BenchError, exc.SQLAlchemyError) as error:
+        print(f"benchmarks: {' '.join(reason(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("benchmarks: interrupted", file=sys.stderr)
@@ -105,14 +98,13 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, scenarios: Sequence[Scenario]) -> Report:
     """Run the scenarios and write the report; of a part, if it is interrupted."""
-    files = _output_files(arguments.output)
+    html, data = _output_files(arguments.output)
     began = time.monotonic()
     targets = [TARGETS[key] for s in scenarios for key in s.targets]
-    report = Report(_about(arguments, scenarios, None), targets=targets)
+    report = Report(_about(arguments, None), targets=targets)
     view = View(len(scenarios))
     sessions = max(scenario.sessions for scenario in scenarios)
-    # Ended as by Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C
     try:
         with ExitStack() as stack:
             stack.callback(view.close)
@@ -121,37 +113,33 @@ def _run(arguments: argparse.Namespace, scenarios: Sequence[Scenario]) -> Report
                 if arguments.url is None:
                     view.note("starting an embedded PostgreSQL ...")
                 database = stack.enter_context(open_database(arguments.url, sessions))
-                report.about = _about(arguments, scenarios, database)
+                report.about = _about(arguments, database)
             bench = Bench(short=arguments.short, database=database, on_step=view.step)
             for scenario in scenarios:
                 view.section(scenario.title)
                 section = play(bench, scenario)
-                view.found(section)
+                view.found(section.findings.figures)
                 report.sections.append(section)
                 report.seconds = time.monotonic() - began
     except KeyboardInterrupt:
-        if report.sections:
-            report.cut_short = "The run was interrupted: not all was measured."
-            _write(report, files)
+        report.cut_short = "The run was interrupted: not all was measured."
         raise
-    _write(report, files)
-    view.report(report, files)
+    finally:
+        if report.sections:
+            html.write_text(page(report), encoding="utf-8")
+            text = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
+            data.write_text(text + "\n", encoding="utf-8")
+    view.report(report, (html, data))
     return report
 
 
-def _about(
-    arguments: argparse.Namespace,
-    scenarios: Sequence[Scenario],
-    database: Database | None,
-) -> dict[str, Any]:
+def _about(arguments: argparse.Namespace, database: Database | None) -> dict[str, Any]:
     server = database.about if database else None
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "form": "short" if arguments.short else "full",
-        "scenarios": [scenario.name for scenario in scenarios],
         "machine": machine(),
-        "versions": versions()
-        | ({"PostgreSQL": str(server["version"])} if server else {}),
+        "versions": versions() | ({"PostgreSQL": server["version"]} if server else {}),
         "server": server,
     }
 
@@ -168,16 +156,6 @@ def _output_files(prefix: Path) -> tuple[Path, Path]:
     except OSError as error:
         raise BenchError(f"--output: {error.filename}: {error.strerror}") from None
     return html, data
-
-
-def _write(report: Report, files: tuple[Path, Path]) -> None:
-    html, data = files
-    try:
-        html.write_text(page(report), encoding="utf-8")
-        text = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
-        data.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise BenchError(f"the report cannot be written: {error}") from None
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
 """SQLAlchemy's issue 7679: do 100 threads get the 10 connections in turn?
 
-    python -m benchmarks.sqlalchemy_7679 [seconds]
+    python -m benchmarks.sqlalchemy_7679
 
 100 threads share 10 connections and hold each for 10 ms; a fair pool serves each of
 them some ten times a second, and nobody waits much longer than 90 ms. Written
 without the harness, so that it can be read, and believed, on its own.
 """
 
-from __future__ import annotations
-
-import sys
 import threading
 import time
 
@@ -18,16 +15,10 @@ from sqlalchemy.pool import QueuePool
 
 from sqla_fairpool import FairQueuePool
 
-THREADS, CONNECTIONS, HOLD = 100, 10, 0.010
-
-POOLS = {
-    "QueuePool": (QueuePool, {"max_overflow": 0}),
-    "FairQueuePool": (FairQueuePool, {"soft_limit": 10, "max_limit": 10}),
-}
+THREADS, CONNECTIONS, HOLD, SECONDS = 100, 10, 0.010, 5.0
 
 
-def run(name: str, seconds: float) -> None:
-    pool, options = POOLS[name]
+def run(pool, **options):
     engine = create_engine(
         "sqlite://",
         poolclass=pool,
@@ -36,11 +27,10 @@ def run(name: str, seconds: float) -> None:
         connect_args={"check_same_thread": False},
         **options,
     )
-    served = [0] * THREADS
-    longest = [0.0] * THREADS
-    end = time.monotonic() + seconds
+    served, longest = [0] * THREADS, [0.0] * THREADS
+    end = time.monotonic() + SECONDS
 
-    def work(me: int) -> None:
+    def work(me):
         while time.monotonic() < end:
             began = time.monotonic()
             with engine.connect():
@@ -55,14 +45,13 @@ def run(name: str, seconds: float) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    engine.dispose()
     print(
-        f"{name:14} {sum(served):6,} checkouts, per thread {min(served)} to "
+        f"{pool.__name__:14} {sum(served):6,} checkouts, per thread {min(served)} to "
         f"{max(served)}, never served {served.count(0)}, longest wait "
         f"{max(longest) * 1000:,.0f} ms"
     )
 
 
 if __name__ == "__main__":
-    for name in POOLS:
-        run(name, float(sys.argv[1]) if len(sys.argv) > 1 else 5.0)
+    run(QueuePool, max_overflow=0)
+    run(FairQueuePool, soft_limit=CONNECTIONS, max_limit=CONNECTIONS)

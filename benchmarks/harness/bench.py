@@ -14,8 +14,6 @@ from .figures import Figure, interleave, pairwise
 from .findings import Bar, Bars, Distribution, Distributions, Findings
 from .targets import figure
 
-__all__ = ["Bench", "Metric", "Part", "Runs", "Scenario"]
-
 _T = TypeVar("_T")
 
 #: What is computed of a result: the name of an attribute, or a function.
@@ -75,7 +73,7 @@ class Runs(dict[Any, list[Any]]):
         for name, values in self.each(metric).items():
             found = Figure("", "", values)
             remark = (remarks or {}).get(name, "")
-            bars.append(Bar.of(name, found.median, *found.spread, remark=remark))
+            bars.append(Bar(name, found.median, *found.spread, remark))
         return Bars(title, unit, tuple(bars), level)
 
     def waits(

@@ -18,15 +18,15 @@ from typing import Any
 import asyncpg
 import psycopg_pool
 from sqlalchemy import exc
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, QueuePool
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
 
 from .database import APPLICATION_NAME, Database
-from .pools import open_all
+from .pools import fixed, open_all
 
-__all__ = ["TASKS", "THREADS", "Contender", "Setup"]
+_SETTINGS = {"application_name": APPLICATION_NAME}
 
 
 @dataclass(frozen=True)
@@ -72,32 +72,12 @@ class _Held:
 
 
 @contextmanager
-def _fair(setup: Setup) -> Iterator[Connects]:
-    engine = setup.database.engine(
-        FairQueuePool,
-        pool_size=setup.size,
-        min_idle=setup.size,
-        pool_timeout=setup.timeout,
-    )
+def _engine(setup: Setup, pool: type[Pool], **options: Any) -> Iterator[Connects]:
+    options |= {**fixed(pool, setup.size), "pool_timeout": setup.timeout}
+    engine = setup.database.engine(pool, **options)
     try:
-        engine.pool.warm_up()
+        open_all(engine)
         yield lambda tag: engine.execution_options(scraper=tag).connect
-    finally:
-        engine.dispose()
-
-
-@contextmanager
-def _queue(setup: Setup, use_lifo: bool = False) -> Iterator[Connects]:
-    engine = setup.database.engine(
-        QueuePool,
-        pool_size=setup.size,
-        max_overflow=0,
-        pool_timeout=setup.timeout,
-        pool_use_lifo=use_lifo,
-    )
-    try:
-        open_all(engine, setup.size)
-        yield lambda tag: engine.connect
     finally:
         engine.dispose()
 
@@ -126,7 +106,7 @@ def _semaphores(setup: Setup) -> Iterator[Connects]:
 
         return _Held(leave)
 
-    with _queue(setup) as connects:
+    with _engine(setup, QueuePool) as connects:
         yield lambda tag: partial(
             enter, tag, semaphores.setdefault(tag, threading.BoundedSemaphore(part))
         )
@@ -138,7 +118,7 @@ def _psycopg_options(setup: Setup) -> dict[str, Any]:
         "max_size": setup.size,
         "timeout": setup.timeout,
         "open": False,
-        "kwargs": {"application_name": APPLICATION_NAME},
+        "kwargs": _SETTINGS,
     }
 
 
@@ -160,57 +140,36 @@ def _psycopg(setup: Setup) -> Iterator[Connects]:
 
 
 @asynccontextmanager
-async def _async_engine(
-    setup: Setup, pool: type[Pool], **options: Any
-) -> AsyncIterator[AsyncEngine]:
-    async def connect() -> Any:
+async def _async_engine(setup: Setup, pool: type[Pool]) -> AsyncIterator[Connects]:
+    async def dbapi_connect() -> Any:
         # asyncpg reads a URL as libpq does; SQLAlchemy's dialect does not.
-        return await asyncpg.connect(
-            setup.database.dsn, server_settings={"application_name": APPLICATION_NAME}
-        )
+        return await asyncpg.connect(setup.database.dsn, server_settings=_SETTINGS)
 
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=connect,
+        async_creator=dbapi_connect,
         poolclass=pool,
-        pool_size=setup.size,
         pool_timeout=setup.timeout,
-        **options,
+        **fixed(pool, setup.size),
     )
-    try:
-        yield engine
-    finally:
-        await engine.dispose()
 
-
-@asynccontextmanager
-async def _fair_async(setup: Setup) -> AsyncIterator[Connects]:
-    async with _async_engine(
-        setup, AsyncAdaptedFairQueuePool, min_idle=setup.size
-    ) as engine:
-        await engine.pool.warm_up()
-
-        def connects(tag: str) -> Callable[[], Any]:
-            tagged = engine.execution_options(scraper=tag)
-
-            async def connect() -> Any:
-                return await tagged.connect()
-
-            return connect
-
-        yield connects
-
-
-@asynccontextmanager
-async def _queue_async(setup: Setup) -> AsyncIterator[Connects]:
-    async with _async_engine(setup, AsyncAdaptedQueuePool, max_overflow=0) as engine:
+    def connects(tag: str) -> Callable[[], Any]:
+        tagged = engine.execution_options(scraper=tag)
 
         async def connect() -> Any:
-            return await engine.connect()
+            return await tagged.connect()
 
-        for connection in [await connect() for _ in range(setup.size)]:
-            await connection.close()
-        yield lambda tag: connect
+        return connect
+
+    try:
+        if isinstance(engine.pool, AsyncAdaptedFairQueuePool):
+            await engine.pool.warm_up()
+        else:
+            for connection in [await engine.connect() for _ in range(setup.size)]:
+                await connection.close()
+        yield connects
+    finally:
+        await engine.dispose()
 
 
 @asynccontextmanager
@@ -235,7 +194,7 @@ async def _asyncpg(setup: Setup) -> AsyncIterator[Connects]:
         setup.database.dsn,
         min_size=setup.size,
         max_size=setup.size,
-        server_settings={"application_name": APPLICATION_NAME},
+        server_settings=_SETTINGS,
     )
 
     async def connect() -> _Held:
@@ -252,15 +211,19 @@ _POOLING = "docs.sqlalchemy.org, Connection Pooling"
 
 #: The first is ours, the second is what ratios are taken to.
 THREADS: tuple[Contender, ...] = (
-    Contender("FairQueuePool", _fair, "default options, psycopg2"),
+    Contender(
+        "FairQueuePool",
+        partial(_engine, pool=FairQueuePool),
+        "default options, psycopg2",
+    ),
     Contender(
         "QueuePool",
-        _queue,
+        partial(_engine, pool=QueuePool),
         f"pool_size, max_overflow=0 for a fixed size, psycopg2 ({_POOLING})",
     ),
     Contender(
         "QueuePool LIFO",
-        partial(_queue, use_lifo=True),
+        partial(_engine, pool=QueuePool, pool_use_lifo=True),
         f"the same with pool_use_lifo ({_POOLING}, Using FIFO vs. LIFO)",
     ),
     Contender(
@@ -279,10 +242,14 @@ THREADS: tuple[Contender, ...] = (
 )
 
 TASKS: tuple[Contender, ...] = (
-    Contender("AsyncAdaptedFairQueuePool", _fair_async, "default options, asyncpg"),
+    Contender(
+        "AsyncAdaptedFairQueuePool",
+        partial(_async_engine, pool=AsyncAdaptedFairQueuePool),
+        "default options, asyncpg",
+    ),
     Contender(
         "AsyncAdaptedQueuePool",
-        _queue_async,
+        partial(_async_engine, pool=AsyncAdaptedQueuePool),
         f"pool_size, max_overflow=0, asyncpg ({_POOLING})",
     ),
     Contender(

@@ -1,7 +1,7 @@
 """Load: callers that all want a connection, as threads or as tasks.
 
 A caller pauses, checks out, holds, returns, and begins again, until the time is over.
-`Threads` runs what else works in threads as well.
+`working` runs what else is done in threads as well.
 """
 
 from __future__ import annotations
@@ -9,20 +9,15 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqla_fairpool.scheduling.policy import jain
 
 from .figures import percentile
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-__all__ = ["Caller", "Outcome", "Threads", "in_tasks", "in_threads"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class Outcome:
     #: For each caller, how long it had been waiting when the time was over.
     pending: Sequence[float]
     #: For each caller, checkouts that were given up meanwhile.
-    given_up: Sequence[int] = field(default_factory=list)
+    given_up: Sequence[int] = ()
 
     @property
     def served(self) -> list[int]:
@@ -88,7 +83,7 @@ class Outcome:
 
     @property
     def spread(self) -> float:
-        """p99 over p50 of the waits; callers that were never served count as well."""
+        """p99 over p50 of all waits."""
         return self.wait(99) / max(self.wait(50), 1e-6)
 
     def wait(self, percent: float) -> float:
@@ -118,8 +113,7 @@ class _Record:
 
     def outcome(self, mark: tuple[float, list[int], list[int]]) -> Outcome:
         """Return what happened since the mark."""
-        began, first, gave_up = mark
-        ended, last, given_up = self.mark()
+        (began, first, gave_up), (ended, last, given_up) = mark, self.mark()
         return Outcome(
             ended - began,
             [w[a:b] for w, a, b in zip(self.waits, first, last, strict=True)],
@@ -132,55 +126,49 @@ class _Record:
 
 
 class Threads:
-    """Threads that have ended when the block has; an error of theirs is raised then."""
+    """Threads that are told when to end: by the first error of one, at the latest."""
 
     def __init__(self) -> None:
-        #: Set at the end of the block, and by the first error.
         self.ended = threading.Event()
-        self._error: BaseException | None = None
-        self._threads: list[threading.Thread] = []
-
-    def __enter__(self) -> Self:
-        return self
+        self.error: BaseException | None = None
+        #: When those that were started last began their work.
+        self.began = 0.0
+        self.threads: list[threading.Thread] = []
 
     def start(self, works: Iterable[Callable[[], object]]) -> None:
         """Start threads, which begin their work together."""
         go = threading.Event()
         try:
             for work in works:
-                thread = threading.Thread(
-                    target=self._run, args=(go, work), daemon=True
-                )
-                self._threads.append(thread)
+                thread = threading.Thread(target=self._run, args=(go, work))
+                thread.daemon = True
                 thread.start()
+                self.threads.append(thread)
         finally:
+            self.began = time.perf_counter()
             go.set()
-
-    @property
-    def alive(self) -> bool:
-        """There is a thread that has not ended."""
-        return any(thread.is_alive() for thread in self._threads)
 
     def _run(self, go: threading.Event, work: Callable[[], object]) -> None:
         go.wait()
         try:
             work()
         except BaseException as error:
-            self._error = self._error or error
+            self.error = self.error or error
             self.ended.set()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.ended.set()
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
-        if kind is None and self._error is not None:
-            raise self._error
+
+@contextmanager
+def working() -> Iterator[Threads]:
+    """Yield threads that are told to end when the block ends; raise their error."""
+    group = Threads()
+    try:
+        yield group
+    finally:
+        group.ended.set()
+        for thread in group.threads:
+            thread.join()
+    if group.error is not None:
+        raise group.error
 
 
 def in_threads(
@@ -195,16 +183,17 @@ def in_threads(
     """
     record = _Record(len(callers) + len(late))
     works = [partial(_call, record, n, c) for n, c in enumerate([*callers, *late])]
-    with Threads() as threads:
+    with working() as threads:
         try:
             threads.start(works[: len(callers)])
             time.sleep(settle)
             threads.start(works[len(callers) :])
             mark = record.mark()
             threads.ended.wait(seconds)
-            return record.outcome(mark)
+            outcome = record.outcome(mark)
         finally:
             record.goes_on = False
+    return outcome
 
 
 def _call(record: _Record, me: int, caller: Caller) -> None:
@@ -276,16 +265,14 @@ async def _call_async(record: _Record, me: int, caller: Caller) -> None:
         await connection.close()
 
 
-async def _cancelled_after(
-    connect: Callable[[], Awaitable[Any]], seconds: float
-) -> Any | None:
+async def _cancelled_after(connect: Callable[[], Awaitable[Any]], after: float) -> Any:
     """Return the connection, or None if the checkout had to be cancelled.
 
     Not by ``asyncio.wait_for``, which in older Pythons has lost results itself.
     """
     task = asyncio.ensure_future(connect())
     try:
-        await asyncio.wait({task}, timeout=seconds)
+        await asyncio.wait({task}, timeout=after)
         task.cancel()  # of no effect if it is done
         return await task
     except asyncio.CancelledError:

@@ -13,8 +13,6 @@ from sqlalchemy.pool import NullPool, Pool
 
 from sqla_fairpool.demo.server import EmbeddedServer
 
-__all__ = ["BenchError", "Database", "open_database", "reason"]
-
 APPLICATION_NAME = "sqla-fairpool benchmarks"
 
 _SERVER = """
@@ -25,7 +23,7 @@ _SERVER = """
 
 
 class BenchError(Exception):
-    """A benchmark cannot run; the text, on one line, says why."""
+    """A benchmark cannot run; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,9 @@ class Database:
 
     def engine(self, poolclass: type[Pool], **options: Any) -> Engine:
         """Return an engine on it."""
+        arguments = {"application_name": APPLICATION_NAME}
         return create_engine(
-            self.url,
-            connect_args={"application_name": APPLICATION_NAME},
-            poolclass=poolclass,
-            **options,
+            self.url, connect_args=arguments, poolclass=poolclass, **options
         )
 
     @property
@@ -64,8 +60,13 @@ def open_database(url: str | None = None, sessions: int = 0) -> Iterator[Databas
     """
     with ExitStack() as stack:
         where = _parse(stack.enter_context(_embedded()) if url is None else url)
-        shown = "embedded" if url is None else _without_password(where)
-        server = _look(Database(where), shown)
+        hidden = where.difference_update_query(["password", "sslpassword"])
+        shown = "embedded" if url is None else hidden.render_as_string()
+        try:
+            with Database(where).engine(NullPool).connect() as connection:
+                server = connection.execute(text(_SERVER)).one()
+        except exc.SQLAlchemyError as error:
+            raise BenchError(f"no connection to {shown}: {reason(error)}") from None
         room = server.max_connections - server.used
         if room < sessions:
             raise BenchError(
@@ -88,14 +89,6 @@ def reason(error: Exception) -> str:
     return getattr(diagnosis, "message_primary", None) or str(original)
 
 
-def _look(database: Database, shown: str) -> Any:
-    try:
-        with database.engine(NullPool).connect() as connection:
-            return connection.execute(text(_SERVER)).one()
-    except exc.SQLAlchemyError as error:
-        raise BenchError(f"no connection to {shown}: {reason(error)}") from None
-
-
 def _parse(url: str) -> URL:
     try:
         parsed = make_url(url)
@@ -104,16 +97,10 @@ def _parse(url: str) -> URL:
         raise BenchError(
             "--url is not a database URL, like postgresql://user@host/database"
         ) from None
-    if parsed.get_backend_name() not in {"postgresql", "postgres"}:
-        raise BenchError(
-            f"--url: the benchmarks need PostgreSQL, not {parsed.drivername!r}"
-        )
+    name = parsed.drivername
+    if not name.startswith("postgres"):
+        raise BenchError(f"--url: the benchmarks need PostgreSQL, not {name!r}")
     return parsed.set(drivername="postgresql+psycopg2")
-
-
-def _without_password(url: URL) -> str:
-    shown = url.difference_update_query(["password", "sslpassword"])
-    return shown.render_as_string(hide_password=True)
 
 
 @contextmanager
@@ -133,10 +120,10 @@ def _embedded() -> Iterator[str]:
 def _uninterrupted() -> Iterator[None]:
     """Let the block end before ``KeyboardInterrupt`` is raised."""
     came: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, handler)
         if came:
             raise KeyboardInterrupt

@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["Figure", "Target", "interleave", "pairwise", "percentile"]
-
 _T = TypeVar("_T")
 _Name = TypeVar("_Name")
 

@@ -7,41 +7,15 @@ has; a change of them raises `SCHEMA`.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 from .figures import Figure, Target, percentile
 
-__all__ = [
-    "SCHEMA",
-    "Bar",
-    "Bars",
-    "Distribution",
-    "Distributions",
-    "Findings",
-    "Lines",
-    "Plot",
-    "Report",
-    "Section",
-    "Series",
-    "Table",
-    "role_of",
-]
-
 #: The version of the JSON file's form.
-SCHEMA = 1
-
-
-def role_of(name: str) -> str:
-    """Return the role of a pool in a plot, which decides its colour.
-
-    It is ``ours``, the ``base`` of comparisons, or ``other``; scrapers, which are no
-    pools, are ``a``, ``b`` and ``c``.
-    """
-    if "Fair" in name:
-        return "ours"
-    return "base" if "QueuePool" in name and "LIFO" not in name else "other"
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -49,8 +23,9 @@ class Series:
     """One line of a plot."""
 
     name: str
-    points: tuple[tuple[float, float], ...]
-    role: str = "other"
+    points: Sequence[tuple[float, float]]
+    #: Decides the colour (``a``, ``b``, ``c``: scrapers); by default the name does.
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,21 +35,20 @@ class Lines:
     title: str
     x: str
     y: str
-    series: tuple[Series, ...]
+    series: Sequence[Series]
     #: Draw steps: a value holds until the next one.
     steps: bool = False
     #: Draw areas, one on top of the other. For series with the same x values.
     stacked: bool = False
     log_x: bool = False
-    #: Least top of the y axis, so that plots side by side have the same.
+    #: Least top of the y axis, and least end of the x axis: plots side by side have
+    #: the same.
     y_top: float = 0.0
-    #: Least end of the x axis.
     x_end: float = 0.0
     #: Vertical lines with a text each.
-    marks: tuple[tuple[float, str], ...] = ()
+    marks: Sequence[tuple[float, str]] = ()
     #: Horizontal lines with a text each.
-    levels: tuple[tuple[float, str], ...] = ()
-    kind: str = "lines"
+    levels: Sequence[tuple[float, str]] = ()
 
 
 @dataclass(frozen=True)
@@ -85,15 +59,7 @@ class Bar:
     value: float
     low: float
     high: float
-    role: str = "other"
     remark: str = ""
-
-    @classmethod
-    def of(
-        cls, name: str, value: float, low: float, high: float, remark: str = ""
-    ) -> Bar:
-        """Return a bar in the colour of the pool of this name."""
-        return cls(name, value, low, high, role_of(name), remark)
 
 
 @dataclass(frozen=True)
@@ -102,10 +68,9 @@ class Bars:
 
     title: str
     unit: str
-    bars: tuple[Bar, ...]
+    bars: Sequence[Bar]
     #: Where a line is drawn across, with its text.
     level: tuple[float, str] | None = None
-    kind: str = "bars"
 
 
 #: Classes of a histogram to each power of ten.
@@ -123,30 +88,17 @@ class Distribution:
     most: float
     #: Pairs of a class's lower bound and how many are in it; a class spans a
     #: twelfth of a power of ten.
-    histogram: tuple[tuple[float, int], ...]
-    role: str = "other"
+    histogram: Sequence[tuple[float, int]]
     remark: str = ""
 
     @classmethod
     def of(cls, name: str, seconds: Iterable[float], remark: str = "") -> Distribution:
         """Sum up `seconds`; what is less than a microsecond counts as one."""
         values = [max(value, 1e-6) for value in seconds]
-        classes: dict[int, int] = {}
-        for value in values:
-            number = math.floor(math.log10(value) * PER_DECADE)
-            classes[number] = classes.get(number, 0) + 1
-        histogram = ((10.0 ** (n / PER_DECADE), classes[n]) for n in sorted(classes))
+        classes = Counter(math.floor(math.log10(v) * PER_DECADE) for v in values)
+        histogram = [(10.0 ** (n / PER_DECADE), classes[n]) for n in sorted(classes)]
         p50, p99 = percentile(values, 50), percentile(values, 99)
-        return cls(
-            name,
-            len(values),
-            p50,
-            p99,
-            max(values),
-            tuple(histogram),
-            role_of(name),
-            remark,
-        )
+        return cls(name, len(values), p50, p99, max(values), histogram, remark)
 
 
 @dataclass(frozen=True)
@@ -154,8 +106,7 @@ class Distributions:
     """Distributions of times, one below the other, on a logarithmic axis."""
 
     title: str
-    rows: tuple[Distribution, ...]
-    kind: str = "distributions"
+    rows: Sequence[Distribution]
 
 
 Plot: TypeAlias = Lines | Bars | Distributions
@@ -166,8 +117,8 @@ class Table:
     """A table; cells are texts or numbers."""
 
     title: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str | float, ...], ...]
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str | float]]
 
 
 @dataclass(frozen=True)
@@ -191,11 +142,10 @@ class Findings:
 
 @dataclass(frozen=True)
 class Section:
-    """A scenario, and what was found in it."""
+    """A scenario, what was done in it (a paragraph), and what was found."""
 
     name: str
     title: str
-    #: What was done, in a paragraph.
     text: str
     findings: Findings
     seconds: float = 0.0
@@ -209,10 +159,14 @@ class Section:
             "text": self.text,
             "seconds": round(self.seconds, 1),
             "figures": [figure.as_dict() for figure in found.figures],
-            "plots": [asdict(plot) for plot in found.plots],
+            "plots": [_as_dict(plot) for plot in found.plots],
             "tables": [asdict(table) for table in found.tables],
             "notes": list(found.notes),
         }
+
+
+def _as_dict(plot: Plot) -> dict[str, Any]:
+    return {"kind": type(plot).__name__.lower(), **asdict(plot)}
 
 
 @dataclass
@@ -223,7 +177,7 @@ class Report:
     about: Mapping[str, Any]
     sections: list[Section] = field(default_factory=list)
     #: Targets for which there should be figures.
-    targets: Sequence[Target] = ()
+    targets: Iterable[Target] = ()
     #: Why the run ended early, if it did.
     cut_short: str = ""
     seconds: float = 0.0

@@ -1,10 +1,7 @@
 """Pools on a DBAPI that does nothing: ours, QueuePool, and the least a pool can be.
 
-The engines are made by public means only: a dialect of our own, registered as
-any third-party dialect is, whose DBAPI does nothing. What is left in a checkout
-is SQLAlchemy and the pool. (``create_engine(..., _initialize=False)`` on another
-dialect would do it too, but is private; and a stub that answers another
-dialect's questions on the first connect imitates more than it leaves out.)
+The DBAPI belongs to a dialect of our own, registered as any third-party dialect is.
+What is left in a checkout is SQLAlchemy and the pool.
 """
 
 from __future__ import annotations
@@ -20,17 +17,7 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, QueuePool
 
-from sqla_fairpool import FairQueuePool
-
-__all__ = [
-    "FloorPool",
-    "HandoffPool",
-    "fair_engine",
-    "floor_engine",
-    "handoff_engine",
-    "open_all",
-    "queue_engine",
-]
+from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
 
 
 class NullConnection:
@@ -113,9 +100,8 @@ class FloorPool(Pool):
 class HandoffPool(FloorPool):
     """The least that serves in order: a limit, a lock, one line, a hand-off.
 
-    No tags, no ceilings, no time-out, no figures, and nothing is safe. What this
-    costs beyond ``QueuePool`` is the price of standing in line at all; what we
-    cost beyond this is the price of our rules.
+    No tags, no time-out, and nothing is safe. What this costs beyond ``QueuePool`` is
+    the price of standing in line at all; what we cost beyond this, that of our rules.
     """
 
     def __init__(self, creator: Any, pool_size: int, **kw: Any) -> None:
@@ -184,8 +170,18 @@ def _engine(pool_class: type[Pool], url: Any = "null://", **options: Any) -> Eng
     return create_engine(url, poolclass=pool_class, **options)
 
 
-def open_all(engine: Engine, number: int) -> None:
-    """Have a pool of another kind than ours open its connections."""
-    connections = [engine.connect() for _ in range(number)]
+def fixed(pool: type[Pool], size: int) -> dict[str, Any]:
+    """Return the options with which a pool has so many connections and keeps them."""
+    if pool in (FairQueuePool, AsyncAdaptedFairQueuePool):
+        return {"pool_size": size, "min_idle": size}
+    return {"pool_size": size, "max_overflow": 0}
+
+
+def open_all(engine: Engine) -> None:
+    """Have the engine's pool open its connections."""
+    if isinstance(engine.pool, FairQueuePool):
+        engine.pool.warm_up()
+        return
+    connections = [engine.connect() for _ in range(engine.pool.size())]
     for connection in connections:
         connection.close()

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from .figures import Figure, Target
 
-__all__ = ["TARGETS", "figure"]
-
 
 def _most(bound: float, what: str, beside: str = "-") -> Target:
     return Target(what, beside, bound, at_most=True)

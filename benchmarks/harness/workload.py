@@ -21,21 +21,9 @@ from itertools import pairwise
 from sqlalchemy import Connection, Engine, text
 from sqlalchemy.pool import NullPool
 
-from .crowd import Threads
+from .crowd import working
 from .database import Database
 from .figures import percentile
-
-__all__ = [
-    "Job",
-    "Outcome",
-    "Scraper",
-    "Shift",
-    "Work",
-    "backlog",
-    "bursts",
-    "run",
-    "work_on",
-]
 
 #: Rows that a scraper takes at a time, and rows it has.
 _BATCH, _ROWS = 3, 400
@@ -147,39 +135,32 @@ def bursts(
     return jobs
 
 
-class Shift:
-    """As many workflows as can be done between two moments.
+def shift(begin: float, end: float, service: float) -> Iterator[Job]:
+    """Return as many workflows as can be done between two moments of the run.
 
-    :param begin: seconds after the start of the run.
-    :param end: likewise; what has begun by then is finished.
+    What has begun by the end is finished. Several threads may take from it.
     """
+    start = math.nan
 
-    def __init__(self, begin: float, end: float, service: float) -> None:
-        self._end = end
-        self._service = service
-        self._begin = begin
-        self._start = math.nan
+    def job() -> Job | None:
+        nonlocal start
+        now = time.perf_counter()
+        start = now if math.isnan(start) else start
+        if now - start >= end:
+            return None
+        return Job(begin, service * random.uniform(0.5, 1.5))
 
-    def __iter__(self) -> Iterator[Job]:
-        self._start = time.perf_counter()
-        return self
-
-    def __next__(self) -> Job:
-        if time.perf_counter() - self._start >= self._end:
-            raise StopIteration
-        return Job(self._begin, self._service * random.uniform(0.5, 1.5))
+    return iter(job, None)
 
 
 @dataclass(frozen=True)
 class Scraper:
-    """Who has workflows to do, and with which connections.
-
-    :param engine: carries the scraper's tag, if its pool knows tags.
-    :param held: tells how many connections the scraper holds now.
-    """
+    """A scraper, and the threads in which it does its workflows."""
 
     name: str
+    #: Carries the scraper's tag, if its pool knows tags.
     engine: Engine
+    #: Tells how many connections the scraper holds now.
     held: Callable[[], int]
     threads: int = 25
 
@@ -237,50 +218,6 @@ class Outcome:
         return percentile(self.all_latencies, 95)
 
 
-class _Run:
-    """One run: what the threads have to do, and what came of it."""
-
-    def __init__(self, work: Work, threads: Threads) -> None:
-        self._work = work
-        self._threads = threads
-        self._start = time.perf_counter()
-        self._cpu = time.process_time()
-        self._last = 0.0
-        self.outcome = Outcome()
-
-    @property
-    def elapsed(self) -> float:
-        return time.perf_counter() - self._start
-
-    def look(self, scrapers: Iterable[Scraper]) -> None:
-        """Note what the scrapers hold."""
-        for scraper in scrapers:
-            held = self.outcome.held.setdefault(scraper.name, [])
-            held.append((self.elapsed, scraper.held()))
-
-    def do(self, scraper: Scraper, jobs: Iterator[Job]) -> None:
-        """Do workflows, in a thread, as long as there are some."""
-        latencies = self.outcome.latencies.setdefault(scraper.name, [])
-        ended = self._threads.ended
-        for job in jobs:
-            early = job.due - self.elapsed
-            if early > 0:
-                ended.wait(early)
-            if ended.is_set():
-                return
-            with scraper.engine.connect() as connection:
-                self._work(connection, scraper.name, job.service)
-            done = self.elapsed
-            latencies.append(done - job.due)
-            self._last = max(self._last, done)
-
-    def end(self) -> Outcome:
-        self.outcome.seconds = self._last or self.elapsed
-        cpu = time.process_time() - self._cpu
-        self.outcome.client = cpu / self.outcome.seconds
-        return self.outcome
-
-
 def run(work: Work, tasks: Tasks, limit: float = 60.0, every: float = 0.01) -> Outcome:
     """Let the scrapers do their workflows; return when all are done.
 
@@ -289,16 +226,38 @@ def run(work: Work, tasks: Tasks, limit: float = 60.0, every: float = 0.01) -> O
     :param limit: seconds after which no workflow is begun any more.
     :param every: seconds between two looks at what the scrapers hold.
     """
-    with Threads() as threads:
-        this = _Run(work, threads)
-        lines = [(scraper, iter(jobs)) for scraper, jobs in tasks.items()]
-        threads.start(
-            partial(this.do, scraper, line)
-            for scraper, line in lines
-            for _ in range(scraper.threads)
-        )
-        while threads.alive and this.elapsed < limit:
-            this.look(tasks)
+    outcome, ends = Outcome(), list[float]()
+    cpu = time.process_time()
+
+    def elapsed() -> float:
+        return time.perf_counter() - threads.began
+
+    def do(scraper: Scraper, jobs: Iterator[Job], latencies: list[float]) -> None:
+        for job in jobs:
+            early = job.due - elapsed()
+            if early > 0:
+                threads.ended.wait(early)
+            if threads.ended.is_set():
+                return
+            with scraper.engine.connect() as connection:
+                work(connection, scraper.name, job.service)
+            done = elapsed()
+            latencies.append(done - job.due)
+            ends.append(done)
+
+    with working() as threads:
+        workers = []
+        for scraper, jobs in tasks.items():
+            latencies = outcome.latencies.setdefault(scraper.name, [])
+            worker = partial(do, scraper, iter(jobs), latencies)
+            workers += [worker] * scraper.threads
+        threads.start(workers)
+        while elapsed() < limit and any(t.is_alive() for t in threads.threads):
+            for scraper in tasks:
+                held = outcome.held.setdefault(scraper.name, [])
+                held.append((elapsed(), scraper.held()))
             if threads.ended.wait(every):
                 break
-    return this.end()
+    outcome.seconds = max(ends, default=limit)
+    outcome.client = (time.process_time() - cpu) / outcome.seconds
+    return outcome

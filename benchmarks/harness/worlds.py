@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sqlalchemy.pool import QueuePool
@@ -12,10 +13,8 @@ from sqlalchemy.pool import QueuePool
 from sqla_fairpool import FairQueuePool
 
 from .database import Database
-from .pools import open_all
+from .pools import fixed, open_all
 from .workload import Scraper
-
-__all__ = ["FAIR", "LIFTED", "NAMES", "SCALED", "World", "fair_world", "static_world"]
 
 #: The scrapers.
 NAMES = ("layer1_5", "layer2", "layer3")
@@ -50,10 +49,10 @@ def static_world(
         scrapers = {}
         for name, size in zip(NAMES, sizes, strict=True):
             engine = database.engine(
-                QueuePool, pool_size=size, max_overflow=0, pool_timeout=_PATIENCE
+                QueuePool, **fixed(QueuePool, size), pool_timeout=_PATIENCE
             )
             stack.callback(engine.dispose)
-            open_all(engine, size)
+            open_all(engine)
             scrapers[name] = Scraper(name, engine, engine.pool.checkedout, threads)
         shown = f"QueuePool {'+'.join(map(str, sizes))}"
         yield World(shown, sum(sizes), scrapers)
@@ -64,20 +63,19 @@ def fair_world(
     database: Database, title: str = FAIR, threads: int = 25, **options: Any
 ) -> Iterator[World]:
     """One ``FairQueuePool`` of twenty connections for all scrapers."""
-    engine = database.engine(
-        FairQueuePool, pool_timeout=_PATIENCE, min_idle=20, **options
-    )
-    pool = engine.pool
+    options |= fixed(FairQueuePool, 20)
+    engine = database.engine(FairQueuePool, pool_timeout=_PATIENCE, **options)
+
+    def held(name: str) -> int:
+        row = engine.pool.stats().tag(name)
+        return row.connections if row is not None else 0
 
     def scraper(name: str) -> Scraper:
-        def held() -> int:
-            row = pool.stats().tag(name)
-            return row.connections if row is not None else 0
-
-        return Scraper(name, engine.execution_options(scraper=name), held, threads)
+        tagged = engine.execution_options(scraper=name)
+        return Scraper(name, tagged, partial(held, name), threads)
 
     try:
-        pool.warm_up()
+        open_all(engine)
         yield World(title, 20, {name: scraper(name) for name in NAMES})
     finally:
         engine.dispose()

@@ -8,19 +8,8 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-__all__ = ["machine", "summary", "versions"]
-
 #: Packages whose versions matter to the figures, as far as they are installed.
-_PACKAGES = (
-    "sqla-fairpool",
-    "SQLAlchemy",
-    "psycopg2-binary",
-    "psycopg2",
-    "psycopg",
-    "psycopg-pool",
-    "asyncpg",
-    "greenlet",
-)
+_PACKAGES = "sqla-fairpool SQLAlchemy psycopg2-binary psycopg psycopg-pool asyncpg"
 
 
 def machine() -> dict[str, Any]:
@@ -42,7 +31,7 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that are installed."""
     known = {platform.python_implementation(): platform.python_version()}
-    for name in _PACKAGES:
+    for name in _PACKAGES.split():
         try:
             known[name] = version(name)
         except PackageNotFoundError:

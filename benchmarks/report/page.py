@@ -12,8 +12,6 @@ from ..harness.findings import Report
 from .machine import summary
 from .plots import draw, nice_number
 
-__all__ = ["page"]
-
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 

@@ -9,18 +9,24 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable
 from html import escape
+from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from ..harness.findings import PER_DECADE, Bars, Distributions, Lines, Plot
-
-__all__ = ["draw", "nice_number", "seconds_text"]
+from ..harness.findings import (
+    PER_DECADE,
+    Bars,
+    Distribution,
+    Distributions,
+    Lines,
+    Plot,
+)
 
 #: By role or use, the stand-in for the CSS variable of that name.
 _COLOURS = {
@@ -36,26 +42,14 @@ _COLOURS = {
     "bad": "#c92a2a",
 }
 
-#: Inches; at 72 to the inch these are the units of the SVG.
-_WIDTH, _HEIGHT = 7.6, 4.0
+_STYLE = Path(__file__).with_name("plots.mplstyle")
 
-_STYLE = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "sqla-fairpool",
-    "font.family": "sans-serif",
-    "font.size": 11,
-    "text.color": _COLOURS["ink"],
-    "axes.edgecolor": _COLOURS["soft"],
-    "axes.labelcolor": _COLOURS["soft"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "xtick.color": _COLOURS["soft"],
-    "ytick.color": _COLOURS["soft"],
-    "grid.color": _COLOURS["rule"],
-    "legend.frameon": False,
-    "text.parse_math": False,
-}
+
+def role_of(name: str) -> str:
+    """Return the role of the pool of this name, which decides its colour."""
+    if "Fair" in name:
+        return "ours"
+    return "base" if "QueuePool" in name and "LIFO" not in name else "other"
 
 
 def nice_number(value: float) -> str:
@@ -75,25 +69,22 @@ def seconds_text(seconds: float) -> str:
 
 def draw(plot: Plot) -> str:
     """Return the plot as an ``<svg>`` element."""
-    with mpl.rc_context(_STYLE):
+    with style.context(_STYLE):
+        figure = Figure(layout="constrained")
+        axes, file = figure.add_subplot(), io.StringIO()
         if isinstance(plot, Lines):
-            figure, axes = _canvas(_HEIGHT)
+            height = 4.0
             _lines(plot, axes)
         elif isinstance(plot, Bars):
-            figure, axes = _canvas(0.7 + 0.42 * len(plot.bars))
+            height = 0.7 + 0.42 * len(plot.bars)
             _bars(plot, axes)
         else:
-            figure, axes = _canvas(0.8 + 0.62 * len(plot.rows))
+            height = 0.8 + 0.62 * len(plot.rows)
             _distributions(plot, axes)
-        file = io.StringIO()
+        figure.set_size_inches(7.6, height)
         none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=none)
     return _element(file.getvalue(), plot.title)
-
-
-def _canvas(height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    return figure, figure.add_subplot()
 
 
 def _element(text: str, title: str) -> str:
@@ -107,8 +98,15 @@ def _element(text: str, title: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
-def _numbers(axis: Any) -> None:
-    axis.set_major_formatter(FuncFormatter(lambda value, _: nice_number(value)))
+def _note(axes: Axes, text: str, at: tuple[float, float], **more: Any) -> None:
+    """Write a text beside a point; by default small, soft, and to its right."""
+    options = {"fontsize": 9, "color": _COLOURS["soft"], "va": "center"}
+    more.setdefault("xytext", (4, 0))
+    axes.annotate(text, at, textcoords="offset points", **options | more)
+
+
+def _numbers(axis: Any, text: Callable[[float], str]) -> None:
+    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
 
 
 # -- lines ----------------------------------------------------------------------------
@@ -125,36 +123,20 @@ def _lines(plot: Lines, axes: Axes) -> None:
         _curves(plot, axes)
     for value, text in plot.levels:
         axes.axhline(value, color=_COLOURS["soft"], linestyle="--", linewidth=1)
-        axes.annotate(
-            text,
-            (1, value),
-            (-2, 2),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            ha="right",
-            fontsize=9,
-            color=_COLOURS["soft"],
-        )
+        at = {"xycoords": ("axes fraction", "data"), "xytext": (-2, 7)}
+        _note(axes, text, (1, value), ha="right", **at)
     axes.set_ylim(0, max(plot.y_top, axes.get_ylim()[1]))
     if not plot.log_x:
         axes.margins(x=0)
         axes.set_xlim(0, max(plot.x_end, axes.get_xlim()[1]))
-    for number, (at, text) in enumerate(plot.marks):
-        axes.axvline(at, color=_COLOURS["soft"], linestyle=":", linewidth=1)
-        axes.annotate(
-            text,
-            (at, 0.97 - 0.06 * (number % 2)),
-            (3, 0),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            fontsize=9,
-            color=_COLOURS["soft"],
-        )
-    _numbers(axes.xaxis)
-    _numbers(axes.yaxis)
+    for number, (at_x, text) in enumerate(plot.marks):
+        axes.axvline(at_x, color=_COLOURS["soft"], linestyle=":", linewidth=1)
+        place = (at_x, 0.98 - 0.06 * (number % 2))
+        _note(axes, text, place, xycoords=("data", "axes fraction"))
+    _numbers(axes.xaxis, nice_number)
+    _numbers(axes.yaxis, nice_number)
     if plot.series:
-        columns = len(plot.series)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns)
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(plot.series))
 
 
 def _stack(plot: Lines, axes: Axes) -> None:
@@ -162,15 +144,8 @@ def _stack(plot: Lines, axes: Axes) -> None:
     below = [0.0] * len(xs)
     for series in plot.series:
         top = [base + y for base, (_, y) in zip(below, series.points, strict=True)]
-        axes.fill_between(
-            xs,
-            below,
-            top,
-            step="post",
-            color=_COLOURS[series.role],
-            linewidth=0,
-            label=series.name,
-        )
+        look = {"color": _COLOURS[series.role], "linewidth": 0}
+        axes.fill_between(xs, below, top, step="post", label=series.name, **look)
         below = top
 
 
@@ -179,13 +154,12 @@ def _curves(plot: Lines, axes: Axes) -> None:
         # Steps stand side by side where they are equal, or the last would hide the
         # others.
         shift = 0.12 * ((len(plot.series) - 1) / 2 - number) if plot.steps else 0.0
-        few = not plot.steps and len(series.points) <= 12
         axes.plot(
             [x for x, _ in series.points],
             [y + shift for _, y in series.points],
-            color=_COLOURS[series.role],
+            color=_COLOURS[series.role or role_of(series.name)],
             drawstyle="steps-post" if plot.steps else "default",
-            marker="o" if few else None,
+            marker="o" if not plot.steps and len(series.points) <= 12 else None,
             markersize=4,
             label=series.name,
         )
@@ -194,15 +168,17 @@ def _curves(plot: Lines, axes: Axes) -> None:
 # -- bars and distributions -----------------------------------------------------------
 
 
-def _names(axes: Axes, rows: Iterable[Any]) -> None:
+def _names(axes: Axes, names: list[str]) -> None:
     """Name the rows, from the top; ours in bold."""
-    rows = list(rows)
-    axes.set_yticks(range(len(rows)), [row.name for row in rows])
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(names)), names, color=_COLOURS["ink"])
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
-    for label, row in zip(axes.get_yticklabels(), rows, strict=True):
-        label.set_color(_COLOURS["ink"])
-        label.set_fontweight("bold" if row.role == "ours" else "normal")
+    for label, name in zip(axes.get_yticklabels(), names, strict=True):
+        label.set_fontweight(_weight(name))
+
+
+def _weight(name: str) -> str:
+    return "bold" if role_of(name) == "ours" else "normal"
 
 
 def _bars(plot: Bars, axes: Axes) -> None:
@@ -210,27 +186,17 @@ def _bars(plot: Bars, axes: Axes) -> None:
     axes.set_xlabel(plot.unit, loc="left", fontsize=9)
     axes.spines["bottom"].set_visible(False)
     axes.xaxis.set_major_locator(NullLocator())
+    look = {"color": _COLOURS["ink"], "fontsize": 11, "xytext": (6, 0)}
     for number, bar in enumerate(plot.bars):
-        axes.barh(number, bar.value, 0.6, color=_COLOURS[bar.role], alpha=0.85)
+        colour = _COLOURS[role_of(bar.name)]
+        axes.barh(number, bar.value, 0.6, color=colour, alpha=0.85)
         if bar.high > bar.low:
-            axes.errorbar(
-                bar.value,
-                number,
-                xerr=[[max(bar.value - bar.low, 0)], [max(bar.high - bar.value, 0)]],
-                color=_COLOURS["ink"],
-                capsize=3,
-                linewidth=1.2,
-            )
+            ends, ink = [bar.low, bar.high], _COLOURS["ink"]
+            axes.plot(ends, [number] * 2, "|-", color=ink, linewidth=1.2)
         text = nice_number(bar.value) + (f", {bar.remark}" if bar.remark else "")
-        axes.annotate(
-            text,
-            (max(bar.value, bar.high), number),
-            (6, 0),
-            textcoords="offset points",
-            va="center",
-            fontweight="bold" if bar.role == "ours" else "normal",
-        )
-    _names(axes, plot.bars)
+        at = (max(bar.value, bar.high), number)
+        _note(axes, text, at, fontweight=_weight(bar.name), **look)
+    _names(axes, [bar.name for bar in plot.bars])
     axes.set_xlim(0)
     if plot.level is not None:
         value, text = plot.level
@@ -240,46 +206,30 @@ def _bars(plot: Bars, axes: Axes) -> None:
 
 def _distributions(plot: Distributions, axes: Axes) -> None:
     axes.set_xscale("log")
-    axes.set_title(
-        "| median    ◆ p99    ● longest", loc="left", fontsize=9, color=_COLOURS["soft"]
-    )
+    legend = "| median    ◆ p99    ● longest"
+    axes.set_title(legend, loc="left", fontsize=9, color=_COLOURS["soft"])
     axes.grid(axis="x")
     for number, row in enumerate(plot.rows):
-        colour, base = _COLOURS[row.role], number + 0.4
-        tallest = max(count for _, count in row.histogram)
-        axes.bar(
-            [bound for bound, _ in row.histogram],
-            [-max(0.7 * math.sqrt(n / tallest), 0.04) for _, n in row.histogram],
-            [bound * (10 ** (1 / PER_DECADE) - 1) for bound, _ in row.histogram],
-            base,
-            align="edge",
-            color=colour,
-            alpha=0.55,
-            linewidth=0,
-        )
-        axes.vlines(row.p50, base - 0.75, base, color=_COLOURS["ink"], linewidth=1.5)
-        axes.plot(row.p99, base - 0.1, "D", color=colour, markersize=5)
-        axes.plot(row.most, base - 0.1, "o", color=colour, markersize=6)
-        texts = (
-            (row.p50, base - 0.7, seconds_text(row.p50), "ink"),
-            (row.most, base - 0.38, row.remark, "bad"),
-            (row.most, base - 0.06, f" {seconds_text(row.most)}", "ink"),
-        )
-        for at, y, text, use in texts:
-            axes.annotate(
-                text,
-                (at, y),
-                (4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-                color=_COLOURS[use],
-            )
-    _names(axes, plot.rows)
-    axes.set_ylim(len(plot.rows) - 0.5, -0.5)
+        _distribution(row, number + 0.4, axes)
+    _names(axes, [row.name for row in plot.rows])
     low = min(row.histogram[0][0] for row in plot.rows)
     high = max(row.most for row in plot.rows)
     axes.set_xlim(10 ** math.floor(math.log10(low)), high * 4)
     axes.xaxis.set_major_locator(LogLocator(10, numticks=12))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda s, _: seconds_text(s)))
+    _numbers(axes.xaxis, seconds_text)
+
+
+def _distribution(row: Distribution, base: float, axes: Axes) -> None:
+    colour, ink = _COLOURS[role_of(row.name)], _COLOURS["ink"]
+    bounds, counts = zip(*row.histogram, strict=True)
+    heights = [-max(0.7 * math.sqrt(n / max(counts)), 0.04) for n in counts]
+    widths = [bound * (10 ** (1 / PER_DECADE) - 1) for bound in bounds]
+    look = {"color": colour, "alpha": 0.55, "linewidth": 0}
+    axes.bar(bounds, heights, widths, base, align="edge", **look)
+    axes.vlines(row.p50, base - 0.75, base, color=ink, linewidth=1.5)
+    axes.plot(row.p99, base - 0.1, "D", color=colour, markersize=5)
+    axes.plot(row.most, base - 0.1, "o", color=colour, markersize=6)
+    _note(axes, seconds_text(row.p50), (row.p50, base - 0.7), color=ink)
+    _note(axes, row.remark, (row.most, base - 0.38), color=_COLOURS["bad"])
+    _note(axes, f" {seconds_text(row.most)}", (row.most, base - 0.06), color=ink)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import sys
 import time
@@ -16,36 +17,30 @@ from rich.table import Table
 from rich.text import Text
 
 from ..harness.figures import Figure
-from ..harness.findings import Report, Section
+from ..harness.findings import Report
 from .plots import nice_number
-
-__all__ = ["View", "figures_lines", "figures_table"]
 
 #: Seconds between two lines, where there is no terminal.
 _LINE_EVERY = 2.0
 
 
 class View:
-    """Progress on standard output.
+    """Progress on standard output: in a terminal a line that changes, else some lines.
 
     :param scenarios: how many there will be.
     """
 
     def __init__(self, scenarios: int) -> None:
-        is_live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._scenarios, self._number, self._next_line = scenarios, 0, 0.0
         # Told everything, or FORCE_COLOR and its like would be heeded in a file.
-        self._console = (
-            Console()
-            if is_live
-            else Console(
-                file=sys.stdout, force_terminal=False, color_system=None, width=100
-            )
-        )
-        self._status = Status("", console=self._console) if is_live else None
-        self._scenarios, self._number = scenarios, 0
-        self._next_line = 0.0
-        if self._status is not None:
+        plain = {"force_terminal": False, "color_system": None, "width": 100}
+        is_live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self._console = Console(file=sys.stdout, **({} if is_live else plain))
+        self._status = Status("", console=self._console)
+        if is_live:
             self._status.start()
+            self._next_line = math.inf
+        self.close = self._status.stop
 
     def note(self, text: str) -> None:
         """Show a line."""
@@ -55,38 +50,26 @@ class View:
         """A scenario begins."""
         self._number += 1
         self.note(f"[{self._number}/{self._scenarios}] {title}")
-        self._next_line = time.monotonic() + _LINE_EVERY
 
     def step(self, text: str) -> None:
         """A measurement begins."""
-        if self._status is not None:
-            self._status.update(Text(text))
-        elif time.monotonic() >= self._next_line:
+        self._status.update(Text(text))
+        if time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _LINE_EVERY
             self.note(f"      {text}")
 
-    def found(self, section: Section) -> None:
-        """A scenario has ended."""
-        if section.findings.figures:
-            self._console.print(figures_table(section.findings.figures))
-
-    def close(self) -> None:
-        """The run has ended, one way or another."""
-        if self._status is not None:
-            self._status.stop()
+    def found(self, figures: Sequence[Figure]) -> None:
+        """A scenario, or all, has ended."""
+        if figures:
+            self._console.print(figures_table(figures))
 
     def report(self, report: Report, files: Sequence[Path]) -> None:
         """Show the targets, and where the report is."""
-        figures, met = report.figures, report.met
-        if figures:
-            self._console.print(figures_table(figures))
-            style = "green" if met == len(figures) else "yellow"
-            told = f"{met} of {len(figures)} targets met."
-            self._console.print(Text(told, style=style))
-        self.note(
-            f"{report.seconds:.0f} s in all. The report: "
-            f"{' and '.join(str(file) for file in files)}"
-        )
+        self.found(report.figures)
+        if report.figures:
+            self.note(f"{report.met} of {len(report.figures)} targets met.")
+        paths = " and ".join(str(file) for file in files)
+        self.note(f"{report.seconds:.0f} s in all. The report: {paths}")
 
 
 def figures_table(figures: Sequence[Figure], remarks: bool = False) -> Table:

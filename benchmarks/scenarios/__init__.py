@@ -15,8 +15,6 @@ from .shift import SHIFT
 from .static import ALONE, BURSTS, SATURATED
 from .styles import STYLES
 
-__all__ = ["POOL", "SCENARIOS", "play"]
-
 POOL = Scenario(
     "pool",
     "The pool alone",

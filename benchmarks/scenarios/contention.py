@@ -20,18 +20,8 @@ from sqlalchemy import Engine
 from ..harness.bench import Bench, Runs
 from ..harness.crowd import Caller, Outcome, in_threads
 from ..harness.figures import percentile
-from ..harness.findings import Findings, Lines, Series, role_of
+from ..harness.findings import Findings, Lines, Series
 from ..harness.pools import fair_engine, handoff_engine, queue_engine
-
-__all__ = [
-    "LIGHT_CASES",
-    "issue_7679",
-    "light_tag",
-    "on_one_tag",
-    "with_hold",
-    "without_hold",
-    "without_hold_on_all_cores",
-]
 
 _HOLD = 0.005
 
@@ -178,7 +168,7 @@ def issue_7679(bench: Bench) -> Findings:
     for name, outcomes in runs.items():
         served = sorted(outcomes[0].served, reverse=True)
         points = tuple((float(n), float(each)) for n, each in enumerate(served, 1))
-        series.append(Series(name, points, role_of(name)))
+        series.append(Series(name, points))
     title = "100 threads on 10 connections, 10 ms hold (SQLAlchemy issue 7679)"
     x, y = "threads, the luckiest first", "times served"
     return Findings(figures, (Lines(title, x, y, tuple(series)),))

@@ -16,8 +16,6 @@ from ..harness.findings import Findings
 from ..harness.pools import queue_engine
 from ..harness.targets import figure
 
-__all__ = ["GENERATOR", "headroom"]
-
 
 class _Nothing:
     """A connection that is none."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from sqla_fairpool.scheduling.policy import jain
@@ -18,11 +19,9 @@ from sqla_fairpool.scheduling.policy import jain
 from ..harness.bench import Bench, Metric, Runs, Scenario
 from ..harness.contenders import TASKS, THREADS, Contender, Setup
 from ..harness.crowd import Caller, Outcome, in_tasks, in_threads
-from ..harness.figures import percentile
+from ..harness.figures import Figure, percentile
 from ..harness.findings import Findings, Table
 from .contention import starved
-
-__all__ = ["PEERS", "UNEVEN", "light_p99", "over_tags"]
 
 #: Connections, and callers: ten hold one, ten wait for each.
 SIZE, CALLERS = 10, 110
@@ -34,7 +33,8 @@ HOLD = 0.005
 #: (A time-out is the pool's, so not every second caller can be given one.)
 _PATIENCE = (CALLERS - SIZE) / (2 * SIZE / HOLD)
 
-#: Callers under each of five tags: all want more than their part, two of ten.
+#: Callers under each of five tags. All want more than their part, two of ten.
+EVEN = (CALLERS // 5,) * 5
 UNEVEN = (50, 30, 16, 8, 6)
 
 #: Seconds: some two turns of the line.
@@ -91,10 +91,10 @@ def _cycle_in_thread(bench: Bench, peer: Contender) -> float:
     """Return the microseconds of a cycle: wall clock, so with the server's."""
     with peer.open(Setup(bench.database, SIZE, 5)) as connects:
         connect = connects("tag0")
-        for number in range(20 + _CYCLES):
-            if number == 20:
-                began = time.perf_counter()
-            connect().close()
+        for cycles in (20, _CYCLES):  # first to warm up
+            began = time.perf_counter()
+            for _ in range(cycles):
+                connect().close()
         return (time.perf_counter() - began) / _CYCLES * 1e6
 
 
@@ -102,10 +102,10 @@ def _cycle_in_task(bench: Bench, peer: Contender) -> float:
     async def run() -> float:
         async with peer.open(Setup(bench.database, SIZE, 5)) as connects:
             connect = connects("tag0")
-            for number in range(20 + _CYCLES):
-                if number == 20:
-                    began = time.perf_counter()
-                await (await connect()).close()
+            for cycles in (20, _CYCLES):
+                began = time.perf_counter()
+                for _ in range(cycles):
+                    await (await connect()).close()
             return (time.perf_counter() - began) / _CYCLES * 1e6
 
     return asyncio.run(run())
@@ -116,11 +116,8 @@ def _cycle_in_task(bench: Bench, peer: Contender) -> float:
 
 def over_tags(outcome: Outcome) -> float:
     """Return Jain's index over what each of the uneven tags got."""
-    amounts, first = [], 0
-    for callers in UNEVEN:
-        amounts.append(float(sum(outcome.served[first : first + callers])))
-        first += callers
-    return jain(amounts)
+    served = iter(outcome.served)
+    return jain([sum(islice(served, callers)) for callers in UNEVEN])
 
 
 def light_p99(outcome: Outcome) -> float:
@@ -145,28 +142,31 @@ _FAIRNESS: dict[str, Metric] = {
     "p99 / p50": "spread",
 }
 
+_ALONE = (
+    "A tag that is alone may have three quarters of a FairQueuePool by default, the "
+    "rest is for newcomers; a semaphore holds it to its part for ever."
+)
+
 # -- the measurements -----------------------------------------------------------------
 
 
 class _Side:
-    """The measurements of threads or of tasks, each a column of their table."""
+    """The measurements of threads or of tasks, of which each adds to their table."""
 
     def __init__(
         self,
         name: str,
         peers: Sequence[Contender],
         work: Callable[[Bench, Any, Work], Outcome],
-        cycle: Callable[[Bench, Any], float],
         bench: Bench,
     ) -> None:
-        self._name, self._peers, self._bench = name, peers, bench
-        self._work, self._cycle = work, cycle
+        self._name, self._peers, self._work, self._bench = name, peers, work, bench
         self._columns: dict[str, dict[str, float]] = {}
 
-    def measure(self) -> Findings:
+    def measure(self, cycle: Callable[[Bench, Any], float]) -> Findings:
         """Make all measurements of the bench's form."""
         seconds = self._bench.pick(1.5, 0.25)
-        found = self._uncontended()
+        found = self._uncontended(cycle)
         for hold in self._bench.pick((0.0, 0.001, HOLD, 0.05), (HOLD,)):
             found += self._hold(hold, 3.0 if hold > HOLD else max(seconds, 0.55))
         found += self._tags(seconds) + self._light(seconds)
@@ -175,9 +175,8 @@ class _Side:
         return found + self._tables()
 
     def _run(self, work: Work) -> Runs:
-        contenders = {
-            p.name: partial(self._work, self._bench, p, work) for p in self._peers
-        }
+        run = partial(self._work, self._bench)
+        contenders = {peer.name: partial(run, peer, work) for peer in self._peers}
         what = f"{self._name}, {work.name}"
         return self._bench.interleave(what, contenders, self._bench.pick(5, 2))
 
@@ -185,8 +184,17 @@ class _Side:
         each = runs.each(metric)
         self._columns[heading] = {n: statistics.median(v) for n, v in each.items()}
 
-    def _uncontended(self) -> Findings:
-        contenders = {p.name: partial(self._cycle, self._bench, p) for p in self._peers}
+    def _target(self, runs: Runs, key: str, metric: Metric, form: str) -> Figure:
+        others = runs.medians(metric, form, others=True)
+        return runs.value(f"{self._name}: {key}", metric, remark=others)
+
+    def _throughput(self, runs: Runs, what: str, title: str, **more: Any) -> Findings:
+        ratio = runs.ratio(f"{self._name}: {what}", "throughput")
+        bars = runs.bars(title, "checkouts per second", "throughput", **more)
+        return Findings((ratio,), (bars,))
+
+    def _uncontended(self, cycle: Callable[[Bench, Any], float]) -> Findings:
+        contenders = {p.name: partial(cycle, self._bench, p) for p in self._peers}
         what = f"{self._name}, uncontended"
         runs = self._bench.interleave(what, contenders, self._bench.pick(9, 3))
         self._column("uncontended, µs", runs)
@@ -197,38 +205,28 @@ class _Side:
     def _hold(self, hold: float, seconds: float) -> Findings:
         """Five tags, each with as many callers."""
         name = f"{hold * 1000:g} ms hold"
-        runs = self._run(Work(name, (CALLERS // 5,) * 5, seconds, hold))
+        runs = self._run(Work(name, EVEN, seconds, hold))
         self._column(f"{name}, per s", runs, "throughput")
         title = f"Throughput with {name}, {self._name}"
-        found = Findings(
-            (runs.ratio(f"{self._name}: throughput, {name}", "throughput"),),
-            (runs.bars(title, "checkouts per second", "throughput"),),
-        )
-        return found + self._fairness(runs) if hold == HOLD else found
-
-    def _fairness(self, runs: Runs) -> Findings:
+        found = self._throughput(runs, f"throughput, {name}", title)
+        if hold != HOLD:
+            return found
         for heading, metric in _FAIRNESS.items():
             self._column(heading, runs, metric)
         figures = (
             self._target(runs, "jain", "fairness", ".3f"),
             self._target(runs, "spread", "spread", ".3g"),
         )
-        title = f"Waits of {CALLERS} {self._name} on {SIZE} connections, 5 ms hold"
-        return Findings(figures, (runs.waits(title, remark=_never_served),))
-
-    def _target(self, runs: Runs, key: str, metric: Metric, form: str) -> Any:
-        others = runs.medians(metric, form, others=True)
-        return runs.value(f"{self._name}: {key}", metric, remark=others)
+        title = f"Waits of {CALLERS} {self._name} on {SIZE} connections, {name}"
+        return found + Findings(figures, (runs.waits(title, remark=_never_served),))
 
     def _tags(self, seconds: float) -> Findings:
         """Five tags, of which some are louder than others."""
         runs = self._run(Work("loud and quiet tags", UNEVEN, seconds))
         self._column("Jain, tags", runs, over_tags)
         title = f"Fairness over five tags with 50, 30, 16, 8 and 6 {self._name}"
-        return Findings(
-            (self._target(runs, "tags", over_tags, ".3f"),),
-            (runs.bars(title, "Jain's index, 1 is even", over_tags),),
-        )
+        bars = runs.bars(title, "Jain's index, 1 is even", over_tags)
+        return Findings((self._target(runs, "tags", over_tags, ".3f"),), (bars,))
 
     def _light(self, seconds: float) -> Findings:
         """A flood of callers under one tag, and one caller that comes to it."""
@@ -246,55 +244,37 @@ class _Side:
         """One of five tags, the others having no callers."""
         runs = self._run(Work("one tag alone", (40,), seconds))
         title = f"One tag alone, 40 {self._name}: throughput"
-        note = (
-            "A tag that is alone may have three quarters of a FairQueuePool by "
-            "default, the rest is for newcomers; a semaphore holds it to its part for "
-            "ever."
-        )
-        return Findings(
-            (runs.ratio(f"{self._name}: one tag alone", "throughput"),),
-            (runs.bars(title, "checkouts per second", "throughput"),),
-            notes=(note,),
-        )
+        found = self._throughput(runs, "one tag alone", title)
+        return found + Findings(notes=(_ALONE,))
 
     def _giving_up(self, seconds: float) -> Findings:
         """Every second caller gives up."""
-        callers = (CALLERS // 5,) * 5
-        runs = self._run(Work("giving up", callers, seconds, impatient=True))
+        runs = self._run(Work("giving up", EVEN, seconds, impatient=True))
         self._column("giving up, per s", runs, "throughput")
         self._column("given up per served", runs, _lost)
         how = "times out" if self._name == "threads" else "is cancelled"
         lost = self._columns["given up per served"]
-        plot = runs.bars(
-            f"Throughput while every second waiter {how}",
-            "checkouts per second, 5 ms hold",
-            "throughput",
-            {name: f"{value:.2f} given up per served" for name, value in lost.items()},
-        )
-        what = f"{self._name}: every second {how}"
-        return Findings((runs.ratio(what, "throughput"),), (plot,))
+        remarks = {name: f"{n:.2f} given up per served" for name, n in lost.items()}
+        title = f"Throughput while every second waiter {how}, 5 ms hold"
+        return self._throughput(runs, f"every second {how}", title, remarks=remarks)
 
     def _tables(self) -> Findings:
         columns = self._columns
-        rows = ((p.name, *(c[p.name] for c in columns.values())) for p in self._peers)
-        how = tuple((peer.name, peer.how) for peer in self._peers)
-        name = self._name
-        return Findings(
-            tables=(
-                Table(f"All medians, {name}", ("pool", *columns), tuple(rows)),
-                Table(f"How they are configured, {name}", ("pool", "how"), how),
-            )
-        )
+        rows = [(p.name, *(c[p.name] for c in columns.values())) for p in self._peers]
+        how = [(peer.name, peer.how) for peer in self._peers]
+        medians = Table(f"All medians, {self._name}", ("pool", *columns), rows)
+        title = f"How they are configured, {self._name}"
+        return Findings(tables=(medians, Table(title, ("pool", "how"), how)))
 
 
 def threads(bench: Bench) -> Findings:
     """The pools for threads."""
-    return _Side("threads", THREADS, _in_threads, _cycle_in_thread, bench).measure()
+    return _Side("threads", THREADS, _in_threads, bench).measure(_cycle_in_thread)
 
 
 def tasks(bench: Bench) -> Findings:
     """The pools for asyncio tasks."""
-    return _Side("tasks", TASKS, _in_tasks, _cycle_in_task, bench).measure()
+    return _Side("tasks", TASKS, _in_tasks, bench).measure(_cycle_in_task)
 
 
 PEERS = Scenario(

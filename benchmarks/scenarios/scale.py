@@ -23,11 +23,9 @@ from sqla_fairpool.scheduling.scheduler import Scheduler
 
 from ..harness.bench import Bench, Runs, Scenario
 from ..harness.figures import percentile
-from ..harness.findings import Bar, Bars, Findings, Lines, Series, role_of
+from ..harness.findings import Bar, Bars, Findings, Lines, Series
 from ..harness.pools import fair_engine, queue_engine
 from ..harness.targets import figure
-
-__all__ = ["SCALE"]
 
 FEW, MANY = 10, 10_000
 
@@ -71,7 +69,7 @@ def _curve(name: str, runs: Runs, keys: dict[int, Any], role: str = "") -> Serie
     points = (
         (float(x), percentile(runs[key], 50) / _STEPS * 1e6) for x, key in keys.items()
     )
-    return Series(name, tuple(points), role or role_of(name))
+    return Series(name, tuple(points), role)
 
 
 def _curves(title: str, x: str, runs: Runs, xs: tuple[int, ...]) -> Lines:
@@ -308,7 +306,7 @@ def memory_of_a_waiter(bench: Bench) -> Findings:
         "AsyncAdaptedQueuePool",
         f"bytes: {fair:,.0f} beside {queue:,.0f}, most of them SQLAlchemy's",
     )
-    bars = tuple(Bar.of(name, size, size, size) for name, size in sizes.items())
+    bars = tuple(Bar(name, size, size, size) for name, size in sizes.items())
     title = "Memory of a task that waits for a connection, all included"
     return Findings((ratio,), (Bars(title, "bytes", bars),))
 

@@ -7,10 +7,8 @@ from collections.abc import Callable
 from ..harness.bench import Bench, Scenario
 from ..harness.findings import Findings, Lines, Series
 from ..harness.targets import figure
-from ..harness.workload import Outcome, Shift, run, work_on
+from ..harness.workload import Outcome, run, shift, work_on
 from ..harness.worlds import FAIR, NAMES, SCALED, World, fair_world, static_world
-
-__all__ = ["SCENE", "SHIFT", "times"]
 
 #: Seconds of service of a workflow, on average.
 _SERVICE = 0.05
@@ -27,7 +25,7 @@ _CHANGES = ("layer3 comes", "layer2 comes", "layer2 goes", "layer3 goes")
 def _play(world: World, bench: Bench) -> Outcome:
     with work_on(bench.database, NAMES) as work:
         tasks = {
-            world.scrapers[name]: Shift(begin * SCENE, end * SCENE, _SERVICE)
+            world.scrapers[name]: shift(begin * SCENE, end * SCENE, _SERVICE)
             for name, (begin, end) in _SCENES.items()
         }
         return run(work, tasks, every=0.002)
@@ -35,19 +33,10 @@ def _play(world: World, bench: Bench) -> Outcome:
 
 def _story(title: str, outcome: Outcome) -> Lines:
     held = outcome.changes
-    series = tuple(
-        Series(name, tuple((t, float(n)) for t, n in held[name]), role)
-        for name, role in zip(NAMES, "abc", strict=True)
-    )
-    return Lines(
-        title,
-        "seconds",
-        "connections held",
-        series,
-        steps=True,
-        y_top=17.0,
-        marks=tuple((n * SCENE, text) for n, text in enumerate(_CHANGES, 1)),
-    )
+    series = [Series(n, held[n], role) for n, role in zip(NAMES, "abc", strict=True)]
+    marks = [(n * SCENE, text) for n, text in enumerate(_CHANGES, 1)]
+    axes = {"x": "seconds", "y": "connections held", "y_top": 17.0}
+    return Lines(title, series=series, marks=marks, steps=True, **axes)
 
 
 def _first(

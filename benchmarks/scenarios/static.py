@@ -10,11 +10,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import count
 
 from ..harness.bench import Bench, Runs, Scenario
 from ..harness.findings import Findings, Lines, Series
-from ..harness.workload import Job, Outcome, Work, backlog, bursts, run, work_on
+from ..harness.workload import Job, Outcome, backlog, bursts, run, work_on
 from ..harness.worlds import (
     FAIR,
     LIFTED,
@@ -25,8 +26,6 @@ from ..harness.worlds import (
     static_world,
 )
 
-__all__ = ["ALONE", "BURSTS", "SATURATED", "unused"]
-
 #: Seconds of service of a workflow, on average.
 SERVICE = 0.05
 
@@ -36,47 +35,34 @@ _THREE = "three QueuePools of 10"
 Demand = Callable[[int], Mapping[str, Sequence[Job]]]
 
 
-def _contender(world: World, work: Work, demand: Demand) -> Callable[[], Outcome]:
-    """Return what runs the next round; in all worlds the same jobs in the same one."""
-    rounds = count()
-
-    def one_round() -> Outcome:
-        jobs = demand(next(rounds))
-        return run(work, {world.scrapers[name]: jobs[name] for name in jobs})
-
-    return one_round
-
-
 def _compare(
     bench: Bench, what: str, worlds: Sequence[World], demand: Demand, rounds: int
 ) -> Runs:
+    """Run the rounds; in all worlds with the same jobs in the same one."""
+
+    def one_round(world: World, rounds: Iterator[int]) -> Outcome:
+        jobs = demand(next(rounds))
+        return run(work, {world.scrapers[name]: jobs[name] for name in jobs})
+
     with work_on(bench.database, NAMES) as work:
         for world in worlds:  # plans and caches, and a connection's first statements
             scrapers = [world.scrapers[name] for name in demand(0)]
             run(work, {s: backlog(60, 0.005, 0) for s in scrapers})
-        contenders = {w.name: _contender(w, work, demand) for w in worlds}
+        contenders = {w.name: partial(one_round, w, count()) for w in worlds}
         return bench.interleave(what, contenders, rounds)
 
 
 def _over_time(
-    title: str, outcome: Outcome, total: int, top: float, end: float
+    title: str, outcome: Outcome, total: int, top: float = 33, end: float = 0.0
 ) -> Lines:
     """Return a plot of what the scrapers held, one on top of the other."""
-    series = tuple(
-        Series(name, tuple((t, float(n)) for t, n in points), role)
+    series = [
+        Series(name, points, role)
         for (name, points), role in zip(outcome.changes.items(), "abc", strict=False)
-    )
-    return Lines(
-        title,
-        "seconds",
-        "connections held",
-        series,
-        steps=True,
-        stacked=True,
-        x_end=end,
-        y_top=top,
-        levels=((float(total), f"{total} open"),),
-    )
+    ]
+    axes = {"x": "seconds", "y": "connections held", "x_end": end, "y_top": top}
+    levels = [(total, f"{total} open")]
+    return Lines(title, series=series, levels=levels, steps=True, stacked=True, **axes)
 
 
 def _client(runs: Runs) -> str:
@@ -131,8 +117,8 @@ def one_active(bench: Bench) -> Findings:
     new, old = runs[fair.name][0], runs[static.name][0]
     end = max(old.seconds, new.seconds)
     plots = (
-        _over_time(f"{static.name}: ten are all it may have", old, 30, 33, end),
-        _over_time(f"{fair.name}: fifteen while it is alone", new, 20, 33, end),
+        _over_time(f"{static.name}: ten are all it may have", old, 30, end=end),
+        _over_time(f"{fair.name}: fifteen while it is alone", new, 20, end=end),
         runs.bars(
             "Workflows per second, one active scraper", "per second", "throughput"
         ),
@@ -204,7 +190,7 @@ def bursty(bench: Bench) -> Findings:
     end = max(outcomes[0].seconds for outcomes in runs.values())
     over_time = (
         _over_time(
-            f"{w.name}: connections held", runs[w.name][0], w.connections, 33, end
+            f"{w.name}: connections held", runs[w.name][0], w.connections, end=end
         )
         for w in worlds
     )
@@ -297,7 +283,7 @@ def saturated(bench: Bench) -> Findings:
     )
     first = runs[FAIR][0]
     plots = (
-        _over_time(f"{FAIR}: 7, 7 and 6", first, 20, 22, first.seconds),
+        _over_time(f"{FAIR}: 7, 7 and 6", first, 20, top=22),
         runs.bars("Workflows per second, all saturated", "per second", "throughput"),
     )
     return Findings(figures, plots, notes=(_client(runs),))

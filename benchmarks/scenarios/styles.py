@@ -16,8 +16,6 @@ from ..harness.findings import Findings
 from ..harness.targets import figure
 from .contention import issue_7679, on_one_tag
 
-__all__ = ["STYLES"]
-
 
 def _never_served(outcomes: Sequence[Outcome]) -> str:
     never = max(outcome.never_served for outcome in outcomes)

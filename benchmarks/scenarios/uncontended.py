@@ -22,19 +22,6 @@ from ..harness.findings import Findings
 from ..harness.pools import fair_engine, floor_engine, queue_engine
 from ..harness.targets import figure
 
-__all__ = [
-    "CYCLES",
-    "PEERS",
-    "by_engine",
-    "settings_of_diagnosis",
-    "uncontended_other_tags",
-    "settings_and_figures",
-    "settings_server_tag",
-    "statement_on_postgresql",
-    "statement_on_sqlite",
-    "uncontended_tag_on_engine",
-]
-
 #: In a round of some 2 ms: most of them fall between two disturbances.
 CYCLES = 250
 

@@ -18,7 +18,7 @@ from benchmarks.harness.database import BenchError, Database
 from benchmarks.harness.findings import Findings
 from benchmarks.harness.pools import queue_engine
 from benchmarks.harness.targets import TARGETS, figure
-from benchmarks.harness.workload import Job, Scraper, Shift, backlog, bursts
+from benchmarks.harness.workload import Job, Scraper, backlog, bursts
 from benchmarks.scenarios import SCENARIOS, contention, generator, peers, shift, static
 
 #: Seconds: how long crowds run here. Nothing that is asserted depends on it.
@@ -202,7 +202,7 @@ def test_jobs_are_the_same_for_the_same_seed_and_as_many_as_asked_for():
     assert demand == pytest.approx(4.0, rel=0.1)
     sizes = Counter(job.due for job in jobs).values()
     assert (min(sizes), max(sizes)) == (5, 15)
-    assert list(Shift(0.0, 0.0, 1.0)) == []  # it has ended
+    assert list(workload.shift(0.0, 0.0, 1.0)) == []  # it has ended
 
 
 @pytest.fixture

@@ -1,13 +1,13 @@
 """Many processes share one ledger, on a clock that is made up.
 
-    python -m benchmarks.ledger.simulation --processes 1000 --tags 100
+    python -m benchmarks.ledger_simulation --processes 1000 --tags 100
 
 Prints, for each phase, how long it took until every tag had its share, how many
 transactions the store had to bear, and how even the shares were.
 
 Each process has threads that check a connection out, hold it, return it and think.
 The keepers, the rows and the allocation are the real ones; see
-:mod:`.world` for what is not. Times of the store, of bells and of connecting
+:mod:`.ledger_world` for what is not. Times of the store, of bells and of connecting
 are those of the host store, as assumptions: they delay, nothing is decided by them.
 """
 
@@ -29,7 +29,7 @@ from sqla_fairpool.ledger.keeper import Pace
 from sqla_fairpool.ledger.rows import Terms
 from sqla_fairpool.scheduling.policy import jain
 
-from .world import Host, MemoryStore, Server, SimKeeper, SimPool
+from .ledger_world import Host, MemoryStore, Server, SimKeeper, SimPool
 
 __all__ = ["Phase", "Report", "simulate"]
 

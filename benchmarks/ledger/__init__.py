@@ -1,1 +1,0 @@
-"""Ledgers: what they cost, and a simulation of many processes on one."""
