@@ -1,8 +1,5 @@
 """The command: its options, its errors, what it leaves behind."""
 
-from __future__ import annotations
-
-import glob
 import json
 import os
 import shutil
@@ -166,7 +163,7 @@ def start(folder, *args):
     )
 
 
-def interrupt(process, line, number=signal.SIGINT):
+def interrupt(process, line, number):
     """Send the signal when a line has been shown that begins like this."""
     while not process.stdout.readline().startswith(line):
         assert process.poll() is None, f"{line} was not shown"
@@ -232,14 +229,13 @@ def test_given_database_is_left_as_it_was(folder, postgres_url, interrupted):
     shown = url.render_as_string(hide_password=False)
     process = start(folder, "--only", "saturated", "--url", shown)
     if interrupted:
-        interrupt(process, "      ")
+        interrupt(process, "      ", signal.SIGINT)
     status, out, err = finish(process)
     assert status == (130 if interrupted else 0), err
-    files = [Path(file) for file in glob.glob(f"{folder}/fairpool-bench.*")]
+    files = list(Path(folder).glob("fairpool-bench.*"))
     assert len(files) == (0 if interrupted else 2)
     texts = [out, err, *(file.read_text(encoding="utf-8") for file in files)]
     assert "s3cret" not in "".join(texts)
-    engine = create_engine(postgres_url, poolclass=NullPool)
-    with engine.connect() as connection:
+    with create_engine(postgres_url, poolclass=NullPool).connect() as connection:
         tables = text("SELECT tablename FROM pg_tables WHERE tablename LIKE 'sqla%'")
         assert connection.execute(tables).scalars().all() == []
