@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import count
 
@@ -36,20 +36,25 @@ Demand = Callable[[int], Mapping[str, Sequence[Job]]]
 
 
 def _compare(
-    bench: Bench, what: str, worlds: Sequence[World], demand: Demand, rounds: int
-) -> Runs:
+    bench: Bench,
+    what: str,
+    worlds: Sequence[AbstractContextManager[World]],
+    demand: Demand,
+    rounds: int,
+) -> tuple[Runs, list[World]]:
     """Run the rounds; in all worlds with the same jobs in the same one."""
 
     def one_round(world: World, rounds: Iterator[int]) -> Outcome:
         jobs = demand(next(rounds))
         return run(work, {world.scrapers[name]: jobs[name] for name in jobs})
 
-    with work_on(bench.database, NAMES) as work:
-        for world in worlds:  # plans and caches, and a connection's first statements
+    with work_on(bench.database, NAMES) as work, ExitStack() as stack:
+        opened = [stack.enter_context(world) for world in worlds]
+        for world in opened:  # plans and caches, and a connection's first statements
             scrapers = [world.scrapers[name] for name in demand(0)]
             run(work, {s: backlog(60, 0.005, 0) for s in scrapers})
-        contenders = {w.name: partial(one_round, w, count()) for w in worlds}
-        return bench.interleave(what, contenders, rounds)
+        contenders = {w.name: partial(one_round, w, count()) for w in opened}
+        return bench.interleave(what, contenders, rounds), opened
 
 
 def _over_time(
@@ -94,11 +99,10 @@ def one_active(bench: Bench) -> Findings:
     def demand(number: int) -> Mapping[str, Sequence[Job]]:
         return {NAMES[0]: backlog(workflows, SERVICE, number)}
 
-    with ExitStack() as stack:
-        fair = stack.enter_context(fair_world(bench.database, threads=40))
-        static = stack.enter_context(static_world(bench.database, threads=40))
-        rounds = bench.pick(12, 5)
-        runs = _compare(bench, "one active scraper", [fair, static], demand, rounds)
+    database = bench.database
+    worlds = [fair_world(database, threads=40), static_world(database, threads=40)]
+    rounds = bench.pick(12, 5)
+    runs, (fair, static) = _compare(bench, "one active scraper", worlds, demand, rounds)
     free = Runs(
         {
             w.name: [unused(outcome, w.connections) for outcome in runs[w.name]]
@@ -164,24 +168,23 @@ def _bursty(seconds: float, demand: float) -> Demand:
     return jobs
 
 
-@contextmanager
-def _three_worlds(bench: Bench) -> Iterator[list[World]]:
-    """The shared world as it is, the static one, and shared with lifted limits."""
-    database, lifted = bench.database, {**LIFTED, **SCALED}
-    with ExitStack() as stack:
-        yield [
-            stack.enter_context(fair_world(database, **SCALED)),
-            stack.enter_context(static_world(database)),
-            stack.enter_context(fair_world(database, _LIFTED_NAME, **lifted)),
-        ]
+def _compare_bursts(
+    bench: Bench, what: str, demand: Demand, rounds: int
+) -> tuple[Runs, list[World]]:
+    """Compare the shared world, the static one, and a shared one with lifted limits."""
+    worlds = [
+        fair_world(bench.database, **SCALED),
+        static_world(bench.database),
+        fair_world(bench.database, _LIFTED_NAME, **LIFTED, **SCALED),
+    ]
+    return _compare(bench, what, worlds, demand, rounds)
 
 
 def bursty(bench: Bench) -> Findings:
     """All three have bursts, at times of their own."""
     demand = _bursty(bench.pick(5.0, 1.6), _DEMAND)
-    with _three_worlds(bench) as worlds:
-        rounds = bench.pick(9, 3)
-        runs = _compare(bench, "three bursty scrapers", worlds, demand, rounds)
+    rounds = bench.pick(9, 3)
+    runs, worlds = _compare_bursts(bench, "three bursty scrapers", demand, rounds)
     figures = tuple(
         runs.ratio(f"{key}: {what}", metric, of=name)
         for key, name in (("bursts", FAIR), ("bursts, lifted", _LIFTED_NAME))
@@ -201,13 +204,11 @@ def bursty(bench: Bench) -> Findings:
 def by_demand(bench: Bench) -> Findings:
     """The same with less and with more to do: where twenty stop being enough."""
     points: dict[str, list[tuple[float, float]]] = {FAIR: [], _LIFTED_NAME: []}
-    with _three_worlds(bench) as worlds:
-        for mean in (5.0, 10.0, 15.0, 18.0):
-            demand = _bursty(4.0, mean)
-            what = f"bursts, {mean:g} busy on average"
-            runs = _compare(bench, what, worlds, demand, 3)
-            for name, line in points.items():
-                line.append((mean, runs.ratio(what, "p95", of=name).median))
+    for mean in (5.0, 10.0, 15.0, 18.0):
+        what = f"bursts, {mean:g} busy on average"
+        runs, _ = _compare_bursts(bench, what, _bursty(4.0, mean), 3)
+        for name, line in points.items():
+            line.append((mean, runs.ratio(what, "p95", of=name).median))
     plot = Lines(
         "p95 latency over that of three QueuePools of 10, by demand",
         "connections busy on average",
@@ -256,14 +257,14 @@ def saturated(bench: Bench) -> Findings:
             for n, name in enumerate(NAMES)
         }
 
-    with ExitStack() as stack:
-        worlds = [
-            stack.enter_context(fair_world(bench.database)),
-            stack.enter_context(static_world(bench.database)),
-            stack.enter_context(static_world(bench.database, (7, 7, 6))),
-        ]
-        rounds = bench.pick(9, 3)
-        runs = _compare(bench, "three saturated scrapers", worlds, demand, rounds)
+    database, rounds = bench.database, bench.pick(9, 3)
+    worlds = [
+        fair_world(database),
+        static_world(database),
+        static_world(database, (7, 7, 6)),
+    ]
+    what = "three saturated scrapers"
+    runs, opened = _compare(bench, what, worlds, demand, rounds)
     what = "three saturated scrapers on 20 connections"
     figures = (
         runs.ratio(
@@ -276,7 +277,7 @@ def saturated(bench: Bench) -> Findings:
         runs.ratio(
             f"{what}: workflows per second",
             "throughput",
-            over=worlds[2].name,
+            over=opened[2].name,
             beside="three QueuePools of 7, 7 and 6",
             remark="the same number of connections; the scraper with 6 is ready last",
         ),
