@@ -17,6 +17,7 @@ from sqlalchemy import exc
 
 from .harness.bench import Bench, Scenario
 from .harness.database import BenchError, Database, open_database, reason
+from .harness.figures import Figure
 from .harness.findings import Report
 from .harness.targets import TARGETS
 from .report.machine import machine, versions
@@ -118,7 +119,7 @@ def _run(arguments: argparse.Namespace, scenarios: Sequence[Scenario]) -> Report
             for scenario in scenarios:
                 view.section(scenario.title)
                 section = play(bench, scenario)
-                view.found(section.findings.figures)
+                view.found(section.of(Figure))
                 report.sections.append(section)
                 report.seconds = time.monotonic() - began
     except KeyboardInterrupt:

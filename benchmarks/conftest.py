@@ -10,7 +10,7 @@ import pytest
 from .harness.bench import Bench, Part
 from .harness.database import Database, open_database
 from .harness.figures import Figure
-from .harness.findings import Findings, Report, Section
+from .harness.findings import Report, Section
 from .harness.targets import TARGETS
 from .report.machine import machine, versions
 from .report.view import figures_lines
@@ -38,11 +38,12 @@ def measure(benchmark: Any, pytestconfig: pytest.Config, request: Any) -> Any:
     def run(part: Part, needs_database: bool) -> None:
         found_database = request.getfixturevalue("database") if needs_database else None
         benchmark.group = "whole measurements"
-        found: Findings = benchmark.pedantic(
-            part, (Bench(database=found_database),), rounds=1, iterations=1
+        found = benchmark.pedantic(
+            lambda: list(part(Bench(database=found_database))), rounds=1, iterations=1
         )
-        pytestconfig.stash.setdefault(_FIGURES, []).extend(found.figures)
-        entries = [figure.as_dict() for figure in found.figures]
+        figures = Section("", "", "", found).of(Figure)
+        pytestconfig.stash.setdefault(_FIGURES, []).extend(figures)
+        entries = [figure.as_dict() for figure in figures]
         benchmark.extra_info["figures"] = entries
 
     return run
@@ -53,11 +54,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    found = tuple(config.stash.get(_FIGURES, []))
+    found = config.stash.get(_FIGURES, [])
     if not found:
         return
     terminalreporter.section("FairQueuePool: figures and targets")
-    section = Section("", "", "", Findings(found))
+    section = Section("", "", "", found)
     missing = Report({}, [section], list(TARGETS.values())).figures
     rest = [figure for figure in missing if not figure.values]
     parts = [

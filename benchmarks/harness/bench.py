@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from .database import BenchError, Database
 from .figures import Figure, interleave, pairwise
-from .findings import Bar, Bars, Distribution, Distributions, Findings
+from .findings import Bar, Bars, Distribution, Distributions, Finding
 from .targets import figure
 
 _T = TypeVar("_T")
@@ -150,8 +150,8 @@ class Bench:
         return Runs(interleave(told, rounds))
 
 
-#: A measurement. It may be slow, and cleans up after itself.
-Part = Callable[[Bench], Findings]
+#: A measurement: a generator of what it finds. It cleans up after itself.
+Part = Callable[[Bench], Iterator[Finding]]
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Scenario:
     #: Sessions of a database that it needs at a time; 0 for no database.
     sessions: int = 0
 
-    def run(self, bench: Bench) -> Findings:
+    def run(self, bench: Bench) -> list[Finding]:
         """Make the measurements of the bench's form."""
         parts = self.parts if bench.short else self.parts + self.more
-        return sum((part(bench) for part in parts), Findings())
+        return [found for part in parts for found in part(bench)]

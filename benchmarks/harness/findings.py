@@ -121,23 +121,8 @@ class Table:
     rows: Sequence[Sequence[str | float]]
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What one measurement has found."""
-
-    figures: tuple[Figure, ...] = ()
-    plots: tuple[Plot, ...] = ()
-    tables: tuple[Table, ...] = ()
-    #: Paragraphs for the reader of the plots.
-    notes: tuple[str, ...] = ()
-
-    def __add__(self, other: Findings) -> Findings:
-        return Findings(
-            self.figures + other.figures,
-            self.plots + other.plots,
-            self.tables + other.tables,
-            self.notes + other.notes,
-        )
+#: What a measurement finds; a text is a paragraph for the reader of the plots.
+Finding: TypeAlias = Figure | Plot | Table | str
 
 
 @dataclass(frozen=True)
@@ -147,26 +132,26 @@ class Section:
     name: str
     title: str
     text: str
-    findings: Findings
+    findings: Sequence[Finding]
     seconds: float = 0.0
+
+    def of(self, *kinds: type) -> list[Any]:
+        """Return what was found of these types."""
+        return [found for found in self.findings if isinstance(found, kinds)]
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
-        found = self.findings
+        plots = self.of(Lines, Bars, Distributions)
         return {
             "name": self.name,
             "title": self.title,
             "text": self.text,
             "seconds": round(self.seconds, 1),
-            "figures": [figure.as_dict() for figure in found.figures],
-            "plots": [_as_dict(plot) for plot in found.plots],
-            "tables": [asdict(table) for table in found.tables],
-            "notes": list(found.notes),
+            "figures": [figure.as_dict() for figure in self.of(Figure)],
+            "plots": [{"kind": type(p).__name__.lower(), **asdict(p)} for p in plots],
+            "tables": [asdict(table) for table in self.of(Table)],
+            "notes": self.of(str),
         }
-
-
-def _as_dict(plot: Plot) -> dict[str, Any]:
-    return {"kind": type(plot).__name__.lower(), **asdict(plot)}
 
 
 @dataclass
@@ -185,7 +170,7 @@ class Report:
     @property
     def figures(self) -> list[Figure]:
         """All figures that have a target; of a target not measured, an empty one."""
-        found = [f for s in self.sections for f in s.findings.figures if f.target]
+        found = [f for s in self.sections for f in s.of(Figure) if f.target]
         missing = [t for t in self.targets if t not in {f.target for f in found}]
         return found + [Figure(t.what, t.beside, (), t) for t in missing]
 

@@ -13,17 +13,21 @@ import secrets
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from sqlalchemy import Connection, Engine, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import NullPool, QueuePool
+
+from sqla_fairpool import FairQueuePool
 
 from .crowd import working
 from .database import Database
 from .figures import percentile
+from .pools import fixed, open_all
 
 #: Rows that a scraper takes at a time, and rows it has.
 _BATCH, _ROWS = 3, 400
@@ -261,3 +265,70 @@ def run(work: Work, tasks: Tasks, limit: float = 60.0, every: float = 0.01) -> O
     outcome.seconds = max(ends, default=limit)
     outcome.client = (time.process_time() - cpu) / outcome.seconds
     return outcome
+
+
+# -- the two worlds: a pool for each scraper, and one for all --------------------------
+
+#: The scrapers.
+NAMES = ("layer1_5", "layer2", "layer3")
+
+#: A minute of a day is 10 ms here: the default times, divided by a hundred.
+SCALED: dict[str, Any] = {"idle_timeout": 0.6, "reallocation_interval": 0.3}
+
+#: Options with which a scraper may have all that nobody else wants.
+LIFTED: dict[str, Any] = {"soft_limit": 20, "max_limit": 20}
+
+FAIR = "FairQueuePool 20"
+
+#: Seconds a checkout may wait. No workflow may be lost by it.
+_PATIENCE = 120.0
+
+
+@dataclass(frozen=True)
+class World:
+    """Scrapers and their connections, all of which are open."""
+
+    name: str
+    connections: int
+    scrapers: dict[str, Scraper]
+
+
+@contextmanager
+def static_world(
+    database: Database, sizes: Sequence[int] = (10, 10, 10), threads: int = 25
+) -> Iterator[World]:
+    """A ``QueuePool`` for each scraper, of so many connections."""
+    with ExitStack() as stack:
+        scrapers = {}
+        for name, size in zip(NAMES, sizes, strict=True):
+            engine = database.engine(
+                QueuePool, **fixed(QueuePool, size), pool_timeout=_PATIENCE
+            )
+            stack.callback(engine.dispose)
+            open_all(engine)
+            scrapers[name] = Scraper(name, engine, engine.pool.checkedout, threads)
+        shown = f"QueuePool {'+'.join(map(str, sizes))}"
+        yield World(shown, sum(sizes), scrapers)
+
+
+@contextmanager
+def fair_world(
+    database: Database, title: str = FAIR, threads: int = 25, **options: Any
+) -> Iterator[World]:
+    """One ``FairQueuePool`` of twenty connections for all scrapers."""
+    options |= fixed(FairQueuePool, 20)
+    engine = database.engine(FairQueuePool, pool_timeout=_PATIENCE, **options)
+
+    def held(name: str) -> int:
+        row = engine.pool.stats().tag(name)
+        return row.connections if row is not None else 0
+
+    def scraper(name: str) -> Scraper:
+        tagged = engine.execution_options(scraper=name)
+        return Scraper(name, tagged, partial(held, name), threads)
+
+    try:
+        open_all(engine)
+        yield World(title, 20, {name: scraper(name) for name in NAMES})
+    finally:
+        engine.dispose()

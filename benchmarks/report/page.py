@@ -8,7 +8,8 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from ..harness.findings import Report
+from ..harness.figures import Figure
+from ..harness.findings import Bars, Distributions, Lines, Report, Table
 from .machine import summary
 from .plots import draw, nice_number
 
@@ -23,6 +24,10 @@ def page(report: Report) -> str:
     environment.filters |= {
         "ratio": lambda value: f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}",
         "number": nice_number,
+        "figures": lambda section: section.of(Figure),
+        "plots": lambda section: section.of(Lines, Bars, Distributions),
+        "tables": lambda section: section.of(Table),
+        "notes": lambda section: section.of(str),
         "draw": lambda plot: Markup(draw(plot)),  # it is escaped there
     }
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))

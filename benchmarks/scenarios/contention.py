@@ -20,7 +20,7 @@ from sqlalchemy import Engine
 from ..harness.bench import Bench, Runs
 from ..harness.crowd import Caller, Outcome, in_threads
 from ..harness.figures import percentile
-from ..harness.findings import Findings, Lines, Series
+from ..harness.findings import Finding, Lines, Series
 from ..harness.pools import fair_engine, handoff_engine, queue_engine
 
 _HOLD = 0.005
@@ -72,7 +72,7 @@ def _both(runs: Runs) -> str:
     return "; ".join(f"{n}: {_told(runs[n])}" for n in list(PEERS)[:2])
 
 
-def with_hold(bench: Bench) -> Findings:
+def with_hold(bench: Bench) -> Iterator[Finding]:
     """200 threads on 20 connections."""
     seconds = bench.pick(1.0, 0.4)
     contenders = {
@@ -80,18 +80,11 @@ def with_hold(bench: Bench) -> Findings:
         for name, make in PEERS.items()
     }
     runs = bench.interleave("200 threads, 5 ms hold", contenders, bench.pick(7, 3))
-    return Findings(
-        (
-            runs.ratio("hold", "throughput", remark=_both(runs)),
-            runs.ratio(
-                "a bare hand-off: the same, throughput",
-                "throughput",
-                of="bare hand-off",
-            ),
-            runs.value("fair 200", "fairness"),
-            runs.value("QueuePool: the same", "fairness", "QueuePool"),
-        )
-    )
+    bare = "bare hand-off"
+    yield runs.ratio("hold", "throughput", remark=_both(runs))
+    yield runs.ratio(f"a {bare}: the same, throughput", "throughput", of=bare)
+    yield runs.value("fair 200", "fairness")
+    yield runs.value("QueuePool: the same", "fairness", "QueuePool")
 
 
 @contextmanager
@@ -120,7 +113,7 @@ def _without_hold(bench: Bench, what: str) -> Runs:
     return bench.interleave(what, contenders, bench.pick(9, 5))
 
 
-def without_hold(bench: Bench) -> Findings:
+def without_hold(bench: Bench) -> Iterator[Finding]:
     """40 threads on 20 connections that do nothing but check out and return.
 
     On one core, because the interpreter lets one thread run at a time anyway: on
@@ -131,28 +124,19 @@ def without_hold(bench: Bench) -> Findings:
     with _one_core() as pinned:
         runs = _without_hold(bench, "40 threads, no hold")
     remark = f"{'on one core; ' if pinned else ''}{_both(runs)}"
-    return Findings(
-        (
-            runs.ratio("no hold", "throughput", remark=remark),
-            runs.ratio("the same", "throughput", over="bare hand-off"),
-        )
-    )
+    yield runs.ratio("no hold", "throughput", remark=remark)
+    yield runs.ratio("the same", "throughput", over="bare hand-off")
 
 
-def without_hold_on_all_cores(bench: Bench) -> Findings:
+def without_hold_on_all_cores(bench: Bench) -> Iterator[Finding]:
     """The same as it comes, see above."""
     runs = _without_hold(bench, "40 threads, all cores")
-    what = "the same, on all cores"
-    bare = "bare hand-off"
-    return Findings(
-        (
-            runs.ratio(what, "throughput", remark=_both(runs)),
-            runs.ratio(f"a {bare}: {what}", "throughput", of=bare),
-        )
-    )
+    what, bare = "the same, on all cores", "bare hand-off"
+    yield runs.ratio(what, "throughput", remark=_both(runs))
+    yield runs.ratio(f"a {bare}: {what}", "throughput", of=bare)
 
 
-def issue_7679(bench: Bench) -> Findings:
+def issue_7679(bench: Bench) -> Iterator[Finding]:
     """SQLAlchemy's issue 7679: threads that return a connection overtake the waiters.
 
     100 threads of one application, 10 connections.
@@ -160,10 +144,8 @@ def issue_7679(bench: Bench) -> Findings:
     contenders = on_one_tag(10, 100, 0.010, bench.pick(2.0, 0.8))
     runs = bench.interleave("issue 7679", contenders, bench.pick(3, 2))
     fair, queue = runs.values()
-    figures = (
-        runs.value("fair 7679", "fairness", remark=_told(fair)),
-        runs.value("QueuePool: the same", "fairness", "QueuePool", _told(queue)),
-    )
+    yield runs.value("fair 7679", "fairness", remark=_told(fair))
+    yield runs.value("QueuePool: the same", "fairness", "QueuePool", _told(queue))
     series = []
     for name, outcomes in runs.items():
         served = sorted(outcomes[0].served, reverse=True)
@@ -171,7 +153,7 @@ def issue_7679(bench: Bench) -> Findings:
         series.append(Series(name, points))
     title = "100 threads on 10 connections, 10 ms hold (SQLAlchemy issue 7679)"
     x, y = "threads, the luckiest first", "times served"
-    return Findings(figures, (Lines(title, x, y, tuple(series)),))
+    yield Lines(title, x, y, series)
 
 
 # -- one quiet thread under its own tag, beside a flood of 200 under another ----------
@@ -230,7 +212,7 @@ def starved(outcomes: Sequence[Outcome]) -> str:
     return "" if any(outcome.served[-1] for outcome in outcomes) else "never served"
 
 
-def light_tag(bench: Bench, key: str = "light") -> Findings:
+def light_tag(bench: Bench, key: str = "light") -> Iterator[Finding]:
     """Measure one of `LIGHT_CASES`."""
     connects, options = LIGHT_CASES[key]
     seconds = bench.pick(1.5, 0.5)
@@ -244,8 +226,7 @@ def light_tag(bench: Bench, key: str = "light") -> Findings:
     ours, theirs = map(_told_of_light, runs.values())
     p99 = lambda o: percentile(o.waits[-1] or o.last_waits, 99) / _HOLD  # noqa: E731
     remark = f"light: {ours}; beside QueuePool: {theirs}"
-    figures = (runs.value(key, p99, remark=remark),)
-    if key != "light":
-        return Findings(figures)
-    title = "Waits of one quiet thread beside a flood of 200"
-    return Findings(figures, (runs.waits(title, "last_waits", starved),))
+    yield runs.value(key, p99, remark=remark)
+    if key == "light":
+        title = "Waits of one quiet thread beside a flood of 200"
+        yield runs.waits(title, "last_waits", starved)

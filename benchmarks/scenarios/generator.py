@@ -7,12 +7,13 @@ the most they can ask for; what a pool was asked for has to be well below.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from ..harness.bench import Bench, Scenario
 from ..harness.crowd import Caller, Outcome, in_tasks, in_threads
-from ..harness.findings import Findings
+from ..harness.findings import Finding
 from ..harness.pools import queue_engine
 from ..harness.targets import figure
 
@@ -56,7 +57,7 @@ def cheapest(seconds: float) -> Outcome:
     return outcome
 
 
-def headroom(bench: Bench) -> Findings:
+def headroom(bench: Bench) -> Iterator[Finding]:
     """What the crowd costs in the fastest of all runs, which has no hold."""
     seconds = bench.pick(0.5, 0.2)
     contenders = {
@@ -68,10 +69,10 @@ def headroom(bench: Bench) -> Findings:
         "the part of a cycle that is the crowd's own, in the fastest of all runs: one "
         "thread, no hold, a DBAPI that does nothing"
     )
-    return Findings((runs.ratio("generator: cost", "throughput", remark=remark),))
+    yield runs.ratio("generator: cost", "throughput", remark=remark)
 
 
-def sleepers(bench: Bench) -> Findings:
+def sleepers(bench: Bench) -> Iterator[Finding]:
     """What the crowd reaches with ten callers that only sleep, of what is possible."""
     seconds, hold, callers = bench.pick(1.0, 0.3), 0.005, 10
     contenders = {
@@ -80,22 +81,19 @@ def sleepers(bench: Bench) -> Findings:
     }
     runs = bench.interleave("generator, 5 ms hold", contenders, bench.pick(5, 3))
     possible = callers / hold
-    figures = tuple(
-        figure(
+    for name, rates in runs.each("throughput").items():
+        yield figure(
             f"ten {name} that only sleep 5 ms: turns per second",
             [rate / possible for rate in rates],
             "ten through 5 ms",
             "the rest is late wake-ups, the machine's; no pool reaches more",
         )
-        for name, rates in runs.each("throughput").items()
-    )
-    plot = runs.bars(
+    yield runs.bars(
         "Ten callers without any pool, 5 ms hold: the ceiling of the peers' runs",
         "turns per second",
         "throughput",
         level=(possible, "no wake-up late"),
     )
-    return Findings(figures, (plot,))
 
 
 GENERATOR = Scenario(

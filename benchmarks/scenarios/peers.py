@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -20,7 +20,7 @@ from ..harness.bench import Bench, Metric, Runs, Scenario
 from ..harness.contenders import TASKS, THREADS, Contender, Setup
 from ..harness.crowd import Caller, Outcome, in_tasks, in_threads
 from ..harness.figures import Figure, percentile
-from ..harness.findings import Findings, Table
+from ..harness.findings import Finding, Table
 from .contention import starved
 
 #: Connections, and callers: ten hold one, ten wait for each.
@@ -163,16 +163,18 @@ class _Side:
         self._name, self._peers, self._work, self._bench = name, peers, work, bench
         self._columns: dict[str, dict[str, float]] = {}
 
-    def measure(self, cycle: Callable[[Bench, Any], float]) -> Findings:
+    def measure(self, cycle: Callable[[Bench, Any], float]) -> Iterator[Finding]:
         """Make all measurements of the bench's form."""
         seconds = self._bench.pick(1.5, 0.25)
-        found = self._uncontended(cycle)
+        yield from self._uncontended(cycle)
         for hold in self._bench.pick((0.0, 0.001, HOLD, 0.05), (HOLD,)):
-            found += self._hold(hold, 3.0 if hold > HOLD else max(seconds, 0.55))
-        found += self._tags(seconds) + self._light(seconds)
+            yield from self._hold(hold, 3.0 if hold > HOLD else max(seconds, 0.55))
+        yield from self._tags(seconds)
+        yield from self._light(seconds)
         if not self._bench.short:
-            found += self._giving_up(seconds) + self._alone(seconds)
-        return found + self._tables()
+            yield from self._giving_up(seconds)
+            yield from self._alone(seconds)
+        yield from self._tables()
 
     def _run(self, work: Work) -> Runs:
         run = partial(self._work, self._bench)
@@ -188,66 +190,65 @@ class _Side:
         others = runs.medians(metric, form, others=True)
         return runs.value(f"{self._name}: {key}", metric, remark=others)
 
-    def _throughput(self, runs: Runs, what: str, title: str, **more: Any) -> Findings:
-        ratio = runs.ratio(f"{self._name}: {what}", "throughput")
-        bars = runs.bars(title, "checkouts per second", "throughput", **more)
-        return Findings((ratio,), (bars,))
+    def _throughput(
+        self, runs: Runs, what: str, title: str, **more: Any
+    ) -> Iterator[Finding]:
+        yield runs.ratio(f"{self._name}: {what}", "throughput")
+        yield runs.bars(title, "checkouts per second", "throughput", **more)
 
-    def _uncontended(self, cycle: Callable[[Bench, Any], float]) -> Findings:
+    def _uncontended(self, cycle: Callable[[Bench, Any], float]) -> Iterator[Finding]:
         contenders = {p.name: partial(cycle, self._bench, p) for p in self._peers}
         what = f"{self._name}, uncontended"
         runs = self._bench.interleave(what, contenders, self._bench.pick(9, 3))
         self._column("uncontended, µs", runs)
         title = f"Uncontended checkout and checkin, {self._name}"
-        figures = (runs.ratio(f"{self._name}: uncontended, time"),)
-        return Findings(figures, (runs.bars(title, "µs, less is better"),))
+        yield runs.ratio(f"{self._name}: uncontended, time")
+        yield runs.bars(title, "µs, less is better")
 
-    def _hold(self, hold: float, seconds: float) -> Findings:
+    def _hold(self, hold: float, seconds: float) -> Iterator[Finding]:
         """Five tags, each with as many callers."""
         name = f"{hold * 1000:g} ms hold"
         runs = self._run(Work(name, EVEN, seconds, hold))
         self._column(f"{name}, per s", runs, "throughput")
         title = f"Throughput with {name}, {self._name}"
-        found = self._throughput(runs, f"throughput, {name}", title)
+        yield from self._throughput(runs, f"throughput, {name}", title)
         if hold != HOLD:
-            return found
+            return
         for heading, metric in _FAIRNESS.items():
             self._column(heading, runs, metric)
-        figures = (
-            self._target(runs, "jain", "fairness", ".3f"),
-            self._target(runs, "spread", "spread", ".3g"),
-        )
+        yield self._target(runs, "jain", "fairness", ".3f")
+        yield self._target(runs, "spread", "spread", ".3g")
         title = f"Waits of {CALLERS} {self._name} on {SIZE} connections, {name}"
-        return found + Findings(figures, (runs.waits(title, remark=_never_served),))
+        yield runs.waits(title, remark=_never_served)
 
-    def _tags(self, seconds: float) -> Findings:
+    def _tags(self, seconds: float) -> Iterator[Finding]:
         """Five tags, of which some are louder than others."""
         runs = self._run(Work("loud and quiet tags", UNEVEN, seconds))
         self._column("Jain, tags", runs, over_tags)
         title = f"Fairness over five tags with 50, 30, 16, 8 and 6 {self._name}"
-        bars = runs.bars(title, "Jain's index, 1 is even", over_tags)
-        return Findings((self._target(runs, "tags", over_tags, ".3f"),), (bars,))
+        yield self._target(runs, "tags", over_tags, ".3f")
+        yield runs.bars(title, "Jain's index, 1 is even", over_tags)
 
-    def _light(self, seconds: float) -> Findings:
+    def _light(self, seconds: float) -> Iterator[Finding]:
         """A flood of callers under one tag, and one caller that comes to it."""
         runs = self._run(Work("light tag", (CALLERS - 1,), seconds, with_light=True))
         self._column("light tag p99, ms", runs, light_p99)
-        figure = runs.value(
+        yield runs.value(
             f"{self._name}: light",
             lambda outcome: light_p99(outcome) / 1e3 / HOLD,
             remark=f"ms: {runs.medians(light_p99, '.3g', others=True)}",
         )
         title = f"Waits of a light tag beside a flood of 109 {self._name}"
-        return Findings((figure,), (runs.waits(title, "last_waits", starved),))
+        yield runs.waits(title, "last_waits", starved)
 
-    def _alone(self, seconds: float) -> Findings:
+    def _alone(self, seconds: float) -> Iterator[Finding]:
         """One of five tags, the others having no callers."""
         runs = self._run(Work("one tag alone", (40,), seconds))
         title = f"One tag alone, 40 {self._name}: throughput"
-        found = self._throughput(runs, "one tag alone", title)
-        return found + Findings(notes=(_ALONE,))
+        yield from self._throughput(runs, "one tag alone", title)
+        yield _ALONE
 
-    def _giving_up(self, seconds: float) -> Findings:
+    def _giving_up(self, seconds: float) -> Iterator[Finding]:
         """Every second caller gives up."""
         runs = self._run(Work("giving up", EVEN, seconds, impatient=True))
         self._column("giving up, per s", runs, "throughput")
@@ -256,23 +257,22 @@ class _Side:
         lost = self._columns["given up per served"]
         remarks = {name: f"{n:.2f} given up per served" for name, n in lost.items()}
         title = f"Throughput while every second waiter {how}, 5 ms hold"
-        return self._throughput(runs, f"every second {how}", title, remarks=remarks)
+        yield from self._throughput(runs, f"every second {how}", title, remarks=remarks)
 
-    def _tables(self) -> Findings:
+    def _tables(self) -> Iterator[Finding]:
         columns = self._columns
         rows = [(p.name, *(c[p.name] for c in columns.values())) for p in self._peers]
         how = [(peer.name, peer.how) for peer in self._peers]
-        medians = Table(f"All medians, {self._name}", ("pool", *columns), rows)
-        title = f"How they are configured, {self._name}"
-        return Findings(tables=(medians, Table(title, ("pool", "how"), how)))
+        yield Table(f"All medians, {self._name}", ("pool", *columns), rows)
+        yield Table(f"How they are configured, {self._name}", ("pool", "how"), how)
 
 
-def threads(bench: Bench) -> Findings:
+def threads(bench: Bench) -> Iterator[Finding]:
     """The pools for threads."""
     return _Side("threads", THREADS, _in_threads, bench).measure(_cycle_in_thread)
 
 
-def tasks(bench: Bench) -> Findings:
+def tasks(bench: Bench) -> Iterator[Finding]:
     """The pools for asyncio tasks."""
     return _Side("tasks", TASKS, _in_tasks, bench).measure(_cycle_in_task)
 

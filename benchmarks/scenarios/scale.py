@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-import time
+import statistics
 import tracemalloc
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -22,15 +22,17 @@ from sqla_fairpool.scheduling.account import Ticket
 from sqla_fairpool.scheduling.scheduler import Scheduler
 
 from ..harness.bench import Bench, Runs, Scenario
-from ..harness.figures import percentile
-from ..harness.findings import Bar, Bars, Findings, Lines, Series
+from ..harness.findings import Bar, Bars, Finding, Lines, Series
 from ..harness.pools import fair_engine, queue_engine
 from ..harness.targets import figure
+from .uncontended import timed
 
 FEW, MANY = 10, 10_000
 
 #: Steps of a round of some 5 ms: most rounds fall between two disturbances.
 _STEPS = 500
+
+_ROLES = {"under ten tags": "ours", "under a tag each": "b"}
 
 _PEERS: dict[str, Callable[..., Engine]] = {
     "FairQueuePool": fair_engine,
@@ -64,28 +66,13 @@ def _interleave(
     return bench.interleave(what, contenders, bench.pick(160, 60))
 
 
-def _curve(name: str, runs: Runs, keys: dict[int, Any], role: str = "") -> Series:
-    """Return the medians of the rounds, in microseconds for each step."""
-    points = (
-        (float(x), percentile(runs[key], 50) / _STEPS * 1e6) for x, key in keys.items()
-    )
-    return Series(name, tuple(points), role)
-
-
-def _curves(title: str, x: str, runs: Runs, xs: tuple[int, ...]) -> Lines:
-    """Return a plot of both pools; the keys of `runs` are (name, x)."""
-    series = (_curve(name, runs, {n: (name, n) for n in xs}) for name in _PEERS)
-    return Lines(title, x, "µs", tuple(series), log_x=True)
-
-
-def _timed(step: Callable[[], object]) -> Callable[[], float]:
-    def run() -> float:
-        began = time.thread_time()
-        for _ in range(_STEPS):
-            step()
-        return time.thread_time() - began
-
-    return run
+def _curves(title: str, x: str, runs: Runs) -> Lines:
+    """Return a plot of the medians; the keys of `runs` are a curve's name and x."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for (name, at), times in runs.items():
+        curves.setdefault(name, []).append((at, statistics.median(times)))
+    series = [Series(n, points, _ROLES.get(n, "")) for n, points in curves.items()]
+    return Lines(title, x, "µs", series, log_x=True)
 
 
 # -- tags -----------------------------------------------------------------------------
@@ -103,10 +90,10 @@ def _tagged(engine: Engine, number: int) -> list[Connect]:
 def _random_walk(connects: list[Connect]) -> Callable[[], float]:
     """Time checkouts and checkins, each under a tag chosen at random."""
     chosen = cycle(random.Random(7).choices(connects, k=2 * MANY))
-    return _timed(lambda: next(chosen)().close())
+    return timed(lambda: next(chosen)().close(), _STEPS)
 
 
-def random_tags(bench: Bench) -> Findings:
+def random_tags(bench: Bench) -> Iterator[Finding]:
     """The worst for the pool: hardly ever the same tag twice running.
 
     Looking at 10,000 engines in turn costs time with any pool, because the
@@ -120,21 +107,18 @@ def random_tags(bench: Bench) -> Findings:
     }
     runs = _interleave(bench, "random tags", contenders)
     ours, theirs = _PEERS
-    figures = (
-        runs.ratio("tags", of=(ours, MANY), over=(ours, FEW)),
-        runs.ratio(
-            "QueuePool: the same, which has no tags",
-            of=(theirs, MANY),
-            over=(theirs, FEW),
-            beside="10 tags",
-        ),
+    yield runs.ratio("tags", of=(ours, MANY), over=(ours, FEW))
+    yield runs.ratio(
+        "QueuePool: the same, which has no tags",
+        of=(theirs, MANY),
+        over=(theirs, FEW),
+        beside="10 tags",
     )
     title = "Checkout and checkin, under a tag chosen at random"
-    plot = _curves(title, "tags that the pool knows", runs, _powers(bench))
-    return Findings(figures, (plot,))
+    yield _curves(title, "tags that the pool knows", runs)
 
 
-def one_tag_of_many(bench: Bench) -> Findings:
+def one_tag_of_many(bench: Bench) -> Iterator[Finding]:
     """The usual case: the same tag again, with all the others known and active."""
     contenders = {
         number: _random_walk(_tagged(fair_engine(), number)[:1])
@@ -142,7 +126,7 @@ def one_tag_of_many(bench: Bench) -> Findings:
     }
     runs = _interleave(bench, "one tag of many", contenders)
     what = "one tag's checkout + checkin among 10,000 active tags, time"
-    return Findings((runs.ratio(what, beside="10 tags"),))
+    yield runs.ratio(what, beside="10 tags")
 
 
 # -- waiters --------------------------------------------------------------------------
@@ -168,7 +152,7 @@ def _turnover(waiters: int, tags: int) -> Callable[[], float]:
         out.extend(scheduler.release(ticket, 0.0))
         scheduler.request(ticket, next(names), 0.0)
 
-    run = _timed(step)
+    run = timed(step, _STEPS)
 
     def checked() -> float:
         took = run()
@@ -179,33 +163,23 @@ def _turnover(waiters: int, tags: int) -> Callable[[], float]:
     return checked
 
 
-def many_waiters(bench: Bench) -> Findings:
+def many_waiters(bench: Bench) -> Iterator[Finding]:
     """Under ten tags, however many they are; and each under a tag of its own."""
-    powers = _powers(bench)
-    few_tags, own_tags = (
-        _interleave(bench, what, {n: _turnover(n, tags(n)) for n in powers})
-        for what, tags in (
-            ("waiters", lambda number: 10),
-            ("waiters, a tag each", lambda number: 2 * number + 20),
-        )
+    ten, own = _ROLES
+    contenders = {}
+    for n in _powers(bench):
+        contenders[ten, n] = _turnover(n, 10)
+        contenders[own, n] = _turnover(n, 2 * n + 20)
+    runs = _interleave(bench, "waiters", contenders)
+    yield runs.ratio("waiters", of=(ten, MANY), over=(ten, FEW))
+    yield runs.ratio(
+        "the same, each waiter under a tag of its own",
+        of=(own, MANY),
+        over=(own, FEW),
+        beside="10 waiters",
     )
-    own = "the same, each waiter under a tag of its own"
-    figures = (
-        few_tags.ratio("waiters", of=MANY, over=FEW),
-        own_tags.ratio(own, of=MANY, over=FEW, beside="10 waiters"),
-    )
-    keys = {n: n for n in powers}
-    plot = Lines(
-        "A release that serves a waiter, and a request: the scheduler alone",
-        "callers that wait",
-        "µs",
-        (
-            _curve("under ten tags", few_tags, keys, "ours"),
-            _curve("under a tag each", own_tags, keys, "b"),
-        ),
-        log_x=True,
-    )
-    return Findings(figures, (plot,))
+    title = "A release that serves a waiter, and a request: the scheduler alone"
+    yield _curves(title, "callers that wait", runs)
 
 
 # -- large pools ----------------------------------------------------------------------
@@ -215,10 +189,10 @@ def _crowded(make: Callable[..., Engine], size: int) -> Callable[[], float]:
     """Time checkouts and checkins on a pool of which half is out."""
     engine = make(size).execution_options(scraper="a")
     held = [engine.connect() for _ in range(size // 2)]
-    return _timed(lambda held=held: engine.connect().close())  # type: ignore[misc]
+    return timed(lambda held=held: engine.connect().close(), _STEPS)
 
 
-def pools_of_many_sizes(bench: Bench) -> Findings:
+def pools_of_many_sizes(bench: Bench) -> Iterator[Finding]:
     """From 5 to 1,000 connections, half of which are out."""
     sizes = bench.pick((5, 10, 20, 50, 100, 200, 500, 1000), (5, 20, 100, 1000))
     contenders = {
@@ -228,15 +202,14 @@ def pools_of_many_sizes(bench: Bench) -> Findings:
     }
     runs = _interleave(bench, "large pools", contenders)
     ours = "FairQueuePool"
-    ratio = runs.ratio(
+    yield runs.ratio(
         "checkout + checkin with a pool of 1,000, time",
         of=(ours, 1000),
         over=(ours, 5),
         beside="a pool of 5",
     )
     title = "Checkout and checkin, half of the pool being out"
-    plot = _curves(title, "connections of the pool", runs, sizes)
-    return Findings((ratio,), (plot,))
+    yield _curves(title, "connections of the pool", runs)
 
 
 # -- memory ---------------------------------------------------------------------------
@@ -252,7 +225,7 @@ def _traced() -> Iterator[None]:
         tracemalloc.stop()
 
 
-def memory_of_a_tag(bench: Bench) -> Findings:
+def memory_of_a_tag(bench: Bench) -> Iterator[Finding]:
     """The pool's own memory for a tag that is active and has one warm connection."""
     number = 5000
     engine = fair_engine()
@@ -264,7 +237,7 @@ def memory_of_a_tag(bench: Bench) -> Findings:
             connect().close()
         gc.collect()
         each = tracemalloc.get_traced_memory()[0] / number
-    return Findings((figure("memory of an active tag, bytes", (each,)),))
+    yield figure("memory of an active tag, bytes", (each,))
 
 
 async def _line(pool: type[Pool], waiters: int, **options: int) -> float:
@@ -290,7 +263,7 @@ async def _line(pool: type[Pool], waiters: int, **options: int) -> float:
     return size / waiters
 
 
-def memory_of_a_waiter(bench: Bench) -> Findings:
+def memory_of_a_waiter(bench: Bench) -> Iterator[Finding]:
     """A task that waits: all its memory, greenlet included, with either pool."""
     ours = _line(AsyncAdaptedFairQueuePool, 2000, soft_limit=4, max_limit=4)
     sizes = {
@@ -300,7 +273,7 @@ def memory_of_a_waiter(bench: Bench) -> Findings:
         ),
     }
     fair, queue = sizes.values()
-    ratio = figure(
+    yield figure(
         "memory of a task that waits for a connection",
         (fair / queue,),
         "AsyncAdaptedQueuePool",
@@ -308,10 +281,10 @@ def memory_of_a_waiter(bench: Bench) -> Findings:
     )
     bars = tuple(Bar(name, size, size, size) for name, size in sizes.items())
     title = "Memory of a task that waits for a connection, all included"
-    return Findings((ratio,), (Bars(title, "bytes", bars),))
+    yield Bars(title, "bytes", bars)
 
 
-def memory_under_a_million_tags(bench: Bench) -> Findings:
+def memory_under_a_million_tags(bench: Bench) -> Iterator[Finding]:
     """Each tag is used once: memory rises to a bound and stays there."""
     scheduler = make_scheduler()
     ticket, most, early = Ticket(), 0, 0
@@ -328,7 +301,7 @@ def memory_under_a_million_tags(bench: Bench) -> Findings:
         peak = tracemalloc.get_traced_memory()[1]
     remark = f"{peak / 2**20:.1f} MiB at most, of {most:,} tags remembered at a time"
     what = "peak memory after 1,000,000 tags"
-    return Findings((figure(what, (peak / early,), "after 100,000", remark),))
+    yield figure(what, (peak / early,), "after 100,000", remark)
 
 
 SCALE = Scenario(

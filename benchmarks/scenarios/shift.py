@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ..harness.bench import Bench, Scenario
-from ..harness.findings import Findings, Lines, Series
+from ..harness.findings import Finding, Lines, Series
 from ..harness.targets import figure
-from ..harness.workload import Outcome, run, shift, work_on
-from ..harness.worlds import FAIR, NAMES, SCALED, World, fair_world, static_world
+from ..harness.workload import (
+    FAIR,
+    NAMES,
+    SCALED,
+    Outcome,
+    World,
+    fair_world,
+    run,
+    shift,
+    static_world,
+    work_on,
+)
 
 #: Seconds of service of a workflow, on average.
 _SERVICE = 0.05
@@ -66,7 +76,7 @@ def times(outcome: Outcome) -> dict[str, float]:
     }
 
 
-def coming_and_going(bench: Bench) -> Findings:
+def coming_and_going(bench: Bench) -> Iterator[Finding]:
     """Play the story in both worlds; measure in the shared one."""
     with static_world(bench.database) as static:
         contenders = {static.name: lambda: _play(static, bench)}
@@ -85,30 +95,22 @@ def coming_and_going(bench: Bench) -> Findings:
         return [max(each[key], 0.0) / unit for each in took]
 
     workflow = "a workflow"
-    figures = (
-        figure("shift: wake", ratios("first")),
-        figure(
-            "a scraper wakes up: until it has its full share, ten",
-            ratios("full"),
-            workflow,
-            "what others hold is not taken away, it drains",
-        ),
-        figure(
-            "a scraper stops: from its last checkin until the others have all twenty",
-            ratios("freed"),
-            workflow,
-        ),
-        figure(
-            "shift: idle",
-            ratios("idle", idle + interval),
-            remark=f"idle_timeout {idle} s, reallocation_interval {interval} s",
-        ),
+    yield figure("shift: wake", ratios("first"))
+    yield figure(
+        "a scraper wakes up: until it has its full share, ten",
+        ratios("full"),
+        workflow,
+        "what others hold is not taken away, it drains",
     )
-    plots = (
-        _story(f"{FAIR}: 15, then 10 and 10, then 7, 7 and 6", outcomes[0]),
-        _story(f"{static.name}: ten, whichever others are there", before),
+    yield figure(
+        "a scraper stops: from its last checkin until the others have all twenty",
+        ratios("freed"),
+        workflow,
     )
-    return Findings(figures, plots)
+    remark = f"idle_timeout {idle} s, reallocation_interval {interval} s"
+    yield figure("shift: idle", ratios("idle", idle + interval), remark=remark)
+    yield _story(f"{FAIR}: 15, then 10 and 10, then 7, 7 and 6", outcomes[0])
+    yield _story(f"{static.name}: ten, whichever others are there", before)
 
 
 SHIFT = Scenario(

@@ -14,22 +14,25 @@ from functools import partial
 from itertools import count
 
 from ..harness.bench import Bench, Runs, Scenario
-from ..harness.findings import Findings, Lines, Series
-from ..harness.workload import Job, Outcome, backlog, bursts, run, work_on
-from ..harness.worlds import (
+from ..harness.findings import Finding, Lines, Series
+from ..harness.workload import (
     FAIR,
     LIFTED,
     NAMES,
     SCALED,
+    Job,
+    Outcome,
     World,
+    backlog,
+    bursts,
     fair_world,
+    run,
     static_world,
+    work_on,
 )
 
 #: Seconds of service of a workflow, on average.
 SERVICE = 0.05
-
-_THREE = "three QueuePools of 10"
 
 #: The jobs of each scraper in round number so-and-so.
 Demand = Callable[[int], Mapping[str, Sequence[Job]]]
@@ -92,7 +95,7 @@ def unused(outcome: Outcome, connections: int) -> float:
     return connections - statistics.median(middle)
 
 
-def one_active(bench: Bench) -> Findings:
+def one_active(bench: Bench) -> Iterator[Finding]:
     """One scraper has a backlog, the others rest."""
     workflows = bench.pick(300, 180)
 
@@ -113,22 +116,17 @@ def one_active(bench: Bench) -> Findings:
     remark = (
         f"{before:g} of {static.connections} before, {now:g} of {fair.connections} now"
     )
-    figures = (
-        runs.ratio("alone: throughput", "throughput"),
-        runs.ratio("alone: latency", "mean"),
-        free.ratio("alone: unused", remark=remark),
-    )
+    yield runs.ratio("alone: throughput", "throughput")
+    yield runs.ratio("alone: latency", "mean")
+    yield free.ratio("alone: unused", remark=remark)
     new, old = runs[fair.name][0], runs[static.name][0]
     end = max(old.seconds, new.seconds)
-    plots = (
-        _over_time(f"{static.name}: ten are all it may have", old, 30, end=end),
-        _over_time(f"{fair.name}: fifteen while it is alone", new, 20, end=end),
-        runs.bars(
-            "Workflows per second, one active scraper", "per second", "throughput"
-        ),
-        free.bars("Connections that nobody uses meanwhile", "connections"),
-    )
-    return Findings(figures, plots, notes=(_client(runs),))
+    yield _over_time(f"{static.name}: ten are all it may have", old, 30, end=end)
+    yield _over_time(f"{fair.name}: fifteen while it is alone", new, 20, end=end)
+    title = "Workflows per second, one active scraper"
+    yield runs.bars(title, "per second", "throughput")
+    yield free.bars("Connections that nobody uses meanwhile", "connections")
+    yield _client(runs)
 
 
 ALONE = Scenario(
@@ -180,28 +178,23 @@ def _compare_bursts(
     return _compare(bench, what, worlds, demand, rounds)
 
 
-def bursty(bench: Bench) -> Findings:
+def bursty(bench: Bench) -> Iterator[Finding]:
     """All three have bursts, at times of their own."""
     demand = _bursty(bench.pick(5.0, 1.6), _DEMAND)
     rounds = bench.pick(9, 3)
     runs, worlds = _compare_bursts(bench, "three bursty scrapers", demand, rounds)
-    figures = tuple(
-        runs.ratio(f"{key}: {what}", metric, of=name)
-        for key, name in (("bursts", FAIR), ("bursts, lifted", _LIFTED_NAME))
-        for what, metric in (("throughput", "throughput"), ("latency", "p95"))
-    )
+    for key, name in (("bursts", FAIR), ("bursts, lifted", _LIFTED_NAME)):
+        yield runs.ratio(f"{key}: throughput", "throughput", of=name)
+        yield runs.ratio(f"{key}: latency", "p95", of=name)
     end = max(outcomes[0].seconds for outcomes in runs.values())
-    over_time = (
-        _over_time(
-            f"{w.name}: connections held", runs[w.name][0], w.connections, end=end
-        )
-        for w in worlds
-    )
-    latencies = runs.waits("Latency of a workflow, from due to done", "all_latencies")
-    return Findings(figures, (*over_time, latencies), notes=(_client(runs),))
+    for world in worlds:
+        title, first = f"{world.name}: connections held", runs[world.name][0]
+        yield _over_time(title, first, world.connections, end=end)
+    yield runs.waits("Latency of a workflow, from due to done", "all_latencies")
+    yield _client(runs)
 
 
-def by_demand(bench: Bench) -> Findings:
+def by_demand(bench: Bench) -> Iterator[Finding]:
     """The same with less and with more to do: where twenty stop being enough."""
     points: dict[str, list[tuple[float, float]]] = {FAIR: [], _LIFTED_NAME: []}
     for mean in (5.0, 10.0, 15.0, 18.0):
@@ -209,17 +202,13 @@ def by_demand(bench: Bench) -> Findings:
         runs, _ = _compare_bursts(bench, what, _bursty(4.0, mean), 3)
         for name, line in points.items():
             line.append((mean, runs.ratio(what, "p95", of=name).median))
-    plot = Lines(
+    yield Lines(
         "p95 latency over that of three QueuePools of 10, by demand",
         "connections busy on average",
         "ratio",
-        tuple(
-            Series(name, tuple(line), role)
-            for (name, line), role in zip(points.items(), ("ours", "b"), strict=True)
-        ),
+        [Series(FAIR, points[FAIR]), Series(_LIFTED_NAME, points[_LIFTED_NAME], "b")],
         levels=((1.05, "target 1.05"),),
     )
-    return Findings(plots=(plot,))
 
 
 BURSTS = Scenario(
@@ -247,7 +236,7 @@ BURSTS = Scenario(
 # -- all of them, always --------------------------------------------------------------
 
 
-def saturated(bench: Bench) -> Findings:
+def saturated(bench: Bench) -> Iterator[Finding]:
     """All three want everything: fewer connections do less."""
     workflows = bench.pick(160, 80)
 
@@ -266,28 +255,20 @@ def saturated(bench: Bench) -> Findings:
     what = "three saturated scrapers"
     runs, opened = _compare(bench, what, worlds, demand, rounds)
     what = "three saturated scrapers on 20 connections"
-    figures = (
-        runs.ratio(
-            f"{what}: workflows per second",
-            "throughput",
-            beside=_THREE,
-            remark="a third fewer connections do up to a third less",
-        ),
-        runs.ratio(f"{what}: p95 latency", "p95", beside=_THREE),
-        runs.ratio(
-            f"{what}: workflows per second",
-            "throughput",
-            over=opened[2].name,
-            beside="three QueuePools of 7, 7 and 6",
-            remark="the same number of connections; the scraper with 6 is ready last",
-        ),
+    rate, three = f"{what}: workflows per second", "three QueuePools of 10"
+    less = "a third fewer connections do up to a third less"
+    yield runs.ratio(rate, "throughput", beside=three, remark=less)
+    yield runs.ratio(f"{what}: p95 latency", "p95", beside=three)
+    yield runs.ratio(
+        rate,
+        "throughput",
+        over=opened[2].name,
+        beside="three QueuePools of 7, 7 and 6",
+        remark="the same number of connections; the scraper with 6 is ready last",
     )
-    first = runs[FAIR][0]
-    plots = (
-        _over_time(f"{FAIR}: 7, 7 and 6", first, 20, top=22),
-        runs.bars("Workflows per second, all saturated", "per second", "throughput"),
-    )
-    return Findings(figures, plots, notes=(_client(runs),))
+    yield _over_time(f"{FAIR}: 7, 7 and 6", runs[FAIR][0], 20, top=22)
+    yield runs.bars("Workflows per second, all saturated", "per second", "throughput")
+    yield _client(runs)
 
 
 SATURATED = Scenario(

@@ -6,13 +6,13 @@ What each of them measures and with which numbers is theirs; the code is not.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 from ..harness.bench import Bench, Scenario
 from ..harness.contenders import TASKS, Contender, Setup
 from ..harness.crowd import Caller, Outcome, in_tasks
-from ..harness.findings import Findings
+from ..harness.findings import Finding
 from ..harness.targets import figure
 from .contention import issue_7679, on_one_tag
 
@@ -22,7 +22,7 @@ def _never_served(outcomes: Sequence[Outcome]) -> str:
     return f"{never} never served" if never else ""
 
 
-def pg_doorman(bench: Bench) -> Findings:
+def pg_doorman(bench: Bench) -> Iterator[Finding]:
     """500 clients on 40 connections: p99 over p50, as in pg_doorman's documentation.
 
     It has 1.08 for itself, 1.23 for PgBouncer and 25.5 for Odyssey, measured with
@@ -31,15 +31,13 @@ def pg_doorman(bench: Bench) -> Findings:
     """
     contenders = on_one_tag(40, 500, 0.005, bench.pick(3.0, 0.8))
     runs = bench.interleave("pg_doorman's spread", contenders, bench.pick(5, 2))
-    figures = (
-        runs.value("spread", "spread"),
-        runs.value("QueuePool: the same", "spread", "QueuePool"),
-    )
+    yield runs.value("spread", "spread")
+    yield runs.value("QueuePool: the same", "spread", "QueuePool")
     title = "Waits of 500 clients on 40 connections (pg_doorman's benchmark)"
-    return Findings(figures, (runs.waits(title, remark=_never_served),))
+    yield runs.waits(title, remark=_never_served)
 
 
-def hikaricp(bench: Bench) -> Findings:
+def hikaricp(bench: Bench) -> Iterator[Finding]:
     """32 threads on 16 connections, nothing held: HikariCP's connection cycle.
 
     Its figures are cycles per millisecond; its users' issue 1232 adds p99.9.
@@ -49,12 +47,10 @@ def hikaricp(bench: Bench) -> Findings:
     runs = bench.interleave(what, contenders, bench.pick(7, 3))
     remark = runs.medians(lambda outcome: outcome.throughput / 1000, ",.1f")
     name = "32 threads on 16 connections, no hold"
-    figures = (
-        runs.ratio(f"{name}: cycles", "throughput", remark=f"per ms: {remark}"),
-        runs.ratio(f"{name}: p99.9 wait", lambda outcome: outcome.wait(99.9)),
-    )
+    yield runs.ratio(f"{name}: cycles", "throughput", remark=f"per ms: {remark}")
+    yield runs.ratio(f"{name}: p99.9 wait", lambda outcome: outcome.wait(99.9))
     title = "Waits of 32 threads on 16 connections, no hold (HikariCP's benchmark)"
-    return Findings(figures, (runs.waits(title, remark=_never_served),))
+    yield runs.waits(title, remark=_never_served)
 
 
 async def _hundred_tasks(bench: Bench, peer: Contender) -> Outcome:
@@ -63,7 +59,7 @@ async def _hundred_tasks(bench: Bench, peer: Contender) -> Outcome:
         return await in_tasks(callers, 8.0, settle=0.5)
 
 
-def asyncpg_1247(bench: Bench) -> Findings:
+def asyncpg_1247(bench: Bench) -> Iterator[Finding]:
     """100 tasks on 10 connections, 200 ms hold: asyncpg's issue 1247.
 
     A fair pool serves each task every two seconds.
@@ -75,12 +71,10 @@ def asyncpg_1247(bench: Bench) -> Findings:
     peers = {peer.name: partial(run, peer) for peer in TASKS}
     runs = bench.interleave("asyncpg's issue 1247", peers, 1)
     case = "100 tasks on 10 connections, 200 ms hold"
-    figures = tuple(
-        figure(f"{case}: longest wait, s, {name}", runs.of(name, "longest_wait"))
-        for name in runs
-    )
+    for name, longest in runs.each("longest_wait").items():
+        yield figure(f"{case}: longest wait, s, {name}", longest)
     title = f"Waits of {case} (asyncpg's issue 1247)"
-    return Findings(figures, (runs.waits(title, remark=_never_served),))
+    yield runs.waits(title, remark=_never_served)
 
 
 STYLES = Scenario(

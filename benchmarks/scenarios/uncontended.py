@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sqlalchemy import Engine, text
@@ -18,7 +18,7 @@ from sqlalchemy.pool import NullPool, QueuePool
 from sqla_fairpool import FairQueuePool
 
 from ..harness.bench import Bench, Runs
-from ..harness.findings import Findings
+from ..harness.findings import Finding
 from ..harness.pools import fair_engine, floor_engine, queue_engine
 from ..harness.targets import figure
 
@@ -86,23 +86,19 @@ def added(ours: Sequence[float], theirs: Sequence[float]) -> float:
 # -- the pool as it is ----------------------------------------------------------------
 
 
-def uncontended_tag_on_engine(bench: Bench) -> Findings:
+def uncontended_tag_on_engine(bench: Bench) -> Iterator[Finding]:
     """The usual way."""
     contenders = {name: timed(by_engine(make())) for name, make in PEERS.items()}
     runs = bench.interleave("uncontended", contenders, bench.pick(400, 200))
     best = ", ".join(f"{name} {min(each):.2f}" for name, each in runs.items())
-    figures = (
-        runs.ratio("uncontended", remark=f"best round, µs: {best}"),
-        runs.ratio("floor", over="floor"),
-        runs.ratio("QueuePool: the same, time", of="QueuePool", over="floor"),
-    )
-    plot = runs.bars("Uncontended checkout and checkin", "µs, less is better")
-    return Findings(figures, (plot,))
+    yield runs.ratio("uncontended", remark=f"best round, µs: {best}")
+    yield runs.ratio("floor", over="floor")
+    yield runs.ratio("QueuePool: the same, time", of="QueuePool", over="floor")
+    yield runs.bars("Uncontended checkout and checkin", "µs, less is better")
 
 
-def uncontended_other_tags(bench: Bench) -> Findings:
+def uncontended_other_tags(bench: Bench) -> Iterator[Finding]:
     """Set on the connection, absent, and two in turn."""
-    found = Findings()
     for what, way in {
         "the same, tag set on the connection": by_connection,
         "the same, no tag": untagged,
@@ -110,14 +106,14 @@ def uncontended_other_tags(bench: Bench) -> Findings:
     }.items():
         contenders = {name: timed(way(make())) for name, make in PEERS.items()}
         runs = bench.interleave(what, contenders, 200)
-        found += Findings((runs.ratio(what), runs.ratio(what, over="floor")))
-    return found
+        yield runs.ratio(what)
+        yield runs.ratio(what, over="floor")
 
 
 # -- settings -------------------------------------------------------------------------
 
 
-def settings_of_diagnosis(bench: Bench) -> Findings:
+def settings_of_diagnosis(bench: Bench) -> Iterator[Finding]:
     """A checkout with each setting, beside one without."""
     settings: dict[str, dict[str, Any]] = {
         "deadlock_timeout=None": {"deadlock_timeout": None},
@@ -126,20 +122,13 @@ def settings_of_diagnosis(bench: Bench) -> Findings:
     }
     contenders = {n: timed(by_engine(fair_engine(**o))) for n, o in settings.items()}
     runs = bench.interleave("settings", contenders, 300)
-    return Findings(
-        tuple(
-            runs.ratio(
-                f"checkout + checkin with {name}, time",
-                of=name,
-                over="without",
-                remark=f"{added(runs[name], runs['without']):+.2f} µs",
-            )
-            for name in list(settings)[:2]
-        )
-    )
+    for name in list(settings)[:2]:
+        remark = f"{added(runs[name], runs['without']):+.2f} µs"
+        what = f"checkout + checkin with {name}, time"
+        yield runs.ratio(what, of=name, over="without", remark=remark)
 
 
-def settings_and_figures(bench: Bench) -> Findings:
+def settings_and_figures(bench: Bench) -> Iterator[Finding]:
     """One look at all figures of a pool with a hundred tags."""
     engine = fair_engine()
     for n in range(100):
@@ -148,15 +137,11 @@ def settings_and_figures(bench: Bench) -> Findings:
         name: timed(getattr(engine.pool, name), 10) for name in ("stats", "metrics")
     }
     runs = bench.interleave("figures", looks, 30)
-    return Findings(
-        tuple(
-            figure(f"pool.{name}() with 100 tags, µs", each, beside="")
-            for name, each in runs.items()
-        )
-    )
+    for name, each in runs.items():
+        yield figure(f"pool.{name}() with 100 tags, µs", each, beside="")
 
 
-def settings_server_tag(bench: Bench) -> Findings:
+def settings_server_tag(bench: Bench) -> Iterator[Finding]:
     """A connection that changes hands each time, which is the worst case."""
     make = bench.database.engine
     engines = {
@@ -174,7 +159,7 @@ def settings_server_tag(bench: Bench) -> Findings:
         engine.dispose()
     more = added(runs["server_tag"], runs["without"]) / 2  # two changes in a cycle
     what = "checkout + checkin on PostgreSQL, each time for another tag, server_tag"
-    return Findings((runs.ratio(what, remark=f"{more:+.0f} µs"),))
+    yield runs.ratio(what, remark=f"{more:+.0f} µs")
 
 
 # -- statements, each of which counts as activity of its tag --------------------------
@@ -205,7 +190,7 @@ def _statements(
     return runs
 
 
-def statement_on_postgresql(bench: Bench) -> Findings:
+def statement_on_postgresql(bench: Bench) -> Iterator[Finding]:
     """The noise of a round is larger than the effect: hence so many of them.
 
     In each block both pools have the same DBAPI connection, so it is the same socket
@@ -231,14 +216,14 @@ def statement_on_postgresql(bench: Bench) -> Findings:
             runs[name] += times
     best = ", ".join(f"{name} {min(times):.1f}" for name, times in runs.items())
     remark = f"best round, µs: {best}; {_added_per_statement(runs)}"
-    return Findings((runs.ratio("statement", remark=remark),))
+    yield runs.ratio("statement", remark=remark)
 
 
-def statement_on_sqlite(bench: Bench) -> Findings:
+def statement_on_sqlite(bench: Bench) -> Iterator[Finding]:
     """The same without a round trip: little noise, but no database is so fast."""
     runs = _statements(bench, "SELECT 1 on SQLite", 1000, url="sqlite://")
     remark = _added_per_statement(runs)
-    return Findings((runs.ratio("the same on SQLite in memory", remark=remark),))
+    yield runs.ratio("the same on SQLite in memory", remark=remark)
 
 
 def _added_per_statement(runs: Runs) -> str:

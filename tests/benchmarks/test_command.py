@@ -17,7 +17,6 @@ import benchmarks.__main__ as command
 from benchmarks.harness.bench import Scenario
 from benchmarks.harness.database import BenchError
 from benchmarks.harness.figures import Figure, Target
-from benchmarks.harness.findings import Findings
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,7 +48,7 @@ def play(monkeypatch, tmp_path, capsys):
 
 
 def measured(value):
-    return lambda bench: Findings((Figure("speed", "QueuePool", (value,), TARGET),))
+    return lambda bench: [Figure("speed", "QueuePool", (value,), TARGET)]
 
 
 def failing(error):

@@ -13,7 +13,6 @@ from benchmarks.harness.bench import Bench, Scenario
 from benchmarks.harness.contenders import TASKS, THREADS, Setup
 from benchmarks.harness.crowd import Caller, Outcome, in_tasks, in_threads
 from benchmarks.harness.database import BenchError, Database
-from benchmarks.harness.findings import Findings
 from benchmarks.harness.pools import queue_engine
 from benchmarks.harness.targets import TARGETS, figure
 from benchmarks.harness.workload import Job, Scraper, backlog, bursts
@@ -101,7 +100,7 @@ def test_fair_and_unfair_outcomes_are_told_apart():
 def test_crowd_that_costs_too_much_is_told(monkeypatch, alone, verdict):
     monkeypatch.setattr(generator, "cheapest", lambda seconds: outcome([1]))
     monkeypatch.setattr(generator, "alone_in_threads", lambda *args: outcome([alone]))
-    (found,) = generator.headroom(Bench(short=True)).figures
+    (found,) = generator.headroom(Bench(short=True))
     assert (found.median, found.verdict) == (1 / alone, verdict)
 
 
@@ -241,13 +240,13 @@ def test_steps_are_told_and_the_short_form_is_a_part():
 
     def part(bench):
         runs = bench.interleave("what", {"A": int, "B": int}, bench.pick(9, 2))
-        return Findings((figure("a", runs["A"]),))
+        yield figure("a", runs["A"])
 
     scenario = Scenario("one", "Title", "Text.", (part, part), more=(part,))
     found = scenario.run(Bench(short=True, on_step=steps.append))
-    assert [len(each.values) for each in found.figures] == [2, 2]
+    assert [len(each.values) for each in found] == [2, 2]
     assert steps[:3] == ["what: A, 1 of 2", "what: B, 1 of 2", "what: A, 2 of 2"]
-    assert len(scenario.run(Bench()).figures) == 3
+    assert len(scenario.run(Bench())) == 3
     with pytest.raises(BenchError, match="needs a database"):
         _ = Bench().database
 

@@ -12,7 +12,6 @@ from benchmarks.harness.findings import (
     Bars,
     Distribution,
     Distributions,
-    Findings,
     Lines,
     Report,
     Section,
@@ -58,8 +57,8 @@ ABOUT = {
 
 
 def report(*figures, targets=(AT_MOST, MISSING), plots=(), **more):
-    tables = (Table(NASTY, ("pool", NASTY), ((NASTY, 1.5),)),)
-    findings = Findings(figures, tuple(plots), tables, ("A note.", NASTY))
+    table = Table(NASTY, ("pool", NASTY), ((NASTY, 1.5),))
+    findings = [*figures, *plots, table, "A note.", NASTY]
     section = Section("one", "Section one", "What was done.", findings, 1.5)
     return Report(ABOUT, [section], targets, **more)
 
