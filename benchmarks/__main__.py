@@ -9,23 +9,21 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import exc
 
-from .catalogue import SCENARIOS, play
-from .database import BenchError, Database, open_database, reason
-from .machine import machine, versions
-from .page import page
-from .report import Report
-from .stage import Scenario, Stage
-from .targets import TARGETS
-from .view import make_view
-
-__all__ = ["main"]
+from .harness.bench import Bench, Scenario
+from .harness.database import BenchError, Database, open_database, reason
+from .harness.figures import Figure
+from .harness.findings import Report
+from .harness.targets import TARGETS
+from .report.machine import machine, versions
+from .report.page import page
+from .report.view import View
+from .scenarios import SCENARIOS, play
 
 _EPILOG = """\
 examples:
@@ -51,9 +49,11 @@ def make_argument_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--short", action="store_true", help="the short form, less than two minutes"
-    )
+
+    def flag(name: str, text: str) -> None:
+        parser.add_argument(name, action="store_true", help=text)
+
+    flag("--short", "the short form, some two minutes")
     parser.add_argument(
         "--url",
         help="use this PostgreSQL database, and not an embedded server; tables have "
@@ -73,12 +73,8 @@ def make_argument_parser() -> argparse.ArgumentParser:
         metavar="SCENARIO",
         help="run this scenario; may be given several times (default: all)",
     )
-    parser.add_argument(
-        "--list", action="store_true", help="list the scenarios, and run none"
-    )
-    parser.add_argument(
-        "--check", action="store_true", help="exit with 1 if a target is not met"
-    )
+    flag("--list", "list the scenarios, and run none")
+    flag("--check", "exit with 1 if a target is not met")
     return parser
 
 
@@ -92,11 +88,8 @@ def main(args: Sequence[str] | None = None) -> int:
     chosen = [s for s in SCENARIOS if not arguments.only or s.name in arguments.only]
     try:
         report = _run(arguments, chosen)
-    except BenchError as error:
-        print(f"benchmarks: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except exc.SQLAlchemyError as error:
-        print(f"benchmarks: the database failed: {reason(error)}", file=sys.stderr)
+    except (BenchError, exc.SQLAlchemyError) as error:
+        print(f"benchmarks: {' '.join(reason(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("benchmarks: interrupted", file=sys.stderr)
@@ -106,14 +99,13 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, scenarios: Sequence[Scenario]) -> Report:
     """Run the scenarios and write the report; of a part, if it is interrupted."""
-    files = _output_files(arguments.output)
+    html, data = _output_files(arguments.output)
     began = time.monotonic()
-    targets = tuple(TARGETS[key] for s in scenarios for key in s.targets)
-    report = Report(_about(arguments, scenarios, None), targets=targets)
-    view = make_view(len(scenarios))
+    targets = [TARGETS[key] for s in scenarios for key in s.targets]
+    report = Report(_about(arguments, None), targets=targets)
+    view = View(len(scenarios))
     sessions = max(scenario.sessions for scenario in scenarios)
-    # Ended like by Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended as by Ctrl-C
     try:
         with ExitStack() as stack:
             stack.callback(view.close)
@@ -122,34 +114,33 @@ def _run(arguments: argparse.Namespace, scenarios: Sequence[Scenario]) -> Report
                 if arguments.url is None:
                     view.note("starting an embedded PostgreSQL ...")
                 database = stack.enter_context(open_database(arguments.url, sessions))
-                report = replace(report, about=_about(arguments, scenarios, database))
-            stage = Stage(short=arguments.short, place=database, audience=view)
-            for section in play(stage, scenarios):
-                took = time.monotonic() - began
-                report = replace(report.with_section(section), seconds=took)
+                report.about = _about(arguments, database)
+            bench = Bench(short=arguments.short, database=database, on_step=view.step)
+            for scenario in scenarios:
+                view.section(scenario.title)
+                section = play(bench, scenario)
+                view.found(section.of(Figure))
+                report.sections.append(section)
+                report.seconds = time.monotonic() - began
     except KeyboardInterrupt:
-        if report.sections:
-            why = "The run was interrupted: not all was measured."
-            _write(replace(report, cut_short=why), files)
+        report.cut_short = "The run was interrupted: not all was measured."
         raise
-    _write(report, files)
-    view.report(report, files)
+    finally:
+        if report.sections:
+            html.write_text(page(report), encoding="utf-8")
+            text = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
+            data.write_text(text + "\n", encoding="utf-8")
+    view.report(report, (html, data))
     return report
 
 
-def _about(
-    arguments: argparse.Namespace,
-    scenarios: Sequence[Scenario],
-    database: Database | None,
-) -> dict[str, Any]:
+def _about(arguments: argparse.Namespace, database: Database | None) -> dict[str, Any]:
     server = database.about if database else None
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "form": "short" if arguments.short else "full",
-        "scenarios": [scenario.name for scenario in scenarios],
         "machine": machine(),
-        "versions": versions()
-        | ({"PostgreSQL": str(server["version"])} if server else {}),
+        "versions": versions() | ({"PostgreSQL": server["version"]} if server else {}),
         "server": server,
     }
 
@@ -166,16 +157,6 @@ def _output_files(prefix: Path) -> tuple[Path, Path]:
     except OSError as error:
         raise BenchError(f"--output: {error.filename}: {error.strerror}") from None
     return html, data
-
-
-def _write(report: Report, files: tuple[Path, Path]) -> None:
-    html, data = files
-    try:
-        html.write_text(page(report), encoding="utf-8")
-        text = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
-        data.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise BenchError(f"the report cannot be written: {error}") from None
 
 
 if __name__ == "__main__":

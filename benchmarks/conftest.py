@@ -2,76 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from benchmarks.database import Database, open_database
-from benchmarks.figures import Figure, render
-from benchmarks.machine import load, machine, versions
-from benchmarks.report import Findings
-from benchmarks.stage import Stage
-from benchmarks.targets import TARGETS
+from .harness.bench import Bench, Part
+from .harness.database import Database, open_database
+from .harness.figures import Figure
+from .harness.findings import Report, Section
+from .harness.targets import TARGETS
+from .report.machine import machine, versions
+from .report.view import figures_lines
 
 _FIGURES = pytest.StashKey[list[Figure]]()
-#: How busy the machine was before the run.
-_LOAD = pytest.StashKey[str]()
+#: The machine as it was before the run.
+_MACHINE = pytest.StashKey[dict[str, Any]]()
 
 
-class Sheet:
-    """Where a benchmark writes its figures.
+@pytest.fixture(scope="session")
+def database() -> Iterator[Database]:
+    """A real PostgreSQL, started for this session."""
+    with open_database() as opened:
+        yield opened
+
+
+@pytest.fixture
+def measure(benchmark: Any, pytestconfig: pytest.Config, request: Any) -> Any:
+    """Run a measurement in its full form; enter its figures.
 
     They go into the table, and to pytest-benchmark as ``extra_info``, so that
     ``--benchmark-json`` carries them.
     """
 
-    def __init__(self, benchmark: Any, figures: list[Figure]) -> None:
-        self._benchmark = benchmark
-        self._figures = figures
-
-    def run(self, part: Callable[..., Findings], *args: Any, place: Any = None) -> None:
-        """Run a measurement of the package, in its full form; enter what it finds."""
-        stage = Stage(place=place)
-        self._benchmark.group = "whole measurements"
-        found = self._benchmark.pedantic(
-            part, (stage, *args), rounds=1, iterations=1, warmup_rounds=0
+    def run(part: Part, needs_database: bool) -> None:
+        found_database = request.getfixturevalue("database") if needs_database else None
+        benchmark.group = "whole measurements"
+        found = benchmark.pedantic(
+            lambda: list(part(Bench(database=found_database))), rounds=1, iterations=1
         )
-        self._figures += found.figures
-        entries = [figure.as_dict() for figure in found.figures]
-        self._benchmark.extra_info["figures"] = entries
+        figures = Section("", "", "", found).of(Figure)
+        pytestconfig.stash.setdefault(_FIGURES, []).extend(figures)
+        entries = [figure.as_dict() for figure in figures]
+        benchmark.extra_info["figures"] = entries
 
-
-@pytest.fixture
-def sheet(benchmark: Any, pytestconfig: pytest.Config) -> Sheet:
-    """Where to write figures."""
-    return Sheet(benchmark, pytestconfig.stash.setdefault(_FIGURES, []))
-
-
-@pytest.fixture(scope="session")
-def place() -> Iterator[Database]:
-    """A real PostgreSQL, started for this session."""
-    with open_database() as database:
-        yield database
+    return run
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_LOAD] = load()
+    config.stash[_MACHINE] = machine()
 
 
-def pytest_terminal_summary(
-    terminalreporter: Any, exitstatus: int, config: pytest.Config
-) -> None:
-    figures = config.stash.get(_FIGURES, [])
-    if not figures:
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    found = config.stash.get(_FIGURES, [])
+    if not found:
         return
     terminalreporter.section("FairQueuePool: figures and targets")
-    about = machine() | {"load": config.stash[_LOAD]}
+    section = Section("", "", "", found)
+    missing = Report({}, [section], list(TARGETS.values())).figures
+    rest = [figure for figure in missing if not figure.values]
     parts = [
-        ", ".join(f"{name} {value}" for name, value in about.items()),
+        ", ".join(f"{name} {value}" for name, value in config.stash[_MACHINE].items()),
         ", ".join(f"{name} {value}" for name, value in versions().items()),
         "Ratios of what was measured in the same round, their median over the rounds.",
-        "",
     ]
-    for line in [*parts, *render(figures, TARGETS.values())]:
+    for line in [*parts, *figures_lines([*found, *rest], 140)]:
         terminalreporter.write_line(line)

@@ -13,19 +13,21 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import tempfile
-import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from sqlalchemy import create_engine
 
-from benchmarks.database import open_database
-from benchmarks.peers import fair_engine
 from sqla_fairpool import FairQueuePool
 from sqla_fairpool.ledger.addresses import make_store
+
+from .harness.bench import Bench
+from .harness.crowd import Caller, in_threads
+from .harness.database import open_database
+from .harness.figures import percentile
+from .harness.pools import fair_engine
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -56,6 +58,12 @@ def transactions_per_second(ledger: str, processes: int, seconds: float = 2.0) -
     return total / seconds
 
 
+def one_slot(url: str, ledger: str) -> Any:
+    limits = {"pool_size": 1, "soft_limit": 1, "max_limit": 1}
+    engine = create_engine(url, poolclass=FairQueuePool, ledger=ledger, **limits)
+    return engine.execution_options(scraper=uuid.uuid4().hex)
+
+
 def wait_for_slots(url: str, ledger: str, pipe: Any) -> None:
     """Check out when told to; tell when that had succeeded."""
     engine = one_slot(url, ledger)
@@ -64,17 +72,6 @@ def wait_for_slots(url: str, ledger: str, pipe: Any) -> None:
         with engine.connect():
             pipe.send(time.monotonic())
     engine.dispose()
-
-
-def one_slot(url: str, ledger: str) -> Any:
-    return create_engine(
-        url,
-        poolclass=FairQueuePool,
-        pool_size=1,
-        soft_limit=1,
-        max_limit=1,
-        ledger=ledger,
-    ).execution_options(scraper=uuid.uuid4().hex)
 
 
 def hand_over_latency(url: str, ledger: str, times: int = 40) -> list[float]:
@@ -97,33 +94,14 @@ def hand_over_latency(url: str, ledger: str, times: int = 40) -> list[float]:
     return found
 
 
-def cycles_per_second(engine: Any, threads: int, seconds: float) -> float:
-    """Checkouts of many threads that hold nothing, or of one."""
-    tagged = engine.execution_options(scraper="a")
-    counts = [0] * threads
-    end = time.monotonic() + seconds
-
-    def work(number: int) -> None:
-        while time.monotonic() < end:
-            tagged.connect().close()
-            counts[number] += 1
-
-    workers = [threading.Thread(target=work, args=(n,)) for n in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    return sum(counts) / seconds
-
-
 def throughput_ratio(ledger: str, threads: int, rounds: int = 7) -> float:
     """A pool that is alone in a ledger, over one without, in turns."""
-    plain, member = fair_engine(20), fair_engine(20, ledger=ledger)
-    ratios = []
-    for _ in range(rounds + 1):
-        with_it = cycles_per_second(member, threads, 0.4)
-        ratios.append(with_it / cycles_per_second(plain, threads, 0.4))
-    return statistics.median(ratios[1:])
+    contenders = {}
+    for name, options in (("member", {"ledger": ledger}), ("plain", {})):
+        engine = fair_engine(20, **options).execution_options(scraper="a")
+        callers = [Caller(engine.connect, 0.0)] * threads
+        contenders[name] = partial(in_threads, callers, 0.4)
+    return Bench().interleave("", contenders, rounds).ratio("", "throughput").median
 
 
 def idle_cost(ledger: str, seconds: float = 20.0) -> float:
@@ -136,41 +114,32 @@ def idle_cost(ledger: str, seconds: float = 20.0) -> float:
     return (time.process_time() - began) / seconds
 
 
-@contextmanager
-def places() -> Iterator[tuple[str, dict[str, Any]]]:
-    """A PostgreSQL, and what makes a new ledger of each kind."""
-    folder = tempfile.mkdtemp()
-    with open_database() as database:
-        url = database.url
-
-        def in_database() -> str:
-            ledger = url.update_query_dict({"ledger": uuid.uuid4().hex})
-            return ledger.render_as_string(hide_password=False)
-
-        yield (
-            url.render_as_string(hide_password=False),
-            {
-                "host": lambda: f"{folder}/{uuid.uuid4().hex}.ledger",
-                "postgresql": in_database,
-            },
-        )
+def tell(kind: str, url: str, new: Any) -> None:
+    """Measure and print; `new` makes a ledger of the kind."""
+    rates = [f"{transactions_per_second(new(), n):,.0f}" for n in (1, 4, 8)]
+    print(f"{kind}: transactions/s by 1, 4, 8 processes: {', '.join(rates)}")
+    found = hand_over_latency(url, new())
+    print(
+        f"{kind}: a slot freed there is used here after: median "
+        f"{statistics.median(found) * 1e3:.1f} ms, p95 "
+        f"{percentile(found, 95) * 1e3:.1f} ms"
+    )
+    for threads in (1, 40):
+        ratio = throughput_ratio(new(), threads)
+        print(f"{kind}: alone, {threads} threads, beside none: {ratio:.3f}")
+    print(f"{kind}: an idle member: {idle_cost(new()):.3%} of a core")
 
 
 def main() -> None:
-    with places() as (url, kinds):
-        for kind, new in kinds.items():
-            rates = [f"{transactions_per_second(new(), n):,.0f}" for n in (1, 4, 8)]
-            print(f"{kind}: transactions/s by 1, 4, 8 processes: {', '.join(rates)}")
-            found = sorted(hand_over_latency(url, new()))
-            print(
-                f"{kind}: a slot freed there is used here after: median "
-                f"{statistics.median(found) * 1e3:.1f} ms, p95 "
-                f"{found[int(len(found) * 0.95)] * 1e3:.1f} ms"
-            )
-            for threads in (1, 40):
-                ratio = throughput_ratio(new(), threads)
-                print(f"{kind}: alone, {threads} threads, beside none: {ratio:.3f}")
-            print(f"{kind}: an idle member: {idle_cost(new()):.3%} of a core")
+    with open_database() as database, tempfile.TemporaryDirectory() as folder:
+
+        def in_database() -> str:
+            ledger = database.url.update_query_dict({"ledger": uuid.uuid4().hex})
+            return ledger.render_as_string(hide_password=False)
+
+        url = database.url.render_as_string(hide_password=False)
+        tell("host", url, lambda: f"{folder}/{uuid.uuid4().hex}.ledger")
+        tell("postgresql", url, in_database)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
-"""The command ``bench``: its options, its errors, what it leaves behind."""
+"""The command: its options, its errors, what it leaves behind."""
 
-from __future__ import annotations
-
-import glob
 import json
 import os
 import shutil
@@ -17,15 +14,20 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
 import benchmarks.__main__ as command
-from benchmarks.__main__ import main
-from benchmarks.database import BenchError
-from benchmarks.figures import Figure, Target
-from benchmarks.report import Findings
-from benchmarks.stage import Scenario
+from benchmarks.harness.bench import Scenario
+from benchmarks.harness.database import BenchError
+from benchmarks.harness.figures import Figure, Target
 
 ROOT = Path(__file__).parents[2]
 
 TARGET = Target("speed", "QueuePool", 1.0, at_most=False)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture
@@ -39,107 +41,84 @@ def play(monkeypatch, tmp_path, capsys):
         ]
         monkeypatch.setattr(command, "SCENARIOS", scenarios)
         monkeypatch.setattr(command, "TARGETS", {"speed": TARGET})
-        prefix = tmp_path / "report"
-        status = main(["--output", str(prefix), *args])
-        out, err = capsys.readouterr()
-        return status, out, err, prefix
+        status = command.main(["--output", str(tmp_path / "report"), *args])
+        return status, *capsys.readouterr()
 
     return play
 
 
 def measured(value):
-    return lambda stage: Findings((Figure("speed", "QueuePool", (value,), TARGET),))
+    return lambda bench: [Figure("speed", "QueuePool", (value,), TARGET)]
 
 
-def read(prefix):
-    text = prefix.with_name("report.json").read_text(encoding="utf-8")
-    assert prefix.with_name("report.html").read_text().startswith("<!DOCTYPE html>")
-    return json.loads(text)
+def failing(error):
+    def part(bench):
+        raise error
+
+    return part
 
 
-def test_report_is_written_as_html_and_as_json(play):
-    status, out, err, prefix = play("--short", one=measured(1.2))
+def read(folder):
+    assert (folder / "report.html").read_text().startswith("<!DOCTYPE html>")
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def test_report_of_the_chosen_scenarios_is_written(play, tmp_path):
+    args = ("--short", "--only", "two", "--check")
+    status, out, err = play(*args, one=measured(0.5), two=measured(1.2))
     assert (status, err) == (0, "")
     assert "1 of 1 targets met." in out
     assert "report.html" in out
-    report = read(prefix)
+    assert "About one" not in out
+    report = read(tmp_path)
     assert report["about"]["form"] == "short"
     assert report["about"]["server"] is None
-    assert [section["name"] for section in report["sections"]] == ["one"]
+    assert [section["name"] for section in report["sections"]] == ["two"]
     assert report["targets"][0]["verdict"] == "met"
     assert report["cut_short"] == ""
 
 
 @pytest.mark.parametrize(("args", "status"), [([], 0), (["--check"], 1)])
 def test_unmet_target_is_told_and_fails_only_with_check(play, args, status):
-    found, out, _, _ = play(*args, one=measured(0.5))
+    found, out, _ = play(*args, one=measured(0.5))
     assert found == status
     assert "NOT MET" in out
     assert "0 of 1 targets met." in out
 
 
-def test_check_is_content_when_all_is_met(play):
-    assert play("--check", one=measured(1.0))[0] == 0
-
-
-def test_only_the_chosen_scenarios_run(play):
-    _, out, _, prefix = play("--only", "two", one=measured(1.0), two=measured(1.0))
-    assert "About one" not in out
-    assert [section["name"] for section in read(prefix)["sections"]] == ["two"]
-
-
-def test_scenarios_are_listed(capsys):
-    assert main(["--list"]) == 0
+def test_scenarios_are_listed_and_others_refused(capsys):
+    assert command.main(["--list"]) == 0
     out = capsys.readouterr().out
     for scenario in command.SCENARIOS:
         assert f"{scenario.name} " in out
         assert scenario.title in out
-
-
-def test_unknown_scenario_is_a_usage_error(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["--only", "nonsense"])
-    assert caught.value.code == 2
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["--only", "nonsense"])
     assert "'nonsense'" in capsys.readouterr().err
 
 
 def test_unwritable_output_is_told_before_anything_is_measured(play, tmp_path):
-    status, out, err, _ = play(
-        "--output", str(tmp_path / "missing" / "report"), one=measured(1.0)
-    )
-    assert status == 2
-    assert out == ""
+    prefix = str(tmp_path / "missing" / "report")
+    status, out, err = play("--output", prefix, one=measured(1.0))
+    assert (status, out) == (2, "")
     assert "--output" in err
     assert "No such file" in err
 
 
-def test_interrupt_keeps_what_has_been_measured(play):
-    def interrupt(stage):
-        raise KeyboardInterrupt
-
-    status, _, err, prefix = play(one=measured(1.0), two=interrupt)
-    assert status == 130
-    assert err == "benchmarks: interrupted\n"
-    report = read(prefix)
+def test_interrupt_keeps_what_has_been_measured(play, tmp_path):
+    interrupted = failing(KeyboardInterrupt())
+    assert play(one=interrupted)[0] == 130
+    assert list(tmp_path.iterdir()) == []  # there is nothing yet
+    status, _, err = play(one=measured(1.0), two=interrupted)
+    assert (status, err) == (130, "benchmarks: interrupted\n")
+    report = read(tmp_path)
     assert "interrupted" in report["cut_short"]
     assert [section["name"] for section in report["sections"]] == ["one"]
 
 
-def test_interrupt_before_the_first_figure_leaves_no_files(play, tmp_path):
-    def interrupt(stage):
-        raise KeyboardInterrupt
-
-    assert play(one=interrupt)[0] == 130
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_failing_measurement_is_one_line(play):
-    def fail(stage):
-        raise BenchError("no, at nothing to measure")
-
-    status, _, err, _ = play(one=fail)
-    assert status == 2
-    assert err == "benchmarks: no, at nothing to measure\n"
+    status, _, err = play(one=failing(BenchError("no\nroom")))
+    assert (status, err) == (2, "benchmarks: no room\n")
 
 
 @pytest.mark.parametrize(
@@ -151,8 +130,8 @@ def test_failing_measurement_is_one_line(play):
     ],
 )
 def test_bad_url_is_one_line_without_the_password(capsys, tmp_path, url, complaint):
-    prefix = str(tmp_path / "r")
-    assert main(["--only", "alone", "--output", prefix, "--url", url]) == 2
+    args = ["--only", "alone", "--output", str(tmp_path / "r"), "--url", url]
+    assert command.main(args) == 2
     err = capsys.readouterr().err
     assert complaint in err
     assert err.count("\n") == 1
@@ -160,6 +139,14 @@ def test_bad_url_is_one_line_without_the_password(capsys, tmp_path, url, complai
 
 
 # -- real runs ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder():
+    """A temporary directory with a short name, for sockets, that all may enter."""
+    name = tempfile.mkdtemp(prefix="bench-", dir="/tmp")
+    yield name
+    shutil.rmtree(name, ignore_errors=True)
 
 
 def start(folder, *args):
@@ -171,8 +158,15 @@ def start(folder, *args):
         cwd=folder,
         # A group of its own, which a signal reaches as Ctrl-C in a terminal does.
         start_new_session=True,
-        env={**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "TMPDIR": folder, "PYTHONPATH": str(ROOT)},
     )
+
+
+def interrupt(process, line, number):
+    """Send the signal when a line has been shown that begins like this."""
+    while not process.stdout.readline().startswith(line):
+        assert process.poll() is None, f"{line} was not shown"
+    os.killpg(process.pid, number)
 
 
 def finish(process):
@@ -192,22 +186,13 @@ def left_in(folder):
     return [n for n in os.listdir(folder) if n.startswith("sqla")], processes
 
 
-@pytest.fixture
-def folder():
-    """A temporary directory with a short name, for sockets, that all may enter."""
-    name = tempfile.mkdtemp(prefix="bench-", dir="/tmp")
-    yield name
-    shutil.rmtree(name, ignore_errors=True)
-
-
 @pytest.mark.slow
 @pytest.mark.postgres
 def test_scenario_runs_on_an_embedded_server(folder):
     status, out, err = finish(start(folder, "--only", "alone"))
     assert (status, err) == (0, ""), out
     assert "\x1b" not in out
-    with open(f"{folder}/fairpool-bench.json", encoding="utf-8") as file:
-        report = json.load(file)
+    report = json.loads(Path(folder, "fairpool-bench.json").read_text(encoding="utf-8"))
     assert report["about"]["server"]["embedded"] is True
     assert len(report["targets"]) == 3
     unused = report["targets"][2]
@@ -219,25 +204,19 @@ def test_scenario_runs_on_an_embedded_server(folder):
 @pytest.mark.slow
 @pytest.mark.postgres
 @pytest.mark.parametrize(
-    ("only", "line"),
+    ("only", "line", "number"),
     [
-        ("alone", "starting"),
-        ("alone", "[1/1]"),
-        ("saturated", "       "),
-        ("peers", "       "),
+        ("alone", "starting", signal.SIGINT),
+        ("alone", "[1/1]", signal.SIGTERM),
+        ("saturated", "       ", signal.SIGINT),
+        ("peers", "       ", signal.SIGINT),
     ],
 )
-def test_signal_leaves_nothing_behind(folder, only, line):
+def test_signal_leaves_nothing_behind(folder, only, line, number):
     process = start(folder, "--only", only)
-    for shown in process.stdout:
-        if shown.startswith(line):
-            break
-    else:
-        pytest.fail(f"{line} was not shown")
-    os.killpg(process.pid, signal.SIGINT)
+    interrupt(process, line, number)
     status, _, err = finish(process)
-    assert status == 130
-    assert err == "benchmarks: interrupted\n"
+    assert (status, err) == (130, "benchmarks: interrupted\n")
     assert left_in(folder) == ([], [])
 
 
@@ -249,18 +228,13 @@ def test_given_database_is_left_as_it_was(folder, postgres_url, interrupted):
     shown = url.render_as_string(hide_password=False)
     process = start(folder, "--only", "saturated", "--url", shown)
     if interrupted:
-        while not process.stdout.readline().startswith("      "):
-            assert process.poll() is None
-        os.killpg(process.pid, signal.SIGINT)
+        interrupt(process, "      ", signal.SIGINT)
     status, out, err = finish(process)
     assert status == (130 if interrupted else 0), err
-    texts = [out, err]
-    for file in glob.glob(f"{folder}/fairpool-bench.*"):
-        with open(file, encoding="utf-8") as opened:
-            texts.append(opened.read())
-    assert len(texts) == (2 if interrupted else 4)
+    files = list(Path(folder).glob("fairpool-bench.*"))
+    assert len(files) == (0 if interrupted else 2)
+    texts = [out, err, *(file.read_text(encoding="utf-8") for file in files)]
     assert "s3cret" not in "".join(texts)
-    engine = create_engine(postgres_url, poolclass=NullPool)
-    with engine.connect() as connection:
+    with create_engine(postgres_url, poolclass=NullPool).connect() as connection:
         tables = text("SELECT tablename FROM pg_tables WHERE tablename LIKE 'sqla%'")
         assert connection.execute(tables).scalars().all() == []

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 
 import pytest
 from support.ledger import TERMS, World
+from support.ledger_simulation import simulate
+from support.ledger_world import Host, MemoryStore, Server, SimPool
 from support.threads import eventually
 
-from benchmarks.ledger_simulation import simulate
-from benchmarks.ledger_world import Host, MemoryStore, Server, SimPool
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.demand import Pace, TagDemand, condense
 from sqla_fairpool.ledger.errors import LedgerError, TermsDiffer

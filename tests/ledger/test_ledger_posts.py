@@ -6,9 +6,9 @@ import threading
 
 import pytest
 from support.ledger import TERMS, World
+from support.ledger_world import Host, MemoryStore, Server, SimPool
 from support.threads import PATIENCE
 
-from benchmarks.ledger_world import Host, MemoryStore, Server, SimPool
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError, ServerDiffers
 from sqla_fairpool.ledger.inspector import read

@@ -6,17 +6,18 @@ import copy
 
 import greenlet
 
-from benchmarks.ledger_world import (
+from sqla_fairpool.ledger.book import Book
+from sqla_fairpool.ledger.keeper import Pace
+from sqla_fairpool.ledger.rows import Terms
+from sqla_fairpool.ledger.store import StoreAway
+
+from .ledger_world import (
     Host,
     MemoryStore,
     Server,
     SimKeeper,
     SimPool,
 )
-from sqla_fairpool.ledger.book import Book
-from sqla_fairpool.ledger.demand import Pace
-from sqla_fairpool.ledger.rows import Terms
-from sqla_fairpool.ledger.store import StoreAway
 
 TERMS = Terms(20, 10, 15, 60.0, 30.0)
 

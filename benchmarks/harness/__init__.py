@@ -1,0 +1,1 @@
+"""What the scenarios measure with: load, pools, databases, and rounds in turn."""

@@ -1,0 +1,176 @@
+"""What a measurement is given, and the results of contenders that took turns."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from typing import Any, TypeVar
+
+from .database import BenchError, Database
+from .figures import Figure, interleave, pairwise
+from .findings import Bar, Bars, Distribution, Distributions, Finding
+from .targets import figure
+
+_T = TypeVar("_T")
+
+#: What is computed of a result: the name of an attribute, or a function.
+Metric = str | Callable[[Any], float]
+
+
+class Runs(dict[Any, list[Any]]):
+    """By the contender's name, the results of its rounds. The first one is ours."""
+
+    def of(self, name: Any, metric: Metric = float) -> list[float]:
+        """Return the metric of a contender's rounds."""
+        compute = attrgetter(metric) if isinstance(metric, str) else metric
+        return [compute(result) for result in self[name]]
+
+    def each(self, metric: Metric = float) -> dict[Any, list[float]]:
+        """Return the metric of all contenders' rounds."""
+        return {name: self.of(name, metric) for name in self}
+
+    def value(
+        self, key: str, metric: Metric = float, name: Any = None, remark: str = ""
+    ) -> Figure:
+        """Return a figure of one contender, of ours by default."""
+        name = next(iter(self)) if name is None else name
+        return figure(key, self.of(name, metric), remark=remark)
+
+    def ratio(
+        self,
+        key: str,
+        metric: Metric = float,
+        over: Any = None,
+        of: Any = None,
+        beside: str = "",
+        remark: str = "",
+    ) -> Figure:
+        """Return a figure of one contender over another, round by round.
+
+        :param over: the other; the second one by default.
+        :param of: the one; the first by default.
+        :param beside: what the other is called, if not by its name.
+        """
+        names = list(self)
+        of = names[0] if of is None else of
+        over = names[1] if over is None else over
+        ratios = pairwise(self.of(of, metric), self.of(over, metric))
+        return figure(key, ratios, beside or str(over), remark)
+
+    def bars(
+        self,
+        title: str,
+        unit: str,
+        metric: Metric = float,
+        remarks: Mapping[str, str] | None = None,
+        level: tuple[float, str] | None = None,
+    ) -> Bars:
+        """Return a plot of the medians, with the middle half of the rounds."""
+        bars = []
+        for name, values in self.each(metric).items():
+            found = Figure("", "", values)
+            remark = (remarks or {}).get(name, "")
+            bars.append(Bar(name, found.median, *found.spread, remark))
+        return Bars(title, unit, tuple(bars), level)
+
+    def waits(
+        self,
+        title: str,
+        of: Metric | Callable[[Any], Sequence[float]] = "all_waits",
+        remark: Callable[[Sequence[Any]], str] = lambda outcomes: "",
+    ) -> Distributions:
+        """Return a plot of all waits of the contenders."""
+        get = attrgetter(of) if isinstance(of, str) else of
+        return Distributions(
+            title,
+            tuple(
+                Distribution.of(
+                    name, [x for each in found for x in get(each)], remark(found)
+                )
+                for name, found in self.items()
+            ),
+        )
+
+    def medians(self, metric: Metric, form: str, others: bool = False) -> str:
+        """Say what the medians are; of all but ours, if `others`."""
+        each = list(self.each(metric).items())[1 if others else 0 :]
+        return "; ".join(f"{n} {statistics.median(v):{form}}" for n, v in each)
+
+
+class Bench:
+    """One run of the benchmarks.
+
+    :param short: measure a part of it, and in fewer rounds.
+    :param database: None if only what needs none is to be run.
+    :param on_step: told what is measured next.
+    """
+
+    def __init__(
+        self,
+        *,
+        short: bool = False,
+        database: Database | None = None,
+        on_step: Callable[[str], object] = lambda text: None,
+    ) -> None:
+        self.short = short
+        self._database = database
+        self._on_step = on_step
+
+    @property
+    def database(self) -> Database:
+        """The database.
+
+        :raises BenchError: if there is none.
+        """
+        if self._database is None:
+            raise BenchError("this measurement needs a database")
+        return self._database
+
+    def pick(self, full: _T, short: _T) -> _T:
+        """Return what fits the form of the run."""
+        return short if self.short else full
+
+    def interleave(
+        self, what: str, contenders: Mapping[Any, Callable[[], Any]], rounds: int
+    ) -> Runs:
+        """Run the contenders in turn, telling of each turn."""
+        turns = 0
+
+        def turn(name: Any, run: Callable[[], Any]) -> Any:
+            nonlocal turns
+            number = turns // len(contenders) + 1
+            turns += 1
+            self._on_step(f"{what}: {name}, {number} of {rounds}")
+            return run()
+
+        told = {name: partial(turn, name, run) for name, run in contenders.items()}
+        return Runs(interleave(told, rounds))
+
+
+#: A measurement: a generator of what it finds. It cleans up after itself.
+Part = Callable[[Bench], Iterator[Finding]]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """Measurements that are told of in one section of the report."""
+
+    name: str
+    title: str
+    #: What is done, in a paragraph.
+    text: str
+    parts: tuple[Part, ...]
+    #: Names of the targets that its figures are compared with.
+    targets: tuple[str, ...] = ()
+    #: Measurements that only the full form has.
+    more: tuple[Part, ...] = ()
+    #: Sessions of a database that it needs at a time; 0 for no database.
+    sessions: int = 0
+
+    def run(self, bench: Bench) -> list[Finding]:
+        """Make the measurements of the bench's form."""
+        parts = self.parts if bench.short else self.parts + self.more
+        return [found for part in parts for found in part(bench)]

@@ -1,0 +1,129 @@
+"""The PostgreSQL that the benchmarks run on: an embedded one, or one that is given."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import URL, Engine, create_engine, exc, make_url, text
+from sqlalchemy.pool import NullPool, Pool
+
+from sqla_fairpool.demo.server import EmbeddedServer
+
+APPLICATION_NAME = "sqla-fairpool benchmarks"
+
+_SERVER = """
+    SELECT current_setting('server_version') AS version,
+        current_setting('max_connections')::int AS max_connections,
+        (SELECT sum(numbackends) FROM pg_stat_database) AS used
+"""
+
+
+class BenchError(Exception):
+    """A benchmark cannot run; the text says why."""
+
+
+@dataclass(frozen=True)
+class Database:
+    """A database that the benchmarks may use.
+
+    :param url: with the driver psycopg2.
+    :param about: what the report says of the server.
+    """
+
+    url: URL
+    about: dict[str, Any] | None = None
+
+    def engine(self, poolclass: type[Pool], **options: Any) -> Engine:
+        """Return an engine on it."""
+        arguments = {"application_name": APPLICATION_NAME}
+        return create_engine(
+            self.url, connect_args=arguments, poolclass=poolclass, **options
+        )
+
+    @property
+    def dsn(self) -> str:
+        """The URL as libpq and asyncpg read it, with the password."""
+        plain = self.url.set(drivername="postgresql")
+        return plain.render_as_string(hide_password=False)
+
+
+@contextmanager
+def open_database(url: str | None = None, sessions: int = 0) -> Iterator[Database]:
+    """Yield the database at `url`; without one, an embedded server's.
+
+    :param sessions: how many sessions are going to be needed at a time.
+    :raises BenchError: if it cannot be reached or has no room for them.
+    """
+    with ExitStack() as stack:
+        where = _parse(stack.enter_context(_embedded()) if url is None else url)
+        hidden = where.difference_update_query(["password", "sslpassword"])
+        shown = "embedded" if url is None else hidden.render_as_string()
+        try:
+            with Database(where).engine(NullPool).connect() as connection:
+                server = connection.execute(text(_SERVER)).one()
+        except exc.SQLAlchemyError as error:
+            raise BenchError(f"no connection to {shown}: {reason(error)}") from None
+        room = server.max_connections - server.used
+        if room < sessions:
+            raise BenchError(
+                f"{sessions} connections are needed and the server has room for only "
+                f"{room} (max_connections={server.max_connections})"
+            )
+        about = {
+            "url": shown,
+            "embedded": url is None,
+            "version": server.version,
+            "max_connections": server.max_connections,
+        }
+        yield Database(where, about)
+
+
+def reason(error: Exception) -> str:
+    """Return the server's or the driver's own words, without SQL and parameters."""
+    original = getattr(error, "orig", None) or error
+    diagnosis = getattr(original, "diag", None)
+    return getattr(diagnosis, "message_primary", None) or str(original)
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except (exc.ArgumentError, ValueError):
+        # Their messages may quote the URL, with its password.
+        raise BenchError(
+            "--url is not a database URL, like postgresql://user@host/database"
+        ) from None
+    name = parsed.drivername
+    if not name.startswith("postgres"):
+        raise BenchError(f"--url: the benchmarks need PostgreSQL, not {name!r}")
+    return parsed.set(drivername="postgresql+psycopg2")
+
+
+@contextmanager
+def _embedded() -> Iterator[str]:
+    with ExitStack() as stack:
+        with _uninterrupted():  # a start that was left half-way is hard to undo
+            server = EmbeddedServer()
+            stack.callback(_uninterrupted()(server.stop))
+            try:
+                server.start()
+            except Exception as error:
+                raise BenchError(str(error)) from error
+        yield server.url
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let the block end before ``KeyboardInterrupt`` is raised."""
+    came: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            raise KeyboardInterrupt

@@ -1,0 +1,196 @@
+"""What was found: figures, tables and plots as plain data, ready for JSON.
+
+Rules of this file: data only. The keys of the dictionaries are what the JSON file
+has; a change of them raises `SCHEMA`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, TypeAlias
+
+from .figures import Figure, Target, percentile
+
+#: The version of the JSON file's form.
+SCHEMA = 2
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a plot."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+    #: Decides the colour (``a``, ``b``, ``c``: scrapers); by default the name does.
+    role: str = ""
+
+
+@dataclass(frozen=True)
+class Lines:
+    """Lines over an axis."""
+
+    title: str
+    x: str
+    y: str
+    series: Sequence[Series]
+    #: Draw steps: a value holds until the next one.
+    steps: bool = False
+    #: Draw areas, one on top of the other. For series with the same x values.
+    stacked: bool = False
+    log_x: bool = False
+    #: Least top of the y axis, and least end of the x axis: plots side by side have
+    #: the same.
+    y_top: float = 0.0
+    x_end: float = 0.0
+    #: Vertical lines with a text each.
+    marks: Sequence[tuple[float, str]] = ()
+    #: Horizontal lines with a text each.
+    levels: Sequence[tuple[float, str]] = ()
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar; `low` to `high` is the middle half of the rounds."""
+
+    name: str
+    value: float
+    low: float
+    high: float
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Bars from zero, one below the other."""
+
+    title: str
+    unit: str
+    bars: Sequence[Bar]
+    #: Where a line is drawn across, with its text.
+    level: tuple[float, str] | None = None
+
+
+#: Classes of a histogram to each power of ten.
+PER_DECADE = 12
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How some times are distributed. Seconds."""
+
+    name: str
+    count: int
+    p50: float
+    p99: float
+    most: float
+    #: Pairs of a class's lower bound and how many are in it; a class spans a
+    #: twelfth of a power of ten.
+    histogram: Sequence[tuple[float, int]]
+    remark: str = ""
+
+    @classmethod
+    def of(cls, name: str, seconds: Iterable[float], remark: str = "") -> Distribution:
+        """Sum up `seconds`; what is less than a microsecond counts as one."""
+        values = [max(value, 1e-6) for value in seconds]
+        classes = Counter(math.floor(math.log10(v) * PER_DECADE) for v in values)
+        histogram = [(10.0 ** (n / PER_DECADE), classes[n]) for n in sorted(classes)]
+        p50, p99 = percentile(values, 50), percentile(values, 99)
+        return cls(name, len(values), p50, p99, max(values), histogram, remark)
+
+
+@dataclass(frozen=True)
+class Distributions:
+    """Distributions of times, one below the other, on a logarithmic axis."""
+
+    title: str
+    rows: Sequence[Distribution]
+
+
+Plot: TypeAlias = Lines | Bars | Distributions
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; cells are texts or numbers."""
+
+    title: str
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str | float]]
+
+
+#: What a measurement finds; a text is a paragraph for the reader of the plots.
+Finding: TypeAlias = Figure | Plot | Table | str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A scenario, what was done in it (a paragraph), and what was found."""
+
+    name: str
+    title: str
+    text: str
+    findings: Sequence[Finding]
+    seconds: float = 0.0
+
+    def of(self, *kinds: type) -> list[Any]:
+        """Return what was found of these types."""
+        return [found for found in self.findings if isinstance(found, kinds)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        plots = self.of(Lines, Bars, Distributions)
+        return {
+            "name": self.name,
+            "title": self.title,
+            "text": self.text,
+            "seconds": round(self.seconds, 1),
+            "figures": [figure.as_dict() for figure in self.of(Figure)],
+            "plots": [{"kind": type(p).__name__.lower(), **asdict(p)} for p in plots],
+            "tables": [asdict(table) for table in self.of(Table)],
+            "notes": self.of(str),
+        }
+
+
+@dataclass
+class Report:
+    """One run of the command."""
+
+    #: Machine, versions, server and options.
+    about: Mapping[str, Any]
+    sections: list[Section] = field(default_factory=list)
+    #: Targets for which there should be figures.
+    targets: Iterable[Target] = ()
+    #: Why the run ended early, if it did.
+    cut_short: str = ""
+    seconds: float = 0.0
+
+    @property
+    def figures(self) -> list[Figure]:
+        """All figures that have a target; of a target not measured, an empty one."""
+        found = [f for s in self.sections for f in s.of(Figure) if f.target]
+        missing = [t for t in self.targets if t not in {f.target for f in found}]
+        return found + [Figure(t.what, t.beside, (), t) for t in missing]
+
+    @property
+    def met(self) -> int:
+        """How many of the figures are as they should be."""
+        return sum(figure.verdict == "met" for figure in self.figures)
+
+    @property
+    def ok(self) -> bool:
+        """All targets have been measured and are met."""
+        return self.met == len(self.figures)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return {
+            "schema": SCHEMA,
+            "about": dict(self.about),
+            "seconds": round(self.seconds, 1),
+            "cut_short": self.cut_short,
+            "targets": [figure.as_dict() for figure in self.figures],
+            "sections": [section.as_dict() for section in self.sections],
+        }

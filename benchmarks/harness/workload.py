@@ -1,0 +1,334 @@
+"""Scrapers that do real work: fetch a batch, process it, write it back, commit.
+
+A *workflow* is one such pass. It is due at some moment, and its latency is counted
+from then, not from when a thread had time for it. So a pool that keeps workflows
+waiting cannot hide that by being asked less often.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import secrets
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+from sqlalchemy import Connection, Engine, text
+from sqlalchemy.pool import NullPool, QueuePool
+
+from sqla_fairpool import FairQueuePool
+
+from .crowd import working
+from .database import Database
+from .figures import percentile
+from .pools import fixed, open_all
+
+#: Rows that a scraper takes at a time, and rows it has.
+_BATCH, _ROWS = 3, 400
+
+_CREATE = """
+    CREATE TABLE {table} (
+        id integer PRIMARY KEY,
+        scraper text NOT NULL,
+        payload text NOT NULL,
+        runs integer NOT NULL DEFAULT 0,
+        updated_at timestamptz NOT NULL DEFAULT clock_timestamp()
+    ) WITH (fillfactor = 50)
+"""
+
+# On what an update leaves alone, and pages are filled by half: so updates stay on
+# their page, and the table does not get slower from round to round.
+_INDEX = "CREATE INDEX ON {table} (scraper)"
+
+_FILL = """
+    INSERT INTO {table} (id, scraper, payload)
+    SELECT n, (CAST(:scrapers AS text[]))[1 + n % :count], md5(n::text)
+    FROM generate_series(1, :rows) AS n
+"""
+
+_FETCH = """
+    SELECT id, payload FROM {table} WHERE scraper = :scraper
+    LIMIT :batch FOR UPDATE SKIP LOCKED"""
+
+_SERVICE = "SELECT pg_sleep(:seconds)"
+
+_WRITE_BACK = """
+    UPDATE {table} SET runs = runs + 1, payload = md5(payload),
+        updated_at = clock_timestamp()
+    WHERE id = ANY(:ids)"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A workflow that is to be done."""
+
+    #: Seconds after the start.
+    due: float
+    #: Seconds that the server spends on it.
+    service: float
+
+
+#: Does a workflow on a connection: the scraper's name, seconds of service.
+Work = Callable[[Connection, str, float], None]
+
+
+@contextmanager
+def work_on(database: Database, scrapers: Sequence[str]) -> Iterator[Work]:
+    """Create the scrapers' table, yield their work, drop the table."""
+    table = f"sqla_fairpool_bench_{secrets.token_hex(4)}"
+    engine = database.engine(NullPool)
+    values = {
+        "scrapers": list(scrapers),
+        "count": len(scrapers),
+        "rows": _ROWS * len(scrapers),
+    }
+    fetch, write = (text(s.format(table=table)) for s in (_FETCH, _WRITE_BACK))
+    service = text(_SERVICE)
+
+    def work(connection: Connection, scraper: str, seconds: float) -> None:
+        rows = connection.execute(fetch, {"scraper": scraper, "batch": _BATCH}).all()
+        if seconds:
+            connection.execute(service, {"seconds": seconds})
+        connection.execute(write, {"ids": [row.id for row in rows]})
+        connection.commit()
+
+    try:
+        with engine.begin() as connection:
+            connection.execute(text(_CREATE.format(table=table)))
+            connection.execute(text(_INDEX.format(table=table)))
+            connection.execute(text(_FILL.format(table=table)), values)
+        yield work
+    finally:
+        with engine.begin() as connection:
+            connection.execute(text("SET LOCAL lock_timeout = '10s'"))
+            connection.execute(text(f"DROP TABLE IF EXISTS {table}"))
+
+
+def backlog(count: int, service: float, seed: int) -> list[Job]:
+    """Return workflows that are all due at once.
+
+    Their service times lie evenly between half and one and a half of `service`.
+    """
+    chance = random.Random(seed)
+    return [Job(0.0, service * chance.uniform(0.5, 1.5)) for _ in range(count)]
+
+
+def bursts(
+    seconds: float, demand: float, most: int, service: float, seed: int
+) -> list[Job]:
+    """Return workflows that come in bursts, at random moments, each all at once.
+
+    :param demand: connections that they keep busy on average.
+    :param most: workflows of the largest burst; the smallest has a third of that.
+    """
+    chance = random.Random(seed)
+    least = max(most // 3, 1)
+    rate = demand / service / ((least + most) / 2)
+    jobs = []
+    due = chance.expovariate(rate)
+    while due < seconds:
+        for _ in range(chance.randint(least, most)):
+            jobs.append(Job(due, service * chance.uniform(0.5, 1.5)))
+        due += chance.expovariate(rate)
+    return jobs
+
+
+def shift(begin: float, end: float, service: float) -> Iterator[Job]:
+    """Return as many workflows as can be done between two moments of the run.
+
+    What has begun by the end is finished. Several threads may take from it.
+    """
+    start = math.nan
+
+    def job() -> Job | None:
+        nonlocal start
+        now = time.perf_counter()
+        start = now if math.isnan(start) else start
+        if now - start >= end:
+            return None
+        return Job(begin, service * random.uniform(0.5, 1.5))
+
+    return iter(job, None)
+
+
+@dataclass(frozen=True)
+class Scraper:
+    """A scraper, and the threads in which it does its workflows."""
+
+    name: str
+    #: Carries the scraper's tag, if its pool knows tags.
+    engine: Engine
+    #: Tells how many connections the scraper holds now.
+    held: Callable[[], int]
+    threads: int = 25
+
+
+#: What each scraper has to do.
+Tasks = Mapping[Scraper, Iterable[Job]]
+
+
+@dataclass
+class Outcome:
+    """What happened in one run."""
+
+    #: Until the last workflow was done.
+    seconds: float = 0.0
+    #: Of each scraper's workflows, from due to done.
+    latencies: dict[str, list[float]] = field(default_factory=dict)
+    #: Of each scraper, pairs of a moment and the connections it held then.
+    held: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+    #: Processor time of this process, as a part of `seconds`.
+    client: float = 0.0
+
+    @property
+    def changes(self) -> dict[str, list[tuple[float, int]]]:
+        """`held` without the moments at which it was what it was before."""
+        looks = list(zip(*self.held.values(), strict=False))
+        kept = [
+            now
+            for before, now in pairwise(looks)
+            if [n for _, n in before] != [n for _, n in now]
+        ]
+        ends = looks[:1], kept, looks[-1:]
+        return {
+            name: [look[place] for part in ends for look in part]
+            for place, name in enumerate(self.held)
+        }
+
+    @property
+    def all_latencies(self) -> list[float]:
+        """All scrapers' latencies."""
+        return [value for values in self.latencies.values() for value in values]
+
+    @property
+    def throughput(self) -> float:
+        """Workflows per second."""
+        return len(self.all_latencies) / self.seconds
+
+    @property
+    def mean(self) -> float:
+        """Mean latency."""
+        return statistics.fmean(self.all_latencies)
+
+    @property
+    def p95(self) -> float:
+        """95th percentile of the latencies."""
+        return percentile(self.all_latencies, 95)
+
+
+def run(work: Work, tasks: Tasks, limit: float = 60.0, every: float = 0.01) -> Outcome:
+    """Let the scrapers do their workflows; return when all are done.
+
+    :param tasks: each one's workflows, the first due first. A list or another
+      collection whose iterator several threads may call.
+    :param limit: seconds after which no workflow is begun any more.
+    :param every: seconds between two looks at what the scrapers hold.
+    """
+    outcome, ends = Outcome(), list[float]()
+    cpu = time.process_time()
+
+    def elapsed() -> float:
+        return time.perf_counter() - threads.began
+
+    def do(scraper: Scraper, jobs: Iterator[Job], latencies: list[float]) -> None:
+        for job in jobs:
+            early = job.due - elapsed()
+            if early > 0:
+                threads.ended.wait(early)
+            if threads.ended.is_set():
+                return
+            with scraper.engine.connect() as connection:
+                work(connection, scraper.name, job.service)
+            done = elapsed()
+            latencies.append(done - job.due)
+            ends.append(done)
+
+    with working() as threads:
+        workers = []
+        for scraper, jobs in tasks.items():
+            latencies = outcome.latencies.setdefault(scraper.name, [])
+            worker = partial(do, scraper, iter(jobs), latencies)
+            workers += [worker] * scraper.threads
+        threads.start(workers)
+        while elapsed() < limit and any(t.is_alive() for t in threads.threads):
+            for scraper in tasks:
+                held = outcome.held.setdefault(scraper.name, [])
+                held.append((elapsed(), scraper.held()))
+            if threads.ended.wait(every):
+                break
+    outcome.seconds = max(ends, default=limit)
+    outcome.client = (time.process_time() - cpu) / outcome.seconds
+    return outcome
+
+
+# -- the two worlds: a pool for each scraper, and one for all --------------------------
+
+#: The scrapers.
+NAMES = ("layer1_5", "layer2", "layer3")
+
+#: A minute of a day is 10 ms here: the default times, divided by a hundred.
+SCALED: dict[str, Any] = {"idle_timeout": 0.6, "reallocation_interval": 0.3}
+
+#: Options with which a scraper may have all that nobody else wants.
+LIFTED: dict[str, Any] = {"soft_limit": 20, "max_limit": 20}
+
+FAIR = "FairQueuePool 20"
+
+#: Seconds a checkout may wait. No workflow may be lost by it.
+_PATIENCE = 120.0
+
+
+@dataclass(frozen=True)
+class World:
+    """Scrapers and their connections, all of which are open."""
+
+    name: str
+    connections: int
+    scrapers: dict[str, Scraper]
+
+
+@contextmanager
+def static_world(
+    database: Database, sizes: Sequence[int] = (10, 10, 10), threads: int = 25
+) -> Iterator[World]:
+    """A ``QueuePool`` for each scraper, of so many connections."""
+    with ExitStack() as stack:
+        scrapers = {}
+        for name, size in zip(NAMES, sizes, strict=True):
+            engine = database.engine(
+                QueuePool, **fixed(QueuePool, size), pool_timeout=_PATIENCE
+            )
+            stack.callback(engine.dispose)
+            open_all(engine)
+            scrapers[name] = Scraper(name, engine, engine.pool.checkedout, threads)
+        shown = f"QueuePool {'+'.join(map(str, sizes))}"
+        yield World(shown, sum(sizes), scrapers)
+
+
+@contextmanager
+def fair_world(
+    database: Database, title: str = FAIR, threads: int = 25, **options: Any
+) -> Iterator[World]:
+    """One ``FairQueuePool`` of twenty connections for all scrapers."""
+    options |= fixed(FairQueuePool, 20)
+    engine = database.engine(FairQueuePool, pool_timeout=_PATIENCE, **options)
+
+    def held(name: str) -> int:
+        row = engine.pool.stats().tag(name)
+        return row.connections if row is not None else 0
+
+    def scraper(name: str) -> Scraper:
+        tagged = engine.execution_options(scraper=name)
+        return Scraper(name, tagged, partial(held, name), threads)
+
+    try:
+        open_all(engine)
+        yield World(title, 20, {name: scraper(name) for name in NAMES})
+    finally:
+        engine.dispose()

@@ -1,0 +1,1 @@
+"""What was found, and how it is shown: in the terminal, on a page, as JSON."""

@@ -1,0 +1,64 @@
+"""All scenarios, in the order of the report, and the run of one."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+
+from ..harness.bench import Bench, Scenario
+from ..harness.findings import Section
+from . import contention, uncontended
+from .generator import GENERATOR
+from .peers import PEERS
+from .scale import SCALE
+from .shift import SHIFT
+from .static import ALONE, BURSTS, SATURATED
+from .styles import STYLES
+
+POOL = Scenario(
+    "pool",
+    "The pool alone",
+    "What a checkout and a checkin cost, and what happens when there are more threads "
+    "than connections, on a DBAPI that does nothing: all that is left is SQLAlchemy "
+    "and the pool. Beside QueuePool, the floor (a deque without limit or lock: nothing "
+    "can cost less) and a bare hand-off (a lock and one line: the price of order).",
+    (
+        uncontended.uncontended_tag_on_engine,
+        contention.with_hold,
+        contention.without_hold,
+        contention.light_tag,
+        uncontended.statement_on_postgresql,
+    ),
+    ("uncontended", "floor", "hold", "fair 200", "no hold", "light", "statement"),
+    more=(
+        uncontended.uncontended_other_tags,
+        contention.without_hold_on_all_cores,
+        partial(contention.light_tag, key="light, full"),
+        partial(contention.light_tag, key="light, connection"),
+        uncontended.statement_on_sqlite,
+        uncontended.settings_of_diagnosis,
+        uncontended.settings_and_figures,
+        uncontended.settings_server_tag,
+    ),
+    sessions=2,
+)
+
+SCENARIOS: tuple[Scenario, ...] = (
+    SHIFT,
+    ALONE,
+    BURSTS,
+    SATURATED,
+    PEERS,
+    STYLES,
+    POOL,
+    SCALE,
+    GENERATOR,
+)
+
+
+def play(bench: Bench, scenario: Scenario) -> Section:
+    """Run a scenario."""
+    began = time.monotonic()
+    found = scenario.run(bench)
+    took = time.monotonic() - began
+    return Section(scenario.name, scenario.title, scenario.text, found, took)

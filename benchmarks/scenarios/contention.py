@@ -1,0 +1,232 @@
+"""More threads than connections: throughput, fairness, and who starves.
+
+Where throughput counts, the threads are under three tags, with the options as
+they are by default: three active tags may hold ten connections each, so all
+twenty are in use, as ``QueuePool``'s are. One tag alone would leave five free
+for newcomers, by design, and be a comparison of fifteen with twenty.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from sqlalchemy import Engine
+
+from ..harness.bench import Bench, Runs
+from ..harness.crowd import Caller, Outcome, in_threads
+from ..harness.figures import percentile
+from ..harness.findings import Finding, Lines, Series
+from ..harness.pools import fair_engine, handoff_engine, queue_engine
+
+_HOLD = 0.005
+
+PEERS: dict[str, Callable[[], Engine]] = {
+    "FairQueuePool": fair_engine,
+    "QueuePool": queue_engine,
+    "bare hand-off": handoff_engine,
+}
+
+
+def _under_tags(
+    make: Callable[[], Engine], tags: str, threads: int, hold: float, seconds: float
+) -> Outcome:
+    """Run `threads` on a new engine's pool, as many of them under each tag."""
+    engine = make()
+    tagged = [engine.execution_options(scraper=tag).connect for tag in tags]
+    callers = [Caller(tagged[n % len(tags)], hold) for n in range(threads)]
+    outcome = in_threads(callers, seconds)
+    engine.dispose()
+    return outcome
+
+
+def on_one_tag(
+    size: int, threads: int, hold: float, seconds: float
+) -> dict[str, Callable[[], Outcome]]:
+    """Contenders where nobody knows tags: there is one, which may have everything."""
+    ours = partial(fair_engine, size, soft_limit=size, max_limit=size)
+    peers = {"FairQueuePool": ours, "QueuePool": partial(queue_engine, size)}
+    return {
+        name: partial(_under_tags, make, "a", threads, hold, seconds)
+        for name, make in peers.items()
+    }
+
+
+def _told(outcomes: Sequence[Outcome]) -> str:
+    """Say how a pool's threads fared, in its median round."""
+    rate = statistics.median(outcome.throughput for outcome in outcomes)
+    fairness = statistics.median(outcome.fairness for outcome in outcomes)
+    longest = max(outcome.longest_wait for outcome in outcomes)
+    starved = max(outcome.never_served for outcome in outcomes)
+    return (
+        f"{rate:,.0f}/s, Jain {fairness:.3f}, never served {starved}, "
+        f"longest wait {longest * 1000:,.0f} ms"
+    )
+
+
+def _both(runs: Runs) -> str:
+    return "; ".join(f"{n}: {_told(runs[n])}" for n in list(PEERS)[:2])
+
+
+def with_hold(bench: Bench) -> Iterator[Finding]:
+    """200 threads on 20 connections."""
+    seconds = bench.pick(1.0, 0.4)
+    contenders = {
+        name: partial(_under_tags, make, "abc", 200, _HOLD, seconds)
+        for name, make in PEERS.items()
+    }
+    runs = bench.interleave("200 threads, 5 ms hold", contenders, bench.pick(7, 3))
+    bare = "bare hand-off"
+    yield runs.ratio("hold", "throughput", remark=_both(runs))
+    yield runs.ratio(f"a {bare}: the same, throughput", "throughput", of=bare)
+    yield runs.value("fair 200", "fairness")
+    yield runs.value("QueuePool: the same", "fairness", "QueuePool")
+
+
+@contextmanager
+def _one_core() -> Iterator[bool]:
+    """Keep the threads that are started in the block on one core, if we can.
+
+    Tells if we could; there is no such thing on macOS and Windows.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        yield False
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield True
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _without_hold(bench: Bench, what: str) -> Runs:
+    seconds = bench.pick(0.4, 0.2)
+    contenders = {
+        name: partial(_under_tags, make, "abc", 40, 0.0, seconds)
+        for name, make in PEERS.items()
+    }
+    return bench.interleave(what, contenders, bench.pick(9, 5))
+
+
+def without_hold(bench: Bench) -> Iterator[Finding]:
+    """40 threads on 20 connections that do nothing but check out and return.
+
+    On one core, because the interpreter lets one thread run at a time anyway: on
+    several it falls, for seconds and with any pool, into passing its lock from
+    core to core at a fifth of the speed, and a ratio of two pools of which one
+    was just caught in that says nothing.
+    """
+    with _one_core() as pinned:
+        runs = _without_hold(bench, "40 threads, no hold")
+    remark = f"{'on one core; ' if pinned else ''}{_both(runs)}"
+    yield runs.ratio("no hold", "throughput", remark=remark)
+    yield runs.ratio("the same", "throughput", over="bare hand-off")
+
+
+def without_hold_on_all_cores(bench: Bench) -> Iterator[Finding]:
+    """The same as it comes, see above."""
+    runs = _without_hold(bench, "40 threads, all cores")
+    what, bare = "the same, on all cores", "bare hand-off"
+    yield runs.ratio(what, "throughput", remark=_both(runs))
+    yield runs.ratio(f"a {bare}: {what}", "throughput", of=bare)
+
+
+def issue_7679(bench: Bench) -> Iterator[Finding]:
+    """SQLAlchemy's issue 7679: threads that return a connection overtake the waiters.
+
+    100 threads of one application, 10 connections.
+    """
+    contenders = on_one_tag(10, 100, 0.010, bench.pick(2.0, 0.8))
+    runs = bench.interleave("issue 7679", contenders, bench.pick(3, 2))
+    fair, queue = runs.values()
+    yield runs.value("fair 7679", "fairness", remark=_told(fair))
+    yield runs.value("QueuePool: the same", "fairness", "QueuePool", _told(queue))
+    series = []
+    for name, outcomes in runs.items():
+        served = sorted(outcomes[0].served, reverse=True)
+        points = tuple((float(n), float(each)) for n, each in enumerate(served, 1))
+        series.append(Series(name, points))
+    title = "100 threads on 10 connections, 10 ms hold (SQLAlchemy issue 7679)"
+    x, y = "threads, the luckiest first", "times served"
+    yield Lines(title, x, y, series)
+
+
+# -- one quiet thread under its own tag, beside a flood of 200 under another ----------
+#
+# By default the flood may hold ten of twenty connections as soon as the quiet one is
+# active, which leaves it more than it can use. The harder case is measured as well:
+# both may use all twenty, so that every checkout of the quiet one meets a pool that
+# is empty and must be next in line.
+
+Connects = Callable[[Engine, str], Callable[[], Any]]
+
+
+def _by_engine(engine: Engine, tag: str) -> Callable[[], Any]:
+    return engine.execution_options(scraper=tag).connect
+
+
+def _by_connection(engine: Engine, tag: str) -> Callable[[], Any]:
+    return lambda: engine.connect().execution_options(scraper=tag)
+
+
+#: By the names of their targets.
+LIGHT_CASES: dict[str, tuple[Connects, dict[str, Any]]] = {
+    "light": (_by_engine, {}),
+    "light, full": (_by_engine, {"soft_limit": 20, "max_limit": 20}),
+    "light, connection": (_by_connection, {}),
+}
+
+
+def _beside_a_flood(
+    make: Callable[[], Engine], connects: Connects, seconds: float
+) -> Outcome:
+    """Run the flood and, once it has settled, the quiet thread, which is the last."""
+    engine = make()
+    flood = [Caller(connects(engine, "flood"), _HOLD)] * 200
+    light = Caller(connects(engine, "light"), _HOLD, pause=_HOLD)
+    outcome = in_threads(flood, seconds, late=[light])
+    engine.dispose()
+    return outcome
+
+
+def _told_of_light(outcomes: Sequence[Outcome]) -> str:
+    """Say how the quiet thread fared."""
+    served = sum(outcome.served[-1] for outcome in outcomes)
+    flood = sum(sum(outcome.served) for outcome in outcomes) - served
+    seconds = sum(outcome.seconds for outcome in outcomes)
+    waits = [wait for outcome in outcomes for wait in outcome.last_waits]
+    median = f", median wait {percentile(waits, 50) * 1000:.2f} ms" if served else ""
+    return (
+        f"served {served} times (the flood {flood:,}) in {seconds:.1f} s{median}, "
+        f"longest wait {max(waits) * 1000:,.1f} ms"
+    )
+
+
+def starved(outcomes: Sequence[Outcome]) -> str:
+    """Return a remark if the last caller was never served."""
+    return "" if any(outcome.served[-1] for outcome in outcomes) else "never served"
+
+
+def light_tag(bench: Bench, key: str = "light") -> Iterator[Finding]:
+    """Measure one of `LIGHT_CASES`."""
+    connects, options = LIGHT_CASES[key]
+    seconds = bench.pick(1.5, 0.5)
+    contenders = {
+        "FairQueuePool": partial(
+            _beside_a_flood, partial(fair_engine, **options), connects, seconds
+        ),
+        "QueuePool": partial(_beside_a_flood, queue_engine, connects, seconds),
+    }
+    runs = bench.interleave(key, contenders, bench.pick(3, 2))
+    ours, theirs = map(_told_of_light, runs.values())
+    p99 = lambda o: percentile(o.waits[-1] or o.last_waits, 99) / _HOLD  # noqa: E731
+    remark = f"light: {ours}; beside QueuePool: {theirs}"
+    yield runs.value(key, p99, remark=remark)
+    if key == "light":
+        title = "Waits of one quiet thread beside a flood of 200"
+        yield runs.waits(title, "last_waits", starved)

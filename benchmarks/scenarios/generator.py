@@ -1,0 +1,107 @@
+"""Is it the pools that are measured, or what measures them?
+
+The crowds check out from something that costs nothing and limits nothing. That is
+the most they can ask for; what a pool was asked for has to be well below.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from ..harness.bench import Bench, Scenario
+from ..harness.crowd import Caller, Outcome, in_tasks, in_threads
+from ..harness.findings import Finding
+from ..harness.pools import queue_engine
+from ..harness.targets import figure
+
+
+class _Nothing:
+    """A connection that is none."""
+
+    def close(self) -> None:
+        pass
+
+
+class _NothingAsync:
+    """The same for tasks."""
+
+    async def close(self) -> None:
+        pass
+
+
+_NOTHING, _NOTHING_ASYNC = _Nothing(), _NothingAsync()
+
+
+async def _connect() -> Any:
+    return _NOTHING_ASYNC
+
+
+def alone_in_threads(callers: int, hold: float, seconds: float) -> Outcome:
+    """Let threads take turns with nothing at all."""
+    return in_threads([Caller(lambda: _NOTHING, hold)] * callers, seconds, 0.05)
+
+
+def alone_in_tasks(callers: int, hold: float, seconds: float) -> Outcome:
+    """Let tasks take turns with nothing at all."""
+    return asyncio.run(in_tasks([Caller(_connect, hold)] * callers, seconds, 0.05))
+
+
+def cheapest(seconds: float) -> Outcome:
+    """One thread on a pool that is never contended: the fastest there is."""
+    engine = queue_engine(1)
+    outcome = in_threads([Caller(engine.connect, 0.0)], seconds, 0.05)
+    engine.dispose()
+    return outcome
+
+
+def headroom(bench: Bench) -> Iterator[Finding]:
+    """What the crowd costs in the fastest of all runs, which has no hold."""
+    seconds = bench.pick(0.5, 0.2)
+    contenders = {
+        "QueuePool": partial(cheapest, seconds),
+        "crowd alone": partial(alone_in_threads, 1, 0.0, seconds),
+    }
+    runs = bench.interleave("generator, no hold", contenders, bench.pick(9, 3))
+    remark = (
+        "the part of a cycle that is the crowd's own, in the fastest of all runs: one "
+        "thread, no hold, a DBAPI that does nothing"
+    )
+    yield runs.ratio("generator: cost", "throughput", remark=remark)
+
+
+def sleepers(bench: Bench) -> Iterator[Finding]:
+    """What the crowd reaches with ten callers that only sleep, of what is possible."""
+    seconds, hold, callers = bench.pick(1.0, 0.3), 0.005, 10
+    contenders = {
+        "threads": partial(alone_in_threads, callers, hold, seconds),
+        "tasks": partial(alone_in_tasks, callers, hold, seconds),
+    }
+    runs = bench.interleave("generator, 5 ms hold", contenders, bench.pick(5, 3))
+    possible = callers / hold
+    for name, rates in runs.each("throughput").items():
+        yield figure(
+            f"ten {name} that only sleep 5 ms: turns per second",
+            [rate / possible for rate in rates],
+            "ten through 5 ms",
+            "the rest is late wake-ups, the machine's; no pool reaches more",
+        )
+    yield runs.bars(
+        "Ten callers without any pool, 5 ms hold: the ceiling of the peers' runs",
+        "turns per second",
+        "throughput",
+        level=(possible, "no wake-up late"),
+    )
+
+
+GENERATOR = Scenario(
+    "generator",
+    "What the measuring costs",
+    "The crowds that ask the pools for connections, asking for nothing: what they cost "
+    "themselves, and how many turns ten callers make in which there is no pool. What "
+    "the scrapers' process needed is told with their figures above.",
+    (headroom, sleepers),
+    ("generator: cost",),
+)

@@ -1,0 +1,297 @@
+"""Against the peers: the same work for all of them, in threads and in tasks.
+
+Ten connections, and ten callers that wait for each of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from sqla_fairpool.scheduling.policy import jain
+
+from ..harness.bench import Bench, Metric, Runs, Scenario
+from ..harness.contenders import TASKS, THREADS, Contender, Setup
+from ..harness.crowd import Caller, Outcome, in_tasks, in_threads
+from ..harness.figures import Figure, percentile
+from ..harness.findings import Finding, Table
+from .contention import starved
+
+#: Connections, and callers: ten hold one, ten wait for each.
+SIZE, CALLERS = 10, 110
+
+HOLD = 0.005
+
+#: Seconds after which, in a line that all callers leave then, every second one leaves
+#: unserved: a hundred wait, and two thousand are served in a second.
+#: (A time-out is the pool's, so not every second caller can be given one.)
+_PATIENCE = (CALLERS - SIZE) / (2 * SIZE / HOLD)
+
+#: Callers under each of five tags. All want more than their part, two of ten.
+EVEN = (CALLERS // 5,) * 5
+UNEVEN = (50, 30, 16, 8, 6)
+
+#: Seconds: some two turns of the line.
+_SETTLE = 0.12
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a contender is given to do."""
+
+    name: str
+    #: Callers under each tag.
+    callers: tuple[int, ...]
+    seconds: float
+    hold: float = HOLD
+    #: One caller more under a tag of its own comes when the others have settled.
+    with_light: bool = False
+    #: Every second caller gives up.
+    impatient: bool = False
+
+    def crowd(self, connects: Any, **more: Any) -> tuple[list[Caller], list[Caller]]:
+        """Return the callers, and those that come later."""
+        callers = [
+            Caller(connects(f"tag{n}"), self.hold, **more)
+            for n, number in enumerate(self.callers)
+            for _ in range(number)
+        ]
+        light = Caller(connects("light"), HOLD, pause=HOLD) if self.with_light else None
+        return callers, [light] if light else []
+
+
+def _in_threads(bench: Bench, peer: Contender, work: Work) -> Outcome:
+    patience = _PATIENCE if work.impatient else Setup.timeout
+    gives_up = (peer.timeout_error,) if work.impatient else ()
+    with peer.open(Setup(bench.database, SIZE, 5, patience)) as connects:
+        callers, late = work.crowd(connects, gives_up=gives_up)
+        return in_threads(callers, work.seconds, _SETTLE, late)
+
+
+def _in_tasks(bench: Bench, peer: Contender, work: Work) -> Outcome:
+    async def run() -> Outcome:
+        patience = 2 * HOLD if work.impatient else None
+        async with peer.open(Setup(bench.database, SIZE, 5)) as connects:
+            callers, late = work.crowd(connects, patience=patience)
+            return await in_tasks(callers, work.seconds, _SETTLE, late)
+
+    return asyncio.run(run())
+
+
+_CYCLES = 500
+
+
+def _cycle_in_thread(bench: Bench, peer: Contender) -> float:
+    """Return the microseconds of a cycle: wall clock, so with the server's."""
+    with peer.open(Setup(bench.database, SIZE, 5)) as connects:
+        connect = connects("tag0")
+        for cycles in (20, _CYCLES):  # first to warm up
+            began = time.perf_counter()
+            for _ in range(cycles):
+                connect().close()
+        return (time.perf_counter() - began) / _CYCLES * 1e6
+
+
+def _cycle_in_task(bench: Bench, peer: Contender) -> float:
+    async def run() -> float:
+        async with peer.open(Setup(bench.database, SIZE, 5)) as connects:
+            connect = connects("tag0")
+            for cycles in (20, _CYCLES):
+                began = time.perf_counter()
+                for _ in range(cycles):
+                    await (await connect()).close()
+            return (time.perf_counter() - began) / _CYCLES * 1e6
+
+    return asyncio.run(run())
+
+
+# -- what is computed -----------------------------------------------------------------
+
+
+def over_tags(outcome: Outcome) -> float:
+    """Return Jain's index over what each of the uneven tags got."""
+    served = iter(outcome.served)
+    return jain([sum(islice(served, callers)) for callers in UNEVEN])
+
+
+def light_p99(outcome: Outcome) -> float:
+    """Return the p99 of the light tag's waits, in milliseconds."""
+    return percentile(outcome.last_waits, 99) * 1e3
+
+
+def _lost(outcome: Outcome) -> float:
+    return sum(outcome.given_up) / max(sum(outcome.served), 1)
+
+
+def _never_served(outcomes: Sequence[Outcome]) -> str:
+    never = statistics.median(outcome.never_served for outcome in outcomes)
+    return f"{never:g} of {CALLERS} never served" if never else ""
+
+
+_FAIRNESS: dict[str, Metric] = {
+    "Jain, callers": "fairness",
+    "p50 wait, ms": lambda outcome: outcome.wait(50) * 1e3,
+    "p99 wait, ms": lambda outcome: outcome.wait(99) * 1e3,
+    "longest wait, ms": lambda outcome: outcome.longest_wait * 1e3,
+    "p99 / p50": "spread",
+}
+
+_ALONE = (
+    "A tag that is alone may have three quarters of a FairQueuePool by default, the "
+    "rest is for newcomers; a semaphore holds it to its part for ever."
+)
+
+# -- the measurements -----------------------------------------------------------------
+
+
+class _Side:
+    """The measurements of threads or of tasks, of which each adds to their table."""
+
+    def __init__(
+        self,
+        name: str,
+        peers: Sequence[Contender],
+        work: Callable[[Bench, Any, Work], Outcome],
+        bench: Bench,
+    ) -> None:
+        self._name, self._peers, self._work, self._bench = name, peers, work, bench
+        self._columns: dict[str, dict[str, float]] = {}
+
+    def measure(self, cycle: Callable[[Bench, Any], float]) -> Iterator[Finding]:
+        """Make all measurements of the bench's form."""
+        seconds = self._bench.pick(1.5, 0.25)
+        yield from self._uncontended(cycle)
+        for hold in self._bench.pick((0.0, 0.001, HOLD, 0.05), (HOLD,)):
+            yield from self._hold(hold, 3.0 if hold > HOLD else max(seconds, 0.55))
+        yield from self._tags(seconds)
+        yield from self._light(seconds)
+        if not self._bench.short:
+            yield from self._giving_up(seconds)
+            yield from self._alone(seconds)
+        yield from self._tables()
+
+    def _run(self, work: Work) -> Runs:
+        run = partial(self._work, self._bench)
+        contenders = {peer.name: partial(run, peer, work) for peer in self._peers}
+        what = f"{self._name}, {work.name}"
+        return self._bench.interleave(what, contenders, self._bench.pick(5, 2))
+
+    def _column(self, heading: str, runs: Runs, metric: Metric = float) -> None:
+        each = runs.each(metric)
+        self._columns[heading] = {n: statistics.median(v) for n, v in each.items()}
+
+    def _target(self, runs: Runs, key: str, metric: Metric, form: str) -> Figure:
+        others = runs.medians(metric, form, others=True)
+        return runs.value(f"{self._name}: {key}", metric, remark=others)
+
+    def _throughput(
+        self, runs: Runs, what: str, title: str, **more: Any
+    ) -> Iterator[Finding]:
+        yield runs.ratio(f"{self._name}: {what}", "throughput")
+        yield runs.bars(title, "checkouts per second", "throughput", **more)
+
+    def _uncontended(self, cycle: Callable[[Bench, Any], float]) -> Iterator[Finding]:
+        contenders = {p.name: partial(cycle, self._bench, p) for p in self._peers}
+        what = f"{self._name}, uncontended"
+        runs = self._bench.interleave(what, contenders, self._bench.pick(9, 3))
+        self._column("uncontended, µs", runs)
+        title = f"Uncontended checkout and checkin, {self._name}"
+        yield runs.ratio(f"{self._name}: uncontended, time")
+        yield runs.bars(title, "µs, less is better")
+
+    def _hold(self, hold: float, seconds: float) -> Iterator[Finding]:
+        """Five tags, each with as many callers."""
+        name = f"{hold * 1000:g} ms hold"
+        runs = self._run(Work(name, EVEN, seconds, hold))
+        self._column(f"{name}, per s", runs, "throughput")
+        title = f"Throughput with {name}, {self._name}"
+        yield from self._throughput(runs, f"throughput, {name}", title)
+        if hold != HOLD:
+            return
+        for heading, metric in _FAIRNESS.items():
+            self._column(heading, runs, metric)
+        yield self._target(runs, "jain", "fairness", ".3f")
+        yield self._target(runs, "spread", "spread", ".3g")
+        title = f"Waits of {CALLERS} {self._name} on {SIZE} connections, {name}"
+        yield runs.waits(title, remark=_never_served)
+
+    def _tags(self, seconds: float) -> Iterator[Finding]:
+        """Five tags, of which some are louder than others."""
+        runs = self._run(Work("loud and quiet tags", UNEVEN, seconds))
+        self._column("Jain, tags", runs, over_tags)
+        title = f"Fairness over five tags with 50, 30, 16, 8 and 6 {self._name}"
+        yield self._target(runs, "tags", over_tags, ".3f")
+        yield runs.bars(title, "Jain's index, 1 is even", over_tags)
+
+    def _light(self, seconds: float) -> Iterator[Finding]:
+        """A flood of callers under one tag, and one caller that comes to it."""
+        runs = self._run(Work("light tag", (CALLERS - 1,), seconds, with_light=True))
+        self._column("light tag p99, ms", runs, light_p99)
+        yield runs.value(
+            f"{self._name}: light",
+            lambda outcome: light_p99(outcome) / 1e3 / HOLD,
+            remark=f"ms: {runs.medians(light_p99, '.3g', others=True)}",
+        )
+        title = f"Waits of a light tag beside a flood of 109 {self._name}"
+        yield runs.waits(title, "last_waits", starved)
+
+    def _alone(self, seconds: float) -> Iterator[Finding]:
+        """One of five tags, the others having no callers."""
+        runs = self._run(Work("one tag alone", (40,), seconds))
+        title = f"One tag alone, 40 {self._name}: throughput"
+        yield from self._throughput(runs, "one tag alone", title)
+        yield _ALONE
+
+    def _giving_up(self, seconds: float) -> Iterator[Finding]:
+        """Every second caller gives up."""
+        runs = self._run(Work("giving up", EVEN, seconds, impatient=True))
+        self._column("giving up, per s", runs, "throughput")
+        self._column("given up per served", runs, _lost)
+        how = "times out" if self._name == "threads" else "is cancelled"
+        lost = self._columns["given up per served"]
+        remarks = {name: f"{n:.2f} given up per served" for name, n in lost.items()}
+        title = f"Throughput while every second waiter {how}, 5 ms hold"
+        yield from self._throughput(runs, f"every second {how}", title, remarks=remarks)
+
+    def _tables(self) -> Iterator[Finding]:
+        columns = self._columns
+        rows = [(p.name, *(c[p.name] for c in columns.values())) for p in self._peers]
+        how = [(peer.name, peer.how) for peer in self._peers]
+        yield Table(f"All medians, {self._name}", ("pool", *columns), rows)
+        yield Table(f"How they are configured, {self._name}", ("pool", "how"), how)
+
+
+def threads(bench: Bench) -> Iterator[Finding]:
+    """The pools for threads."""
+    return _Side("threads", THREADS, _in_threads, bench).measure(_cycle_in_thread)
+
+
+def tasks(bench: Bench) -> Iterator[Finding]:
+    """The pools for asyncio tasks."""
+    return _Side("tasks", TASKS, _in_tasks, bench).measure(_cycle_in_task)
+
+
+PEERS = Scenario(
+    "peers",
+    "Against the peers",
+    f"The pools that people would use instead, each as its documentation recommends "
+    f"(see the tables), with {SIZE} connections to the same PostgreSQL and {CALLERS} "
+    "callers, so that ten wait for each connection. A caller checks out, sleeps for as "
+    "long as it holds the connection, returns it, and comes again at once; on the "
+    "server nothing is done, because the pools are what is measured. Waits that had "
+    "not ended count with what they had lasted. Threads and asyncio tasks are compared "
+    "apart.",
+    (threads, tasks),
+    tuple(
+        f"{side}: {key}"
+        for side in ("threads", "tasks")
+        for key in ("jain", "spread", "tags", "light")
+    ),
+    sessions=32,
+)

@@ -1,0 +1,322 @@
+"""Many tags, many waiters, large pools: what a step costs then, and memory."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import random
+import statistics
+import tracemalloc
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import cycle
+from typing import Any
+
+from sqlalchemy import Engine
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
+
+from sqla_fairpool import AsyncAdaptedFairQueuePool
+from sqla_fairpool.scheduling.account import Ticket
+from sqla_fairpool.scheduling.scheduler import Scheduler
+
+from ..harness.bench import Bench, Runs, Scenario
+from ..harness.findings import Bar, Bars, Finding, Lines, Series
+from ..harness.pools import fair_engine, queue_engine
+from ..harness.targets import figure
+from .uncontended import timed
+
+FEW, MANY = 10, 10_000
+
+#: Steps of a round of some 5 ms: most rounds fall between two disturbances.
+_STEPS = 500
+
+_ROLES = {"under ten tags": "ours", "under a tag each": "b"}
+
+_PEERS: dict[str, Callable[..., Engine]] = {
+    "FairQueuePool": fair_engine,
+    "QueuePool": queue_engine,
+}
+
+Connect = Callable[[], Any]
+
+
+def make_scheduler(capacity: int = 20) -> Scheduler:
+    """Return a scheduler with the pool's default limits."""
+    return Scheduler(
+        capacity=capacity,
+        soft_limit=-(-capacity // 2),
+        max_limit=-(-capacity * 3 // 4),
+        idle_timeout=60.0,
+        reallocation_interval=30.0,
+        now=0.0,
+    )
+
+
+def _powers(bench: Bench) -> tuple[int, ...]:
+    return bench.pick(
+        (1, 3, 10, 30, 100, 300, 1000, 3000, MANY), (1, FEW, 100, 1000, MANY)
+    )
+
+
+def _interleave(
+    bench: Bench, what: str, contenders: dict[Any, Callable[[], float]]
+) -> Runs:
+    return bench.interleave(what, contenders, bench.pick(160, 60))
+
+
+def _curves(title: str, x: str, runs: Runs) -> Lines:
+    """Return a plot of the medians; the keys of `runs` are a curve's name and x."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for (name, at), times in runs.items():
+        curves.setdefault(name, []).append((at, statistics.median(times)))
+    series = [Series(n, points, _ROLES.get(n, "")) for n, points in curves.items()]
+    return Lines(title, x, "µs", series, log_x=True)
+
+
+# -- tags -----------------------------------------------------------------------------
+
+
+def _tagged(engine: Engine, number: int) -> list[Connect]:
+    """Return the ``connect`` of engines under many tags, each used once already."""
+    tagged = (engine.execution_options(scraper=f"tag{n}") for n in range(number))
+    connects: list[Connect] = [engine.connect for engine in tagged]
+    for connect in connects:
+        connect().close()
+    return connects
+
+
+def _random_walk(connects: list[Connect]) -> Callable[[], float]:
+    """Time checkouts and checkins, each under a tag chosen at random."""
+    chosen = cycle(random.Random(7).choices(connects, k=2 * MANY))
+    return timed(lambda: next(chosen)().close(), _STEPS)
+
+
+def random_tags(bench: Bench) -> Iterator[Finding]:
+    """The worst for the pool: hardly ever the same tag twice running.
+
+    Looking at 10,000 engines in turn costs time with any pool, because the
+    processor's caches do not hold them; QueuePool, which knows no tags, shows
+    how much of the ratio that is.
+    """
+    contenders = {
+        (name, number): _random_walk(_tagged(make(), number))
+        for number in _powers(bench)
+        for name, make in _PEERS.items()
+    }
+    runs = _interleave(bench, "random tags", contenders)
+    ours, theirs = _PEERS
+    yield runs.ratio("tags", of=(ours, MANY), over=(ours, FEW))
+    yield runs.ratio(
+        "QueuePool: the same, which has no tags",
+        of=(theirs, MANY),
+        over=(theirs, FEW),
+        beside="10 tags",
+    )
+    title = "Checkout and checkin, under a tag chosen at random"
+    yield _curves(title, "tags that the pool knows", runs)
+
+
+def one_tag_of_many(bench: Bench) -> Iterator[Finding]:
+    """The usual case: the same tag again, with all the others known and active."""
+    contenders = {
+        number: _random_walk(_tagged(fair_engine(), number)[:1])
+        for number in (MANY, FEW)
+    }
+    runs = _interleave(bench, "one tag of many", contenders)
+    what = "one tag's checkout + checkin among 10,000 active tags, time"
+    yield runs.ratio(what, beside="10 tags")
+
+
+# -- waiters --------------------------------------------------------------------------
+
+
+def _turnover(waiters: int, tags: int) -> Callable[[], float]:
+    """Time a release, which serves a waiter, and a request, which becomes one.
+
+    The scheduler alone, driven as the pool drives it: the line keeps its length,
+    and no 10,000 threads are needed to stand in it. The time stands still, so that
+    no tag becomes idle.
+    """
+    scheduler = make_scheduler()
+    names = cycle(f"tag{n}" for n in range(tags))
+    out: deque[Ticket] = deque()
+    while scheduler.waiting < waiters:
+        ticket = Ticket()
+        if scheduler.request(ticket, next(names), 0.0):
+            out.append(ticket)
+
+    def step() -> None:
+        ticket = out.popleft()
+        out.extend(scheduler.release(ticket, 0.0))
+        scheduler.request(ticket, next(names), 0.0)
+
+    run = timed(step, _STEPS)
+
+    def checked() -> float:
+        took = run()
+        assert scheduler.waiting == waiters
+        assert len(out) == 20
+        return took
+
+    return checked
+
+
+def many_waiters(bench: Bench) -> Iterator[Finding]:
+    """Under ten tags, however many they are; and each under a tag of its own."""
+    ten, own = _ROLES
+    contenders = {}
+    for n in _powers(bench):
+        contenders[ten, n] = _turnover(n, 10)
+        contenders[own, n] = _turnover(n, 2 * n + 20)
+    runs = _interleave(bench, "waiters", contenders)
+    yield runs.ratio("waiters", of=(ten, MANY), over=(ten, FEW))
+    yield runs.ratio(
+        "the same, each waiter under a tag of its own",
+        of=(own, MANY),
+        over=(own, FEW),
+        beside="10 waiters",
+    )
+    title = "A release that serves a waiter, and a request: the scheduler alone"
+    yield _curves(title, "callers that wait", runs)
+
+
+# -- large pools ----------------------------------------------------------------------
+
+
+def _crowded(make: Callable[..., Engine], size: int) -> Callable[[], float]:
+    """Time checkouts and checkins on a pool of which half is out."""
+    engine = make(size).execution_options(scraper="a")
+    held = [engine.connect() for _ in range(size // 2)]
+    return timed(lambda held=held: engine.connect().close(), _STEPS)
+
+
+def pools_of_many_sizes(bench: Bench) -> Iterator[Finding]:
+    """From 5 to 1,000 connections, half of which are out."""
+    sizes = bench.pick((5, 10, 20, 50, 100, 200, 500, 1000), (5, 20, 100, 1000))
+    contenders = {
+        (name, size): _crowded(make, size)
+        for size in sizes
+        for name, make in _PEERS.items()
+    }
+    runs = _interleave(bench, "large pools", contenders)
+    ours = "FairQueuePool"
+    yield runs.ratio(
+        "checkout + checkin with a pool of 1,000, time",
+        of=(ours, 1000),
+        over=(ours, 5),
+        beside="a pool of 5",
+    )
+    title = "Checkout and checkin, half of the pool being out"
+    yield _curves(title, "connections of the pool", runs)
+
+
+# -- memory ---------------------------------------------------------------------------
+
+
+@contextmanager
+def _traced() -> Iterator[None]:
+    gc.collect()
+    tracemalloc.start()
+    try:
+        yield
+    finally:
+        tracemalloc.stop()
+
+
+def memory_of_a_tag(bench: Bench) -> Iterator[Finding]:
+    """The pool's own memory for a tag that is active and has one warm connection."""
+    number = 5000
+    engine = fair_engine()
+    tags = [f"tag{n}" for n in range(number)]
+    connects = [engine.execution_options(scraper=tag).connect for tag in tags]
+    engine.connect().close()
+    with _traced():
+        for connect in connects:
+            connect().close()
+        gc.collect()
+        each = tracemalloc.get_traced_memory()[0] / number
+    yield figure("memory of an active tag, bytes", (each,))
+
+
+async def _line(pool: type[Pool], waiters: int, **options: int) -> float:
+    """Return the bytes for each of so many tasks that wait for a connection."""
+    engine = create_async_engine(
+        "null+async://", poolclass=pool, pool_size=4, pool_timeout=600, **options
+    )
+    held = [await engine.connect() for _ in range(4)]
+
+    async def wait() -> None:
+        connection = await engine.connect()
+        await connection.close()
+
+    with _traced():
+        tasks = [asyncio.ensure_future(wait()) for _ in range(waiters)]
+        for _ in range(3):
+            await asyncio.sleep(0)  # each goes as far as it can
+        size = tracemalloc.get_traced_memory()[0]
+    for connection in held:
+        await connection.close()
+    await asyncio.gather(*tasks)
+    await engine.dispose()
+    return size / waiters
+
+
+def memory_of_a_waiter(bench: Bench) -> Iterator[Finding]:
+    """A task that waits: all its memory, greenlet included, with either pool."""
+    ours = _line(AsyncAdaptedFairQueuePool, 2000, soft_limit=4, max_limit=4)
+    sizes = {
+        "AsyncAdaptedFairQueuePool": asyncio.run(ours),
+        "AsyncAdaptedQueuePool": asyncio.run(
+            _line(AsyncAdaptedQueuePool, 2000, max_overflow=0)
+        ),
+    }
+    fair, queue = sizes.values()
+    yield figure(
+        "memory of a task that waits for a connection",
+        (fair / queue,),
+        "AsyncAdaptedQueuePool",
+        f"bytes: {fair:,.0f} beside {queue:,.0f}, most of them SQLAlchemy's",
+    )
+    bars = tuple(Bar(name, size, size, size) for name, size in sizes.items())
+    title = "Memory of a task that waits for a connection, all included"
+    yield Bars(title, "bytes", bars)
+
+
+def memory_under_a_million_tags(bench: Bench) -> Iterator[Finding]:
+    """Each tag is used once: memory rises to a bound and stays there."""
+    scheduler = make_scheduler()
+    ticket, most, early = Ticket(), 0, 0
+    with _traced():
+        for n in range(1_000_000):
+            now = n * 0.001
+            scheduler.request(ticket, f"tag{n}", now)
+            scheduler.release(ticket, now)
+            if now >= scheduler.next_tick:
+                scheduler.tick(now)
+            most = max(most, len(scheduler.roster.accounts))
+            if n == 100_000:
+                early = tracemalloc.get_traced_memory()[1]
+        peak = tracemalloc.get_traced_memory()[1]
+    remark = f"{peak / 2**20:.1f} MiB at most, of {most:,} tags remembered at a time"
+    what = "peak memory after 1,000,000 tags"
+    yield figure(what, (peak / early,), "after 100,000", remark)
+
+
+SCALE = Scenario(
+    "scale",
+    "Many tags, many waiters, large pools",
+    "What a step costs as there are more of everything, and how much memory a tag and "
+    "a waiter take. On a DBAPI that does nothing; the waiters' curves drive the "
+    "scheduler as the pool drives it, without ten thousand threads.",
+    (
+        random_tags,
+        many_waiters,
+        pools_of_many_sizes,
+        memory_of_a_tag,
+        memory_of_a_waiter,
+    ),
+    ("tags", "waiters"),
+    more=(one_tag_of_many, memory_under_a_million_tags),
+)

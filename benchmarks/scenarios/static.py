@@ -1,0 +1,282 @@
+"""Static against dynamic: a pool for each scraper, beside one that all share.
+
+The static world is what there was before: a ``QueuePool`` of ten connections for
+each of three scrapers, thirty in all. The dynamic one is a ``FairQueuePool`` of
+twenty with its default limits.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from itertools import count
+
+from ..harness.bench import Bench, Runs, Scenario
+from ..harness.findings import Finding, Lines, Series
+from ..harness.workload import (
+    FAIR,
+    LIFTED,
+    NAMES,
+    SCALED,
+    Job,
+    Outcome,
+    World,
+    backlog,
+    bursts,
+    fair_world,
+    run,
+    static_world,
+    work_on,
+)
+
+#: Seconds of service of a workflow, on average.
+SERVICE = 0.05
+
+#: The jobs of each scraper in round number so-and-so.
+Demand = Callable[[int], Mapping[str, Sequence[Job]]]
+
+
+def _compare(
+    bench: Bench,
+    what: str,
+    worlds: Sequence[AbstractContextManager[World]],
+    demand: Demand,
+    rounds: int,
+) -> tuple[Runs, list[World]]:
+    """Run the rounds; in all worlds with the same jobs in the same one."""
+
+    def one_round(world: World, rounds: Iterator[int]) -> Outcome:
+        jobs = demand(next(rounds))
+        return run(work, {world.scrapers[name]: jobs[name] for name in jobs})
+
+    with work_on(bench.database, NAMES) as work, ExitStack() as stack:
+        opened = [stack.enter_context(world) for world in worlds]
+        for world in opened:  # plans and caches, and a connection's first statements
+            scrapers = [world.scrapers[name] for name in demand(0)]
+            run(work, {s: backlog(60, 0.005, 0) for s in scrapers})
+        contenders = {w.name: partial(one_round, w, count()) for w in opened}
+        return bench.interleave(what, contenders, rounds), opened
+
+
+def _over_time(
+    title: str, outcome: Outcome, total: int, top: float = 33, end: float = 0.0
+) -> Lines:
+    """Return a plot of what the scrapers held, one on top of the other."""
+    series = [
+        Series(name, points, role)
+        for (name, points), role in zip(outcome.changes.items(), "abc", strict=False)
+    ]
+    axes = {"x": "seconds", "y": "connections held", "x_end": end, "y_top": top}
+    levels = [(total, f"{total} open")]
+    return Lines(title, series=series, levels=levels, steps=True, stacked=True, **axes)
+
+
+def _client(runs: Runs) -> str:
+    """Say how busy this process was: it must not be what is measured."""
+    return (
+        "The benchmark's own process, Python and SQLAlchemy included, used of one "
+        f"core: {runs.medians('client', '.0%')}. The rest of the time it waited for "
+        "the server."
+    )
+
+
+# -- one active scraper ---------------------------------------------------------------
+
+
+def unused(outcome: Outcome, connections: int) -> float:
+    """Return the connections that nobody held, as a rule, in the middle of the run."""
+    middle = [
+        held
+        for at, held in outcome.held[NAMES[0]]
+        if 0.2 * outcome.seconds < at < 0.8 * outcome.seconds
+    ]
+    return connections - statistics.median(middle)
+
+
+def one_active(bench: Bench) -> Iterator[Finding]:
+    """One scraper has a backlog, the others rest."""
+    workflows = bench.pick(300, 180)
+
+    def demand(number: int) -> Mapping[str, Sequence[Job]]:
+        return {NAMES[0]: backlog(workflows, SERVICE, number)}
+
+    database = bench.database
+    worlds = [fair_world(database, threads=40), static_world(database, threads=40)]
+    rounds = bench.pick(12, 5)
+    runs, (fair, static) = _compare(bench, "one active scraper", worlds, demand, rounds)
+    free = Runs(
+        {
+            w.name: [unused(outcome, w.connections) for outcome in runs[w.name]]
+            for w in (fair, static)
+        }
+    )
+    now, before = (statistics.median(values) for values in free.values())
+    remark = (
+        f"{before:g} of {static.connections} before, {now:g} of {fair.connections} now"
+    )
+    yield runs.ratio("alone: throughput", "throughput")
+    yield runs.ratio("alone: latency", "mean")
+    yield free.ratio("alone: unused", remark=remark)
+    new, old = runs[fair.name][0], runs[static.name][0]
+    end = max(old.seconds, new.seconds)
+    yield _over_time(f"{static.name}: ten are all it may have", old, 30, end=end)
+    yield _over_time(f"{fair.name}: fifteen while it is alone", new, 20, end=end)
+    title = "Workflows per second, one active scraper"
+    yield runs.bars(title, "per second", "throughput")
+    yield free.bars("Connections that nobody uses meanwhile", "connections")
+    yield _client(runs)
+
+
+ALONE = Scenario(
+    "alone",
+    "One active scraper",
+    "One of three scrapers has a backlog of workflows, all due at once, and the "
+    "others rest. A workflow fetches a batch with FOR UPDATE SKIP LOCKED, has the "
+    "server work for 50 ms on average, writes the batch back and commits; its latency "
+    "is counted from when it was due. Beside each other: three QueuePools of 10 (30 "
+    "connections, of which this scraper may use 10), and one FairQueuePool of 20, with "
+    "its default options.",
+    (one_active,),
+    ("alone: throughput", "alone: latency", "alone: unused"),
+    sessions=52,
+)
+
+
+# -- all of them, in bursts -----------------------------------------------------------
+
+#: Connections that the three keep busy on average: half of twenty.
+_DEMAND = 10.0
+
+#: Workflows of the largest burst of one scraper, as many as twenty connections do
+#: not take at once.
+_BURST = 15
+
+_LIFTED_NAME = f"{FAIR}, lifted"
+
+
+def _bursty(seconds: float, demand: float) -> Demand:
+    def jobs(number: int) -> Mapping[str, Sequence[Job]]:
+        return {
+            name: bursts(seconds, demand / 3, _BURST, SERVICE, 100 * number + n)
+            for n, name in enumerate(NAMES)
+        }
+
+    return jobs
+
+
+def _compare_bursts(
+    bench: Bench, what: str, demand: Demand, rounds: int
+) -> tuple[Runs, list[World]]:
+    """Compare the shared world, the static one, and a shared one with lifted limits."""
+    worlds = [
+        fair_world(bench.database, **SCALED),
+        static_world(bench.database),
+        fair_world(bench.database, _LIFTED_NAME, **LIFTED, **SCALED),
+    ]
+    return _compare(bench, what, worlds, demand, rounds)
+
+
+def bursty(bench: Bench) -> Iterator[Finding]:
+    """All three have bursts, at times of their own."""
+    demand = _bursty(bench.pick(5.0, 1.6), _DEMAND)
+    rounds = bench.pick(9, 3)
+    runs, worlds = _compare_bursts(bench, "three bursty scrapers", demand, rounds)
+    for key, name in (("bursts", FAIR), ("bursts, lifted", _LIFTED_NAME)):
+        yield runs.ratio(f"{key}: throughput", "throughput", of=name)
+        yield runs.ratio(f"{key}: latency", "p95", of=name)
+    end = max(outcomes[0].seconds for outcomes in runs.values())
+    for world in worlds:
+        title, first = f"{world.name}: connections held", runs[world.name][0]
+        yield _over_time(title, first, world.connections, end=end)
+    yield runs.waits("Latency of a workflow, from due to done", "all_latencies")
+    yield _client(runs)
+
+
+def by_demand(bench: Bench) -> Iterator[Finding]:
+    """The same with less and with more to do: where twenty stop being enough."""
+    points: dict[str, list[tuple[float, float]]] = {FAIR: [], _LIFTED_NAME: []}
+    for mean in (5.0, 10.0, 15.0, 18.0):
+        what = f"bursts, {mean:g} busy on average"
+        runs, _ = _compare_bursts(bench, what, _bursty(4.0, mean), 3)
+        for name, line in points.items():
+            line.append((mean, runs.ratio(what, "p95", of=name).median))
+    yield Lines(
+        "p95 latency over that of three QueuePools of 10, by demand",
+        "connections busy on average",
+        "ratio",
+        [Series(FAIR, points[FAIR]), Series(_LIFTED_NAME, points[_LIFTED_NAME], "b")],
+        levels=((1.05, "target 1.05"),),
+    )
+
+
+BURSTS = Scenario(
+    "bursts",
+    "Three bursty scrapers, a third fewer connections",
+    "All three scrapers get workflows in bursts of 5 to 15 at random moments, so many "
+    "that ten connections are busy on average. Beside each other, with the same "
+    "workflows due at the same moments: three QueuePools of 10 (30 connections), one "
+    "FairQueuePool of 20 with its default limits, under which a scraper never gets "
+    "more than ten beside others, and the same with soft_limit and max_limit at 20, "
+    "under which it may have what nobody else wants. The pool's times are a hundredth "
+    "of the default ones, as the bursts are.",
+    (bursty,),
+    (
+        "bursts: throughput",
+        "bursts: latency",
+        "bursts, lifted: throughput",
+        "bursts, lifted: latency",
+    ),
+    more=(by_demand,),
+    sessions=72,
+)
+
+
+# -- all of them, always --------------------------------------------------------------
+
+
+def saturated(bench: Bench) -> Iterator[Finding]:
+    """All three want everything: fewer connections do less."""
+    workflows = bench.pick(160, 80)
+
+    def demand(number: int) -> Mapping[str, Sequence[Job]]:
+        return {
+            name: backlog(workflows, SERVICE, 100 * number + n)
+            for n, name in enumerate(NAMES)
+        }
+
+    database, rounds = bench.database, bench.pick(9, 3)
+    worlds = [
+        fair_world(database),
+        static_world(database),
+        static_world(database, (7, 7, 6)),
+    ]
+    what = "three saturated scrapers"
+    runs, opened = _compare(bench, what, worlds, demand, rounds)
+    what = "three saturated scrapers on 20 connections"
+    rate, three = f"{what}: workflows per second", "three QueuePools of 10"
+    less = "a third fewer connections do up to a third less"
+    yield runs.ratio(rate, "throughput", beside=three, remark=less)
+    yield runs.ratio(f"{what}: p95 latency", "p95", beside=three)
+    yield runs.ratio(
+        rate,
+        "throughput",
+        over=opened[2].name,
+        beside="three QueuePools of 7, 7 and 6",
+        remark="the same number of connections; the scraper with 6 is ready last",
+    )
+    yield _over_time(f"{FAIR}: 7, 7 and 6", runs[FAIR][0], 20, top=22)
+    yield runs.bars("Workflows per second, all saturated", "per second", "throughput")
+    yield _client(runs)
+
+
+SATURATED = Scenario(
+    "saturated",
+    "When all of them are saturated",
+    "The honest other half: if all three have a backlog all the time, nothing is left "
+    "to share. Twenty connections do what twenty can, and thirty do half as much "
+    "again. What the pool still does is to divide evenly.",
+    (saturated,),
+    sessions=72,
+)

@@ -1,0 +1,231 @@
+"""One thread, no waiting: what a checkout and a checkin cost, also with settings.
+
+Each way by which a tag reaches the pool is measured. The engines carry the same
+options whatever their pool is, so that a ratio is the pools' alone. It is the
+thread's own processor time that counts, which a busy machine disturbs less.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import Engine, text
+from sqlalchemy.pool import NullPool, QueuePool
+
+from sqla_fairpool import FairQueuePool
+
+from ..harness.bench import Bench, Runs
+from ..harness.findings import Finding
+from ..harness.pools import fair_engine, floor_engine, queue_engine
+from ..harness.targets import figure
+
+#: In a round of some 2 ms: most of them fall between two disturbances.
+CYCLES = 250
+
+PEERS: dict[str, Callable[[], Engine]] = {
+    "FairQueuePool": fair_engine,
+    "QueuePool": queue_engine,
+    "floor": floor_engine,
+}
+
+Cycle = Callable[[], object]
+
+
+def by_engine(engine: Engine) -> Cycle:
+    """One cycle, the tag being the engine's option."""
+    connect = engine.execution_options(scraper="a").connect
+    return lambda: connect().close()
+
+
+def by_connection(engine: Engine) -> Cycle:
+    """One cycle, the tag being set on the connection."""
+    connect = engine.connect
+    return lambda: connect().execution_options(scraper="a").close()
+
+
+def untagged(engine: Engine) -> Cycle:
+    """One cycle without a tag."""
+    connect = engine.connect
+    return lambda: connect().close()
+
+
+def alternating(engine: Engine) -> Cycle:
+    """Two cycles, under one tag and under another."""
+    first = engine.execution_options(scraper="a").connect
+    second = engine.execution_options(scraper="b").connect
+
+    def cycle() -> None:
+        first().close()
+        second().close()
+
+    return cycle
+
+
+def timed(
+    cycle: Cycle, cycles: int = CYCLES, clock: Callable[[], float] = time.thread_time
+) -> Callable[[], float]:
+    """Return what runs `cycle` many times and returns the microseconds of each."""
+
+    def run() -> float:
+        began = clock()
+        for _ in range(cycles):
+            cycle()
+        return (clock() - began) / cycles * 1e6
+
+    return run
+
+
+def added(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Return the microseconds by which ours are longer, in the median."""
+    return statistics.median(a - b for a, b in zip(ours, theirs, strict=True))
+
+
+# -- the pool as it is ----------------------------------------------------------------
+
+
+def uncontended_tag_on_engine(bench: Bench) -> Iterator[Finding]:
+    """The usual way."""
+    contenders = {name: timed(by_engine(make())) for name, make in PEERS.items()}
+    runs = bench.interleave("uncontended", contenders, bench.pick(400, 200))
+    best = ", ".join(f"{name} {min(each):.2f}" for name, each in runs.items())
+    yield runs.ratio("uncontended", remark=f"best round, µs: {best}")
+    yield runs.ratio("floor", over="floor")
+    yield runs.ratio("QueuePool: the same, time", of="QueuePool", over="floor")
+    yield runs.bars("Uncontended checkout and checkin", "µs, less is better")
+
+
+def uncontended_other_tags(bench: Bench) -> Iterator[Finding]:
+    """Set on the connection, absent, and two in turn."""
+    for what, way in {
+        "the same, tag set on the connection": by_connection,
+        "the same, no tag": untagged,
+        "the same, two tags in turn": alternating,
+    }.items():
+        contenders = {name: timed(way(make())) for name, make in PEERS.items()}
+        runs = bench.interleave(what, contenders, 200)
+        yield runs.ratio(what)
+        yield runs.ratio(what, over="floor")
+
+
+# -- settings -------------------------------------------------------------------------
+
+
+def settings_of_diagnosis(bench: Bench) -> Iterator[Finding]:
+    """A checkout with each setting, beside one without."""
+    settings: dict[str, dict[str, Any]] = {
+        "deadlock_timeout=None": {"deadlock_timeout": None},
+        "leak_threshold=60": {"leak_threshold": 60},
+        "without": {},
+    }
+    contenders = {n: timed(by_engine(fair_engine(**o))) for n, o in settings.items()}
+    runs = bench.interleave("settings", contenders, 300)
+    for name in list(settings)[:2]:
+        remark = f"{added(runs[name], runs['without']):+.2f} µs"
+        what = f"checkout + checkin with {name}, time"
+        yield runs.ratio(what, of=name, over="without", remark=remark)
+
+
+def settings_and_figures(bench: Bench) -> Iterator[Finding]:
+    """One look at all figures of a pool with a hundred tags."""
+    engine = fair_engine()
+    for n in range(100):
+        engine.execution_options(scraper=f"tag{n}").connect().close()
+    looks = {
+        name: timed(getattr(engine.pool, name), 10) for name in ("stats", "metrics")
+    }
+    runs = bench.interleave("figures", looks, 30)
+    for name, each in runs.items():
+        yield figure(f"pool.{name}() with 100 tags, µs", each, beside="")
+
+
+def settings_server_tag(bench: Bench) -> Iterator[Finding]:
+    """A connection that changes hands each time, which is the worst case."""
+    make = bench.database.engine
+    engines = {
+        "server_tag": make(FairQueuePool, pool_size=1, server_tag=True),
+        "without": make(FairQueuePool, pool_size=1, server_tag=False),
+        "QueuePool": make(QueuePool, pool_size=1),
+    }
+    # Enough changes in a round to see a round trip, some 50 µs.
+    contenders = {
+        name: timed(alternating(engine), 10, time.perf_counter)
+        for name, engine in engines.items()
+    }
+    runs = bench.interleave("server_tag", contenders, 100)
+    for engine in engines.values():
+        engine.dispose()
+    more = added(runs["server_tag"], runs["without"]) / 2  # two changes in a cycle
+    what = "checkout + checkin on PostgreSQL, each time for another tag, server_tag"
+    yield runs.ratio(what, remark=f"{more:+.0f} µs")
+
+
+# -- statements, each of which counts as activity of its tag --------------------------
+
+#: Rounds of one or two milliseconds.
+_ROUNDS, _STATEMENTS = 150, 20
+
+
+def _selects(connection: Any) -> Callable[[], float]:
+    execute, select = connection.execute, text("SELECT 1")
+    return timed(lambda: execute(select).all(), _STATEMENTS, time.perf_counter)
+
+
+def _statements(
+    bench: Bench, what: str, rounds: int, flip: bool = False, **options: Any
+) -> Runs:
+    """Return the times with our pool and with QueuePool, in turns."""
+    engines = [make(1, **options) for make in (fair_engine, queue_engine)]
+    tagged = [engine.execution_options(scraper="a") for engine in engines]
+    with tagged[0].connect() as ours, tagged[1].connect() as theirs:
+        contenders = {"FairQueuePool": _selects(ours), "QueuePool": _selects(theirs)}
+        if flip:  # neither is always the one after the other
+            contenders = dict(reversed(contenders.items()))
+        bench.interleave(what, contenders, 2)  # compiles it, warms the backend
+        runs = bench.interleave(what, contenders, rounds)
+    for engine in engines:
+        engine.dispose()
+    return runs
+
+
+def statement_on_postgresql(bench: Bench) -> Iterator[Finding]:
+    """The noise of a round is larger than the effect: hence so many of them.
+
+    In each block both pools have the same DBAPI connection, so it is the same socket
+    to the same backend; with two, the backends would differ by more than the pools
+    do. Each block has a new one, because a backend may be lucky in its memory or its
+    core for as long as it lives.
+    """
+    bare = bench.database.engine(NullPool)
+    runs = Runs({"FairQueuePool": [], "QueuePool": []})
+    for number in range(bench.pick(12, 4)):
+        raw = bare.raw_connection()
+        shared = raw.dbapi_connection
+        block = _statements(
+            bench,
+            "SELECT 1",
+            _ROUNDS,
+            number % 2 == 1,
+            url=bare.url,
+            creator=lambda shared=shared: shared,
+        )
+        raw.invalidate()  # closed with the engines; let its pool know
+        for name, times in block.items():
+            runs[name] += times
+    best = ", ".join(f"{name} {min(times):.1f}" for name, times in runs.items())
+    remark = f"best round, µs: {best}; {_added_per_statement(runs)}"
+    yield runs.ratio("statement", remark=remark)
+
+
+def statement_on_sqlite(bench: Bench) -> Iterator[Finding]:
+    """The same without a round trip: little noise, but no database is so fast."""
+    runs = _statements(bench, "SELECT 1 on SQLite", 1000, url="sqlite://")
+    remark = _added_per_statement(runs)
+    yield runs.ratio("the same on SQLite in memory", remark=remark)
+
+
+def _added_per_statement(runs: Runs) -> str:
+    more = added(runs["FairQueuePool"], runs["QueuePool"])
+    return f"added per statement, median: {more:.2f} µs"
