@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.orm import Session
-from support.worlds import Tasks, Threads, contract, count_opened
+from support.worlds import contract, count_opened, make_world
 
 import sqla_fairpool
 from sqla_fairpool import CheckoutTimeout
@@ -13,18 +13,14 @@ from sqla_fairpool import CheckoutTimeout
 postgres = pytest.mark.postgres
 
 
-def _uvloop():
-    return pytest.importorskip("uvloop", reason="no uvloop here").new_event_loop()
-
-
 @pytest.fixture(
     params=[
         "sqlite",
-        "sqlite+aiosqlite",
+        "sqlite+aiosqlite asyncio",
         pytest.param("postgresql+psycopg2", marks=postgres),
         pytest.param("postgresql+psycopg", marks=postgres),
-        pytest.param("postgresql+psycopg tasks", marks=postgres),
-        pytest.param("postgresql+asyncpg", marks=postgres),
+        pytest.param("postgresql+psycopg asyncio", marks=postgres),
+        pytest.param("postgresql+asyncpg asyncio", marks=postgres),
         pytest.param("postgresql+asyncpg uvloop", marks=postgres),
         "mysql+pymysql",
     ]
@@ -39,11 +35,7 @@ def world(request, tmp_path):
     else:
         url = make_url(request.getfixturevalue("postgres_url"))
         url = url.set(drivername=driver)
-    if variant == "uvloop":
-        return Tasks(url, _uvloop)
-    if variant == "tasks" or driver.endswith(("aiosqlite", "asyncpg")):
-        return Tasks(url)
-    return Threads(url)
+    return make_world(variant or "threads", url)
 
 
 @contract

@@ -85,9 +85,14 @@ def replace_warm(pool, tag, records):
     scheduler(pool).accounts[tag].warm = records
 
 
+def record_of(connection):
+    """The pool's record of a connection, an engine's or one of the pool itself."""
+    return getattr(connection, "_dbapi_connection", connection)._connection_record
+
+
 def checkout_of(connection):
     """What is noted of the checkout of a connection that is out."""
-    return connection.connection._connection_record.seat
+    return record_of(connection).seat
 
 
 def tag_of(connection):
