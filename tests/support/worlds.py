@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import time
 
 import pytest
 from sqlalchemy import create_engine, event
@@ -90,6 +91,7 @@ class Threads:
     start = Caller
     gate = Gate
     eventually = staticmethod(eventually)
+    sleep = staticmethod(time.sleep)
 
 
 class Task:
@@ -167,6 +169,10 @@ class Tasks(Threads):
     @staticmethod
     def eventually(condition, what="the condition"):
         await_only(until(condition, what))
+
+    @staticmethod
+    def sleep(seconds):
+        await_only(asyncio.sleep(seconds))
 
 
 def make_world(kind, url=None):
