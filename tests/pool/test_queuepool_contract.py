@@ -178,41 +178,64 @@ def test_checkout_beyond_the_capacity_times_out(new_pool, server):
 # -- failures free their place ------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [StubError, KeyboardInterrupt, SystemExit])
-def test_creator_that_fails_frees_its_place(new_pool, server, error):
-    pool = new_pool(pool_size=1)
-    server.before["connect"] = Mock(side_effect=error)
-    for _ in range(3):
-        with pytest.raises(error) as caught:
-            pool.connect()
-        assert caught.value.__context__ is None
-    del server.before["connect"]
-    assert pool.checkedout() == 0
-    assert use(pool)
+def creator_fails(pool, server, fail):
+    server.before["connect"] = fail
 
 
-def test_reconnect_that_fails_frees_its_place(new_pool, server):
-    pool = new_pool(pool_size=1)
+def reconnect_fails(pool, server, fail):
     invalidate(pool)
-    server.before["connect"] = Mock(side_effect=StubError)
+    server.before["connect"] = fail
+
+
+def reconnect_after_pre_ping_fails(pool, server, fail):
+    lose(use(pool))
+    server.before["connect"] = fail
+
+
+def connect_listener_fails(pool, server, fail):
+    event.listen(pool, "connect", lambda *args: fail())
+
+
+def checkout_listener_fails(pool, server, fail):
+    event.listen(pool, "checkout", lambda *args: fail())
+
+
+@pytest.mark.parametrize(
+    ("what_fails", "error"),
+    [
+        (creator_fails, StubError),
+        (creator_fails, KeyboardInterrupt),
+        (creator_fails, SystemExit),
+        (reconnect_fails, StubError),
+        (reconnect_after_pre_ping_fails, sqlite3.OperationalError),
+        (connect_listener_fails, StubError),
+        (checkout_listener_fails, StubError),
+        (checkout_listener_fails, exc.DisconnectionError),
+    ],
+)
+def test_what_fails_in_a_checkout_frees_its_place(
+    new_engine, server, what_fails, error
+):
+    pre_ping = what_fails is reconnect_after_pre_ping_fails
+    engine = new_engine(pool_size=1, pool_pre_ping=pre_ping)
+    pool = engine.pool
+    fail = Mock(side_effect=error)
+    what_fails(pool, server, fail)
+    # A checkout gives up when every connection is refused.
+    raised = exc.InvalidRequestError if error is exc.DisconnectionError else error
     for _ in range(3):
-        with pytest.raises(StubError):
+        with pytest.raises(raised) as caught:
             pool.connect()
-    del server.before["connect"]
-    assert figures(pool) == (1, 0, 0)
-    assert use(pool)
-
-
-@pytest.mark.parametrize("name", ["connect", "checkout"])
-def test_listener_that_fails_frees_its_place(new_pool, name):
-    pool = new_pool(pool_size=1)
-    listener = Mock(side_effect=[StubError, StubError, None])
-    event.listen(pool, name, lambda *args: listener())
-    for _ in range(2):
-        with pytest.raises(StubError):
-            pool.connect()
-    assert use(pool)
+        if what_fails is creator_fails:
+            assert caught.value.__context__ is None
     assert pool.checkedout() == 0
+    if error is exc.DisconnectionError:
+        assert server.opened > 3
+        assert server.open == 0
+    fail.side_effect = None
+    assert use_engine(engine)
+    assert figures(pool) == (1, 0, 0)
+    assert server.open == 1
 
 
 @pytest.mark.parametrize("error", [StubError, KeyboardInterrupt])
@@ -228,15 +251,6 @@ def test_connection_that_fails_to_be_reset_is_replaced(new_pool, server, logged,
     assert server.open == 0
     assert "Exception during reset or similar" in logged.text
     assert use(pool) is not first
-
-
-def test_connection_that_fails_to_close_is_forgotten(new_pool, logged):
-    pool = new_pool()
-    use(pool).close = Mock(side_effect=StubError)
-    pool.dispose()
-    assert "Exception closing connection" in logged.text
-    assert pool.checkedin() == 0
-    assert use(pool)
 
 
 # -- reset, recycle, pre_ping -------------------------------------------------
@@ -285,18 +299,6 @@ def test_pre_ping_replaces_a_lost_connection(new_engine, server, disposed):
     assert use_engine(engine) is not first
     assert server.open == 1
     assert engine.pool.checkedout() == 0
-
-
-def test_pre_ping_that_finds_no_server_frees_its_place(new_engine, server):
-    engine = new_engine(pool_size=1, pool_pre_ping=True)
-    lose(use_engine(engine))
-    server.before["connect"] = Mock(side_effect=sqlite3.OperationalError)
-    for _ in range(3):
-        with pytest.raises(exc.OperationalError):
-            engine.connect()
-    del server.before["connect"]
-    assert engine.pool.checkedout() == 0
-    assert use_engine(engine)
 
 
 # -- events -------------------------------------------------------------------
@@ -356,27 +358,29 @@ def test_events_come_in_order(new_pool, wall_clock):
         assert seen == expected
 
 
-def test_listeners_can_be_given_to_the_constructor(new_pool):
-    listener = Mock()
-    use(new_pool(events=[(lambda *args: listener(), "checkout")]))
-    listener.assert_called_once_with()
+def test_listeners_of_class_constructor_and_engine_are_heard(new_engine, pool_class):
+    seen = []
 
+    def heard_by(name):
+        def listener(dbapi_connection, record, proxy):
+            seen.append(name)
+            record.info["seen"] = dbapi_connection
 
-def test_listeners_of_the_class_and_of_the_engine_are_heard(new_engine, pool_class):
-    engine, seen = new_engine(), []
+        return listener
 
-    def of_class(dbapi_connection, record, proxy):
-        seen.append("class")
-
-    event.listen(engine, "checkout", lambda *args: seen.append("engine"))
+    of_class = heard_by("class")
+    engine = new_engine(pool_events=[(heard_by("constructor"), "checkout")])
+    event.listen(engine, "checkout", heard_by("engine"))
     event.listen(pool_class, "checkout", of_class)
     try:
-        use_engine(engine)
+        with engine.connect() as connection:
+            assert connection.info == {"seen": connection.connection.dbapi_connection}
     finally:
         event.remove(pool_class, "checkout", of_class)
-    assert sorted(seen) == ["class", "engine"]
+    assert sorted(seen) == ["class", "constructor", "engine"]
+    seen.clear()
     use_engine(engine)
-    assert sorted(seen) == ["class", "engine", "engine"]
+    assert sorted(seen) == ["constructor", "engine"]
 
 
 def test_listener_may_use_the_pool_itself(new_pool, server):
@@ -390,17 +394,6 @@ def test_listener_may_use_the_pool_itself(new_pool, server):
     numbers.append(use(pool).number)
     assert numbers == [2, 1]
     assert figures(pool) == (2, 0, 0)
-
-
-def test_listener_and_user_see_the_same_info(new_pool):
-    pool = new_pool()
-
-    @event.listens_for(pool, "checkout")
-    def on_checkout(dbapi_connection, record, proxy):
-        record.info["seen"] = dbapi_connection
-
-    with pool.connect() as connection:
-        assert connection.info == {"seen": connection.dbapi_connection}
 
 
 def test_engine_may_be_given_a_pool(new_pool, server):
@@ -505,19 +498,6 @@ def test_checkout_listener_has_one_connection_replaced_or_all(
     assert [c.closed for c in old] == [True, replaced == 2]
 
 
-def test_checkout_gives_up_when_every_connection_is_refused(new_pool, server):
-    pool = new_pool(pool_size=1)
-    refuse = Mock(side_effect=exc.DisconnectionError)
-    event.listen(pool, "checkout", lambda *args: refuse())
-    with pytest.raises(exc.InvalidRequestError):
-        pool.connect()
-    assert server.opened > 1
-    assert server.open == 0
-    assert pool.checkedout() == 0
-    refuse.side_effect = None
-    assert use(pool)
-
-
 def test_statement_that_finds_its_connection_lost_has_all_replaced(
     new_engine, wall_clock
 ):
@@ -537,22 +517,19 @@ def test_statement_that_finds_its_connection_lost_has_all_replaced(
 # -- dispose and recreate -----------------------------------------------------
 
 
-def test_dispose_closes_what_is_in_the_pool_and_no_more(new_pool):
+@pytest.mark.parametrize("fails", [False, True])
+def test_dispose_closes_what_is_in_the_pool_and_no_more(new_pool, logged, fails):
     pool = new_pool()
     with pool.connect() as held:
         idle = use(pool)
+        if fails:
+            idle.close = Mock(side_effect=StubError)
         pool.dispose()
-        assert idle.closed
+        assert idle.closed != fails
+        assert ("Exception closing connection" in logged.text) == fails
         assert not held.dbapi_connection.closed
         assert pool.checkedin() == 0
-
-
-def test_disposed_pool_can_be_used_again(new_pool):
-    pool = new_pool()
-    first = use(pool)
-    pool.dispose()
-    assert use(pool) is not first
-    assert figures(pool) == (1, 0, -1)
+        assert use(pool) is not idle
 
 
 @pytest.mark.parametrize("close", [True, False])
