@@ -13,8 +13,9 @@ import warnings
 import pytest
 from hypothesis import HealthCheck, settings
 from support.state import assert_quiet
-from support.stub import StubServer
+from support.stub import StubServer, all_for_one
 from support.threads import VirtualClock, eventually
+from support.worlds import make_world
 
 from sqla_fairpool import FairQueuePool
 from sqla_fairpool.ledger import addresses
@@ -76,13 +77,17 @@ def server():
 
 @pytest.fixture
 def make_pool(server):
-    """Make pools on the stub; each must be quiet when the test ends."""
+    """Make pools on the stub; each must be quiet when the test ends.
+
+    With a size as its argument, all connections may be those of one tag.
+    """
     pools = []
 
-    def make(**options):
-        pool = server.pool(**options)
-        pools.append(pool)
-        return pool
+    def make(size=None, **options):
+        if size is not None:
+            options |= all_for_one(size, options.get("max_overflow", 0))
+        pools.append(server.pool(**options))
+        return pools[-1]
 
     yield make
     for pool in pools:
@@ -91,17 +96,30 @@ def make_pool(server):
 
 @pytest.fixture
 def make_engine(server):
-    """Make engines on the stub; their pools must be quiet when the test ends."""
+    """Make engines on the stub, as `make_pool` makes pools."""
     engines = []
 
-    def make(**options):
-        engine = server.engine(**options)
-        engines.append(engine)
-        return engine
+    def make(size=None, **options):
+        if size is not None:
+            options |= all_for_one(size, options.get("max_overflow", 0))
+        engines.append(server.engine(**options))
+        return engines[-1]
 
     yield make
     for engine in engines:
         assert_quiet(engine.pool)
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def tasks(request):
+    """A world of tasks: see `support.worlds`."""
+    return make_world(request.param)
+
+
+@pytest.fixture(params=["threads", "asyncio", "uvloop"])
+def world(request):
+    """A world of threads or of tasks: see `support.worlds`."""
+    return make_world(request.param)
 
 
 @pytest.fixture

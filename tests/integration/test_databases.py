@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 from sqlalchemy import make_url, text
 from sqlalchemy.orm import Session
-from support.worlds import Tasks, Threads, contract, count_opened
+from support.threads import connect, give, take
+from support.worlds import contract, count_opened, make_world
 
 import sqla_fairpool
 from sqla_fairpool import CheckoutTimeout
@@ -13,18 +16,14 @@ from sqla_fairpool import CheckoutTimeout
 postgres = pytest.mark.postgres
 
 
-def _uvloop():
-    return pytest.importorskip("uvloop", reason="no uvloop here").new_event_loop()
-
-
 @pytest.fixture(
     params=[
         "sqlite",
-        "sqlite+aiosqlite",
+        "sqlite+aiosqlite asyncio",
         pytest.param("postgresql+psycopg2", marks=postgres),
         pytest.param("postgresql+psycopg", marks=postgres),
-        pytest.param("postgresql+psycopg tasks", marks=postgres),
-        pytest.param("postgresql+asyncpg", marks=postgres),
+        pytest.param("postgresql+psycopg asyncio", marks=postgres),
+        pytest.param("postgresql+asyncpg asyncio", marks=postgres),
         pytest.param("postgresql+asyncpg uvloop", marks=postgres),
         "mysql+pymysql",
     ]
@@ -39,19 +38,25 @@ def world(request, tmp_path):
     else:
         url = make_url(request.getfixturevalue("postgres_url"))
         url = url.set(drivername=driver)
-    if variant == "uvloop":
-        return Tasks(url, _uvloop)
-    if variant == "tasks" or driver.endswith(("aiosqlite", "asyncpg")):
-        return Tasks(url)
-    return Threads(url)
+    return make_world(variant or "threads", url)
+
+
+@contextmanager
+def a_table(engine):
+    """A table for the time of a test."""
+    with engine.begin() as connection:
+        connection.execute(text("create table contract (x int)"))
+    try:
+        yield
+    finally:
+        with engine.begin() as connection:
+            connection.execute(text("drop table contract"))
 
 
 @contract
 def test_reads_and_writes_under_every_kind_of_tag(world):
     engine = world.engine()
-    with engine.execution_options(scraper="engine").begin() as connection:
-        connection.execute(text("create table contract (x int)"))
-    try:
+    with a_table(engine.execution_options(scraper="engine")):
         with engine.connect().execution_options(scraper="connection") as connection:
             connection.execute(text("insert into contract values (1)"))
             connection.commit()
@@ -61,9 +66,6 @@ def test_reads_and_writes_under_every_kind_of_tag(world):
             assert session.scalar(text("select sum(x) from contract")) == 3
         names = [row.name for row in engine.pool.stats().tags]
         assert names == ["connection", "context", "engine", "session"]
-    finally:
-        with engine.begin() as connection:
-            connection.execute(text("drop table contract"))
 
 
 @contract
@@ -71,22 +73,21 @@ def test_one_connection_serves_one_caller_after_the_other(world):
     engine = world.engine()
     seen = count_opened(engine)
     for tag in ("a", "a", "b", "a"):
-        with engine.execution_options(scraper=tag).connect() as connection:
+        with connect(engine, tag) as connection:
             assert connection.scalar(text("select 1")) == 1
     assert len(seen) == 1
 
 
 @contract
-def test_connection_is_handed_from_thread_to_thread(world):
+def test_connection_is_handed_from_caller_to_caller(world):
     engine = world.engine(pool_size=1)
     seen = count_opened(engine)
-    tagged = engine.execution_options(scraper="a")
 
     def work():
-        with tagged.connect() as connection:
+        with connect(engine) as connection:
             return connection.scalar(text("select 1"))
 
-    with tagged.connect() as connection:
+    with connect(engine) as connection:
         caller = world.start(work)
         world.ensure_waiting(engine, 1)
         assert connection.scalar(text("select 1")) == 1
@@ -97,42 +98,32 @@ def test_connection_is_handed_from_thread_to_thread(world):
 @contract
 def test_tag_at_its_ceiling_times_out_and_others_do_not(world):
     engine = world.engine(pool_size=4, soft_limit=2, max_limit=2, pool_timeout=0)
-    a, b = (engine.execution_options(scraper=tag) for tag in "ab")
-    held = [a.connect(), a.connect()]
+    held = take(engine, 2, "a")
     with pytest.raises(CheckoutTimeout, match="tag 'a' in_use=2 ceiling=2"):
-        a.connect()
-    with b.connect() as connection:
+        connect(engine, "a")
+    with connect(engine, "b") as connection:
         assert connection.scalar(text("select 1")) == 1
-    for connection in held:
-        connection.close()
+    give(held)
 
 
 @contract
 def test_open_transaction_is_rolled_back_when_the_connection_comes_back(world):
     engine = world.engine(pool_size=1)
-    tagged = engine.execution_options(scraper="a")
-    with tagged.begin() as connection:
-        connection.execute(text("create table contract (x int)"))
-    try:
-        with tagged.connect() as connection:
+    with a_table(engine):
+        with connect(engine) as connection:
             connection.execute(text("insert into contract values (1)"))
-        with tagged.connect() as connection:
+        with connect(engine) as connection:
             assert connection.scalar(text("select count(*) from contract")) == 0
-    finally:
-        with tagged.begin() as connection:
-            connection.execute(text("drop table contract"))
 
 
 @contract
 def test_overflow_connection_is_closed_on_return(world):
     engine = world.engine(pool_size=1, max_overflow=1, soft_limit=2, max_limit=2)
     seen = count_opened(engine)
-    tagged = engine.execution_options(scraper="a")
-    with tagged.connect(), tagged.connect():
-        assert engine.pool.stats().overflow == 1
-    assert engine.pool.checkedin() == 1
-    with tagged.connect(), tagged.connect():
-        assert len(seen) == 3
+    give(take(engine, 2))
+    assert (engine.pool.checkedin(), len(seen)) == (1, 2)
+    give(take(engine, 2))
+    assert (engine.pool.checkedin(), len(seen)) == (1, 3)
 
 
 # psycopg's asyncio connections are dropped by SQLAlchemy without being closed when
@@ -144,7 +135,7 @@ def test_overflow_connection_is_closed_on_return(world):
 @contract
 def test_invalidated_connection_is_replaced_and_detached_one_is_left(world):
     engine = world.engine(pool_size=1)
-    with engine.execution_options(scraper="a").connect() as connection:
+    with connect(engine) as connection:
         connection.invalidate()
         assert engine.pool.checkedout() == 0
         assert connection.scalar(text("select 1")) == 1
@@ -158,11 +149,10 @@ def test_invalidated_connection_is_replaced_and_detached_one_is_left(world):
 def test_dispose_closes_what_is_in_the_pool(world):
     engine = world.engine()
     seen = count_opened(engine)
-    tagged = engine.execution_options(scraper="a")
-    tagged.connect().close()
+    connect(engine).close()
     engine.dispose()
     assert engine.pool.checkedin() == 0
-    with tagged.connect() as connection:
+    with connect(engine) as connection:
         assert connection.scalar(text("select 1")) == 1
     assert len(seen) == 2
 
@@ -171,5 +161,5 @@ def test_dispose_closes_what_is_in_the_pool(world):
 def test_pre_ping_and_recycle_leave_a_working_connection(world):
     engine = world.engine(pool_pre_ping=True, pool_recycle=0, pool_use_lifo=True)
     for _ in range(3):
-        with engine.execution_options(scraper="a").connect() as connection:
+        with connect(engine) as connection:
             assert connection.scalar(text("select 1")) == 1

@@ -7,26 +7,21 @@ import random
 import signal
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
 from support import state
-from support.state import assert_quiet
-from support.stub import StubServer
-from support.threads import Caller, ensure_waiting
+from support.stub import StubServer, all_for_one
+from support.threads import Caller, connect, give, take, wait_in_line
 
 import sqla_fairpool
 from sqla_fairpool import CheckoutTimeout, tagging
 from sqla_fairpool.pool.execution_options import requested
 
 PACKAGE = str(Path(sqla_fairpool.__file__).parent)
-
-
-def connect(pool, tag):
-    with sqla_fairpool.tag(tag):
-        return pool.connect()
 
 
 class Cycle:
@@ -46,62 +41,71 @@ def collector():
     gc.enable()
 
 
+@pytest.fixture
+def leak(make_pool):
+    """Have a pool of two lose a connection under a tag; a function collects it."""
+
+    def leak(tag):
+        pool, lost = make_pool(2), []
+        lost.append(Cycle(connect(pool, tag)))
+
+        def collect():
+            lost.clear()
+            gc.collect()
+
+        return pool, collect
+
+    return leak
+
+
 @pytest.mark.parametrize("tag", ["a", "unknown"])
-def test_leaked_connection_comes_back(make_pool, tag):
-    pool = make_pool(pool_size=1)
-    connection = connect(pool, tag)
-    del connection
-    assert pool.checkedout() == 0
-    connect(pool, tag).close()
-
-
-def test_leaked_connection_serves_who_waits(make_pool):
-    pool = make_pool(pool_size=1)
-    leak = Cycle(connect(pool, "a"))
-    caller = Caller(connect, pool, "b")
-    ensure_waiting(pool, 1)
-    del leak
-    gc.collect()
+def test_leaked_connection_comes_back_and_serves_a_caller_that_waits(leak, tag):
+    pool, collect = leak(tag)
+    held = take(pool, 1, tag)
+    (caller,) = wait_in_line(pool, "b")
+    collect()
     caller.result().close()
+    assert pool.checkedout() == 1
+    give(held)
+
+
+def meanwhile(pool, transition, function):
+    """Call a function in the middle of the next transition of that name."""
+    scheduler = state.scheduler(pool)
+    original = getattr(scheduler, transition)
+
+    def with_call(*args):
+        setattr(scheduler, transition, original)
+        assert state.is_busy(pool)
+        function()
+        return original(*args)
+
+    setattr(scheduler, transition, with_call)
 
 
 @pytest.mark.parametrize("tag", ["a", "unknown"])
-def test_collector_in_the_middle_of_our_own_transition(make_pool, tag):
+def test_collector_in_the_middle_of_our_own_transition(leak, tag):
     """On the same thread, at the worst moment: no deadlock, no re-entry."""
-    pool = make_pool(pool_size=3, soft_limit=3, max_limit=3)
-    scheduler = state.scheduler(pool)
-    leak = [Cycle(connect(pool, tag))]
-    request, depth = scheduler.request, []
+    pool, collect = leak(tag)
+    grown = []
 
-    def request_with_collection(*args):
-        before = scheduler.in_use
-        leak.clear()
-        gc.collect()
-        depth.append(scheduler.in_use - before)
-        return request(*args)
+    def collect_in_it():
+        before = state.in_use(pool)
+        collect()
+        grown.append(state.in_use(pool) - before)
 
-    scheduler.request = request_with_collection
+    meanwhile(pool, "request", collect_in_it)
     connection = Caller(connect, pool, "b").result()
-    assert depth == [0], "the checkin ran inside the transition"
+    assert grown == [0], "the checkin ran inside the transition"
     assert pool.checkedout() == 1, "the leaked connection is back"
     connection.close()
 
 
-def test_collector_in_a_transition_while_others_wait(make_pool):
-    pool = make_pool(pool_size=2, soft_limit=2, max_limit=2)
-    scheduler = state.scheduler(pool)
-    leak = [Cycle(connect(pool, "a"))]
+def test_collector_in_a_transition_while_others_wait(leak):
+    pool, collect = leak("a")
     holder = connect(pool, "b")
-    caller = Caller(connect, pool, "b")
-    ensure_waiting(pool, 1)
-    release = scheduler.release
-
-    def release_with_collection(*args):
-        leak.clear()
-        gc.collect()
-        return release(*args)
-
-    scheduler.release = release_with_collection
+    (caller,) = wait_in_line(pool, "b")
+    meanwhile(pool, "release", collect)
     Caller(holder.close).result()
     caller.result().close()
 
@@ -109,18 +113,9 @@ def test_collector_in_a_transition_while_others_wait(make_pool):
 # -- a caller in the middle of our own transition ------------------------------
 
 
-def in_a_transition(pool, handler):
-    """Call `handler` in the middle of the next transition, as a signal's would be."""
-    scheduler = state.scheduler(pool)
-    request = scheduler.request
-
-    def request_with_handler(*args):
-        scheduler.request = request
-        assert state.is_busy(pool)
-        handler()
-        return request(*args)
-
-    scheduler.request = request_with_handler
+def in_a_transition(engine, handler):
+    """Call a handler in the middle of the next checkout, as a signal's would be."""
+    meanwhile(engine, "request", handler)
 
 
 def use(engine):
@@ -131,42 +126,50 @@ def use(engine):
 
 
 def test_finaliser_in_a_transition_is_served(make_engine):
-    engine = make_engine(pool_size=3)
+    engine, used = make_engine(3), []
 
     class Greedy(Cycle):
         def __del__(self):
             use(engine)
             used.append(1)
 
-    greedy, used = [Greedy(None)], []
-    in_a_transition(engine.pool, lambda: greedy.clear() or gc.collect())
+    greedy = [Greedy(None)]
+    in_a_transition(engine, lambda: greedy.clear() or gc.collect())
     engine.connect().close()
     assert used == [1]
 
 
 def test_handler_in_a_transition_is_lent_what_is_idle(make_engine, server):
-    engine = make_engine(pool_size=3, soft_limit=3, max_limit=3)
-    for connection in [engine.connect(), engine.connect()]:
-        connection.close()
+    engine = make_engine(3)
+    give(take(engine, 2))
     before = engine.pool.status()
-    in_a_transition(engine.pool, lambda: use(engine))
+    in_a_transition(engine, lambda: use(engine))
     engine.connect().close()
     assert server.opened == 2
     assert engine.pool.status() == before
 
 
 def test_handler_in_a_transition_opens_one_if_there_is_room(make_engine, server):
-    engine = make_engine(pool_size=3, soft_limit=3, max_limit=3)
-    in_a_transition(engine.pool, lambda: use(engine))
+    engine = make_engine(3)
+    in_a_transition(engine, lambda: use(engine))
     engine.connect().close()
     assert (server.opened, server.most, server.open) == (2, 1, 1)
 
 
-def test_handler_that_keeps_its_connection_is_accounted_for(make_engine, server):
+@pytest.mark.parametrize("tagged_by", ["engine", "connection"])
+def test_handler_that_keeps_its_connection_is_accounted_for(make_engine, tagged_by):
     engine = make_engine(pool_size=3, soft_limit=1, max_limit=1)
-    tagged = engine.execution_options(scraper="handler")
     kept = []
-    in_a_transition(engine.pool, lambda: kept.append(tagged.connect()))
+
+    def handler():
+        if tagged_by == "engine":
+            connection = engine.execution_options(scraper="handler").connect()
+        else:
+            connection = engine.connect().execution_options(scraper="handler")
+            connection.execute(text("select 1"))
+        kept.append(connection)
+
+    in_a_transition(engine, handler)
     engine.connect().close()
     assert engine.pool.stats().tag("handler").connections == 1
     assert engine.pool.checkedout() == 1
@@ -174,23 +177,8 @@ def test_handler_that_keeps_its_connection_is_accounted_for(make_engine, server)
     assert engine.pool.checkedout() == 0
 
 
-def test_handler_may_set_a_tag_on_its_connection(make_engine):
-    engine = make_engine(pool_size=3)
-    kept = []
-
-    def handler():
-        connection = engine.connect().execution_options(scraper="handler")
-        connection.execute(text("select 1"))
-        kept.append(connection)
-
-    in_a_transition(engine.pool, handler)
-    engine.connect().close()
-    assert engine.pool.stats().tag("handler").connections == 1
-    kept.pop().close()
-
-
 def test_handler_that_loses_its_connection_loses_no_slot(make_pool):
-    pool = make_pool(pool_size=3)
+    pool = make_pool(3)
     with sqla_fairpool.tag("handler"):
         in_a_transition(pool, lambda: pool._do_get() and None)
     connect(pool, "a").close()
@@ -198,7 +186,7 @@ def test_handler_that_loses_its_connection_loses_no_slot(make_pool):
 
 
 def test_handler_for_which_nothing_is_idle_is_told_what_to_do(make_engine):
-    engine = make_engine(pool_size=1)
+    engine = make_engine(1)
     errors = []
 
     def handler():
@@ -206,7 +194,7 @@ def test_handler_for_which_nothing_is_idle_is_told_what_to_do(make_engine):
             engine.connect()
         errors.append(str(caught.value))
 
-    in_a_transition(engine.pool, handler)
+    in_a_transition(engine, handler)
     engine.connect().close()
     assert errors == [
         "a signal handler or a finaliser has called the pool in the middle of the "
@@ -219,8 +207,7 @@ def test_handler_for_which_nothing_is_idle_is_told_what_to_do(make_engine):
 def test_handlers_on_top_of_each_other_open_no_more_than_there_is_room_for(
     make_engine, server
 ):
-    engine = make_engine(pool_size=4, soft_limit=4, max_limit=4)
-    outcomes = []
+    engine, outcomes = make_engine(4), []
 
     def handler():
         try:
@@ -229,12 +216,9 @@ def test_handlers_on_top_of_each_other_open_no_more_than_there_is_room_for(
         except InvalidRequestError:
             outcomes.append("refused")
 
-    def connect():
-        if len(outcomes) < 1:
-            handler()  # the next one comes while this one connects
-
-    server.before["connect"] = connect
-    in_a_transition(engine.pool, handler)
+    # The next one comes while this one connects.
+    server.before["connect"] = lambda: outcomes or handler()
+    in_a_transition(engine, handler)
     engine.connect().close()
     assert outcomes == ["refused", "served", "served", "served"]
     assert server.most == 3  # and one, as it seems, in the section's hands
@@ -282,16 +266,9 @@ def test_handler_at_any_line_of_a_transition(clock, size, keeps):
             pool_timeout=0,
             idle_connection_ttl=9,
         )
-        a, b = (engine.execution_options(scraper=tag) for tag in "ab")
-        held, kept, errors = [], [], []
+        errors, kept = [], []
 
-        def take(engine, held=held):
-            try:
-                held.append(engine.connect())
-            except CheckoutTimeout:
-                pass  # the handler has what there is
-
-        def handler(engine=engine, kept=kept, errors=errors):
+        def handler(engine=engine, errors=errors, kept=kept):
             try:
                 connection = engine.connect().execution_options(scraper="handler")
             except InvalidRequestError as error:
@@ -302,38 +279,48 @@ def test_handler_at_any_line_of_a_transition(clock, size, keeps):
             if not keeps:
                 kept.pop().close()
 
-        def work(engine=engine, a=a, b=b, held=held, take=take):
-            take(a), take(b)
-            if held:
-                held.pop().close()
-            clock.advance(5)
-            take(a), take(b)
-            if held:
-                held[0].invalidate()
-                held.pop(0).close()
-            clock.advance(70)
-            engine.pool.upkeep()
-            for connection in held:
-                connection.close()
-            held.clear()
-            engine.pool.reconfigure(pool_size=size)
-            engine.dispose()
-            take(b)
-            while held:
-                held.pop().close()
-
-        for one in (a, b):
-            one.connect().close()
-        reached = AtLine(engine.pool, number, handler).run(work)
+        for tag in "ab":
+            engine.execution_options(scraper=tag).connect().close()
+        at_line = AtLine(engine.pool, number, handler)
+        reached = at_line.run(partial(do_all_there_is_to_do, engine, clock))
         refused += len(errors)
         assert server.most <= size + size // 3
         for connection in kept:
             assert engine.pool.stats().tag("handler").connections == 1
             connection.close()
-        assert_quiet(engine.pool)
+        state.assert_quiet(engine.pool)
         assert engine.pool.checkedout() == 0
     assert number > 300
     assert refused < number if size < 4 else refused == 0
+
+
+def do_all_there_is_to_do(engine, clock):
+    """Enter every kind of critical section."""
+    a, b = (engine.execution_options(scraper=tag) for tag in "ab")
+    held = []
+
+    def take(*engines):
+        for one in engines:
+            try:
+                held.append(one.connect())
+            except CheckoutTimeout:
+                pass  # the handler has what there is
+
+    take(a, b)
+    if held:
+        held.pop().close()
+    clock.advance(5)
+    take(a, b)
+    if held:
+        held[0].invalidate()
+        held.pop(0).close()
+    clock.advance(70)
+    engine.pool.upkeep()
+    give(held)
+    engine.pool.reconfigure(pool_size=engine.pool.size())
+    engine.dispose()
+    take(b)
+    give(held)
 
 
 @pytest.mark.slow
@@ -342,7 +329,7 @@ def test_handler_at_any_line_of_a_transition(clock, size, keeps):
 )
 def test_signal_handler_that_uses_the_pool_at_any_moment(make_engine, server):
     """A worker that marks its job as aborted, while others use the pool as well."""
-    engine = make_engine(pool_size=6, soft_limit=6, max_limit=6)
+    engine = make_engine(6)
     tagged = [engine.execution_options(scraper=tag) for tag in "abc"]
     handled, stop = [], threading.Event()
 
@@ -371,7 +358,7 @@ def test_signal_handler_that_uses_the_pool_at_any_moment(make_engine, server):
 
 
 def test_record_lost_between_our_return_and_its_owner_gives_its_slot_back(make_pool):
-    pool = make_pool(pool_size=1)
+    pool = make_pool(1)
     with sqla_fairpool.tag("a"):
         record = pool._do_get()
     assert pool.checkedout() == 1
@@ -382,7 +369,7 @@ def test_record_lost_between_our_return_and_its_owner_gives_its_slot_back(make_p
 
 
 def test_warm_record_lost_as_it_was_taken_gives_its_slot_back(make_pool):
-    pool = make_pool(pool_size=1)
+    pool = make_pool(1)
     connect(pool, "a").close()
     state.warm(pool, "a").pop()
     gc.collect()
@@ -393,49 +380,34 @@ def test_warm_record_lost_as_it_was_taken_gives_its_slot_back(make_pool):
 def test_dropped_pool_is_collected_with_its_warm_connections():
     server = StubServer()
     pool = server.pool()
-    connection = connect(pool, "a")
-    kept = connect(pool, "a")
-    connection.close()
-    kept.close()
+    give(take(pool, 2))
     is_collected = state.is_collected(pool)
-    del pool, connection, kept
+    del pool
     gc.collect()
     assert is_collected()
 
 
-# -- hollow records ------------------------------------------------------------
-
-
-def test_detached_connection_frees_its_slot(make_engine, server):
-    engine = make_engine(pool_size=1)
-    tagged = engine.execution_options(scraper="a")
-    connection = tagged.connect()
-    connection.detach()
-    assert engine.pool.checkedout() == 0
-    assert engine.pool.stats().idle == 0, "nothing is open in the pool"
-    with tagged.connect():
-        assert server.open == 2
+@pytest.mark.parametrize(("what", "left"), [("detach", 1), ("invalidate", 0)])
+def test_connection_that_leaves_the_pool_frees_its_slot(
+    make_engine, server, what, left
+):
+    """Its record comes back hollow, so nothing is open in the pool."""
+    engine = make_engine(1)
+    connection = engine.execution_options(scraper="a").connect()
+    getattr(connection, what)()
+    assert server.open == left
+    assert (engine.pool.checkedout(), engine.pool.stats().idle) == (0, 0)
+    with connect(engine):
+        assert server.open == left + 1
     connection.close()
     assert server.open == 1
-
-
-def test_invalidated_connection_frees_its_slot_and_is_closed(make_engine, server):
-    engine = make_engine(pool_size=1)
-    tagged = engine.execution_options(scraper="a")
-    connection = tagged.connect()
-    connection.invalidate()
-    assert server.open == 0
-    assert engine.pool.stats().idle == 0
-    with tagged.connect():
-        assert server.open == 1
-    connection.close()
 
 
 # -- interrupts ----------------------------------------------------------------
 
 
 class Interrupt(BaseException):
-    pass
+    """What a signal handler raises."""
 
 
 def strike(work):
@@ -479,7 +451,7 @@ def strike(work):
 @pytest.mark.usefixtures("light_heap")
 def test_signal_at_any_moment_in_our_code_loses_no_slot(tags):
     server = StubServer()
-    pool = server.pool(pool_size=4, soft_limit=4, max_limit=4, timeout=5.0)
+    pool = server.pool(**all_for_one(4), timeout=5.0)
     random.seed(11)
 
     def work():
@@ -490,14 +462,14 @@ def test_signal_at_any_moment_in_our_code_loses_no_slot(tags):
         gc.collect()
         assert pool.checkedout() == 0
         assert tagging.context_tag() is requested() is None
-    assert_quiet(pool)
+    state.assert_quiet(pool)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("light_heap")
 def test_collections_at_random_moments_in_many_threads_lose_nothing():
     server = StubServer()
-    pool = server.pool(pool_size=5, soft_limit=5, max_limit=5)
+    pool = server.pool(**all_for_one(5))
     barrier = threading.Barrier(8)
     gc.enable()
     threshold = gc.get_threshold()
@@ -520,5 +492,5 @@ def test_collections_at_random_moments_in_many_threads_lose_nothing():
     finally:
         gc.set_threshold(*threshold)
     gc.collect()
-    assert_quiet(pool)
+    state.assert_quiet(pool)
     assert server.most <= 5

@@ -18,8 +18,9 @@ from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.ext.asyncio import create_async_engine
 from support import state
 from support.sessions import Sessions
-from support.state import assert_quiet
-from support.threads import PATIENCE, Caller, eventually
+from support.stub import all_for_one
+from support.threads import PATIENCE, eventually, wait_in_line
+from support.worlds import contract, make_world
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
 from sqla_fairpool.pool.endings import ENDED, OPEN, UNKNOWN, EndWatcher, SocketCopy
@@ -62,6 +63,17 @@ def driver():
     driver.server.close()
 
 
+@pytest.fixture
+def ends():
+    """Both ends of a TCP connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        near = socket.create_connection(listener.getsockname())
+        far, _ = listener.accept()
+    yield near, far
+    near.close()
+    far.close()
+
+
 def reset(sock):
     """Close a TCP socket so that the other side is reset."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
@@ -81,10 +93,8 @@ def test_session_is_over_when_the_server_closes_its_side(driver):
     assert line.look() is ENDED
 
 
-def test_reset_connection_tells_nothing_of_the_session():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        near = socket.create_connection(listener.getsockname())
-        far, _ = listener.accept()
+def test_reset_connection_tells_nothing_of_the_session(ends):
+    near, far = ends
     line = SocketCopy.of(near)
     near.close()
     reset(far)
@@ -92,11 +102,9 @@ def test_reset_connection_tells_nothing_of_the_session():
 
 
 @pytest.mark.parametrize("how", ["reset", "closed"])
-def test_reset_that_the_driver_has_read_is_told_from_an_end(how):
+def test_reset_that_the_driver_has_read_is_told_from_an_end(ends, how):
     """A reset is reported once; after that one reads the end of the stream."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        near = socket.create_connection(listener.getsockname())
-        far, _ = listener.accept()
+    near, far = ends
     line = SocketCopy.of(near)
     assert not line.was_reset()
     if how == "reset":
@@ -107,7 +115,6 @@ def test_reset_that_the_driver_has_read_is_told_from_an_end(how):
         far.close()
         assert near.recv(1) == b""
     assert line.was_reset() is (how == "reset")
-    near.close()
 
 
 def test_hanging_up_reaches_the_server_without_the_driver(driver):
@@ -183,10 +190,16 @@ def test_connection_is_paid_for_by_its_opener_the_pool_or_nobody(connections, dr
     assert connections.apart({id(record)}, ()) == 1
 
 
-def test_closed_connection_is_over_when_the_server_says_so(
-    connections, driver, changes, monkeypatch
-):
+@pytest.fixture
+def no_patience(monkeypatch):
+    """The end of a session is not waited for by the thread that closes."""
     monkeypatch.setattr(state.GOODBYE, 0.0)
+
+
+@pytest.mark.usefixtures("no_patience")
+def test_closed_connection_is_over_when_the_server_says_so(
+    connections, driver, changes
+):
     physical = open_one(connections, driver, Record())
     lost = []
     connections.on_lost = lambda: lost.append(physical)
@@ -198,9 +211,9 @@ def test_closed_connection_is_over_when_the_server_says_so(
     assert not connections.release(physical)
 
 
-def test_lost_connection_is_there_until_it_is_buried(connections, changes, monkeypatch):
+@pytest.mark.usefixtures("no_patience")
+def test_lost_connection_is_there_until_it_is_buried(connections, changes):
     """Also if nobody has the driver's connection any more."""
-    monkeypatch.setattr(state.GOODBYE, 0.0)
     connections.on_lost = lambda: None
     driver, record = Driver(), Record()
     server = driver.server
@@ -216,10 +229,8 @@ def test_lost_connection_is_there_until_it_is_buried(connections, changes, monke
     server.close()
 
 
-def test_without_a_ledger_a_late_end_is_waited_for(
-    connections, driver, changes, monkeypatch
-):
-    monkeypatch.setattr(state.GOODBYE, 0.0)
+@pytest.mark.usefixtures("no_patience")
+def test_without_a_ledger_a_late_end_is_waited_for(connections, driver, changes):
     physical = open_one(connections, driver, Record())
     connections.close(driver, driver.close)
     assert physical in connections
@@ -294,6 +305,19 @@ def alarm():
     signal.signal(signal.SIGALRM, before)
 
 
+def fair(url, size, name, driver="psycopg2", **options):
+    """The arguments of an engine whose sessions have a name at the server."""
+    arguments = {"application_name": name}
+    if driver == "asyncpg":
+        arguments = {"server_settings": arguments}
+    options |= {"connect_args": arguments, **all_for_one(size)}
+    return {"url": url.replace("psycopg2", driver), **options}
+
+
+def none_is_left(engine):
+    return not state.connections(engine)
+
+
 @pytest.mark.postgres
 @pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
 def test_interrupted_statements_leave_no_session_too_many(
@@ -302,12 +326,7 @@ def test_interrupted_statements_leave_no_session_too_many(
     """An exception that is not the driver's own ends the client's side only."""
     name = f"interrupted {driver}"
     engine = create_engine(
-        postgres_url.replace("psycopg2", driver),
-        poolclass=FairQueuePool,
-        pool_size=3,
-        soft_limit=3,
-        max_limit=3,
-        connect_args={"application_name": name},
+        **fair(postgres_url, 3, name, driver), poolclass=FairQueuePool
     )
 
     def work():
@@ -325,34 +344,20 @@ def test_interrupted_statements_leave_no_session_too_many(
             alarm(0)
             gc.collect()  # the traceback may be part of a cycle
     assert 1 <= sessions.most <= 3
-    eventually(lambda: not state.connections(engine) or _is_idle(engine))
+    in_pool = (0, engine.pool.checkedin())  # none, or all that are
+    eventually(lambda: len(state.connections(engine)) in in_pool)
     engine.dispose()
-    assert_quiet(engine.pool)
-
-
-def _is_idle(engine):
-    return len(state.connections(engine)) == engine.pool.checkedin()
+    state.assert_quiet(engine)
 
 
 @pytest.mark.postgres
 @pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
 def test_cancelled_statements_leave_no_session_too_many(postgres_url, driver):
     name = f"cancelled {driver}"
-    url = postgres_url.replace("psycopg2", driver)
-    if driver == "asyncpg":
-        options = {"server_settings": {"application_name": name}}
-    else:
-        options = {"application_name": name}
+    arguments = fair(postgres_url, 3, name, driver)
 
     async def main():
-        engine = create_async_engine(
-            url,
-            poolclass=AsyncAdaptedFairQueuePool,
-            pool_size=3,
-            soft_limit=3,
-            max_limit=3,
-            connect_args=options,
-        )
+        engine = create_async_engine(**arguments, poolclass=AsyncAdaptedFairQueuePool)
 
         async def work():
             async with engine.connect() as connection:
@@ -372,24 +377,18 @@ def test_cancelled_statements_leave_no_session_too_many(postgres_url, driver):
     with Sessions(postgres_url, name) as sessions:
         engine = asyncio.run(main())
     assert 1 <= sessions.most <= 3
-    eventually(lambda: not state.connections(engine))
+    eventually(lambda: none_is_left(engine))
 
 
 @pytest.mark.postgres
+@pytest.mark.usefixtures("no_patience")
 def test_checkout_waits_for_the_session_in_whose_place_it_comes(
     postgres_url, monkeypatch
 ):
     """A connection is found dead whose session the server has not ended."""
-    monkeypatch.setattr(state.GOODBYE, 0.0)
     name = "in its place"
     engine = create_engine(
-        postgres_url,
-        poolclass=FairQueuePool,
-        pool_size=1,
-        soft_limit=1,
-        max_limit=1,
-        pool_timeout=0.2,
-        connect_args={"application_name": name},
+        **fair(postgres_url, 1, name, pool_timeout=0.2), poolclass=FairQueuePool
     )
     with engine.connect() as connection:
         raw = connection.connection.dbapi_connection
@@ -408,12 +407,12 @@ def test_checkout_waits_for_the_session_in_whose_place_it_comes(
     with Sessions(postgres_url, name) as sessions:
         with pytest.raises(CheckoutTimeout):
             engine.connect()
-        eventually(lambda: not state.connections(engine))
+        eventually(lambda: none_is_left(engine))
         engine.connect().close()
     assert sessions.most == 1
     engine.dispose()
-    eventually(lambda: not state.connections(engine))
-    assert_quiet(engine.pool)
+    eventually(lambda: none_is_left(engine))
+    state.assert_quiet(engine)
 
 
 def drop(objects):
@@ -423,41 +422,32 @@ def drop(objects):
 
 def test_leaked_connection_of_tasks_is_replaced(tmp_path):
     """The collector ends it; its slot is free again."""
+    url = f"sqlite+aiosqlite:///{tmp_path / 'leak.db'}"
 
-    async def main():
-        engine = create_async_engine(
-            f"sqlite+aiosqlite:///{tmp_path / 'leak.db'}",
-            poolclass=AsyncAdaptedFairQueuePool,
-            pool_size=1,
-            soft_limit=1,
-            max_limit=1,
-            pool_timeout=PATIENCE,
-        )
-        leaked = [await engine.connect()]
-        await leaked[0].scalar(text("select 1"))
+    @contract
+    def test(world):
+        engine = world.engine(pool_size=1, pool_timeout=PATIENCE)
+        leaked = [engine.connect()]
+        leaked[0].scalar(text("select 1"))
         with pytest.warns(Warning, match="garbage collector"):
             drop(leaked)
-        async with engine.connect() as connection:
-            assert await connection.scalar(text("select 1")) == 1
-        await engine.dispose()
-        assert_quiet(engine.sync_engine.pool)
+        with engine.connect() as connection:
+            assert connection.scalar(text("select 1")) == 1
 
-    asyncio.run(main())
+    test(make_world("asyncio", url))
 
 
-def test_thread_that_waits_is_served_when_a_session_ends(server, monkeypatch):
-    """A session that ends late wakes whoever waits for its slot."""
+@pytest.mark.usefixtures("no_patience")
+def test_thread_that_waits_is_served_when_a_session_ends(server, make_pool):
+    """A session that ends late wakes a caller that waits for its slot."""
     driver = Driver()
-    pool = server.pool(pool_size=1, soft_limit=1, max_limit=1)
-    pool._creator = lambda: driver if driver else server.connect()
-    monkeypatch.setattr(state.GOODBYE, 0.0)
     driver.rollback = lambda: None
+    drivers = iter([driver])
+    pool = make_pool(1)
+    pool._creator = lambda: next(drivers, None) or server.connect()
     connection = pool.connect()
     connection.invalidate()
-    caller = Caller(pool.connect)
-    eventually(lambda: state.waiting(pool) == 1)
-    far, driver = driver.server, None
-    far.close()
+    (caller,) = wait_in_line(pool)
+    driver.server.close()
     caller.result().close()
     pool.dispose()
-    assert_quiet(pool)

@@ -20,10 +20,13 @@ pytestmark = pytest.mark.skipif(
 PRELUDE = """
 import gc, os, sys, threading, warnings
 warnings.simplefilter("ignore")  # newer Pythons warn of threads and fork together
-from sqlalchemy import text
-import sqla_fairpool
+from sqlalchemy import create_engine, text
 from support import state
 from support.stub import StubServer
+from support.threads import Caller, connect, ensure_waiting, give, take
+from sqla_fairpool import FairQueuePool
+
+server = StubServer()
 
 def forked(child):
     pid = os.fork()
@@ -54,21 +57,20 @@ def run(program, *args):
 def test_child_has_an_empty_pool_and_accounting_of_its_own():
     run(
         """
-        server = StubServer()
         engine = server.engine(pool_size=2, soft_limit=2, max_limit=2, pool_timeout=0)
-        tagged = engine.execution_options(scraper="a")
-        warm = tagged.connect(); out = tagged.connect(); warm.close()
+        warm, out = take(engine, 2)
+        warm.close()
 
         def child():
             opened = server.opened
             pool = engine.pool
             assert (pool.checkedout(), pool.checkedin()) == (0, 0)
             assert pool.stats().tags == ()
-            held = [tagged.connect() for _ in range(2)]
+            held = take(engine, 2)
             assert server.opened == opened + 2, "the parent's connection was used"
             for connection in held:
                 connection.execute(text("select 1"))
-                connection.close()
+            give(held)
             assert pool.checkedin() == 2
 
         forked(child)
@@ -81,11 +83,10 @@ def test_child_has_an_empty_pool_and_accounting_of_its_own():
 def test_child_neither_closes_nor_returns_nor_rolls_back_what_is_the_parents():
     run(
         """
-        server = StubServer()
         engine = server.engine()
-        tagged = engine.execution_options(scraper="a")
-        out = tagged.connect(); out.execute(text("select 1"))
-        other = tagged.connect(); other.close()
+        out = connect(engine)
+        out.execute(text("select 1"))
+        connect(engine).close()
         deleted = []
         inherited = out.connection.dbapi_connection
         type(inherited).__del__ = lambda self: deleted.append(self)
@@ -112,9 +113,7 @@ def test_child_neither_closes_nor_returns_nor_rolls_back_what_is_the_parents():
 def test_fork_while_another_thread_is_in_the_pool():
     run(
         """
-        server = StubServer()
         engine = server.engine(pool_size=1)
-        tagged = engine.execution_options(scraper="a")
         inside, leave = threading.Event(), threading.Event()
 
         def occupy():
@@ -122,14 +121,16 @@ def test_fork_while_another_thread_is_in_the_pool():
                 inside.set()
                 leave.wait()
 
-        thread = threading.Thread(target=occupy); thread.start(); inside.wait()
+        occupier = Caller(occupy)
+        inside.wait()
 
         def child():
-            tagged.connect().close()  # would hang on the parent's lock
+            connect(engine).close()  # would hang on the parent's lock
             assert engine.pool.checkedin() == 1
 
         forked(child)
-        leave.set(); thread.join()
+        leave.set()
+        occupier.result()
         """
     )
 
@@ -137,26 +138,26 @@ def test_fork_while_another_thread_is_in_the_pool():
 def test_waiters_and_openers_of_other_threads_are_not_the_childs():
     run(
         """
-        from support.threads import Caller, ensure_waiting
-        server = StubServer()
         engine = server.engine(pool_size=1)
-        tagged = engine.execution_options(scraper="a")
         opening, go_on = threading.Event(), threading.Event()
         server.before["connect"] = lambda: (opening.set(), go_on.wait())
-        opener = Caller(tagged.connect); opening.wait()
-        waiter = Caller(tagged.connect); ensure_waiting(engine.pool, 1)
+        opener = Caller(connect, engine)
+        opening.wait()
+        waiter = Caller(connect, engine)
+        ensure_waiting(engine.pool, 1)
 
         def child():
             server.before.clear()
             assert (engine.pool.checkedout(), engine.pool.stats().waiting) == (0, 0)
-            tagged.connect().close()
+            connect(engine).close()
             gc.collect()
             state.assert_consistent(engine)
             assert engine.pool.checkedout() == 0
 
         forked(child)
         go_on.set()
-        opener.result().close(); waiter.result().close()
+        for caller in (opener, waiter):
+            caller.result().close()
         assert engine.pool.checkedout() == 0
         """
     )
@@ -165,9 +166,7 @@ def test_waiters_and_openers_of_other_threads_are_not_the_childs():
 def test_fork_in_a_connect_listener_gives_the_child_no_slot():
     run(
         """
-        server = StubServer()
         engine = server.engine(pool_size=1)
-        tagged = engine.execution_options(scraper="a")
         pids = []
 
         def fork_once():
@@ -175,9 +174,9 @@ def test_fork_in_a_connect_listener_gives_the_child_no_slot():
             pids.append(os.fork())
 
         server.before["connect"] = fork_once
-        tagged.connect().close()
+        connect(engine).close()
         assert engine.pool.checkedout() == 0
-        tagged.connect().close()
+        connect(engine).close()
         assert engine.pool.checkedout() == 0
         state.scheduler(engine).check_valid([])
         if pids == [0]:
@@ -191,23 +190,21 @@ def test_fork_in_a_connect_listener_gives_the_child_no_slot():
 def test_parents_connections_survive_a_child_on_postgresql(postgres_url):
     run(
         """
-        from sqlalchemy import create_engine
-        engine = create_engine(sys.argv[1], poolclass=sqla_fairpool.FairQueuePool)
-        tagged = engine.execution_options(scraper="a")
-        out, idle = tagged.connect(), tagged.connect()
+        engine = create_engine(sys.argv[1], poolclass=FairQueuePool)
+        out, idle = take(engine, 2)
         pids = {c.scalar(text("select pg_backend_pid()")) for c in (out, idle)}
         idle.close()
 
         def child():
             out.close()
-            with tagged.connect() as connection:
+            with connect(engine) as connection:
                 assert connection.scalar(text("select pg_backend_pid()")) not in pids
             engine.dispose()
             gc.collect()
 
         forked(child)
         assert out.scalar(text("select pg_backend_pid()")) in pids
-        with tagged.connect() as connection:
+        with connect(engine) as connection:
             assert connection.scalar(text("select pg_backend_pid()")) in pids
         out.close()
         """,

@@ -1,99 +1,91 @@
-"""How connections change hands between threads, each race frozen and asserted."""
+"""How connections change hands, each race frozen and asserted: threads and tasks."""
 
 from __future__ import annotations
 
-import threading
+from unittest.mock import Mock
 
 import pytest
 from sqlalchemy.exc import TimeoutError as SQLAlchemyTimeoutError
 from support import state
-from support.state import assert_consistent, assert_quiet
 from support.stub import StubError
-from support.threads import Caller, ensure_waiting, eventually
+from support.threads import (
+    Caller,
+    Gate,
+    connect,
+    ensure_waiting,
+    eventually,
+    give,
+    take,
+    wait_in_line,
+)
+from support.worlds import contract
 
-import sqla_fairpool
 from sqla_fairpool import CheckoutTimeout, FairQueuePool, TooManyWaiting
 from sqla_fairpool.pool.waiters import ThreadWaiter
 from sqla_fairpool.pool.warm import WarmRecords
 
-
-def connect(pool, tag):
-    with sqla_fairpool.tag(tag):
-        return pool.connect()
-
-
-def wait_in_line(pool, tag, count=1):
-    """Start `count` callers under `tag`, one after the other; return them in order."""
-    callers = []
-    for _ in range(count):
-        before = state.waiting(pool)
-        callers.append(Caller(connect, pool, tag))
-        ensure_waiting(pool, before + 1)
-    return callers
-
-
-@pytest.fixture
-def narrow(make_pool):
-    """A pool of one connection."""
-    return make_pool(pool_size=1)
-
-
 # -- hand-off ------------------------------------------------------------------
 
 
-def test_waiter_gets_the_very_connection_that_came_back(narrow):
-    holder = connect(narrow, "a")
+@contract
+def test_waiter_gets_the_very_connection_that_came_back(world):
+    pool = world.pool(1)
+    holder = connect(pool)
     dbapi_connection = holder.dbapi_connection
-    (caller,) = wait_in_line(narrow, "a")
+    (caller,) = world.wait_in_line(pool)
     holder.close()
     connection = caller.result()
     assert connection.dbapi_connection is dbapi_connection
     connection.close()
 
 
-def test_line_is_served_in_order(narrow):
-    holder = connect(narrow, "a")
-    callers = wait_in_line(narrow, "a", 5)
-    for n, caller in enumerate(callers):
+@contract
+def test_line_is_served_in_order(world):
+    pool = world.pool(1)
+    holder = connect(pool)
+    for number, caller in enumerate(world.wait_in_line(pool, count=5), 1):
         holder.close()
         holder = caller.result()
-        assert all(other.is_alive() for other in callers[n + 1 :])
+        assert state.waiting(pool) == 5 - number
     holder.close()
 
 
-def test_returning_thread_does_not_overtake_the_waiter(narrow):
-    holder = connect(narrow, "a")
-    (caller,) = wait_in_line(narrow, "a")
+@contract
+def test_caller_that_comes_back_does_not_overtake_the_waiter(world):
+    pool = world.pool(1)
+    holder = connect(pool)
+    (caller,) = world.wait_in_line(pool)
     holder.close()
-    again = Caller(connect, narrow, "a")
+    again = world.start(connect, pool)
     first = caller.result()
-    ensure_waiting(narrow, 1)
+    world.ensure_waiting(pool, 1)
     first.close()
     again.result().close()
+    assert world.server.opened == 1
 
 
-def test_freed_connection_goes_to_the_tag_that_holds_less(make_pool):
-    pool = make_pool(pool_size=4, soft_limit=3, max_limit=4)
-    a = [connect(pool, "a") for _ in range(3)]
-    b = connect(pool, "b")
-    (heavy,) = wait_in_line(pool, "a")
-    (light,) = wait_in_line(pool, "b")
+@contract
+def test_freed_connection_goes_to_the_tag_that_holds_less(world):
+    pool = world.pool(pool_size=4, soft_limit=3, max_limit=4)
+    a, b = take(pool, 3, "a"), take(pool, 1, "b")
+    (heavy,) = world.wait_in_line(pool, "a")
+    (light,) = world.wait_in_line(pool, "b")
     a.pop().close()
-    second = light.result()
-    assert heavy.is_alive()
-    for connection in [*a, b, second]:
-        connection.close()
+    b.append(light.result())
+    assert state.waiting(pool) == 1
+    give(a + b)
     heavy.result().close()
 
 
-def test_tag_at_its_ceiling_waits_although_connections_are_free(make_pool):
-    pool = make_pool(pool_size=4, soft_limit=1, max_limit=2)
-    held = [connect(pool, "a") for _ in range(2)]
-    (caller,) = wait_in_line(pool, "a")
+@contract
+def test_tag_at_its_ceiling_waits_although_connections_are_free(world):
+    pool = world.pool(pool_size=4, soft_limit=1, max_limit=2)
+    held = take(pool, 2, "a")
+    (caller,) = world.wait_in_line(pool, "a")
     with connect(pool, "b"):
         assert pool.stats().tag("b").connections == 1
     held.pop().close()
-    assert caller.is_alive(), "with two active tags the ceiling is 1"
+    assert state.waiting(pool) == 1, "with two active tags the ceiling is 1"
     held.pop().close()
     caller.result().close()
 
@@ -108,52 +100,46 @@ def test_idle_connection_is_used_before_another_is_opened(make_pool, server):
 # -- keeping warm --------------------------------------------------------------
 
 
-def test_connection_kept_warm_is_there_for_everybody(make_pool, server):
-    pool = make_pool(pool_size=1)
-    connect(pool, "a").close()
-    assert state.in_use(pool) == 1, "kept warm for a"
-    connect(pool, "b").close()
-    assert server.opened == 1
+def test_connection_kept_warm_is_there_for_everybody_and_counts_as_idle(make_pool):
+    pool = make_pool(1)
+    for tag in ("a", "a", "b"):
+        connect(pool, tag).close()
+        assert state.in_use(pool) == 1, "kept warm"
+        assert (pool.checkedout(), pool.checkedin(), pool.stats().idle) == (0, 1, 1)
+        assert pool.stats().tag(tag).connections == 0
 
 
-def test_figures_count_a_warm_connection_as_checked_in(make_pool):
-    pool = make_pool()
-    connect(pool, "a").close()
-    assert (pool.checkedout(), pool.checkedin()) == (0, 1)
-    connect(pool, "a").close()
-    assert pool.stats().idle == 1
-    assert pool.stats().tag("a").connections == 0
-
-
-def test_checkin_that_meets_a_new_waiter_serves_him(narrow):
-    """The checkin has seen nobody wait; before it is kept warm, somebody does."""
-    holder = connect(narrow, "a")
+def test_checkin_that_meets_a_new_waiter_serves_it(make_pool):
+    """The checkin has seen nobody wait; before the record is warm, somebody does."""
+    pool = make_pool(1)
+    holder = connect(pool)
     callers = []
 
     class Late(WarmRecords):
         def append(self, record):
-            callers.extend(wait_in_line(narrow, "b"))
+            callers.extend(wait_in_line(pool, "b"))
             super().append(record)
 
-    state.replace_warm(narrow, "a", Late)
+    state.replace_warm(pool, "a", Late)
     holder.close()
     callers[0].result().close()
 
 
-def test_checkout_that_meets_a_new_waiter_lets_him_go_first(narrow):
+def test_checkout_that_meets_a_new_waiter_lets_it_go_first(make_pool):
     """The checkout has taken the warm record when somebody else waits."""
-    connect(narrow, "a").close()
+    pool = make_pool(1)
+    connect(pool).close()
     callers = []
 
     class Early(WarmRecords):
         def pop(self, index):
             record = super().pop(index)
             if not callers:
-                callers.extend(wait_in_line(narrow, "b"))
+                callers.extend(wait_in_line(pool, "b"))
             return record
 
-    state.replace_warm(narrow, "a", Early)
-    again = Caller(connect, narrow, "a")
+    state.replace_warm(pool, "a", Early)
+    again = Caller(connect, pool)
     eventually(lambda: callers, "the waiter")
     callers[0].result().close()
     again.result().close()
@@ -161,13 +147,11 @@ def test_checkout_that_meets_a_new_waiter_lets_him_go_first(narrow):
 
 def test_warm_connection_above_a_fallen_ceiling_is_not_taken(make_pool):
     pool = make_pool(pool_size=4, soft_limit=1, max_limit=3)
-    a = [connect(pool, "a") for _ in range(3)]
+    a = take(pool, 3, "a")
     with connect(pool, "b"):
         a.pop().close()  # a holds two still, above its ceiling of 1
-        caller = Caller(connect, pool, "a")
-        ensure_waiting(pool, 1)
-        a.pop().close()
-        a.pop().close()
+        (caller,) = wait_in_line(pool, "a")
+        give(a)
     caller.result().close()
 
 
@@ -175,153 +159,107 @@ def test_warm_connection_of_an_idle_tag_counts_for_nobody(make_pool, clock):
     pool = make_pool(pool_size=2, soft_limit=1, max_limit=2)
     connect(pool, "a").close()
     clock.advance(100.0)
-    held = [connect(pool, "b") for _ in range(2)]
+    held = take(pool, 2, "b")
     assert pool.stats().tag("b").connections == 2
-    for connection in held:
-        connection.close()
+    give(held)
 
 
-# -- opening -------------------------------------------------------------------
+# -- opening and closing -------------------------------------------------------
 
 
-def test_nobody_waits_while_a_connection_is_being_opened(make_pool, server):
-    pool = make_pool(pool_size=2)
-    connect(pool, "a").close()
-    opening, go_on = threading.Event(), threading.Event()
-
-    def slowly():
-        opening.set()
-        assert go_on.wait(30)
-
-    held = connect(pool, "a")
-    server.before["connect"] = slowly
-    caller = Caller(connect, pool, "b")
-    assert opening.wait(30)
+@contract
+def test_nobody_waits_while_a_connection_is_being_opened(world):
+    pool = world.pool(2)
+    held = connect(pool)
+    world.server.before["connect"] = gate = world.gate()
+    caller = world.start(connect, pool, "b")
+    gate.reached()
     held.close()
-    connect(pool, "a").close()  # would hang if the lock were held
+    connect(pool).close()  # would hang if the lock were held
     assert pool.checkedout() == 1, "the slot is reserved"
-    go_on.set()
+    gate.open()
     caller.result().close()
 
 
-def test_failed_connect_passes_the_slot_on(narrow, server):
-    first_fails = threading.Event()
+@contract
+def test_failed_connect_passes_the_slot_on(world):
+    pool, gate = world.pool(1), world.gate()
 
     def fail():
-        assert first_fails.wait(30)
-        server.before.clear()
+        gate()
+        world.server.before.clear()
         raise StubError("refused")
 
-    server.before["connect"] = fail
-    caller = Caller(connect, narrow, "a")
-    eventually(lambda: state.in_use(narrow) == 1)
-    (next_one,) = wait_in_line(narrow, "b")
-    first_fails.set()
+    world.server.before["connect"] = fail
+    caller = world.start(connect, pool, "a")
+    gate.reached()
+    (waiter,) = world.wait_in_line(pool, "b")
+    gate.open()
     with pytest.raises(StubError):
         caller.result()
-    next_one.result().close()
+    waiter.result().close()
 
 
-@pytest.mark.parametrize("error", [StubError, KeyboardInterrupt, SystemExit])
-def test_exception_while_connecting_frees_the_slot(narrow, server, error):
-    def fail():
-        raise error
+@contract
+def test_waiter_does_not_wait_for_the_closing_of_another_connection(world):
+    pool, gate = world.pool(2), world.gate()
+    held = take(pool, 2)
+    (caller,) = world.wait_in_line(pool)
+    # As a transition leaves it that grants a slot to a caller as well.
+    state.do_later(pool, gate)
+    back = world.start(held.pop().close)
+    caller.result().close()
+    gate.reached()
+    gate.open()
+    back.result()
+    give(held)
 
-    server.before["connect"] = fail
-    for _ in range(3):
-        with pytest.raises(error):
-            connect(narrow, "a")
-    server.before.clear()
-    connect(narrow, "a").close()
 
-
-@pytest.mark.parametrize("error", [StubError, KeyboardInterrupt])
-def test_failing_reset_frees_the_slot(narrow, server, error):
-    connection = connect(narrow, "a")
-
-    def fail():
-        raise error
-
-    server.before["rollback"] = fail
-    if error is StubError:
-        connection.close()
-    else:
-        with pytest.raises(error):
-            connection.close()
-    server.before.clear()
-    assert server.open == 0, "a connection in an unknown state is closed"
-    connect(narrow, "b").close()
+@contract
+def test_overflow_slot_is_free_when_its_connection_is_closed(world):
+    pool = world.pool(1, max_overflow=1)
+    one, two = take(pool, 2, "a")
+    world.server.before["close"] = gate = world.gate()
+    one.close()
+    caller = world.start(two.close)
+    gate.reached()
+    assert pool.checkedout() == 1
+    late = connect(pool, "b")
+    (waiter,) = world.wait_in_line(pool, "b")
+    gate.open()
+    caller.result()
+    waiter.result().close()
+    late.close()
+    assert world.server.most == 2
 
 
 @pytest.mark.parametrize("cleanup", ["close", "invalidate", "detach"])
 @pytest.mark.filterwarnings("ignore:Can't invalidate an already-closed connection")
+@contract
 def test_what_follows_an_interrupted_return_leaves_the_next_caller_alone(
-    narrow, server, cleanup
+    world, cleanup
 ):
     """With SQLAlchemy before 2.0.56 and 2.1.6 it meets the next caller's connection."""
-    first = connect(narrow, "a")
-
-    def interrupt():
-        raise KeyboardInterrupt
-
-    server.before["rollback"] = interrupt
-    with pytest.raises(KeyboardInterrupt):
+    pool = world.pool(1)
+    first = connect(pool, "a")
+    world.server.before["rollback"] = Mock(side_effect=world.interruption)
+    with pytest.raises(world.interruption):
         first.close()
-    server.before.clear()
-    second = connect(narrow, "b")
+    world.server.before.clear()
+    second = connect(pool, "b")
     getattr(first, cleanup)()
-    assert narrow.checkedout() == 1
+    assert pool.checkedout() == 1
     assert not second.dbapi_connection.closed
     second.close()
-
-
-def test_there_are_never_more_connections_than_the_capacity(make_pool, server):
-    """Overflow is closed before its slot is free, also while others wait."""
-    pool = make_pool(pool_size=1, max_overflow=2, soft_limit=3, max_limit=3)
-    barrier = threading.Barrier(12)
-
-    def work(tag):
-        barrier.wait()
-        for _ in range(100):
-            connect(pool, tag).close()
-
-    for caller in [Caller(work, f"tag{n % 3}") for n in range(12)]:
-        caller.result()
-    assert server.most <= 3
-    assert server.open <= 1
-
-
-def test_overflow_slot_is_free_when_its_connection_is_closed(make_pool, server):
-    pool = make_pool(pool_size=1, max_overflow=1, soft_limit=2, max_limit=2)
-    one, two = connect(pool, "a"), connect(pool, "a")
-    closing, go_on = threading.Event(), threading.Event()
-    close = two.dbapi_connection.close
-
-    def slowly():
-        closing.set()
-        assert go_on.wait(30)
-        close()
-
-    two.dbapi_connection.close = slowly
-    one.close()
-    caller = Caller(two.close)
-    assert closing.wait(30)
-    assert pool.checkedout() == 1
-    late = connect(pool, "b")
-    (waiter,) = wait_in_line(pool, "b")
-    go_on.set()
-    caller.result()
-    waiter.result().close()
-    late.close()
-    assert server.most == 2
 
 
 # -- waiting -------------------------------------------------------------------
 
 
-def test_time_out_names_tag_ceiling_line_and_holders(make_pool, clock):
-    pool = make_pool(pool_size=3, soft_limit=2, max_limit=3, timeout=0)
-    held = [connect(pool, "web"), connect(pool, "web"), connect(pool, "jobs")]
+@contract
+def test_time_out_names_tag_ceiling_line_and_holders(world, clock):
+    pool = world.pool(pool_size=3, soft_limit=2, max_limit=3, timeout=0)
+    held = take(pool, 2, "web") + take(pool, 1, "jobs")
     with pytest.raises(CheckoutTimeout) as caught:
         connect(pool, "web")
     assert str(caught.value).startswith(
@@ -332,32 +270,31 @@ def test_time_out_names_tag_ceiling_line_and_holders(make_pool, clock):
     assert isinstance(caught.value, SQLAlchemyTimeoutError)
     assert (caught.value.tag, caught.value.waited) == ("web", 0.0)
     assert pool.stats().tag("web").timeouts == 1
-    for connection in held:
-        connection.close()
+    assert state.waiting(pool) == 0
+    give(held)
 
 
-def test_time_out_does_happen(make_pool):
-    pool = make_pool(pool_size=1, timeout=0.01, deadlock_timeout=None)
-    with connect(pool, "a"), pytest.raises(CheckoutTimeout, match=r"after 0\.0\ds"):
-        connect(pool, "a")
+@contract
+def test_time_out_does_happen(world):
+    pool = world.pool(1, timeout=0.01, deadlock_timeout=None)
+    with connect(pool), pytest.raises(CheckoutTimeout, match=r"after 0\.0\ds"):
+        connect(pool)
 
 
 def test_many_holders_are_summed_up(make_pool):
-    pool = make_pool(pool_size=10, soft_limit=10, max_limit=10, timeout=0)
+    pool = make_pool(10, timeout=0)
     held = [connect(pool, f"t{n}") for n in range(10)]
-    with pytest.raises(CheckoutTimeout) as caught:
+    summed_up = "held by t0=1 t1=1 t2=1 t3=1 t4=1 t5=1 and 4 more tags=4; "
+    with pytest.raises(CheckoutTimeout, match=summed_up):
         connect(pool, "late")
-    assert "held by t0=1 t1=1 t2=1 t3=1 t4=1 t5=1 and 4 more tags=4; " in str(
-        caught.value
-    )
-    for connection in held:
-        connection.close()
+    give(held)
 
 
-def test_one_more_than_max_waiting_is_refused_at_once(make_pool):
-    pool = make_pool(pool_size=1, max_waiting=1)
+@contract
+def test_one_more_than_max_waiting_is_refused_at_once(world):
+    pool = world.pool(1, max_waiting=1)
     holder = connect(pool, "a")
-    (caller,) = wait_in_line(pool, "a")
+    (caller,) = world.wait_in_line(pool, "a")
     with pytest.raises(TooManyWaiting) as caught:
         connect(pool, "b")
     assert str(caught.value) == (
@@ -368,141 +305,110 @@ def test_one_more_than_max_waiting_is_refused_at_once(make_pool):
     caller.result().close()
 
 
-def test_refused_caller_takes_no_idle_connection_with_him(make_pool, server):
+def test_refused_caller_takes_no_idle_connection_away(make_pool, server):
     pool = make_pool(pool_size=3, soft_limit=1, max_limit=2, max_waiting=0)
-    held = [connect(pool, "a") for _ in range(2)]
-    for connection in held:
-        connection.close()
-    held = [connect(pool, "a")]
-    with connect(pool, "b"):
+    give(take(pool, 2, "a"))
+    with connect(pool, "a"), connect(pool, "b"):
         for _ in range(3):
             with pytest.raises(TooManyWaiting):
                 connect(pool, "a")
     assert server.open == 2
-    assert pool.checkedin() == 1
-    held.pop().close()
-
-
-def test_max_waiting_0_means_that_nobody_waits(make_pool):
-    pool = make_pool(pool_size=1, max_waiting=0)
-    with connect(pool, "a"), pytest.raises(TooManyWaiting):
-        connect(pool, "a")
+    assert pool.checkedin() == 2
 
 
 class Interrupted(BaseException):
     pass
 
 
-def interrupting(when):
-    """A waiter class whose sleep ends with an exception after `when(self)`."""
-
-    class InterruptedWaiter(ThreadWaiter):
-        def wait(self, seconds):
-            when(self, seconds)
-            raise Interrupted
-
-    return InterruptedWaiter
+def waiter(sleep):
+    """Return a class of waiters that call `sleep` in the place of waiting."""
+    return type("Waiter", (ThreadWaiter,), {"wait": lambda self, time: sleep(time)})
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Interrupted])
-def test_exception_while_waiting_leaves_the_line(narrow, error):
-    class Waiter(ThreadWaiter):
-        def wait(self, seconds):
-            raise error
-
-    narrow.reconfigure(deadlock_timeout=None)
-    with connect(narrow, "a"):
-        state.wait_with(narrow, Waiter)
+def test_exception_while_waiting_leaves_the_line(make_pool, error):
+    pool = make_pool(1, deadlock_timeout=None)
+    with connect(pool):
+        state.wait_with(pool, waiter(Mock(side_effect=error)))
         with pytest.raises(error):
-            connect(narrow, "a")
-        assert narrow.stats().waiting == 0
+            connect(pool)
+        assert pool.stats().waiting == 0
 
 
-def test_exception_that_meets_the_grant_passes_it_on(narrow):
-    """Granted and interrupted in the same instant: the next one gets it."""
-    holder = connect(narrow, "a")
+def test_exception_that_meets_the_grant_passes_it_on(make_pool):
+    """Granted and interrupted in the same instant: the next caller gets it."""
+    pool, others = make_pool(1), []
+    holder = connect(pool)
 
-    def granted_meanwhile(waiter, seconds):
-        others.extend(wait_in_line_plainly())
+    def granted_meanwhile(time):
+        state.wait_with(pool, ThreadWaiter)
+        others.extend(wait_in_line(pool))
         holder.close()
+        raise Interrupted
 
-    def wait_in_line_plainly():
-        state.wait_with(narrow, ThreadWaiter)
-        return wait_in_line(narrow, "a")
-
-    others = []
-    state.wait_with(narrow, interrupting(granted_meanwhile))
+    state.wait_with(pool, waiter(granted_meanwhile))
     with pytest.raises(Interrupted):
-        connect(narrow, "a")
+        connect(pool)
     others[0].result().close()
 
 
 def test_time_out_that_meets_the_grant_takes_it(make_pool, clock):
     """Granted in the same instant as the deadline passes: no error, no loss."""
-    pool = make_pool(pool_size=1, timeout=5.0)
-    holder = connect(pool, "a")
+    pool = make_pool(1, timeout=5.0)
+    holder = connect(pool)
 
-    class Waiter(ThreadWaiter):
-        def wait(self, seconds):
-            clock.advance(5.0)
+    def sleep(time):
+        clock.advance(5.0)
+        holder.close()
+
+    state.wait_with(pool, waiter(sleep))
+    connect(pool).close()
+
+
+def test_waiter_that_wakes_up_for_nothing_sleeps_on(make_pool, clock):
+    pool = make_pool(1, deadlock_timeout=None)
+    holder, wakes = connect(pool), []
+
+    def sleep(time):
+        wakes.append(time)
+        if len(wakes) == 3:
             holder.close()
 
-    state.wait_with(pool, Waiter)
-    connect(pool, "a").close()
-
-
-def test_wake_up_for_nothing_is_slept_over(make_pool, clock):
-    pool = make_pool(pool_size=1, deadlock_timeout=None)
-    holder = connect(pool, "a")
-    wakes = []
-
-    class Waiter(ThreadWaiter):
-        def wait(self, seconds):
-            wakes.append(seconds)
-            if len(wakes) == 3:
-                holder.close()
-
-    state.wait_with(pool, Waiter)
-    connect(pool, "a").close()
+    state.wait_with(pool, waiter(sleep))
+    connect(pool).close()
     assert wakes == [30.0, 30.0, 30.0]
 
 
 # -- the reallocation, noticed by those who wait -------------------------------
 
 
-def test_waiters_notice_that_a_tag_became_idle_when_nobody_else_comes(make_pool):
-    pool = make_pool(
-        pool_size=4,
-        soft_limit=1,
-        max_limit=2,
-        idle_timeout=0.05,
-        reallocation_interval=0.01,
-    )
+@contract
+def test_waiters_notice_that_a_tag_became_idle_when_nobody_else_comes(world):
+    times = {"idle_timeout": 0.05, "reallocation_interval": 0.01}
+    pool = world.pool(pool_size=4, soft_limit=1, max_limit=2, **times)
     connect(pool, "b").close()
-    holder = connect(pool, "a")
-    # Its ceiling is 1 for as long as b is active. Nobody touches the pool.
-    connect(pool, "a").close()
-    holder.close()
+    with connect(pool, "a"):
+        # Its ceiling is 1 for as long as b is active. Nobody touches the pool.
+        connect(pool, "a").close()
 
 
 def test_watch_is_passed_on_when_its_owner_leaves(make_pool):
-    pool = make_pool(pool_size=1)
-    holder = connect(pool, "a")
-    callers = wait_in_line(pool, "a", 3)
-    for n, caller in enumerate(callers):
+    pool = make_pool(1)
+    holder = connect(pool)
+    for left, caller in zip((2, 1, 0), wait_in_line(pool, count=3), strict=True):
         assert state.watcher(pool).waiter is not None, "the watcher waits itself"
         holder.close()
         holder = caller.result()
-        assert_consistent(pool)
-        assert (state.watcher(pool) is None) == (n == 2)
+        state.assert_consistent(pool)
+        assert (state.watcher(pool) is None) == (left == 0)
     holder.close()
 
 
 def test_newest_waiter_takes_the_watch(make_pool):
-    """So it changes hands seldom: he will wait longest."""
-    pool = make_pool(pool_size=1)
-    holder = connect(pool, "a")
-    first, second, third = wait_in_line(pool, "a", 3)
+    """It will wait longest, so the watch changes hands seldom."""
+    pool = make_pool(1)
+    holder = connect(pool)
+    first, second, third = wait_in_line(pool, count=3)
     holder.close()
     holder = first.result()
     assert state.watcher(pool) is state.newest_waiter(pool)
@@ -516,22 +422,19 @@ def test_newest_waiter_takes_the_watch(make_pool):
 
 
 def test_dispose_keeps_the_bound(make_engine, server):
-    engine = make_engine(pool_size=4, soft_limit=4, max_limit=4)
-    tagged = engine.execution_options(scraper="a")
-    out = [tagged.connect() for _ in range(2)]
-    for connection in [tagged.connect() for _ in range(2)]:
-        connection.close()
+    engine = make_engine(4)
+    out, idle = take(engine, 2), take(engine, 2)
+    give(idle)
     engine.dispose()
     assert server.open == 2
-    more = [tagged.connect() for _ in range(2)]
-    caller = Caller(tagged.connect)
+    more = take(engine, 2)
+    caller = Caller(connect, engine)
     ensure_waiting(engine.pool, 1)
     assert server.most == 4
     out.pop().close()  # closed, not kept in the pool that is gone
     caller.result().close()
     assert server.most == 4
-    for connection in [*out, *more]:
-        connection.close()
+    give(out + more)
     engine.dispose()
     assert server.open == 0
 
@@ -541,64 +444,44 @@ def test_connection_held_over_a_dispose_is_closed_when_it_comes_back(
     make_engine, server, tag
 ):
     engine = make_engine()
-    tagged = engine.execution_options(scraper=tag)
-    connection = tagged.connect()
-    engine.dispose()
-    connection.close()
+    with connect(engine, tag):
+        engine.dispose()
     assert server.open == 0
-    with tagged.connect():
+    with connect(engine, tag):
         assert (server.opened, server.open) == (2, 1)
 
 
 def test_connection_held_over_a_dispose_is_not_handed_to_a_waiter(make_engine, server):
-    engine = make_engine(pool_size=1)
-    tagged = engine.execution_options(scraper="a")
-    connection = tagged.connect()
-    engine.dispose()
-    caller = Caller(tagged.connect)
-    ensure_waiting(engine.pool, 1)
-    connection.close()
+    engine = make_engine(1)
+    with connect(engine):
+        engine.dispose()
+        caller = Caller(connect, engine)
+        ensure_waiting(engine.pool, 1)
     caller.result().close()
     assert (server.opened, server.most) == (2, 1)
 
 
 def test_connections_being_closed_by_dispose_keep_their_slots(make_engine, server):
-    engine = make_engine(pool_size=2, soft_limit=2, max_limit=2)
-    tagged = engine.execution_options(scraper="a")
-    with tagged.connect() as one, tagged.connect():
-        dbapi_connection = one.connection.dbapi_connection
-    closing, go_on = threading.Event(), threading.Event()
-    close = dbapi_connection.close
-
-    def slowly():
-        closing.set()
-        assert go_on.wait(30)
-        close()
-
-    dbapi_connection.close = slowly
+    engine, gate = make_engine(2), Gate()
+    give(take(engine, 2))
+    server.before["close"] = gate
     disposal = Caller(engine.dispose)
-    assert closing.wait(30)
-    callers = [Caller(tagged.connect) for _ in range(2)]
+    gate.reached()
+    callers = [Caller(connect, engine) for _ in range(2)]
     eventually(lambda: state.waiting(engine) >= 1)
-    go_on.set()
+    gate.open()
     disposal.result()
-    for connection in [caller.result() for caller in callers]:
-        connection.close()
+    give([caller.result() for caller in callers])
     assert server.most <= 2
 
 
 def test_interrupt_while_disposing_leaves_the_rest_to_the_next(make_pool, server):
-    pool = make_pool(pool_size=3, soft_limit=3, max_limit=3)
-    connections = [connect(pool, "a") for _ in range(3)]
+    pool = make_pool(3)
+    connections = take(pool, 3)
     dbapi_connections = [c.dbapi_connection for c in connections]
     for connection in connections:
         connection.close()
-    interrupted = dbapi_connections[-1]
-
-    def interrupt():
-        raise KeyboardInterrupt
-
-    interrupted.close = interrupt
+    dbapi_connections[-1].close = Mock(side_effect=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         pool.dispose()
     connect(pool, "b").close()
@@ -644,53 +527,41 @@ def test_recreate_of_a_subclass_with_options_of_its_own(server):
     assert pool.recreate().size() == 3
 
 
-def test_successor_opens_connections_of_its_own(make_pool, server):
-    pool = make_pool(pool_size=2)
-    connect(pool, "a").close()
+@contract
+def test_successor_waits_in_the_same_way_and_for_the_same_slots(world):
+    pool = world.pool(1)
     successor = pool.recreate()
-    connect(successor, "a").close()
-    assert server.opened == 2
-    successor.dispose()
-    assert server.open == 1, "what the first has left is not touched"
-    pool.dispose()
-    assert server.open == 0
+    assert type(successor) is world.pool_class
+    holder = connect(pool)
+    (caller,) = world.wait_in_line(successor)
+    holder.close()
+    caller.result().close()
 
 
 def test_what_a_former_pool_has_left_gives_way_when_it_is_in_the_way(make_pool, server):
-    pool = make_pool(pool_size=2, soft_limit=2, max_limit=2)
-    for connection in [connect(pool, "a"), connect(pool, "a")]:
-        connection.close()
-    successor = pool.recreate()
-    held = [connect(successor, "a") for _ in range(2)]
-    assert server.most == 2
-    assert server.open == 2
-    for connection in held:
-        connection.close()
+    pool = make_pool(2)
+    give(take(pool, 2))
+    held = take(pool.recreate(), 2)
+    assert (server.most, server.open) == (2, 2)
+    give(held)
 
 
 def test_pool_goes_on_while_its_successor_is_not_used(make_pool, server):
-    pool = make_pool(pool_size=2)
+    pool = make_pool(2)
     pool.recreate()
     for _ in range(2):
-        connect(pool, "a").close()
+        connect(pool).close()
     assert server.opened == 1
-
-
-def test_time_out_has_no_other_error_as_its_context(make_pool):
-    pool = make_pool(pool_size=1, timeout=0)
-    with connect(pool, "a"), pytest.raises(CheckoutTimeout) as caught:
-        connect(pool, "a")
-    assert caught.value.__context__ is None
 
 
 def test_successor_that_was_not_used_yet_is_empty(make_engine, server):
     """As after ``engine.dispose(close=False)``, which leaves the old one as it is."""
     engine = make_engine()
-    engine.connect().close()
+    connect(engine).close()
     former = engine.pool
     engine.dispose(close=False)
     assert (former.checkedin(), engine.pool.checkedin()) == (1, 0)
-    engine.connect().close()
+    connect(engine).close()
     assert (former.checkedin(), engine.pool.checkedin()) == (1, 1)
     former.dispose()
     assert (former.checkedin(), engine.pool.checkedin()) == (0, 1)
@@ -702,10 +573,11 @@ def test_lost_connection_is_refused_where_its_replacement_may_not_wait(make_pool
     pool = make_pool(pool_size=2, max_waiting=0)
     first, second = connect(pool, "a"), connect(pool, "b")
     pool.reconfigure(pool_size=1)
-    first._connection_record.invalidate()
+    record = state.record_of(first)
+    record.invalidate()
     with pytest.raises(TooManyWaiting):
-        first._connection_record.get_connection()
+        record.get_connection()
     first.close()
     second.close()
-    connect(pool, "a").close()
-    assert_quiet(pool)
+    connect(pool).close()
+    state.assert_quiet(pool)

@@ -1,41 +1,56 @@
-"""On a real PostgreSQL: the scenarios by every road, drivers' errors, bounds."""
+"""On a real PostgreSQL: the scenarios by every road, cancellation, drivers' errors."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import random
 import statistics
 import threading
 import time
 from contextlib import contextmanager
 
 import pytest
-from sqlalchemy import create_engine, event, text
+from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError, OperationalError
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
-from support.state import assert_quiet
-from support.threads import Caller, eventually
+from support import state
+from support.sessions import Sessions
+from support.stub import all_for_one
+from support.threads import Caller, connect, eventually, give, take
+from support.worlds import make_world
 
 import sqla_fairpool
-from sqla_fairpool import FairQueuePool
+from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
 
 pytestmark = pytest.mark.postgres
 
 #: Seconds a scraper keeps a connection, asleep in the server. Long beside the
 #: moment between two checkouts, also on a busy machine, so that samples agree.
 HOLD = 0.15
+PID = text("select pg_backend_pid()")
+
+#: By a thousand tasks; a hundred thousand take less than half a minute.
+CANCELLATIONS = int(os.environ.get("FAIRPOOL_TEST_CANCELLATIONS", "5000"))
 
 
 @pytest.fixture
-def engine(postgres_url):
-    engine = create_engine(
-        postgres_url,
-        poolclass=FairQueuePool,
-        idle_timeout=0.5,
-        reallocation_interval=0.1,
-    )
-    yield engine
-    assert_quiet(engine.pool)
-    engine.dispose()
+def make_engine(postgres_url):
+    engines = []
+
+    def make(**options):
+        engines.append(create_engine(postgres_url, poolclass=FairQueuePool, **options))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        state.assert_quiet(engine.pool)
+        engine.dispose()
+
+
+# -- the scenarios ---------------------------------------------------------------------
 
 
 @contextmanager
@@ -62,90 +77,75 @@ def by_session(engine, tag):
         yield session.connection(execution_options={"scraper": tag})
 
 
-ROADS = [by_engine, by_connection, by_context, by_session]
-
-
 class Scrapers:
     """Groups of threads that want all they can get; counted in the server."""
 
     def __init__(self, engine, url, road):
         self.engine, self.road = engine, road
-        self._observer = create_engine(url, poolclass=NullPool).connect()
-        self._stops = {}
-        self._callers = []
-        self.waits = {}
+        self._server = create_engine(url, poolclass=NullPool).connect()
+        self._stops, self._callers = {}, []
 
     def start(self, tag, threads=60):
         self._stops[tag] = threading.Event()
-        self.waits[tag] = []
-        for _ in range(threads):
-            self._callers.append(Caller(self._work, tag))
+        self._callers += [Caller(self._work, tag) for _ in range(threads)]
 
     def stop(self, tag):
         self._stops[tag].set()
 
     def _work(self, tag):
-        stop, waits = self._stops[tag], self.waits[tag]
-        statement = text(f"select pg_sleep({HOLD}) /* {tag} */")
-        while not stop.is_set():
-            asked = time.monotonic()
+        while not self._stops[tag].is_set():
             with self.road(self.engine, tag) as connection:
-                waits.append(time.monotonic() - asked)
-                connection.execute(statement)
+                connection.execute(text(f"select pg_sleep({HOLD}) /* {tag} */"))
 
-    def count(self):
-        """Return the sessions that run a statement of each scraper, and all."""
-        rows = self._observer.execute(
-            text(
-                "select substring(query from '/\\* (\\w+) \\*/'), count(*)"
-                " from pg_stat_activity where backend_type = 'client backend'"
-                " and pid <> pg_backend_pid() and state <> 'idle' group by 1"
-            )
+    def _sample(self):
+        """Return the sessions that run a statement of each scraper, most first."""
+        query = text(
+            "select substring(query from '/\\* (\\w+) \\*/'), count(*)"
+            " from pg_stat_activity where backend_type = 'client backend'"
+            " and pid <> pg_backend_pid() and state <> 'idle' group by 1"
         )
-        counts = {tag: number for tag, number in rows if tag}
-        self._observer.rollback()
-        return [counts.get(tag, 0) for tag in self._stops]
+        counts = {tag: count for tag, count in self._server.execute(query) if tag}
+        self._server.rollback()
+        assert sum(counts.values()) <= 20
+        return sorted((counts.get(tag, 0) for tag in self._stops), reverse=True)
 
-    def settled(self, expected):
-        """Wait for the pool's figures to be as expected, then sample the server.
+    def _pool_figures(self):
+        held = {row.name: row.connections for row in self.engine.pool.stats().tags}
+        return sorted((held.get(tag, 0) for tag in self._stops), reverse=True)
 
-        Returns the median of each scraper's samples, largest first.
-        """
+    def settle_at(self, *expected):
+        """Wait for the pool's figures to be as expected; so are the server's then."""
+        expected = list(expected)
         eventually(lambda: self._pool_figures() == expected, f"{expected}")
         samples = []
         for _ in range(60):
-            counts = self.count()
-            assert sum(counts) <= 20
-            samples.append(sorted(counts, reverse=True))
+            samples.append(self._sample())
             time.sleep(0.005)
-        return [statistics.median_high(column) for column in zip(*samples, strict=True)]
-
-    def _pool_figures(self):
-        rows = self.engine.pool.stats().tags
-        held = {row.name: row.connections for row in rows}
-        return sorted((held.get(tag, 0) for tag in self._stops), reverse=True)
+        columns = zip(*samples, strict=True)
+        assert [statistics.median_high(column) for column in columns] == expected
 
     def finish(self):
         for stop in self._stops.values():
             stop.set()
         for caller in self._callers:
             caller.result()
-        self._observer.close()
+        self._server.close()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("road", ROADS)
-def test_four_scenarios_counted_in_the_server(engine, postgres_url, road):
+@pytest.mark.parametrize("road", [by_engine, by_connection, by_context, by_session])
+def test_four_scenarios_counted_in_the_server(make_engine, postgres_url, road):
+    engine = make_engine(idle_timeout=0.5, reallocation_interval=0.1)
     scrapers = Scrapers(engine, postgres_url, road)
     try:
         scrapers.start("layer1_5")
-        assert scrapers.settled([15]) == [15]
+        scrapers.settle_at(15)
         scrapers.start("layer3")
-        assert scrapers.settled([10, 10]) == [10, 10]
+        scrapers.settle_at(10, 10)
         scrapers.start("layer2")
-        assert scrapers.settled([7, 7, 6]) == [7, 7, 6]
+        scrapers.settle_at(7, 7, 6)
         scrapers.stop("layer2")
-        assert scrapers.settled([10, 10, 0]) == [10, 10, 0]
+        scrapers.settle_at(10, 10, 0)
         row = engine.pool.stats().tag("unknown")
         assert row is None or not row.active, "the untagged moment is no scraper"
     finally:
@@ -153,120 +153,175 @@ def test_four_scenarios_counted_in_the_server(engine, postgres_url, road):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("road", "holds"), [(by_engine, 1.5), (by_connection, 3.0)])
+@pytest.mark.parametrize(
+    ("kind", "driver", "road", "holds"),
+    [
+        ("threads", "psycopg2", by_engine, 1.5),
+        ("threads", "psycopg2", by_connection, 3.0),
+        ("asyncio", "asyncpg", by_engine, 1.5),
+    ],
+)
 def test_light_scraper_beside_a_flood_is_served_first(
-    engine, postgres_url, road, holds
+    postgres_url, kind, driver, road, holds
 ):
     """No time is asserted but in holds: how many callers were served before it."""
-    served = []
-    gate = threading.Event()
+    world = make_world(kind, postgres_url.replace("psycopg2", driver))
+    served, over, overtaken = [], [], []
 
-    def flood():
-        while not gate.is_set():
-            with road(engine, "flood") as connection:
-                served.append("flood")
-                connection.execute(text(f"select pg_sleep({HOLD})"))
+    def test():
+        engine = world.engine()
 
-    callers = [Caller(flood) for _ in range(100)]
-    eventually(lambda: engine.pool.stats().waiting >= 80)
-    overtaken = []
-    for _ in range(50):
-        before = len(served)
-        with road(engine, "light") as connection:
-            overtaken.append(len(served) - before)
-            connection.execute(text("select 1"))
-    gate.set()
-    for caller in callers:
-        caller.result()
+        def flood():
+            while not over:
+                with road(engine, "flood") as connection:
+                    served.append("flood")
+                    connection.execute(text(f"select pg_sleep({HOLD})"))
+
+        callers = [world.start(flood) for _ in range(100)]
+        world.eventually(lambda: engine.pool.stats().waiting >= 80)
+        for _ in range(50):
+            before = len(served)
+            with road(engine, "light") as connection:
+                overtaken.append(len(served) - before)
+                connection.execute(text("select 1"))
+        over.append(True)
+        for caller in callers:
+            caller.result()
+
+    world.run(test)
     # In one hold the flood's 19 or 20 connections change hands once each.
-    overtaken.sort()
-    assert overtaken[48] <= holds * 20
+    assert sorted(overtaken)[48] <= holds * 20
 
 
-def test_killed_backend_is_replaced(engine, postgres_url):
-    tagged = engine.execution_options(scraper="a")
-    with tagged.connect() as connection:
-        pid = connection.scalar(text("select pg_backend_pid()"))
-    killer = create_engine(postgres_url, poolclass=NullPool)
-    with killer.connect() as connection:
+# -- tasks that are cancelled ----------------------------------------------------------
+
+
+class Visits:
+    """Tasks that check out, work and return, and are cancelled at any moment."""
+
+    def __init__(self, engine):
+        self.engine = engine
+        self.chance = random.Random(1)
+        self.owners = {}
+        self.cancelled = self.served = 0
+
+    async def visit(self):
+        tag = self.chance.choice(("a", "b", "c"))
+        async with self.engine.execution_options(scraper=tag).connect() as connection:
+            raw = await connection.get_raw_connection()
+            key = id(raw.driver_connection)
+            assert key not in self.owners, "handed out twice"
+            self.owners[key] = raw.driver_connection
+            try:
+                if self.chance.random() < 0.3:
+                    await connection.execute(text("select 1"))
+                else:
+                    await asyncio.sleep(0)
+            finally:
+                del self.owners[key]
+
+    async def worker(self, cancellations):
+        """Visit again and again until so many visits were cancelled."""
+        while cancellations:
+            task = asyncio.create_task(self.visit())
+            # Within a few passes of the loop, or within a few round trips.
+            if self.chance.random() < 0.5:
+                for _ in range(self.chance.randrange(12)):
+                    await asyncio.sleep(0)
+            else:
+                await asyncio.sleep(self.chance.random() * 0.05)
+            was_done = task.done()
+            task.cancel()
+            (result,) = await asyncio.gather(task, return_exceptions=True)
+            if isinstance(result, asyncio.CancelledError):
+                self.cancelled += 1
+                cancellations -= 1
+            else:
+                assert was_done, f"a cancel was swallowed: {result!r}"
+                assert result is None, result
+                self.served += 1
+
+
+@pytest.mark.slow
+# A thousand are cancelled in the line as a rule; twelve while they connect, work or
+# return.
+@pytest.mark.parametrize(
+    ("workers", "each"), [(1000, CANCELLATIONS // 1000), (12, CANCELLATIONS // 60)]
+)
+def test_cancellations_at_random_points_lose_no_connection(postgres_url, workers, each):
+    name = f"{workers} cancelled"
+
+    async def main():
+        engine = create_async_engine(
+            postgres_url.replace("psycopg2", "asyncpg"),
+            poolclass=AsyncAdaptedFairQueuePool,
+            connect_args={"server_settings": {"application_name": name}},
+            **all_for_one(10),
+        )
+        visits = Visits(engine)
+        await asyncio.gather(*(visits.worker(each) for _ in range(workers)))
+        assert visits.cancelled == workers * each
+        assert visits.served > 0 or workers == 1000
+        assert not visits.owners
+        state.assert_quiet(engine.pool)
+        # All ten can be had.
+        connections = [await engine.connect() for _ in range(10)]
+        assert engine.pool.checkedout() == 10
+        for connection in connections:
+            await connection.close()
+        await engine.dispose()
+        state.assert_quiet(engine.pool)
+
+    with Sessions(postgres_url, name) as sessions:
+        asyncio.run(main())
+        eventually(lambda: sessions.now == 0, "the end of all sessions")
+    assert sessions.most <= 10
+
+
+# -- errors ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pre_ping", [True, False])
+def test_killed_backend_is_replaced(make_engine, postgres_url, pre_ping):
+    engine = make_engine(pool_pre_ping=pre_ping)
+    with connect(engine) as connection:
+        pid = connection.scalar(PID)
+    with create_engine(postgres_url, poolclass=NullPool).connect() as connection:
         connection.execute(text(f"select pg_terminate_backend({pid})"))
-    with tagged.connect() as connection:
-        with pytest.raises(DBAPIError) as caught:
-            connection.execute(text("select 1"))
-        assert caught.value.connection_invalidated
-        connection.rollback()
-        assert connection.scalar(text("select pg_backend_pid()")) != pid
+    with connect(engine) as connection:
+        if not pre_ping:
+            with pytest.raises(DBAPIError) as caught:
+                connection.execute(text("select 1"))
+            assert caught.value.connection_invalidated
+            connection.rollback()
+        assert connection.scalar(PID) != pid
     assert engine.pool.checkedout() == 0
 
 
-def test_pre_ping_notices_a_killed_backend(postgres_url):
-    engine = create_engine(postgres_url, poolclass=FairQueuePool, pool_pre_ping=True)
-    tagged = engine.execution_options(scraper="a")
-    with tagged.connect() as connection:
-        pid = connection.scalar(text("select pg_backend_pid()"))
-    with create_engine(postgres_url, poolclass=NullPool).connect() as connection:
-        connection.execute(text(f"select pg_terminate_backend({pid})"))
-    with tagged.connect() as connection:
-        assert connection.scalar(text("select pg_backend_pid()")) != pid
-    assert_quiet(engine.pool)
-    engine.dispose()
-
-
 def test_failed_connect_is_sqlalchemys_error_and_shows_no_password(postgres_url):
-    url = sqla_url(postgres_url).set(password="s3cret", database="no_such_database")
+    url = make_url(postgres_url).set(password="s3cret", database="no_such_database")
     engine = create_engine(url, poolclass=FairQueuePool, pool_size=1)
     for _ in range(2):
         with pytest.raises(OperationalError) as caught:
-            engine.execution_options(scraper="a").connect()
+            connect(engine)
         assert "s3cret" not in str(caught.value)
     assert "s3cret" not in repr(engine.pool) + engine.pool.status()
-    assert_quiet(engine.pool)
+    state.assert_quiet(engine.pool)
 
 
-def sqla_url(url):
-    from sqlalchemy import make_url
-
-    return make_url(url)
-
-
-def test_isolation_level_survives_the_wait_for_a_tag(postgres_url):
-    engine = create_engine(
-        postgres_url,
-        poolclass=FairQueuePool,
-        pool_size=2,
-        soft_limit=1,
-        max_limit=1,
-    )
-    holder = engine.execution_options(scraper="a").connect()
+def test_isolation_level_survives_the_wait_for_a_tag(make_engine):
+    engine = make_engine(pool_size=2, soft_limit=1, max_limit=1)
+    level = text("show transaction_isolation")
+    held = take(engine, 1, "a")
 
     def work():
         connection = engine.connect().execution_options(isolation_level="SERIALIZABLE")
         with connection.execution_options(scraper="a"):
-            return connection.scalar(text("show transaction_isolation"))
+            return connection.scalar(level)
 
     caller = Caller(work)
     eventually(lambda: engine.pool.stats().waiting == 1)
-    holder.close()
+    give(held)
     assert caller.result() == "serializable"
-    with engine.execution_options(scraper="a").connect() as connection:
-        level = connection.scalar(text("show transaction_isolation"))
-        assert level == "read committed"
-    assert_quiet(engine.pool)
-    engine.dispose()
-
-
-def test_orm_session_reads_and_writes(engine):
-    with Session(engine.execution_options(scraper="a")) as session:
-        session.execute(text("create temporary table t (x int)"))
-        session.execute(text("insert into t values (:x)"), [{"x": 1}, {"x": 2}])
-        assert session.scalar(text("select sum(x) from t")) == 3
-    assert engine.pool.stats().tag("a").checkouts == 1
-
-
-def test_events_of_the_engine_fire_as_with_any_pool(engine):
-    seen = []
-    event.listen(engine, "checkout", lambda *args: seen.append("checkout"))
-    event.listen(engine, "checkin", lambda *args: seen.append("checkin"))
-    for _ in range(2):
-        engine.execution_options(scraper="a").connect().close()
-    assert seen == ["checkout", "checkin"] * 2
+    with connect(engine, "a") as connection:
+        assert connection.scalar(level) == "read committed"

@@ -14,8 +14,7 @@ import pytest
 from sqlalchemy import create_engine, engine_from_config, event, exc, text
 from sqlalchemy.pool import QueuePool
 from support.state import assert_quiet
-from support.stub import StubError
-from support.threads import Caller
+from support.stub import StubError, all_for_one
 
 from sqla_fairpool import FairQueuePool, tag
 
@@ -31,26 +30,12 @@ pytestmark = [
     pytest.mark.usefixtures("maybe_tagged"),
 ]
 
-EVENTS = [
-    "connect",
-    "first_connect",
-    "checkout",
-    "checkin",
-    "reset",
-    "close",
-    "invalidate",
-    "soft_invalidate",
-    "detach",
-    "close_detached",
-]
-
 
 def options_of(pool_class, options):
     """Options that mean the same to both pools: one tag, no ceiling below the rest."""
     options = {"pool_size": 2, "max_overflow": 0, "timeout": 0, **options}
     if pool_class is FairQueuePool:
-        capacity = options["pool_size"] + options["max_overflow"]
-        options["soft_limit"] = options["max_limit"] = capacity
+        options |= all_for_one(options["pool_size"], options["max_overflow"])
     return options
 
 
@@ -66,9 +51,8 @@ def new_pool(pool_class, server):
     pools = []
 
     def new_pool(**options):
-        pool = server.pool(pool_class, **options_of(pool_class, options))
-        pools.append(pool)
-        return pool
+        pools.append(server.pool(pool_class, **options_of(pool_class, options)))
+        return pools[-1]
 
     yield new_pool
     for pool in pools:
@@ -102,12 +86,6 @@ def logged(caplog):
     return caplog
 
 
-def record_events(pool, into):
-    """Append the name of each event of `pool` to the list `into`."""
-    for name in EVENTS:
-        event.listen(pool, name, lambda *args, name=name: into.append(name))
-
-
 def figures(pool):
     return pool.checkedin(), pool.checkedout(), pool.overflow()
 
@@ -123,6 +101,15 @@ def use_engine(engine):
     with engine.connect() as connection:
         connection.execute(text("select 1"))
         return connection.connection.dbapi_connection
+
+
+def use_at_once(pool, number):
+    """Check so many out, then in; return the DBAPI connections in that order."""
+    connections = [pool.connect() for _ in range(number)]
+    dbapi_connections = [connection.dbapi_connection for connection in connections]
+    for connection in connections:
+        connection.close()
+    return dbapi_connections
 
 
 def lose(dbapi_connection):
@@ -141,40 +128,20 @@ def test_connection_is_opened_when_needed_and_reused(new_pool, server):
     assert server.opened == 1
 
 
-def test_checkouts_at_the_same_time_get_connections_of_their_own(new_pool):
-    pool = new_pool()
-    with pool.connect() as one, pool.connect() as other:
-        assert one.dbapi_connection is not other.dbapi_connection
-
-
 @pytest.mark.parametrize(
-    ("use_lifo", "expected"), [(False, [2, 1, 3]), (True, [3, 1, 2])]
+    ("use_lifo", "at_once", "in_turn"),
+    [(False, [2, 1, 3], [2, 1, 3, 2]), (True, [3, 1, 2], [2, 2, 2, 2])],
 )
 def test_first_returned_is_reused_first_and_with_use_lifo_the_last(
-    new_pool, use_lifo, expected
+    new_pool, use_lifo, at_once, in_turn
 ):
     pool = new_pool(pool_size=3, use_lifo=use_lifo)
     connections = [pool.connect() for _ in range(3)]
     for index in (1, 0, 2):
         connections[index].close()
-    again = [pool.connect() for _ in range(3)]
-    assert [c.dbapi_connection.number for c in again] == expected
-    for connection in again:
-        connection.close()
-
-
-def test_use_lifo_lets_the_others_fall_idle(new_pool):
-    pool = new_pool(pool_size=3, use_lifo=True)
-    for connection in [pool.connect() for _ in range(3)]:
-        connection.close()
-    assert len({use(pool).number for _ in range(5)}) == 1
-
-
-def test_without_lifo_all_take_turns(new_pool):
-    pool = new_pool(pool_size=3)
-    for connection in [pool.connect() for _ in range(3)]:
-        connection.close()
-    assert [use(pool).number for _ in range(6)] == [1, 2, 3, 1, 2, 3]
+    assert [c.number for c in use_at_once(pool, 3)] == at_once
+    # All take turns; with use_lifo the others fall idle.
+    assert [use(pool).number for _ in range(4)] == in_turn
 
 
 # -- bounds -------------------------------------------------------------------
@@ -199,96 +166,91 @@ def test_overflow_is_closed_when_it_comes_back(new_pool, server):
 def test_checkout_beyond_the_capacity_times_out(new_pool, server):
     pool = new_pool(pool_size=1, max_overflow=1)
     with pool.connect(), pool.connect():
+        before = figures(pool)
         with pytest.raises(exc.TimeoutError) as caught:
             pool.connect()
+        assert figures(pool) == before
     assert caught.value.__context__ is None
     assert server.opened == 2
     assert use(pool)
 
 
-def test_waiter_gets_the_connection_that_comes_back(new_pool):
-    pool = new_pool(pool_size=1, timeout=30)
-    connection = pool.connect()
-    caller = Caller(use, pool)
-    first = connection.dbapi_connection
-    connection.close()
-    assert caller.result() is first
-
-
-def test_threads_never_open_more_than_the_capacity(new_pool, server):
-    pool = new_pool(pool_size=2, max_overflow=1, timeout=30)
-
-    def work():
-        for _ in range(50):
-            use(pool)
-
-    for caller in [Caller(work) for _ in range(8)]:
-        caller.result()
-    assert server.most <= 3
-    assert pool.checkedout() == 0
-    assert pool.checkedin() <= 2
-
-
 # -- failures free their place ------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [StubError, KeyboardInterrupt])
-def test_creator_that_fails_frees_its_place(new_pool, server, error):
-    pool = new_pool(pool_size=1)
-    server.before["connect"] = Mock(side_effect=error)
+def creator_fails(pool, server, fail):
+    server.before["connect"] = fail
+
+
+def reconnect_fails(pool, server, fail):
+    invalidate(pool)
+    server.before["connect"] = fail
+
+
+def reconnect_after_pre_ping_fails(pool, server, fail):
+    lose(use(pool))
+    server.before["connect"] = fail
+
+
+def connect_listener_fails(pool, server, fail):
+    event.listen(pool, "connect", lambda *args: fail())
+
+
+def checkout_listener_fails(pool, server, fail):
+    event.listen(pool, "checkout", lambda *args: fail())
+
+
+@pytest.mark.parametrize(
+    ("what_fails", "error"),
+    [
+        (creator_fails, StubError),
+        (creator_fails, KeyboardInterrupt),
+        (creator_fails, SystemExit),
+        (reconnect_fails, StubError),
+        (reconnect_after_pre_ping_fails, sqlite3.OperationalError),
+        (connect_listener_fails, StubError),
+        (checkout_listener_fails, StubError),
+        (checkout_listener_fails, exc.DisconnectionError),
+    ],
+)
+def test_what_fails_in_a_checkout_frees_its_place(
+    new_engine, server, what_fails, error
+):
+    pre_ping = what_fails is reconnect_after_pre_ping_fails
+    engine = new_engine(pool_size=1, pool_pre_ping=pre_ping)
+    pool = engine.pool
+    fail = Mock(side_effect=error)
+    what_fails(pool, server, fail)
+    # A checkout gives up when every connection is refused.
+    raised = exc.InvalidRequestError if error is exc.DisconnectionError else error
     for _ in range(3):
-        with pytest.raises(error) as caught:
+        with pytest.raises(raised) as caught:
             pool.connect()
-        assert caught.value.__context__ is None
-    del server.before["connect"]
+        if what_fails is creator_fails:
+            assert caught.value.__context__ is None
     assert pool.checkedout() == 0
-    assert use(pool)
-
-
-def test_reconnect_that_fails_frees_its_place(new_pool, server):
-    pool = new_pool(pool_size=1)
-    with pool.connect() as connection:
-        connection.invalidate()
-    server.before["connect"] = Mock(side_effect=StubError)
-    for _ in range(3):
-        with pytest.raises(StubError):
-            pool.connect()
-    del server.before["connect"]
+    if error is exc.DisconnectionError:
+        assert server.opened > 3
+        assert server.open == 0
+    fail.side_effect = None
+    assert use_engine(engine)
     assert figures(pool) == (1, 0, 0)
-    assert use(pool)
+    assert server.open == 1
 
 
-@pytest.mark.parametrize("name", ["connect", "checkout"])
-def test_listener_that_fails_frees_its_place(new_pool, name):
-    pool = new_pool(pool_size=1)
-    listener = Mock(side_effect=[StubError, StubError, None])
-    event.listen(pool, name, lambda *args: listener())
-    for _ in range(2):
-        with pytest.raises(StubError):
-            pool.connect()
-    assert use(pool)
-    assert pool.checkedout() == 0
-
-
-def test_connection_that_fails_to_be_reset_is_replaced(new_pool, server, logged):
+@pytest.mark.parametrize("error", [StubError, KeyboardInterrupt])
+def test_connection_that_fails_to_be_reset_is_replaced(new_pool, server, logged, error):
     pool = new_pool(pool_size=1)
     connection = pool.connect()
     first = connection.dbapi_connection
-    server.before["rollback"] = Mock(side_effect=StubError)
-    connection.close()
+    server.before["rollback"] = Mock(side_effect=error)
+    with pytest.raises(error) if error is KeyboardInterrupt else nullcontext():
+        connection.close()
     del server.before["rollback"]
     assert first.closed
+    assert server.open == 0
     assert "Exception during reset or similar" in logged.text
     assert use(pool) is not first
-
-
-def test_connection_that_fails_to_close_is_forgotten(new_pool, logged):
-    pool = new_pool()
-    use(pool).close = Mock(side_effect=StubError)
-    pool.dispose()
-    assert "Exception closing connection" in logged.text
-    assert pool.checkedin() == 0
-    assert use(pool)
 
 
 # -- reset, recycle, pre_ping -------------------------------------------------
@@ -326,8 +288,11 @@ def test_connection_older_than_recycle_is_replaced(new_pool, wall_clock):
     assert first.closed
 
 
-def test_pre_ping_replaces_a_lost_connection(new_engine, server):
+@pytest.mark.parametrize("disposed", [False, True])
+def test_pre_ping_replaces_a_lost_connection(new_engine, server, disposed):
     engine = new_engine(pool_pre_ping=True)
+    if disposed:
+        engine.dispose()
     first = use_engine(engine)
     assert use_engine(engine) is first
     lose(first)
@@ -336,129 +301,99 @@ def test_pre_ping_replaces_a_lost_connection(new_engine, server):
     assert engine.pool.checkedout() == 0
 
 
-def test_pre_ping_that_finds_no_server_frees_its_place(new_engine, server):
-    engine = new_engine(pool_size=1, pool_pre_ping=True)
-    lose(use_engine(engine))
-    server.before["connect"] = Mock(side_effect=sqlite3.OperationalError)
-    for _ in range(3):
-        with pytest.raises(exc.OperationalError):
-            engine.connect()
-    del server.before["connect"]
-    assert engine.pool.checkedout() == 0
-    assert use_engine(engine)
-
-
 # -- events -------------------------------------------------------------------
 
 
-def test_events_of_a_connection_come_in_order(new_pool):
-    pool, seen = new_pool(), []
-    record_events(pool, seen)
-    use(pool)
-    assert seen == ["first_connect", "connect", "checkout", "reset", "checkin"]
-    seen.clear()
-    use(pool)
-    assert seen == ["checkout", "reset", "checkin"]
-    seen.clear()
-    pool.dispose()
-    assert seen == ["close"]
-
-
-def test_first_connect_comes_once(new_pool):
-    pool, seen = new_pool(), []
-    record_events(pool, seen)
-    with pool.connect(), pool.connect():
-        pass
-    assert seen.count("first_connect") == 1
-    assert seen.count("connect") == 2
-
-
-def test_events_of_an_invalidation_come_in_order(new_pool):
-    pool, seen = new_pool(), []
-    record_events(pool, seen)
+def invalidate(pool, soft=False):
     with pool.connect() as connection:
-        seen.clear()
-        connection.invalidate()
-    assert seen == ["invalidate", "close", "checkin"]
-    seen.clear()
-    use(pool)
-    assert seen == ["connect", "checkout", "reset", "checkin"]
+        connection.invalidate(soft=soft)
 
 
-def test_events_of_a_soft_invalidation_come_in_order(new_pool, wall_clock):
-    pool, seen = new_pool(), []
-    record_events(pool, seen)
-    with pool.connect() as connection:
+def invalidate_softly(pool):
+    invalidate(pool, soft=True)
+
+
+def detach(pool):
+    connection = pool.connect()
+    connection.detach()
+    connection.close()
+
+
+def record_events(pool):
+    """Return a list of the names of all events that a pool has from now on."""
+    seen = []
+    for name in (
+        "connect",
+        "first_connect",
+        "checkout",
+        "checkin",
+        "reset",
+        "close",
+        "invalidate",
+        "soft_invalidate",
+        "detach",
+        "close_detached",
+    ):
+        event.listen(pool, name, lambda *args, name=name: seen.append(name))
+    return seen
+
+
+def test_events_come_in_order(new_pool, wall_clock):
+    pool = new_pool()
+    seen = record_events(pool)
+    for action, expected in [
+        (use, ["first_connect", "connect", "checkout", "reset", "checkin"]),
+        (use, ["checkout", "reset", "checkin"]),
+        (invalidate, ["checkout", "invalidate", "close", "checkin"]),
+        (use, ["connect", "checkout", "reset", "checkin"]),
+        (invalidate_softly, ["checkout", "soft_invalidate", "reset", "checkin"]),
+        (use, ["close", "connect", "checkout", "reset", "checkin"]),
+        (detach, ["checkout", "detach", "reset", "close_detached"]),
+        (use, ["connect", "checkout", "reset", "checkin"]),
+        (type(pool).dispose, ["close"]),
+    ]:
         seen.clear()
         wall_clock.now += 1
-        connection.invalidate(soft=True)
-    assert seen == ["soft_invalidate", "reset", "checkin"]
-    seen.clear()
-    wall_clock.now += 1
-    use(pool)
-    assert seen == ["close", "connect", "checkout", "reset", "checkin"]
+        action(pool)
+        assert seen == expected
 
 
-def test_events_of_a_detached_connection_come_in_order(new_pool):
-    pool, seen = new_pool(), []
-    record_events(pool, seen)
-    connection = pool.connect()
-    seen.clear()
-    connection.detach()
-    assert seen == ["detach"]
-    connection.close()
-    assert seen == ["detach", "reset", "close_detached"]
-
-
-def test_listeners_can_be_given_to_the_constructor(new_pool):
-    listener = Mock()
-    pool = new_pool(events=[(lambda *args: listener(), "checkout")])
-    use(pool)
-    listener.assert_called_once_with()
-
-
-def test_listeners_of_the_class_and_of_the_engine_are_heard(new_engine, pool_class):
-    engine = new_engine()
+def test_listeners_of_class_constructor_and_engine_are_heard(new_engine, pool_class):
     seen = []
 
-    def of_class(dbapi_connection, record, proxy):
-        seen.append("class")
+    def heard_by(name):
+        def listener(dbapi_connection, record, proxy):
+            seen.append(name)
+            record.info["seen"] = dbapi_connection
 
-    event.listen(engine, "checkout", lambda *args: seen.append("engine"))
+        return listener
+
+    of_class = heard_by("class")
+    engine = new_engine(pool_events=[(heard_by("constructor"), "checkout")])
+    event.listen(engine, "checkout", heard_by("engine"))
     event.listen(pool_class, "checkout", of_class)
     try:
-        use_engine(engine)
+        with engine.connect() as connection:
+            assert connection.info == {"seen": connection.connection.dbapi_connection}
     finally:
         event.remove(pool_class, "checkout", of_class)
-    assert sorted(seen) == ["class", "engine"]
+    assert sorted(seen) == ["class", "constructor", "engine"]
+    seen.clear()
     use_engine(engine)
-    assert sorted(seen) == ["class", "engine", "engine"]
+    assert sorted(seen) == ["constructor", "engine"]
 
 
 def test_listener_may_use_the_pool_itself(new_pool, server):
-    pool = new_pool(pool_size=2)
-    numbers = []
+    pool, numbers = new_pool(pool_size=2), []
 
     @event.listens_for(pool, "checkout")
     def on_checkout(dbapi_connection, record, proxy):
         if dbapi_connection.number == 1:
             numbers.append(use(pool).number)
 
-    with pool.connect() as connection:
-        numbers.append(connection.dbapi_connection.number)
+    numbers.append(use(pool).number)
     assert numbers == [2, 1]
     assert figures(pool) == (2, 0, 0)
-
-
-def test_listener_and_user_see_the_same_info(new_pool):
-    pool = new_pool()
-
-    @event.listens_for(pool, "checkout")
-    def on_checkout(dbapi_connection, record, proxy):
-        record.info["seen"] = dbapi_connection
-
-    with pool.connect() as connection:
-        assert connection.info == {"seen": connection.dbapi_connection}
 
 
 def test_engine_may_be_given_a_pool(new_pool, server):
@@ -475,11 +410,8 @@ def test_options_may_come_as_strings_from_a_configuration(pool_class):
     options = options_of(pool_class, {"pool_size": 3, "max_overflow": 1})
     options["pool_timeout"] = options.pop("timeout")
     configuration = {name: str(value) for name, value in options.items()}
-    engine = engine_from_config(
-        {"url": "sqlite:///file.db", "pool_recycle": "60", **configuration},
-        prefix="",
-        poolclass=pool_class,
-    )
+    configuration |= {"url": "sqlite:///file.db", "pool_recycle": "60"}
+    engine = engine_from_config(configuration, prefix="", poolclass=pool_class)
     assert (engine.pool.size(), engine.pool.timeout()) == (3, 0)
 
 
@@ -488,58 +420,35 @@ def test_creator_may_take_the_record(pool_class, server):
         connection_record.record_info["creator"] = "called"
         return server.connect()
 
-    pool = pool_class(creator)
-    with pool.connect() as connection:
+    with pool_class(creator).connect() as connection:
         assert connection.record_info == {"creator": "called"}
 
 
 # -- invalidate, detach -------------------------------------------------------
 
 
-def test_invalidated_connection_is_closed_at_once_and_replaced(new_pool, server):
-    pool = new_pool(pool_size=1)
-    connection = pool.connect()
-    first = connection.dbapi_connection
-    connection.invalidate()
-    assert first.closed
-    assert not connection.is_valid
-    connection.close()
-    assert figures(pool) == (1, 0, 0)
-    assert use(pool) is not first
-    assert server.open == 1
-
-
-def test_soft_invalidated_connection_is_replaced_at_its_next_checkout(
-    new_pool, wall_clock
-):
-    pool = new_pool(pool_size=1)
-    connection = pool.connect()
-    first = connection.dbapi_connection
-    wall_clock.now += 1
-    connection.invalidate(soft=True)
-    assert connection.is_valid
-    connection.close()
-    assert not first.closed
-    wall_clock.now += 1
-    assert use(pool) is not first
-    assert first.closed
-
-
 @pytest.mark.parametrize("soft", [False, True])
-def test_info_goes_and_record_info_stays_when_a_connection_is_replaced(
-    new_pool, wall_clock, soft
+def test_invalidated_connection_is_replaced_at_once_or_at_its_next_checkout(
+    new_pool, server, wall_clock, soft
 ):
     pool = new_pool(pool_size=1)
     with pool.connect() as connection:
+        first = connection.dbapi_connection
         connection.info["a"] = 1
         connection.record_info["b"] = 2
     with pool.connect() as connection:
         assert (connection.info, connection.record_info) == ({"a": 1}, {"b": 2})
         wall_clock.now += 1
         connection.invalidate(soft=soft)
+        assert connection.is_valid == soft
+    assert first.closed != soft
+    assert figures(pool) == (1, 0, 0)
     wall_clock.now += 1
     with pool.connect() as connection:
         assert (connection.info, connection.record_info) == ({}, {"b": 2})
+        assert connection.dbapi_connection is not first
+    assert first.closed
+    assert server.open == 1
 
 
 def test_detached_connection_frees_its_place_and_stays_open(new_pool, server):
@@ -569,64 +478,31 @@ def test_connection_may_be_closed_twice(new_pool):
 # -- disconnects --------------------------------------------------------------
 
 
-def test_checkout_listener_has_one_connection_replaced(new_pool, wall_clock):
+@pytest.mark.parametrize(
+    ("error", "replaced"),
+    [(exc.DisconnectionError, 1), (exc.InvalidatePoolError, 2)],
+)
+def test_checkout_listener_has_one_connection_replaced_or_all(
+    new_pool, wall_clock, error, replaced
+):
     pool = new_pool()
-    connections = [pool.connect(), pool.connect()]
-    first, second = (c.dbapi_connection for c in connections)
-    for connection in connections:
-        connection.close()
-    wall_clock.now += 1
-
-    @event.listens_for(pool, "checkout")
-    def on_checkout(dbapi_connection, record, proxy):
-        if dbapi_connection is first:
-            raise exc.DisconnectionError
-
-    third = use(pool)
-    assert first.closed
-    assert third.number == 3
-    assert use(pool) is second
-
-
-def test_checkout_listener_has_all_connections_replaced(new_pool, wall_clock):
-    pool = new_pool()
-    connections = [pool.connect(), pool.connect()]
-    old = [c.dbapi_connection for c in connections]
-    for connection in connections:
-        connection.close()
+    old = use_at_once(pool, 2)
     wall_clock.now += 1
 
     @event.listens_for(pool, "checkout")
     def on_checkout(dbapi_connection, record, proxy):
         if dbapi_connection is old[0]:
-            raise exc.InvalidatePoolError
+            raise error
 
-    new = [use(pool), use(pool)]
-    assert all(c.closed for c in old)
-    assert [c.number for c in new] == [3, 4]
-
-
-def test_checkout_gives_up_when_every_connection_is_refused(new_pool, server):
-    pool = new_pool(pool_size=1)
-    refuse = Mock(side_effect=exc.DisconnectionError)
-    event.listen(pool, "checkout", lambda *args: refuse())
-    with pytest.raises(exc.InvalidRequestError):
-        pool.connect()
-    assert server.opened > 1
-    assert server.open == 0
-    assert pool.checkedout() == 0
-    refuse.side_effect = None
-    assert use(pool)
+    assert [use(pool).number for _ in range(2)] == ([3, 2] if replaced == 1 else [3, 4])
+    assert [c.closed for c in old] == [True, replaced == 2]
 
 
 def test_statement_that_finds_its_connection_lost_has_all_replaced(
     new_engine, wall_clock
 ):
     engine = new_engine()
-    connections = [engine.connect(), engine.connect()]
-    old = [c.connection.dbapi_connection for c in connections]
-    for connection in connections:
-        connection.close()
+    old = use_at_once(engine.pool, 2)
     wall_clock.now += 1
     lose(old[0])
     with engine.connect() as connection:
@@ -634,54 +510,36 @@ def test_statement_that_finds_its_connection_lost_has_all_replaced(
             connection.execute(text("select 1"))
         assert caught.value.connection_invalidated
     wall_clock.now += 1
-    new = [use_engine(engine), use_engine(engine)]
-    assert not set(old) & set(new)
+    assert [use_engine(engine).number for _ in range(2)] == [3, 4]
     assert all(c.closed for c in old)
-
-
-def test_connection_of_an_engine_reconnects_after_an_invalidation(new_engine, server):
-    engine = new_engine(pool_size=1)
-    with engine.connect() as connection:
-        first = connection.connection.dbapi_connection
-        connection.invalidate()
-        assert connection.invalidated
-        connection.execute(text("select 1"))
-        assert connection.connection.dbapi_connection is not first
-        assert server.open == 1
-    assert engine.pool.checkedout() == 0
 
 
 # -- dispose and recreate -----------------------------------------------------
 
 
-def test_dispose_closes_what_is_in_the_pool_and_no_more(new_pool, server):
+@pytest.mark.parametrize("fails", [False, True])
+def test_dispose_closes_what_is_in_the_pool_and_no_more(new_pool, logged, fails):
     pool = new_pool()
-    held, other = pool.connect(), pool.connect()
-    idle = other.dbapi_connection
-    other.close()
-    pool.dispose()
-    assert idle.closed
-    assert not held.dbapi_connection.closed
-    assert pool.checkedin() == 0
-    held.close()
+    with pool.connect() as held:
+        idle = use(pool)
+        if fails:
+            idle.close = Mock(side_effect=StubError)
+        pool.dispose()
+        assert idle.closed != fails
+        assert ("Exception closing connection" in logged.text) == fails
+        assert not held.dbapi_connection.closed
+        assert pool.checkedin() == 0
+        assert use(pool) is not idle
 
 
-def test_disposed_pool_can_be_used_again(new_pool):
-    pool = new_pool()
-    first = use(pool)
-    pool.dispose()
-    assert use(pool) is not first
-    assert figures(pool) == (1, 0, -1)
-
-
-def test_disposed_engine_opens_new_connections(new_engine, server):
+@pytest.mark.parametrize("close", [True, False])
+def test_disposed_engine_opens_new_connections(new_engine, close):
     engine = new_engine()
-    first = use_engine(engine)
-    engine.dispose()
-    assert first.closed
-    assert use_engine(engine) is not first
-    assert use_engine(engine).number == 2
-    assert server.open == 1
+    first, former = use_engine(engine), engine.pool
+    engine.dispose(close=close)
+    assert engine.pool is not former
+    assert first.closed == close
+    assert [use_engine(engine).number for _ in range(2)] == [2, 2]
 
 
 def test_connection_held_over_a_dispose_can_be_used_and_closed(new_engine):
@@ -694,19 +552,9 @@ def test_connection_held_over_a_dispose_can_be_used_and_closed(new_engine):
     assert use_engine(engine) is not held
 
 
-def test_dispose_without_close_leaves_the_connections_alone(new_engine):
-    engine = new_engine()
-    first = use_engine(engine)
-    former = engine.pool
-    engine.dispose(close=False)
-    assert use_engine(engine) is not first
-    assert not first.closed
-    assert former is not engine.pool
-
-
 def test_successor_opens_its_own_connections_and_tells_its_listeners(new_pool):
-    pool, seen = new_pool(), []
-    record_events(pool, seen)
+    pool = new_pool()
+    seen = record_events(pool)
     first = use(pool)
     successor = pool.recreate()
     seen.clear()
@@ -714,16 +562,11 @@ def test_successor_opens_its_own_connections_and_tells_its_listeners(new_pool):
     assert seen == ["first_connect", "connect", "checkout", "reset", "checkin"]
 
 
-def test_successor_does_not_get_what_was_returned_before_its_first_use(new_pool):
+def test_successor_does_not_get_what_comes_back_to_the_former_pool(new_pool):
     former = new_pool()
     successor = former.recreate()
     returned = use(former)
     assert use(successor) is not returned
-
-
-def test_successor_does_not_get_what_is_returned_to_the_former_pool(new_pool):
-    former = new_pool()
-    successor = former.recreate()
     late = former.connect()
     returned = late.dbapi_connection
     with successor.connect():
@@ -731,54 +574,34 @@ def test_successor_does_not_get_what_is_returned_to_the_former_pool(new_pool):
         assert use(successor) is not returned
 
 
-def test_dispose_leaves_the_connections_of_the_successor(new_pool):
-    pool = new_pool()
-    successor = pool.recreate()
-    connection = use(successor)
-    pool.dispose()
-    assert use(successor) is connection
+@pytest.mark.parametrize("which", ["former", "successor"])
+def test_dispose_leaves_the_connections_of_the_other_pool(new_pool, which):
+    former = new_pool()
+    pools = {"former": former, "successor": former.recreate()}
+    used = {name: use(pool) for name, pool in pools.items()}
+    pools[which].dispose()
+    assert {name for name, connection in used.items() if connection.closed} == {which}
 
 
-def test_recreate_keeps_class_and_options(new_pool, pool_class, logged):
-    pool = new_pool(pool_size=3, max_overflow=2, timeout=0.25, logging_name="reports")
-    successor = pool.recreate().recreate()
-    assert type(successor) is pool_class
-    assert successor.size() == 3
-    assert successor.timeout() == 0.25
-    connections = [successor.connect() for _ in range(5)]
-    assert successor.overflow() == 2
-    for connection in connections:
-        connection.close()
-    assert all(r.name.endswith(".reports") for r in logged.records)
-
-
-def test_recreate_keeps_order_of_reuse_reset_and_listeners(new_pool):
-    pool = new_pool(pool_size=3, use_lifo=True, reset_on_return=None)
+def test_recreate_keeps_class_and_options(new_pool, pool_class, logged, wall_clock):
+    options = {"timeout": 0.25, "use_lifo": True, "reset_on_return": None}
+    pool = new_pool(
+        pool_size=2, max_overflow=1, recycle=10, logging_name="reports", **options
+    )
     listener = Mock()
     event.listen(pool, "checkin", lambda *args: listener())
-    successor = pool.recreate()
-    connections = [successor.connect() for _ in range(3)]
-    last = connections[-1].dbapi_connection
-    for connection in connections:
-        connection.close()
+    successor = pool.recreate().recreate()
+    assert type(successor) is pool_class
+    assert (successor.size(), successor.timeout()) == (2, 0.25)
+    last = use_at_once(successor, 2)[-1]
     assert use(successor) is last
     assert last.rollbacks == 0
-    assert listener.call_count == 4
-
-
-def test_recreate_keeps_recycle(new_pool, wall_clock):
-    successor = new_pool(recycle=10).recreate()
-    first = use(successor)
+    assert listener.call_count == 3
+    with successor.connect(), successor.connect(), successor.connect():
+        assert successor.overflow() == 1
     wall_clock.now += 11
-    assert use(successor) is not first
-
-
-def test_disposed_engine_keeps_pre_ping(new_engine):
-    engine = new_engine(pool_pre_ping=True)
-    engine.dispose()
-    first = use_engine(engine)
-    lose(first)
-    assert use_engine(engine) is not first
+    assert use(successor) is not last
+    assert all(r.name.endswith(".reports") for r in logged.records)
 
 
 # -- figures ------------------------------------------------------------------
@@ -792,6 +615,10 @@ def test_figures_follow_the_connections(new_pool):
     for _ in range(3):
         connections.append(pool.connect())
         seen.append(figures(pool))
+    assert pool.status().startswith(
+        "Pool size: 2  Connections in pool: 0 Current Overflow: 1 "
+        "Current Checked out connections: 3"
+    )
     while connections:
         connections.pop().close()
         seen.append(figures(pool))
@@ -800,45 +627,20 @@ def test_figures_follow_the_connections(new_pool):
     assert figures(pool) == (0, 0, -2)
 
 
-def test_figures_of_a_failed_checkout_are_those_before_it(new_pool):
-    pool = new_pool(pool_size=1)
-    with pool.connect():
-        with pytest.raises(exc.TimeoutError):
-            pool.connect()
-        assert figures(pool) == (0, 1, 0)
-    assert figures(pool) == (1, 0, 0)
-
-
-def test_status_says_the_figures(new_pool):
-    pool = new_pool(pool_size=1, max_overflow=1)
-    connections = [pool.connect(), pool.connect()]
-    assert pool.status().startswith(
-        "Pool size: 1  Connections in pool: 0 Current Overflow: 1 "
-        "Current Checked out connections: 2"
-    )
-    for connection in connections:
-        connection.close()
-
-
 # -- logging ------------------------------------------------------------------
 
 
-def test_pool_logs_below_sqlalchemy_pool_under_its_name(new_pool, logged):
-    pool = new_pool(logging_name="reports")
+@pytest.mark.parametrize("name", ["reports", None])
+def test_pool_logs_below_sqlalchemy_pool_under_its_name_or_its_class(
+    new_pool, pool_class, logged, name
+):
+    pool = new_pool(logging_name=name)
     use(pool)
     pool.dispose()
     pool.recreate()
-    assert logged.records
-    for record in logged.records:
-        assert record.name.startswith("sqlalchemy.pool.")
-        assert record.name.endswith(".reports")
-
-
-def test_pool_without_a_name_logs_under_its_class(new_pool, pool_class, logged):
-    use(new_pool())
-    names = {record.name for record in logged.records}
-    assert len(names) == 1
-    assert names.pop().rpartition(".")[2] == pool_class.__name__
+    (logger,) = {record.name for record in logged.records}
+    assert logger.startswith("sqlalchemy.pool.")
+    assert logger.rpartition(".")[2] == (name or pool_class.__name__)
 
 
 @pytest.mark.parametrize(("echo", "debug"), [(True, False), ("debug", True)])
@@ -862,32 +664,24 @@ _numbers = itertools.count()
 
 def test_echo_pool_of_an_engine_reaches_the_pool(new_engine):
     engine = new_engine(echo_pool=False, pool_logging_name="reports")
-    assert engine.pool.echo is False
-    assert engine.pool.logging_name == "reports"
-    engine.dispose()
-    assert engine.pool.echo is False
-    assert engine.pool.logging_name == "reports"
+    for _ in range(2):
+        assert engine.pool.echo is False
+        assert engine.pool.logging_name == "reports"
+        engine.dispose()
 
 
 # -- the collector ------------------------------------------------------------
 
 
-def test_leaked_connection_is_returned_by_the_collector(new_pool):
+@pytest.mark.parametrize("invalid", [False, True])
+def test_leaked_connection_is_returned_by_the_collector(new_pool, invalid):
     pool = new_pool(pool_size=1)
     connection = pool.connect()
     first = connection.dbapi_connection
+    if invalid:
+        connection.invalidate()
     del connection
     gc.collect()
-    assert first.rollbacks == 1
+    assert first.rollbacks == (not invalid)
     assert figures(pool) == (1, 0, 0)
-    assert use(pool) is first
-
-
-def test_leaked_invalid_connection_frees_its_place(new_pool):
-    pool = new_pool(pool_size=1)
-    connection = pool.connect()
-    connection.invalidate()
-    del connection
-    gc.collect()
-    assert figures(pool) == (1, 0, 0)
-    assert use(pool)
+    assert (use(pool) is first) != invalid

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import weakref
+from unittest.mock import Mock
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.engine import Connection
 from sqlalchemy.exc import ResourceClosedError
 from sqlalchemy.pool import ConnectionPoolEntry, QueuePool
 from sqlalchemy.util import greenlet_spawn
@@ -22,15 +23,11 @@ def engine(server):
     return server.engine(poolclass=QueuePool)
 
 
-def test_record_of_a_connection_is_the_pools_entry(engine):
-    with engine.connect() as connection:
-        record = sqlalchemy_private.record_of(connection)
-        assert isinstance(record, ConnectionPoolEntry)
-        assert record.dbapi_connection is connection.connection.dbapi_connection
-
-
-def test_connection_without_a_record_has_none(engine):
+def test_record_of_a_connection_is_the_pools_entry_or_none(engine):
     connection = engine.connect()
+    record = sqlalchemy_private.record_of(connection)
+    assert isinstance(record, ConnectionPoolEntry)
+    assert record.dbapi_connection is connection.connection.dbapi_connection
     connection.invalidate()
     assert sqlalchemy_private.record_of(connection) is None
     connection.close()
@@ -54,14 +51,9 @@ def test_check_out_again_returns_one_and_takes_another(engine):
 def test_connection_that_could_not_check_out_again_holds_nothing(server):
     engine = server.engine(poolclass=QueuePool, pool_size=1, max_overflow=0)
     connection = engine.connect()
-    error = RuntimeError("no connection")
-
-    def fail():
-        raise error
-
     connection.connection.dbapi_connection.close()
     connection.connection.invalidate()
-    server.before["connect"] = fail
+    server.before["connect"] = Mock(side_effect=RuntimeError)
     with pytest.raises(RuntimeError):
         sqlalchemy_private.check_out_again(connection)
     assert engine.pool.checkedout() == 0
@@ -95,18 +87,14 @@ def test_later_checkouts_are_made_by_a_function(engine):
 
 
 def test_function_for_later_checkouts_makes_no_cycle(engine):
-    class Watched(Connection):
-        gone = False
-
-        def __del__(self):
-            Watched.gone = True
-
     gc.disable()
     try:
-        connection = Watched(engine)
+        connection = engine.connect()
+        alive = weakref.ref(connection)
         sqlalchemy_private.check_out_by(connection, lambda *_: None)
+        connection.close()
         del connection
-        assert Watched.gone
+        assert alive() is None
     finally:
         gc.enable()
 

@@ -4,36 +4,25 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 
 import pytest
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from support.state import assert_consistent, assert_quiet
-from support.stub import StubError, StubServer
-from support.threads import Caller
-
-import sqla_fairpool
-from sqla_fairpool import FairQueuePool
+from support.stub import StubError
+from support.threads import Caller, connect, give, take
+from support.worlds import contract
 
 TAGS = ["a", "b", "c", "unknown"]
 
 
-def connect(pool, tag):
-    if tag == "unknown":
-        return pool.connect()
-    with sqla_fairpool.tag(tag):
-        return pool.connect()
-
-
 @pytest.mark.parametrize("overflow", [0, 2])
-def test_no_connection_is_handed_out_twice(overflow):
+def test_no_connection_is_handed_out_twice(make_pool, server, overflow):
     """Each worker writes its name into the connection it holds.
 
     A foreign name when it comes back is a double hand-out (the test of Vitess's
     pool, ``go/pools/smartconnpool/stress_test.go``).
     """
-    server = StubServer()
-    pool = server.pool(
+    pool = make_pool(
         pool_size=4, max_overflow=overflow, soft_limit=3, max_limit=4, timeout=30
     )
     barrier = threading.Barrier(16)
@@ -55,7 +44,6 @@ def test_no_connection_is_handed_out_twice(overflow):
     for caller in [Caller(work, f"worker{n}") for n in range(16)]:
         caller.result()
     assert server.most <= 4 + overflow
-    assert_quiet(pool)
 
 
 class Faults:
@@ -72,6 +60,9 @@ class Faults:
 
 
 EXPECTED = (StubError, KeyboardInterrupt, MemoryError, PoolTimeoutError)
+
+#: Tags become idle all the time.
+OFTEN_IDLE = {"idle_timeout": 0.01, "reallocation_interval": 0.003}
 
 
 class Visitor:
@@ -128,6 +119,13 @@ class Visitor:
         else:
             connection.close()
 
+    def check(self):
+        """The pool agrees with what is held here; return how many that is."""
+        assert_consistent(self.pool)
+        out = sum(connection.is_valid for connection in self.held)
+        assert self.pool.checkedout() == out
+        return out
+
     def go(self):
         while self.held:
             try:
@@ -136,42 +134,45 @@ class Visitor:
                 pass
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("overflow", [0, 3])
-def test_random_operations_with_faults_in_one_thread(overflow, caplog):
-    """Checked after every step. Faults in a finaliser are reported as unraisable."""
+# Faults in a finaliser are reported as unraisable.
+with_faults = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@pytest.fixture(autouse=True)
+def _silent(caplog):
     caplog.set_level("CRITICAL", "sqlalchemy.pool")
-    steps, server = 30_000, StubServer()
-    pool = server.pool(
+
+
+@pytest.mark.slow
+@with_faults
+@pytest.mark.parametrize("overflow", [0, 3])
+def test_random_operations_with_faults_in_one_thread(make_pool, server, overflow):
+    """Checked after every step."""
+    pool = make_pool(
         pool_size=3,
         max_overflow=overflow,
         soft_limit=2,
         max_limit=3,
         timeout=0,
-        idle_timeout=0.01,
-        reallocation_interval=0.003,
+        **OFTEN_IDLE,
     )
     Faults(server, 3)
     visitor = Visitor(pool, 4)
-    for _ in range(steps):
+    for _ in range(30_000):
         visitor.step()
-        assert_consistent(pool)
-        out = sum(c.is_valid for c in visitor.held)
-        assert pool.checkedout() == out
+        visitor.check()
     visitor.go()
     server.before.clear()
-    assert_quiet(pool)
     assert server.most <= 3 + overflow
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_random_changes_of_the_capacity(caplog):
+@with_faults
+def test_random_changes_of_the_capacity(make_pool, server):
     """Open at the server: never more than the largest capacity since it drained."""
-    caplog.set_level("CRITICAL", "sqlalchemy.pool")
-    server = StubServer()
-    pool = server.pool(pool_size=4, soft_limit=1, max_limit=4, timeout=0)
+    pool = make_pool(pool_size=4, soft_limit=1, max_limit=4, timeout=0)
     Faults(server, 6)
     visitor = Visitor(pool, 7)
     chance = random.Random(8)
@@ -186,31 +187,25 @@ def test_random_changes_of_the_capacity(caplog):
                 min_idle=chance.randint(0, size),
             )
         visitor.step()
-        assert_consistent(pool)
-        out = sum(c.is_valid for c in visitor.held)
-        assert pool.checkedout() == out
+        out = visitor.check()
         assert pool.checkedin() <= pool.options.pool_size
         assert pool.checkedin() + out <= max(pool.options.capacity, out)
     visitor.go()
     server.before.clear()
-    assert_quiet(pool)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@with_faults
 @pytest.mark.parametrize("overflow", [0, 3])
-def test_random_operations_with_faults_in_many_threads(overflow, caplog):
-    caplog.set_level("CRITICAL", "sqlalchemy.pool")
-    server = StubServer()
-    pool = server.pool(
+def test_random_operations_with_faults_in_many_threads(make_pool, server, overflow):
+    pool = make_pool(
         pool_size=4,
         max_overflow=overflow,
         soft_limit=3,
         max_limit=4,
         timeout=0.002,
         max_waiting=6,
-        idle_timeout=0.01,
-        reallocation_interval=0.003,
+        **OFTEN_IDLE,
     )
     Faults(server, 5)
     barrier = threading.Barrier(10)
@@ -230,32 +225,31 @@ def test_random_operations_with_faults_in_many_threads(overflow, caplog):
     server.before.clear()
     assert_quiet(pool)
     pool.reconfigure(soft_limit=3, max_limit=4)
-    held = [connect(pool, tag) for tag in ("late", "late", "later", "later")]
+    held = take(pool, 2, "late") + take(pool, 2, "later")
     assert pool.checkedout() == 4
-    for connection in held:
-        connection.close()
+    give(held)
 
 
-def test_each_of_many_threads_is_served_equally():
-    """100 threads on 10 connections: nobody more than a little ahead.
+@contract
+def test_each_of_many_callers_is_served_equally(world):
+    """100 callers on 10 connections: none is more than a little ahead.
 
-    SQLAlchemy issue 7679: with QueuePool 90 of them get nothing at all.
+    SQLAlchemy issue 7679: with QueuePool 90 threads of them get nothing at all.
     """
-    server = StubServer()
-    pool = server.pool(FairQueuePool, pool_size=10, soft_limit=10, max_limit=10)
+    pool = world.pool(10)
     counts = [0] * 100
-    barrier = threading.Barrier(100)
 
     def work(n):
-        barrier.wait()
         while sum(counts) < 2000:
-            connection = connect(pool, "a")
-            time.sleep(0.001)  # what the connection is held for
-            counts[n] += 1
-            connection.close()
+            with connect(pool):
+                world.sleep(0.001)
+                counts[n] += 1
 
-    for caller in [Caller(work, n) for n in range(100)]:
+    holders = take(pool, 10)
+    callers = [world.start(work, n) for n in range(100)]
+    world.ensure_waiting(pool, 100)
+    give(holders)
+    for caller in callers:
         caller.result()
     jain = sum(counts) ** 2 / (len(counts) * sum(count**2 for count in counts))
     assert jain >= 0.99
-    assert_quiet(pool)

@@ -8,24 +8,31 @@ import sys
 import pytest
 
 from sqla_fairpool.scheduling import tags as roster
-from sqla_fairpool.scheduling.account import FREE, GRANTED, WAITING, LineFull, Ticket
+from sqla_fairpool.scheduling.account import FREE, GRANTED, WAITING, Ticket
 from sqla_fairpool.scheduling.scheduler import Scheduler
 
 
-class Desk:
-    """A scheduler on a virtual clock, every transition followed by the check."""
+class Script:
+    """A scheduler on a virtual clock, every transition followed by the check.
 
-    def __init__(self, **options):
-        defaults = {
-            "capacity": 20,
-            "soft_limit": 10,
-            "max_limit": 15,
-            "idle_timeout": 60.0,
-            "reallocation_interval": 30.0,
-        }
+    :param capacity: the limits, too, unless others are given.
+    """
+
+    def __init__(self, capacity=None, **options):
+        defaults = {"capacity": 20, "soft_limit": 10, "max_limit": 15}
+        if capacity is not None:
+            defaults = dict.fromkeys(defaults, capacity)
+        defaults |= {"idle_timeout": 60.0, "reallocation_interval": 30.0}
         self.now = 1000.0
         self.scheduler = Scheduler(**{**defaults, "now": self.now, **options})
         self.out = []
+
+    @property
+    def tags(self):
+        return self.scheduler.roster
+
+    def is_active(self, tag):
+        return self.tags.accounts[tag].active
 
     def _granted(self, tickets):
         self.out += tickets
@@ -67,8 +74,11 @@ class Desk:
         return self._granted(self.scheduler.tick(self.now))
 
     def held(self, tag):
-        account = self.scheduler.roster.accounts.get(tag)
+        account = self.tags.accounts.get(tag)
         return account.in_use if account else 0
+
+    def all_held(self):
+        return {tag: a.in_use for tag, a in self.tags.accounts.items() if a.in_use}
 
     def churn(self, *tags, rounds=60):
         """All holders of the tags return and ask again, a few times over."""
@@ -78,252 +88,186 @@ class Desk:
                     self.release_one(tag)
 
 
-def test_tag_that_is_alone_gets_15_of_20():
-    desk = Desk()
-    desk.requests("layer1_5", 40)
-    assert desk.held("layer1_5") == 15
-
-
-def test_two_tags_get_10_each():
-    desk = Desk()
-    desk.requests("layer1_5", 40)
-    desk.requests("layer3", 40)
-    desk.churn("layer1_5", "layer3")
-    assert (desk.held("layer1_5"), desk.held("layer3")) == (10, 10)
-
-
-def test_three_tags_get_7_7_6():
-    desk = Desk()
+def three_at_once():
+    """Three tags that want all they can get, after some turns."""
+    script = Script()
     for tag in ("layer1_5", "layer2", "layer3"):
-        desk.requests(tag, 40)
-    desk.churn("layer1_5", "layer2", "layer3")
-    held = [desk.held(tag) for tag in ("layer1_5", "layer2", "layer3")]
-    assert sorted(held) == [6, 7, 7]
+        script.requests(tag, 40)
+    script.churn("layer1_5", "layer2", "layer3")
+    return script
+
+
+def test_tags_that_want_all_get_15_or_10_each_or_7_7_6():
+    script = Script()
+    script.requests("layer1_5", 40)
+    assert script.all_held() == {"layer1_5": 15}
+    script.requests("layer3", 40)
+    script.churn("layer1_5", "layer3")
+    assert script.all_held() == {"layer1_5": 10, "layer3": 10}
+    assert sorted(three_at_once().all_held().values()) == [6, 7, 7]
 
 
 def test_share_of_a_tag_that_goes_idle_is_everybodys():
-    desk = Desk()
-    for tag in ("layer1_5", "layer2", "layer3"):
-        desk.requests(tag, 40)
-    desk.churn("layer1_5", "layer2", "layer3")
-    waiting = list(desk.scheduler.roster.accounts["layer2"].waiters)
-    for ticket in waiting:
-        assert desk.cancel(ticket)
-    for ticket in [t for t in desk.out if t.account.tag == "layer2"]:
-        desk.release(ticket)
+    script = three_at_once()
+    for ticket in list(script.tags.accounts["layer2"].waiters):
+        assert script.cancel(ticket)
+    for ticket in [t for t in script.out if t.account.tag == "layer2"]:
+        script.release(ticket)
     # At once, without waiting for the reallocation: nobody wants its share.
-    assert [desk.held(t) for t in ("layer1_5", "layer2", "layer3")] == [10, 0, 10]
-    desk.advance(61.0)
-    assert desk.scheduler.roster.accounts["layer2"].active is False
-    assert [desk.held(t) for t in ("layer1_5", "layer2", "layer3")] == [10, 0, 10]
+    assert script.all_held() == {"layer1_5": 10, "layer3": 10}
+    script.advance(61.0)
+    assert script.is_active("layer2") is False
+    assert script.all_held() == {"layer1_5": 10, "layer3": 10}
 
 
 def test_last_of_two_tags_rises_to_15_when_the_other_goes_idle():
-    desk = Desk()
-    desk.requests("a", 40)
-    lone = desk.request("b")
-    desk.release(lone)
-    desk.churn("a")
-    assert desk.held("a") == 10
-    assert desk.advance(59.0) == []
-    granted = desk.advance(31.0)
+    script = Script()
+    script.requests("a", 40)
+    lone = script.request("b")
+    script.release(lone)
+    script.churn("a")
+    assert script.held("a") == 10
+    assert script.advance(59.0) == []
+    granted = script.advance(31.0)
     assert len(granted) == 5
-    assert desk.held("a") == 15
+    assert script.held("a") == 15
 
 
 def test_limits_fall_at_once_and_the_excess_drains():
-    desk = Desk()
-    first = desk.requests("a", 15)
-    desk.requests("b", 5)
-    assert (desk.held("a"), desk.held("b")) == (15, 5)
-    waiting = desk.requests("a", 3)
+    script = Script()
+    first = script.requests("a", 15)
+    script.requests("b", 5)
+    assert (script.held("a"), script.held("b")) == (15, 5)
+    waiting = script.requests("a", 3)
     for ticket in first[:5]:
-        assert desk.release(ticket) == []
-    assert desk.held("a") == 10
-    assert desk.release(first[5]) == [waiting[0]]
+        assert script.release(ticket) == []
+    assert script.held("a") == 10
+    assert script.release(first[5]) == [waiting[0]]
 
 
 def test_freed_slot_goes_to_the_tag_that_holds_least():
-    desk = Desk(capacity=6, soft_limit=4, max_limit=6)
-    a = desk.requests("a", 4)
-    b = desk.request("b")
-    desk.request("c")
-    wait_a, wait_b = desk.request("a"), desk.request("b")
-    assert desk.release(a[0]) == [wait_b]
-    assert desk.release(b) == [desk.out[-1]]
+    script = Script(capacity=6, soft_limit=4, max_limit=6)
+    a = script.requests("a", 4)
+    b = script.request("b")
+    script.request("c")
+    wait_a, wait_b = script.request("a"), script.request("b")
+    assert script.release(a[0]) == [wait_b]
+    assert script.release(b) == [script.out[-1]]
     assert wait_a.state is GRANTED
 
 
-def test_on_a_tie_the_longest_waiting_is_next():
-    desk = Desk(capacity=2, soft_limit=2, max_limit=2)
-    holder, _ = desk.request("x"), desk.request("y")
-    late, early = "a", "b"
-    first = desk.request(early)
-    second = desk.request(late)
-    assert desk.release(holder) == [first]
-    assert second.state is WAITING
-
-
-def test_line_is_first_in_first_out():
-    desk = Desk(capacity=1, soft_limit=1, max_limit=1)
-    holder = desk.request("a")
-    line = desk.requests("a", 5)
-    for expected in line:
-        assert desk.release(holder) == [expected]
-        holder = expected
-
-
-def test_cancelled_ticket_leaves_no_trace():
-    desk = Desk(capacity=1, soft_limit=1, max_limit=1)
-    holder = desk.request("a")
-    line = desk.requests("a", 3)
-    assert desk.cancel(line[0])
-    assert line[0].state is FREE
-    assert desk.cancel(line[0]) is False
-    assert desk.release(holder) == [line[1]]
-
-
-def test_cancel_after_the_grant_says_so():
-    desk = Desk(capacity=1, soft_limit=1, max_limit=1)
-    holder = desk.request("a")
-    waiting = desk.request("a")
-    desk.release(holder)
-    assert desk.cancel(waiting) is False
-    assert waiting.state is GRANTED
+def test_ticket_is_cancelled_once_and_not_after_its_grant():
+    script = Script(1)
+    holder = script.request("a")
+    first, second = script.requests("a", 2)
+    assert script.cancel(first)
+    assert first.state is FREE
+    assert script.cancel(first) is False
+    assert script.release(holder) == [second]
+    assert script.cancel(second) is False
+    assert second.state is GRANTED
 
 
 def test_second_release_is_refused_and_changes_nothing():
-    desk = Desk()
-    ticket = desk.request("a")
-    desk.release(ticket)
+    script = Script()
+    ticket = script.request("a")
+    script.release(ticket)
     with pytest.raises(AssertionError, match="released a ticket that is free"):
-        desk.scheduler.release(ticket, desk.now)
-    desk.scheduler.check_valid([])
-
-
-def test_max_waiting_refuses_one_more():
-    desk = Desk(capacity=1, soft_limit=1, max_limit=1, max_waiting=2)
-    desk.requests("a", 3)
-    with pytest.raises(LineFull):
-        desk.request("b")
-    desk.scheduler.check_valid()
-    assert desk.scheduler.waiting == 2
+        script.scheduler.release(ticket, script.now)
+    script.scheduler.check_valid([])
 
 
 def test_capacity_can_fall_and_rise():
-    desk = Desk(capacity=4, soft_limit=4, max_limit=4)
-    holders = desk.requests("a", 4)
-    waiting = desk.requests("a", 2)
-    desk.scheduler.set_capacity(2, desk.now)
-    assert desk.release(holders[0]) == []
-    assert desk.release(holders[1]) == []
-    assert desk.release(holders[2]) == [waiting[0]]
-    granted = desk.scheduler.set_capacity(4, desk.now)
+    script = Script(4)
+    holders = script.requests("a", 4)
+    waiting = script.requests("a", 2)
+    script.scheduler.set_capacity(2, script.now)
+    assert script.release(holders[0]) == []
+    assert script.release(holders[1]) == []
+    assert script.release(holders[2]) == [waiting[0]]
+    granted = script.scheduler.set_capacity(4, script.now)
     assert list(granted) == [waiting[1]]
 
 
 # -- activity ------------------------------------------------------------------
 
 
-def test_statement_keeps_a_tag_active():
-    desk = Desk()
-    ticket = desk.request("a")
+def test_statement_keeps_a_tag_active_and_wakes_up_an_idle_one():
+    script = Script()
+    ticket = script.request("a")
     for _ in range(5):
-        desk.now += 50.0
-        desk.scheduler.activity(ticket, desk.now)
-        desk.advance(0.0)
-        assert ticket.account.active
-    desk.advance(91.0)
-    assert not ticket.account.active
-
-
-def test_statement_wakes_up_an_idle_tag():
-    desk = Desk()
-    ticket = desk.request("a")
-    desk.advance(91.0)
-    desk.requests("b", 30)
-    assert desk.held("b") == 15
-    desk.scheduler.activity(ticket, desk.now)
-    assert desk.scheduler.ceiling(desk.scheduler.roster.accounts["b"]) == 10
+        script.now += 50.0
+        script.scheduler.activity(ticket, script.now)
+        script.advance(0.0)
+        assert script.is_active("a")
+    script.advance(91.0)
+    assert not script.is_active("a")
+    script.requests("b", 30)
+    assert script.held("b") == 15
+    script.scheduler.activity(ticket, script.now)
+    assert script.scheduler.ceiling(script.tags.accounts["b"]) == 10
 
 
 def test_tag_with_a_waiter_stays_active():
-    desk = Desk(capacity=1, soft_limit=1, max_limit=1)
-    desk.request("a")
-    desk.request("b")
-    desk.advance(1000.0)
-    assert desk.scheduler.roster.accounts["b"].active
-    assert not desk.scheduler.roster.accounts["a"].active
+    script = Script(1)
+    script.request("a")
+    script.request("b")
+    script.advance(1000.0)
+    assert script.is_active("b")
+    assert not script.is_active("a")
 
 
 def test_idleness_is_looked_for_at_the_interval_only():
-    desk = Desk(idle_timeout=1.0, reallocation_interval=30.0)
-    desk.release(desk.request("a"))
-    desk.advance(29.0)
-    assert desk.scheduler.roster.active == 1
-    desk.advance(1.0)
-    assert desk.scheduler.roster.active == 0
+    script = Script(idle_timeout=1.0, reallocation_interval=30.0)
+    script.release(script.request("a"))
+    script.advance(29.0)
+    assert script.tags.active == 1
+    script.advance(1.0)
+    assert script.tags.active == 0
 
 
 def test_waiting_and_returning_are_no_activity_of_the_silent_tag():
-    desk = Desk(silent_tag="unknown")
-    desk.requests("a", 30)
-    assert desk.held("a") == 15
-    ticket = desk.request("unknown")
-    assert desk.scheduler.roster.active == 1
-    desk.release(ticket)
-    assert desk.scheduler.roster.active == 1
-    ticket = desk.request("unknown")
-    desk.scheduler.activity(ticket, desk.now)
-    assert desk.scheduler.roster.active == 2
+    script = Script(silent_tag="unknown")
+    script.requests("a", 30)
+    assert script.held("a") == 15
+    ticket = script.request("unknown")
+    assert script.tags.active == 1
+    script.release(ticket)
+    assert script.tags.active == 1
+    ticket = script.request("unknown")
+    script.scheduler.activity(ticket, script.now)
+    assert script.tags.active == 2
 
 
 # -- moving to another tag -----------------------------------------------------
 
 
 def test_moved_ticket_is_charged_to_the_new_tag_alone():
-    desk = Desk(silent_tag="unknown")
-    ticket = desk.request("unknown")
-    assert desk.move(ticket, "a")
-    assert (desk.held("unknown"), desk.held("a")) == (0, 1)
-    accounts = desk.scheduler.roster.accounts
+    script = Script(silent_tag="unknown")
+    ticket = script.request("unknown")
+    assert script.move(ticket, "a")
+    assert (script.held("unknown"), script.held("a")) == (0, 1)
+    accounts = script.tags.accounts
     assert (accounts["unknown"].checkouts, accounts["a"].checkouts) == (0, 1)
     assert not accounts["unknown"].active
-    desk.release(ticket)
+    script.release(ticket)
 
 
 def test_move_is_refused_at_the_ceiling():
-    desk = Desk(silent_tag="unknown")
-    desk.requests("a", 15)
-    ticket = desk.request("unknown")
-    assert desk.move(ticket, "a") is False
-    assert (desk.held("unknown"), desk.held("a")) == (1, 15)
-
-
-def test_move_does_not_overtake_the_line_of_its_tag():
-    desk = Desk(capacity=2, soft_limit=2, max_limit=2, silent_tag="unknown")
-    ticket, _ = desk.request("unknown"), desk.request("x")
-    desk.request("a")
-    assert desk.move(ticket, "a") is False
-
-
-def test_move_does_not_overtake_a_tag_that_holds_less():
-    desk = Desk(capacity=3, soft_limit=2, max_limit=3, silent_tag="unknown")
-    desk.request("a")
-    desk.request("x")
-    ticket = desk.request("unknown")
-    desk.request("light")
-    assert desk.move(ticket, "a") is False
-    assert desk.release(ticket)[0].account.tag == "light"
+    script = Script(silent_tag="unknown")
+    script.requests("a", 15)
+    ticket = script.request("unknown")
+    assert script.move(ticket, "a") is False
+    assert (script.held("unknown"), script.held("a")) == (1, 15)
 
 
 def test_move_frees_room_below_the_old_tags_ceiling():
-    desk = Desk(capacity=4, soft_limit=2, max_limit=3)
-    a = desk.requests("a", 2)
-    desk.request("b")
-    waiting = desk.request("a")
+    script = Script(capacity=4, soft_limit=2, max_limit=3)
+    a = script.requests("a", 2)
+    script.request("b")
+    waiting = script.request("a")
     assert waiting.state is WAITING
-    assert desk.move(a[0], "b")
+    assert script.move(a[0], "b")
     assert waiting.state is GRANTED
 
 
@@ -331,35 +275,35 @@ def test_move_frees_room_below_the_old_tags_ceiling():
 
 
 def test_million_tags_leave_bounded_state():
-    desk = Desk()
-    scheduler, ticket = desk.scheduler, Ticket()
+    script = Script()
+    scheduler, ticket = script.scheduler, Ticket()
     for n in range(1_000_000):
-        scheduler.request(ticket, f"tag{n}", desk.now)
-        scheduler.release(ticket, desk.now)
-    assert len(scheduler.roster.accounts) <= roster._MAX_REMEMBERED
-    assert len(scheduler.roster._review._heap) <= 2 * roster._MAX_REMEMBERED + 100
+        scheduler.request(ticket, f"tag{n}", script.now)
+        scheduler.release(ticket, script.now)
+    assert len(script.tags.accounts) <= roster._MAX_REMEMBERED
+    assert len(script.tags._review._heap) <= 2 * roster._MAX_REMEMBERED + 100
     scheduler.check_valid([])
 
 
 def test_idle_tags_are_forgotten_after_a_while():
-    desk = Desk()
+    script = Script()
     for n in range(100):
-        desk.release(desk.request(f"tag{n}"))
-    desk.advance(61.0)
-    assert len(desk.scheduler.roster.accounts) == 100
-    assert desk.scheduler.roster.active == 0
-    desk.advance(301.0)
-    assert not desk.scheduler.roster.accounts
-    assert not desk.scheduler.roster._review
+        script.release(script.request(f"tag{n}"))
+    script.advance(61.0)
+    assert len(script.tags.accounts) == 100
+    assert script.tags.active == 0
+    script.advance(301.0)
+    assert not script.tags.accounts
+    assert not script.tags._review
 
 
 def test_tag_that_holds_a_slot_is_not_forgotten():
-    desk = Desk()
-    ticket = desk.request("a")
-    desk.advance(10_000.0)
-    desk.advance(10_000.0)
-    assert desk.held("a") == 1
-    assert desk.release(ticket) == []
+    script = Script()
+    ticket = script.request("a")
+    script.advance(10_000.0)
+    script.advance(10_000.0)
+    assert script.held("a") == 1
+    assert script.release(ticket) == []
     assert ticket.account.active, "a checkin is activity"
 
 
@@ -382,16 +326,16 @@ def calls(function):
 @pytest.mark.parametrize("step", ["request", "release", "cancel"])
 def test_cost_of_a_step_grows_at_most_with_the_logarithm(step):
     def cost(tags):
-        desk = Desk()
+        script = Script()
         tickets = [Ticket() for _ in range(tags)]
         for n, ticket in enumerate(tickets):
-            desk.scheduler.request(ticket, f"tag{n}", desk.now)
+            script.scheduler.request(ticket, f"tag{n}", script.now)
         if step == "request":
             new = Ticket()
-            return calls(lambda: desk.scheduler.request(new, "tag3", desk.now))
+            return calls(lambda: script.scheduler.request(new, "tag3", script.now))
         if step == "release":
-            return calls(lambda: desk.scheduler.release(tickets[3], desk.now))
-        return calls(lambda: desk.scheduler.cancel(tickets[tags // 2]))
+            return calls(lambda: script.scheduler.release(tickets[3], script.now))
+        return calls(lambda: script.scheduler.cancel(tickets[tags // 2]))
 
     # Comparisons inside heapq are its own; what is counted is what we call.
     assert cost(10_000) <= cost(100) + 2
@@ -399,13 +343,13 @@ def test_cost_of_a_step_grows_at_most_with_the_logarithm(step):
 
 def test_cost_of_a_step_does_not_grow_with_the_line():
     def cost(waiters):
-        desk = Desk(capacity=1, soft_limit=1, max_limit=1)
+        script = Script(1)
         tickets = [Ticket() for _ in range(waiters + 1)]
         for ticket in tickets:
-            desk.scheduler.request(ticket, "a", desk.now)
+            script.scheduler.request(ticket, "a", script.now)
         return (
-            calls(lambda: desk.scheduler.cancel(tickets[waiters // 2])),
-            calls(lambda: desk.scheduler.release(tickets[0], desk.now)),
+            calls(lambda: script.scheduler.cancel(tickets[waiters // 2])),
+            calls(lambda: script.scheduler.release(tickets[0], script.now)),
         )
 
     assert cost(10_000) == cost(10)

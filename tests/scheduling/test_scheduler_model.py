@@ -74,7 +74,7 @@ class Model:
         self.arrivals += 1
         self.waiting.append((self.arrivals, ticket, tag))
         granted = self.dispatch(now)
-        assert granted in ([], [ticket]), "a request served somebody else"
+        assert granted in ([], [ticket]), "a request served another one"
         over = self.max_waiting is not None and len(self.waiting) > self.max_waiting
         if not granted and over:
             self.waiting.pop()
@@ -157,7 +157,7 @@ class SchedulerAgreesWithModel(RuleBasedStateMachine):
 
     @rule(ticket=consumes(tickets))
     def leave(self, ticket):
-        """Whoever has the ticket is done with it, in whatever state it is."""
+        """The holder of a ticket is done with it, in whatever state it is."""
         if ticket.state is GRANTED:
             expected = self.model.release(ticket, self.now)
             self.agree(self.scheduler.release(ticket, self.now), expected)

@@ -1,6 +1,7 @@
 """What `test_gevent.py` runs, each scenario in a process of its own.
 
-Monkey-patching cannot be undone, so it must not happen in the tests' process.
+Monkey-patching cannot be undone, so it must not happen in the tests' process. Threads
+are greenlets here, and `time.sleep` lets the others run.
 """
 
 from gevent import monkey  # isort: skip
@@ -21,49 +22,46 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sqlalchemy import create_engine, text  # noqa: E402
 
-from sqla_fairpool import CheckoutTimeout, FairQueuePool, SelfDeadlock, tag  # noqa: E402
+from sqla_fairpool import CheckoutTimeout, FairQueuePool, SelfDeadlock  # noqa: E402
 from support import state  # noqa: E402
-from support.state import assert_quiet  # noqa: E402
-from support.stub import StubServer  # noqa: E402
+from support.stub import StubServer, all_for_one  # noqa: E402
+from support.threads import (  # noqa: E402
+    connect,
+    ensure_waiting,
+    eventually,
+    give,
+    wait_in_line,
+)
 
 
-def one_connection():
+def one_connection(**options):
     server = StubServer()
-    return server, server.pool(pool_size=1, soft_limit=1, max_limit=1)
+    return server, server.pool(pool_size=1, **options)
 
 
-def waiting(pool, number):
-    while state.waiting(pool) != number:
-        gevent.sleep(0)
+def spawn_in_line(pool, number):
+    """Start greenlets that wait for a connection, one after the other."""
+    greenlets = []
+    for waiting in range(1, number + 1):
+        greenlets.append(gevent.spawn(connect, pool))
+        ensure_waiting(pool, waiting)
+    return greenlets
 
 
 def waiters_are_served_in_order(url):
     _, pool = one_connection()
-    served = []
-
-    def visit(name):
-        with tag(name):
-            fairy = pool.connect()
-        served.append(name)
-        gevent.sleep(0)
-        fairy.close()
-
-    holder = pool.connect()
-    visits = []
-    for number, name in enumerate("abc", 1):
-        visits.append(gevent.spawn(visit, name))
-        waiting(pool, number)
+    holder = connect(pool)
+    for left, caller in zip((2, 1, 0), wait_in_line(pool, count=3), strict=True):
+        holder.close()
+        holder = caller.result()
+        assert state.waiting(pool) == left
     holder.close()
-    gevent.joinall(visits, raise_error=True)
-    assert served == ["a", "b", "c"]
-    assert_quiet(pool)
+    state.assert_quiet(pool)
 
 
 def time_out_does_not_block_the_hub(url):
-    server = StubServer()
-    pool = server.pool(pool_size=1, timeout=0.05)
-    holder = pool.connect()
-    beats = []
+    _, pool = one_connection(timeout=0.05)
+    holder, beats = connect(pool), []
 
     def heart():
         while True:
@@ -72,21 +70,17 @@ def time_out_does_not_block_the_hub(url):
 
     heart = gevent.spawn(heart)
     try:
-        pool.connect()
+        connect(pool)
     except CheckoutTimeout:
-        pass
-    else:
-        raise AssertionError("no time-out")
-    heart.kill()
+        heart.kill()
+    assert heart.dead, "no time-out"
     assert len(beats) > 2
     holder.close()
-    assert_quiet(pool)
+    state.assert_quiet(pool)
 
 
 def greenlet_that_waits_for_itself_is_refused(url):
-    pool = StubServer().pool(
-        pool_size=2, soft_limit=2, max_limit=2, timeout=1000, deadlock_timeout=0.001
-    )
+    pool = StubServer().pool(**all_for_one(2), timeout=1000, deadlock_timeout=0.001)
 
     def nested():
         holder = pool.connect()
@@ -101,61 +95,54 @@ def greenlet_that_waits_for_itself_is_refused(url):
 
     both = [gevent.spawn(nested) for _ in range(2)]
     assert sorted(one.get() for one in both) == ["refused", "served"]
-    assert_quiet(pool)
+    state.assert_quiet(pool)
 
 
 def killed_while_waiting(url):
     _, pool = one_connection()
-    holder = pool.connect()
-    first, second = (gevent.spawn(pool.connect) for _ in range(2))
-    waiting(pool, 2)
+    holder = connect(pool)
+    first, second = spawn_in_line(pool, 2)
     first.kill()
-    waiting(pool, 1)
+    ensure_waiting(pool, 1)
     holder.close()
     second.get().close()
-    assert_quiet(pool)
+    state.assert_quiet(pool)
 
 
 def killed_when_it_was_granted(url):
     server, pool = one_connection()
-    holder = pool.connect()
-    first, second = (gevent.spawn(pool.connect) for _ in range(2))
-    waiting(pool, 2)
+    holder = connect(pool)
+    first, second = spawn_in_line(pool, 2)
     first.kill(block=False)  # at the next switch
     holder.close()  # before it, the slot becomes the first one's
     assert state.waiting(pool) == 1
     second.get().close()
     assert server.opened == 1
-    assert_quiet(pool)
+    state.assert_quiet(pool)
+
+
+def killed_in(server, pool, name, function):
+    """Kill a greenlet that is in the middle of a call to the server."""
+    gate, reached = gevent.event.Event(), []
+    server.before[name] = lambda: reached.append(1) or gate.wait()
+    first = gevent.spawn(function)
+    eventually(lambda: reached)
+    (second,) = spawn_in_line(pool, 1)
+    first.kill()
+    gate.set()
+    second.get().close()
+    state.assert_quiet(pool)
 
 
 def killed_while_connecting(url):
     server, pool = one_connection()
-    gate = gevent.event.Event()
-    server.before["connect"] = gate.wait
-    first = gevent.spawn(pool.connect)
-    while not server.open:
-        gevent.sleep(0)
-    second = gevent.spawn(pool.connect)
-    waiting(pool, 1)
-    first.kill()
-    gate.set()
-    second.get().close()
-    assert_quiet(pool)
+    killed_in(server, pool, "connect", pool.connect)
 
 
 def killed_while_returning(url):
     server, pool = one_connection()
-    gate = gevent.event.Event()
-    fairies = [pool.connect()]
-    server.before["rollback"] = gate.wait
-    first = gevent.spawn(lambda: fairies.pop().close())
-    second = gevent.spawn(pool.connect)
-    waiting(pool, 1)
-    first.kill()
-    gate.set()
-    second.get().close()
-    assert_quiet(pool)
+    connections = [connect(pool)]
+    killed_in(server, pool, "rollback", lambda: give(connections))
 
 
 def make_cooperative():
@@ -202,18 +189,18 @@ def kill_anywhere(engine, after_each):
     assert min(outcomes.values()) > 20, outcomes
 
 
+def fair_engine(url, **options):
+    return create_engine(url, poolclass=FairQueuePool, **all_for_one(5), **options)
+
+
 def killed_anywhere_on_postgresql(url):
     make_cooperative()
-    engine = create_engine(
-        url, poolclass=FairQueuePool, pool_size=5, soft_limit=5, max_limit=5
-    )
+    engine = fair_engine(url)
 
     def settled():
         # A statement that was cut off may take a moment to end at the server.
-        pool = engine.pool
-        while state.capacity(pool) < pool.options.capacity:
-            gevent.sleep(0.001)
-        assert_quiet(pool)
+        eventually(lambda: state.capacity(engine) == 5)
+        state.assert_quiet(engine)
 
     kill_anywhere(engine, settled)
     with engine.connect() as connection:
@@ -225,20 +212,12 @@ def killed_anywhere_with_a_ledger(url):
     make_cooperative()
     with tempfile.TemporaryDirectory() as folder:
         for ledger in (f"{folder}/app.ledger", "database"):
-            engine = create_engine(
-                url,
-                poolclass=FairQueuePool,
-                pool_size=5,
-                soft_limit=5,
-                max_limit=5,
-                ledger=ledger,
-            )
+            engine = fair_engine(url, ledger=ledger)
 
             def all_can_be_had(engine=engine):
                 takers = [gevent.spawn(engine.connect) for _ in range(5)]
                 gevent.joinall(takers, raise_error=True)
-                for taker in takers:
-                    taker.get().close()
+                give([taker.get() for taker in takers])
 
             kill_anywhere(engine, all_can_be_had)
             engine.dispose()

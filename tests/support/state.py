@@ -95,9 +95,14 @@ def replace_warm(pool, tag, list_class):
     records.list()
 
 
+def record_of(connection):
+    """The pool's record of a connection, an engine's or one of the pool itself."""
+    return getattr(connection, "_dbapi_connection", connection)._connection_record
+
+
 def checkout_of(connection):
     """What is noted of the checkout of a connection that is out."""
-    return connection.connection._connection_record.fair.checkout
+    return record_of(connection).fair.checkout
 
 
 def tag_of(connection):

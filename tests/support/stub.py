@@ -50,7 +50,7 @@ class StubConnection:
         self.statements = []
         self.closed = False
         self.rollbacks = 0
-        #: Who has it; written by stress tests.
+        #: Which caller has it; written by stress tests.
         self.owner = None
 
     def cursor(self):
@@ -125,3 +125,14 @@ class StubServer:
         """Return an engine on this server."""
         options.setdefault("poolclass", FairQueuePool)
         return create_engine("sqlite://", creator=self.connect, **options)
+
+
+def all_for_one(size, max_overflow=0):
+    """The options of a pool in which one tag may have all connections."""
+    capacity = size + max_overflow
+    return {
+        "pool_size": size,
+        "max_overflow": max_overflow,
+        "soft_limit": capacity,
+        "max_limit": capacity,
+    }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
+import sqla_fairpool
+
 from . import state
 
 #: How long anything that must happen may take, on a slow and busy machine.
@@ -50,6 +52,54 @@ class Caller(threading.Thread):
         if self.error is not None:
             raise self.error
         return self._outcome
+
+
+class Gate:
+    """A place where a function stops: `server.before["close"] = gate`, for example."""
+
+    def __init__(self):
+        self._reached, self._open = threading.Event(), threading.Event()
+
+    def __call__(self, *args):
+        self._reached.set()
+        assert self._open.wait(PATIENCE), "the gate was not opened"
+
+    def reached(self):
+        """Return once a thread has come to the gate."""
+        assert self._reached.wait(PATIENCE), "no thread came to the gate"
+
+    def open(self):
+        """Let all pass from now on."""
+        self._open.set()
+
+
+def connect(pool, tag="a"):
+    """Check a connection out under a tag; "unknown" means without one."""
+    if tag == "unknown":
+        return pool.connect()
+    with sqla_fairpool.tag(tag):
+        return pool.connect()
+
+
+def take(pool, number, tag="a"):
+    """Check so many connections out under a tag."""
+    return [connect(pool, tag) for _ in range(number)]
+
+
+def give(connections):
+    """Return all of them; the list is empty then."""
+    while connections:
+        connections.pop().close()
+
+
+def wait_in_line(pool, tag="a", count=1):
+    """Start callers under a tag, one after the other; return them in that order."""
+    callers = []
+    for _ in range(count):
+        before = state.waiting(pool)
+        callers.append(Caller(connect, pool, tag))
+        ensure_waiting(pool, before + 1)
+    return callers
 
 
 class VirtualClock:

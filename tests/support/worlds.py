@@ -1,34 +1,46 @@
-"""One test for threads and for tasks: the contract of `test_databases.py`.
+"""One test for threads and for tasks.
 
-SQLAlchemy's API below its asyncio classes is synchronous, so a test that is run in
-a greenlet reads like one that is run in a thread. What differs is how a second
-caller is started, and how one waits for it.
+SQLAlchemy's API below its asyncio classes is synchronous, so a test that runs in a
+greenlet reads like one that runs in a thread. What differs is how a second caller is
+started, and how one waits for it. A test is marked with :func:`contract` and has a
+`world` among its arguments.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import inspect
+import time
 
+import pytest
 from sqlalchemy import create_engine, event, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
 
-from .state import assert_quiet
-from .tasks import waiting
-from .threads import PATIENCE, Caller, ensure_waiting
+from . import state
+from .stub import StubServer, all_for_one
+from .tasks import until
+from .threads import PATIENCE, Caller, Gate, connect, eventually
 
 
 class Threads:
-    """Callers are threads."""
+    """Callers are threads.
+
+    :param url: the database of :meth:`engine`.
+    """
 
     pool_class = FairQueuePool
+    #: What ends a caller in the middle of its work.
+    interruption = KeyboardInterrupt
 
-    def __init__(self, url):
+    def __init__(self, url=None):
         self.url = url
-        self._engines = []
+        #: The stub of :meth:`pool`.
+        self.server = StubServer()
+        self._engines, self._pools = [], []
 
     def run(self, test):
         try:
@@ -44,43 +56,106 @@ class Threads:
 
     make = staticmethod(create_engine)
 
+    def pool(self, size=None, **options):
+        """Return a pool on the stub, which must be quiet after the test.
+
+        :param size: how many connections it has, all of which one tag may have.
+        """
+        if size is not None:
+            options |= all_for_one(size, options.get("max_overflow", 0))
+        self._pools.append(self.server.pool(self.pool_class, **options))
+        return self._pools[-1]
+
     def close(self):
         for engine in self._engines:
             engine.dispose()
-            assert_quiet(engine.pool)
+        for pool in [engine.pool for engine in self._engines] + self._pools:
+            state.assert_quiet(pool)
 
-    def start(self, function):
-        """Start another caller; its `result()` waits for it."""
-        return Caller(function)
+    def wait_in_line(self, pool, tag="a", count=1):
+        """Start callers under a tag, one after the other; return them in that order."""
+        callers = []
+        for _ in range(count):
+            before = state.waiting(pool)
+            callers.append(self.start(connect, pool, tag))
+            self.ensure_waiting(pool, before + 1)
+        return callers
 
-    def ensure_waiting(self, engine, number):
-        ensure_waiting(engine.pool, number)
+    def ensure_waiting(self, pool, number):
+        """Return once so many callers wait in a pool, or in that of an engine."""
+        self.eventually(lambda: state.waiting(pool) == number, f"{number} waiting")
+
+    # -- what differs in a world of tasks --
+
+    #: Starts another caller; its `result()` waits for it.
+    start = Caller
+    gate = Gate
+    eventually = staticmethod(eventually)
+    sleep = staticmethod(time.sleep)
 
 
 class Task:
     """As `Caller`, for a task."""
 
-    def __init__(self, function):
-        self._task = asyncio.create_task(greenlet_spawn(function))
+    def __init__(self, function, *args):
+        self._task = asyncio.create_task(greenlet_spawn(function, *args))
+
+    def is_alive(self):
+        return not self._task.done()
+
+    def cancel(self):
+        self._task.cancel()
 
     def result(self):
         return await_only(self._task)
+
+    def strand(self):
+        """Have nothing logged when the loop is closed before the task has ended."""
+        self._task._log_destroy_pending = False
+
+
+class TaskGate:
+    """As `Gate`, for tasks."""
+
+    def __init__(self):
+        self._reached, self._open = asyncio.Event(), asyncio.Event()
+
+    def __call__(self, *args):
+        self._reached.set()
+        if not self._open.is_set():
+            await_only(self._open.wait())
+
+    def reached(self):
+        await_only(self._reached.wait())
+
+    def open(self):
+        self._open.set()
 
 
 class Tasks(Threads):
     """Callers are tasks; each runs in SQLAlchemy's greenlet."""
 
     pool_class = AsyncAdaptedFairQueuePool
+    interruption = asyncio.CancelledError
 
-    def __init__(self, url, new_loop=asyncio.new_event_loop):
+    def __init__(self, url=None, new_loop=asyncio.new_event_loop):
         super().__init__(url)
-        self._new_loop = new_loop
+        self.new_loop = new_loop
 
     def run(self, test):
-        loop = self._new_loop()
-        main = greenlet_spawn(functools.partial(super().run, test))
+        self.in_a_loop(functools.partial(super().run, test))
+
+    def in_a_loop(self, function, *args, all_end=True):
+        """Run a function in a new loop, which is closed then.
+
+        :param all_end: every task must have ended with it.
+        """
+        loop = self.new_loop()
+        main = greenlet_spawn(function, *args)
         try:
-            loop.run_until_complete(asyncio.wait_for(main, 2 * PATIENCE))
+            result = loop.run_until_complete(asyncio.wait_for(main, 2 * PATIENCE))
+            assert not (all_end and asyncio.all_tasks(loop))
+            return result
         finally:
             loop.close()
 
@@ -88,19 +163,37 @@ class Tasks(Threads):
     def make(url, **options):
         return create_async_engine(url, **options).sync_engine
 
-    def start(self, function):
-        return Task(function)
+    start = Task
+    gate = TaskGate
 
-    def ensure_waiting(self, engine, number):
-        await_only(waiting(engine.pool, number))
+    @staticmethod
+    def eventually(condition, what="the condition"):
+        await_only(until(condition, what))
+
+    @staticmethod
+    def sleep(seconds):
+        await_only(asyncio.sleep(seconds))
+
+
+def make_world(kind, url=None):
+    """Return a world of "threads", or of tasks with "asyncio" or "uvloop"."""
+    if kind == "threads":
+        return Threads(url)
+    if kind == "asyncio":
+        return Tasks(url)
+    uvloop = pytest.importorskip("uvloop", reason="it has no wheels for Windows")
+    return Tasks(url, uvloop.new_event_loop)
 
 
 def contract(test):
     """Run a test in the world that it is given."""
+    signature = inspect.signature(test)
 
     @functools.wraps(test)
-    def run(world, **arguments):
-        world.run(lambda: test(world, **arguments))
+    def run(*args, **kw):
+        arguments = signature.bind(*args, **kw).arguments
+        world = arguments.get("world") or arguments["tasks"]
+        world.run(lambda: test(**arguments))
 
     return run
 
