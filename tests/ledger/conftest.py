@@ -4,7 +4,14 @@ import uuid
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
+from support.ledger import World
 from support.stores import Elsewhere, store_at
+
+
+@pytest.fixture
+def world():
+    """Processes that share a ledger, in one thread."""
+    return World()
 
 
 @pytest.fixture
