@@ -44,8 +44,8 @@ __all__ = ["Book"]
 class Book:
     """The rows of one transaction, understood, and all that may be done to them.
 
-    Rows are read when they are needed; :attr:`texts` and :meth:`reset` are there for
-    those that cannot be read as well.
+    Rows are read when they are needed. Those that cannot be read are in :attr:`texts`,
+    and can be :meth:`reset`.
 
     :param rows: what the store gave. Changes are written there at once.
     :raises LedgerError: on use, if a later version has written them, or no member has.

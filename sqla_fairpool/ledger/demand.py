@@ -27,7 +27,7 @@ _REST = ""
 class TagDemand(NamedTuple):
     """What a process wants under one tag, now."""
 
-    #: The most that were in use at once since this was asked last.
+    #: The most at once since this was asked last.
     in_use: int = 0
     waiting: int = 0
     active: bool = False
@@ -139,7 +139,7 @@ def condense(demand: Tags) -> Tags:
 
 
 class PoolSide:
-    """The pool, with what it was told, and the most it has had in use in a round."""
+    """The pool, what it was told, and the most it has had in use in a round."""
 
     def __init__(self, local: Local) -> None:
         self.local = local
@@ -153,7 +153,7 @@ class PoolSide:
         return self._told[0] if self._told else 0
 
     def look(self) -> State:
-        """Return what it has and wants; what was in use since the round began."""
+        """Return what it has and wants, with what was in use in this round."""
         state, peaks = State.of(self.local), self._peaks
         for tag, want in state.tags.items():
             peaks[tag] = max(peaks.get(tag, 0), want.in_use)
@@ -204,10 +204,10 @@ class Allotment:
     row: Member
     #: The slots that it is to have.
     target: int
-    #: By tag: what it got of what it posted, and what is the most for its pool.
+    #: By tag: what it got of what it posted, and what is the most for its pool; `other`
+    #: is that of any other tag.
     claims: Mapping[str, int]
     ceilings: Mapping[str, int]
-    #: Ceiling of any other tag.
     other: int
     #: Slots wanted by any member that there are not.
     unmet: int
@@ -275,9 +275,8 @@ class Pace:
         return max(self.turn, asked / _TURNS)
 
 
-#: Slots that change hands per second, because others are to have a turn. Each costs
-#: three transactions with all the rows, milliseconds where there are a thousand
-#: members: where more are asked, turns last longer.
+#: Slots that change hands per second in turns, which last longer where more are asked:
+#: each costs three transactions, of milliseconds where there are a thousand members.
 _TURNS = 50.0
 
 
@@ -286,8 +285,7 @@ class Demand:
 
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
-        #: What the last transaction has said; None while we are no member.
-        self.allotment: Allotment | None = None
+        self.allotment: Allotment | None = None  # while we are a member
         # Since when: less is wanted than claimed; nobody waits any more of those who
         # are posted; each tag has had its slot.
         self._slack_since: float | None = None
@@ -304,7 +302,7 @@ class Demand:
         return self.allotment
 
     def rung(self, now: float) -> None:
-        """The pool has rung. If something fell idle, see later if it stays so."""
+        """See later if what fell idle stays so: the pool has rung."""
         self._ask_at = now + self._pace.linger
 
     def is_news(self, tags: Tags, now: float) -> bool:

@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import stat
 import threading
 import uuid
@@ -40,7 +39,7 @@ from pathlib import Path
 from .errors import LedgerError
 from .host_file import LedgerFile, Replaced, is_at, no_fork, share
 from .rows import member_key
-from .store import Store, StoreAway
+from .store import Store, StoreAway, drain, wait_for
 
 try:
     import fcntl
@@ -161,8 +160,7 @@ class HostStore(Store):
             os.mkfifo(bell, self._mode)
             share(bell, self._mode, there)
             with no_fork:
-                # Both ends are ours: so it is never at its end, and a write never
-                # fails.
+                # Both ends are ours: it is never at its end, and no write fails.
                 self._bell = os.open(bell, os.O_RDWR | os.O_NONBLOCK)
         if not is_at(self._sign, sign):
             self._sign = self._closed(self._sign)
@@ -195,7 +193,7 @@ class HostStore(Store):
 
     @staticmethod
     def _closed(handle: int | None) -> None:
-        """Close a handle of this process, whatever its children have open."""
+        """Close and unlock a file, whatever this process's children have open."""
         if handle is not None:
             with no_fork, contextlib.suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_UN)
@@ -338,25 +336,18 @@ class HostStore(Store):
                 os.close(bell)
 
     def wait(self, seconds: float | None) -> bool:
-        bell = self._bell
-        if bell is None:
+        if (bell := self._bell) is None:
             raise StoreAway("the ledger is not open")
-        poll = select.poll()
-        poll.register(bell, select.POLLIN)
-        if not poll.poll(None if seconds is None else max(seconds, 0.0) * 1000):
+        if not wait_for([bell], seconds):
             return False
         try:
-            while heard := os.read(bell, 4096):
-                self.asked = self.asked or _ASK in heard
-        except BlockingIOError:
-            pass
+            self.asked = _ASK in drain(bell) or self.asked
         except OSError:  # closed meanwhile
             raise StoreAway("the ledger is not open") from None
         return True
 
     def nudge(self) -> None:
-        bell = self._bell
-        if bell is not None:
+        if (bell := self._bell) is not None:
             with contextlib.suppress(OSError):  # full, or closed meanwhile
                 os.write(bell, _NUDGE)
 
