@@ -94,7 +94,7 @@ class Local(Protocol):
         """Ring from now on when a connection falls idle, or do not any more."""
 
     def refuse(self, error: LedgerError) -> None:
-        """Raise this in those who wait now."""
+        """Raise this in the callers that wait now."""
 
 
 class State(NamedTuple):
@@ -286,8 +286,8 @@ class Demand:
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
         self.allotment: Allotment | None = None  # while we are a member
-        # Since when: less is wanted than claimed; nobody waits any more of those who
-        # are posted; each tag has had its slot.
+        # Since when: less is wanted than claimed; no caller waits any more under a
+        # tag that goes short; each tag has had its slot.
         self._slack_since: float | None = None
         self._gone_since: float | None = None
         self._had_since: dict[str, float] = {}

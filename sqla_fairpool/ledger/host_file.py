@@ -90,7 +90,7 @@ def is_at(handle: int | None, path: Path) -> bool:
 
 
 def share(path: Path, mode: int, like: os.stat_result) -> None:
-    """Give something that this process has made to those who share the ledger.
+    """Give something that this process has made to those that share the ledger.
 
     :param like: the ledger's file, whose group it gets; and whose owner, from root.
     """
@@ -192,7 +192,7 @@ class LedgerFile:
                 # of another user, though it may be written.
                 self._handle = os.open(self.real, os.O_RDWR | os.O_NONBLOCK)
             except FileNotFoundError:
-                # Readable by nobody else, unless the operator creates it otherwise.
+                # Not readable by others, unless the operator creates it otherwise.
                 self._handle = os.open(self.real, os.O_RDWR | os.O_CREAT, 0o600)
         if not stat.S_ISREG(os.fstat(self._handle).st_mode):
             self.close()

@@ -111,7 +111,7 @@ class Membership:
         self._demand.rung(now)
 
     def times(self, now: float) -> Iterator[float]:
-        """Yield the times at which there may be something to do, if nobody rings."""
+        """Yield the times at which there may be something to do, without a bell."""
         yield self._look_at
         if self.is_open and self._store.watches_place:
             yield now + self._pace.beat
@@ -301,7 +301,7 @@ class Membership:
         return True
 
     def _are_all_there(self, has: Allotment) -> frozenset[str] | None:
-        """Return the members of fresh rows, if nobody else lives at this place."""
+        """Return the members of fresh rows, if no other process lives at this place."""
         if has.fresh is None:
             return None
         before, self._strangers = self._strangers, self._store.strangers(has.fresh)
