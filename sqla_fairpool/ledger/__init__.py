@@ -4,8 +4,8 @@ Three parts, which meet in small interfaces only:
 
 * a *store* (:mod:`.store`): rows of text under an exclusive lock, signs of life, bells
   between the processes, and what they say of themselves to onlookers;
-* the *book* (:mod:`.book`, :mod:`.allocation`): what the rows mean and which
-  member may change what. Pure: no I/O, no clock, no thread;
+* the *book* (:mod:`.book`, :mod:`.allocation`): what the rows mean and which member
+  may change what. Pure: no I/O, no clock, no thread;
 * the *keeper* (:mod:`.keeper`): one background thread in each process, with the store
   and the book on one side and the pool on the other.
 
@@ -80,11 +80,11 @@ what a member knows, if a copy was restored. Then it takes free slots for what i
 open, and opens nothing while it has fewer.
 
 **Which members are told.** Each transaction computes the allocation for all members
-(:mod:`.allocation`) and writes down, in the row ``due``, which members are expected to
-look, and why: ``give``, its target is below what it owns; ``take``, there are free slots for it;
-``limit``, a ceiling that binds it has changed; ``turn``, it is asked to yield its place
-in a line; ``press``, others go short, so what it does not use has to be given up at
-once. Those whose entry is new are rung. A bell may be lost: the row is not.
+(:mod:`.allocation`) and writes down, in the row ``due``, which of them are expected to
+look, and why: ``give``, the target is below what it owns; ``take``, there are free
+slots for it; ``limit``, a ceiling that binds it has changed; ``turn``, it is asked to
+yield its place in a line; ``press``, others go short, so what it does not use has to be
+given up at once. Those whose entry is new are rung. A bell may be lost: the row is not.
 
 **Terms.** All members have the same numbers, and their connections go to one server. A
 newcomer with other terms, or another server, is refused unless no other member lives;
