@@ -34,13 +34,13 @@ free -> owned                 `settle`: a member, for itself, up to its target, 
                               it opens a connection
 owned -> free                 `settle`, `leave`: the owner, for itself, after the
                               connection is closed and its pool told not to open another
-owned -> quarantined          `reap`: any member, when the kernel or the server says that
+owned -> quarantined          `reap`: any, when the kernel or the server says that
                               the owner's sign of life is gone and its row has not
                               changed since before that was asked;
                               `leave`: the owner, for connections that stay open;
                               `quarantine`: the owner, for a single connection of which
                               it cannot know if its session has ended
-quarantined -> free           `release`: any member, session by session, when the server
+quarantined -> free           `release`: any, session by session, when the server
                               says that it is gone (or, where it cannot be asked, after
                               a stated time); an unposted slot when there is no session
                               that could have it, see :mod:`.watch`

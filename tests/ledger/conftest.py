@@ -35,6 +35,15 @@ def place(request, path):
     return url.set(drivername=f"postgresql+{request.param}"), uuid.uuid4().hex
 
 
+@pytest.fixture(params=["host", "postgresql"])
+def ledger(request, tmp_path, postgres_url):
+    """What names a new ledger, of each kind."""
+    if request.param == "host":
+        return str(tmp_path / "app.ledger")
+    url = make_url(postgres_url).update_query_dict({"ledger": uuid.uuid4().hex})
+    return url.render_as_string(hide_password=False)
+
+
 @pytest.fixture
 def opened():
     """Open stores, or the stores at places; they are closed after the test."""
