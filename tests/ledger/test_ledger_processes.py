@@ -11,12 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, make_url, text
 from support.counting_server import CountingServer
 from support.sampler import CAPACITY, Server
 from support.threads import PATIENCE, eventually
@@ -33,6 +34,15 @@ def server(postgres_url):
     server.close()
     assert server.most <= CAPACITY
     assert server.looks > 10
+
+
+@pytest.fixture(params=["host", "postgresql"])
+def ledger(request, tmp_path, postgres_url):
+    """Where a new ledger is, of each kind."""
+    if request.param == "host":
+        return str(tmp_path / "app.ledger")
+    url = make_url(postgres_url).update_query_dict({"ledger": uuid.uuid4().hex})
+    return url.render_as_string(hide_password=False)
 
 
 @pytest.fixture
