@@ -27,31 +27,27 @@ from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import Connection, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, ProgrammingError, SQLAlchemyError
-from sqlalchemy.pool import NullPool
 
 from . import watch
 from .errors import LedgerError
-from .postgres_driver import Heard, first_line, listen, notifications, sqlstate
+from .postgres_driver import (
+    Heard,
+    first_line,
+    listen,
+    make_engine,
+    notifications,
+    sqlstate,
+)
 from .postgres_tables import Tables, TablesGone, TablesUnusable
 from .store import Store, StoreAway, drain, wait_for
 
 __all__ = ["PostgresStore"]
 
 #: How long a transaction waits for another one, and for the server.
-_LOCK_TIMEOUT, _STATEMENT_TIMEOUT, _CONNECT_TIMEOUT = "2s", "5s", 5
-
-#: For libpq, unless the URL has others: a network that is cut is noticed within 10
-#: seconds, by probes or by what is sent and not acknowledged (milliseconds).
-_KEEPALIVES = {
-    "keepalives": 1,
-    "keepalives_idle": 4,
-    "keepalives_interval": 2,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 10_000,
-}
+_LOCK_TIMEOUT, _STATEMENT_TIMEOUT = "2s", "5s"
 
 #: What a notification says when its receiver is to publish.
 _ASK = "ask"
@@ -91,17 +87,7 @@ class PostgresStore(Store):
     def __init__(
         self, url: URL, ledger: str = "default", *, observes: bool = False
     ) -> None:
-        keepalives = {k: v for k, v in _KEEPALIVES.items() if k not in url.query}
-        self._engine = create_engine(
-            url,
-            poolclass=NullPool,
-            isolation_level="AUTOCOMMIT",
-            connect_args={
-                **keepalives,
-                "connect_timeout": _CONNECT_TIMEOUT,
-                "application_name": "sqla_fairpool ledger",
-            },
-        )
+        self._engine = make_engine(url)
         self._observes = observes
         # Of the place: the lock that each member shares, as a key of its own and as a
         # second one, and the channel to which all listen.

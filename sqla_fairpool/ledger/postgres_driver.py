@@ -1,12 +1,51 @@
-"""What the PostgreSQL store does otherwise with psycopg2 than with psycopg."""
+"""How the PostgreSQL store uses its drivers, psycopg2 and psycopg."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from sqlalchemy import Engine, create_engine
+from sqlalchemy.engine import URL
+from sqlalchemy.pool import NullPool
+
 from .store import StoreAway
 
-__all__ = ["Heard", "first_line", "listen", "notifications", "sqlstate"]
+__all__ = [
+    "Heard",
+    "first_line",
+    "listen",
+    "make_engine",
+    "notifications",
+    "sqlstate",
+]
+
+#: For libpq, unless the URL has others: a network that is cut is noticed within 10
+#: seconds, by probes or by what is sent and not acknowledged (milliseconds).
+_KEEPALIVES = {
+    "keepalives": 1,
+    "keepalives_idle": 4,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+
+#: Seconds.
+_CONNECT_TIMEOUT = 5
+
+
+def make_engine(url: URL) -> Engine:
+    """Return what makes connections to the ledger's database."""
+    keepalives = {k: v for k, v in _KEEPALIVES.items() if k not in url.query}
+    return create_engine(
+        url,
+        poolclass=NullPool,
+        isolation_level="AUTOCOMMIT",
+        connect_args={
+            **keepalives,
+            "connect_timeout": _CONNECT_TIMEOUT,
+            "application_name": "sqla_fairpool ledger",
+        },
+    )
 
 
 class Heard(NamedTuple):
