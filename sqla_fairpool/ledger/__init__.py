@@ -4,8 +4,8 @@ Three parts, which meet in small interfaces only:
 
 * a *store* (:mod:`.store`): rows of text under an exclusive lock, signs of life, bells
   between the processes, and what they say of themselves to onlookers;
-* the *book* (:mod:`.book`, :mod:`.allocation`): what the rows mean and who may change
-  what. Pure: no I/O, no clock, no thread;
+* the *book* (:mod:`.book`, :mod:`.allocation`): what the rows mean and which member
+  may change what. Pure: no I/O, no clock, no thread;
 * the *keeper* (:mod:`.keeper`): one background thread in each process, with the store
   and the book on one side and the pool on the other.
 
@@ -28,19 +28,19 @@ the session has ended. So a slot of a member that is gone is held by a session t
 known, or *unposted*: by one that was opened a moment before, or by none.
 
 ============================  ==========================================================
-transition                    who may do it, and when
+transition                    by which member, and when
 ============================  ==========================================================
 free -> owned                 `settle`: a member, for itself, up to its target, before
                               it opens a connection
 owned -> free                 `settle`, `leave`: the owner, for itself, after the
                               connection is closed and its pool told not to open another
-owned -> quarantined          `reap`: anybody, when the kernel or the server says that
+owned -> quarantined          `reap`: any, when the kernel or the server says that
                               the owner's sign of life is gone and its row has not
                               changed since before that was asked;
                               `leave`: the owner, for connections that stay open;
                               `quarantine`: the owner, for a single connection of which
                               it cannot know if its session has ended
-quarantined -> free           `release`: anybody, session by session, when the server
+quarantined -> free           `release`: any, session by session, when the server
                               says that it is gone (or, where it cannot be asked, after
                               a stated time); an unposted slot when there is no session
                               that could have it, see :mod:`.watch`
@@ -56,7 +56,7 @@ it. If a member is gone for good
 * after it took slots, or told its pool to shrink: all its slots are reaped;
 * after it gave back, before it rang the member that waits for that: that one looks on
   its beat, finds itself in the row ``due``, and takes;
-* between `reap` and `release`: the quarantine is in the rows, anybody goes on;
+* between `reap` and `release`: the quarantine is in the rows, any member goes on;
 * after a connection was opened, before its session was posted: its slot is unposted.
 
 A member that only *stops* (SIGSTOP, a debugger, a suspended machine) keeps its sign of
@@ -79,14 +79,14 @@ it finds out, joins, and takes slots for what it has open. The rows can be *olde
 what a member knows, if a copy was restored. Then it takes free slots for what it has
 open, and opens nothing while it has fewer.
 
-**Who is told.** Each transaction computes the allocation for all members
-(:mod:`.allocation`) and writes down, in the row ``due``, who is expected to look and
-why: ``give``, its target is below what it owns; ``take``, there are free slots for it;
-``limit``, a ceiling that binds it has changed; ``turn``, it is asked to yield its place
-in a line; ``press``, somebody goes short, so what it does not use has to be given up at
-once. Those whose entry is new are rung. A bell may be lost: the row is not.
+**Which members are told.** Each transaction computes the allocation for all members
+(:mod:`.allocation`) and writes down, in the row ``due``, which of them are expected to
+look, and why: ``give``, the target is below what it owns; ``take``, there are free
+slots for it; ``limit``, a ceiling that binds it has changed; ``turn``, it is asked to
+yield its place in a line; ``press``, others go short, so what it does not use has to be
+given up at once. Those whose entry is new are rung. A bell may be lost: the row is not.
 
 **Terms.** All members have the same numbers, and their connections go to one server. A
-newcomer with other terms, or another server, is refused unless nobody else lives; then
-its own are in force. So are members of a later version by those of an earlier one.
+newcomer with other terms, or another server, is refused unless no other member lives;
+then its own are in force. So are members of a later version by those of an earlier one.
 """

@@ -50,7 +50,7 @@ _HERE = "localhost"
 _SOCKETS = ("/run/postgresql", "/var/run/postgresql", "/tmp")
 
 #: Where directories for default ledgers are. Not what TMPDIR or XDG_RUNTIME_DIR say:
-#: cron, system services and shells of one user have different ones, or none.
+#: they differ between cron, services and shells of one user.
 _TEMP = Path("/tmp")
 
 #: What gives names to addresses, before any server is asked.
@@ -139,13 +139,12 @@ def with_threads_driver(url: URL) -> URL:
 def default_path(database: URL) -> Path:
     """Return the default ledger's file for a database, by its host, port and name.
 
-    Never by user or password. The same for all processes of a user on this host,
-    whatever their environment. The directory is this user's alone, which is checked: in
-    a directory that is open to everybody, somebody else could have made it.
+    Never by user or password. The same for all processes of a user on this host. The
+    directory is this user's alone, which is checked: another one could have made it.
     """
     parts = database_place(database)
     told = "-".join(filter(None, (re.sub(r"[^\w.]+", "_", part) for part in parts)))
-    # What is told may be the same for two databases, so this is the name's substance.
+    # What is told may be the same for two databases; this is not.
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
     return _directory() / f"{told[:80]}-{digest}{_SUFFIX}"
 
@@ -158,16 +157,12 @@ def known_ledgers() -> list[Path]:
 def database_place(url: URL) -> tuple[str, str, str, str]:
     """Return backend, host, port and name of a database, the same for the same one.
 
-    As far as it is known without asking anybody. One host are
-
-    * all ways to write a name or an address, and of PostgreSQL what the environment
-      says (``PGHOST``, ``PGPORT``, ``PGDATABASE``) where the URL says nothing;
-    * ``localhost``: every loopback address, this host's name, the names that
-      ``/etc/hosts`` gives to these, and the sockets in the usual directories. A socket
-      in a directory of its own belongs to a server of its own.
-
-    Several hosts stay in their order. Other names of a host, and the addresses of this
-    one in a network, are not known.
+    As far as it is known without asking any server. Where the URL of a PostgreSQL says
+    nothing, the environment counts (``PGHOST``, ``PGPORT``, ``PGDATABASE``). One host
+    are all ways to write a name or an address; ``localhost``, every loopback address,
+    this host's name, the names that ``/etc/hosts`` gives to these, and the sockets in
+    the usual directories. Several hosts stay in their order. Other names of a host, and
+    the addresses of this one in a network, are not known.
     """
     backend = url.get_backend_name()
     backend = _SAME.get(backend, backend)
@@ -267,11 +262,8 @@ def _directory() -> Path:
             f"the directory {path} for ledgers cannot be made ({error.strerror}): name "
             "another path as the ledger"
         ) from None
-    if (
-        not stat.S_ISDIR(found.st_mode)
-        or found.st_uid != os.geteuid()
-        or found.st_mode & 0o077
-    ):
+    is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    if not is_own or found.st_mode & 0o077:
         raise LedgerError(
             f"the directory {path} for ledgers is not a directory of this user alone "
             "(mode 700): mend that, or name another path as the ledger"

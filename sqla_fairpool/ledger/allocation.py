@@ -1,16 +1,16 @@
-"""Who is to have how many slots: a pure function of the members' rows.
+"""How the slots are divided: a pure function of the members' rows.
 
 The rules are those of :mod:`sqla_fairpool.scheduling.policy`, in two steps: max-min
 shares over the tags of all members, each below its ceiling; then each tag's share, max-
 min, over the members that work under it. A member's *claim* is the sum of what it got,
-and its *target* the claim and what it may keep of what nobody claims.
+and its *target* the claim and what it may keep of what is not claimed.
 
 What is promised, and tested against this definition:
 
 1. Claims add up to ``min(capacity, what can be claimed)`` exactly, and targets to
    no more than the capacity: a member that grows to its target never has to wait for
    slots but those that others are to give back.
-2. Slots that nobody claims stay where they are.
+2. Slots that are not claimed stay where they are.
 3. Nothing depends on the order of the rows, on a clock or on chance. Remainders go to
    the first in the *line* (see below), and stay there.
 4. The claim of one that gets less than it wants does not depend on how much more it
@@ -19,8 +19,8 @@ What is promised, and tested against this definition:
 The line. Each tag has a place, and each member under it: numbers from a
 counter, given when its demand begins. With more members than slots, those at the end
 get nothing; as many at the head are then *asked* to yield, and one that yields takes a
-new place, behind those who wait (round robin). While there is a slot for everybody,
-nobody is asked, and places do not change.
+new place, behind those that wait (round robin). While there is a slot for each, none
+is asked, and places do not change.
 
 A *stalled* member does not answer (it is stopped, say). It cannot give anything back
 and takes nothing: it counts with the slots that it has, not with what it wanted.
@@ -95,13 +95,13 @@ class Allocation:
     shares: dict[str, int] = field(default_factory=dict)
     #: The claims by tag and member, those with demand only.
     claims: dict[tuple[str, str], int] = field(default_factory=dict)
-    #: Ceiling of the tag in the member's pool. It leaves room: what nobody claims.
+    #: Ceiling of the tag in the member's pool. It leaves room: what is not claimed.
     limits: dict[tuple[str, str], int] = field(default_factory=dict)
     #: Slots that are wanted below ceilings and that there are not.
     unmet: int = 0
-    #: By tag: members who wait there for more than their claim.
+    #: By tag: members that wait there for more than their claim.
     starved: dict[str, frozenset[str]] = field(default_factory=dict)
-    #: Who is asked to yield; and the tags that are.
+    #: The pairs that are asked to yield; and the tags that are.
     asked: set[tuple[str, str]] = field(default_factory=set)
     asked_tags: set[str] = field(default_factory=set)
 
@@ -118,7 +118,7 @@ class Allocation:
         }
 
     def due(self, parties: Mapping[str, Party], free: int) -> dict[str, str]:
-        """Return who is expected to look, and why."""
+        """Return the members that are expected to look, and why."""
         grants = self.grants(parties, free)
         asked = {key for _, key in self.asked}
         due = {}
@@ -198,7 +198,7 @@ def allocate(
 def _lines(
     parties: Mapping[str, Party],
 ) -> tuple[dict[str, list[_Row]], set[str], int]:
-    """Return the tags' lines, the active tags, and slots that nobody can have."""
+    """Return the tags' lines, the active tags, and slots that no tag can have."""
     lines: dict[str, list[_Row]] = {}
     active: set[str] = set()
     locked = 0
@@ -288,7 +288,7 @@ def _ask_tags(
 def _set_targets(
     found: Allocation, parties: Mapping[str, Party], capacity: int
 ) -> None:
-    """Let everybody keep what nobody claims; those who have most give first."""
+    """Let each keep what is not claimed; those that have most give first."""
     members = sorted(parties)
     owned = [parties[m].owned for m in members]
     held = [

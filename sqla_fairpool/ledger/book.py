@@ -44,8 +44,8 @@ __all__ = ["Book"]
 class Book:
     """The rows of one transaction, understood, and all that may be done to them.
 
-    Rows are read when they are needed; :attr:`texts` and :meth:`reset` are there for
-    those that cannot be read as well.
+    Rows are read when they are needed. Those that cannot be read are in :attr:`texts`,
+    and can be :meth:`reset`.
 
     :param rows: what the store gave. Changes are written there at once.
     :raises LedgerError: on use, if a later version has written them, or no member has.
@@ -87,7 +87,7 @@ class Book:
 
     @cached_property
     def due(self) -> dict[str, str]:
-        """Who is expected to look, and why."""
+        """The members that are expected to look, and why."""
         return read(DUE, self._rows.get(DUE), words)
 
     # -- figures ----------------------------------------------------------------
@@ -146,7 +146,7 @@ class Book:
         return frozenset().union(*(gone.sessions for gone in self.gone.values()))
 
     def allocation(self) -> Allocation:
-        """Return who is to have what."""
+        """Return what each member is to have."""
         limits = self.terms.limits(self.quarantined)
         return allocate(self.members, self.places, limits)
 
@@ -379,10 +379,10 @@ class Book:
         self.texts, self.members, self.gone = {}, {}, {}
         self.places, self.due = {}, {}
 
-    # -- who is told ------------------------------------------------------------------
+    # -- which members are told -------------------------------------------------------
 
     def tell(self, plan: Allocation) -> list[str]:
-        """Write down who is expected to look; return those who are to be rung.
+        """Write down which members are to look; return those that are to be rung.
 
         The last thing in every transaction that changes a row.
         """

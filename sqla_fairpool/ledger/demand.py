@@ -16,7 +16,7 @@ from .allocation import Line
 from .errors import LedgerError
 from .rows import Gone, Member, Session
 
-__all__ = ["Allotment", "Demand", "Local", "Pace", "State", "TagDemand"]
+__all__ = ["Allotment", "Demand", "Local", "Pace", "PoolSide", "State", "TagDemand"]
 
 #: Tags of one process in its row. Tags may be made from user data; those beyond are
 #: summed up under the name of none.
@@ -27,7 +27,7 @@ _REST = ""
 class TagDemand(NamedTuple):
     """What a process wants under one tag, now."""
 
-    #: The most that were in use at once since this was asked last.
+    #: The most at once since this was asked last.
     in_use: int = 0
     waiting: int = 0
     active: bool = False
@@ -40,11 +40,13 @@ class TagDemand(NamedTuple):
 
 _NOTHING = TagDemand()
 
+Tags = Mapping[str, TagDemand]
+
 
 class Local(Protocol):
     """The pool in this process. Called by the keeper's thread only."""
 
-    def demand(self) -> tuple[int, Mapping[str, TagDemand]]:
+    def demand(self) -> tuple[int, Tags]:
         """Return the connections that are open, and what is wanted by tag.
 
         A connection counts as open from before it is opened until after it is closed,
@@ -54,11 +56,8 @@ class Local(Protocol):
         ...
 
     def sessions(self) -> Collection[Session]:
-        """Return the server sessions that exist now, as far as they are known.
-
-        One is known before it is used for anything but to learn that, and until it has
-        ended.
-        """
+        """Return the server sessions that exist now: each from before it is used for
+        anything but to learn that, until it has ended."""
         ...
 
     def server(self) -> str | None:
@@ -66,18 +65,16 @@ class Local(Protocol):
         ...
 
     def lost(self) -> Sequence[Session | None]:
-        """Return what cannot be told to have ended: the sessions, None where unknown.
+        """Return the sessions that cannot be told to have ended, None for unknown ones.
 
         They are to be put into quarantine, and count as open until :meth:`buried`.
         """
         ...
 
     def buried(self, lost: Sequence[Session | None]) -> None:
-        """Forget these, and lower the allotment by their number, in one step.
+        """Forget what :meth:`lost` has returned: its slots are in quarantine now.
 
-        Their slots are in quarantine now.
-
-        :param lost: what :meth:`lost` has returned the last time, all of it.
+        In one step with that, lower the allotment by their number.
         """
 
     def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
@@ -91,25 +88,22 @@ class Local(Protocol):
         """Close idle connections above the allotment."""
 
     def freeze(self) -> None:
-        """Open no connection any more, until the next :meth:`allot`.
-
-        Those that are open may be used. One that is closed is not replaced.
-        """
+        """Use what is open, and open nothing until the next :meth:`allot`."""
 
     def press(self, pressed: bool) -> None:
         """Ring from now on when a connection falls idle, or do not any more."""
 
     def refuse(self, error: LedgerError) -> None:
-        """Raise this in those who wait now."""
+        """Raise this in the callers that wait now."""
 
 
 class State(NamedTuple):
     """What the keeper has seen in the pool at one moment, see :class:`Local`."""
 
     open: int
-    tags: Mapping[str, TagDemand]
+    tags: Tags
+    #: Without those of `lost`.
     sessions: frozenset[Session]
-    #: Of these the sessions are in `sessions` no more.
     lost: tuple[Session | None, ...]
     server: str | None
 
@@ -131,7 +125,7 @@ class State(NamedTuple):
         return cls(open_, tags, sessions - frozenset(lost), lost, local.server())
 
 
-def condense(demand: Mapping[str, TagDemand]) -> Mapping[str, TagDemand]:
+def condense(demand: Tags) -> Tags:
     """Return the demand with a bounded number of tags."""
     if len(demand) <= _MAX_TAGS:
         return demand
@@ -144,6 +138,64 @@ def condense(demand: Mapping[str, TagDemand]) -> Mapping[str, TagDemand]:
     return named
 
 
+class PoolSide:
+    """The pool, what it was told, and the most it has had in use in a round."""
+
+    def __init__(self, local: Local) -> None:
+        self.local = local
+        # None if it may open nothing until it is told anew.
+        self._told: tuple[int, Mapping[str, int], int] | None = None
+        self._peaks: dict[str, int] = {}
+
+    @property
+    def allowed(self) -> int:
+        """How many connections it may have, as far as it was told."""
+        return self._told[0] if self._told else 0
+
+    def look(self) -> State:
+        """Return what it has and wants, with what was in use in this round."""
+        state, peaks = State.of(self.local), self._peaks
+        for tag, want in state.tags.items():
+            peaks[tag] = max(peaks.get(tag, 0), want.in_use)
+        tags = {t: want._replace(in_use=peaks[t]) for t, want in state.tags.items()}
+        return state._replace(tags=condense(tags))
+
+    def forget_peaks(self) -> None:
+        """A new round begins."""
+        self._peaks.clear()
+
+    def tell(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
+        """Have it open no more than that, unless it was told so the last time."""
+        told = slots, ceilings, other
+        if told != self._told:
+            self.local.allot(*told)
+            self._told = told
+
+    def shrink(self, slots: int) -> None:
+        """Have it open no more than `slots`, before the row says so."""
+        if self._told is not None and slots < self.allowed:
+            self.tell(slots, *self._told[1:])
+            self.local.close_surplus()
+
+    def close(self) -> None:
+        """Have it open nothing, and close what is idle."""
+        _, ceilings, other = self._told or (0, {}, 0)
+        self.tell(0, ceilings, other)
+        self.local.close_surplus()
+
+    def bury(self, lost: Sequence[Session | None]) -> None:
+        """Slots of lost connections are in quarantine."""
+        self.local.buried(lost)
+        if self._told is not None:
+            slots, ceilings, other = self._told
+            self._told = max(slots - len(lost), 0), ceilings, other
+
+    def freeze(self) -> None:
+        """Have it open nothing until it is told anew."""
+        self.local.freeze()
+        self._told = None
+
+
 @dataclass(frozen=True, slots=True)
 class Allotment:
     """What a member learns from a transaction."""
@@ -152,10 +204,10 @@ class Allotment:
     row: Member
     #: The slots that it is to have.
     target: int
-    #: By tag: what it got of what it posted, and what is the most for its pool.
+    #: By tag: what it got of what it posted, and what is the most for its pool; `other`
+    #: is that of any other tag.
     claims: Mapping[str, int]
     ceilings: Mapping[str, int]
-    #: Ceiling of any other tag.
     other: int
     #: Slots wanted by any member that there are not.
     unmet: int
@@ -186,7 +238,7 @@ class Allotment:
             if line.waiting and self.claims[tag] < line.wants
         )
 
-    def slack(self, demand: Mapping[str, TagDemand]) -> int:
+    def slack(self, demand: Tags) -> int:
         """Return how many slots are claimed here and not wanted."""
         return sum(
             max(claim - demand.get(tag, _NOTHING).wants, 0)
@@ -201,9 +253,8 @@ class Pace:
     :param beat: between two looks of one that goes short.
     :param slow: between two looks of one that does not.
     :param turn: how long one keeps its place in a line while others get nothing.
-    :param linger: how long a slot is unused before it is given to another process. The
-      time that a loop needs between two checkouts, as a rule; a part of what a slot
-      needs from one process to another.
+    :param linger: how long a slot is unused before it is given to another process: as
+      long as a loop needs between two checkouts.
     :param patience: how long one may fail to answer before it is taken to be stopped.
     :param grace: how long slots of dead members are in quarantine at least.
     :param reclaim_after: how long, where the server cannot be asked.
@@ -224,9 +275,8 @@ class Pace:
         return max(self.turn, asked / _TURNS)
 
 
-#: Slots that change hands per second, because others are to have a turn. Each costs
-#: three transactions with all the rows, milliseconds where there are a thousand
-#: members: where more are asked, turns last longer.
+#: Slots that change hands per second in turns, which last longer where more are asked:
+#: each costs three transactions, of milliseconds where there are a thousand members.
 _TURNS = 50.0
 
 
@@ -235,8 +285,9 @@ class Demand:
 
     def __init__(self, pace: Pace) -> None:
         self._pace = pace
-        # Since when: less is wanted than claimed; nobody waits any more of those who
-        # are posted; each tag has had its slot.
+        self.allotment: Allotment | None = None  # while we are a member
+        # Since when: less is wanted than claimed; no caller waits any more under a
+        # tag that goes short; each tag has had its slot.
         self._slack_since: float | None = None
         self._gone_since: float | None = None
         self._had_since: dict[str, float] = {}
@@ -244,101 +295,97 @@ class Demand:
         # When the pool was asked last, and is to be asked again.
         self._asked_at = self._ask_at = float("-inf")
 
+    @property
+    def known(self) -> Allotment:
+        """The allotment of a member."""
+        assert self.allotment is not None
+        return self.allotment
+
     def rung(self, now: float) -> None:
-        """The pool has rung. If something fell idle, see later if it stays so."""
+        """See later if what fell idle stays so: the pool has rung."""
         self._ask_at = now + self._pace.linger
 
-    def is_news(
-        self, allotment: Allotment, demand: Mapping[str, TagDemand], now: float
-    ) -> bool:
+    def is_news(self, tags: Tags, now: float) -> bool:
         """Tell if the store has to hear of what is wanted here."""
+        known = self.known
         # What is in use is the most since the pool was asked last: a fall began then.
         since, self._asked_at = self._asked_at, now
-        has_slack = allotment.slack(demand) > 0
-        self._slack_since = _since(self._slack_since, has_slack, since)
-        active = {tag for tag, want in demand.items() if want.active}
+        self._slack_since = _since(self._slack_since, known.slack(tags) > 0, since)
+        gone = any(not tags.get(tag, _NOTHING).waiting for tag in known.vain)
+        self._gone_since = _since(self._gone_since, gone, now)
+        active = {tag for tag, want in tags.items() if want.active}
         return (
-            active != {tag for tag, line in allotment.row.tags.items() if line.active}
-            or any(self._rises(allotment, tag, want) for tag, want in demand.items())
-            or any(tag in allotment.asked for tag in self.ready(now))
-            or self._falls(allotment, demand, now)
+            active != {tag for tag, line in known.row.tags.items() if line.active}
+            or any(self._rises(tag, want) for tag, want in tags.items())
+            or any(tag in known.asked for tag in self.ready(now))
+            or (known.row.pressed and self._is_slack(now))
+            or _over(self._gone_since, self._pace.beat, now)
         )
 
-    @staticmethod
-    def _rises(allotment: Allotment, tag: str, want: TagDemand) -> bool:
+    def _rises(self, tag: str, want: TagDemand) -> bool:
         """Tell if more is wanted than posted, and what was posted is the limit."""
         if not want.waiting:
             return False
-        line, claim = allotment.row.tags.get(tag, Line()), allotment.claims.get(tag, 0)
+        line, claim = self.known.row.tags.get(tag, Line()), self.known.claims.get(tag)
         if claim:
             return want.wants > line.wants and claim >= line.wants
         return not line.waiting
 
-    def _falls(
-        self, allotment: Allotment, demand: Mapping[str, TagDemand], now: float
-    ) -> bool:
-        """Tell if less has been wanted for a while than others could use."""
-        gone = any(not demand.get(tag, _NOTHING).waiting for tag in allotment.vain)
-        self._gone_since = _since(self._gone_since, gone, now)
-        return (allotment.row.pressed and self._is_slack(now)) or _over(
-            self._gone_since, self._pace.beat, now
-        )
-
     def _is_slack(self, now: float) -> bool:
         return _over(self._slack_since, self._pace.linger, now)
 
-    def steady(
-        self, allotment: Allotment, demand: Mapping[str, TagDemand], now: float
-    ) -> Mapping[str, TagDemand]:
+    def steady(self, tags: Tags, now: float) -> Tags:
         """Return the demand as it is to be posted, for whatever reason it is.
 
         What has only just fallen is posted as it was.
         """
         if self._is_slack(now):
-            return demand
-        steady = dict(demand)
-        for tag, claim in allotment.claims.items():
-            want = demand.get(tag, _NOTHING)
+            return tags
+        steady = dict(tags)
+        for tag, claim in self.known.claims.items():
+            want = tags.get(tag, _NOTHING)
             if want.wants < claim:
                 steady[tag] = want._replace(in_use=claim - want.waiting)
         return steady
 
-    def spare(
-        self, allotment: Allotment, demand: Mapping[str, TagDemand], now: float
-    ) -> int:
+    def spare(self, tags: Tags, now: float) -> int:
         """Return how many slots are unused that others go short of."""
-        if not (allotment.row.pressed and self._is_slack(now)):
+        known = self.known
+        if not (known.row.pressed and self._is_slack(now)):
             return 0
-        unused = allotment.row.owned - sum(want.wants for want in demand.values())
-        return max(min(allotment.unmet, allotment.slack(demand), unused), 0)
+        unused = known.row.owned - sum(want.wants for want in tags.values())
+        return max(min(known.unmet, known.slack(tags), unused), 0)
 
     def ready(self, now: float) -> list[str]:
         """Return the tags whose turn is over."""
         return [t for t, s in self._had_since.items() if _over(s, self._turn, now)]
 
-    def note(self, before: Allotment | None, allotment: Allotment, now: float) -> None:
+    def note(self, allotment: Allotment, now: float) -> None:
         """Take note of a new allotment."""
+        old = self.allotment.row.tags if self.allotment else {}
+        self.allotment = allotment
         self._slack_since = self._gone_since = None
         self._turn = self._pace.turn_length(allotment.turns)
-        old = {t: line.place for t, line in before.row.tags.items()} if before else {}
         self._had_since = {
             tag: self._had_since.get(tag, now)
-            if old.get(tag) == allotment.row.tags[tag].place
+            if tag in old and old[tag].place == allotment.row.tags[tag].place
             else now  # a new place, a new turn
             for tag, claim in allotment.claims.items()
             if claim and allotment.row.owned
         }
 
-    def times(self, allotment: Allotment, now: float) -> Iterator[float]:
+    def times(self, now: float) -> Iterator[float]:
         """Yield the times at which something may have to be said."""
-        if allotment.row.tags:
+        if self.allotment is None:
+            return
+        if self.allotment.row.tags:
             yield now + self._pace.beat
-        if allotment.row.pressed:
+        if self.allotment.row.pressed:
             if self._slack_since is not None:
                 yield self._slack_since + self._pace.linger
             if self._ask_at > now:
                 yield self._ask_at
-        for tag in allotment.asked:
+        for tag in self.allotment.asked:
             yield self._had_since.get(tag, now) + self._turn
 
 

@@ -5,7 +5,7 @@
     app.ledger.members/        of each process that has the ledger open:
         <id>.sign              a file that it has locked as long as it lives
         <id>.bell              a FIFO that others write into to wake it
-        <id>.figures           what it says of itself, for who asks
+        <id>.figures           what it says of itself, when it is asked
 
 Containers that share the directory share the ledger: nothing in it depends on a
 process id. It has to be on a local file system, as file locks ask.
@@ -17,8 +17,8 @@ Rules of this file:
   child closes its copies at once: see :meth:`HostStore.after_fork`.
 * A sign appears locked: it is locked under another name first. It is not empty once
   its process has a row.
-* Signs are given under the lock of the rows, so that whoever has that lock may remove
-  what has no sign.
+* Signs are given under the lock of the rows, so that a process that has that lock may
+  remove what has no sign.
 * Whatever is here may be removed or replaced at any time. A process finds that out
   when it looks (:meth:`HostStore.in_place`, and each transaction), keeps its sign of
   life as long as that stands, and opens what is there.
@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import stat
 import threading
 import uuid
@@ -40,7 +39,7 @@ from pathlib import Path
 from .errors import LedgerError
 from .host_file import LedgerFile, Replaced, is_at, no_fork, share
 from .rows import member_key
-from .store import Store, StoreAway
+from .store import Store, StoreAway, drain, wait_for
 
 try:
     import fcntl
@@ -57,7 +56,7 @@ _NEW_SIGN, _NEW_FIGURES = ".new", ".said"
 # How often what is at the ledger's place may vanish while it is being opened.
 _ATTEMPTS = 50
 
-# What is written into a bell: somebody else rings, it is its own, somebody asks.
+# What is written into a bell: another process rings, it is its own, another asks.
 _RING, _NUDGE, _ASK = b"r", b"n", b"a"
 
 
@@ -161,8 +160,7 @@ class HostStore(Store):
             os.mkfifo(bell, self._mode)
             share(bell, self._mode, there)
             with no_fork:
-                # Both ends are ours: so it is never at its end, and a write never
-                # fails.
+                # Both ends are ours: it is never at its end, and no write fails.
                 self._bell = os.open(bell, os.O_RDWR | os.O_NONBLOCK)
         if not is_at(self._sign, sign):
             self._sign = self._closed(self._sign)
@@ -195,7 +193,7 @@ class HostStore(Store):
 
     @staticmethod
     def _closed(handle: int | None) -> None:
-        """Close a handle of this process, whatever its children have open."""
+        """Close and unlock a file, whatever this process's children have open."""
         if handle is not None:
             with no_fork, contextlib.suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_UN)
@@ -252,7 +250,7 @@ class HostStore(Store):
         except OSError as error:
             raise StoreAway(f"{self.name}: {error}") from error
         if len(living) < len(members) and not self._has_sign():
-            # Whoever removed this process's sign may have removed theirs.
+            # With this process's sign theirs may have been removed.
             raise StoreAway(f"the signs of life in {self._members} were removed")
         return living
 
@@ -289,7 +287,7 @@ class HostStore(Store):
     def _remove_dead(self) -> set[str]:
         """Remove what was left by processes that were killed; return the living.
 
-        The caller holds the lock of the rows: nobody gives a sign meanwhile.
+        The caller holds the lock of the rows: no sign is given meanwhile.
         """
         living = {member for member in self._found(_SIGN) if self._lives(member)}
         for kind in (_BELL, _FIGURES, _NEW_SIGN, _NEW_FIGURES):
@@ -338,25 +336,18 @@ class HostStore(Store):
                 os.close(bell)
 
     def wait(self, seconds: float | None) -> bool:
-        bell = self._bell
-        if bell is None:
+        if (bell := self._bell) is None:
             raise StoreAway("the ledger is not open")
-        poll = select.poll()
-        poll.register(bell, select.POLLIN)
-        if not poll.poll(None if seconds is None else max(seconds, 0.0) * 1000):
+        if not wait_for([bell], seconds):
             return False
         try:
-            while heard := os.read(bell, 4096):
-                self.asked = self.asked or _ASK in heard
-        except BlockingIOError:
-            pass
+            self.asked = _ASK in drain(bell) or self.asked
         except OSError:  # closed meanwhile
             raise StoreAway("the ledger is not open") from None
         return True
 
     def nudge(self) -> None:
-        bell = self._bell
-        if bell is not None:
+        if (bell := self._bell) is not None:
             with contextlib.suppress(OSError):  # full, or closed meanwhile
                 os.write(bell, _NUDGE)
 

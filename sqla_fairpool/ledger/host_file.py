@@ -2,23 +2,20 @@
 
 Rules of this file:
 
-* SQLite takes no locks here (``nolock``). The locks it would take belong to a process
-  and a file: the first descriptor of the file that the process closes drops them all,
-  and a forked child, which has none of them, is not told.
-* The lock is a ``flock`` on the file itself, so that the lock and what it protects
-  cannot be told apart, whatever is deleted, replaced or linked. It belongs to an open
-  file description: each :class:`LedgerFile` has one, and a forked child opens another.
-  The kernel releases it with the process. It is released by ``LOCK_UN``, since a child
-  forked meanwhile may not have closed its copy of the descriptor yet.
+* SQLite takes no locks here (``nolock``): the first descriptor of the file that a
+  process closes would drop them all, and a forked child is not told.
+* The lock is a ``flock`` on the file itself, whatever is deleted, replaced or linked.
+  It belongs to an open file description: each :class:`LedgerFile` has one, and a forked
+  child opens another. The kernel releases it with the process. It is released by
+  ``LOCK_UN``, since a child may not have closed its copy of the descriptor yet.
 * Everything is done under the lock, and after a look if the file is still the one at
   its path.
 * No thread of this process is inside SQLite while another one forks: SQLite's mutexes
   would be held for ever in the child.
 
-The journal is a rollback journal, which the next process plays back if one was killed
-in the middle of a commit. Nothing is synced to the disk: that would cost half a
-millisecond under the lock, and after a power cut no member lives. The file may be
-damaged then, which is recognised when it is opened.
+The next process plays the rollback journal back if one was killed in a commit. Nothing
+is synced to the disk: that would cost half a millisecond under the lock, and after a
+power cut no member lives. Damage is recognised when the file is opened.
 """
 
 from __future__ import annotations
@@ -93,7 +90,7 @@ def is_at(handle: int | None, path: Path) -> bool:
 
 
 def share(path: Path, mode: int, like: os.stat_result) -> None:
-    """Give something that this process has made to those who share the ledger.
+    """Give something that this process has made to those that share the ledger.
 
     :param like: the ledger's file, whose group it gets; and whose owner, from root.
     """
@@ -195,7 +192,7 @@ class LedgerFile:
                 # of another user, though it may be written.
                 self._handle = os.open(self.real, os.O_RDWR | os.O_NONBLOCK)
             except FileNotFoundError:
-                # Readable by nobody else, unless the operator creates it otherwise.
+                # Not readable by others, unless the operator creates it otherwise.
                 self._handle = os.open(self.real, os.O_RDWR | os.O_CREAT, 0o600)
         if not stat.S_ISREG(os.fstat(self._handle).st_mode):
             self.close()
@@ -347,9 +344,8 @@ class LedgerFile:
         with self._locked():
             try:
                 with no_fork:
-                    # SQLite takes the pages that it keeps for those of the file if
-                    # the same number of transactions has changed them, which is wrong
-                    # when a copy was written over the file: so it keeps none.
+                    # Of the pages that SQLite keeps it does not know that a copy was
+                    # written over the file: so it keeps none.
                     database.execute("pragma shrink_memory")
                     database.execute("begin")
                     (key,) = database.execute("pragma application_id").fetchone()

@@ -128,7 +128,7 @@ class Keeper:
         Never blocks; cheap when it is rung already, or when more waiting under `tag`
         would change nothing. Starts the thread on first use.
 
-        :param tag: who waits; None if that is not the reason.
+        :param tag: that of the caller that waits; None if that is not the reason.
         """
         if self._rung or tag in self.member.vain:
             return

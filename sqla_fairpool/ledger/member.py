@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from .book import Book
-from .demand import Allotment, Demand, Local, Pace, State, condense
+from .demand import Allotment, Demand, Local, Pace, PoolSide, State
 from .rows import Terms
 from .store import Store, StoreAway
 from .transaction import has_news, settle
@@ -57,43 +57,36 @@ class Membership:
     ) -> None:
         self._store = store
         self._terms = terms
-        self._local = local
+        self._pool = PoolSide(local)
         self._pace = pace
         self._chance = chance
         self._who = who
+        self._demand = Demand(pace)
+        self._watch = Watch(store, sessions, pace)
         self.is_open = False
         self.transactions = 0
         #: Others go short: the pool rings when a connection falls idle.
         self.pressed = False
         #: Tags of which it is known that more waiting changes nothing.
         self.vain: frozenset[str] = frozenset()
-        #: What the last transaction has said; None if we are no member.
-        self.allotment: Allotment | None = None
         #: Our number, kept while the row is lost: see `Book.join`.
         self.number: int | None = None
-        # What the pool was told; None if it may open nothing until it is told anew.
-        self._told: tuple[int, Mapping[str, int], int] | None = None
-        self._demand = Demand(pace)
-        self._watch = Watch(store, sessions, pace)
         # Times: of the next look; of the next one without need; of the last watch.
-        self._look_at = 0.0
-        self._slow_at = 0.0
+        self._look_at = self._slow_at = 0.0
         self._watched_at = float("-inf")
         # Most connections that were open since the last slow look.
         self._peak = 0
         # How many were found that live at the ledger's place and are in no row.
         self._strangers = 0
-        # What was in use since the last round, by tag.
-        self._seen: dict[str, int] = {}
         # We have put slots into quarantine and look until they are out.
         self._guards = False
         # Our sign of life may have been lost; write something, so that others see.
         self._returning = False
 
     @property
-    def _allowed(self) -> int:
-        """How many connections the pool may have, as far as it was told."""
-        return self._told[0] if self._told else 0
+    def allotment(self) -> Allotment | None:
+        """What the last transaction has said; None if we are no member."""
+        return self._demand.allotment
 
     @property
     def unasked(self) -> str | None:
@@ -103,10 +96,10 @@ class Membership:
     @property
     def is_uneasy(self) -> bool:
         """Tell if there is something to be expected from others."""
-        allotment = self.allotment
-        return allotment is not None and (
-            allotment.row.owned != allotment.target
-            or bool(allotment.asked)
+        has = self.allotment
+        return has is not None and (
+            has.row.owned != has.target
+            or bool(has.asked)
             or bool(self.vain)
             or self._guards
         )
@@ -118,12 +111,11 @@ class Membership:
         self._demand.rung(now)
 
     def times(self, now: float) -> Iterator[float]:
-        """Yield the times at which there may be something to do, if nobody rings."""
+        """Yield the times at which there may be something to do, without a bell."""
         yield self._look_at
         if self.is_open and self._store.watches_place:
             yield now + self._pace.beat
-        if self.allotment is not None:
-            yield from self._demand.times(self.allotment, now)
+        yield from self._demand.times(now)
 
     def round(self, now: float, rung: bool, asked: bool = False) -> None:
         """See what is wanted here, and do what is to be done about that.
@@ -131,13 +123,13 @@ class Membership:
         :param rung: the bell may have been rung by another process.
         :param asked: bring the row up to date in any case.
         """
-        self._seen.clear()
+        self._pool.forget_peaks()
         if self.is_open or self.number is not None:
             self._return_to_place()
-        state = self._state()
+        state = self._pool.look()
         self._peak = max(self._peak, state.open)
-        allotment = self.allotment
-        if allotment is None:
+        has = self.allotment
+        if has is None:
             if asked or state.wants or self.number is not None:
                 self._join(now, state)
             else:
@@ -146,10 +138,10 @@ class Membership:
         post = (
             asked
             or bool(state.lost)
-            or not state.sessions.issubset(allotment.row.sessions)
-            or allotment.row.owned > max(self._allowed, state.open)
+            or not state.sessions.issubset(has.row.sessions)
+            or has.row.owned > max(self._pool.allowed, state.open)
             or self._returning
-            or self._demand.is_news(allotment, state.tags, now)
+            or self._demand.is_news(state.tags, now)
         )
         if post or rung or now >= self._look_at:
             self._look(now, state, post)
@@ -157,14 +149,14 @@ class Membership:
     def away(self) -> None:
         """The store is away: what is owned is kept if the sign of life stands."""
         if not self._store.signed:
-            self._freeze()
+            self._pool.freeze()
         self.is_open = False
         self._returning = True
 
     def exclude(self) -> None:
         """We are no member, and must not be one: close what is open."""
         if self.number is not None:
-            self._close_pool()
+            self._pool.close()
         self.is_open = False
         self._store.close()
 
@@ -172,9 +164,9 @@ class Membership:
         """Give up everything that is closed, and the sign of life."""
         try:
             if self.number is not None:
-                self._close_pool()
+                self._pool.close()
             if self.number is not None and self.is_open:
-                state = self._state()
+                state = self._pool.look()
                 sessions = state.sessions.union(filter(None, state.lost))
                 with self._transaction() as rows:
                     book = Book(rows)
@@ -185,27 +177,18 @@ class Membership:
             # Others find us dead, and our slots with us.
             _log.warning("could not leave the ledger %s: %s", self._store.name, error)
         finally:
-            self.allotment = self.number = None
+            self._demand.allotment = self.number = None
             self.is_open = False
             self._store.close()
-
-    def _state(self) -> State:
-        state = State.of(self._local)
-        seen = self._seen
-        for tag, want in state.tags.items():
-            seen[tag] = max(seen.get(tag, 0), want.in_use)
-        tags = {t: want._replace(in_use=seen[t]) for t, want in state.tags.items()}
-        return state._replace(tags=condense(tags))
 
     # -- transactions ---------------------------------------------------------------
 
     def _return_to_place(self) -> None:
         """Have the store open, and at the ledger's place."""
-        store = self._store
         if not self.is_open:
             self._open()
-        elif store.watches_place and not store.in_place():
-            self._freeze()
+        elif self._store.watches_place and not self._store.in_place():
+            self._pool.freeze()
             raise StoreAway("what was opened is not what stands at its place now")
 
     def _open(self) -> None:
@@ -213,13 +196,9 @@ class Membership:
             # Meanwhile our slots may have been taken for those of a dead member. Until
             # we have seen our row, nothing is opened; a new sign of life must not
             # cover what the lost one did.
-            self._freeze()
+            self._pool.freeze()
         self._store.open()
         self.is_open = True
-
-    def _freeze(self) -> None:
-        self._local.freeze()
-        self._told = None
 
     @contextmanager
     def _transaction(self) -> Iterator[MutableMapping[str, str]]:
@@ -231,63 +210,57 @@ class Membership:
 
     def _join(self, now: float, state: State) -> None:
         """Become a member, and get what there is, in one transaction as a rule."""
-        dead: Mapping[str, str] = {}
+        key, dead = self._store.member, dict[str, str]()
         for looked in (False, True):
             with self._transaction() as rows:
                 book = Book(rows)
                 book.reap(dead)
-                if looked or self._is_accepted(book, state):
-                    allotment = self._enter(book, state)
+                if looked or book.accepts(key, self._terms, state.server):
+                    book.join(key, self._who(), self._terms, self.number, state.server)
+                    has = settle(
+                        book, key, state, state.tags, self._pool.allowed, sign=True
+                    )
                     break
                 texts = dict(book.texts)
             living = self._store.living(list(texts))
             dead = {key: text for key, text in texts.items() if key not in living}
         self._slow_at = now + self._pace.slow
-        self._obey(allotment, now)
-        if allotment.fresh is not None and not self._settle(now, self._state(), True):
+        self._obey(has, now)
+        if has.fresh is not None and not self._settle(now, self._pool.look(), True):
             return  # it was another one that is a member now
         self._give_back(now)
         self._watch_others(now)
 
-    def _is_accepted(self, book: Book, state: State) -> bool:
-        return book.accepts(self._store.member, self._terms, state.server)
-
-    def _enter(self, book: Book, state: State) -> Allotment:
-        key = self._store.member
-        book.join(key, self._who(), self._terms, self.number, state.server)
-        return settle(book, key, state, state.tags, self._allowed, sign=True)
-
     def _look(self, now: float, state: State, post: bool) -> None:
         """Read the rows, say what there is to say, do what is asked."""
-        allotment = self.allotment
-        assert allotment is not None
-        slow = now >= self._slow_at
-        if slow:
-            post |= self._let_go(state)
-        elif post and (spare := self._demand.spare(allotment, state.tags, now)):
-            self._shrink_pool(allotment.row.owned - spare)
-        if not self._settle(now, self._state(), post):
+        has = self._demand.known
+        is_slow = now >= self._slow_at
+        if is_slow:
+            # Give up slots for which there was no connection since the last slow look.
+            peak, self._peak = self._peak, state.open
+            waits = any(want.waiting for want in state.tags.values())
+            if not waits and peak < has.row.owned:
+                self._pool.shrink(peak)
+                post = True
+        elif post and (spare := self._demand.spare(state.tags, now)):
+            self._pool.shrink(has.row.owned - spare)
+        if not self._settle(now, self._pool.look(), post):
             return  # no member any more
         self._give_back(now)
-        members = self.allotment.members if self.allotment else 0
-        self._watch_others(now, slow and self._chance() * max(members, 1) < _PATROL)
+        members = self.allotment.members if self.allotment else 1
+        patrols = is_slow and self._chance() * members < _PATROL
+        self._watch_others(now, patrols)
 
     def _settle(
-        self,
-        now: float,
-        state: State,
-        post: bool,
-        findings: Findings | None = None,
+        self, now: float, state: State, post: bool, findings: Findings | None = None
     ) -> bool:
         """Bring our row up to date, if need be; return if we are a member."""
-        allotment, key = self.allotment, self._store.member
-        assert allotment is not None
-        posted = self._demand.steady(allotment, state.tags, now)
-        post = post or findings is not None or allotment.fresh is not None
-        all_there = self._are_all_there(allotment)
+        has, key = self._demand.known, self._store.member
+        posted = self._demand.steady(state.tags, now)
+        all_there = self._are_all_there(has)
         told = None
         with self._transaction() as rows:
-            if post or has_news(rows, key, allotment):
+            if post or findings or has.fresh is not None or has_news(rows, key, has):
                 book = Book(rows)
                 if findings is not None:
                     findings.apply(book)
@@ -304,7 +277,7 @@ class Membership:
                         key,
                         state,
                         posted,
-                        self._allowed,
+                        self._pool.allowed,
                         ready=self._demand.ready(now),
                         keep=True,
                         # It answers, though it may have nothing to give yet.
@@ -312,7 +285,7 @@ class Membership:
                         unasked=self.unasked,
                     )
                 else:
-                    self.allotment = None
+                    self._demand.allotment = None
                     if book.meta is not None:  # else the rows were made anew
                         book.tell(book.allocation())
         if self.allotment is None:
@@ -327,37 +300,29 @@ class Membership:
             self._plan_looks(now)
         return True
 
-    def _are_all_there(self, allotment: Allotment) -> frozenset[str] | None:
-        """Return the members of fresh rows, if nobody else lives at this place."""
-        if allotment.fresh is None:
+    def _are_all_there(self, has: Allotment) -> frozenset[str] | None:
+        """Return the members of fresh rows, if no other process lives at this place."""
+        if has.fresh is None:
             return None
-        strangers, before = self._store.strangers(allotment.fresh), self._strangers
-        self._strangers = strangers
-        if strangers and strangers != before:
+        before, self._strangers = self._strangers, self._store.strangers(has.fresh)
+        if self._strangers not in (0, before):
             self._store.ring_all()  # so that they find out
-        return None if strangers else allotment.fresh
+        return None if self._strangers else has.fresh
 
     def _obey(self, allotment: Allotment, now: float) -> None:
         """Do what the rows say, and ring those that are to hear of ours."""
-        before, self.allotment = self.allotment, allotment
+        self._demand.note(allotment, now)
         self.number = allotment.row.number
         if allotment.buried:
-            self._local.buried(allotment.buried)
-            if self._told is not None:
-                slots, ceilings, other = self._told
-                self._told = max(slots - len(allotment.buried), 0), ceilings, other
+            self._pool.bury(allotment.buried)
             self._guards = True
-        self._demand.note(before, allotment, now)
-        self._tell_pool(
-            min(allotment.row.owned, allotment.target),
-            allotment.ceilings,
-            allotment.other,
-        )
+        slots = min(allotment.row.owned, allotment.target)
+        self._pool.tell(slots, allotment.ceilings, allotment.other)
         if allotment.bells:
             self._store.ring(allotment.bells)
         if allotment.row.pressed != self.pressed:
             self.pressed = allotment.row.pressed
-            self._local.press(allotment.row.pressed)
+            self._pool.local.press(self.pressed)
         self.vain = allotment.vain
         self._plan_looks(now)
 
@@ -370,70 +335,37 @@ class Membership:
         else:
             self._look_at = now + pace.beat if self.is_uneasy else self._slow_at
 
-    def _tell_pool(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
-        told = slots, ceilings, other
-        if told != self._told:
-            self._local.allot(slots, ceilings, other)
-            self._told = told
-
-    def _shrink_pool(self, slots: int) -> None:
-        """Tell the pool to have no more than `slots`, before the row says so."""
-        if self._told is not None and slots < self._allowed:
-            self._tell_pool(slots, *self._told[1:])
-            self._local.close_surplus()
-
-    def _close_pool(self) -> None:
-        """Tell the pool to have nothing."""
-        _, ceilings, other = self._told or (0, {}, 0)
-        self._tell_pool(0, ceilings, other)
-        self._local.close_surplus()
-
-    # -- giving back ----------------------------------------------------------------
-
     def _give_back(self, now: float) -> None:
         """While slots are to go and their connections are closed: give them back."""
         for _ in range(_ROUNDS):
-            allotment = self.allotment
-            if allotment is None or allotment.row.owned <= allotment.target:
+            has = self.allotment
+            if has is None or has.row.owned <= has.target:
                 return
-            self._local.close_surplus()
-            state = self._state()
-            if max(self._allowed, state.open) >= allotment.row.owned:
+            self._pool.local.close_surplus()
+            state = self._pool.look()
+            if max(self._pool.allowed, state.open) >= has.row.owned:
                 return
             if not self._settle(now, state, True):
                 return
-
-    def _let_go(self, state: State) -> bool:
-        """Give up slots for which there was no connection since the last slow look."""
-        allotment, peak = self.allotment, self._peak
-        assert allotment is not None
-        self._peak = state.open
-        if (
-            any(want.waiting for want in state.tags.values())
-            or peak >= allotment.row.owned
-        ):
-            return False
-        self._shrink_pool(peak)
-        return True
 
     # -- the others -----------------------------------------------------------------
 
     def _watch_others(self, now: float, patrol: bool = False) -> None:
         """Look for dead and stopped members, if it is for us to do that."""
-        allotment, pace = self.allotment, self._pace
+        has, pace = self.allotment, self._pace
         pause = pace.grace if self._guards else pace.beat * 0.9
-        if allotment is None or now - self._watched_at < pause:
+        if has is None or now - self._watched_at < pause:
             return
-        short = bool(self.vain) or allotment.row.owned < allotment.target
-        lucky = self._chance() * max(allotment.starved, 1) < _WATCHERS
-        if not (patrol or self._guards or (lucky and (short or allotment.gone))):
+        is_short = bool(self.vain) or has.row.owned < has.target
+        is_lucky = self._chance() * max(has.starved, 1) < _WATCHERS
+        if not (patrol or self._guards or (is_lucky and (is_short or has.gone))):
             return
         self._watched_at = now
         with self._transaction() as rows:
             book = Book(dict(rows))
         findings = self._watch.look(book, self._store.member, now)
-        if findings.any or self.unasked != allotment.row.unasked:
-            if not self._settle(now, self._state(), True, findings):
+        if findings.any or self.unasked != has.row.unasked:
+            if not self._settle(now, self._pool.look(), True, findings):
                 return
             self._guards = self._guards or bool(findings.dead)
             if self.allotment is not None:

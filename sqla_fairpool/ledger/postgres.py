@@ -8,10 +8,9 @@ lock.
 
 Rules of this file:
 
-* Only the keeper's thread uses the control connection. :meth:`PostgresStore.nudge`
-  writes into a pipe.
+* Only the keeper's thread uses the control connection; a nudge goes through a pipe.
 * A session that ends takes the sign of life with it while the process lives on. That
-  is known from then on (`signed`), until :meth:`PostgresStore.open` has made a new one.
+  is known from then on (`signed`), until the store is opened again.
 * Tables may be dropped, or restored from a copy, while members live. So what all
   members of a ledger have in common besides them, locks and channels, follows from the
   ledger's *place*: the database and the ledger's name.
@@ -23,46 +22,39 @@ import contextlib
 import ctypes
 import hashlib
 import os
-import select
 import uuid
 from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import Connection, text
 from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, ProgrammingError, SQLAlchemyError
-from sqlalchemy.pool import NullPool
 
 from . import watch
 from .errors import LedgerError
+from .postgres_driver import (
+    Heard,
+    first_line,
+    listen,
+    make_engine,
+    notifications,
+    sqlstate,
+)
 from .postgres_tables import Tables, TablesGone, TablesUnusable
-from .store import Store, StoreAway
+from .store import Store, StoreAway, drain, wait_for
 
 __all__ = ["PostgresStore"]
 
 #: How long a transaction waits for another one, and for the server.
-_LOCK_TIMEOUT, _STATEMENT_TIMEOUT, _CONNECT_TIMEOUT = "2s", "5s", 5
-
-#: A network that is cut is noticed within 10 seconds: by probes while nothing is sent,
-#: else by what is sent and not acknowledged (milliseconds). For libpq; a URL may have
-#: others.
-_KEEPALIVES = {
-    "keepalives": 1,
-    "keepalives_idle": 4,
-    "keepalives_interval": 2,
-    "keepalives_count": 3,
-    "tcp_user_timeout": 10_000,
-}
+_LOCK_TIMEOUT, _STATEMENT_TIMEOUT = "2s", "5s"
 
 #: What a notification says when its receiver is to publish.
 _ASK = "ask"
 
-#: First key of the locks for transactions. Any number would do; this one is "fair".
-_EXCLUSIVE = 0x66616972
-
-#: Second key of the one for creating tables.
-_CREATION = 0
+#: First key of the locks for transactions (any number would do; this one is "fair"),
+#: and the second of the one for creating tables.
+_EXCLUSIVE, _CREATION = 0x66616972, 0
 
 #: SQLSTATEs for a table and for a schema that does not exist.
 _MISSING = frozenset({"42P01", "3F000"})
@@ -87,14 +79,6 @@ _END_HOLDERS = text(
 )
 
 
-class _Heard(NamedTuple):
-    """A notification."""
-
-    channel: str
-    payload: str
-    pid: int
-
-
 class PostgresStore(Store):
     """See the head of this file, and :class:`.store.Store` for the methods.
 
@@ -112,20 +96,10 @@ class PostgresStore(Store):
     def __init__(
         self, url: URL, ledger: str = "default", *, observes: bool = False
     ) -> None:
-        keepalives = {k: v for k, v in _KEEPALIVES.items() if k not in url.query}
-        self._engine = create_engine(
-            url,
-            poolclass=NullPool,
-            isolation_level="AUTOCOMMIT",
-            connect_args={
-                **keepalives,
-                "connect_timeout": _CONNECT_TIMEOUT,
-                "application_name": "sqla_fairpool ledger",
-            },
-        )
+        self._engine = make_engine(url)
         self._observes = observes
-        # Of the place, see the head: the lock that each member shares, as a key of
-        # its own and as a second one, and the channel to which all listen.
+        # Of the place: the lock that each member shares, as a key of its own and as a
+        # second one, and the channel to which all listen.
         self._place = _key(f"place {ledger}")
         self._everybody = _channel(f"place_{self._place:x}")
         self._exclusion = self._place & 0x7FFFFFFF
@@ -143,7 +117,7 @@ class PostgresStore(Store):
         self._connection: Connection | None = None
         # The tables were found. Not the same as being connected: see `_miss_tables`.
         self._is_open = False
-        self._inbox: list[_Heard] = []
+        self._inbox: list[Heard] = []
         self._pipe: tuple[int, int] | None = None
         self.asked = False
 
@@ -154,7 +128,7 @@ class PostgresStore(Store):
 
     @property
     def sign(self) -> int:
-        """The key of this process's sign of life, an advisory lock."""
+        """The key of the advisory lock that is this process's sign of life."""
         return _key(self.member)
 
     @property
@@ -205,19 +179,15 @@ class PostgresStore(Store):
                 self.server, _ = watch.identify(cursor, pid)
             except LedgerError as error:
                 raise self._unusable(error) from None
-        if hasattr(self._driver, "add_notify_handler"):
-            # psycopg gives to nobody else what comes in while a statement runs.
-            self._driver.add_notify_handler(
-                lambda n: self._inbox.append(_Heard(n.channel, n.payload, n.pid))
-            )
+        listen(self._driver, self._inbox)
 
     def _appear(self) -> None:
         """Give the sign of life, at this place, and listen."""
         # The session before this one may hold it still: where only we have learned of
         # its end, the server would take minutes or hours to notice.
         self._live.execute(_END_HOLDERS, {"sign": self.sign})
-        self._run(f"LISTEN {_channel(self.member)}")
-        self._run(f"LISTEN {self._everybody}")
+        for channel in (_channel(self.member), self._everybody):
+            self._run(f"LISTEN {channel}")
         self._run(
             f"SELECT pg_advisory_lock({self.sign}), "
             f"pg_advisory_lock_shared({self._place})"
@@ -297,7 +267,6 @@ class PostgresStore(Store):
 
     @contextmanager
     def _cursor(self) -> Iterator[Any]:
-        """A cursor of the driver's own."""
         with self._translated(), contextlib.closing(self._driver.cursor()) as cursor:
             yield cursor
 
@@ -315,10 +284,10 @@ class PostgresStore(Store):
             self._miss_tables()
             raise StoreAway(f"{self.name}: {error}") from None
         except DBAPIError as error:
-            words = _first_line(error.orig)
+            words = first_line(error.orig)
             if error.connection_invalidated or self._connection is None:
                 self._lost()
-            elif _sqlstate(error.orig) in _MISSING:
+            elif sqlstate(error.orig) in _MISSING:
                 self._miss_tables()
                 words = f"the tables were dropped ({words})"
             elif isinstance(error, ProgrammingError):
@@ -327,7 +296,7 @@ class PostgresStore(Store):
             raise StoreAway(f"{self.name}: {words}") from error
         except self._engine.dialect.loaded_dbapi.Error as error:
             self._lost()  # from a cursor of the driver's own
-            raise StoreAway(f"{self.name}: {_first_line(error)}") from error
+            raise StoreAway(f"{self.name}: {first_line(error)}") from error
 
     def _unusable(self, why: object) -> LedgerError:
         return LedgerError(f"the ledger {self.name} cannot be used: {why}")
@@ -390,44 +359,23 @@ class PostgresStore(Store):
         connection = self._driver
         if self._heard(connection):
             return True
-        poll = select.poll()
-        poll.register(connection.fileno(), select.POLLIN)
-        poll.register(self._pipe[0], select.POLLIN)
-        ready = poll.poll(None if seconds is None else max(seconds, 0.0) * 1000)
-        if not ready:
+        if not wait_for([connection.fileno(), self._pipe[0]], seconds):
             return False
-        with contextlib.suppress(BlockingIOError):
-            while os.read(self._pipe[0], 4096):
-                pass
+        drain(self._pipe[0])
         self._heard(connection)
         return True
 
     def _heard(self, connection: Any) -> bool:
         """Take in what the server has sent; tell if there was a bell."""
         try:
-            heard = self._notifications(connection)
+            heard = notifications(connection, self._inbox)
         except Exception as error:
             self._lost()
-            raise StoreAway(f"{self.name}: {_first_line(error)}") from error
+            raise StoreAway(f"{self.name}: {first_line(error)}") from error
         self.asked = self.asked or any(one.payload == _ASK for one in heard)
         # What we said to all was not for us.
         own = connection.info.backend_pid
         return any((one.channel, one.pid) != (self._everybody, own) for one in heard)
-
-    def _notifications(self, connection: Any) -> list[_Heard]:
-        """Return the notifications that have come."""
-        heard, self._inbox = self._inbox, []
-        if hasattr(connection, "poll"):  # psycopg2
-            connection.poll()
-            if connection.closed:
-                raise StoreAway("the server has closed the connection")
-            heard += [_Heard(n.channel, n.payload, n.pid) for n in connection.notifies]
-            connection.notifies.clear()
-            return heard
-        connection.pgconn.consume_input()
-        while (n := connection.pgconn.notifies()) is not None:
-            heard.append(_Heard(n.relname.decode(), n.extra.decode(), n.be_pid))
-        return heard
 
     def publish(self, text: str) -> None:
         self._tables.publish(self.member, text)
@@ -436,8 +384,7 @@ class PostgresStore(Store):
         return self._tables.published(members)
 
     def nudge(self) -> None:
-        pipe = self._pipe
-        if pipe is not None:
+        if (pipe := self._pipe) is not None:
             with contextlib.suppress(OSError):  # full, or closed meanwhile
                 os.write(pipe[1], b"n")
 
@@ -449,12 +396,3 @@ def _key(name: str) -> int:
 
 def _channel(name: str) -> str:
     return f"fairpool_{name}"
-
-
-def _sqlstate(error: object) -> str | None:
-    # psycopg has the one, psycopg2 the other.
-    return getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-
-
-def _first_line(error: object) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -106,7 +106,7 @@ _number, _int_or_none, _str_or_none = (
     _of(str, NoneType),
 )
 
-#: Parse the places in the line of tags; who is due, and why.
+#: Parse the places in the line of tags; the members that are due, and why.
 counts: Callable[[Any], dict[str, int]] = _each(_int)
 words: Callable[[Any], dict[str, str]] = _each(_str)
 

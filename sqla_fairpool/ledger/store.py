@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import select
 from collections.abc import Collection, Iterable, Mapping, MutableMapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Protocol
 
-__all__ = ["Store", "StoreAway", "changes"]
+__all__ = ["Store", "StoreAway", "changes", "drain", "wait_for"]
 
 
 class StoreAway(Exception):  # noqa: N818  (a state, not an error)
@@ -111,6 +113,23 @@ class Store(Protocol):
 
     def after_fork(self) -> None:
         """In the child: become a closed store with a member id of its own."""
+
+
+def wait_for(handles: Iterable[int], seconds: float | None) -> bool:
+    """Wait until there is something to read; return False when the time was up."""
+    poll = select.poll()
+    for handle in handles:
+        poll.register(handle, select.POLLIN)
+    return bool(poll.poll(None if seconds is None else max(seconds, 0.0) * 1000))
+
+
+def drain(handle: int) -> bytes:
+    """Read all that there is, without waiting for more."""
+    found = b""
+    with suppress(BlockingIOError):
+        while more := os.read(handle, 4096):
+            found += more
+    return found
 
 
 def changes(

@@ -1,4 +1,4 @@
-"""A member's part of a transaction: post, give back or take, see who is to be told.
+"""A member's part of a transaction: post, give back or take, say which others are due.
 
 Part of the book, see :mod:`.book`: pure, in one transaction.
 """
@@ -40,7 +40,7 @@ def settle(
     sign: bool = False,
     unasked: str | None = None,
 ) -> Allotment:
-    """Post what a member wants, give back or take, and see who is to be told.
+    """Post what a member wants, give back or take, and see which others are to be told.
 
     :param state: what its pool has.
     :param demand: what is to be posted.

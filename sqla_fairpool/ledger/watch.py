@@ -195,7 +195,7 @@ class _Quarantine:
 
 
 class Findings(NamedTuple):
-    """What is to be written down, and who is to be rung once more."""
+    """What is to be written down, and which members are to be rung once more."""
 
     dead: Mapping[str, str]
     released: Mapping[int, Left]
@@ -253,7 +253,7 @@ class Watch:
     def _late(
         self, book: Book, living: Collection[str], now: float
     ) -> dict[str, float]:
-        """Return for how long we have seen those who are expected to look, in vain."""
+        """Return for how long those that are expected to look have not done so."""
         turn = self._pace.turn_length(list(book.due.values()).count(TURN))
         late, expected = {}, {}
         for key, why in book.due.items():

@@ -5,21 +5,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import signal
 import sqlite3
 import stat
-import subprocess
-import sys
 import tempfile
 import textwrap
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 from support.sampler import CAPACITY, Server
+from support.stores import LONG, SUPPORT, join, rows_of, run, start, write
 from support.threads import PATIENCE, eventually
 
 from sqla_fairpool.ledger import host, host_file
@@ -29,32 +28,10 @@ from sqla_fairpool.ledger.host_file import LedgerFile
 from sqla_fairpool.ledger.rows import member_key
 from sqla_fairpool.ledger.store import StoreAway
 
-SUPPORT = Path(__file__).parents[1] / "support"
-SPAWN = multiprocessing.get_context("spawn")
-
-#: Seconds after which a program is taken to hang.
-LONG = 120
-
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "run" / "app.ledger"
-
-
-@pytest.fixture
-def make(path):
-    """Make open stores, closed after the test."""
-    stores = []
-
-    def make():
-        store = HostStore(path)
-        store.open()
-        stores.append(store)
-        return store
-
-    yield make
-    for store in stores:
-        store.close()
+def make(make_host):
+    return make_host
 
 
 @pytest.fixture
@@ -67,28 +44,6 @@ def member(make):
         return store
 
     return member
-
-
-def join(store):
-    with store.transaction() as rows:
-        rows[member_key(store.member)] = "{}"
-
-
-def rows_of(store):
-    with store.transaction() as rows:
-        return dict(rows)
-
-
-def run(*command):
-    """Run a Python program; return what it prints."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=LONG,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 # -- transactions exclude each other ---------------------------------------------------
@@ -258,10 +213,8 @@ def test_parent_killed_in_a_transaction_leaves_the_lock_to_others(path):
 # -- processes that are killed ---------------------------------------------------------
 
 
-def commit_and_be_killed(path):
+def commit_and_be_killed(store):
     """Be killed when most of a commit is in the file."""
-    store = HostStore(path)
-    store.open()
     database = store._file.database
     database.execute("pragma cache_size = 1")  # it is written before it is committed
 
@@ -274,16 +227,16 @@ def commit_and_be_killed(path):
         rows.update({str(number): "new" * 1000 for number in range(100)})
 
 
-def test_commit_that_was_cut_short_is_undone_by_the_next_process(make, path):
+def test_commit_that_was_cut_short_is_undone_by_the_next_process(make, path, elsewhere):
     store = make()
     rows = {str(number): "old" * 1000 for number in range(100)}
     with store.transaction() as there:
         there.update(rows)
     before = path.read_bytes()
-    process = SPAWN.Process(target=commit_and_be_killed, args=(path,))
-    process.start()
-    process.join(PATIENCE)
-    assert process.exitcode == -signal.SIGKILL
+    other = elsewhere(path)
+    other.begin(commit_and_be_killed)
+    other.process.join(PATIENCE)
+    assert other.process.exitcode == -signal.SIGKILL
     assert path.read_bytes() != before
     assert Path(f"{path}-journal").stat().st_size
     assert rows_of(store) == rows
@@ -476,40 +429,29 @@ def test_ledger_that_vanishes_again_and_again_is_given_up(path, monkeypatch):
         HostStore(path).open()
 
 
-def go_on(path, pipe):
-    """Write a number that grows; open what is there when it went away."""
-    store, number, aways = HostStore(path), 0, 0
-    while not pipe.poll():
+def go_on(store, over):
+    """Write a number that grows, then "last"; open what is there when it went away."""
+    number, aways, value = 0, 0, "0"
+    while value != "last":
         number += 1
         try:
+            value = "last" if os.path.exists(over) else str(number)
             store.open()
-            with store.transaction() as rows:
-                rows[store.member] = str(number)
+            write(store, **{store.member: value})
         except StoreAway:
             aways += 1
-    pipe.recv()
-    while True:
-        try:
-            store.open()
-            with store.transaction() as rows:
-                rows[store.member] = "last"
-            break
-        except StoreAway:
-            pass
-    pipe.send((store.member, aways))
-    pipe.recv()
-    store.close()
+            value = "0"
+    return aways
 
 
-def test_processes_meet_in_the_new_file_when_it_is_replaced_under_load(path):
-    processes, pipes = [], []
-    for _ in range(2):
-        ours, theirs = SPAWN.Pipe()
-        process = SPAWN.Process(target=go_on, args=(path, theirs), daemon=True)
-        process.start()
-        processes.append(process)
-        pipes.append(ours)
-    looker = HostStore(path)
+def test_processes_meet_in_the_new_file_when_it_is_replaced_under_load(
+    path, tmp_path, elsewhere, opened
+):
+    others = [elsewhere(path) for _ in range(2)]
+    members = {other.member for other in others}
+    for other in others:
+        other.begin(go_on, tmp_path / "over")
+    looker = opened(path)
 
     def both_write():
         try:
@@ -524,26 +466,14 @@ def test_processes_meet_in_the_new_file_when_it_is_replaced_under_load(path):
             with looker.transaction():
                 replace(path)
         else:
-            try:
+            with contextlib.suppress(OSError):  # something was made there meanwhile
                 lose(path)
-            except OSError:
-                pass  # somebody has made something in the directory meanwhile
     eventually(both_write, "two rows")
-    for pipe in pipes:
-        pipe.send("end")
-    said = [pipe.recv() for pipe in pipes]
-    assert all(aways for _, aways in said)
-    store = HostStore(path)
-    store.open()
-    assert rows_of(store).items() >= {member: "last" for member, _ in said}.items()
-    members = {member for member, _ in said}
+    (tmp_path / "over").touch()
+    assert all(other.result() for other in others)
+    store = opened(path)
+    assert rows_of(store).items() >= dict.fromkeys(members, "last").items()
     assert store.living(members) == members
-    store.close()
-    looker.close()
-    for pipe, process in zip(pipes, processes, strict=True):
-        pipe.send("end")
-        process.join(PATIENCE)
-        assert process.exitcode == 0
 
 
 def test_copy_that_is_restored_in_place_is_read(make, path):
@@ -557,16 +487,14 @@ def test_copy_that_is_restored_in_place_is_read(make, path):
     assert rows_of(other) == {"a": "new"}
     path.write_bytes(copy)
     # As many changes as the other store has seen.
-    with store.transaction() as rows:
-        rows["b"] = "2"
+    write(store, b="2")
     assert rows_of(store) == rows_of(other) == {"a": "old", "b": "2"}
     assert store.in_place()
 
 
 def test_file_that_was_emptied_in_place_is_a_new_ledger(make, path):
     store, other = make(), make()
-    with store.transaction() as rows:
-        rows["a"] = "1"
+    write(store, a="1")
     key = store.key
     os.truncate(path, 0)
     for one in (store, other):
@@ -770,6 +698,43 @@ def test_who_cannot_be_looked_at_is_not_taken_for_dead(make, monkeypatch):
     assert store.living([other.member]) == {other.member}
 
 
+def test_what_dead_processes_left_without_a_row_is_removed(make, path, elsewhere):
+    other = elsewhere(path)
+    other.kill()
+    assert list(path.parent.glob(f"*/{other.member}*"))
+    make()
+    assert not list(path.parent.glob(f"*/{other.member}*"))
+
+
+def test_figures_that_cannot_be_published_are_a_store_that_is_away(make):
+    store = make()
+    store._members = store._members / "nowhere"
+    with pytest.raises(StoreAway):
+        store.publish("x")
+
+
+def test_place_that_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(LedgerError, match="cannot be used"):
+        HostStore(tmp_path).open()
+
+
+@pytest.mark.parametrize(
+    ("given", "file_mode", "mode"), [(None, 0o600, 0o700), (0o660, 0o660, 0o770)]
+)
+def test_nobody_else_may_read_it_unless_an_operator_lets_a_group(
+    make, path, given, file_mode, mode
+):
+    if given is not None:
+        path.parent.mkdir()
+        path.touch()
+        path.chmod(given)
+    store = make()
+    files = [path, Path(f"{path}-journal"), *store._members.iterdir()]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {file_mode}
+    assert len(files) == 4
+    assert stat.S_IMODE(store._members.stat().st_mode) == mode
+
+
 # -- several users ---------------------------------------------------------------------
 
 GROUP, USERS = 54321, (54001, 54002)
@@ -797,63 +762,41 @@ def shared():
     shutil.rmtree(top)
 
 
-def as_user(user, path, pipe):
+def become(user):
     os.umask(0o077)
     os.setgroups([GROUP])
     os.setgid(user)
     os.setuid(user)
-    store = HostStore(path)
-    try:
-        while (order := pipe.recv()) != "end":
-            if order == "open":
-                store.open()
-                with store.transaction() as rows:
-                    rows[member_key(store.member)] = str(user)
-                store.publish(str(user))
-                pipe.send(store.member)
-            else:
-                others = [key.partition("/")[2] for key in rows_of(store)]
-                store.ring_all()
-                living = store.living(others)
-                pipe.send((living, set(store.published(others).values())))
-    except Exception as error:
-        pipe.send(repr(error))
-    store.close()
+
+
+def appear(store):
+    join(store)
+    store.publish(str(os.getuid()))
+
+
+def look(store):
+    others = [key.partition("/")[2] for key in rows_of(store)]
+    store.ring_all()
+    return store.living(others), set(store.published(others).values())
 
 
 @needs_root
 @pytest.mark.parametrize("mode", [0o2770, 0o770])
-def test_several_users_share_a_ledger(shared, mode):
+def test_several_users_share_a_ledger(shared, mode, opened, elsewhere):
     shared.parent.chmod(mode)
-    pipes, processes = [], []
-    for user in USERS:
-        ours, theirs = SPAWN.Pipe()
-        process = SPAWN.Process(target=as_user, args=(user, shared, theirs))
-        process.start()
-        pipes.append(ours)
-        processes.append(process)
-    members = []
-    for pipe in pipes:
-        pipe.send("open")
-        members.append(pipe.recv())
-        assert len(members[-1]) == 32, members[-1]
-    root = HostStore(shared)
-    root.open()
+    others = [elsewhere(shared, partial(become, user)) for user in USERS]
+    members = {other.member for other in others}
+    for other in others:
+        other(appear)
+    root = opened(shared)
     root.publish("0")
-    for pipe in pipes:
-        pipe.send("look")
-        assert pipe.recv() == (set(members), set(map(str, USERS)))
-    assert root.living(members) == set(members)
-    assert root.published(members).keys() == set(members)
-    processes[0].kill()
-    processes[0].join()
-    assert root.living(members) == {members[1]}
+    for other in others:
+        assert other(look) == (members, set(map(str, USERS)))
+    assert root.living(members) == root.published(members).keys() == members
+    others[0].kill()
+    assert root.living(members) == {others[1].member}
     root.close()
-    pipes[1].send("look")
-    assert pipes[1].recv() == ({members[1]}, {str(USERS[1])})
-    pipes[1].send("end")
-    processes[1].join(PATIENCE)
-    assert processes[1].exitcode == 0
+    assert others[1](look) == ({others[1].member}, {str(USERS[1])})
 
 
 @needs_root
@@ -871,42 +814,26 @@ def test_what_root_leaves_is_the_owners(path):
     store.close()
 
 
-def test_nobody_waits_without_end_for_a_process_that_is_stopped(make, path):
-    store = make()
-    ours, theirs = SPAWN.Pipe()
-    process = SPAWN.Process(target=hold, args=(path, theirs), daemon=True)
-    process.start()
-    assert ours.recv() == "locked"
-    os.kill(process.pid, signal.SIGSTOP)
-    with pytest.raises(StoreAway, match="locked by another process"):
-        rows_of(store)
-    process.kill()
-    process.join()
-    assert rows_of(store) == {}
-
-
-def hold(path, pipe):
-    store = HostStore(path)
-    store.open()
+def hold(store, reached):
     with store.transaction():
-        pipe.send("locked")
+        reached.touch()
         threading.Event().wait()
 
 
+def test_nobody_waits_without_end_for_a_process_that_is_stopped(
+    make, path, tmp_path, elsewhere
+):
+    store, other = make(), elsewhere(path)
+    other.begin(hold, tmp_path / "locked")
+    eventually((tmp_path / "locked").exists)
+    os.kill(other.process.pid, signal.SIGSTOP)
+    with pytest.raises(StoreAway, match="locked by another process"):
+        rows_of(store)
+    other.kill()
+    assert rows_of(store) == {}
+
+
 # -- engines, at a real server ---------------------------------------------------------
-
-
-def steady(url, path, name):
-    """Start a scraper that works until its standard input ends."""
-    process = subprocess.Popen(
-        [sys.executable, SUPPORT / "scraper_program.py", url, path, name, "8", "0.02"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "working\n"
-    return process
 
 
 @pytest.mark.postgres
@@ -915,7 +842,8 @@ def test_members_that_come_and_go_in_every_way_keep_to_the_capacity(postgres_url
     """Two engines in a process, observers, the command, forked workers; in turns."""
     server = Server(postgres_url)
     url = server.url.render_as_string(hide_password=False)
-    steadies = [steady(url, path, name) for name in ("one", "two")]
+    program = "scraper_program.py", url, path
+    steadies = [start(*program, name, 8, 0.02) for name in ("one", "two")]
     try:
         for how, number in [
             ("engines", 1),

@@ -7,35 +7,16 @@ import threading
 from contextlib import contextmanager
 
 import pytest
-from support.ledger import TERMS, World
+from support.ledger import TERMS, World, ask, close_idle, free, used
 from support.ledger_simulation import simulate
 from support.ledger_world import Host, MemoryStore, Server, SimPool
-from support.threads import eventually
+from support.threads import PATIENCE, eventually
 
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.demand import Pace, TagDemand, condense
 from sqla_fairpool.ledger.errors import LedgerError, TermsDiffer
 from sqla_fairpool.ledger.keeper import Keeper
 from sqla_fairpool.ledger.rows import Left, Terms
-
-
-@pytest.fixture
-def world():
-    return World()
-
-
-def ask(process, tag, times=30):
-    for _ in range(times):
-        process.pool.request(tag)
-
-
-def free(process, tag, times=1):
-    for _ in range(times):
-        process.pool.release(tag)
-
-
-def used(*processes):
-    return [p.pool.in_use.total() for p in processes]
 
 
 class Churn:
@@ -61,9 +42,7 @@ class Churn:
 
 
 def test_a_newcomer_gets_its_first_slot_in_one_transaction_and_posts_in_another(world):
-    first = world.start()
-    ask(first, "a", 1)
-    world.run(0.1)
+    world.member("a", 1)
     before = world.host.transactions
     process = world.start()
     process.pool.request("a")
@@ -115,9 +94,7 @@ def test_a_slot_goes_to_another_process_by_three_transactions_and_a_bell(world):
 
 
 def test_unused_slots_stay_where_they_are_until_somebody_is_short_of_them(world):
-    a, b = world.start(), world.start()
-    ask(a, "a", 12)
-    world.run(0.1)
+    a, b = world.member("a", 12), world.start()
     free(a, "a", 12)
     world.run(5.0)
     assert a.row.owned == 12
@@ -128,12 +105,9 @@ def test_unused_slots_stay_where_they_are_until_somebody_is_short_of_them(world)
 
 
 def test_slots_without_a_connection_are_given_up_in_time(world):
-    a = world.start()
-    ask(a, "a", 8)
-    world.run(0.1)
+    a = world.member("a", 8)
     free(a, "a", 8)
-    while a.pool.idle:
-        a.pool._close_idle()  # nobody has used them for long
+    close_idle(a)
     world.run(25.0)
     assert a.row.owned == 0
 
@@ -164,10 +138,7 @@ def test_nothing_is_written_while_all_are_saturated(world):
 
 
 def test_a_gap_between_two_checkouts_does_not_cost_the_slot(world):
-    a, b = world.start(), world.start()
-    ask(a, "a", 10)
-    ask(b, "b", 10)
-    world.run(0.1)
+    a, b = world.members(a=10, b=10)
     ask(b, "c", 10)
     world.run(2.0, Churn(world))
     a.pool.waiting.clear()
@@ -211,10 +182,7 @@ def test_more_processes_than_slots_take_turns():
 
 
 def test_a_lost_bell_costs_no_more_than_a_beat(world):
-    a, b = world.start(), world.start()
-    ask(a, "a", 10)
-    ask(b, "b", 11)
-    world.run(0.1)
+    a, _ = world.members(a=10, b=11)
     ask(a, "c", 1)
     world.run(1.0)
     free(a, "a", 1)
@@ -227,9 +195,7 @@ def test_a_lost_bell_costs_no_more_than_a_beat(world):
 
 
 def test_an_idle_process_hardly_touches_the_store(world):
-    a = world.start()
-    ask(a, "a", 3)
-    world.run(0.1)
+    a = world.member("a", 3)
     free(a, "a", 3)
     a.pool.active.clear()
     world.run(2.0)
@@ -245,9 +211,7 @@ def test_a_process_that_never_asks_never_touches_the_store(world):
 
 
 def test_local_traffic_within_what_is_owned_does_no_store_io(world):
-    a = world.start()
-    ask(a, "a", 15)
-    world.run(0.1)
+    a = world.member("a", 15)
     free(a, "a", 15)
     transactions = world.host.transactions
 
@@ -326,9 +290,7 @@ def test_too_many_tags_are_summed_up():
 
 
 def test_while_the_store_is_away_nothing_grows_and_what_is_owned_is_kept(world):
-    a, b = world.start(), world.start()
-    ask(a, "a", 5)
-    world.run(0.1)
+    a, b = world.member("a", 5), world.start()
     world.host.is_away = True
     ask(a, "a", 5)
     ask(b, "b", 5)
@@ -351,9 +313,7 @@ def test_while_the_store_is_away_it_is_tried_less_and_less(world):
 
 
 def test_what_was_closed_while_the_store_was_away_is_given_back_after(world):
-    a, b = world.start(), world.start()
-    ask(a, "a", 15)
-    world.run(0.1)
+    a, b = world.member("a", 15), world.start()
     ask(b, "b", 10)
     world.run(0.1)
     world.host.is_away = True
@@ -368,9 +328,7 @@ def test_what_was_closed_while_the_store_was_away_is_given_back_after(world):
 
 @pytest.mark.parametrize("where", ["begin", "locked", "commit", "committed", "ring"])
 def test_a_failure_anywhere_is_made_good(world, where):
-    a, b = world.start(), world.start()
-    ask(a, "a", 15)
-    world.run(0.1)
+    a, b = world.member("a", 15), world.start()
     for process in (a, b):
         process.fails_at = where
     ask(b, "b", 10)
@@ -455,9 +413,7 @@ def test_slots_of_a_stopped_process_are_not_used_and_the_others_share_the_rest(w
 
 
 def test_a_stopped_process_does_not_keep_free_slots_from_the_others(world):
-    a, b = world.start(), world.start()
-    ask(a, "a", 1)
-    world.run(0.1)
+    a, b = world.member("a", 1), world.start()
     a.stopped = True
     a.pool.waiting["a"] = 20
     row = json.loads(world.host.rows["member/m00001"])
@@ -486,12 +442,9 @@ def test_one_that_was_taken_for_dead_takes_its_slots_back(world):
 
 def test_one_that_was_taken_for_dead_opens_nothing_before_it_has_seen_its_row(world):
     """The server had nothing to keep its slots for: they are others' now."""
-    a, b = world.start(), world.start()
-    ask(a, "a", 15)
-    world.run(0.1)
+    a, b = world.member("a", 15), world.start()
     free(a, "a", 15)
-    while a.pool.idle:
-        a.pool._close_idle()
+    close_idle(a)
     assert (a.pool.slots, a.pool.open) == (15, 0)
     a.stopped = True
     a.store.lose()
@@ -512,9 +465,7 @@ def test_one_that_was_taken_for_dead_opens_nothing_before_it_has_seen_its_row(wo
 
 
 def test_a_quarantine_that_was_left_and_entered_again_is_another_one(world):
-    a = world.start()
-    ask(a, "a", 3)
-    world.run(0.1)
+    a = world.member("a", 3)
     rows = dict(world.host.rows)
     key = a.store.member
     book = Book(rows)
@@ -530,9 +481,7 @@ def test_a_quarantine_that_was_left_and_entered_again_is_another_one(world):
 
 
 def test_who_has_written_since_is_not_dead(world):
-    a = world.start()
-    ask(a, "a", 3)
-    world.run(0.1)
+    a = world.member("a", 3)
     texts = dict(world.book.texts)
     ask(a, "a", 1)
     world.run(0.1)
@@ -555,9 +504,7 @@ def test_a_number_that_a_new_ledger_gave_to_another_is_not_taken(world):
 
 
 def test_members_have_to_agree(world):
-    a = world.start()
-    ask(a, "a", 1)
-    world.run(0.1)
+    world.member("a", 1)
     b = world.start(Terms(10, 5, 8, 60.0, 30.0))
     ask(b, "b", 1)
     world.run(0.1)
@@ -573,9 +520,7 @@ def test_members_have_to_agree(world):
 
 
 def test_the_terms_of_the_dead_bind_nobody(world):
-    a = world.start()
-    ask(a, "a", 15)
-    world.run(0.1)
+    a = world.member("a", 15)
     a.kill()
     b = world.start(Terms(10, 5, 8, 60.0, 30.0))
     ask(b, "b", 9)
@@ -588,14 +533,10 @@ def test_the_terms_of_the_dead_bind_nobody(world):
 
 
 def test_rows_of_a_later_version_are_refused(world):
-    a = world.start()
-    ask(a, "a", 1)
-    world.run(0.1)
+    world.member("a", 1)
     meta = json.loads(world.host.rows["meta"])
     world.host.rows["meta"] = json.dumps(meta | {"protocol": 3})
-    b = world.start()
-    ask(b, "b", 1)
-    world.run(0.1)
+    b = world.member("b", 1)
     assert type(b.pool.refusals[0]) is LedgerError
     assert "protocol version 3" in str(b.pool.refusals[0])
 
@@ -616,9 +557,7 @@ def test_close_gives_everything_back(world):
 
 
 def test_close_leaves_slots_behind_for_connections_that_stay_open(world):
-    a, b = world.start(), world.start()
-    ask(a, "a", 3)
-    world.run(0.1)
+    a, b = world.member("a", 3), world.start()
     a.pool.detach("a")
     free(a, "a", 2)
     a.close()
@@ -632,9 +571,7 @@ def test_close_leaves_slots_behind_for_connections_that_stay_open(world):
 
 
 def test_a_forked_child_owns_nothing_and_its_parent_everything(world):
-    parent = world.start()
-    ask(parent, "a", 3)
-    world.run(0.1)
+    parent = world.member("a", 3)
     child = parent.fork()
     assert child.store.member != parent.store.member
     assert (child.pool.slots, child.keeper.member.allotment) == (0, None)
@@ -647,24 +584,18 @@ def test_a_forked_child_owns_nothing_and_its_parent_everything(world):
 
 
 def test_a_reset_forgets_everything_but_the_numbers(world):
-    a = world.start()
-    ask(a, "a", 3)
-    world.run(0.1)
+    a = world.member("a", 3)
     a.kill()
     rows = dict(world.host.rows)
     Book(rows).reset()
     assert [*rows] == ["meta"]
     world.host.rows = rows
-    b = world.start()
-    ask(b, "a", 3)
-    world.run(0.1)
+    b = world.member("a", 3)
     assert b.row.number == 2
 
 
 def test_one_whose_row_was_reset_keeps_what_it_has_open(world):
-    a, b = world.start(), world.start()
-    ask(a, "a", 12)
-    world.run(0.1)
+    a, b = world.member("a", 12), world.start()
     Book(world.host.rows).reset()
     world.run(11.0)
     assert a.row.owned == 12
@@ -682,10 +613,10 @@ class BlockingStore(MemoryStore):
 
     lock = threading.Lock()
 
-    def __init__(self, host, bells):
+    def __init__(self, host, bells=None):
         super().__init__(host)
-        self.bells = bells
-        bells[self.member] = threading.Event()
+        self.bells = {} if bells is None else bells
+        self.bells[self.member] = threading.Event()
 
     @contextmanager
     def transaction(self):
@@ -697,7 +628,7 @@ class BlockingStore(MemoryStore):
             self.bells[member].set()
 
     def nudge(self):
-        self.bells[self.member].set()
+        self.ring([self.member])
 
     def wait(self, seconds):
         rung = self.bells[self.member].wait(seconds)
@@ -711,10 +642,11 @@ class LockedPool(SimPool):
     def __init__(self, server, session):
         super().__init__(server, session)
         lock = threading.RLock()
-        for name in ("demand", "allot", "close_surplus", "buried", "_answered"):
+        for name in (
+            *("demand", "allot", "close_surplus", "buried", "_answered"),
+            *("request", "release"),
+        ):
             setattr(self, name, locked(lock, getattr(self, name)))
-        self.request = locked(lock, self.request)
-        self.release = locked(lock, self.release)
 
 
 def locked(lock, function):
@@ -797,6 +729,35 @@ def test_a_keeper_that_was_closed_stays_closed(two_threads):
     a.request("a")
     test_no_thread_before_somebody_rings(two_threads)
     assert a.in_use["a"] == 0
+
+
+def test_a_post_starts_the_thread_and_is_answered_by_it():
+    pool = SimPool(Server(), "a")
+    keeper = pool.keeper = Keeper(BlockingStore(Host()), TERMS, pool)
+    told, answers = threading.Event(), []
+
+    def done(answer):
+        answers.append((answer, threading.current_thread().name))
+        told.set()
+
+    keeper.post(done)
+    assert told.wait(PATIENCE)
+    assert answers == [(True, "sqla_fairpool-keeper")]
+    keeper.close()
+    keeper.post(done)
+    assert [answer for answer, _ in answers] == [True, False]
+
+
+def test_where_no_thread_can_be_started_a_post_is_denied(monkeypatch):
+    def start(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    keeper = Keeper(BlockingStore(Host()), TERMS, SimPool(Server(), "a"))
+    answers = []
+    for _ in range(2):
+        keeper.post(answers.append)
+    assert answers == [False, False]
 
 
 # -- many --------------------------------------------------------------------------

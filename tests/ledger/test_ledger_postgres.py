@@ -11,12 +11,16 @@ import pytest
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 from support import state
+from support.ledger_world import Server as SimServer
+from support.ledger_world import SimPool
+from support.stores import rows_of, write
 from support.threads import PATIENCE, Caller, eventually
 
 from sqla_fairpool import FairQueuePool
 from sqla_fairpool.cli import main
 from sqla_fairpool.cli.watching import Place
-from sqla_fairpool.ledger import watch
+from sqla_fairpool.ledger import postgres, watch
+from sqla_fairpool.ledger.addresses import make_store
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.keeper import Keeper
@@ -28,22 +32,6 @@ pytestmark = pytest.mark.postgres
 
 TABLES = "fairpool_ledger, fairpool_ledger_row, fairpool_figures"
 TERMS = Terms(4, 2, 3, 60.0, 30.0)
-
-
-@pytest.fixture
-def operator(postgres_url):
-    """Run statements as the operator does, in a database; quotes nothing."""
-
-    def run(url, *statements, **values):
-        engine = create_engine(url, isolation_level="AUTOCOMMIT")
-        with engine.connect() as connection:
-            for statement in statements:
-                result = connection.execute(text(statement), values)
-        found = result.scalars().all() if result.returns_rows else None
-        engine.dispose()
-        return found
-
-    return run
 
 
 @pytest.fixture
@@ -62,19 +50,13 @@ def driver_url(request, url):
 
 
 @pytest.fixture
-def make():
-    """Make open stores, closed after the test."""
-    stores = []
+def make(opened):
+    """Make open stores of a database."""
 
     def make(url, ledger="default", **options):
-        store = PostgresStore(url, ledger, **options)
-        stores.append(store)
-        store.open()
-        return store
+        return opened(PostgresStore(url, ledger, **options))
 
-    yield make
-    for store in stores:
-        store.close()
+    return make
 
 
 @pytest.fixture
@@ -97,14 +79,10 @@ def searching(url, path):
     return url.update_query_dict({"options": f"-csearch_path={path}"})
 
 
-def rows_of(store):
-    with store.transaction() as rows:
-        return dict(rows)
-
-
-def write(store, **values):
-    with store.transaction() as rows:
-        rows.update(values)
+def move_tables(operator, url, *statements):
+    """Do something with each table, named ``{0}``."""
+    for table in TABLES.split(", "):
+        operator(url, *(statement.format(table) for statement in statements))
 
 
 # -- tables that go away --------------------------------------------------------------
@@ -254,8 +232,7 @@ def test_tables_that_are_there_are_used_wherever_they_are(url, make, operator):
     operator(url, "create schema mine", "create schema public2")
     first = make(url)
     write(first, a="1")
-    for table in TABLES.split(", "):
-        operator(url, f"alter table {table} set schema mine")
+    move_tables(operator, url, "alter table {0} set schema mine")
     assert rows_of(make(url)) == {"a": "1"}
     with pytest.raises(StoreAway):
         rows_of(first)
@@ -267,8 +244,7 @@ def test_the_oldest_tables_are_used_if_there_are_several(url, make, operator):
     operator(url, "create schema mine")
     first = make(url)
     write(first, a="1")
-    for table in TABLES.split(", "):
-        operator(url, f"create table mine.{table} (like public.{table})")
+    move_tables(operator, url, "create table mine.{0} (like public.{0})")
     assert rows_of(make(searching(url, "mine"))) == {"a": "1"}
 
 
@@ -301,8 +277,7 @@ def test_role_that_may_not_use_the_tables_schema_gets_no_ledger_of_its_own(
 ):
     operator(url, "create schema mine")
     make(url)
-    for table in TABLES.split(", "):
-        operator(url, f"alter table {table} set schema mine")
+    move_tables(operator, url, "alter table {0} set schema mine")
     operator(url, "grant create on schema public to public")
     with pytest.raises(LedgerError, match="in the schema 'mine', which the role"):
         make(role())
@@ -361,8 +336,7 @@ def test_who_lives_at_a_place_is_known_without_its_tables(driver_url, make, oper
 def test_members_of_another_schema_are_strangers(url, make, operator):
     store = make(url)
     operator(url, "create schema mine")
-    for table in TABLES.split(", "):
-        operator(url, f"create table mine.{table} (like public.{table})")
+    move_tables(operator, url, "create table mine.{0} (like public.{0})")
     operator(url, f"drop table {TABLES}")
     assert make(url).strangers([]) == 1
     store.close()
@@ -448,16 +422,142 @@ def test_bell_that_rings_during_a_statement_is_heard_after_it(driver_url, make):
 # -- the session ----------------------------------------------------------------------
 
 
-def test_store_is_in_place_while_its_session_is_not_known_to_be_lost(
-    driver_url, make, operator
-):
-    store = make(driver_url)
-    assert store.in_place()
-    (pid,) = [store._driver.info.backend_pid]
-    operator(driver_url, "select pg_terminate_backend(:pid)", pid=pid)
+@pytest.fixture
+def cursor(url):
+    """A cursor of the operator's."""
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        yield connection.connection.cursor()
+    engine.dispose()
+
+
+def kill_session(operator, store):
+    pid = store._driver.info.backend_pid
+    operator(store._engine.url, "select pg_terminate_backend(:pid)", pid=pid)
+
+
+def test_lost_control_connection_is_a_lost_sign(driver_url, make, operator):
+    store, other = make(driver_url), make(driver_url)
+    assert (store.control_connections, store.signed) == (1, True)
+    kill_session(operator, store)
+    eventually(lambda: other.living([store.member]) == set())
+    assert store.in_place()  # as far as is known
     with pytest.raises(StoreAway):
         rows_of(store)
+    assert (store.control_connections, store.signed) == (0, False)
     assert not store.in_place()
+    store.nudge()
+    store.open()
+    assert store.signed
+    assert other.living([store.member]) == {store.member}
+    assert rows_of(store) == {}
+
+
+def test_connection_that_is_lost_ends_the_wait(url, make, operator):
+    store = make(url)
+    caller = Caller(store.wait, PATIENCE)
+    kill_session(operator, store)
+    try:
+        assert caller.result()  # woken by what the server said last
+    except StoreAway:
+        pass  # or by its end
+    with pytest.raises(StoreAway):
+        rows_of(store)
+    assert not store.signed
+
+
+def test_transaction_of_a_stopped_process_is_ended(url, make, monkeypatch):
+    monkeypatch.setattr(postgres, "_STATEMENT_TIMEOUT", "100ms")
+    stopped, other = make(url), make(url)
+    transaction = stopped.transaction()
+    transaction.__enter__()["a"] = "1"
+
+    def goes_on():
+        try:
+            return rows_of(other) == {}
+        except StoreAway:  # the lock is taken
+            other.open()
+            return False
+
+    eventually(goes_on)
+    with pytest.raises(StoreAway):
+        transaction.__exit__(None, None, None)
+    assert not stopped.signed
+
+
+def test_ledgers_in_one_database_are_apart(url, opened):
+    named = url.update_query_dict({"ledger": "one"})
+    one = opened(make_store(named.render_as_string(hide_password=False), None))
+    two = opened(make_store("database", url.update_query_dict({"ledger": "two"})))
+    for store in (one, two):
+        write(store, a=store.name)
+    assert rows_of(one) != rows_of(two)
+    assert one.key != two.key
+
+
+def test_tables_from_the_future_are_refused(url, make, operator):
+    store = make(url)
+    store.close()
+    operator(url, "update fairpool_ledger set version = 99")
+    with pytest.raises(LedgerError, match=r"cannot be used.*schema version 99.* 1:"):
+        store.open()
+    assert store.control_connections == 0
+
+
+def test_server_that_is_not_there_is_a_store_that_is_away(tmp_path):
+    url = make_url("postgresql+psycopg2://u:s3cret@/db").set(host=None)
+    store = PostgresStore(url.update_query_dict({"host": str(tmp_path)}))
+    with pytest.raises(StoreAway) as caught:
+        store.open()
+    assert "s3cret" not in str(caught.value) + store.name
+
+
+def test_pooler_in_between_is_refused(url, monkeypatch):
+    """None is installed here: what its driver would say is put in its place."""
+    check = watch.identify
+    monkeypatch.setattr(watch, "identify", lambda c, pid: check(c, pid + 1))
+    with pytest.raises(LedgerError, match="a pooler like PgBouncer is in between"):
+        PostgresStore(url).open()
+
+
+def test_sessions_are_seen_until_they_end_whatever_is_done_in_them(driver_url, cursor):
+    before = watch.look(cursor)
+    engine = create_engine(driver_url)
+    with engine.connect() as connection:
+        driver = connection.connection.driver_connection
+        own = connection.connection.cursor()
+        server, session = watch.identify(own, driver.info.backend_pid)
+        driver.rollback()
+        driver.autocommit = True
+        own.execute("DISCARD ALL")
+        present = watch.look(cursor)
+        assert present.server == server == before.server
+        assert session.pid == driver.info.backend_pid
+        assert session in present.sessions - before.sessions
+        assert session in present.peers
+        driver.autocommit = False
+    engine.dispose()
+    eventually(lambda: session not in watch.look(cursor).sessions)
+
+
+def test_sessions_of_another_role_are_seen_without_their_beginning(url, cursor, role):
+    _, session = watch.identify(cursor, None)
+    engine = create_engine(role())
+    with engine.connect() as connection:
+        present = watch.look(connection.connection.cursor())
+    assert session._replace(began=None) in present.sessions
+    assert session.pid not in {peer.pid for peer in present.peers}
+    engine.dispose()
+
+
+def test_pools_of_other_ledgers_are_seen(url, cursor):
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        assert watch.other_ledgers(connection.connection.cursor(), 77) == set()
+        assert watch.other_ledgers(cursor, 78) == {77}
+        assert watch.other_ledgers(cursor, 77) == {78}
+        connection.invalidate()
+    engine.dispose()
 
 
 def test_sign_of_a_session_that_only_the_server_still_has_is_given_anew(
@@ -520,7 +620,9 @@ def test_server_that_has_no_session_for_the_role_is_a_store_that_is_away(
         with pytest.raises(StoreAway, match="too many connections for role") as caught:
             PostgresStore(poor).open()
         assert "\n" not in str(caught.value)
-        keeper = Keeper(PostgresStore(poor), TERMS, _Wanting())
+        pool = SimPool(SimServer(), "m")
+        pool.request("a")
+        keeper = Keeper(PostgresStore(poor), TERMS, pool)
         with caplog.at_level(logging.DEBUG):
             keeper.step(0.0)
         assert "too many connections for role" in keeper.trouble
@@ -528,31 +630,6 @@ def test_server_that_has_no_session_for_the_role_is_a_store_that_is_away(
         assert record.exc_info is None
         assert "\n" not in record.getMessage()
         keeper.close()
-
-
-class _Wanting:
-    """A pool that wants a connection."""
-
-    def demand(self):
-        return 1, {}
-
-    def sessions(self):
-        return ()
-
-    def lost(self):
-        return ()
-
-    def server(self):
-        return None
-
-    def freeze(self):
-        pass
-
-    def close_surplus(self):
-        pass
-
-    def allot(self, slots, ceilings, other):
-        pass
 
 
 def test_session_that_ends_while_it_is_prepared_is_a_store_that_is_away(

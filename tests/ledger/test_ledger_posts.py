@@ -2,47 +2,20 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
-from support.ledger import TERMS, World
-from support.ledger_world import Host, MemoryStore, Server, SimPool
-from support.threads import PATIENCE
+from support.ledger import TERMS, ask, close_idle, free, posted, used
+from support.ledger_world import Server
 
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError, ServerDiffers
 from sqla_fairpool.ledger.inspector import read
-from sqla_fairpool.ledger.keeper import Keeper
 from sqla_fairpool.ledger.rows import Terms
-
-
-@pytest.fixture
-def world():
-    return World()
-
-
-def ask(process, tag, times=30):
-    for _ in range(times):
-        process.pool.request(tag)
-
-
-def served(*processes):
-    return [process.pool.in_use.total() for process in processes]
-
-
-def member(world, times=3):
-    process = world.start()
-    ask(process, "a", times)
-    world.run(0.1)
-    assert served(process) == [times]
-    return process
-
 
 # -- posts -------------------------------------------------------------------------
 
 
 def test_a_post_is_acknowledged_after_the_commit(world):
-    a = member(world)
+    a = world.member()
     answers = []
     a.keeper.post(answers.append)
     assert answers == []
@@ -55,7 +28,7 @@ def test_a_post_is_acknowledged_after_the_commit(world):
 
 
 def test_all_posts_before_a_look_are_answered_by_one_transaction(world):
-    a = member(world)
+    a = world.member()
     transactions = world.host.transactions
     answers = []
     for _ in range(20):
@@ -75,27 +48,20 @@ def test_one_that_posts_before_it_is_a_member_becomes_one(world):
 
 
 def test_while_the_store_is_away_posts_are_denied_at_once(world):
-    a = member(world)
+    a = world.member()
     world.host.is_away = True
-    answers = []
-    a.keeper.post(answers.append)
-    a.step()
-    assert answers == [False]
+    assert posted(a) == [False]
     points = len(a.passed)
-    a.keeper.post(answers.append)
-    a.step()
-    assert answers == [False, False]
+    assert posted(a) == [False]
     assert "begin" not in a.passed[points:]  # nothing was tried for that
     world.host.is_away = False
     world.run(6.0)
-    a.keeper.post(answers.append)
-    a.step()
-    assert answers == [False, False, True]
+    assert posted(a) == [True]
 
 
 @pytest.mark.parametrize("where", ["begin", "locked", "commit", "committed"])
 def test_a_transaction_that_fails_denies_its_posts(world, where):
-    a = member(world)
+    a = world.member()
     answers = []
     a.keeper.post(answers.append)
     a.fails_at = where
@@ -104,7 +70,7 @@ def test_a_transaction_that_fails_denies_its_posts(world, where):
 
 
 def test_a_closed_keeper_denies_posts(world):
-    a, answers = member(world), []
+    a, answers = world.member(), []
     a.keeper.post(answers.append)
     a.close()
     assert answers == [False]
@@ -113,33 +79,25 @@ def test_a_closed_keeper_denies_posts(world):
 
 
 def test_one_that_is_refused_is_denied(world):
-    member(world)
+    world.member()
     b = world.start(Terms(10, 5, 8, 60.0, 30.0))
-    answers = []
-    b.keeper.post(answers.append)
-    b.step()
-    assert answers == [False]
+    assert posted(b) == [False]
 
 
 def test_one_that_owns_less_than_it_has_open_is_denied(world):
     """Its slots were given on while nothing could be asked."""
     world.can_ask = False
-    a, b = world.start(), world.start()
-    ask(a, "a", 15)
-    world.run(0.1)
+    a, b = world.member("a", 15), world.start()
     a.stopped = True
     a.store.lose()
     ask(b, "b")
     ask(b, "c")
     world.run(15.0)
-    assert served(b) == [20]
+    assert used(b) == [20]
     a.stopped = False
     world.run(1.0)
     assert a.row is not None
-    answers = []
-    a.keeper.post(answers.append)
-    a.step()
-    assert answers == [False]
+    assert posted(a) == [False]
     assert a.keeper.trouble is None
     assert a.pool.slots < a.pool.open == 15
 
@@ -147,7 +105,7 @@ def test_one_that_owns_less_than_it_has_open_is_denied(world):
 def test_after_a_lost_sign_of_life_nothing_is_acknowledged_before_the_row_is_seen(
     world,
 ):
-    a, answers = member(world), []
+    a, answers = world.member(), []
     a.store.lose()
     a.keeper.post(answers.append)
     a.step()
@@ -166,7 +124,7 @@ def test_after_a_lost_sign_of_life_nothing_is_acknowledged_before_the_row_is_see
 
 
 def test_a_forked_child_answers_nothing_for_its_parent(world):
-    a, answers = member(world), []
+    a, answers = world.member(), []
     a.keeper.post(answers.append)
     child = a.fork()
     child.keeper.close()
@@ -176,7 +134,7 @@ def test_a_forked_child_answers_nothing_for_its_parent(world):
 
 
 def test_new_sessions_are_posted_though_nobody_asks_for_it(world):
-    a = member(world)
+    a = world.member()
     session = world.server.connect(a.store.member)
     a.pool.there.append(session)
     a.pool.slots = a.pool.open
@@ -184,56 +142,11 @@ def test_new_sessions_are_posted_though_nobody_asks_for_it(world):
     assert session in a.row.sessions
 
 
-class LockedStore(MemoryStore):
-    """One with a bell that wakes a thread."""
-
-    def __init__(self, host):
-        super().__init__(host)
-        self.bell = threading.Event()
-
-    def nudge(self):
-        self.bell.set()
-
-    def wait(self, seconds):
-        rung = self.bell.wait(seconds)
-        self.bell.clear()
-        return rung
-
-
-def test_a_post_starts_the_thread_and_is_answered_by_it():
-    pool = SimPool(Server(), "a")
-    keeper = pool.keeper = Keeper(LockedStore(Host()), TERMS, pool)
-    told, answers = threading.Event(), []
-
-    def done(answer):
-        answers.append((answer, threading.current_thread().name))
-        told.set()
-
-    keeper.post(done)
-    assert told.wait(PATIENCE)
-    assert answers == [(True, "sqla_fairpool-keeper")]
-    keeper.close()
-    keeper.post(done)
-    assert [answer for answer, _ in answers] == [True, False]
-
-
-def test_where_no_thread_can_be_started_a_post_is_denied(monkeypatch):
-    def start(self):
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", start)
-    keeper = Keeper(LockedStore(Host()), TERMS, SimPool(Server(), "a"))
-    answers = []
-    for _ in range(2):
-        keeper.post(answers.append)
-    assert answers == [False, False]
-
-
 # -- errors ------------------------------------------------------------------------
 
 
 def test_an_error_does_not_reach_the_callers_of_one_that_owns_slots(world, caplog):
-    a = member(world)
+    a = world.member()
     world.host.rows["gone/9"] = "nonsense"
     ask(a, "a", 2)
     world.run(3.0)
@@ -242,19 +155,17 @@ def test_an_error_does_not_reach_the_callers_of_one_that_owns_slots(world, caplo
     assert "'gone/9' cannot be read" in a.keeper.trouble
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     a.pool.release("a")
-    assert served(a) == [3]  # by what it owns
+    assert used(a) == [3]  # by what it owns
     del world.host.rows["gone/9"]
     world.run(2.0)
     assert a.keeper.trouble is None
-    assert served(a) == [4]
+    assert used(a) == [4]
 
 
 def test_an_error_reaches_the_callers_of_one_that_owns_nothing(world):
-    member(world)
+    world.member()
     world.host.rows["gone/9"] = "nonsense"
-    b = world.start()
-    ask(b, "b", 2)
-    world.run(0.1)
+    b = world.member("b", 2)
     assert isinstance(b.pool.refusals[0], LedgerError)
 
 
@@ -269,7 +180,7 @@ def elsewhere(world):
 
 
 def test_members_whose_connections_go_to_another_server_are_refused(world):
-    a = member(world)
+    a = world.member()
     assert world.book.meta.server == read(a.store).server == "the server"
     b = elsewhere(world)
     ask(b, "b", 3)
@@ -281,22 +192,22 @@ def test_members_whose_connections_go_to_another_server_are_refused(world):
         "connections go to server another: name another ledger for it "
         "(members: here:m00001)"
     )
-    assert served(b) == [0]
+    assert used(b) == [0]
     assert b.row is None
     assert b.pool.at_server.open == 0
     assert world.book.free == 17
     ask(a, "a", 12)
     world.run(0.1)
-    assert served(a) == [15]
+    assert used(a) == [15]
 
 
 def test_the_server_of_the_dead_binds_nobody(world):
-    a = member(world)
+    a = world.member()
     a.kill()
     b = elsewhere(world)
     ask(b, "b", 3)
     world.run(2.0)
-    assert served(b) == [3]
+    assert used(b) == [3]
     assert world.book.meta.server == "another"
 
 
@@ -304,7 +215,7 @@ def test_the_server_of_the_dead_binds_nobody(world):
 
 
 def test_when_the_rows_are_deleted_all_meet_in_the_new_ones(world, caplog):
-    a, b = member(world, 10), world.start()
+    a, b = world.member("a", 10), world.start()
     ask(b, "b", 10)
     world.run(0.1)
     world.host.delete()
@@ -318,36 +229,34 @@ def test_when_the_rows_are_deleted_all_meet_in_the_new_ones(world, caplog):
     assert book.members.keys() == {p.store.member for p in (a, b, c)}
     assert not book.is_fresh
     assert book.owned == 20
-    for _ in range(5):
-        a.pool.release("a")
+    free(a, "a", 5)
     world.run(2.0)
-    assert served(c)[0] > 0
+    assert used(c)[0] > 0
     assert world.server.most <= 20
     warnings = [r for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 2  # by each that was a member before
 
 
 def test_who_does_not_notice_that_the_rows_were_deleted_keeps_its_slots(world):
-    a = member(world, 12)
+    a = world.member("a", 12)
     a.stopped = True
     world.host.delete()
     b = world.start()
     ask(b, "b", 15)
     world.run(30.0, tick=0.01)
-    assert served(b) == [0]
+    assert used(b) == [0]
     assert read(b.store).fresh
     a.stopped = False
     world.run(3.0)
     assert world.server.most <= 20
     assert len(a.sessions) >= 10
-    assert len(a.sessions) + served(b)[0] == 20 or served(b) == [10]
+    assert len(a.sessions) + used(b)[0] == 20 or used(b) == [10]
     assert not world.book.is_fresh
 
 
 def test_idle_members_of_deleted_rows_are_woken(world):
-    a = member(world, 3)
-    for _ in range(3):
-        a.pool.release("a")
+    a = world.member("a", 3)
+    free(a, "a", 3)
     a.pool.active.clear()
     world.run(30.0, tick=0.01)
     world.host.delete()
@@ -355,11 +264,11 @@ def test_idle_members_of_deleted_rows_are_woken(world):
     ask(b, "b", 10)
     world.run(0.5)
     assert a.row is not None
-    assert served(b) == [10]
+    assert used(b) == [10]
 
 
 def test_the_dead_of_deleted_rows_do_not_keep_the_new_ones_closed(world):
-    a = member(world, 12)
+    a = world.member("a", 12)
     a.stopped = True
     world.host.delete()
     b = world.start()
@@ -368,17 +277,15 @@ def test_the_dead_of_deleted_rows_do_not_keep_the_new_ones_closed(world):
     a.kill()
     a.server_notices()
     world.run(2.0)
-    assert served(b) == [15]
+    assert used(b) == [15]
 
 
 def test_a_member_of_deleted_rows_opens_nothing_until_it_has_joined_again(world):
-    a = member(world, 3)
+    a = world.member("a", 3)
     ask(a, "a", 12)
     world.run(0.1)
-    for _ in range(15):
-        a.pool.release("a")
-    while a.pool.idle > 2:
-        a.pool._close_idle()
+    free(a, "a", 15)
+    close_idle(a, left=2)
     assert a.pool.slots == 15
     world.host.delete()
     a.wake_at = 0.0
@@ -404,29 +311,25 @@ def test_a_confirmation_counts_only_for_the_rows_it_was_asked_for():
 
 
 def test_one_whose_row_is_older_takes_what_is_free_for_what_it_has_open(world):
-    a = member(world, 3)
+    a = world.member("a", 3)
     copy = dict(world.host.rows)
     ask(a, "a", 9)
     world.run(0.1)
     assert len(a.sessions) == 12
     world.host.rows = copy
-    b = world.start()
-    ask(b, "b", 4)
-    world.run(0.1)
+    b = world.member("b", 4)
     world.run(11.0)
     assert (a.row.owned, b.row.owned) == (12, 4)
     assert set(a.row.sessions) == set(a.sessions)
 
 
 def test_one_that_has_more_open_than_it_owns_opens_nothing(world):
-    a = member(world, 3)
+    a = world.member("a", 3)
     copy = dict(world.host.rows)
     ask(a, "a", 12)
     world.run(0.1)
     world.host.rows = copy
-    b = world.start()
-    ask(b, "b", 15)
-    world.run(0.1)
+    world.member("b", 15)
     assert len(a.sessions) == 15
     before = world.server.open
     ask(a, "c", 5)
@@ -441,14 +344,14 @@ def test_one_that_has_more_open_than_it_owns_opens_nothing(world):
 
 
 def test_a_reset_while_members_live_hands_out_nothing_before_they_are_back(world):
-    a = member(world, 12)
+    a = world.member("a", 12)
     a.stopped = True
     Book(world.host.rows).reset()
     b = world.start()
     ask(b, "b", 15)
     world.run(3.0)
-    assert served(b) == [0]
+    assert used(b) == [0]
     a.stopped = False
     world.run(12.0)
     assert world.server.most <= 20
-    assert served(b)[0] >= 8
+    assert used(b)[0] >= 8

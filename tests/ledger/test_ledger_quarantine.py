@@ -8,7 +8,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.ledger import TERMS, World
+from support.ledger import TERMS, ask, close_idle, free
 
 from sqla_fairpool.ledger import rows as ledger_rows
 from sqla_fairpool.ledger.book import Book
@@ -18,21 +18,9 @@ from sqla_fairpool.ledger.rows import Gone, Left, Member, Session, among, dump
 from sqla_fairpool.ledger.watch import Present, still_there, unaccounted
 
 
-@pytest.fixture
-def world():
-    return World()
-
-
-def ask(process, tag, times=30):
-    for _ in range(times):
-        process.pool.request(tag)
-
-
 def pair(world):
     """One that holds 10 connections, and one that wants more than its 10."""
-    a, b = world.start(), world.start()
-    ask(a, "a", 10)
-    world.run(0.1)
+    a, b = world.member("a", 10), world.start()
     ask(b, "b")
     world.run(1.0)
     assert (len(a.sessions), len(b.sessions)) == (10, 10)
@@ -48,10 +36,6 @@ def killed_before_it_connected(world, slots):
         a.step(budget=1)
     a.kill()
     assert a.sessions == []
-
-
-def quarantined(world):
-    return world.book.quarantined
 
 
 # -- the rule ----------------------------------------------------------------------
@@ -120,32 +104,28 @@ def test_a_long_statement_of_a_killed_member_keeps_one_slot(world):
     assert [gone.slots for gone in world.book.gone.values()] == [1]
     assert len(b.sessions) == 19
     world.run(60.0, tick=0.01)
-    assert quarantined(world) == 1
+    assert world.quarantined == 1
     a.server_notices()
     world.run(2.0)
-    assert quarantined(world) == 0
+    assert world.quarantined == 0
     assert len(b.sessions) == 20
 
 
 def test_slots_without_a_session_come_back_at_once(world):
     a, b = pair(world)
     a.pool.waiting.clear()
-    for _ in range(10):
-        a.pool.release("a")
-    while a.pool.idle > 2:
-        a.pool._close_idle()
+    free(a, "a", 10)
+    close_idle(a, left=2)
     assert a.row.owned == 10
     a.kill()
     ask(b, "c")
     world.run(2.0)
-    assert quarantined(world) == 2
+    assert world.quarantined == 2
     assert len(b.sessions) == 18
 
 
 def test_a_session_that_was_not_posted_yet_keeps_its_slot(world):
-    a, b = world.start(), world.start()
-    ask(a, "a", 2)
-    world.run(0.1)
+    a, b = world.member("a", 2), world.start()
     a.pool.request("a")
     while len(a.sessions) < 3:
         a.step()  # it has the slot, and connects
@@ -160,37 +140,33 @@ def test_a_session_that_was_not_posted_yet_keeps_its_slot(world):
     assert world.server.most <= 20
     a.server_notices()
     world.run(2.0)
-    assert quarantined(world) == 0
+    assert world.quarantined == 0
 
 
 def test_a_strangers_session_counts_for_a_stated_time_at_most(world):
-    b = world.start()
-    ask(b, "b", 5)
-    world.run(0.1)
+    b = world.member("b", 5)
     world.server.connect("psql")
     killed_before_it_connected(world, 8)
     ask(b, "c")
     world.run(5.0)
-    assert quarantined(world) == 1
+    assert world.quarantined == 1
     world.run(3.0)
-    assert quarantined(world) == 1
+    assert world.quarantined == 1
     world.run(4.0)
-    assert quarantined(world) == 0
+    assert world.quarantined == 0
 
 
 def test_what_comes_after_the_first_look_is_nobodys_of_the_dead(world):
-    b = world.start()
-    ask(b, "b", 5)
-    world.run(0.1)
+    b = world.member("b", 5)
     stranger = world.server.connect("psql")
     killed_before_it_connected(world, 8)
     ask(b, "c")
     world.run(3.0)
-    assert quarantined(world) == 1
+    assert world.quarantined == 1
     world.server.disconnect(stranger)
     world.server.connect("psql")  # another one, in its place
     world.run(2.0)
-    assert quarantined(world) == 0
+    assert world.quarantined == 0
 
 
 # -- a server that cannot be asked -------------------------------------------------
@@ -250,13 +226,13 @@ def test_what_was_seen_alive_has_its_whole_time_from_then_on(world):
     a.kill()
     a.server_notices(9)
     world.run(30.0, tick=0.01)
-    assert quarantined(world) == 1
+    assert world.quarantined == 1
     world.can_ask = False
     world.run(9.0, tick=0.01)
-    assert quarantined(world) == 1
+    assert world.quarantined == 1
     a.server_notices()
     world.run(3.0)
-    assert quarantined(world) == 0
+    assert world.quarantined == 0
 
 
 def test_what_is_left_of_a_quarantine_keeps_its_time(world):
@@ -268,7 +244,7 @@ def test_what_is_left_of_a_quarantine_keeps_its_time(world):
     world.can_ask = True
     a.server_notices(5)
     world.run(1.0)
-    assert quarantined(world) == 5
+    assert world.quarantined == 5
     (left,) = world.book.gone.values()
     rows = dict(world.host.rows)
     Book(rows).release({1: Left(left, left.sessions[:3], 3)})
@@ -283,9 +259,7 @@ def test_what_is_left_of_a_quarantine_keeps_its_time(world):
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_connection_whose_end_is_not_known_keeps_its_one_slot(world, known):
-    a = world.start()
-    ask(a, "a", 20)
-    world.run(0.1)
+    a = world.member("a", 20)
     assert a.row.owned == 15
     for _ in range(2):
         a.pool.interrupt("a", known)
@@ -302,23 +276,21 @@ def test_a_connection_whose_end_is_not_known_keeps_its_one_slot(world, known):
     for _ in range(4):
         ask(a, "b", 5)
     world.run(5.0)
-    assert quarantined(world) == 2
+    assert world.quarantined == 2
     assert world.server.open == world.server.most == 20
     for session in a.strays:
         world.server.disconnect(session)
     world.run(2.0)
-    assert quarantined(world) == 0
+    assert world.quarantined == 0
     assert len(a.pool.there) == 20
 
 
 def test_a_lost_connection_is_not_put_into_quarantine_twice(world):
-    a = world.start()
-    ask(a, "a", 5)
-    world.run(0.1)
+    a = world.member("a", 5)
     a.pool.interrupt("a")
     a.fails_at = "committed"  # so that it does not know
     world.run(5.0)
-    assert quarantined(world) == 1
+    assert world.quarantined == 1
     assert a.pool.interrupted == []
     book = world.book
     assert book.owned + book.quarantined + book.free == 20
@@ -342,28 +314,21 @@ def test_lost_connections_wait_for_their_slots_all_or_none():
 
 
 def test_who_leaves_with_a_lost_connection_leaves_its_slot(world):
-    a = world.start()
-    ask(a, "a", 5)
-    world.run(0.1)
+    a = world.member("a", 5)
     a.pool.interrupt("a")
-    for _ in range(4):
-        a.pool.release("a")
+    free(a, "a", 4)
     a.close()
     (gone,) = world.book.gone.values()
     assert (gone.slots, list(gone.sessions)) == (1, a.sessions)
 
 
 def test_each_loss_has_a_number_that_no_member_has(world):
-    a = world.start()
-    ask(a, "a", 5)
-    world.run(0.1)
+    a = world.member("a", 5)
     for _ in range(2):
         a.pool.interrupt("a")
         world.run(0.1)
     assert [*world.book.gone] == [2, 3]
-    b = world.start()
-    ask(b, "b", 1)
-    world.run(0.1)
+    b = world.member("b", 1)
     assert b.row.number == 4
 
 
@@ -397,9 +362,7 @@ def understand(rows):
     ],
 )
 def test_rows_that_cannot_be_read_are_named_and_can_be_reset(world, key, text):
-    a = world.start()
-    ask(a, "a", 1)
-    world.run(0.1)
+    a = world.member("a", 1)
     rows = {**world.host.rows, key: text}
     with pytest.raises(LedgerError, match=key) as caught:
         understand(rows)
@@ -444,9 +407,7 @@ def test_the_texts_that_are_kept_parsed_are_bounded():
 
 def old_rows(world):
     """The rows as the version before wrote them."""
-    a = world.start()
-    ask(a, "a", 3)
-    world.run(0.1)
+    a = world.member("a", 3)
     rows = {}
     for key, text in world.host.rows.items():
         row = json.loads(text)
@@ -467,7 +428,7 @@ def test_rows_of_an_earlier_version_are_raised_by_who_joins_alone(world):
     ask(b, "b")
     world.run(2.0)
     assert world.book.meta.protocol == 2
-    assert quarantined(world) == 1  # that session is no one's that is known
+    assert world.quarantined == 1  # that session is no one's that is known
     assert len(b.sessions) == 15
 
 

@@ -46,15 +46,6 @@ THREADS = ["psycopg2", "psycopg"]
 TASKS = ["asyncpg", "psycopg"]
 
 
-@pytest.fixture(params=["host", "postgresql"])
-def ledger(request, tmp_path, postgres_url):
-    """Where a new ledger is, of each kind."""
-    if request.param == "host":
-        return str(tmp_path / "app.ledger")
-    url = make_url(postgres_url).update_query_dict({"ledger": uuid.uuid4().hex})
-    return url.render_as_string(hide_password=False)
-
-
 class Member:
     """An engine that shares a ledger, and what the server has of it."""
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import uuid
 from pathlib import Path
 
 import pytest
@@ -25,15 +24,6 @@ pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
 PROGRAM = Path(__file__).parents[1] / "support" / "victim_program.py"
 SLOTS = 6
-
-
-@pytest.fixture(params=["host", "postgresql"])
-def ledger(request, tmp_path, postgres_url):
-    """Where a new ledger is, of each kind."""
-    if request.param == "host":
-        return str(tmp_path / "app.ledger")
-    url = make_url(postgres_url).update_query_dict({"ledger": uuid.uuid4().hex})
-    return url.render_as_string(hide_password=False)
 
 
 @pytest.fixture(scope="module")

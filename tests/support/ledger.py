@@ -60,6 +60,34 @@ class Pool(SimPool):
         super().close_surplus()
 
 
+def ask(process, tag, times=30):
+    for _ in range(times):
+        process.pool.request(tag)
+
+
+def free(process, tag, times=1):
+    for _ in range(times):
+        process.pool.release(tag)
+
+
+def close_idle(process, left=0):
+    """The connections that nobody uses are closed, as after a while."""
+    while process.pool.idle > left:
+        process.pool._close_idle()
+
+
+def used(*processes):
+    return [process.pool.in_use.total() for process in processes]
+
+
+def posted(process, step=None):
+    """Post, do a step, and return the answers."""
+    answers = []
+    process.keeper.post(answers.append)
+    (step or process.step)()
+    return answers
+
+
 class World:
     """The host, the server, the time, and everybody there is."""
 
@@ -78,8 +106,23 @@ class World:
         self.living.append(process)
         return process
 
+    def members(self, **wanted):
+        """Start a process for each tag, that asks for so many connections under it."""
+        processes = [self.start() for _ in wanted]
+        for process, (tag, times) in zip(processes, wanted.items(), strict=True):
+            ask(process, tag, times)
+        self.run(0.1)
+        return processes
+
+    def member(self, tag="a", times=3):
+        return self.members(**{tag: times})[0]
+
     def sessions(self, server):
         return self.server.look(server) if self.can_ask else None
+
+    @property
+    def quarantined(self):
+        return self.book.quarantined
 
     @property
     def book(self):

@@ -8,31 +8,18 @@ that has done its work.
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
-from sqlalchemy import create_engine, text
+from programs import in_child, make_engine, say, wait_for
+from sqlalchemy import text
 
-from sqla_fairpool import FairQueuePool
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.inspector import Inspector
 
 QUERY = text("select pg_sleep(0.01)")
-
-
-def make_engine(url, ledger, how):
-    engine = create_engine(
-        url,
-        poolclass=FairQueuePool,
-        ledger=ledger,
-        idle_timeout=1.0,
-        reallocation_interval=0.3,
-        connect_args={"application_name": f"scraper {how}"},
-    )
-    return engine.execution_options(scraper=how)
 
 
 def work(engine, times=3):
@@ -47,18 +34,12 @@ def in_threads(number, function, *args):
             done.result()
 
 
-def in_child(function, *args):
-    """Run a function in a forked child, which ends as a script does."""
-    child = os.fork()
-    if not child:
+def in_child_saying_so(function, *args):
+    def work_and_say():
         function(*args)
-        say_done()
-        sys.exit()
-    return child
+        say("done")
 
-
-def say_done():
-    os.write(1, b"done\n")  # at once: there may be several of us
+    return in_child(work_and_say)
 
 
 def two_engines(one, other):
@@ -94,12 +75,13 @@ def fork_in_checkouts(engine):
 
     with ThreadPoolExecutor(10) as pool:
         threads = [pool.submit(go_on) for _ in range(10)]
-        children = [in_child(work, engine, 1) for _ in range(40)]
-        codes = [os.waitpid(child, 0)[1] for child in children]
-        over.set()
+        children = [in_child_saying_so(work, engine, 1) for _ in range(40)]
+        try:
+            wait_for(children)
+        finally:
+            over.set()
     for thread in threads:
         thread.result()
-    assert not any(codes), codes
 
 
 def main(url, ledger, how):
@@ -115,8 +97,8 @@ def main(url, ledger, how):
         if how == "used":
             work(engine)
         for _ in range(3):  # they outlive their parent
-            in_child(in_threads, 5, work, engine)
-    say_done()
+            in_child_saying_so(in_threads, 5, work, engine)
+    say("done")
 
 
 if __name__ == "__main__":

@@ -12,23 +12,14 @@ import multiprocessing
 import os
 import sys
 import threading
-from collections.abc import Callable
 
-from sqlalchemy import create_engine, text
-
-from sqla_fairpool import FairQueuePool
+from programs import in_child, make_engine, say, wait_for
+from sqlalchemy import text
 
 
 def main() -> None:
     url, ledger, name, number, hold, *how = sys.argv[1:]
-    engine = create_engine(
-        url,
-        poolclass=FairQueuePool,
-        ledger=ledger,
-        idle_timeout=1.0,
-        reallocation_interval=0.3,
-        connect_args={"application_name": f"scraper {name}"},
-    ).execution_options(scraper=name)
+    engine = make_engine(url, ledger, name)
     over = threading.Event()
     errors: list[Exception] = []
     query = text(f"select pg_sleep({float(hold)})")
@@ -43,9 +34,6 @@ def main() -> None:
 
     # Not sys.stdin, which multiprocessing closes in its children.
     orders = os.fdopen(os.dup(0))
-
-    def say(word: str) -> None:
-        os.write(1, f"{word}\n".encode())  # at once: there may be two of us
 
     def use_once() -> None:
         with engine.connect() as connection:
@@ -74,10 +62,9 @@ def main() -> None:
 
     if "fork" in how:  # a worker that goes on with an engine that was used
         use_once()
-        in_child(serve)()
+        wait_for([in_child(serve)])
     elif "preload" in how:  # two workers, whose engine was only made before
-        for wait in [in_child(serve), in_child(serve)]:
-            wait()
+        wait_for([in_child(serve), in_child(serve)])
     elif "multiprocessing" in how:
         context = multiprocessing.get_context("fork")
         children = [context.Process(target=serve) for _ in range(2)]
@@ -89,21 +76,6 @@ def main() -> None:
                 sys.exit(1)
     else:
         serve()
-
-
-def in_child(function: Callable[[], None]) -> Callable[[], None]:
-    """Run a function in a forked child; return what waits for its end."""
-    child = os.fork()
-    if not child:
-        function()
-        sys.exit()
-
-    def wait() -> None:
-        _, status = os.waitpid(child, 0)
-        if status:
-            sys.exit(1)
-
-    return wait
 
 
 if __name__ == "__main__":

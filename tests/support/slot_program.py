@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import sys
 import threading
 import time
-import traceback
 import uuid
+
+from programs import in_child, wait_for
 
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.store import StoreAway
@@ -73,30 +73,6 @@ def work(path, store, count, turns):
                 len(rows)
             other.close()
     store.close()
-
-
-def in_child(function, *args):
-    """Run a function in a forked child; return its pid."""
-    child = os.fork()
-    if child:
-        return child
-    status = 1
-    try:
-        function(*args)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def wait_for(children):
-    """Exit with an error unless all children have ended without one."""
-    for child in children:
-        _, status = os.waitpid(child, 0)
-        if status:
-            sys.exit("a child has failed")
 
 
 def workers(path, count, store):
