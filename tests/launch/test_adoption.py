@@ -12,7 +12,7 @@ from sqlalchemy.pool import NullPool, QueuePool
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
 from sqla_fairpool.launch import adoption
-from sqla_fairpool.launch.adoption import Adoption, adopt, show_place
+from sqla_fairpool.launch.adoption import adopt, engine_arguments, show_place
 from sqla_fairpool.launch.environment import Run
 from sqla_fairpool.ledger.addresses import database_place, default_path
 
@@ -23,9 +23,9 @@ PLACE = database_place(make_url(URL))
 @pytest.fixture(autouse=True)
 def no_memory():
     """Settings are read once per process; a test is a process here."""
-    adoption._adoption.cache_clear()
+    adoption._settings.cache_clear()
     yield
-    adoption._adoption.cache_clear()
+    adoption._settings.cache_clear()
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def arguments(capsys):
     def arguments(url, database=None, options=None, **given):
         options = {"ledger": None, **(options or {})}
         run = Run("layer3", database, verbose=True)
-        got = Adoption(run, options).arguments(url, given)
+        got = engine_arguments(run, options, url, given)
         out, err = capsys.readouterr()
         assert out == ""
         assert "s3cret" not in err
@@ -182,14 +182,14 @@ def test_warning_of_a_spelling_is_given_by_create_engine_alone(arguments):
 
 
 def test_silent_unless_verbose(capsys):
-    Adoption(Run("a"), {"ledger": None}).arguments("sqlite://", {})
-    Adoption(Run("a"), {"ledger": None}).arguments(URL, {})
+    engine_arguments(Run("a"), {"ledger": None}, "sqlite://", {})
+    engine_arguments(Run("a"), {"ledger": None}, URL, {})
     assert capsys.readouterr() == ("", "")
 
 
 def test_nowhere_to_say_it(monkeypatch):
     monkeypatch.setattr("sys.stderr", None)
-    Adoption(Run("a", verbose=True), {"ledger": None}).arguments(URL, {})
+    engine_arguments(Run("a", verbose=True), {"ledger": None}, URL, {})
 
 
 def test_ledger_is_shown_without_a_password(arguments):
