@@ -111,6 +111,9 @@ def test_options_hold_after_a_refused_tag(world, options, look, expected):
             assert holders(engine) == {"full": 1}
             assert look(connection) == expected
             assert holders(engine) == {"full": 1, "mine": 1}
+        connection.execution_options(scraper="full")
+        assert look(connection) == expected
+        assert holders(engine) == {"full": 1}
 
 
 @contract

@@ -28,7 +28,6 @@ from support.worlds import contract, holders, world_of
 
 from sqla_fairpool import (
     AsyncAdaptedFairQueuePool,
-    CheckoutTimeout,
     FairQueuePool,
     set_tag,
     tag,
@@ -180,18 +179,13 @@ def test_tag_arrives_in_asyncio_by(in_asyncio, road):
 
 
 @contract
-def test_untagged_checkout_is_the_default_tags(world):
-    engine = world.engine(default_tag="nobody")
-    with engine.connect():
-        assert holders(engine) == {"nobody": 1}
-
-
-@contract
-def test_option_may_have_another_name(world):
-    engine = world.engine(tag_option="tenant")
+def test_option_and_default_tag_may_have_other_names(world):
+    engine = world.engine(tag_option="tenant", default_tag="nobody")
     with engine.execution_options(tenant="a", scraper="b").connect():
         assert holders(engine) == {"a": 1}
-    with engine.connect().execution_options(tenant="c"):
+    with engine.connect() as connection:
+        assert holders(engine) == {"nobody": 1}
+        connection.execution_options(tenant="c")
         assert holders(engine) == {"c": 1}
 
 
@@ -409,9 +403,18 @@ def test_connection_that_has_room_keeps_its_dbapi_connection(world):
 
 @contract
 def test_connection_without_room_waits_holding_nothing(world):
+    """And gets another DBAPI connection, to which the options before are applied."""
     engine = world.engine(**ONE_EACH)
+    applied = []
+    engine.dialect.set_isolation_level = lambda *which: applied.append(which)
+    engine.dialect.reset_isolation_level = lambda connection: None
     holder = engine.execution_options(scraper="a").connect()
-    caller = world.start(lambda: by_connection(engine))
+
+    def work():
+        connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        return connection.execution_options(scraper="a")
+
+    caller = world.start(work)
     world.ensure_waiting(engine, 1)
     assert holders(engine) == {"a": 1}
     assert engine.pool.stats().tag("a").waiting == 1
@@ -419,6 +422,8 @@ def test_connection_without_room_waits_holding_nothing(world):
     connection = caller.result()
     assert holders(engine) == {"a": 1}
     connection.execute(text("select 1"))
+    dbapi_connection = connection.connection.dbapi_connection
+    assert applied[1:] == [(dbapi_connection, "AUTOCOMMIT")]
     connection.close()
 
 
@@ -435,46 +440,6 @@ def test_task_that_is_cancelled_in_its_new_line_holds_nothing(in_asyncio):
         assert holders(engine) == {}
 
     in_asyncio(test, **ONE_EACH)
-
-
-def test_options_set_before_the_swap_hold_after_it(make_engine):
-    engine = make_engine(**ONE_EACH)
-    holder = engine.execution_options(scraper="a").connect()
-    applied = []
-    engine.dialect.set_isolation_level = lambda *which: applied.append(which)
-    engine.dialect.reset_isolation_level = lambda connection: None
-
-    def work():
-        connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        return connection.execution_options(scraper="a")
-
-    caller = Caller(work)
-    ensure_waiting(engine.pool, 1)
-    holder.close()
-    connection = caller.result()
-    dbapi_connection = connection.connection.dbapi_connection
-    assert applied[-1] == (dbapi_connection, "AUTOCOMMIT")
-    assert len(applied) == 2
-    connection.close()
-
-
-@contract
-def test_time_out_in_the_new_tags_line_leaves_nothing_held(world):
-    engine = world.engine(**ONE_EACH, pool_timeout=0)
-    holder = engine.execution_options(scraper="a").connect()
-    connection = engine.connect().execution_options(scraper="b")
-    with pytest.raises(CheckoutTimeout, match="tag 'a' in_use=1 ceiling=1"):
-        connection.execution_options(scraper="a")
-    assert holders(engine) == {"a": 1}
-    # Like an invalidated connection, it checks out when it is used: as before.
-    connection.execute(text("select 1"))
-    assert holders(engine) == {"a": 1, "b": 1}
-    connection.rollback()
-    holder.close()
-    connection.execution_options(scraper="a")
-    connection.execute(text("select 1"))
-    assert holders(engine) == {"a": 1}
-    connection.close()
 
 
 @contract
