@@ -74,12 +74,9 @@ class FairPoolPlugin(CreateEnginePlugin):
             self._options.setdefault("ledger", value)
         scraper = self._options.pop("scraper", None)
         if scraper is not None:
-            option = self._given("tag_option") or "scraper"
+            option = {**self._options, **kwargs}.get("tag_option") or "scraper"
             given = kwargs.get("execution_options") or {}
             kwargs["execution_options"] = {option: scraper, **given}
-
-    def _given(self, name: str) -> Any:
-        return self._kwargs.get(name, self._options.get(name))
 
     def update_url(self, url: URL) -> URL:
         """Take our keys out of the URL."""
@@ -91,15 +88,12 @@ class FairPoolPlugin(CreateEnginePlugin):
         """Choose the pool's class, now that the dialect is known."""
         if any(self._kwargs.get(name) is not None for name in ("poolclass", "pool")):
             return
-        # A creator opens what it likes, whatever the URL says.
-        if not self._kwargs.get("creator") and has_private_memory(
-            dialect_cls, self._url
-        ):
+        by_url = not self._kwargs.get("creator")  # which opens what it likes
+        if by_url and has_private_memory(dialect_cls, self._url):
             warn_of_memory("plugin=fairpool leaves SQLAlchemy's pool to this engine")
             return
-        self._kwargs["poolclass"] = (
-            AsyncAdaptedFairQueuePool if dialect_cls.is_async else FairQueuePool
-        )
+        pool = AsyncAdaptedFairQueuePool if dialect_cls.is_async else FairQueuePool
+        self._kwargs["poolclass"] = pool
 
     def handle_pool_kwargs(
         self, pool_cls: type[Pool], pool_args: dict[str, Any]
