@@ -12,12 +12,14 @@ import warnings
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import asyncpg
 import pytest
 from sqlalchemy import Column, Integer, String, make_url, select, text
 from sqlalchemy.exc import ArgumentError, IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Session, declarative_base
 from sqlalchemy.util import await_only, greenlet_spawn
 from support.threads import Caller, eventually
+from support.worlds import contract
 
 import sqla_fairpool
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool, manager
@@ -109,19 +111,19 @@ def one(make, default_ledger):
 
 
 class InThreads:
-    kind, pool_class, startup = THREADS, FairQueuePool, "startup"
+    """What scripts of threads use; see `support.worlds`."""
+
+    kind, pool_class, suffix = THREADS, FairQueuePool, ""
 
     def __init__(self, one):
         self.one = one
+        self.start = getattr(one, f"startup{self.suffix}")
 
     def run(self, test):
-        test(self)
+        test()
 
-    def session(self, name=None, **options):
-        return self.one.get_session(name, **options)
-
-    def start(self, *url, **options):
-        self.one.startup(*url, **options)
+    def session(self, *name, **options):
+        return self.one.get_session(*name, **options)
 
     def shutdown(self):
         self.one.shutdown()
@@ -132,22 +134,20 @@ class InThreads:
 
 
 class InTasks(InThreads):
-    """A test of it runs in SQLAlchemy's greenlet, and so reads like one of threads."""
+    """The same of scripts with asyncio."""
 
-    kind, pool_class, startup = TASKS, AsyncAdaptedFairQueuePool, "startup_async"
+    kind, pool_class, suffix = TASKS, AsyncAdaptedFairQueuePool, "_async"
 
     def run(self, test):
         async def main():
-            await greenlet_spawn(test, self)
+            await greenlet_spawn(test)
             await self.one.shutdown_async()
 
         asyncio.run(main())
 
-    def session(self, name=None, **options):
-        return self._entered(self.one.get_async_session(name, **options))
-
     @contextmanager
-    def _entered(self, context):
+    def session(self, *name, **options):
+        context = self.one.get_async_session(*name, **options)
         session = await_only(context.__aenter__())
         try:
             yield session.sync_session
@@ -157,100 +157,92 @@ class InTasks(InThreads):
         else:
             await_only(context.__aexit__(None, None, None))
 
-    def start(self, *url, **options):
-        self.one.startup_async(*url, **options)
-
     def shutdown(self):
         await_only(self.one.shutdown_async())
 
 
 @pytest.fixture(params=[InThreads, InTasks])
-def surface(request, one):
+def world(request, one):
     return request.param(one)
 
 
-def test_session_commits_on_success(surface):
-    @surface.run
-    def test(surface):
-        with surface.session("a") as session:
-            assert isinstance(session, Session)
-            session.add(Page(url="x"))
-            session.flush()
-            assert type(surface.pool) is surface.pool_class
-            row = surface.pool.stats().tag("a")
-            assert (row.connections, row.active) == (1, True)
-        with surface.session("not registered") as session:
-            assert session.scalars(select(Page.url)).all() == ["x"]
-        assert surface.pool.stats().tag("not registered").checkouts == 1
-        assert surface.pool.checkedout() == 0
+@contract
+def test_session_commits_on_success(world):
+    with world.session("a") as session:
+        assert isinstance(session, Session)
+        session.add(Page(url="x"))
+        session.flush()
+        assert type(world.pool) is world.pool_class
+        row = world.pool.stats().tag("a")
+        assert (row.connections, row.active) == (1, True)
+    with world.session("not registered") as session:
+        assert session.scalars(select(Page.url)).all() == ["x"]
+    assert world.pool.stats().tag("not registered").checkouts == 1
+    assert world.pool.checkedout() == 0
 
 
-def test_session_rolls_back_on_error_and_returns_the_connection(surface):
-    def fail(surface, error):
-        with surface.session("a") as session:
+@contract
+def test_session_rolls_back_on_error_and_returns_the_connection(world):
+    def fail(world, error):
+        with world.session("a") as session:
             session.add(Page(url="x"))
             session.flush()
             raise error
 
-    @surface.run
-    def test(surface):
-        for error in (ValueError("no"), KeyboardInterrupt()):
-            with pytest.raises(type(error)):
-                fail(surface, error)
-        assert surface.pool.checkedout() == 0
-        with pytest.raises(IntegrityError), surface.session("a") as session:
-            session.add_all([Page(url="x"), Page(url="x")])  # the commit fails
-        assert surface.pool.checkedout() == 0
-        with surface.session("a") as session:
-            assert session.scalars(select(Page)).all() == []
+    for error in (ValueError("no"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            fail(world, error)
+    assert world.pool.checkedout() == 0
+    with pytest.raises(IntegrityError), world.session("a") as session:
+        session.add_all([Page(url="x"), Page(url="x")])  # the commit fails
+    assert world.pool.checkedout() == 0
+    with world.session("a") as session:
+        assert session.scalars(select(Page)).all() == []
 
 
-def test_script_may_commit_and_go_on(surface):
-    @surface.run
-    def test(surface):
-        with surface.session("a", expire_on_commit=False) as session:
-            page = Page(url="x")
-            session.add(page)
-            session.commit()
-            session.add(Page(url="y"))
-        assert page.url == "x"
-        with surface.session("a") as session:
-            assert len(session.scalars(select(Page)).all()) == 2
+@contract
+def test_script_may_commit_and_go_on(world):
+    with world.session("a", expire_on_commit=False) as session:
+        page = Page(url="x")
+        session.add(page)
+        session.commit()
+        session.add(Page(url="y"))
+    assert page.url == "x"
+    with world.session("a") as session:
+        assert len(session.scalars(select(Page)).all()) == 2
 
 
-def test_start_up_twice_is_one_and_with_others_is_refused(surface, url):
-    @surface.run
-    def test(surface):
-        surface.start()
-        pool = surface.pool
-        surface.start()
-        surface.start(url, pool_size="20", soft_limit=10)
-        assert surface.pool is pool
-        secret = {"password": "s3cret"}
-        with pytest.raises(InvalidRequestError) as caught:
-            surface.start(f"{url}/s3cret.db", pool_size=21, connect_args=secret)
-        assert str(caught.value) == (
-            "the dynamic pool runs already and cannot be started with another URL, "
-            "pool_size=21, which is 20, another connect_args: shut it down before"
-        )
+@contract
+def test_start_up_twice_is_one_and_with_others_is_refused(world, url):
+    world.start()
+    pool = world.pool
+    world.start()
+    world.start(url, pool_size="20", soft_limit=10)
+    assert world.pool is pool
+    secret = {"password": "s3cret"}
+    with pytest.raises(InvalidRequestError) as caught:
+        world.start(f"{url}/s3cret.db", pool_size=21, connect_args=secret)
+    assert str(caught.value) == (
+        "the dynamic pool runs already and cannot be started with another URL, "
+        "pool_size=21, which is 20, another connect_args: shut it down before"
+    )
 
 
-def test_use_after_shut_down_is_refused_and_start_up_begins_anew(surface):
-    @surface.run
-    def test(surface):
-        with surface.session("a") as session:
-            session.execute(SELECT_1)
-            pool = surface.pool
-            surface.shutdown()
-            surface.shutdown()
-            session.add(Page(url="late"))
-        assert pool.checkedout() == 0  # it came back after that
-        message = rf"has been shut down: {surface.startup}\(\) starts it again"
-        with pytest.raises(InvalidRequestError, match=message):
-            surface.session("a").__enter__()
-        surface.start()
-        with surface.session("a") as session:
-            assert session.scalars(select(Page.url)).all() == ["late"]
+@contract
+def test_use_after_shut_down_is_refused_and_start_up_begins_anew(world):
+    with world.session("a") as session:
+        session.execute(SELECT_1)
+        pool = world.pool
+        world.shutdown()
+        world.shutdown()
+        session.add(Page(url="late"))
+    assert pool.checkedout() == 0  # it came back after that
+    message = rf"has been shut down: startup{world.suffix}\(\) starts it again"
+    with pytest.raises(InvalidRequestError, match=message):
+        world.session("a").__enter__()
+    world.start()
+    with world.session("a") as session:
+        assert session.scalars(select(Page.url)).all() == ["late"]
 
 
 def test_shut_down_before_start_up_is_nothing(make):
@@ -323,18 +315,15 @@ def test_missing_name_goes_under_unknown_with_one_warning(one, get):
             assert pool_of(one).stats().tag("unknown").connections == 1
 
 
-def test_missing_name_is_that_of_the_block_around(one):
-    with sqla_fairpool.tag("block"), one.get_session() as session:
-        session.execute(SELECT_1)
-        assert pool_of(one).stats().tag("block").connections == 1
-
-
-def test_missing_name_is_the_launchers(monkeypatch, make):
+def test_missing_name_is_that_of_the_block_around_or_the_launchers(monkeypatch, make):
     monkeypatch.setenv(RUN, Run("layer3", options={"soft_limit": 4}).text)
     one = make()
     with one.get_session() as session:
         session.execute(SELECT_1)
         assert pool_of(one).stats().tag("layer3").connections == 1
+    with sqla_fairpool.tag("block"), one.get_session() as session:
+        session.execute(SELECT_1)
+        assert pool_of(one).stats().tag("block").connections == 1
     assert pool_of(one).options.soft_limit == 4
 
 
@@ -465,16 +454,15 @@ def test_figures_before_anything_else_start_the_pool(make, default_ledger):
 
 
 def test_figures_are_of_threads_and_tasks(one):
-    async def main():
-        async with one.get_async_session("tasks") as session:
-            await session.execute(SELECT_1)
-            stats = await asyncio.to_thread(one.get_connection_stats)
-        await one.shutdown_async()
-        return stats
+    world = InTasks(one)
 
-    stats = asyncio.run(main())
-    rows = {row["scraper"]: row["connections"] for row in stats["scrapers"]}
-    assert rows["tasks"] == stats["pool"]["checked_out"] == 1
+    @world.run
+    def test():
+        with world.session("tasks") as session:
+            session.execute(SELECT_1)
+            stats = await_only(asyncio.to_thread(one.get_connection_stats))
+        rows = {row["scraper"]: row["connections"] for row in stats["scrapers"]}
+        assert rows["tasks"] == stats["pool"]["checked_out"] == 1
 
 
 OTHER = """
@@ -543,17 +531,13 @@ def test_figures_are_printed(one, capsys):
         session.execute(SELECT_1)
         one.print_connection_stats()
     assert "layer3" in capsys.readouterr().out
-    file = io.StringIO()
-    one.print_connection_stats(file)
-    assert "Allocation: " in file.getvalue()
-
-
-def test_name_that_the_output_cannot_show_is_escaped(one):
     one.register_scraper("l\u00e4yer\u20ac")
     out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     one.print_connection_stats(out)
     out.flush()
-    assert b"l\xe4yer\\u20ac" in out.buffer.getvalue()
+    shown = out.buffer.getvalue()
+    assert b"Allocation: " in shown
+    assert b"l\xe4yer\\u20ac" in shown  # what the encoding has not is escaped
 
 
 # -- the functions --------------------------------------------------------------------
@@ -599,38 +583,37 @@ ASK = text(
 )
 
 
-def ask_in_a_task(one, statement=SELECT_1):
-    async def main():
-        async with one.get_async_session("a") as session:
-            found = (await session.execute(statement)).one()
-        await one.shutdown_async()
-        return tuple(found)
+def ask(world, statement=SELECT_1):
+    """Return the row that a session gets."""
+    found = []
 
-    return asyncio.run(main())
+    @world.run
+    def test():
+        with world.session("a") as session:
+            found.append(tuple(session.execute(statement).one()))
+
+    return found[0]
 
 
 @pytest.mark.postgres
 @pytest.mark.parametrize("driver", ["", "+asyncpg", "+psycopg"])
-def test_url_as_hosters_write_it_serves_threads_and_tasks(make, postgres_url, driver):
+@pytest.mark.parametrize("of", [InThreads, InTasks])
+def test_url_as_hosters_write_it_serves(make, postgres_url, driver, of):
     url = postgres_url.replace("+psycopg2", driver)
     one = make(url + ("&" if "?" in url else "?") + HOSTERS)
-    assert ask_in_a_task(one, ASK) == ("4321ms", "hoster")
-    with one.get_session("a") as session:
-        assert tuple(session.execute(ASK).one()) == ("4321ms", "hoster")
+    assert ask(of(one), ASK) == ("4321ms", "hoster")
 
 
 def test_certificate_that_is_not_there_is_missed(make, tmp_path):
     """Nothing that is said of safety is left out."""
     url = "postgresql+asyncpg://u@127.0.0.1:1/d?sslmode=verify-full"
-    one = make(f"{url}&sslrootcert={tmp_path}/ca.pem")
+    world = InTasks(make(f"{url}&sslrootcert={tmp_path}/ca.pem"))
     with pytest.raises(Exception, match=r"root certificate|No such file.*") as caught:
-        ask_in_a_task(one)
+        ask(world)
     assert "ConnectionRefused" not in repr(caught.value)
 
 
 def test_connect_arguments_win_over_the_urls_keys(make, monkeypatch):
-    import asyncpg
-
     given = {}
 
     async def connect(**arguments):
@@ -640,7 +623,7 @@ def test_connect_arguments_win_over_the_urls_keys(make, monkeypatch):
     monkeypatch.setattr(asyncpg, "connect", connect)
     url = "postgresql+asyncpg://h/d?sslmode=require&connect_timeout=9&timeout=5"
     with pytest.raises(Exception, match="no server"):
-        ask_in_a_task(make(url, connect_args={"timeout": 3}))
+        ask(InTasks(make(url, connect_args={"timeout": 3})))
     assert given["timeout"] == 3
     assert given["dsn"] == "postgresql://?sslmode=require"
     assert not {"sslmode", "connect_timeout"} & given.keys()
