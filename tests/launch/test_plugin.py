@@ -15,8 +15,13 @@ from sqla_fairpool.options import OPTIONS, PoolOptions
 FILE = "sqlite:///file.db?plugin=fairpool"
 
 
-def test_url_alone_gives_the_pool_its_options_and_the_engine_its_tag(tmp_path):
-    engine = create_engine(
+def by_config(url):
+    return engine_from_config({"sqlalchemy.url": url})
+
+
+@pytest.mark.parametrize("create", [create_engine, by_config])
+def test_url_alone_gives_the_pool_its_options_and_the_engine_its_tag(create, tmp_path):
+    engine = create(
         f"sqlite:///{tmp_path / 'file.db'}?plugin=fairpool&fairpool_soft_limit=8"
         "&fairpool_max_limit=12&fairpool_timeout=2.5&fairpool_scraper=layer3"
     )
@@ -163,12 +168,6 @@ def test_pool_or_its_class_of_the_caller_is_left_alone(server, poolclass):
     assert engine.url.query == {}
     pool = poolclass(server.connect)
     assert create_engine(url, pool=pool).pool is pool
-
-
-def test_works_through_engine_from_config():
-    engine = engine_from_config({"sqlalchemy.url": f"{FILE}&fairpool_pool_size=7"})
-    assert type(engine.pool) is FairQueuePool
-    assert engine.pool.size() == 7
 
 
 @pytest.mark.parametrize(

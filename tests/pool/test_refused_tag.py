@@ -213,6 +213,7 @@ def test_cancellation_while_waiting_refuses_in_the_same_way(postgres_url, driver
             await connection.execution_options(isolation_level="AUTOCOMMIT")
             task = asyncio.create_task(connection.execution_options(scraper="full"))
             await waiting(engine.pool, 1)
+            assert holders(engine) == {"full": 1}
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
