@@ -562,16 +562,6 @@ def test_functions_are_the_methods_of_one_manager(make):
     assert manager.get_connection_stats()["pool"]["size"] == 20
 
 
-@pytest.mark.parametrize("given", ["sqlite", "sqlite+aiosqlite", "sqlite+pysqlite"])
-def test_one_url_serves_threads_and_tasks(make, tmp_path, given):
-    """Each gets a driver of its kind."""
-    one = make(f"{given}:///{tmp_path / 'app.db'}")
-    one.startup()
-    one.startup_async()
-    assert not one._running[THREADS].engine.dialect.is_async
-    assert one._running[TASKS].engine.dialect.is_async
-
-
 HOSTERS = (
     "sslmode=prefer&connect_timeout=10&options=-c%20statement_timeout%3D4321ms"
     "&application_name=hoster&keepalives=1&channel_binding=prefer"

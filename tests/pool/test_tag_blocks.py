@@ -199,31 +199,30 @@ def test_block_that_begins_and_ends_in_different_functions(is_shared):
 # -- elsewhere -------------------------------------------------------------------------
 
 
-def test_generators_block_that_another_thread_ends_is_over():
-    abandoned = generator(tag("a"))
-    next(abandoned)
-    assert context_tag() == "a"
-    Caller(abandoned.close).result()
-    assert context_tag() is None
-
-
-def test_generators_block_that_is_collected_in_another_thread_is_over():
+def in_a_cycle(made):
     class Cycle:
         pass
 
     cycle = Cycle()
-    cycle.me, cycle.generator = cycle, generator(tag("a"))
-    next(cycle.generator)
+    cycle.me, cycle.generator = cycle, made
+    return cycle
+
+
+@pytest.mark.parametrize("is_collected", [False, True])
+def test_generators_block_that_another_thread_ends_is_over(is_collected):
+    abandoned = [generator(tag("a"))]
+    next(abandoned[0])
+
+    def elsewhere():
+        with tag("elsewhere"):
+            gc.collect() if is_collected else abandoned[0].close()
+            return context_tag()
+
     gc.disable()
     try:
         with tag("b"):
-            del cycle
-
-            def elsewhere():
-                with tag("elsewhere"):
-                    gc.collect()
-                    return context_tag()
-
+            if is_collected:
+                in_a_cycle(abandoned.pop())
             assert Caller(elsewhere).result() == "elsewhere"
             assert context_tag() == "b"
     finally:
@@ -301,36 +300,29 @@ def test_block_that_begins_and_ends_in_threads_of_a_framework():
 
 
 def test_task_keeps_the_tag_of_the_block_in_which_it_was_made():
+    shared = tag("a", timeout=1.0)
+
     async def main():
         go = asyncio.Event()
 
-        async def background():
+        async def background(block):
             await go.wait()
             first = context_tag()
-            with tag("own"):
+            with block:
                 pass
             return first, context_tag()
 
-        with tag("a", timeout=1.0):
-            task = asyncio.create_task(background())
+        with shared:
+            blocks = [tag("own"), shared, shared]
+            tasks = [asyncio.create_task(background(block)) for block in blocks]
+            assert await asyncio.create_task(at_once(shared)) == "a"
+            assert context_tag() == "a"  # blocks of tasks end none of their maker
         go.set()
-        assert await task == ("a", "a")
+        assert await asyncio.gather(*tasks) == [("a", "a")] * 3
 
-    asyncio.run(main())
-
-
-def test_block_in_a_task_ends_no_block_of_its_maker():
-    shared = tag("shared")
-
-    async def visit():
-        with shared:
-            pass
-
-    async def main():
-        with shared:
-            await asyncio.create_task(visit())
-            await asyncio.gather(visit(), visit())
-            assert context_tag() == "shared"
+    async def at_once(block):
+        with block:
+            return context_tag()
 
     asyncio.run(main())
 
