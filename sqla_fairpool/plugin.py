@@ -7,7 +7,7 @@ SQLAlchemy finds the plugin by its entry point, ``fairpool`` in the group
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import exc
@@ -15,7 +15,7 @@ from sqlalchemy.engine import URL, CreateEnginePlugin, Dialect
 from sqlalchemy.pool import Pool
 
 from .ledger.drivers import has_private_memory, warn_of_memory
-from .options import OPTIONS, BadOption, PoolOptions, naming, read_switch, validate_tag
+from .options import OPTIONS, PoolOptions, naming, read_switch, validate_tag, whole
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 
 __all__ = ["PREFIX", "FairPoolPlugin"]
@@ -24,17 +24,10 @@ __all__ = ["PREFIX", "FairPoolPlugin"]
 PREFIX = "fairpool_"
 
 
-def _seconds(key: str, value: str, known: Mapping[str, Any]) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise BadOption(key, value, "whole seconds, -1 for never") from None
-
-
 #: Keys beside those of the options: arguments of the pool that it does not check.
-_OTHERS: dict[str, Callable[[str, str, Mapping[str, Any]], Any]] = {
+_OTHERS = {
     "use_lifo": read_switch,
-    "recycle": _seconds,
+    "recycle": whole(-1, " seconds, -1 for never"),
     "pre_ping": read_switch,
 }
 

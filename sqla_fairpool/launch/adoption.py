@@ -11,12 +11,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import exc
 from sqlalchemy.engine import URL, Dialect, make_url
 
 from ..ledger.addresses import database_place, default_path, with_threads_driver
 from ..ledger.drivers import has_private_memory
-from ..options import PoolOptions
+from ..options import PoolOptions, hide_passwords
 from ..pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 from .environment import RUN, Run, Settings
 
@@ -129,22 +128,13 @@ def _reason(
 
 def _summary(options: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     ledger = options["ledger"]
-    where = "no ledger" if ledger is None else f"ledger {_without_secret(ledger)}"
+    where = "no ledger" if ledger is None else f"ledger {hide_passwords(ledger)}"
     text = f"fair pool, tag {options['default_tag']!r}, {where}"
     replaced = [f"{name}={given[name]!r}" for name in _SIZES if name in given]
     if not replaced:
         return text
     size = PoolOptions.among(options).pool_size
     return f"{text}; pool_size={size} in place of the script's {', '.join(replaced)}"
-
-
-def _without_secret(ledger: str) -> str:
-    if "://" not in ledger:
-        return ledger
-    try:
-        return show_place(database_place(make_url(ledger)))
-    except (exc.ArgumentError, ValueError):
-        return f"{ledger.partition('://')[0]}://..."  # the pool says what is wrong
 
 
 def _ledger_of(ledger: str | None, database: URL) -> str | None:

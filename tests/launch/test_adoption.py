@@ -174,8 +174,8 @@ def test_silent_unless_verbose_and_heard(capsys, monkeypatch, verbose, stderr):
 @pytest.mark.parametrize(
     ("ledger", "shown"),
     [
-        ("postgresql+psycopg2://u:s3cret@h/d?ledger=x", "postgresql://h:5432/d"),
-        ("postgresql://u:s3cret@h:port/d", "postgresql://..."),  # it is no URL
+        ("postgresql://u:s3cret@h/d?ledger=x", "postgresql://u:***@h/d?ledger=x"),
+        ("postgresql://u:s3cret@h:port/d", "postgresql://u:***@h:port/d"),
     ],
 )
 def test_ledger_is_shown_without_a_password(arguments, ledger, shown):
