@@ -32,6 +32,7 @@ __all__ = [
     "read_switch",
     "validate_tag",
     "validate_timeout",
+    "whole",
 ]
 
 #: Bounds of times, in seconds. With a shorter one a waiting caller would do nothing but
@@ -40,7 +41,6 @@ SHORTEST_TIME, LONGEST_TIME = 0.001, 1e9
 
 #: Longest tag. Tags stand in log lines, error messages and monitors' columns.
 MAX_TAG_LENGTH = 128
-
 
 _PASSWORD = re.compile(r"(://[^/\s:@]*):\S*@|\b((?:ssl)?password=)[^&\s'\"]+")
 
@@ -98,7 +98,9 @@ def _integer(name: str, value: Any, least: int, most: float, bounds: str) -> int
     return number
 
 
-def _whole(least: int, why: str = "") -> _Check:
+def whole(least: int, why: str = "") -> _Check:
+    """Return a check for a whole number."""
+
     def check(name: str, value: Any, known: _Known) -> int:
         return _integer(name, value, least, math.inf, f"of at least {least}{why}")
 
@@ -244,11 +246,11 @@ class PoolOptions:
     """The options of one pool, checked, defaults filled in; built by :meth:`parse`."""
 
     pool_size: int = _option(
-        20, _whole(1, f" (0{_NO_LIMIT}"), "connections kept open", "DYNAMIC_POOL_SIZE"
+        20, whole(1, f" (0{_NO_LIMIT}"), "connections kept open", "DYNAMIC_POOL_SIZE"
     )
     max_overflow: int = _option(
         0,
-        _whole(0, f" (-1{_NO_LIMIT}"),
+        whole(0, f" (-1{_NO_LIMIT}"),
         "further connections while they are needed, closed when they come back; "
         "`pool_size + max_overflow` is the capacity",
     )
@@ -281,7 +283,7 @@ class PoolOptions:
     )
     max_waiting: int | None = _option(
         None,
-        _whole(0),
+        whole(0),
         "most callers that may wait; one more is refused at once",
         none="for no limit",
     )
@@ -354,14 +356,12 @@ class PoolOptions:
         :raises sqlalchemy.exc.ArgumentError: naming the option, the value and
           what is allowed.
         """
-        if given.keys() - OPTIONS.keys():
-            raise TypeError(f"no options: {sorted(given.keys() - OPTIONS.keys())}")
-        known: dict[str, Any] = {}
-        for name, option in OPTIONS.items():
-            known[name] = option.read(name, given.get(name, option.default), known)
         limits = ("soft_limit", "max_limit")
         defaulted = frozenset(name for name in limits if given.get(name) is None)
-        return cls(**known, defaulted=defaulted)
+        known: dict[str, Any] = {}
+        for name, option in OPTIONS.items():
+            known[name] = option.read(name, given.pop(name, option.default), known)
+        return cls(**known, **given, defaulted=defaulted)
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> PoolOptions:

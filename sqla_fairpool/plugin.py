@@ -7,7 +7,7 @@ SQLAlchemy finds the plugin by its entry point, ``fairpool`` in the group
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from sqlalchemy import exc
@@ -15,7 +15,7 @@ from sqlalchemy.engine import URL, CreateEnginePlugin, Dialect
 from sqlalchemy.pool import Pool
 
 from .ledger.drivers import has_private_memory, warn_of_memory
-from .options import OPTIONS, BadOption, PoolOptions, naming, read_switch, validate_tag
+from .options import OPTIONS, PoolOptions, naming, read_switch, validate_tag, whole
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 
 __all__ = ["PREFIX", "FairPoolPlugin"]
@@ -24,17 +24,10 @@ __all__ = ["PREFIX", "FairPoolPlugin"]
 PREFIX = "fairpool_"
 
 
-def _seconds(key: str, value: str, known: Mapping[str, Any]) -> int:
-    try:
-        return int(value)
-    except ValueError:
-        raise BadOption(key, value, "whole seconds, -1 for never") from None
-
-
 #: Keys beside those of the options: arguments of the pool that it does not check.
-_OTHERS: dict[str, Callable[[str, str, Mapping[str, Any]], Any]] = {
+_OTHERS = {
     "use_lifo": read_switch,
-    "recycle": _seconds,
+    "recycle": whole(-1, " seconds, -1 for never"),
     "pre_ping": read_switch,
 }
 
@@ -74,12 +67,9 @@ class FairPoolPlugin(CreateEnginePlugin):
             self._options.setdefault("ledger", value)
         scraper = self._options.pop("scraper", None)
         if scraper is not None:
-            option = self._given("tag_option") or "scraper"
+            option = {**self._options, **kwargs}.get("tag_option") or "scraper"
             given = kwargs.get("execution_options") or {}
             kwargs["execution_options"] = {option: scraper, **given}
-
-    def _given(self, name: str) -> Any:
-        return self._kwargs.get(name, self._options.get(name))
 
     def update_url(self, url: URL) -> URL:
         """Take our keys out of the URL."""
@@ -91,15 +81,12 @@ class FairPoolPlugin(CreateEnginePlugin):
         """Choose the pool's class, now that the dialect is known."""
         if any(self._kwargs.get(name) is not None for name in ("poolclass", "pool")):
             return
-        # A creator opens what it likes, whatever the URL says.
-        if not self._kwargs.get("creator") and has_private_memory(
-            dialect_cls, self._url
-        ):
+        by_url = not self._kwargs.get("creator")  # which opens what it likes
+        if by_url and has_private_memory(dialect_cls, self._url):
             warn_of_memory("plugin=fairpool leaves SQLAlchemy's pool to this engine")
             return
-        self._kwargs["poolclass"] = (
-            AsyncAdaptedFairQueuePool if dialect_cls.is_async else FairQueuePool
-        )
+        pool = AsyncAdaptedFairQueuePool if dialect_cls.is_async else FairQueuePool
+        self._kwargs["poolclass"] = pool
 
     def handle_pool_kwargs(
         self, pool_cls: type[Pool], pool_args: dict[str, Any]

@@ -1,24 +1,22 @@
 """Python imports this at its start, in a script that ``sqla-fairpool run`` starts.
 
-It waits for SQLAlchemy to be imported and puts itself in front of ``create_engine``,
-which then asks :mod:`sqla_fairpool.launch.adoption` for its arguments. Until a script
-makes its first engine, nothing else of this package is imported, nor is SQLAlchemy.
+When SQLAlchemy is imported, it puts itself in front of ``create_engine``, which then
+asks :mod:`sqla_fairpool.launch.adoption` for its arguments. Until a script makes its
+first engine, nothing else of this package is imported, nor is SQLAlchemy.
 
 Rules of this file:
 
-* It also runs in children with another interpreter, which know nothing of this package
-  and may be old: no syntax that Python 2.7 does not know (so types stand in comments,
-  and there is no ``annotations`` from ``__future__``), and whatever goes wrong leaves
-  the script as it would be without.
+* It also runs in children with another interpreter, where this package is not installed
+  and which may be old: only syntax of Python 2.7 (so types stand in comments, and there
+  is no ``annotations`` from ``__future__``), and an error in here leaves the script as
+  it would be without.
 * It leaves no trace where a script may look: its directory is taken out of
   ``sys.path``, and another ``sitecustomize``, which it has hidden, is imported.
 
-Covered are the script's process, its forks, and its children that inherit the
-environment: those of ``subprocess``, and of ``multiprocessing`` with each of its start
-methods. Not covered, because Python does not import this then: an interpreter with
-``-I``, ``-E`` or ``-S`` (whose ``sys.path`` keeps this directory), and a child without
-``PYTHONPATH`` and ``FAIRPOOL_RUN``. Nor is one of another interpreter, unless this
-package is installed for it.
+Covered are the script's process, its forks, and the children of ``subprocess`` and
+``multiprocessing`` that inherit the environment. Not covered, because Python does not
+import this then: an interpreter with ``-I``, ``-E`` or ``-S`` (whose ``sys.path`` keeps
+this directory), a child without ``PYTHONPATH`` and ``FAIRPOOL_RUN``.
 """
 
 import os
@@ -61,17 +59,15 @@ def _leave_alone(run, args, kwargs):
 def _find():
     # type: () -> Callable[..., dict[str, Any]]
     """Import what chooses an engine's arguments."""
-    sqlalchemy = sys.modules["sqlalchemy"]
-    if sqlalchemy.__version__.startswith(("0.", "1.")):
-        raise ImportError("SQLAlchemy " + sqlalchemy.__version__ + " is too old")
+    version = sys.modules["sqlalchemy"].__version__
+    if version.startswith(("0.", "1.")):
+        raise ImportError("SQLAlchemy " + version + " is too old")
+    root = os.path.dirname(os.path.dirname(_DIRECTORY))
+    installed = os.path.basename(root) in ("site-packages", "dist-packages")
     try:
         from sqla_fairpool.launch.adoption import adopt
     except ImportError as error:
-        root = os.path.dirname(os.path.dirname(_DIRECTORY))
-        if error.name != "sqla_fairpool" or os.path.basename(root) in (
-            "site-packages",
-            "dist-packages",
-        ):
+        if error.name != "sqla_fairpool" or installed:
             raise  # what is installed for another interpreter is not for this one
         sys.path.append(root)  # a checkout
         try:

@@ -80,12 +80,8 @@ def follow(dialect: Dialect, option: str, retag: _Retag) -> bool:
     if seen == option:
         return False
     hooks = _Hooks(dialect, option, retag)
-    # Set by name: to the type checker they are methods, here they are hooks.
-    for hook in (
-        hooks.set_engine_execution_options,
-        hooks.set_connection_execution_options,
-    ):
-        setattr(dialect, hook.__name__, hook)
+    dialect.set_engine_execution_options = hooks.set_on_engine  # type: ignore[method-assign]
+    dialect.set_connection_execution_options = hooks.set_on_connection  # type: ignore[method-assign]
     setattr(dialect, _MARK, option)
     return seen is None
 
@@ -99,9 +95,7 @@ class _Hooks:
         self._apply_to_engine = dialect.set_engine_execution_options
         self._apply = dialect.set_connection_execution_options
 
-    def set_engine_execution_options(
-        self, engine: Engine, opts: Mapping[str, Any]
-    ) -> None:
+    def set_on_engine(self, engine: Engine, opts: Mapping[str, Any]) -> None:
         # All its options, not only the new ones: a derived engine has its tag
         # from its parent and reports only what it adds.
         options = engine.get_execution_options()
@@ -117,7 +111,7 @@ class _Hooks:
             _tag_engine(engine, request)
         self._apply_to_engine(engine, opts)
 
-    def set_connection_execution_options(
+    def set_on_connection(
         self, connection: Connection, opts: Mapping[str, Any]
     ) -> None:
         before = accepted = _accepted_of(connection)

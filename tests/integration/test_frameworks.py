@@ -13,11 +13,11 @@ import pytest
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from fastapi import BackgroundTasks, FastAPI
+from fastapi import BackgroundTasks
 from fastapi.responses import StreamingResponse
 from flask import Flask
 from flask_sqlalchemy import SQLAlchemy
-from sqlalchemy import inspect, make_url, text
+from sqlalchemy import create_engine, inspect, make_url, text
 from sqlalchemy.pool import NullPool, StaticPool
 from support.state import assert_quiet
 from support.threads import PATIENCE, Caller, ensure_waiting
@@ -133,6 +133,16 @@ def test_flask_sqlalchemy_with_only_the_urls_edited(file_url, tmp_path):
 # -- FastAPI -------------------------------------------------------------------------
 
 
+@pytest.fixture
+def fastapi(examples, file_url):
+    import fastapi_app
+
+    url = file_url.replace("sqlite", "sqlite+aiosqlite")
+    app = fastapi_app.create_app(url, pool_size=4)
+    app.holders = lambda: fastapi_app.holders(app.state.engine)
+    return app
+
+
 def in_fastapi(app, visit):
     async def main():
         async with app.router.lifespan_context(app):
@@ -147,46 +157,37 @@ def in_fastapi(app, visit):
     return asyncio.run(main())
 
 
-def test_fastapi_requests_in_flight_have_each_their_own_tag(examples, file_url):
-    import fastapi_app
+def test_fastapi_requests_in_flight_have_each_their_own_tag(fastapi):
+    arrived, looked = [], []
 
-    app: FastAPI = fastapi_app.create_app(
-        file_url.replace("sqlite", "sqlite+aiosqlite"), pool_size=4
-    )
-    arrived = []
+    async def until_both(did):
+        did.append(1)
+        while len(did) < 2:
+            await asyncio.sleep(0)
 
+    @fastapi.get("/wait")
     async def wait():
-        engine = app.state.engine
-        async with engine.connect():
-            arrived.append(1)
-            while len(arrived) < 2:
-                await asyncio.sleep(0)
-            held = fastapi_app.holders(engine)
-            arrived.append(1)
-            while len(arrived) < 4:
-                await asyncio.sleep(0)
+        async with fastapi.state.engine.connect():
+            await until_both(arrived)
+            held = fastapi.holders()
+            await until_both(looked)
         return held
-
-    app.get("/wait")(wait)
 
     async def visit(client):
         requests = (client.get("/wait", headers={"x-tenant": t}) for t in ("a", "b"))
         return [answer.json() for answer in await asyncio.gather(*requests)]
 
-    assert in_fastapi(app, visit) == [{"a": 1, "b": 1}] * 2
+    assert in_fastapi(fastapi, visit) == [{"a": 1, "b": 1}] * 2
 
 
-def test_fastapi_streams_and_background_tasks_keep_their_tag(examples, file_url):
-    import fastapi_app
-
-    app = fastapi_app.create_app(file_url.replace("sqlite", "sqlite+aiosqlite"))
+def test_fastapi_streams_and_background_tasks_keep_their_tag(fastapi):
     seen = []
 
     async def look():
-        async with app.state.engine.connect():
-            seen.append(fastapi_app.holders(app.state.engine))
+        async with fastapi.state.engine.connect():
+            seen.append(fastapi.holders())
 
-    @app.get("/stream")
+    @fastapi.get("/stream")
     async def stream():
         async def parts():
             for _ in range(2):
@@ -195,33 +196,24 @@ def test_fastapi_streams_and_background_tasks_keep_their_tag(examples, file_url)
 
         return StreamingResponse(parts())
 
-    @app.get("/later")
+    @fastapi.get("/later")
     async def later(tasks: BackgroundTasks):
         tasks.add_task(look)
 
-    async def visit(client):
-        for path in ("/stream", "/later"):
-            answer = await client.get(path, headers={"x-tenant": "acme"})
-            assert answer.status_code == 200
-
-    in_fastapi(app, visit)
-    assert seen == [{"acme": 1}] * 3
-
-
-def test_fastapi_error_leaves_no_connection_out(examples, file_url):
-    import fastapi_app
-
-    app = fastapi_app.create_app(file_url.replace("sqlite", "sqlite+aiosqlite"))
-
-    @app.get("/fail")
+    @fastapi.get("/fail")
     async def fail():
-        async with app.state.engine.connect():
+        async with fastapi.state.engine.connect():
             raise ZeroDivisionError
 
     async def visit(client):
-        return (await client.get("/fail")).status_code
+        paths = ("/stream", "/later", "/fail")
+        answers = [
+            await client.get(path, headers={"x-tenant": "acme"}) for path in paths
+        ]
+        return [answer.status_code for answer in answers]
 
-    assert in_fastapi(app, visit) == 500
+    assert in_fastapi(fastapi, visit) == [200, 200, 500]
+    assert seen == [{"acme": 1}] * 3
 
 
 # -- Alembic -------------------------------------------------------------------------
@@ -285,6 +277,10 @@ def used_pool(tmp_path):
     return edit
 
 
+#: What stands in Alembic's env.py.
+ITS_POOL = "        poolclass=pool.NullPool,\n"
+
+
 # Its env.py never disposes of the engine, which only a NullPool closes by itself; the
 # driver of SQLite warns of that, from Python 3.13 on.
 @pytest.mark.filterwarnings(
@@ -297,29 +293,19 @@ def used_pool(tmp_path):
     ("template", "driver", "without", "pool"),
     [
         ("generic", "sqlite", "", "NullPool"),
-        ("generic", "sqlite", "        poolclass=pool.NullPool,\n", "FairQueuePool"),
+        ("generic", "sqlite", ITS_POOL, "FairQueuePool"),
         ("async", "sqlite+aiosqlite", "", "NullPool"),
-        (
-            "async",
-            "sqlite+aiosqlite",
-            "        poolclass=pool.NullPool,\n",
-            "AsyncAdaptedFairQueuePool",
-        ),
+        ("async", "sqlite+aiosqlite", ITS_POOL, "AsyncAdaptedFairQueuePool"),
     ],
 )
 def test_alembic_with_only_the_url_edited(
     alembic, file_url, tmp_path, template, driver, without, pool
 ):
     edit = used_pool(tmp_path)
-    config = alembic(
-        file_url.replace("sqlite", driver),
-        template,
-        lambda env: edit(env.replace(without, "")),
-    )
+    url = file_url.replace("sqlite", driver)
+    config = alembic(url, template, lambda env: edit(env.replace(without, "")))
     command.upgrade(config, "head")
     assert (tmp_path / "pool").read_text() == pool
-    from sqlalchemy import create_engine
-
     engine = create_engine(file_url, poolclass=NullPool)
     assert "made" in inspect(engine).get_table_names()
     gc.collect()  # what is left of env.py, here and not in another test

@@ -9,15 +9,18 @@ import subprocess
 import sys
 import threading
 import warnings
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
+import asyncpg
 import pytest
 from sqlalchemy import Column, Integer, String, make_url, select, text
 from sqlalchemy.exc import ArgumentError, IntegrityError, InvalidRequestError
 from sqlalchemy.orm import Session, declarative_base
+from sqlalchemy.util import await_only, greenlet_spawn
 from support import state
-from support.threads import eventually
+from support.threads import Caller, eventually
+from support.worlds import contract
 
 import sqla_fairpool
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool, manager
@@ -29,6 +32,8 @@ from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.manager import DynamicConnectionManager
 
 Base = declarative_base()
+
+SELECT_1 = text("select 1")
 
 
 class Page(Base):
@@ -44,359 +49,209 @@ def url(tmp_path):
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch, url):
-    """A database of the test's is named, which has a ledger of its own; no more."""
+    """A database of the test's own is named, and no ledger."""
     for name in (*VARIABLES, RUN):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DATABASE_URL", url)
+    monkeypatch.setenv("FAIRPOOL_LEDGER", "none")
 
 
-def keeper_of(pool):
-    return state.keeper(pool)
+@pytest.fixture(autouse=True)
+def keepers(monkeypatch):
+    """The members of ledgers end with the test, however their pools ended."""
+    started = []
 
+    class Noted(manager.Started):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.append(self)
 
-def end(one):
-    """End its pools, and their part in the ledger."""
-    pools = [started.pool for started in one._running.values()]
-    one.shutdown()
-    asyncio.run(one.shutdown_async())
-    for pool in pools:
-        if keeper_of(pool) is not None:
-            keeper_of(pool).close()
+    monkeypatch.setattr(manager, "Started", Noted)
+    yield
+    for each in started:
+        keeper = state.keeper(each.pool)
+        if keeper is not None:
+            keeper.close()
 
 
 @pytest.fixture
-def one(url):
-    """A manager with a table."""
-    one = DynamicConnectionManager()
+def default_ledger(monkeypatch, environment):
+    """The default one, which follows from the database."""
+    monkeypatch.delenv("FAIRPOOL_LEDGER")
+
+
+def pool_of(one, kind=THREADS):
+    return one._running[kind].pool
+
+
+@pytest.fixture
+def make():
+    """Make managers, which are ended with the test."""
+    made = []
+
+    def make(*url, of=DynamicConnectionManager, **options):
+        made.append(of(*url, **options))
+        return made[-1]
+
+    yield make
+    for one in (*made, manager._manager):
+        one.shutdown()
+        asyncio.run(one.shutdown_async())
+
+
+@pytest.fixture
+def one(make, default_ledger):
+    """A manager with a ledger and a table."""
+    one = make()
     with one.get_session("setup") as session:
         Base.metadata.create_all(session.connection())
-    yield one
-    end(one)
+    return one
 
 
-def options_of(one):
-    return one._running[THREADS].pool.options
+# -- for threads and for tasks ---------------------------------------------------------
 
 
-# -- sessions -------------------------------------------------------------------------
+class InThreads:
+    """What scripts of threads use; see `support.worlds`."""
+
+    kind, pool_class, suffix = THREADS, FairQueuePool, ""
+
+    def __init__(self, one):
+        self.one = one
+        self.start = getattr(one, f"startup{self.suffix}")
+
+    def run(self, test):
+        test()
+
+    def session(self, *name, **options):
+        return self.one.get_session(*name, **options)
+
+    def shutdown(self):
+        self.one.shutdown()
+
+    @property
+    def pool(self):
+        return pool_of(self.one, self.kind)
 
 
-def test_session_commits_on_success(one):
-    with one.get_session("a") as session:
+class InTasks(InThreads):
+    """The same of scripts with asyncio."""
+
+    kind, pool_class, suffix = TASKS, AsyncAdaptedFairQueuePool, "_async"
+
+    def run(self, test):
+        async def main():
+            await greenlet_spawn(test)
+            await self.one.shutdown_async()
+
+        asyncio.run(main())
+
+    @contextmanager
+    def session(self, *name, **options):
+        context = self.one.get_async_session(*name, **options)
+        session = await_only(context.__aenter__())
+        try:
+            yield session.sync_session
+        except BaseException:
+            if not await_only(context.__aexit__(*sys.exc_info())):
+                raise
+        else:
+            await_only(context.__aexit__(None, None, None))
+
+    def shutdown(self):
+        await_only(self.one.shutdown_async())
+
+
+@pytest.fixture(params=[InThreads, InTasks])
+def world(request, one):
+    return request.param(one)
+
+
+@contract
+def test_session_commits_on_success(world):
+    with world.session("a") as session:
         assert isinstance(session, Session)
         session.add(Page(url="x"))
-    with one.get_session("b") as session:
+        session.flush()
+        assert type(world.pool) is world.pool_class
+        row = world.pool.stats().tag("a")
+        assert (row.connections, row.active) == (1, True)
+    with world.session("not registered") as session:
         assert session.scalars(select(Page.url)).all() == ["x"]
-    assert one._running[THREADS].pool.checkedout() == 0
+    assert world.pool.stats().tag("not registered").checkouts == 1
+    assert world.pool.checkedout() == 0
 
 
-def test_session_rolls_back_on_error_and_returns_the_connection(one):
-    def fail(error):
-        with one.get_session("a") as session:
+@contract
+def test_session_rolls_back_on_error_and_returns_the_connection(world):
+    def fail(world, error):
+        with world.session("a") as session:
             session.add(Page(url="x"))
             session.flush()
             raise error
 
     for error in (ValueError("no"), KeyboardInterrupt()):
         with pytest.raises(type(error)):
-            fail(error)
-    assert one._running[THREADS].pool.checkedout() == 0
-    with one.get_session("a") as session:
+            fail(world, error)
+    assert world.pool.checkedout() == 0
+    with pytest.raises(IntegrityError), world.session("a") as session:
+        session.add_all([Page(url="x"), Page(url="x")])  # the commit fails
+    assert world.pool.checkedout() == 0
+    with world.session("a") as session:
         assert session.scalars(select(Page)).all() == []
 
 
-def test_commit_that_fails_returns_the_connection(one):
-    with pytest.raises(IntegrityError):
-        with one.get_session("a") as session:
-            session.add_all([Page(url="x"), Page(url="x")])
-    assert one._running[THREADS].pool.checkedout() == 0
-
-
-def test_script_may_commit_and_go_on(one):
-    with one.get_session("a", expire_on_commit=False) as session:
+@contract
+def test_script_may_commit_and_go_on(world):
+    with world.session("a", expire_on_commit=False) as session:
         page = Page(url="x")
         session.add(page)
         session.commit()
         session.add(Page(url="y"))
     assert page.url == "x"
-    with one.get_session("a") as session:
+    with world.session("a") as session:
         assert len(session.scalars(select(Page)).all()) == 2
 
 
-def test_session_checks_out_under_its_scrapers_name(one):
-    with one.get_session("a") as session:
-        session.execute(text("select 1"))
-        stats = one._running[THREADS].pool.stats()
-        assert stats.tag("a").connections == 1
-        assert stats.tag("a").active
-    with one.get_session("not registered") as session:
-        session.execute(text("select 1"))
-    assert one._running[THREADS].pool.stats().tag("not registered").checkouts == 1
-
-
-def test_tag_option_may_be_another(url):
-    one = DynamicConnectionManager(tag_option="tenant", ledger=None)
-    with one.get_session("a") as session:
-        session.execute(text("select 1"))
-        assert one._running[THREADS].pool.stats().tag("a").connections == 1
-    end(one)
-
-
-def test_tagged_engines_are_made_once_and_are_bounded(one):
-    started = one._running[THREADS]
-    assert started.tagged("a") is started.tagged("a")
-    for n in range(1000):
-        with one.get_session(f"t{n}"):
-            pass
-    assert started.tagged.cache_info().currsize <= 256
-
-
-@pytest.mark.parametrize("bad", ["", 7, "a\n", "x" * 129])
-def test_bad_name_is_refused(one, bad):
-    for use in (one.get_session, one.register_scraper):
-        with pytest.raises(ArgumentError, match=r"^scraper="):
-            use(bad)
-
-
-def test_missing_name_goes_under_unknown_with_one_warning(one):
-    with pytest.warns(UserWarning, match="goes under 'unknown'") as caught:
-        context = one.get_session()
-    assert caught[0].filename == __file__
-    with context as session:
-        session.execute(text("select 1"))
-        assert one._running[THREADS].pool.stats().tag("unknown").connections == 1
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with one.get_session():
-            pass
-
-
-def test_missing_name_is_that_of_the_block_around(one):
-    with sqla_fairpool.tag("block"), one.get_session() as session:
-        session.execute(text("select 1"))
-        assert one._running[THREADS].pool.stats().tag("block").connections == 1
-
-
-def test_missing_name_is_the_launchers(monkeypatch):
-    monkeypatch.setenv(RUN, Run("layer3", options={"soft_limit": 4}).text)
-    one = DynamicConnectionManager()
-    with one.get_session() as session:
-        session.execute(text("select 1"))
-        assert one._running[THREADS].pool.stats().tag("layer3").connections == 1
-    assert options_of(one).soft_limit == 4
-    end(one)
-
-
-# -- start-up and shut-down -----------------------------------------------------------
-
-
-def test_use_starts_from_the_environment(monkeypatch, url):
-    monkeypatch.setenv("DYNAMIC_POOL_SIZE", "10")
-    monkeypatch.setenv("IDLE_TIMEOUT", "7")
-    one = DynamicConnectionManager()
-    with one.get_session("a"):
-        pass
-    options = options_of(one)
-    assert (options.pool_size, options.idle_timeout) == (10, 7.0)
-    assert options.ledger == "host"
-    assert (options.soft_limit, options.max_limit) == (5, 8)
-    assert one._running[THREADS].engine.url.render_as_string() == url
-    end(one)
-
-
-def test_arguments_win_over_the_environment(monkeypatch, tmp_path):
-    monkeypatch.setenv("DYNAMIC_POOL_SIZE", "10")
-    one = DynamicConnectionManager()
-    other = f"sqlite:///{tmp_path / 'other.db'}"
-    one.startup(other, pool_size=12, ledger=None, pool_timeout=2.5)
-    assert (options_of(one).pool_size, options_of(one).timeout) == (12, 2.5)
-    assert one._running[THREADS].engine.url.render_as_string() == other
-    end(one)
-
-
-def test_without_a_database_it_says_what_to_do(monkeypatch):
-    monkeypatch.delenv("DATABASE_URL")
-    with pytest.raises(ArgumentError, match="set DATABASE_URL"):
-        DynamicConnectionManager().get_session("a")
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("DYNAMIC_POOL_SIZE", "0"),
-        ("SCRAPER_SOFT_LIMIT", "x"),
-        ("SCRAPER_MAX_LIMIT", "21"),
-        ("IDLE_TIMEOUT", "nan"),
-        ("REALLOCATION_INTERVAL", "-1"),
-        ("FAIRPOOL_LEDGER", "nonsense"),
-        ("DATABASE_URL", "s3cret"),
-    ],
-)
-def test_bad_value_in_the_environment_names_the_variable(monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
-    with pytest.raises(ArgumentError, match=f"^{name}=.* is not allowed") as caught:
-        DynamicConnectionManager().startup()
-    assert "s3cret" not in str(caught.value)
-
-
-def test_start_up_twice_is_one(one):
-    pool = one._running[THREADS].pool
-    one.startup()
-    one.startup(one._running[THREADS].engine.url, pool_size="20", soft_limit=10)
-    assert one._running[THREADS].pool is pool
-
-
-def test_start_up_with_others_is_refused(one, tmp_path):
-    other = f"sqlite:///{tmp_path}/s3cret.db"
-    with pytest.raises(InvalidRequestError, match="runs already") as caught:
-        one.startup(other, pool_size=21, connect_args={"password": "s3cret"})
+@contract
+def test_start_up_twice_is_one_and_with_others_is_refused(world, url):
+    world.start()
+    pool = world.pool
+    world.start()
+    world.start(url, pool_size="20", soft_limit=10)
+    assert world.pool is pool
+    secret = {"password": "s3cret"}
+    with pytest.raises(InvalidRequestError) as caught:
+        world.start(f"{url}/s3cret.db", pool_size=21, connect_args=secret)
     assert str(caught.value) == (
         "the dynamic pool runs already and cannot be started with another URL, "
         "pool_size=21, which is 20, another connect_args: shut it down before"
     )
 
 
-def test_use_after_shut_down_is_refused_and_start_up_begins_anew(one):
-    one.shutdown()
-    one.shutdown()
-    for use in (one.get_session, one.get_connection_stats, one.print_connection_stats):
-        with pytest.raises(InvalidRequestError, match="has been shut down"):
-            use()
-    one.startup()
-    with one.get_session("a"):
-        pass
+@contract
+def test_use_after_shut_down_is_refused_and_start_up_begins_anew(world):
+    with world.session("a") as session:
+        session.execute(SELECT_1)
+        pool = world.pool
+        world.shutdown()
+        world.shutdown()
+        session.add(Page(url="late"))
+    assert pool.checkedout() == 0  # it came back after that
+    message = rf"has been shut down: startup{world.suffix}\(\) starts it again"
+    with pytest.raises(InvalidRequestError, match=message):
+        world.session("a").__enter__()
+    world.start()
+    with world.session("a") as session:
+        assert session.scalars(select(Page.url)).all() == ["late"]
 
 
-def test_shut_down_before_start_up_is_nothing():
-    one = DynamicConnectionManager()
+def test_shut_down_before_start_up_is_nothing(make):
+    one = make()
     one.shutdown()
     asyncio.run(one.shutdown_async())
     with one.get_session("a"):
         pass
-    end(one)
-
-
-def test_session_that_is_out_at_shut_down_comes_back(one):
-    with one.get_session("a") as session:
-        session.execute(text("select 1"))
-        pool = one._running[THREADS].pool
-        one.shutdown()
-        session.add(Page(url="late"))
-    assert pool.checkedout() == 0
-    one.startup()
-    with one.get_session("a") as session:
-        assert session.scalars(select(Page.url)).all() == ["late"]
-
-
-def test_threads_that_come_first_start_it_once():
-    one = DynamicConnectionManager(ledger=None)
-    barrier = threading.Barrier(8)
-    pools = []
-
-    def use():
-        barrier.wait()
-        with one.get_session("a"):
-            pools.append(one._running[THREADS].pool)
-
-    threads = [threading.Thread(target=use) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(pools) == 8
-    assert len(set(pools)) == 1
-    end(one)
-
-
-def test_class_attributes_are_the_limits():
-    class Mine(DynamicConnectionManager):
-        GLOBAL_POOL_SIZE = 40
-        SCRAPER_MAX_LIMIT = 25
-        IDLE_TIMEOUT = 5
-        REALLOCATION_INTERVAL = 2
-
-    one = Mine(ledger=None)
-    one.startup()
-    options = options_of(one)
-    assert (options.pool_size, options.soft_limit, options.max_limit) == (40, 20, 25)
-    assert (options.idle_timeout, options.reallocation_interval) == (5.0, 2.0)
-    end(one)
-
-
-def test_class_attributes_are_those_of_the_rules():
-    attributes = {
-        name: getattr(DynamicConnectionManager, name)
-        for name in vars(DynamicConnectionManager)
-        if name.isupper() and not name.startswith("_")
-    }
-    assert attributes == {
-        "GLOBAL_POOL_SIZE": 20,
-        "SCRAPER_SOFT_LIMIT": 10,
-        "SCRAPER_MAX_LIMIT": 15,
-        "IDLE_TIMEOUT": 60,
-        "REALLOCATION_INTERVAL": 30,
-    }
-    one = DynamicConnectionManager(ledger=None)
-    one.startup()
-    options = options_of(one)
-    found = {name: getattr(options, n) for name, n in manager._ATTRIBUTES.items()}
-    assert found == attributes
-    end(one)
-
-
-def test_bad_class_attribute_is_named(monkeypatch):
-    class Mine(DynamicConnectionManager):
-        SCRAPER_MAX_LIMIT = 99
-
-    with pytest.raises(ArgumentError, match=r"^SCRAPER_MAX_LIMIT=99 is not allowed"):
-        Mine(ledger=None).startup()
-    monkeypatch.setenv("SCRAPER_MAX_LIMIT", "12")
-    one = Mine(ledger=None)
-    one.startup()
-    assert options_of(one).max_limit == 12  # the environment wins over the class
-    end(one)
-
-
-# -- asyncio --------------------------------------------------------------------------
-
-
-def test_asyncio_sessions_commit_roll_back_and_share_the_ledger(one):
-    async def main():
-        async with one.get_async_session("tasks") as session:
-            session.add(Page(url="x"))
-            await session.flush()
-            stats = await asyncio.to_thread(one.get_connection_stats)
-            rows = {row["scraper"]: row for row in stats["scrapers"]}
-            assert rows["tasks"]["connections"] == 1
-            assert stats["pool"]["checked_out"] == 1
-
-        async def fail():
-            async with one.get_async_session("tasks") as session:
-                session.add(Page(url="y"))
-                await session.flush()
-                raise ValueError("no")
-
-        with pytest.raises(ValueError, match="no"):
-            await fail()
-        async with one.get_async_session("tasks") as session:
-            assert (await session.scalars(select(Page.url))).all() == ["x"]
-        assert type(one._running[TASKS].pool) is AsyncAdaptedFairQueuePool
-        assert one._running[TASKS].pool.checkedout() == 0
-        await one.shutdown_async()
-        with pytest.raises(InvalidRequestError, match=r"startup_async\(\) starts it"):
-            one.get_async_session("tasks")
-        one.startup_async(pool_size=20)
-        one.startup_async()
-        with pytest.raises(InvalidRequestError, match="runs already"):
-            one.startup_async(pool_size=21)
-        async with one.get_async_session("tasks") as session:
-            await session.execute(text("select 1"))
-        await one.shutdown_async()
-
-    asyncio.run(main())
-    with one.get_session("threads"):
-        pass
-    assert type(one._running[THREADS].pool) is FairQueuePool
 
 
 def test_cancelled_task_returns_its_connection(one):
@@ -415,7 +270,7 @@ def test_cancelled_task_returns_its_connection(one):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert one._running[TASKS].pool.checkedout() == 0
+        assert pool_of(one, TASKS).checkedout() == 0
         async with one.get_async_session("a") as session:
             assert (await session.scalars(select(Page))).all() == []
         await one.shutdown_async()
@@ -423,17 +278,157 @@ def test_cancelled_task_returns_its_connection(one):
     asyncio.run(main())
 
 
+# -- names -----------------------------------------------------------------------------
+
+
+def test_tag_option_may_be_another(make):
+    one = make(tag_option="tenant")
+    with one.get_session("a") as session:
+        session.execute(SELECT_1)
+        assert pool_of(one).stats().tag("a").connections == 1
+
+
+def test_tagged_engines_are_made_once_and_are_bounded(one):
+    started = one._running[THREADS]
+    assert started.tagged("a") is started.tagged("a")
+    for n in range(1000):
+        with one.get_session(f"t{n}"):
+            pass
+    assert started.tagged.cache_info().currsize <= 256
+
+
+@pytest.mark.parametrize("bad", ["", 7, "a\n", "x" * 129])
+def test_bad_name_is_refused(one, bad):
+    for use in (one.get_session, one.get_async_session, one.register_scraper):
+        with pytest.raises(ArgumentError, match=r"^scraper="):
+            use(bad)
+
+
+@pytest.mark.parametrize("get", ["get_session", "get_async_session"])
+def test_missing_name_goes_under_unknown_with_one_warning(one, get):
+    with pytest.warns(UserWarning, match="goes under 'unknown'") as caught:
+        getattr(one, get)()
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with one.get_session() as session:
+            session.execute(SELECT_1)
+            assert pool_of(one).stats().tag("unknown").connections == 1
+
+
+def test_missing_name_is_that_of_the_block_around_or_the_launchers(monkeypatch, make):
+    monkeypatch.setenv(RUN, Run("layer3", options={"soft_limit": 4}).text)
+    one = make()
+    with one.get_session() as session:
+        session.execute(SELECT_1)
+        assert pool_of(one).stats().tag("layer3").connections == 1
+    with sqla_fairpool.tag("block"), one.get_session() as session:
+        session.execute(SELECT_1)
+        assert pool_of(one).stats().tag("block").connections == 1
+    assert pool_of(one).options.soft_limit == 4
+
+
+# -- where options come from -----------------------------------------------------------
+
+
+def test_use_starts_from_the_environment_and_arguments_win(
+    monkeypatch, url, make, default_ledger
+):
+    monkeypatch.setenv("DYNAMIC_POOL_SIZE", "10")
+    monkeypatch.setenv("IDLE_TIMEOUT", "7")
+    one = make()
+    with one.get_session("a"):
+        pass
+    options = pool_of(one).options
+    assert (options.pool_size, options.idle_timeout) == (10, 7.0)
+    assert (options.soft_limit, options.max_limit) == (5, 8)
+    assert options.ledger == "host"
+    assert one._running[THREADS].engine.url.render_as_string() == url
+    other = make()
+    other.startup(f"{url}.other", pool_size=12, ledger=None, pool_timeout=2.5)
+    options = pool_of(other).options
+    assert (options.pool_size, options.timeout, options.ledger) == (12, 2.5, None)
+    assert other._running[THREADS].engine.url.render_as_string() == f"{url}.other"
+
+
+def test_without_a_database_it_says_what_to_do(monkeypatch, make):
+    monkeypatch.delenv("DATABASE_URL")
+    with pytest.raises(ArgumentError, match="set DATABASE_URL"):
+        make().get_session("a")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DYNAMIC_POOL_SIZE", "0"),
+        ("SCRAPER_MAX_LIMIT", "21"),
+        ("FAIRPOOL_LEDGER", "nonsense"),
+        ("DATABASE_URL", "s3cret"),
+    ],
+)
+def test_bad_value_in_the_environment_names_the_variable(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ArgumentError, match=f"^{name}=.* is not allowed") as caught:
+        DynamicConnectionManager().startup()
+    assert "s3cret" not in str(caught.value)
+
+
+def test_threads_that_come_first_start_it_once(make):
+    one, barrier = make(), threading.Barrier(8)
+
+    def use():
+        barrier.wait()
+        with one.get_session("a"):
+            return pool_of(one)
+
+    callers = [Caller(use) for _ in range(8)]
+    assert len({caller.result() for caller in callers}) == 1
+
+
+class Mine(DynamicConnectionManager):
+    GLOBAL_POOL_SIZE = 40
+    SCRAPER_MAX_LIMIT = 25
+    IDLE_TIMEOUT = 5
+    REALLOCATION_INTERVAL = 2
+
+
+def test_class_attributes_are_the_limits(make):
+    for of, expected in (
+        (DynamicConnectionManager, [20, 10, 15, 60.0, 30.0]),
+        (Mine, [40, 20, 25, 5.0, 2.0]),
+    ):
+        one = make(of=of)
+        one.startup()
+        options = pool_of(one).options
+        found = [options.pool_size, options.soft_limit, options.max_limit]
+        found += [options.idle_timeout, options.reallocation_interval]
+        assert found == expected
+    attributes = {n for n in vars(DynamicConnectionManager) if n.isupper()}
+    assert attributes == manager._ATTRIBUTES.keys()
+    assert DynamicConnectionManager.SCRAPER_SOFT_LIMIT == 10
+
+
+def test_bad_class_attribute_is_named(monkeypatch, make):
+    bad = type("Bad", (DynamicConnectionManager,), {"SCRAPER_MAX_LIMIT": 99})
+    with pytest.raises(ArgumentError, match=r"^SCRAPER_MAX_LIMIT=99 is not allowed"):
+        make(of=bad).startup()
+    monkeypatch.setenv("SCRAPER_MAX_LIMIT", "12")
+    one = make(of=bad)
+    one.startup()
+    assert pool_of(one).options.max_limit == 12  # the environment wins over the class
+
+
 # -- figures --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ledger", [None, "host"])
-def test_figures_are_plain_data(ledger):
-    one = DynamicConnectionManager(ledger=ledger)
+def test_figures_are_plain_data(make, ledger):
+    one = make(ledger=ledger)
     one.register_scraper("a")
     one.register_scraper("a")
     one.register_scraper("later")
     with one.get_session("a") as session:
-        session.execute(text("select 1"))
+        session.execute(SELECT_1)
         stats = json.loads(json.dumps(one.get_connection_stats()))
     pool = stats["pool"]
     assert (pool["size"], pool["checked_out"], pool["available"]) == (20, 1, 19)
@@ -446,15 +441,29 @@ def test_figures_are_plain_data(ledger):
     assert (later["scraper"], later["connections"]) == ("later", 0)
     assert (later["active"], later["idle_seconds"]) == (False, None)
     assert stats["warnings"] == []
-    end(one)
 
 
-def test_figures_before_anything_else_start_the_pool():
-    one = DynamicConnectionManager()
+def test_figures_before_anything_else_start_the_pool(make, default_ledger):
+    one = make()
     stats = one.get_connection_stats()
     assert stats["pool"]["checked_out"] == 0
     assert (stats["scrapers"], stats["warnings"]) == ([], [])
-    end(one)
+    one.shutdown()
+    for use in (one.get_connection_stats, one.print_connection_stats):
+        with pytest.raises(InvalidRequestError, match="has been shut down"):
+            use()
+
+
+def test_figures_are_of_threads_and_tasks(one):
+    world = InTasks(one)
+
+    @world.run
+    def test():
+        with world.session("tasks") as session:
+            session.execute(SELECT_1)
+            stats = await_only(asyncio.to_thread(one.get_connection_stats))
+        rows = {row["scraper"]: row["connections"] for row in stats["scrapers"]}
+        assert rows["tasks"] == stats["pool"]["checked_out"] == 1
 
 
 OTHER = """
@@ -478,7 +487,7 @@ def test_figures_are_of_all_processes_that_share_the_budget(one):
     try:
         assert process.stdout.readline() == "holding\n"
         with one.get_session("mine") as session:
-            session.execute(text("select 1"))
+            session.execute(SELECT_1)
             stats = one.get_connection_stats()
         rows = {row["scraper"]: row for row in stats["scrapers"]}
         assert rows["other"]["connections"] == rows["mine"]["connections"] == 1
@@ -495,7 +504,7 @@ def test_while_the_ledger_is_away_the_figures_are_our_own(one, url, monkeypatch)
     path = default_path(make_url(url))
     monkeypatch.setattr(host_file, "_PATIENCE", 0.05)
     with one.get_session("a") as session:
-        session.execute(text("select 1"))
+        session.execute(SELECT_1)
         with closing(HostStore(path)) as holder:
             holder.open()
             with holder.transaction():
@@ -509,7 +518,7 @@ def test_while_the_ledger_is_away_the_figures_are_our_own(one, url, monkeypatch)
 def test_ledger_that_was_reset_is_joined_anew(one, url):
     path = default_path(make_url(url))
     with one.get_session("a") as session:
-        session.execute(text("select 1"))
+        session.execute(SELECT_1)
         with closing(HostStore(path)) as store:
             store.open()
             with store.transaction() as rows:
@@ -520,20 +529,16 @@ def test_ledger_that_was_reset_is_joined_anew(one, url):
 
 def test_figures_are_printed(one, capsys):
     with one.get_session("layer3") as session:
-        session.execute(text("select 1"))
+        session.execute(SELECT_1)
         one.print_connection_stats()
     assert "layer3" in capsys.readouterr().out
-    file = io.StringIO()
-    one.print_connection_stats(file)
-    assert "Allocation: " in file.getvalue()
-
-
-def test_name_that_the_output_cannot_show_is_escaped(one):
     one.register_scraper("l\u00e4yer\u20ac")
     out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     one.print_connection_stats(out)
     out.flush()
-    assert b"l\xe4yer\\u20ac" in out.buffer.getvalue()
+    shown = out.buffer.getvalue()
+    assert b"Allocation: " in shown
+    assert b"l\xe4yer\\u20ac" in shown  # what the encoding has not is escaped
 
 
 # -- the functions --------------------------------------------------------------------
@@ -547,27 +552,15 @@ FUNCTIONS = {
 }
 
 
-def test_functions_are_the_methods_of_one_manager():
+def test_functions_are_the_methods_of_one_manager(make):
     functions = set(manager.__all__) - {"DynamicConnectionManager"}
     assert functions > FUNCTIONS.keys()
     (one,) = {getattr(manager, name).__self__ for name in functions}
     for name in functions:
         assert getattr(manager, name) == getattr(one, FUNCTIONS.get(name, name))
     with manager.get_session("a") as session:
-        session.execute(text("select 1"))
+        session.execute(SELECT_1)
     assert manager.get_connection_stats()["pool"]["size"] == 20
-    end(one)
-
-
-def test_one_url_serves_threads_and_tasks(tmp_path):
-    """Each gets a driver of its kind."""
-    for given in ("sqlite", "sqlite+aiosqlite", "sqlite+pysqlite"):
-        one = DynamicConnectionManager(f"{given}:///{tmp_path / 'app.db'}", ledger=None)
-        one.startup()
-        one.startup_async()
-        assert not one._running[THREADS].engine.dialect.is_async
-        assert one._running[TASKS].engine.dialect.is_async
-        end(one)
 
 
 HOSTERS = (
@@ -576,69 +569,55 @@ HOSTERS = (
 )
 
 
+ASK = text(
+    "select current_setting('statement_timeout'), current_setting('application_name')"
+)
+
+
+def ask(world, statement=SELECT_1):
+    """Return the row that a session gets."""
+    found = []
+
+    @world.run
+    def test():
+        with world.session("a") as session:
+            found.append(tuple(session.execute(statement).one()))
+
+    return found[0]
+
+
 @pytest.mark.postgres
 @pytest.mark.parametrize("driver", ["", "+asyncpg", "+psycopg"])
-def test_url_as_hosters_write_it_serves_threads_and_tasks(postgres_url, driver):
+@pytest.mark.parametrize("of", [InThreads, InTasks])
+def test_url_as_hosters_write_it_serves(make, postgres_url, driver, of):
     url = postgres_url.replace("+psycopg2", driver)
-    url += ("&" if "?" in url else "?") + HOSTERS
-    one = DynamicConnectionManager(url, ledger=None)
-    ask = text(
-        "select current_setting('statement_timeout'), "
-        "current_setting('application_name')"
-    )
-
-    async def main():
-        async with one.get_async_session("a") as session:
-            found = (await session.execute(ask)).one()
-        await one.shutdown_async()
-        return tuple(found)
-
-    assert asyncio.run(main()) == ("4321ms", "hoster")
-    with one.get_session("a") as session:
-        assert tuple(session.execute(ask).one()) == ("4321ms", "hoster")
-    end(one)
+    one = make(url + ("&" if "?" in url else "?") + HOSTERS)
+    assert ask(of(one), ASK) == ("4321ms", "hoster")
 
 
-def test_certificate_that_is_not_there_is_missed(tmp_path):
+def test_certificate_that_is_not_there_is_missed(make, tmp_path):
     """Nothing that is said of safety is left out."""
     url = "postgresql+asyncpg://u@127.0.0.1:1/d?sslmode=verify-full"
-    url += f"&sslrootcert={tmp_path}/ca.pem"
-    one = DynamicConnectionManager(url, ledger=None)
-
-    async def main():
-        async with one.get_async_session("a") as session:
-            await session.execute(text("select 1"))
-
+    world = InTasks(make(f"{url}&sslrootcert={tmp_path}/ca.pem"))
     with pytest.raises(Exception, match=r"root certificate|No such file.*") as caught:
-        asyncio.run(main())
+        ask(world)
     assert "ConnectionRefused" not in repr(caught.value)
-    end(one)
 
 
-def test_connect_arguments_win_over_the_urls_keys(monkeypatch):
-    import asyncpg
-
-    given = []
+def test_connect_arguments_win_over_the_urls_keys(make, monkeypatch):
+    given = {}
 
     async def connect(**arguments):
-        given.append(arguments)
+        given.update(arguments)
         raise OSError("no server")
 
     monkeypatch.setattr(asyncpg, "connect", connect)
     url = "postgresql+asyncpg://h/d?sslmode=require&connect_timeout=9&timeout=5"
-    one = DynamicConnectionManager(url, ledger=None, connect_args={"timeout": 3})
-
-    async def main():
-        async with one.get_async_session("a") as session:
-            await session.execute(text("select 1"))
-
     with pytest.raises(Exception, match="no server"):
-        asyncio.run(main())
-    end(one)
-    (arguments,) = given
-    assert arguments["timeout"] == 3
-    assert arguments["dsn"] == "postgresql://?sslmode=require"
-    assert not {"sslmode", "connect_timeout"} & set(arguments)
+        ask(InTasks(make(url, connect_args={"timeout": 3})))
+    assert given["timeout"] == 3
+    assert given["dsn"] == "postgresql://?sslmode=require"
+    assert not {"sslmode", "connect_timeout"} & given.keys()
 
 
 def test_importing_it_needs_no_asyncio_driver_and_reads_no_environment(tmp_path):

@@ -12,7 +12,7 @@ from sqlalchemy.pool import NullPool, QueuePool
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
 from sqla_fairpool.launch import adoption
-from sqla_fairpool.launch.adoption import Adoption, adopt, show_place
+from sqla_fairpool.launch.adoption import adopt, engine_arguments, show_place
 from sqla_fairpool.launch.environment import Run
 from sqla_fairpool.ledger.addresses import database_place, default_path
 
@@ -23,9 +23,9 @@ PLACE = database_place(make_url(URL))
 @pytest.fixture(autouse=True)
 def no_memory():
     """Settings are read once per process; a test is a process here."""
-    adoption._adoption.cache_clear()
+    adoption._settings.cache_clear()
     yield
-    adoption._adoption.cache_clear()
+    adoption._settings.cache_clear()
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def arguments(capsys):
     def arguments(url, database=None, options=None, **given):
         options = {"ledger": None, **(options or {})}
         run = Run("layer3", database, verbose=True)
-        got = Adoption(run, options).arguments(url, given)
+        got = engine_arguments(run, options, url, given)
         out, err = capsys.readouterr()
         assert out == ""
         assert "s3cret" not in err
@@ -70,40 +70,33 @@ def test_size_of_the_script_gives_way_to_the_budget(arguments):
 
 def test_rest_of_the_pools_arguments_stays_the_scripts(tmp_path, arguments):
     url = f"sqlite:///{tmp_path / 'x.db'}"
-    given = {
-        "pool_timeout": 3,
-        "pool_recycle": 60,
-        "pool_pre_ping": True,
-        "pool_use_lifo": True,
-        "pool_reset_on_return": None,
-        "pool_logging_name": "mine",
-        "pool_size": 5,
-    }
-    got, _ = arguments(url, **given)
+    given = {"pool_timeout": 3, "pool_recycle": 60, "pool_pre_ping": True}
+    given |= {"pool_use_lifo": True, "pool_reset_on_return": None, "pool_size": 5}
+    got, _ = arguments(url, pool_logging_name="mine", **given)
     engine = create_engine(url, **got)
-    assert engine.pool.timeout() == 3
-    assert engine.pool._recycle == 60
-    assert engine.pool._pre_ping
-    assert engine.pool.metrics_name == "mine"
-    assert engine.pool.size() == 20
+    pool = engine.pool
+    assert (pool.timeout(), pool._recycle, pool._pre_ping) == (3, 60, True)
+    assert (pool.metrics_name, pool.size()) == ("mine", 20)
     with engine.connect() as connection:
         connection.execute(text("select 1"))
-        assert engine.pool.stats().tag("layer3").connections == 1
+        assert pool.stats().tag("layer3").connections == 1
     with engine.execution_options(scraper="own").connect():
-        assert engine.pool.stats().tag("own").connections == 1
+        assert pool.stats().tag("own").connections == 1
     engine.dispose()
 
 
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-def test_asyncio_dialect_gets_the_asyncio_class(arguments, driver):
-    got, _ = arguments(f"postgresql+{driver}://db/app", _is_async=True)
-    assert got["poolclass"] is AsyncAdaptedFairQueuePool
-    assert got["_is_async"] is True
-
-
-def test_same_driver_without_asyncio_gets_the_other(arguments):
-    got, _ = arguments("postgresql+psycopg://db/app")
-    assert got["poolclass"] is FairQueuePool
+@pytest.mark.parametrize(
+    ("driver", "given", "pool"),
+    [
+        ("asyncpg", {"_is_async": True}, AsyncAdaptedFairQueuePool),
+        ("psycopg", {"_is_async": True}, AsyncAdaptedFairQueuePool),
+        ("psycopg", {}, FairQueuePool),
+        ("psycopg2", {"poolclass": None, "pool": None}, FairQueuePool),
+    ],
+)
+def test_pool_class_is_the_dialects(arguments, driver, given, pool):
+    got, _ = arguments(f"postgresql+{driver}://db/app", **given)
+    assert got == {**given, "poolclass": pool, "default_tag": "layer3", "ledger": None}
 
 
 @pytest.mark.parametrize(
@@ -130,36 +123,24 @@ def test_left_alone(arguments, url, given, why):
     assert said.count("\n") == 1
 
 
-def test_pool_class_of_none_is_none(arguments):
-    got, _ = arguments(URL, poolclass=None, pool=None)
-    assert got["poolclass"] is FairQueuePool
-
-
 @pytest.mark.parametrize(
-    "other",
+    ("url", "is_adopted"),
     [
-        "postgresql+asyncpg://db/other",
-        "postgresql+psycopg2://db:5433/app",
-        "mysql+pymysql://db/app",
+        ("postgresql+asyncpg://db/other", False),
+        ("postgresql+psycopg2://db:5433/app", False),
+        ("mysql+pymysql://db/app", False),
+        ("postgresql+asyncpg://db/app", True),
+        ("postgresql+psycopg2://somebody@/app?host=db&port=5432", True),
+        (make_url("postgresql+psycopg://db:5432/app"), True),
     ],
 )
-def test_other_database_is_left_alone(arguments, other):
-    got, said = arguments(other, database=PLACE)
-    assert got == {}
-    assert said.endswith(" left alone: its database is not postgresql://db:5432/app\n")
-
-
-@pytest.mark.parametrize(
-    "same",
-    [
-        "postgresql+asyncpg://db/app",
-        "postgresql+psycopg2://somebody@/app?host=db&port=5432",
-        make_url("postgresql+psycopg://db:5432/app"),
-    ],
-)
-def test_same_database_by_another_name(arguments, same):
-    got, _ = arguments(same, database=PLACE)
-    assert "poolclass" in got
+def test_other_database_is_left_alone(arguments, url, is_adopted):
+    got, said = arguments(url, database=PLACE)
+    if is_adopted:
+        assert "poolclass" in got
+    else:
+        why = "its database is not postgresql://db:5432/app"
+        assert (got, said.partition(" left alone: ")[2]) == ({}, f"{why}\n")
 
 
 @pytest.mark.parametrize("url", ["nonsense", "nosuch://db/app", 5, None])
@@ -181,21 +162,25 @@ def test_warning_of_a_spelling_is_given_by_create_engine_alone(arguments):
         arguments("sqlite:///file:a?mode=memory&uri=true")
 
 
-def test_silent_unless_verbose(capsys):
-    Adoption(Run("a"), {"ledger": None}).arguments("sqlite://", {})
-    Adoption(Run("a"), {"ledger": None}).arguments(URL, {})
+@pytest.mark.parametrize(("verbose", "stderr"), [(False, "stderr"), (True, "none")])
+def test_silent_unless_verbose_and_heard(capsys, monkeypatch, verbose, stderr):
+    if stderr == "none":
+        monkeypatch.setattr("sys.stderr", None)
+    for url in ("sqlite://", URL):
+        engine_arguments(Run("a", verbose=verbose), {"ledger": None}, url, {})
     assert capsys.readouterr() == ("", "")
 
 
-def test_nowhere_to_say_it(monkeypatch):
-    monkeypatch.setattr("sys.stderr", None)
-    Adoption(Run("a", verbose=True), {"ledger": None}).arguments(URL, {})
-
-
-def test_ledger_is_shown_without_a_password(arguments):
-    ledger = "postgresql+psycopg2://u:s3cret@h/d?ledger=x"
+@pytest.mark.parametrize(
+    ("ledger", "shown"),
+    [
+        ("postgresql://u:s3cret@h/d?ledger=x", "postgresql://u:***@h/d?ledger=x"),
+        ("postgresql://u:s3cret@h:port/d", "postgresql://u:***@h:port/d"),
+    ],
+)
+def test_ledger_is_shown_without_a_password(arguments, ledger, shown):
     _, said = arguments(URL, options={"ledger": ledger})
-    assert said.endswith(", ledger postgresql://h:5432/d\n")
+    assert said.endswith(f", ledger {shown}\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no host store")
@@ -228,13 +213,17 @@ def test_bad_variable_is_named(monkeypatch):
         adopt(Run("a").text, (URL,), {})
 
 
-@pytest.mark.parametrize("run", ["{}", "nonsense", '{"scraper": "a", "new": 1}'])
-def test_told_by_another_version(run):
-    assert adopt(run, (URL,), {"echo": True}) == {"echo": True}
-
-
-def test_call_without_a_url_is_left_to_create_engine():
-    assert adopt(Run("a").text, (), {"echo": True}) == {"echo": True}
+@pytest.mark.parametrize(
+    ("run", "args"),
+    [
+        ("{}", (URL,)),  # of another version
+        ("nonsense", (URL,)),
+        ('{"scraper": "a", "new": 1}', (URL,)),
+        (Run("a").text, ()),  # a call without a URL is left to create_engine
+    ],
+)
+def test_what_is_not_understood_is_left_alone(run, args):
+    assert adopt(run, args, {"echo": True}) == {"echo": True}
 
 
 @pytest.mark.parametrize(
@@ -250,8 +239,3 @@ def test_call_without_a_url_is_left_to_create_engine():
 )
 def test_place_is_shown_as_a_url(url, shown):
     assert show_place(database_place(make_url(url))) == shown
-
-
-def test_ledger_that_is_no_url_is_not_shown(arguments):
-    _, said = arguments(URL, options={"ledger": "postgresql://u:s3cret@h:port/d"})
-    assert "ledger postgresql://..." in said

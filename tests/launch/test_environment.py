@@ -18,64 +18,56 @@ from sqla_fairpool.ledger.addresses import (
 )
 from sqla_fairpool.ledger.drivers import asyncpg_arguments, for_asyncio, for_threads
 
+VALUES = {
+    "DYNAMIC_POOL_SIZE": "30",
+    "SCRAPER_SOFT_LIMIT": "12",
+    "SCRAPER_MAX_LIMIT": "25",
+    "IDLE_TIMEOUT": "5.5",
+    "REALLOCATION_INTERVAL": "2",
+    "FAIRPOOL_LEDGER": "/run/app.ledger",
+}
+
 
 def test_variables_stand_for_options():
-    settings = Settings.read(
-        {
-            "DATABASE_URL": "postgresql://host/app",
-            "DYNAMIC_POOL_SIZE": "30",
-            "SCRAPER_SOFT_LIMIT": "12",
-            "SCRAPER_MAX_LIMIT": "25",
-            "IDLE_TIMEOUT": "5.5",
-            "REALLOCATION_INTERVAL": "2",
-            "FAIRPOOL_LEDGER": "/run/app.ledger",
-        }
-    )
+    settings = Settings.read({"DATABASE_URL": "postgresql://host/app", **VALUES})
     assert settings.url == "postgresql://host/app"
-    assert settings.with_arguments({}) == {
-        "pool_size": "30",
-        "soft_limit": "12",
-        "max_limit": "25",
-        "idle_timeout": "5.5",
-        "reallocation_interval": "2",
-        "ledger": "/run/app.ledger",
+    assert VALUES.keys() == VARIABLES.keys()
+    options = {VARIABLES[name]: value for name, value in VALUES.items()}
+    assert settings.with_arguments({}) == options
+    assert settings.with_arguments({"idle_timeout": 7}) == {
+        **options,
+        "idle_timeout": 7,
     }
 
 
-def test_nothing_set_is_the_host_ledger_and_the_pools_defaults():
-    settings = Settings.read({"IDLE_TIMEOUT": "", "DATABASE_URL": ""})
-    assert settings.with_arguments({}) == {"ledger": default_ledger()}
+@pytest.mark.parametrize(
+    ("environment", "ledger"),
+    [
+        ({"IDLE_TIMEOUT": "", "DATABASE_URL": ""}, default_ledger()),
+        ({"FAIRPOOL_LEDGER": "None"}, None),
+    ],
+)
+def test_nothing_set_is_the_host_ledger_and_the_pools_defaults(environment, ledger):
+    settings = Settings.read(environment)
+    assert settings.with_arguments({}) == {"ledger": ledger}
     assert settings.database(None) is None
 
 
-def test_ledger_can_be_switched_off():
-    settings = Settings.read({"FAIRPOOL_LEDGER": "None"})
-    assert settings.with_arguments({}) == {"ledger": None}
-
-
-def test_arguments_win():
-    settings = Settings.read({"DYNAMIC_POOL_SIZE": "30", "IDLE_TIMEOUT": "x"})
-    options = settings.with_arguments({"idle_timeout": 7})
-    assert options["idle_timeout"] == 7
-    assert options["pool_size"] == "30"
-
-
 @pytest.mark.parametrize("variable", sorted(set(VARIABLES) - {"FAIRPOOL_LEDGER"}))
-def test_bad_value_names_the_variable(variable):
+def test_bad_value_names_the_variable_unless_it_is_an_arguments(variable):
+    settings = Settings.read({variable: "none"})
     with pytest.raises(ArgumentError, match=f"^{variable}='none' is not allowed: "):
-        Settings.read({variable: "none"}).with_arguments({})
+        settings.with_arguments({})
+    name = VARIABLES[variable]
+    with pytest.raises(ArgumentError, match=f"^{name}=0 is not allowed"):
+        settings.with_arguments({name: 0})
+    settings.with_arguments({name: 10})
 
 
 def test_limits_that_do_not_fit_each_other_name_the_variable():
     settings = Settings.read({"SCRAPER_SOFT_LIMIT": "12"})
     with pytest.raises(ArgumentError, match=r"^SCRAPER_SOFT_LIMIT=.12. is not"):
         settings.with_arguments({"max_limit": 11})
-
-
-def test_bad_argument_is_not_taken_for_a_variable():
-    settings = Settings.read({"SCRAPER_SOFT_LIMIT": "12"})
-    with pytest.raises(ArgumentError, match=r"^soft_limit=0 is not allowed"):
-        settings.with_arguments({"soft_limit": 0})
 
 
 def test_what_the_launcher_was_told_wins_over_what_it_found():
@@ -156,26 +148,14 @@ def test_server_with_a_socket_of_its_own_is_another_one(tmp_path):
     one, two, link = (tmp_path / name for name in ("one", "two", "link"))
     one.mkdir()
     link.symlink_to(one)
-    here = place("postgresql:///app")
-    places = [place(f"postgresql:///app?host={path}") for path in (one, two, link)]
-    assert places[0] == places[2]
-    assert len({here, *places}) == 3
-    assert place("postgresql:///app?host=@One") not in {
-        here,
-        place("postgresql:///app?host=@one"),
-    }
-
-
-def test_hosts_keep_their_order():
-    one = place("postgresql:///app?host=a,b")
-    assert one != place("postgresql:///app?host=b,a")
-    assert one[1:3] == ("a,b", "5432,5432")
-
-
-def test_file_by_another_name_is_the_same_database(tmp_path):
-    (tmp_path / "x.db").touch()
-    (tmp_path / "link.db").symlink_to(tmp_path / "x.db")
-    assert place(f"sqlite:///{tmp_path}/x.db") == place(f"sqlite:///{tmp_path}/link.db")
+    hosts = [one, two, "@One", "@one", "a,b", "b,a"]
+    places = [place(f"postgresql:///app?host={host}") for host in hosts]
+    assert len({*places, place("postgresql:///app")}) == len(hosts) + 1
+    assert place(f"postgresql:///app?host={link}") == places[0]
+    assert places[-2][1:3] == ("a,b", "5432,5432")
+    (one / "x.db").touch()
+    (one / "link.db").symlink_to(one / "x.db")
+    assert place(f"sqlite:///{one}/x.db") == place(f"sqlite:///{one}/link.db")
 
 
 def test_what_the_url_leaves_out_is_as_libpq_has_it(monkeypatch):
@@ -187,29 +167,34 @@ def test_what_the_url_leaves_out_is_as_libpq_has_it(monkeypatch):
     assert place("mysql:///d") == ("mysql", "localhost", "3306", "d")
 
 
-def test_names_in_the_hosts_file_are_known(tmp_path, monkeypatch):
+HOSTS = """
+# a comment
+127.0.1.1\tmachine.example.com machine # of Debian
+10.0.0.5 other Machine2.lan
+10.0.0.6 elsewhere
+"""
+
+
+@pytest.fixture
+def hosts(tmp_path, monkeypatch):
+    """Another host's file of hosts."""
     hosts = tmp_path / "hosts"
-    hosts.write_text(
-        "# a comment\n"
-        "127.0.1.1\tmachine.example.com machine # of Debian\n"
-        "10.0.0.5 other Machine2\n"
-        "10.0.0.6 elsewhere\n"
-        "\n"
-    )
     monkeypatch.setattr(addresses, "_HOSTS_FILE", hosts)
     monkeypatch.setattr("socket.gethostname", lambda: "machine2.lan")
-    hosts.write_text(hosts.read_text().replace("Machine2", "Machine2.lan"))
     addresses._names_of_this_host.cache_clear()
-    try:
-        for name in ("machine", "machine.example.com", "other", "10.0.0.5", "machine2"):
-            assert place(f"postgresql://{name}/app") == place("postgresql:///app"), name
-        for name in ("elsewhere", "10.0.0.6", "comment"):
-            assert place(f"postgresql://{name}/app") != place("postgresql:///app"), name
-        monkeypatch.setattr(addresses, "_HOSTS_FILE", tmp_path / "none")
-        addresses._names_of_this_host.cache_clear()
-        assert place("postgresql://other/app") != place("postgresql:///app")
-    finally:
-        addresses._names_of_this_host.cache_clear()
+    yield hosts
+    addresses._names_of_this_host.cache_clear()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_names_in_the_hosts_file_are_known(hosts, is_there):
+    here = {"machine2"}
+    if is_there:
+        hosts.write_text(HOSTS)
+        here |= {"machine", "machine.example.com", "other", "10.0.0.5"}
+    names = here | {"elsewhere", "10.0.0.6", "comment", "machine", "other"}
+    found = {n for n in names if place(f"postgresql://{n}/app")[1] == "localhost"}
+    assert found == here
 
 
 def place(url):
@@ -217,38 +202,40 @@ def place(url):
 
 
 @pytest.mark.parametrize(
-    ("given", "missing", "chosen"),
+    ("given", "chosen"),
     [
-        ("postgresql+psycopg2://u@h/d", (), "postgresql+psycopg2://u@h/d"),
-        ("postgresql+psycopg2://u@h/d", ("psycopg2",), "postgresql+psycopg://u@h/d"),
-        ("postgresql://u@h/d", ("psycopg",), "postgresql+psycopg2://u@h/d"),
+        ("psycopg2://u@h/d", "psycopg2://u@h/d"),
         (
-            "postgresql+asyncpg://u@/d?host=/tmp&prepared_statement_cache_size=0",
-            (),
-            "postgresql+psycopg://u@/d?host=%2Ftmp",
+            "asyncpg://u@/d?host=/t&prepared_statement_cache_size=0",
+            "psycopg://u@/d?host=/t",
         ),
         (
-            "postgresql+asyncpg://h/d?ssl=verify-full&timeout=2.5&command_timeout=9",
-            (),
-            "postgresql+psycopg://h/d?sslmode=verify-full&connect_timeout=3",
+            "asyncpg://h/d?ssl=verify-full&timeout=2.5&command_timeout=9",
+            "psycopg://h/d?sslmode=verify-full&connect_timeout=3",
         ),
         (
-            "postgresql+asyncpg://h/d?sslmode=verify-ca&sslrootcert=/ca.pem&ledger=x",
-            (),
-            "postgresql+psycopg://h/d?sslmode=verify-ca&sslrootcert=/ca.pem",
+            "asyncpg://h/d?sslmode=verify-ca&sslrootcert=/ca.pem&ledger=x",
+            "psycopg://h/d?sslmode=verify-ca&sslrootcert=/ca.pem",
         ),
         (
-            "postgresql+psycopg://h/d?sslmode=require&plugin=fairpool&fairpool_x=1",
-            (),
-            "postgresql+psycopg://h/d?sslmode=require",
+            "psycopg://h/d?sslmode=require&plugin=fairpool&fairpool_x=1",
+            "psycopg://h/d?sslmode=require",
         ),
     ],
 )
-def test_driver_for_questions_to_a_postgresql(given, missing, chosen, monkeypatch):
-    for name in missing:
-        monkeypatch.setitem(sys.modules, name, None)
-    url = with_threads_driver(make_url(given))
-    assert url == make_url(chosen)
+def test_driver_for_questions_to_a_postgresql(given, chosen):
+    url = with_threads_driver(make_url(f"postgresql+{given}"))
+    assert url == make_url(f"postgresql+{chosen}")
+
+
+@pytest.mark.parametrize(
+    ("given", "missing", "chosen"),
+    [("+psycopg2", "psycopg2", "+psycopg"), ("", "psycopg", "+psycopg2")],
+)
+def test_driver_that_is_missing_is_not_chosen(given, missing, chosen, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
+    url = with_threads_driver(make_url(f"postgresql{given}://u@h/d"))
+    assert url == make_url(f"postgresql{chosen}://u@h/d")
 
 
 @pytest.mark.parametrize(

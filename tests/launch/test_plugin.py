@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
 from sqlalchemy import create_engine, engine_from_config, make_url, text
 from sqlalchemy.exc import ArgumentError, SAWarning
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool, QueuePool, StaticPool
+from support.worlds import Tasks, world_of
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
 from sqla_fairpool.options import OPTIONS, PoolOptions
@@ -16,8 +15,13 @@ from sqla_fairpool.options import OPTIONS, PoolOptions
 FILE = "sqlite:///file.db?plugin=fairpool"
 
 
-def test_url_alone_gives_the_pool_its_options_and_the_engine_its_tag(tmp_path):
-    engine = create_engine(
+def by_config(url):
+    return engine_from_config({"sqlalchemy.url": url})
+
+
+@pytest.mark.parametrize("create", [create_engine, by_config])
+def test_url_alone_gives_the_pool_its_options_and_the_engine_its_tag(create, tmp_path):
+    engine = create(
         f"sqlite:///{tmp_path / 'file.db'}?plugin=fairpool&fairpool_soft_limit=8"
         "&fairpool_max_limit=12&fairpool_timeout=2.5&fairpool_scraper=layer3"
     )
@@ -32,32 +36,23 @@ def test_url_alone_gives_the_pool_its_options_and_the_engine_its_tag(tmp_path):
 
 
 @pytest.mark.postgres
-@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg", "psycopg tasks", "asyncpg"])
 def test_driver_does_not_see_the_keys(postgres_url, driver):
-    url = make_url(postgres_url).set(drivername=f"postgresql+{driver}")
-    url = url.update_query_dict({"plugin": "fairpool", "fairpool_pool_size": "3"})
-    engine = create_engine(url)
-    with engine.connect() as connection:
-        assert connection.scalar(text("select 1")) == 1
-    assert engine.pool.size() == 3
-    engine.dispose()
+    keys = {"plugin": "fairpool", "fairpool_pool_size": "3", "fairpool_scraper": "a"}
+    world = world_of(postgres_url, f"postgresql+{driver}")
+    world.url = world.url.update_query_dict(keys)
+    is_asyncio = isinstance(world, Tasks)
 
-
-@pytest.mark.postgres
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-def test_asyncio_dialect_gets_the_asyncio_class(postgres_url, driver):
-    url = make_url(postgres_url).set(drivername=f"postgresql+{driver}")
-    url = url.update_query_dict({"plugin": "fairpool", "fairpool_scraper": "a"})
-
-    async def main():
-        engine = create_async_engine(url)
-        assert type(engine.pool) is AsyncAdaptedFairQueuePool
-        async with engine.connect() as connection:
-            assert await connection.scalar(text("select 1")) == 1
+    @world.run
+    def test():
+        engine = world.make(world.url)
+        cls = AsyncAdaptedFairQueuePool if is_asyncio else FairQueuePool
+        assert type(engine.pool) is cls
+        assert engine.pool.size() == 3
+        with engine.connect() as connection:
+            assert connection.scalar(text("select 1")) == 1
             assert engine.pool.stats().tag("a").connections == 1
-        await engine.dispose()
-
-    asyncio.run(main())
+        engine.dispose()
 
 
 IN_MEMORY = [
@@ -144,21 +139,16 @@ def test_other_keys_of_the_pool():
 
 
 def test_keyword_arguments_win_over_the_url():
+    keys = "fairpool_pool_size=5&fairpool_timeout=1&fairpool_scraper=url"
+    options = {"scraper": "argument"}
     engine = create_engine(
-        f"{FILE}&fairpool_pool_size=5&fairpool_timeout=1&fairpool_scraper=url",
-        pool_size=6,
-        pool_timeout=2,
-        execution_options={"scraper": "argument"},
+        f"{FILE}&{keys}", pool_size=6, pool_timeout=2, execution_options=options
     )
-    assert engine.pool.size() == 6
-    assert engine.pool.timeout() == 2
+    assert (engine.pool.size(), engine.pool.timeout()) == (6, 2)
     assert engine.get_execution_options()["scraper"] == "argument"
-
-
-def test_caller_s_own_dictionary_is_left_as_it_is():
     options = {"logging_token": "x"}
     engine = create_engine(f"{FILE}&fairpool_scraper=a", execution_options=options)
-    assert options == {"logging_token": "x"}
+    assert options == {"logging_token": "x"}  # the caller's own dictionary
     assert engine.get_execution_options() == {"scraper": "a", "logging_token": "x"}
 
 
@@ -171,21 +161,13 @@ def test_tag_goes_under_the_option_that_the_pool_reads():
 
 
 @pytest.mark.parametrize("poolclass", [NullPool, QueuePool])
-def test_pool_class_of_the_caller_is_left_alone(poolclass):
-    engine = create_engine(f"{FILE}&fairpool_soft_limit=8", poolclass=poolclass)
+def test_pool_or_its_class_of_the_caller_is_left_alone(server, poolclass):
+    url = f"{FILE}&fairpool_soft_limit=8"
+    engine = create_engine(url, poolclass=poolclass)
     assert type(engine.pool) is poolclass
     assert engine.url.query == {}
-
-
-def test_pool_of_the_caller_is_left_alone(server):
-    pool = QueuePool(server.connect)
-    assert create_engine(f"{FILE}&fairpool_soft_limit=8", pool=pool).pool is pool
-
-
-def test_works_through_engine_from_config():
-    engine = engine_from_config({"sqlalchemy.url": f"{FILE}&fairpool_pool_size=7"})
-    assert type(engine.pool) is FairQueuePool
-    assert engine.pool.size() == 7
+    pool = poolclass(server.connect)
+    assert create_engine(url, pool=pool).pool is pool
 
 
 @pytest.mark.parametrize(
@@ -201,7 +183,10 @@ def test_works_through_engine_from_config():
         ("fairpool_pool_size=0", "fairpool_pool_size='0' is not allowed"),
         ("fairpool_timeout=-1", "fairpool_timeout='-1' is not allowed: seconds"),
         ("fairpool_pre_ping=maybe", "fairpool_pre_ping='maybe' is not allowed: true"),
-        ("fairpool_recycle=1h", "fairpool_recycle='1h' is not allowed: whole seconds"),
+        (
+            "fairpool_recycle=1h",
+            "fairpool_recycle='1h' is not allowed: a whole .* -1 for never",
+        ),
         ("fairpool_scraper=a%0A", r"fairpool_scraper=.a\\n. is not allowed: a tag is"),
         (
             "fairpool_min_idle=1&fairpool_min_idle=2",

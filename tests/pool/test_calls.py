@@ -30,7 +30,7 @@ def our_calls(function):
 
 
 @pytest.fixture
-def engine(make_engine):
+def engine(light_heap, make_engine):
     engine = make_engine()
     for _ in range(2):
         engine.execution_options(scraper="a").connect().close()

@@ -130,7 +130,8 @@ def test_timeouts_have_bounds(bad):
         PoolOptions.parse(timeout=bad)
     with pytest.raises(ArgumentError, match=r"^timeout=.*at least 0 and at most 1000"):
         tag("a", timeout=bad)
-    assert PoolOptions.parse(timeout=0).timeout == 0
+    for value in (0, None):
+        assert PoolOptions.parse(timeout=value).timeout == value
 
 
 def test_numbers_may_be_strings(server):
@@ -164,14 +165,10 @@ def test_constructor_takes_what_is_in_the_table():
 
 
 def test_what_is_no_option_is_refused():
-    with pytest.raises(TypeError, match=r"no options: .'softlimit'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'softlimit'"):
         PoolOptions.parse(softlimit=3)
     others = {"softlimit": 3, "echo": True, "pool_size": 8}
     assert PoolOptions.among(others) == PoolOptions.parse(pool_size=8)
-
-
-def test_timeout_none_waits_without_limit():
-    assert PoolOptions.parse(timeout=None).timeout is None
 
 
 @pytest.mark.parametrize("tag", ["a", "layer1_5", "Ünï cødé", "x" * 128, "a=b; c"])
@@ -180,16 +177,23 @@ def test_tag_may_be_any_printable_string(tag):
 
 
 @pytest.mark.parametrize(
-    "tag", ["", "x" * 129, "a\nb", "\x1b[31mred", "a\tb", None, 7, b"bytes", "\u202e"]
+    "tag",
+    [
+        "",
+        "x" * 129,
+        "x" * 10_000,
+        "a\nb",
+        "\x1b[31mred",
+        "a\tb",
+        None,
+        7,
+        b"bytes",
+        "\u202e",
+    ],
 )
 def test_anything_else_is_no_tag(tag):
-    with pytest.raises(ArgumentError, match=r"scraper=.*non-empty string"):
+    with pytest.raises(ArgumentError, match=r"scraper=.*non-empty string") as caught:
         validate_tag(tag, "scraper")
-
-
-def test_message_for_a_long_tag_is_short():
-    with pytest.raises(ArgumentError) as caught:
-        validate_tag("x" * 10_000)
     assert len(str(caught.value)) < 200
 
 
@@ -235,13 +239,10 @@ def test_tag_of_a_kind_of_string_is_a_plain_string(make_engine, value):
         assert type(tagging.context_tag()) is str
 
 
-def test_option_may_be_named_by_an_enum(make_engine):
+def test_enum_stands_for_its_text(make_engine):
     engine = make_engine(tag_option=Option.TENANT)
     with engine.execution_options(tenant="a").connect():
         assert [row.name for row in engine.pool.stats().tags] == ["a"]
-
-
-def test_bad_tag_of_a_kind_of_string_is_shown_as_plain_text():
     with pytest.raises(ArgumentError, match="tag='' is not allowed"):
         validate_tag(Old.EMPTY)
 

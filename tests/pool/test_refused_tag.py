@@ -112,6 +112,9 @@ def test_options_hold_after_a_refused_tag(world, options, look, expected):
             assert holders(engine) == {"full": 1}
             assert look(connection) == expected
             assert holders(engine) == {"full": 1, "mine": 1}
+        connection.execution_options(scraper="full")
+        assert look(connection) == expected
+        assert holders(engine) == {"full": 1}
 
 
 @contract
@@ -211,6 +214,7 @@ def test_cancellation_while_waiting_refuses_in_the_same_way(postgres_url, driver
             await connection.execution_options(isolation_level="AUTOCOMMIT")
             task = asyncio.create_task(connection.execution_options(scraper="full"))
             await waiting(engine.pool, 1)
+            assert holders(engine) == {"full": 1}
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task

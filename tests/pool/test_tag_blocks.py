@@ -18,8 +18,7 @@ from sqla_fairpool.tagging import context_tag, context_timeout
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     yield
-    assert context_tag() is None
-    assert context_timeout() is None
+    assert in_force() == (None, None)
 
 
 def leave(block):
@@ -41,23 +40,19 @@ async def async_generator(block):
 # -- in another order ------------------------------------------------------------------
 
 
-def test_block_that_ends_before_an_inner_one_takes_back_its_own_tag():
+def in_force():
+    return context_tag(), context_timeout()
+
+
+@pytest.mark.parametrize("timeout", [None, 2.0])
+def test_block_that_ends_before_an_inner_one_takes_back_what_is_its_own(timeout):
     outer, inner = ExitStack(), ExitStack()
     outer.enter_context(tag("outer", timeout=1.0))
-    inner.enter_context(tag("inner", timeout=2.0))
+    inner.enter_context(tag("inner", timeout=timeout))
+    assert in_force() == ("inner", timeout or 1.0)
     outer.close()
-    assert (context_tag(), context_timeout()) == ("inner", 2.0)
+    assert in_force() == ("inner", timeout)
     inner.close()
-
-
-def test_time_out_of_an_outer_block_ends_with_it():
-    outer, inner = tag("outer", timeout=1.0), tag("inner")
-    outer.__enter__()
-    inner.__enter__()
-    assert context_timeout() == 1.0
-    leave(outer)
-    assert (context_tag(), context_timeout()) == ("inner", None)
-    leave(inner)
 
 
 @pytest.mark.parametrize("order", ["abc", "acb", "bac", "bca", "cab", "cba"])
@@ -85,15 +80,6 @@ def test_generators_block_ends_in_the_block_of_another():
     assert context_tag() is None
 
 
-def test_two_generators_that_take_turns_and_end_in_the_order_they_began():
-    a, b = generator(tag("a")), generator(tag("b"))
-    next(a)
-    next(b)
-    a.close()
-    assert context_tag() == "b"
-    b.close()
-
-
 def test_one_object_for_two_blocks_of_a_context():
     shared, other = tag("shared"), tag("other")
     with shared:
@@ -105,7 +91,7 @@ def test_one_object_for_two_blocks_of_a_context():
     leave(other)
 
 
-def test_one_object_for_the_blocks_of_many_tasks():
+def test_one_object_for_the_blocks_of_many_tasks_and_threads():
     shared = tag("shared")
 
     async def visit(number):
@@ -123,17 +109,19 @@ def test_one_object_for_the_blocks_of_many_tasks():
     async def main():
         await asyncio.gather(*map(visit, range(20)))
 
-    asyncio.run(main())
+    for caller in [Caller(asyncio.run, main()) for _ in range(2)]:
+        caller.result()
 
 
-def test_one_object_for_two_generators_that_end_in_the_order_they_began():
-    shared = tag("shared")
-    first, second = generator(shared), generator(shared)
+@pytest.mark.parametrize("tags", [(tag("a"), tag("b")), (tag("b"),) * 2])
+def test_generators_that_end_in_the_order_they_began(tags):
+    """Also if one object is that of both."""
+    first, second = map(generator, tags)
     next(first)
     with tag("between"):
         next(second)
         first.close()
-        assert context_tag() == "shared"
+        assert context_tag() == "b"
         second.close()
         assert context_tag() == "between"
 
@@ -211,31 +199,30 @@ def test_block_that_begins_and_ends_in_different_functions(is_shared):
 # -- elsewhere -------------------------------------------------------------------------
 
 
-def test_generators_block_that_another_thread_ends_is_over():
-    abandoned = generator(tag("a"))
-    next(abandoned)
-    assert context_tag() == "a"
-    Caller(abandoned.close).result()
-    assert context_tag() is None
-
-
-def test_generators_block_that_is_collected_in_another_thread_is_over():
+def in_a_cycle(made):
     class Cycle:
         pass
 
     cycle = Cycle()
-    cycle.me, cycle.generator = cycle, generator(tag("a"))
-    next(cycle.generator)
+    cycle.me, cycle.generator = cycle, made
+    return cycle
+
+
+@pytest.mark.parametrize("is_collected", [False, True])
+def test_generators_block_that_another_thread_ends_is_over(is_collected):
+    abandoned = [generator(tag("a"))]
+    next(abandoned[0])
+
+    def elsewhere():
+        with tag("elsewhere"):
+            gc.collect() if is_collected else abandoned[0].close()
+            return context_tag()
+
     gc.disable()
     try:
         with tag("b"):
-            del cycle
-
-            def elsewhere():
-                with tag("elsewhere"):
-                    gc.collect()
-                    return context_tag()
-
+            if is_collected:
+                in_a_cycle(abandoned.pop())
             assert Caller(elsewhere).result() == "elsewhere"
             assert context_tag() == "b"
     finally:
@@ -243,31 +230,26 @@ def test_generators_block_that_is_collected_in_another_thread_is_over():
     assert context_tag() is None
 
 
-def test_block_of_an_abandoned_async_generator_is_over():
+async def let_go(abandoned):
     """The loop ends it in a task of its own, whose context is a copy."""
+    abandoned.clear()
+    for _ in range(5):
+        await asyncio.sleep(0)
 
+
+async def in_a_task(abandoned):
+    await asyncio.create_task(abandoned[0].aclose())
+
+
+@pytest.mark.parametrize("end", [let_go, in_a_task])
+def test_block_of_an_async_generator_that_another_task_ends_is_over(end):
     async def main():
         with tag("b"):
-            abandoned = async_generator(tag("a"))
-            await anext(abandoned)
+            abandoned = [async_generator(tag("a"))]
+            await anext(abandoned[0])
             assert context_tag() == "a"
-            del abandoned
-            for _ in range(5):
-                await asyncio.sleep(0)
+            await end(abandoned)
             assert context_tag() == "b"
-        assert context_tag() is None
-
-    asyncio.run(main())
-
-
-def test_block_of_an_async_generator_that_another_task_ends_is_over():
-    async def main():
-        a, b = async_generator(tag("a")), async_generator(tag("b"))
-        await anext(a)
-        await anext(b)
-        await asyncio.create_task(a.aclose())
-        assert context_tag() == "b"
-        await asyncio.create_task(b.aclose())
         assert context_tag() is None
 
     asyncio.run(main())
@@ -297,12 +279,14 @@ def test_one_object_in_abandoned_async_generators_of_many_tasks():
 
 
 def test_block_that_ends_in_another_context_ends_in_the_first_as_well():
-    block = tag("a")
-    first = contextvars.copy_context()
-    first.run(block.__enter__)
-    assert first.run(context_tag) == "a"
-    leave(block)
-    assert first.run(context_tag) is None
+    block, first = tag("a"), contextvars.copy_context()
+    for _ in range(2):  # it may be used again
+        first.run(block.__enter__)
+        assert first.run(context_tag) == "a"
+        Caller(leave, block).result()
+        assert first.run(context_tag) is None
+    with block:
+        assert context_tag() == "a"
 
 
 def test_block_that_begins_and_ends_in_threads_of_a_framework():
@@ -316,36 +300,29 @@ def test_block_that_begins_and_ends_in_threads_of_a_framework():
 
 
 def test_task_keeps_the_tag_of_the_block_in_which_it_was_made():
+    shared = tag("a", timeout=1.0)
+
     async def main():
         go = asyncio.Event()
 
-        async def background():
+        async def background(block):
             await go.wait()
             first = context_tag()
-            with tag("own"):
+            with block:
                 pass
             return first, context_tag()
 
-        with tag("a", timeout=1.0):
-            task = asyncio.create_task(background())
+        with shared:
+            blocks = [tag("own"), shared, shared]
+            tasks = [asyncio.create_task(background(block)) for block in blocks]
+            assert await asyncio.create_task(at_once(shared)) == "a"
+            assert context_tag() == "a"  # blocks of tasks end none of their maker
         go.set()
-        assert await task == ("a", "a")
+        assert await asyncio.gather(*tasks) == [("a", "a")] * 3
 
-    asyncio.run(main())
-
-
-def test_block_in_a_task_ends_no_block_of_its_maker():
-    shared = tag("shared")
-
-    async def visit():
-        with shared:
-            pass
-
-    async def main():
-        with shared:
-            await asyncio.create_task(visit())
-            await asyncio.gather(visit(), visit())
-            assert context_tag() == "shared"
+    async def at_once(block):
+        with block:
+            return context_tag()
 
     asyncio.run(main())
 
@@ -365,28 +342,16 @@ def test_blocks_that_end_elsewhere_do_not_pile_up():
     asyncio.run(main())
 
 
-def test_object_that_is_used_again_after_it_was_left_elsewhere():
-    block = tag("a")
-    for _ in range(2):
-        block.__enter__()
-        Caller(leave, block).result()
-        assert context_tag() is None
-    with block:
-        assert context_tag() == "a"
-
-
 # -- set_tag ---------------------------------------------------------------------------
 
 
 def test_set_tag_in_a_block_ends_with_the_block():
     set_tag("outside")
     with tag("block", timeout=1.0):
-        set_tag("inside")
-        assert (context_tag(), context_timeout()) == ("inside", 1.0)
-        set_tag(None)
-        assert (context_tag(), context_timeout()) == (None, 1.0)
-        set_tag("again")
-    assert (context_tag(), context_timeout()) == ("outside", None)
+        for name in ("inside", None, "again"):
+            set_tag(name)
+            assert in_force() == (name, 1.0)
+    assert in_force() == ("outside", None)
     set_tag(None)
 
 
