@@ -13,6 +13,7 @@ from sqlalchemy import create_engine, exc, text
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.pool import NullPool
 
+from ..launch.environment import parse_url
 from ..ledger.addresses import database_place, with_threads_driver
 from .common import CommandError, hide_passwords
 
@@ -34,6 +35,25 @@ _ROOM = """
         rolname, rolsuper, rolconnlimit
     FROM pg_roles WHERE rolname = current_user
 """
+
+
+def postgresql_url(given: str, where: str) -> URL:
+    """Return the URL of a PostgreSQL, for a driver of threads.
+
+    :param where: where it stands, for an error.
+    :raises CommandError: if it is none. Shows no password.
+    """
+    try:
+        url = parse_url(given, where)
+    except exc.ArgumentError as error:
+        raise CommandError(str(error)) from None
+    if "@" in (url.host or ""):
+        # The rest of a password that was cut at its first "@".
+        raise CommandError(f"{where}: write @ in the password as %40, / as %2F")
+    name = url.get_backend_name()
+    if name != "postgresql":
+        raise CommandError(f"{where}: a PostgreSQL database is needed, not {name!r}")
+    return with_threads_driver(url)
 
 
 @contextmanager

@@ -99,22 +99,22 @@ def test_embedded_server_is_not_needed_with_a_url(monkeypatch, capsys):
 
 
 def test_missing_driver_of_a_url_is_named(monkeypatch, capsys):
-    block_import(monkeypatch, "psycopg")
-    assert main(["demo", "--url", "postgresql+psycopg://u:hidden@h/d"]) == 2
-    err = capsys.readouterr().err
-    assert "the driver psycopg is not installed" in err
+    for name in ("psycopg", "psycopg2"):
+        block_import(monkeypatch, name)
+    assert main(["demo", "--url", "postgresql+psycopg2://u:hidden@h/d"]) == 2
+    assert "psycopg2 is not installed: pip install" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("url", "complaint"),
     [
-        ("", "not a database URL"),
-        ("nonsense", "not a database URL"),
-        ("u:hidden@h", "not a database URL"),
-        ("postgresql://u:hidden@h:port/d", "not a database URL"),
+        ("", "--url='...' is not allowed: a database URL"),
+        ("nonsense", "a database URL"),
+        ("u:hidden@h", "a database URL"),
+        ("postgresql://u:hidden@h:port/d", "a database URL"),
         ("postgresql://u:a/b@hidden@h/d", "write @ in the password as %40"),
-        ("mysql://u:hidden@h/d", "needs PostgreSQL, not 'mysql'"),
-        ("postgresql+asyncpg://u:hidden@h/d", "not 'asyncpg'"),
+        ("mysql://u:hidden@h/d", "a PostgreSQL database is needed, not 'mysql'"),
+        ("postgresql+asyncpg://u:hidden@127.0.0.1:1/d", "Connection refused"),
         ("postgresql://u:hidden@127.0.0.1:1/d", "Connection refused"),
         ("postgres://u@127.0.0.1:1/d?password=hidden", "Connection refused"),
     ],

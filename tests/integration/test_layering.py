@@ -30,7 +30,6 @@ ORDER = [
 #: To be emptied: what still goes against the order.
 DEBTS = {
     ("cli.bench", "demo.server"),
-    ("cli.demo", "demo.server"),
     ("diagnosis.capture", "pool.desk"),
     ("diagnosis.capture", "pool.checkout"),
     ("diagnosis.deadlock", "pool.sqlalchemy_private"),
