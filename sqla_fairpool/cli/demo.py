@@ -44,7 +44,7 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument(
         "--seconds-per-scenario",
-        type=seconds,
+        type=number,
         default=3.0,
         metavar="S",
         help="how long each scenario, and each pool of the comparison, is observed, "
@@ -53,12 +53,12 @@ def add_command(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-def seconds(value: str) -> float:
+def number(value: str) -> float:
     """Return an observation time; argparse names this function in its error."""
-    number = float(value)
-    if not 0.1 <= number <= 3600:  # also where it is not a number
+    seconds = float(value)
+    if not 0.1 <= seconds <= 3600:  # also where it is nan
         raise ValueError
-    return number
+    return seconds
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -72,9 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
     with Interrupts() as interrupts:
         _require_extra(arguments.url)
         demo = import_module("sqla_fairpool.demo.scenarios")
-        status: int = demo.run(
-            arguments.url, arguments.json, arguments.seconds_per_scenario, interrupts
-        )
+        seconds = arguments.seconds_per_scenario
+        status: int = demo.run(arguments.url, arguments.json, seconds, interrupts)
     return status
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, cast
 from sqlalchemy import Connection, Engine, QueuePool, create_engine, text
 
 from .. import FairQueuePool
-from ..cli.budget import ask_room, connected, postgresql_url
+from ..cli.budget import ask_room, connected, given_url
 from ..cli.common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
 from ..cli.interrupts import Interrupts
 from .server import EmbeddedServer
@@ -186,7 +186,7 @@ def run(url: str | None, as_json: bool, seconds: float, interrupts: Interrupts) 
             with interrupts.raising(), interrupts.held_back():
                 server.start()
             url = server.url
-        database = postgresql_url(url, "--url")
+        database = given_url(url)
         observer = stack.enter_context(connected(database, "sqla-fairpool demo"))
         # For a moment there are the sessions of two pools.
         if problems := list(ask_room(observer).problems(41)):
