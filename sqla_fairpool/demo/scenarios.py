@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, cast
 from sqlalchemy import Connection, Engine, QueuePool, create_engine, text
 
 from .. import FairQueuePool
-from ..cli.budget import ask_room, connected, given_url
+from ..cli.budget import connected, given_url
 from ..cli.common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
 from ..cli.interrupts import Interrupts
 from .server import EmbeddedServer
-from .view import Figures, Verdict, View, counts_text
+from .view import Verdict, View, counts_text
 
 __all__ = ["SCENARIOS", "Sample", "judge", "run"]
 
@@ -59,13 +59,13 @@ def judge(
     problems = [] if samples else ["it did not settle in time"]
     expected, running = _counts(scenario, SCENARIOS[scenario]), _running(scenario)
     ceiling = 15 if len(running) == 1 else 10  # max_limit, soft_limit
-    medians: list[tuple[int, ...]] = []
+    medians: dict[str, tuple[int, ...]] = {}
     for side in ("pool", "server"):
         found = [getattr(sample, side) for sample in samples]
         columns = zip(*(_counts(scenario, one) for one in found), strict=True)
-        medians.append(median := tuple(map(median_low, columns)))
-        if samples and median != expected:
-            seen, wanted = counts_text(median), counts_text(expected)
+        medians[side] = tuple(map(median_low, columns))
+        if samples and medians[side] != expected:
+            seen, wanted = counts_text(medians[side]), counts_text(expected)
             problems.append(f"{side}: {seen}, expected {wanted}")
         for tag in sorted(set().union(*found)):
             most = max(one.get(tag, 0) for one in found)
@@ -74,12 +74,11 @@ def judge(
                 problems.append(f"{side}: {tag} had {most}, its ceiling is {limit}")
     for active in {sample.active for sample in samples} - {running}:
         problems.append(f"pool: active was {', '.join(sorted(active))}")
-    for sample in (*before, *samples):
-        in_all = max(sum(sample.pool.values()), sample.sessions)
-        if in_all > 20:
-            problems.append(f"{in_all} in all, the capacity is 20")
-            break
-    return Verdict(scenario, expected, medians[0], medians[1], problems)
+    every = (*before, *samples)
+    in_all = max((max(sum(s.pool.values()), s.sessions) for s in every), default=0)
+    if in_all > 20:
+        problems.append(f"{in_all} in all, the capacity is 20")
+    return Verdict(scenario, expected, **medians, problems=problems)
 
 
 def _running(scenario: str) -> frozenset[str]:
@@ -88,12 +87,9 @@ def _running(scenario: str) -> frozenset[str]:
 
 def _counts(scenario: str, found: Mapping[str, int]) -> tuple[int, ...]:
     """Return the scrapers' counts, those of the running ones by size."""
-    running = _running(scenario)
-    by_size = iter(sorted((found.get(tag, 0) for tag in running), reverse=True))
-    return tuple(
-        next(by_size) if tag in running else found.get(tag, 0)
-        for tag in SCENARIOS[scenario]
-    )
+    running, tags = _running(scenario), SCENARIOS[scenario]
+    by_size = sorted(found.get(tag, 0) for tag in running)
+    return tuple(by_size.pop() if t in running else found.get(t, 0) for t in tags)
 
 
 # -- on a database ---------------------------------------------------------------------
@@ -126,15 +122,16 @@ _ACTIVITY = text("""
     SELECT '', count(*) FROM pg_stat_activity WHERE application_name = :name
 """)
 
-#: Short, so that layer2 is idle soon.
-_INTERVALS = {"idle_timeout": 1.0, "reallocation_interval": 0.25}
-
-#: Options of the pools that are compared. The second ones show what the reserve of the
-#: first costs: by default a scraper may have half while another is active.
+#: The pools of the scenarios, where layer2 is idle soon, and of the comparison. In it
+#: the second one shows what the reserve of the first costs: by default a scraper may
+#: have half while another is active.
+_SIZE = {"pool_size": 20, "max_overflow": 0}
+_FAIR = {"poolclass": FairQueuePool, **_SIZE}
+_SCENARIOS_POOL = {**_FAIR, "idle_timeout": 1.0, "reallocation_interval": 0.25}
 _POOLS: Mapping[str, Mapping[str, Any]] = {
-    "FairQueuePool": {},
-    "FairQueuePool*": {"soft_limit": 20, "max_limit": 20},
-    "QueuePool": {"poolclass": QueuePool},
+    "FairQueuePool": _FAIR,
+    "FairQueuePool*": {**_FAIR, "soft_limit": 20, "max_limit": 20},
+    "QueuePool": {"poolclass": QueuePool, **_SIZE},
 }
 
 
@@ -186,11 +183,7 @@ def run(url: str | None, as_json: bool, seconds: float, interrupts: Interrupts) 
             with interrupts.raising(), interrupts.held_back():
                 server.start()
             url = server.url
-        database = given_url(url)
-        observer = stack.enter_context(connected(database, "sqla-fairpool demo"))
-        # For a moment there are the sessions of two pools.
-        if problems := list(ask_room(observer).problems(41)):
-            raise CommandError("; ".join(problems))
+        observer = stack.enter_context(connected(given_url(url)))
         Demo(observer, view, seconds, interrupts).run()
     return EXIT_OK if view.report() else EXIT_NOT_AS_EXPECTED
 
@@ -216,27 +209,21 @@ class Demo:
         self.observer.execute(text("SET lock_timeout = '5s'"))
         self.observer.execute(text(_TABLE.format(table=self.name)))
         try:
-            with self._engine(**_INTERVALS) as engine:
+            with self._engine(_SCENARIOS_POOL) as engine:
                 for scenario in SCENARIOS:
                     self.view.verdicts.append(self._play(engine, scenario))
             for pool, options in _POOLS.items():
                 self.view.step(f"a light scraper beside a heavy one: {pool}")
-                with self._engine(**options) as engine:
-                    self.view.figures += self._compare(engine, pool)
+                with self._engine(options) as engine:
+                    self.view.comparison += self._compare(engine, pool)
         finally:
             self.observer.execute(text(f"DROP TABLE {self.name}"))
 
     @contextmanager
-    def _engine(self, **options: Any) -> Iterator[Engine]:
+    def _engine(self, options: Mapping[str, Any]) -> Iterator[Engine]:
         """Yield an engine; end its scrapers and sessions after the block."""
-        engine = create_engine(
-            self.observer.engine.url,
-            connect_args={"application_name": self.name},
-            pool_size=20,
-            max_overflow=0,
-            pool_timeout=None,
-            **{"poolclass": FairQueuePool, **options},
-        )
+        url, name = self.observer.engine.url, {"application_name": self.name}
+        engine = create_engine(url, connect_args=name, pool_timeout=None, **options)
         try:
             yield engine
         finally:
@@ -264,7 +251,7 @@ class Demo:
                 return judge(scenario, samples, before)
         return judge(scenario, [], before)
 
-    def _compare(self, engine: Engine, pool: str) -> Iterator[Figures]:
+    def _compare(self, engine: Engine, pool: str) -> Iterator[dict[str, Any]]:
         self._start(engine, "heavy", 60, 0.05)
         self._start(engine, "light", 1, 0.01)
         for _ in self._moments(0.5):
@@ -281,10 +268,15 @@ class Demo:
             since = [worker.waiting_since for worker in workers]
             lasting = [now - moment for moment in since if moment is not None]
             longest = max([0.0, *ended, *lasting])
-            never_served = sum(not worker.waits for worker in workers)
-            served = f"{never_served} of {len(workers)}"
-            rate = len(ended) / self.seconds
-            yield Figures(pool, tag, rate, longest, longest in lasting, served)
+            yield {
+                "pool": pool,
+                "scraper": tag,
+                "checkouts_per_second": len(ended) / self.seconds,
+                "longest_wait": longest,
+                "still_waiting": longest in lasting,
+                "threads": len(workers),
+                "never_served": sum(not worker.waits for worker in workers),
+            }
 
     def _start(self, engine: Engine, tag: str, threads: int, seconds: float) -> None:
         words = {"table": self.name, "tag": tag, "seconds": seconds}

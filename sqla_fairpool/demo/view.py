@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group
@@ -18,12 +18,11 @@ from rich.table import Table
 
 from ..stats import PoolStats
 
-__all__ = ["Figures", "Verdict", "View", "counts_text"]
+__all__ = ["Verdict", "View", "counts_text"]
 
 _COMPARISON = (
-    "A light scraper, with one thread, beside a heavy one, with 60. By default the "
-    "heavy one may have half of a FairQueuePool while another is active; with "
-    "soft_limit and max_limit at the pool's size (*), all that nobody else wants. "
+    "A light scraper beside a heavy one, which may have half of a FairQueuePool, or, "
+    "with soft_limit and max_limit at the pool's size (*), all that nobody else wants. "
     '">": was still waiting when the measurement ended.'
 )
 
@@ -36,18 +35,6 @@ class Verdict(NamedTuple):
     pool: tuple[int, ...]
     server: tuple[int, ...]
     problems: list[str]
-
-
-class Figures(NamedTuple):
-    """What the threads of a scraper got from a pool."""
-
-    pool: str
-    scraper: str
-    checkouts_per_second: float
-    longest_wait: float
-    #: That wait had not ended when the measurement did.
-    still_waiting: bool
-    never_served: str
 
 
 class View:
@@ -68,7 +55,7 @@ class View:
         #: Figures of the pool, and the server's counts.
         self.seen: tuple[PoolStats, Mapping[str, int]] | None = None
         self.verdicts: list[Verdict] = []
-        self.figures: list[Figures] = []
+        self.comparison: list[dict[str, Any]] = []
 
     def note(self, text: str) -> None:
         """Print a line."""
@@ -99,8 +86,7 @@ class View:
         ok = not any(verdict.problems for verdict in self.verdicts)
         if self._as_json:
             scenarios = [verdict._asdict() for verdict in self.verdicts]
-            comparison = [figures._asdict() for figures in self.figures]
-            report = {"ok": ok, "scenarios": scenarios, "comparison": comparison}
+            report = {"ok": ok, "scenarios": scenarios, "comparison": self.comparison}
             print(json.dumps(report, indent=2))
         show = self._console.print
         show(_verdicts_table(self.verdicts))
@@ -108,7 +94,7 @@ class View:
             for problem in verdict.problems:
                 show(f"[red]{verdict.scenario}: {problem}")
         show(_COMPARISON, highlight=False)
-        show(_figures_table(self.figures))
+        show(_comparison_table(self.comparison))
         outcome = "[green]All" if ok else "[bold red]Not all"
         seconds = time.monotonic() - self._began
         show(f"{outcome} scenarios came out as expected[/], {seconds:.1f} s in all.")
@@ -134,7 +120,7 @@ def _tags_table(stats: PoolStats, server: Mapping[str, int]) -> Table:
     table.caption = f"{stats.checked_out} of {stats.capacity} in use; {stats.strategy}"
     for row in stats.tags:
         status = "[green]active" if row.active else "[yellow]idle"
-        bar = f"{row.connections:2d} [magenta]{'━' * row.connections:20}"
+        bar = f"{row.connections:2d} [magenta]{'━' * row.connections:15}"
         on_server = server.get(row.name, 0)
         counts = (row.limit, row.fair_share, row.waiting, on_server, row.checkouts)
         table.add_row(row.name, status, bar, *(f"{count:,}" for count in counts))
@@ -151,13 +137,16 @@ def _verdicts_table(verdicts: Iterable[Verdict]) -> Table:
     return table
 
 
-def _figures_table(figures: Iterable[Figures]) -> Table:
+def _comparison_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     numbers = ("checkouts\nper s", "longest\nwait ms", "threads\nnever served")
     table = _table(["pool", "scraper"], numbers)
-    for row in figures:
-        pool = row.pool if row.scraper == "light" else ""
-        rate = f"{row.checkouts_per_second:,.0f}"
-        wait = f"{'> ' * row.still_waiting}{row.longest_wait * 1000:,.1f}"
-        style = "bold red" if row.still_waiting else ""
-        table.add_row(pool, row.scraper, rate, wait, row.never_served, style=style)
+    for row in rows:
+        table.add_row(
+            row["pool"] if row["scraper"] == "light" else "",
+            row["scraper"],
+            f"{row['checkouts_per_second']:,.0f}",
+            f"{'> ' * row['still_waiting']}{row['longest_wait'] * 1000:,.1f}",
+            f"{row['never_served']} of {row['threads']}",
+            style="bold red" if row["never_served"] else "",
+        )
     return table
