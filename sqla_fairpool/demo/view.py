@@ -6,6 +6,7 @@ Nothing is drawn but in a call: there is no thread.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -46,8 +47,10 @@ class View:
 
     def __init__(self, steps: int, as_json: bool) -> None:
         self._steps, self._as_json = steps, as_json
-        self._console = Console(quiet=as_json)
-        # Where there is no terminal it shows nothing.
+        # Whatever FORCE_COLOR says: no colours in a file.
+        is_terminal = sys.stdout.isatty()
+        self._console = Console(quiet=as_json, force_terminal=is_terminal)
+        # Where it cannot redraw, it shows nothing, and there are lines instead.
         self.live = Live(console=self._console, auto_refresh=False, transient=True)
         self._began = time.monotonic()
         self._next_look = 0.0
@@ -65,7 +68,7 @@ class View:
         """A step begins."""
         self._step += 1
         self._title, self.seen = title, None
-        if not self._console.is_terminal:
+        if self._console.is_dumb_terminal or not self._console.is_terminal:
             self.note(f"[{self._step}/{self._steps}] {title}")
 
     def look(self) -> None:

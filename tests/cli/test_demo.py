@@ -110,8 +110,7 @@ def folder():
 @pytest.fixture
 def start_demo(folder):
     """Start the demo; nothing of it may be left below `folder` after the test."""
-    environment = {**os.environ, "TMPDIR": folder}
-    environment.pop("FORCE_COLOR", None)
+    environment = {**os.environ, "TMPDIR": folder, "FORCE_COLOR": "1"}
 
     def start(*args):
         return subprocess.Popen(
