@@ -111,7 +111,7 @@ def _opened(arguments: argparse.Namespace) -> Iterator[_Store]:
     store = _store(arguments)
     if isinstance(store, HostStore) and not os.path.exists(store.name):
         raise CommandError(
-            f"there is no ledger at {store.name}: nobody has used it yet"
+            f"there is no ledger at {store.name}: no process has used it yet"
         )
     try:
         store.open()
@@ -128,7 +128,7 @@ def _report(store: _Store) -> LedgerReport:
     report = read(store)
     if report is None:
         raise CommandError(
-            f"the ledger {store.name} is empty: nobody has joined it yet"
+            f"the ledger {store.name} is empty: no process has joined it yet"
         )
     return report
 
@@ -257,12 +257,12 @@ def _asking(
 
 
 def _reset(arguments: argparse.Namespace) -> int:
-    """Forget everybody. The rows may be broken: only their keys are looked at."""
+    """Forget all members. The rows may be broken: only their keys are looked at."""
     with _opened(arguments) as store:
         with store.transaction() as rows:
             members = list(Book(rows).texts)
             number = len(rows)
-        _require_nobody(store, members)
+        _require_no_member(store, members)
         question = (
             f"forget {len(members)} members, and all {number} rows of {store.name}? "
             "[y/N] "
@@ -272,14 +272,14 @@ def _reset(arguments: argparse.Namespace) -> int:
             return EXIT_NOT_AS_EXPECTED
         with store.transaction() as rows:
             book = Book(rows)
-            _require_nobody(store, list(book.texts))
+            _require_no_member(store, list(book.texts))
             book.reset()
     print("done")
     return EXIT_OK
 
 
-def _require_nobody(store: _Store, members: Collection[str]) -> None:
-    """Refuse while somebody lives, in a row or without one."""
+def _require_no_member(store: _Store, members: Collection[str]) -> None:
+    """Refuse while a member lives, in a row or without one."""
     alive = len(store.living(members)) + store.strangers(members)
     if alive:
         raise CommandError(
@@ -299,9 +299,7 @@ def _limit(arguments: argparse.Namespace) -> int:
         room = ask_room(connection)
         problems = list(room.problems(needed.total, needed.of_role))
         if room.is_superuser:
-            problems.append(
-                f"the role {room.role!r} is a superuser, whom no limit binds"
-            )
+            problems.append(f"the role {room.role!r} is a superuser: no limit binds it")
         print("\n".join(problems or ["they fit"]))
         role = connection.dialect.identifier_preparer.quote(room.role)
         statement = f"ALTER ROLE {role} CONNECTION LIMIT {needed.of_role}"

@@ -23,7 +23,7 @@ __all__ = ["Verdict", "View", "counts_text"]
 
 _COMPARISON = (
     "A light scraper beside a heavy one, which may have half of a FairQueuePool, or, "
-    "with soft_limit and max_limit at the pool's size (*), all that nobody else wants. "
+    "with soft_limit and max_limit at the pool's size (*), all that no other wants. "
     '">": was still waiting when the measurement ended.'
 )
 

@@ -336,7 +336,7 @@ def test_limit_that_does_not_fit(capsys, limit, role, postgres_url):
         "the role 'lim ited' may have 3 connections only, and 42 are needed"
     )
     _, out, _ = run(capsys, "limit", "--url", postgres_url, "--connections", 5)
-    assert "is a superuser, whom no limit binds" in out
+    assert "is a superuser: no limit binds it" in out
 
 
 @pytest.mark.parametrize("option", ["--connections", "--processes"])
