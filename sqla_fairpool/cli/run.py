@@ -1,4 +1,8 @@
-"""``sqla-fairpool run``: an unchanged script, whose engines get the pool."""
+"""``sqla-fairpool run``: an unchanged script, whose engines get the pool.
+
+All is checked here. What the script's process needs to know goes through its
+environment, where the hook in `launch/sitecustomize.py` finds it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +29,7 @@ from ..ledger.addresses import (
 )
 from ..ledger.errors import LedgerError
 from ..options import OPTIONS, PoolOptions, naming, validate_tag
-from .budget import ask_room, connected, need
+from .budget import ask_room, connected, missing_driver, need
 from .common import EXIT_SIGNAL, CommandError, hide_passwords
 
 __all__ = ["add_command"]
@@ -122,11 +126,14 @@ def _run(arguments: argparse.Namespace) -> int:
     except (exc.ArgumentError, LedgerError) as error:
         raise CommandError(str(error)) from None
     except ImportError as error:  # a ledger's driver
-        raise CommandError(
-            f"{error.name} is not installed: pip install 'sqla-fairpool[postgresql]'"
-        ) from None
-    if settings.run is not None:
-        run = _below(settings.run, run)
+        raise missing_driver(error) from None
+    above = settings.run
+    if above is not None:  # of a launcher that started the script that starts this one
+        run = replace(
+            run,
+            options={**above.options, **run.options},
+            verbose=above.verbose or run.verbose,
+        )
     if run.verbose:
         meant = "every database" if run.database is None else show_place(run.database)
         say(f"tag {run.scraper!r}, for engines of {meant}")
@@ -138,15 +145,6 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 # -- what the script's process is told -------------------------------------------------
-
-
-def _below(above: Run, run: Run) -> Run:
-    """Return what is told by a launcher in a script that was launched itself."""
-    return replace(
-        run,
-        options={**above.options, **run.options},
-        verbose=above.verbose or run.verbose,
-    )
 
 
 def _database(
@@ -230,28 +228,24 @@ def _check_budget(
                 f"{DATABASE}{'' if url is None else f', not {url.get_backend_name()}'}"
             )
         return
-    # With this process alone: nobody knows how many others there will be.
+    # With this process alone: how many others there will be is not known.
     needed = need(pool.capacity, 1, url, pool.ledger)
     try:
         with connected(url) as connection:
             room = ask_room(connection)
-            problems = "; ".join(room.problems(needed.total, needed.of_role))
+        problem = "; ".join(room.problems(needed.total, needed.of_role))
+        if problem:
+            problem += f"; {needed}; lower --pool-size, or raise the server's limit"
     except CommandError as error:
         problem = (
             f"whether {needed.total} connections fit could not be checked: {error}"
         )
-    else:
-        if not problems:
-            if verbose:
-                place = show_place(database_place(url))
-                say(f"{needed.total} connections fit {place}")
-            return
-        problem = (
-            f"{problems}; {needed}; lower --pool-size, or raise the server's limit"
-        )
-    if strict:
+    if problem and strict:
         raise CommandError(problem)
-    say(f"warning: {hide_passwords(' '.join(problem.split()))}")
+    if problem:
+        say(f"warning: {hide_passwords(' '.join(problem.split()))}")
+    elif verbose:
+        say(f"{needed.total} connections fit {show_place(database_place(url))}")
 
 
 # -- the start -------------------------------------------------------------------------
@@ -274,8 +268,8 @@ def _start(command: list[str], environment: Mapping[str, str]) -> int:
 def _wait(command: list[str], environment: Mapping[str, str]) -> int:
     """Run a command to its end and return its status.
 
-    Windows has no exec: its own lets the shell go on while the program runs. Ctrl-C
-    reaches both processes there, and is the script's business.
+    For Windows: with its exec the shell goes on while the program runs. Ctrl-C reaches
+    both processes there, and the script handles it.
     """
     with subprocess.Popen(command, env=environment) as process:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)

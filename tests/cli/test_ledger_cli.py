@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -112,6 +113,20 @@ def test_ledger_that_is_none(capsys, ledger, says, monkeypatch):
     assert "s3cret" not in err
 
 
+@contextmanager
+def rows_of(path):
+    """Change a ledger's rows."""
+    store = HostStore(path)
+    store.open()
+    with store.transaction() as rows:
+        yield rows
+    store.close()
+
+
+def as_text(url):
+    return url.render_as_string(hide_password=False)
+
+
 def test_reset_is_refused_while_a_member_lives(capsys, member, path):
     status, _, err = run(capsys, "reset", "--ledger", path, "--yes")
     assert status == 2
@@ -122,23 +137,15 @@ def test_reset_is_refused_while_a_member_lives(capsys, member, path):
 def left(path):
     """A ledger with a member that was killed: two connections."""
     program = (
-        "import sys\n"
+        "import os, sys\n"
         f"sys.path.insert(0, {os.path.dirname(os.path.dirname(__file__))!r})\n"
         "from support.stub import StubServer\n"
         f"engine = StubServer().engine(ledger={path!r})\n"
         "held = [engine.connect(), engine.connect()]\n"
-        "print('holding', flush=True)\n"
-        "sys.stdin.read()\n"
+        "os.kill(os.getpid(), 9)\n"
     )
-    command = [sys.executable, "-c", program]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "holding\n"
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    process.stdin.close()
-    process.stdout.close()
+    killed = subprocess.run([sys.executable, "-c", program])
+    assert killed.returncode == -signal.SIGKILL
     return path
 
 
@@ -170,9 +177,7 @@ def dead(role, path):
     engine = create_engine(url, poolclass=NullPool)
     held = [engine.connect() for _ in range(2)]
     found = [identify(one.connection.cursor(), None) for one in held]
-    store = HostStore(path)
-    store.open()
-    with store.transaction() as rows:
+    with rows_of(path) as rows:
         book = Book(rows)
         book.join("nobody", {"pid": 4711}, TERMS, server=found[0][0])
         sessions = tuple(sorted(session for _, session in found))
@@ -180,7 +185,6 @@ def dead(role, path):
         book.write("nobody", member)
         book.confirm(["nobody"])
         book.tell(book.allocation())
-    store.close()
     yield url, held
     for one in held:
         one.close()
@@ -194,10 +198,9 @@ def test_reap_frees_what_no_session_has_on_the_server_in_any_database(
 ):
     url, held = dead
     url = url.set(database=database or url.database)
-    url = url.render_as_string(hide_password=False)
 
     def reap():
-        return run(capsys, "reap", "--ledger", path, "--url", url)
+        return run(capsys, "reap", "--ledger", path, "--url", as_text(url))
 
     assert reap()[:2] == (
         1,
@@ -218,49 +221,34 @@ def test_reap_keeps_the_slot_of_a_session_that_was_not_posted(capsys, dead, path
     url, held = dead
     with held[0].engine.connect() as more:
         more.execute(text("select 1"))
-        given = url.render_as_string(hide_password=False)
-        _, out, _ = run(capsys, "reap", "--ledger", path, "--url", given)
+        _, out, _ = run(capsys, "reap", "--ledger", path, "--url", as_text(url))
         assert out.startswith("1 dead found, 0 slots freed\n3 slots stay in")
 
 
 @pytest.mark.postgres
 def test_reap_by_the_url_of_another_server_is_refused(capsys, dead, path):
     url, _ = dead
-    store = HostStore(path)
-    store.open()
-    with store.transaction() as rows:
+    with rows_of(path) as rows:
         rows["meta"] = Meta(TERMS, 9, 9, "postgresql 42").text
-    store.close()
-    given = url.render_as_string(hide_password=False)
-    status, out, err = run(capsys, "reap", "--ledger", path, "--url", given)
+    status, out, err = run(capsys, "reap", "--ledger", path, "--url", as_text(url))
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "the members' sessions are on postgresql 42: give the URL of their" in err
     assert "DEAD: 3 slots" in run(capsys, "show", "--ledger", path)[1]
 
 
 @pytest.mark.postgres
-def test_reap_says_in_one_line_that_the_server_refuses(
-    capsys, left, postgres_url, monkeypatch
-):
-    monkeypatch.setattr(
-        "sqla_fairpool.cli.ledger.look", lambda cursor: cursor.execute("select 1/0")
-    )
-    args = ("reap", "--ledger", left, "--url", postgres_url)
-    status, out, err = run(capsys, *args)
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "the server cannot be asked: division by zero" in err
-
-
-@pytest.mark.postgres
-def test_reap_frees_nothing_where_no_member_has_said_which_server(
-    capsys, left, postgres_url
-):
+def test_reap_that_the_server_does_not_help(capsys, left, postgres_url, monkeypatch):
     args = ("reap", "--ledger", left, "--url", postgres_url)
     status, out, _ = run(capsys, *args)
     assert status == 1
-    assert out.startswith(
-        "1 dead found, 0 slots freed\n2 slots stay in quarantine: no "
-    )
+    none = "no member has said on which server its sessions are"
+    slots = f"2 slots stay in quarantine: {none}"
+    assert out.splitlines() == ["1 dead found, 0 slots freed", slots]
+    look = "sqla_fairpool.cli.ledger.look"
+    monkeypatch.setattr(look, lambda cursor: cursor.execute("select 1/0"))
+    status, out, err = run(capsys, *args)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "the server cannot be asked: division by zero" in err
 
 
 # -- rows that cannot be read ---------------------------------------------------------
@@ -280,11 +268,8 @@ def test_reap_frees_nothing_where_no_member_has_said_which_server(
     ],
 )
 def test_broken_row_is_one_line_and_reset_mends_it(capsys, left, key, row):
-    store = HostStore(left)
-    store.open()
-    with store.transaction() as rows:
+    with rows_of(left) as rows:
         rows[key] = row
-    store.close()
     for command in ("show", "reap"):
         status, out, err = run(capsys, command, "--ledger", left)
         assert (status, out, err.count("\n")) == (1, "", 1)
@@ -312,55 +297,71 @@ def role(postgres_url):
     engine.dispose()
 
 
+ASKING = "to ask for sessions of lost members, one for each process"
+
+
+@pytest.fixture
+def limit(capsys, role):
+    """Check a budget of 20 connections, as the ordinary role."""
+    url, _ = role
+
+    def limit(*args):
+        args = ("--url", as_text(url), "--connections", 20, *args)
+        status, out, _ = run(capsys, "limit", *args)
+        return status, out.splitlines()
+
+    return limit
+
+
 @pytest.mark.postgres
-def test_limit_is_printed_or_set(capsys, role, postgres_url):
-    url, connection = role
-    url = url.render_as_string(hide_password=False)
-    status, out, _ = run(
-        capsys, "limit", "--url", url, "--connections", 20, "--processes", 3
+@pytest.mark.parametrize(
+    ("ledger", "control", "tools", "of_role"),
+    [
+        ("host", "", 2, 25),
+        ("database", "3 control connections, one for each process, ", 4, 30),
+    ],
+)
+def test_limit_that_fits_is_printed(limit, ledger, control, tools, of_role):
+    """With room for what a ledger in the server needs."""
+    needed = (
+        f"20 of the pools, {control}3 {ASKING}, {tools} for a monitor and a command"
     )
-    assert (status, out.splitlines()) == (
+    assert limit("--processes", 3, "--ledger", ledger) == (
         0,
         [
-            "25 connections are needed: 20 of the pools, 3 to ask for sessions of lost "
-            "members, one for each process, 2 for a monitor and a command",
+            f"{25 if ledger == 'host' else 30} connections are needed: {needed}",
             "they fit",
-            'to have the server hold it: ALTER ROLE "lim ited" CONNECTION LIMIT 25',
+            "to have the server hold it: "
+            f'ALTER ROLE "lim ited" CONNECTION LIMIT {of_role}',
         ],
     )
-    status, out, _ = run(capsys, "limit", "--url", url, "--connections", 9000)
-    assert status == 1
-    assert "assuming 9000 processes, as many as connections: see --processes" in out
-    assert "18002 connections do not fit: max_connections is " in out
-    args = ("limit", "--url", postgres_url, "--connections", 5)
-    assert "is a superuser, whom no limit binds" in run(capsys, *args)[1]
-    connection.execute(text('alter role "lim ited" connection limit 3'))
-    status, out, _ = run(capsys, "limit", "--url", url, "--connections", 20)
-    assert status == 1
-    assert "the role 'lim ited' may have 3 connections only, and 42 are needed" in out
 
 
 @pytest.mark.postgres
-def test_limit_leaves_room_for_what_a_ledger_in_the_server_needs(capsys, role):
-    url, _ = role
-    given = url.render_as_string(hide_password=False)
-    args = ("limit", "--url", given, "--connections", 20, "--processes", 3)
-    _, out, _ = run(capsys, *args, "--ledger", "database")
-    assert out.splitlines() == [
-        "30 connections are needed: 20 of the pools, 3 control connections, one for "
-        "each process, 3 to ask for sessions of lost members, one for each process, 4 "
-        "for a monitor and a command",
-        "they fit",
-        'to have the server hold it: ALTER ROLE "lim ited" CONNECTION LIMIT 30',
-    ]
-    other = url.set(username="another").render_as_string(hide_password=False)
-    _, out, _ = run(capsys, *args, "--ledger", other)
-    assert "3 control connections, one for each process and of another role, " in out
-    assert out.endswith("CONNECTION LIMIT 25\n")
-    _, out, _ = run(capsys, *args, "--ledger", "postgresql://other.example/d")
-    assert out.endswith("CONNECTION LIMIT 25\n")
-    status, _, _ = run(capsys, *args, "--ledger", "postgresql://h:port/d")
-    assert status == 2
+def test_limit_with_a_ledger_of_another_role_or_server(limit, role):
+    other = as_text(role[0].set(username="another"))
+    _, out = limit("--processes", 3, "--ledger", other)
+    assert "3 control connections, one for each process and of another role, " in out[0]
+    assert out[-1].endswith("CONNECTION LIMIT 25")
+    _, out = limit("--processes", 3, "--ledger", "postgresql://other.example/d")
+    assert out[-1].endswith("CONNECTION LIMIT 25")
+    assert limit("--ledger", "postgresql://h:port/d")[0] == 2
+
+
+@pytest.mark.postgres
+def test_limit_that_does_not_fit(capsys, limit, role, postgres_url):
+    status, (assuming, _, problem, _) = limit("--connections", 9000)
+    assert status == 1
+    assert assuming.startswith("assuming 9000 processes, as many as connections: see")
+    assert problem.startswith("18002 connections do not fit: max_connections is ")
+    role[1].execute(text('alter role "lim ited" connection limit 3'))
+    status, (*_, problem, _) = limit()
+    assert status == 1
+    assert problem == (
+        "the role 'lim ited' may have 3 connections only, and 42 are needed"
+    )
+    _, out, _ = run(capsys, "limit", "--url", postgres_url, "--connections", 5)
+    assert "is a superuser: no limit binds it" in out
 
 
 @pytest.mark.parametrize("option", ["--connections", "--processes"])
@@ -386,22 +387,17 @@ def ask(url):
 
 
 @pytest.mark.postgres
-def test_limit_of_the_ledgers_capacity_is_set(capsys, member, path, postgres_url):
-    engine = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
+def test_limit_of_the_ledgers_capacity_is_set(capsys, member, path, role, postgres_url):
+    _, connection = role
+    limit = "select rolconnlimit from pg_roles where rolname = current_user"
     args = ("limit", "--ledger", path, "--url", postgres_url, "--run")
     try:
         _, out, _ = run(capsys, *args)
         assert "done: ALTER ROLE " in out
-        with engine.connect() as connection:
-            query = text(
-                "select rolconnlimit from pg_roles where rolname = current_user"
-            )
-            # One member lives, which asks by one more; and two for tools.
-            assert connection.scalar(query) == 23
+        # One member lives, which asks by one more; and two for tools.
+        assert connection.scalar(text(limit)) == 23
     finally:
-        with engine.connect() as connection:
-            connection.execute(text("alter role current_user connection limit -1"))
-        engine.dispose()
+        connection.execute(text("alter role current_user connection limit -1"))
 
 
 @pytest.mark.parametrize("url", ["sqlite://", "no url"])

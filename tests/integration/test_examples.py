@@ -15,14 +15,12 @@ from sqlalchemy import make_url
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(name, url=None, **environment):
-    environment = {**os.environ, **environment}
-    environment.pop("DATABASE_URL", None)
+def run(program, url):
+    environment = {k: v for k, v in os.environ.items() if k != "DATABASE_URL"}
     if url is not None:
-        url = make_url(url).render_as_string(hide_password=False)
-        environment["DATABASE_URL"] = url
+        environment["DATABASE_URL"] = url.render_as_string(hide_password=False)
     done = subprocess.run(
-        [sys.executable, "-W", "error", name],
+        [sys.executable, "-W", "error", program],
         cwd=EXAMPLES,
         env=environment,
         capture_output=True,
@@ -33,40 +31,44 @@ def run(name, url=None, **environment):
     return done.stdout.splitlines()
 
 
-@pytest.fixture(params=["sqlite", pytest.param("pg", marks=pytest.mark.postgres)])
-def url(request):
-    return (
-        None if request.param == "sqlite" else request.getfixturevalue("postgres_url")
-    )
-
-
-def test_flask(url):
-    assert run("flask_app.py", url) == [
-        "/shop/ {'shop': 1}",
-        "/reports/ {'reports': 1}",
-        "still held: {}",
-    ]
-
-
-def test_fastapi(url):
-    if url is not None:
-        url = make_url(url).set(drivername="postgresql+asyncpg")
-    assert run("fastapi_app.py", url) == [
-        "/orders acme {'acme': 1}",
-        "/orders umbrella {'umbrella': 1}",
-        "/export acme {'exports': 1}",
-        "still held: {}",
-    ]
-
-
-def test_scraper_threads(url):
-    assert run("scraper_threads.py", url) == [
-        "{'greedy': 30, 'quick': 30}",
-        "greedy checked out 30 times",
-        "housekeeping checked out 1 times",
-        "quick checked out 30 times",
-        "unknown checked out 1 times",
-    ]
+@pytest.mark.parametrize(
+    "database", ["sqlite", pytest.param("pg", marks=pytest.mark.postgres)]
+)
+@pytest.mark.parametrize(
+    ("program", "lines"),
+    [
+        (
+            "flask_app.py",
+            ["/shop/ {'shop': 1}", "/reports/ {'reports': 1}", "still held: {}"],
+        ),
+        (
+            "fastapi_app.py",
+            [
+                "/orders acme {'acme': 1}",
+                "/orders umbrella {'umbrella': 1}",
+                "/export acme {'exports': 1}",
+                "still held: {}",
+            ],
+        ),
+        (
+            "scraper_threads.py",
+            [
+                "{'greedy': 30, 'quick': 30}",
+                "greedy checked out 30 times",
+                "housekeeping checked out 1 times",
+                "quick checked out 30 times",
+                "unknown checked out 1 times",
+            ],
+        ),
+    ],
+)
+def test_program_says_what_it_did(request, database, program, lines):
+    url = None
+    if database == "pg":
+        url = make_url(request.getfixturevalue("postgres_url"))
+        if program == "fastapi_app.py":
+            url = url.set(drivername="postgresql+asyncpg")
+    assert run(program, url) == lines
 
 
 _CLIENT = """
@@ -80,8 +82,8 @@ print(json.dumps([one.get(timeout=60) for one in sent]))
 @pytest.mark.postgres
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="prefork needs fork")
 def test_celery_with_prefork(postgres_url, tmp_path):
-    (tmp_path / "messages").mkdir()
-    (tmp_path / "results").mkdir()
+    for folder in ("messages", "results"):
+        (tmp_path / folder).mkdir()
     environment = {
         **os.environ,
         "DATABASE_URL": postgres_url,
@@ -90,23 +92,15 @@ def test_celery_with_prefork(postgres_url, tmp_path):
         "CELERY_RESULTS": f"file://{tmp_path / 'results'}",
         "PYTHONPATH": str(EXAMPLES),
     }
+    how = {"cwd": tmp_path, "env": environment}
     options = ["worker", "--pool", "prefork", "--concurrency", "2", "-l", "WARNING"]
+    command = [sys.executable, "-m", "celery", "-A", "celery_app", *options]
     with open(tmp_path / "log", "w") as log:
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "celery", "-A", "celery_app", *options],
-            cwd=tmp_path,
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
+        worker = subprocess.Popen(command, stdout=log, stderr=log, **how)
     try:
+        client = [sys.executable, "-c", _CLIENT]
         client = subprocess.run(
-            [sys.executable, "-c", _CLIENT],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=90,
+            client, capture_output=True, text=True, timeout=90, **how
         )
         assert client.returncode == 0, client.stderr + (tmp_path / "log").read_text()
     finally:

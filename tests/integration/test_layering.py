@@ -26,11 +26,6 @@ ORDER = [
     {"__main__"},
 ]
 
-#: To be emptied: what still goes against the order.
-DEBTS = {
-    ("cli.demo", "demo.server"),
-}
-
 
 def name_of(path):
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
@@ -77,17 +72,7 @@ def test_no_module_imports_what_comes_after_it(name):
     against = {
         (name, ours) for ours in imports_of_ours(name) if goes_against(name, ours)
     }
-    assert against - DEBTS == set()
-
-
-def test_the_debts_are_no_longer_than_they_must_be():
-    against = {
-        (name, ours)
-        for name in MODULES
-        for ours in imports_of_ours(name)
-        if goes_against(name, ours)
-    }
-    assert against >= DEBTS
+    assert against == set()
 
 
 def test_scheduling_knows_no_thread_no_clock_and_no_database():

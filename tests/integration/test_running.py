@@ -79,9 +79,10 @@ def launch(environment):
 def monitor(environment):
     """Look once, as from another terminal."""
 
-    def look():
+    def look(**changes):
         command = [sys.executable, "-m", "sqla_fairpool", "monitor", "--once", "--json"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        env = {**environment, **changes}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
         if "nobody has used it yet" in done.stderr:
             return {"scrapers": []}  # the scripts are only starting
         assert done.returncode == 0, done.stderr
@@ -166,6 +167,29 @@ def test_three_unchanged_scripts_and_what_the_monitor_says(server, launch, monit
     assert second.wait(PATIENCE) == 0
     first.send_signal(signal.SIGINT)
     first.wait(PATIENCE)
+
+
+def test_role_that_may_have_no_more_than_the_budget(
+    server, environment, launch, monitor
+):
+    """The server itself would refuse a 21st connection, and a thread would fail."""
+    operator, url = server
+    operator.execute(text("create role twenty login connection limit 20"))
+    url = make_url(url).set(username="twenty")
+    environment["DATABASE_URL"] = url.render_as_string(hide_password=False)
+
+    def look():
+        return monitor(DATABASE_URL="")
+
+    scripts = [launch(SCRIPTS / "layer1_5.py")]
+    until(look, have(layer1_5=15))
+    scripts.append(launch(SCRIPTS / "layer3.py"))
+    picture = until(look, have(layer1_5=10, layer3=10))
+    assert [row["waiting"] for row in picture["scrapers"]] == [15, 15]
+    for script in scripts:
+        script.kill()
+        script.wait(PATIENCE)
+    operator.execute(text("drop role twenty"))
 
 
 def test_script_that_fails_leaves_nothing(launch, monitor, tmp_path):

@@ -1,0 +1,315 @@
+"""The scenarios of the demo: who runs, what each must get, and whether that is right.
+
+`judge` is pure; `Demo` plays the scenarios, with threads that stand for scrapers.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from statistics import median_low
+from typing import Any, NamedTuple, cast
+
+from sqlalchemy import Connection, Engine, QueuePool, create_engine, text
+
+from .. import FairQueuePool
+from ..cli.budget import connected, given_url
+from ..cli.common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
+from ..cli.interrupts import Interrupts
+from .server import EmbeddedServer
+from .view import Verdict, View, counts_text
+
+__all__ = ["SCENARIOS", "Sample", "judge", "run"]
+
+#: What each scraper must get of 20 connections, 0 where it has gone idle. Where the
+#: division has a remainder, it moves: who has the larger numbers is not said.
+SCENARIOS: Mapping[str, Mapping[str, int]] = {
+    "only layer1_5 is running": {"layer1_5": 15},
+    "layer1_5 and layer3": {"layer1_5": 10, "layer3": 10},
+    "layer1_5, layer2 and layer3": {"layer1_5": 7, "layer2": 7, "layer3": 6},
+    "then layer2 goes idle": {"layer1_5": 10, "layer2": 0, "layer3": 10},
+}
+
+
+class Sample(NamedTuple):
+    """Connections of each scraper at one moment, as pool and server see it."""
+
+    pool: Mapping[str, int]
+    server: Mapping[str, int]
+    #: Tags that the pool counts in its division.
+    active: frozenset[str]
+    #: Sessions of the pool on the server, idle ones included.
+    sessions: int
+
+
+def judge(
+    scenario: str, samples: Sequence[Sample], before: Sequence[Sample] = ()
+) -> Verdict:
+    """Compare what was observed with what the scenario expects.
+
+    Medians, because between two transactions of a scraper the server sees one
+    connection less for a moment; limits must hold in every single sample.
+
+    :param before: the samples of the time in which the pool was still settling.
+    """
+    problems = [] if samples else ["it did not settle in time"]
+    expected, running = _counts(scenario, SCENARIOS[scenario]), _running(scenario)
+    ceiling = 15 if len(running) == 1 else 10  # max_limit, soft_limit
+    medians: dict[str, tuple[int, ...]] = {}
+    for side in ("pool", "server"):
+        found = [getattr(sample, side) for sample in samples]
+        columns = zip(*(_counts(scenario, one) for one in found), strict=True)
+        medians[side] = tuple(map(median_low, columns))
+        if samples and medians[side] != expected:
+            seen, wanted = counts_text(medians[side]), counts_text(expected)
+            problems.append(f"{side}: {seen}, expected {wanted}")
+        for tag in sorted(set().union(*found)):
+            most = max(one.get(tag, 0) for one in found)
+            limit = ceiling if tag in running else 0
+            if most > limit:
+                problems.append(f"{side}: {tag} had {most}, its ceiling is {limit}")
+    for active in {sample.active for sample in samples} - {running}:
+        problems.append(f"pool: active was {', '.join(sorted(active))}")
+    every = (*before, *samples)
+    in_all = max((max(sum(s.pool.values()), s.sessions) for s in every), default=0)
+    if in_all > 20:
+        problems.append(f"{in_all} in all, the capacity is 20")
+    return Verdict(scenario, expected, **medians, problems=problems)
+
+
+def _running(scenario: str) -> frozenset[str]:
+    return frozenset(tag for tag, count in SCENARIOS[scenario].items() if count)
+
+
+def _counts(scenario: str, found: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the scrapers' counts, those of the running ones by size."""
+    running, tags = _running(scenario), SCENARIOS[scenario]
+    by_size = sorted(found.get(tag, 0) for tag in running)
+    return tuple(by_size.pop() if t in running else found.get(t, 0) for t in tags)
+
+
+# -- on a database ---------------------------------------------------------------------
+
+_TABLE = """
+    CREATE TABLE {table} AS
+    SELECT n AS id, (array['layer1_5', 'layer2', 'layer3'])[1 + n % 3] AS scraper,
+        md5(n::text) AS payload, clock_timestamp() AS updated_at
+    FROM generate_series(1, 900) AS n
+"""
+
+#: A scraper's transaction: take the rows that are due and write to them, then work.
+#: The comments tell, in the server's view of its sessions, which scraper has one.
+_TRANSACTION = (
+    """/* {tag} */
+    UPDATE {table} SET payload = md5(payload), updated_at = clock_timestamp()
+    WHERE id IN (SELECT id FROM {table} WHERE scraper = '{tag}'
+        ORDER BY updated_at LIMIT 3 FOR UPDATE SKIP LOCKED)""",
+    "/* {tag} */ SELECT pg_sleep({seconds})",
+)
+
+# Each scraper's sessions in a transaction, and one row for all. The driver's BEGIN has
+# no comment; it lasts a few microseconds.
+_ACTIVITY = text("""
+    SELECT split_part(query, ' ', 2), count(*) FROM pg_stat_activity
+    WHERE application_name = :name AND starts_with(query, '/* ')
+        AND state IN ('active', 'idle in transaction')
+    GROUP BY 1
+    UNION ALL
+    SELECT '', count(*) FROM pg_stat_activity WHERE application_name = :name
+""")
+
+#: The pools of the scenarios, where layer2 is idle soon, and of the comparison. In it
+#: the second one shows what the reserve of the first costs: by default a scraper may
+#: have half while another is active.
+_SIZE = {"pool_size": 20, "max_overflow": 0}
+_FAIR = {"poolclass": FairQueuePool, **_SIZE}
+_SCENARIOS_POOL = {**_FAIR, "idle_timeout": 1.0, "reallocation_interval": 0.25}
+_POOLS: Mapping[str, Mapping[str, Any]] = {
+    "FairQueuePool": _FAIR,
+    "FairQueuePool*": {**_FAIR, "soft_limit": 20, "max_limit": 20},
+    "QueuePool": {"poolclass": QueuePool, **_SIZE},
+}
+
+
+class _Worker(threading.Thread):
+    """One thread of a scraper: checks out, works and commits, in a loop."""
+
+    def __init__(self, engine: Engine, words: Mapping[str, Any]) -> None:
+        # A daemon: if a server never answers, the program can end all the same.
+        super().__init__(daemon=True)
+        self._engine = engine.execution_options(scraper=words["tag"])
+        self._statements = [text(one.format(**words)) for one in _TRANSACTION]
+        self.stopping = False
+        self.failure: Exception | None = None
+        #: Seconds of each wait that has ended, and since when the thread waits.
+        self.waits: list[float] = []
+        self.waiting_since: float | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            while not self.stopping:
+                since = self.waiting_since = time.monotonic()
+                with self._engine.connect() as connection:
+                    self.waiting_since = None
+                    self.waits.append(time.monotonic() - since)
+                    for statement in self._statements:
+                        connection.execute(statement)
+                    connection.commit()
+        except Exception as error:
+            self.failure = error
+
+
+def run(url: str | None, as_json: bool, seconds: float, interrupts: Interrupts) -> int:
+    """Run the demo, return the exit status.
+
+    A signal is only noted, but where the demo pauses. So it never comes between a start
+    and what undoes it.
+
+    :param url: the database; default: one of an embedded server.
+    """
+    with ExitStack() as stack:
+        view = View(len(SCENARIOS) + len(_POOLS), as_json)
+        stack.enter_context(view.live)
+        if url is None:
+            view.note("starting an embedded PostgreSQL ...")
+            server = EmbeddedServer()
+            stack.callback(server.stop)
+            stack.callback(interrupts.ignore)  # also for the processes that stop it
+            with interrupts.raising(), interrupts.held_back():
+                server.start()
+            url = server.url
+        observer = stack.enter_context(connected(given_url(url)))
+        Demo(observer, view, seconds, interrupts).run()
+    return EXIT_OK if view.report() else EXIT_NOT_AS_EXPECTED
+
+
+@dataclass
+class Demo:
+    """One run on a database, with a table of its own."""
+
+    #: A connection outside of the pools, in autocommit.
+    observer: Connection
+    view: View
+    #: How long each step is observed.
+    seconds: float
+    interrupts: Interrupts
+    name: str = field(default_factory=lambda: f"sqla_fairpool_{secrets.token_hex(4)}")
+    workers: dict[str, list[_Worker]] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Create the table, play the scenarios, compare the pools."""
+        url = self.observer.engine.url
+        version = self.observer.scalar(text("SHOW server_version"))
+        self.view.note(f"PostgreSQL {version}, {url}, table {self.name}")
+        self.observer.execute(text("SET lock_timeout = '5s'"))
+        self.observer.execute(text(_TABLE.format(table=self.name)))
+        try:
+            with self._engine(_SCENARIOS_POOL) as engine:
+                for scenario in SCENARIOS:
+                    self.view.verdicts.append(self._play(engine, scenario))
+            for pool, options in _POOLS.items():
+                self.view.step(f"a light scraper beside a heavy one: {pool}")
+                with self._engine(options) as engine:
+                    self.view.comparison += self._compare(engine, pool)
+        finally:
+            self.observer.execute(text(f"DROP TABLE {self.name}"))
+
+    @contextmanager
+    def _engine(self, options: Mapping[str, Any]) -> Iterator[Engine]:
+        """Yield an engine; end its scrapers and sessions after the block."""
+        url, name = self.observer.engine.url, {"application_name": self.name}
+        engine = create_engine(url, connect_args=name, pool_timeout=None, **options)
+        try:
+            yield engine
+        finally:
+            self._stop(*self.workers)
+            engine.dispose()
+
+    def _play(self, engine: Engine, scenario: str) -> Verdict:
+        expected, running = SCENARIOS[scenario], _running(scenario)
+        self.view.step(f"{scenario}: expected {counts_text([*expected.values()])}")
+        self._stop(*self.workers.keys() - running)
+        for tag in sorted(running - self.workers.keys()):
+            # More threads than any ceiling, so that demand has no end. The work is long
+            # beside the moment between two transactions, in which the server sees no
+            # scraper: with 0.1 s a busy machine failed by one connection.
+            self._start(engine, tag, 25, 0.25)
+        before: list[Sample] = []
+        right = 0
+        # One service time is enough, but for the last one, with its idle_timeout.
+        for _ in self._moments(10.0):
+            before.append(sample := self._sample(engine))
+            fits = _counts(scenario, sample.pool) == _counts(scenario, expected)
+            right = right + 1 if fits and sample.active == running else 0
+            if right == 5:
+                samples = [self._sample(engine) for _ in self._moments(self.seconds)]
+                return judge(scenario, samples, before)
+        return judge(scenario, [], before)
+
+    def _compare(self, engine: Engine, pool: str) -> Iterator[dict[str, Any]]:
+        self._start(engine, "heavy", 60, 0.05)
+        self._start(engine, "light", 1, 0.01)
+        for _ in self._moments(0.5):
+            pass  # until all connections are open
+        for worker in (*self.workers["heavy"], *self.workers["light"]):
+            worker.waits.clear()
+        for _ in self._moments(self.seconds):
+            pass
+        now = time.monotonic()
+        for tag in ("light", "heavy"):
+            workers = self.workers[tag]
+            ended = [wait for worker in workers for wait in worker.waits]
+            # Without the waits that have not ended the worst would be left out.
+            since = [worker.waiting_since for worker in workers]
+            lasting = [now - moment for moment in since if moment is not None]
+            longest = max([0.0, *ended, *lasting])
+            yield {
+                "pool": pool,
+                "scraper": tag,
+                "checkouts_per_second": len(ended) / self.seconds,
+                "longest_wait": longest,
+                "still_waiting": longest in lasting,
+                "threads": len(workers),
+                "never_served": sum(not worker.waits for worker in workers),
+            }
+
+    def _start(self, engine: Engine, tag: str, threads: int, seconds: float) -> None:
+        words = {"table": self.name, "tag": tag, "seconds": seconds}
+        self.workers[tag] = [_Worker(engine, words) for _ in range(threads)]
+
+    def _stop(self, *tags: str) -> None:
+        """End scrapers: what their threads do is finished, nothing begun."""
+        workers = [worker for tag in tags for worker in self.workers.pop(tag)]
+        for worker in workers:
+            worker.stopping = True
+        deadline = time.monotonic() + 10.0
+        for worker in workers:
+            worker.join(max(deadline - time.monotonic(), 0.0))
+
+    def _moments(self, seconds: float) -> Iterator[None]:
+        """Yield now and then, for `seconds`, as long as no thread has failed."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for tag, workers in self.workers.items():
+                for error in filter(None, (worker.failure for worker in workers)):
+                    why = getattr(error, "orig", error)
+                    raise CommandError(f"scraper {tag} failed: {why}")
+            yield
+            self.view.look()
+            with self.interrupts.raising():
+                time.sleep(0.03)
+
+    def _sample(self, engine: Engine) -> Sample:
+        stats = cast(FairQueuePool, engine.pool).stats()
+        rows = self.observer.execute(_ACTIVITY, {"name": self.name})
+        server = {str(tag): int(count) for tag, count in rows}
+        sessions = server.pop("")
+        self.view.seen = stats, server
+        pool = {row.name: row.connections for row in stats.tags}
+        active = frozenset(row.name for row in stats.tags if row.active)
+        return Sample(pool, server, active, sessions)
