@@ -24,10 +24,9 @@ from support.stub import StubServer
 from support.threads import PATIENCE, VirtualClock
 
 from sqla_fairpool import FairQueuePool
-from sqla_fairpool.cli import main, watching
-from sqla_fairpool.cli.errand import Errand
+from sqla_fairpool.cli import main, monitor
+from sqla_fairpool.cli.monitor import Watch, in_background
 from sqla_fairpool.cli.server_view import ServerFigures, ServerView
-from sqla_fairpool.cli.watching import Place, Watch
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.store import StoreAway
@@ -56,7 +55,7 @@ def show(monkeypatch):
 
     def show(*scenes):
         observer = FakeObserver(*scenes)
-        monkeypatch.setattr(watching, "make_observer", lambda store: observer)
+        monkeypatch.setattr(monitor, "Observer", lambda store: observer)
         return observer
 
     return show
@@ -137,14 +136,14 @@ def test_a_bad_variable_is_named(capsys, monkeypatch, variable, value, says):
     assert says in err and "s3cret" not in err
 
 
-def test_without_rich_only_the_live_view_is_missing(capsys, monkeypatch, path, show):
+def test_without_textual_only_the_live_view_is_missing(capsys, monkeypatch, path, show):
     show(overview())
-    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setitem(sys.modules, "textual", None)
     assert run(capsys, "stats", "--ledger", path)[0] == 0
-    monkeypatch.setattr("sqla_fairpool.cli.monitor.is_terminal", lambda stream: True)
+    monkeypatch.setattr(monitor, "_has_terminal", lambda: True)
     status, _, err = run(capsys, "monitor", "--ledger", path)
     assert status == 2
-    assert "rich not installed: pip install 'sqla-fairpool[monitor]'" in err
+    assert "textual not installed: pip install 'sqla-fairpool[monitor]'" in err
 
 
 # -- once ------------------------------------------------------------------------------
@@ -160,7 +159,7 @@ def test_once_as_text(capsys, monkeypatch, path, show, command):
     assert lines[0] == "2026-11-25 09:40:45 UTC  ledger /run/app.ledger"
     assert lines[-1] == "ledger: 6 of 20 slots owned, 6 in use"
     assert "\x1b" not in out
-    assert observer.is_closed
+    assert observer.closed
 
 
 def test_once_as_json(capsys, path, show):
@@ -235,22 +234,12 @@ def test_a_pool_is_seen_by_ledger_and_server(capsys, tmp_path, postgres_url):
 
 
 @pytest.fixture
-def watch(path):
-    """Make a watch on scenes; return it, its clock and its observers."""
+def watch(path, show):
+    """Make a watch on scenes; return it, its clock and its observer."""
 
-    def make(*scenes, path=path):
-        clock, observers = VirtualClock(), []
-        scenes = list(scenes)
-
-        def observe(store):
-            # One scene each: after an error there is a new one.
-            observer = FakeObserver(*scenes)
-            observer.scenes = scenes
-            observers.append(observer)
-            return observer
-
-        place = Place(path, path, None, None)
-        return Watch(place, clock, observe), clock, observers
+    def make(*scenes, path=path, server=None):
+        observer, clock = show(*scenes), VirtualClock()
+        return Watch(HostStore(path), server, clock), clock, observer
 
     return make
 
@@ -258,7 +247,7 @@ def watch(path):
 def test_the_store_away_and_back(watch):
     first, second = overview(["a"]), overview(["b"])
     away = StoreAway("db:  no\nroute to postgresql://u:s3cret@h/d")
-    watch, clock, observers = watch(first, away, away, second)
+    watch, clock, observer = watch(first, away, away, second)
     seen = watch.look()
     assert (seen.overview, seen.trouble_at(clock())) == (first, None)
     clock.advance(7)
@@ -268,12 +257,11 @@ def test_the_store_away_and_back(watch):
     assert seen.trouble_at(clock() + 1) == (
         "the ledger is away: db: no route to postgresql://u:***@h/d, last seen 8 s ago"
     )
+    assert observer.closed == 2  # whatever was broken is opened anew
     seen = watch.look()
     assert (seen.overview, seen.trouble) == (second, None)
-    # After an error everything is made anew.
-    assert [observer.is_closed for observer in observers] == [True, True, False]
     watch.close()
-    assert observers[-1].is_closed
+    assert observer.closed == 3
 
 
 def test_an_error_of_the_ledger_is_told_as_it_is(watch):
@@ -283,38 +271,24 @@ def test_an_error_of_the_ledger_is_told_as_it_is(watch):
 
 def test_a_ledger_that_nobody_has_used_yet_is_waited_for(watch, tmp_path):
     path = tmp_path / "folder" / "app.ledger"
-    watch, clock, observers = watch(overview(), path=str(path))
+    watch, clock, observer = watch(overview(), path=str(path))
     assert watch.look().trouble_at(clock()) == (
         f"there is no ledger at {path}: nobody has used it yet"
     )
-    assert not observers and not path.parent.exists()
+    assert not observer.looks and not path.parent.exists()
     store = HostStore(path)
     store.open()
     store.close()
     assert watch.look().trouble is None
 
 
-def test_an_errand_runs_in_a_thread_of_its_own():
-    ended = []
-    errand = Errand(threading.get_ident, lambda: ended.append(threading.get_ident()))
-    assert errand.poll() is None
-    errand.ask()
-    there = errand.poll(PATIENCE)
-    assert there != threading.get_ident()
-    assert errand.poll() is None
-    errand.close()
-    assert ended == [there]
-
-
-def test_what_is_wrong_with_the_program_is_raised():
-    errand = Errand(lambda: 1 // 0, lambda: None)
-    errand.ask()
+def test_what_runs_in_the_background_returns_or_raises_in_front():
+    assert in_background(threading.get_ident).result(PATIENCE) != threading.get_ident()
     with pytest.raises(ZeroDivisionError):
-        errand.poll(PATIENCE)
-    errand.close()
+        in_background(lambda number: 1 // number, 0).result(PATIENCE)
 
 
-def test_a_server_that_hangs_does_not_hide_the_ledger(path, monkeypatch):
+def test_a_server_that_hangs_does_not_hide_the_ledger(watch, monkeypatch):
     go_on = threading.Event()
     answer = ServerFigures(others=3)
 
@@ -323,21 +297,30 @@ def test_a_server_that_hangs_does_not_hide_the_ledger(path, monkeypatch):
         return answer
 
     monkeypatch.setattr(ServerView, "look", look)
-    monkeypatch.setattr(watching, "_PATIENCE", 0.01)
-    clock = VirtualClock()
+    monkeypatch.setattr(monitor, "_PATIENCE", 0.01)
     view = overview()
-    place = Place(path, path, None, make_url("postgresql://h/d"))
-    watch = Watch(place, clock, lambda store: FakeObserver(view))
+    watch, clock, _ = watch(view, server=make_url("postgresql://h/d"))
     watch.look()
     clock.advance(8)
     seen = watch.look()
     assert seen.overview is view and seen.trouble is None
     assert seen.server.error == "does not answer, for 8 s"
-    monkeypatch.setattr(watching, "_PATIENCE", PATIENCE)
+    monkeypatch.setattr(monitor, "_PATIENCE", PATIENCE)
     go_on.set()
     assert watch.look().server is answer
     assert watch.look().server is answer
     watch.close()
+
+
+def test_a_look_that_hangs_does_not_hold_up_the_end(watch):
+    go_on = threading.Event()
+    watch, _, observer = watch(overview())
+    observer.look = lambda: go_on.wait(PATIENCE)
+    answer = watch.start()
+    watch.close()
+    assert not answer.done() and not observer.closed
+    go_on.set()
+    answer.result(PATIENCE)
 
 
 class EnoughError(Exception):
@@ -397,7 +380,7 @@ def test_json_again_and_again(capsys, path, show, rounds):
 class Window:
     """A program on a pseudo-terminal of its own."""
 
-    def __init__(self, path, *args):
+    def __init__(self, path, *args, **environment):
         self.master, self.slave = pty.openpty()
         self.resize(24, 80)
         self.before = termios.tcgetattr(self.slave)
@@ -407,8 +390,8 @@ class Window:
             stdin=self.slave,
             stdout=self.slave,
             stderr=self.slave,
-            # They must not keep it from seeing a new size.
-            env={**os.environ, "COLUMNS": "80", "LINES": "24"},
+            # The size must not keep it from seeing a new one.
+            env={**os.environ, "COLUMNS": "80", "LINES": "24", **environment},
             start_new_session=True,
         )
 
@@ -416,14 +399,17 @@ class Window:
         size = struct.pack("HHHH", lines, columns, 0, 0)
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, size)
 
-    def read_until(self, text):
-        """Read until some text is seen; return what came before."""
+    def read_until(self, *texts):
+        """Read until each text is seen, in this order; return all that came."""
         deadline = time.monotonic() + PATIENCE
-        while text not in self.text:
-            assert time.monotonic() < deadline, f"no {text!r} in {self.text!r}"
-            self._read(0.1)
-        before, _, self.text = self.text.partition(text)
-        return before
+        read = ""
+        for wanted in texts:
+            while wanted not in self.text:
+                assert time.monotonic() < deadline, f"no {wanted!r} in {self.text!r}"
+                self._read(0.1)
+            before, _, self.text = self.text.partition(wanted)
+            read += before + wanted
+        return read
 
     def _read(self, seconds):
         if select.select([self.master], [], [], seconds)[0]:
@@ -445,22 +431,31 @@ class Window:
     def is_restored(self):
         """The modes are as they were, and the screen is the first one."""
         modes = termios.tcgetattr(self.slave)
-        return modes == self.before and "\x1b[?1049l" in self.text
+        return modes == self.before and LEFT in self.text
+
+    def hang_up(self):
+        for end in (self.master, self.slave):
+            os.close(end)
+        self.master = None
 
     def close(self):
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        os.close(self.master)
-        os.close(self.slave)
+        if self.master is not None:
+            self.hang_up()
+
+
+#: What a terminal is told when its other screen is to be shown, and left.
+SHOWN, LEFT = "\x1b[?1049h", "\x1b[?1049l"
 
 
 @pytest.fixture
 def window(path):
     windows = []
 
-    def make(*args):
-        windows.append(Window(path, *args))
+    def make(*args, **environment):
+        windows.append(Window(path, *args, **environment))
         return windows[-1]
 
     yield make
@@ -470,20 +465,16 @@ def window(path):
 
 def test_on_a_terminal_until_q(window):
     window = window("monitor", "60")
-    window.read_until("\x1b[?1049h")
-    window.read_until("layer1_5")
-    window.read_until("sort: name")
+    window.read_until(SHOWN, "by name", "layer1_5", "Quit")
     assert termios.tcgetattr(window.slave) != window.before  # it reads single keys
     window.type("s")
-    window.read_until("sort: connections")
-    window.type("\x1b[A+")
-    window.read_until("interval: 60 s")
+    window.read_until("by connections")
     window.type("-")
-    window.read_until("interval: 30 s")
+    window.read_until("every 30 s")
     window.type(" ")
     window.read_until("PAUSED")
     window.resize(10, 40)
-    window.read_until("s\x1b[0m connections")
+    window.read_until("\x1b[10;1H", "Quit")  # the keys are in the last line
     window.type("q")
     assert window.wait() == 0
     assert window.is_restored
@@ -492,6 +483,7 @@ def test_on_a_terminal_until_q(window):
 @pytest.mark.parametrize(
     ("signum", "status"),
     [
+        (None, 0),  # Ctrl-C as it is typed
         (signal.SIGINT, 0),
         (signal.SIGTERM, 128 + signal.SIGTERM),
         (signal.SIGHUP, 128 + signal.SIGHUP),
@@ -500,36 +492,44 @@ def test_on_a_terminal_until_q(window):
 def test_signals_end_it_and_restore_the_terminal(window, signum, status):
     window = window("monitor")
     window.read_until("layer1_5")
-    window.process.send_signal(signum)
+    if signum is None:
+        window.type("\x03")
+    else:
+        window.process.send_signal(signum)
     assert window.wait() == status
     assert window.is_restored
 
 
-def test_ctrl_c_ends_it(window):
+def test_a_terminal_that_has_gone_ends_it(window):
     window = window("monitor")
     window.read_until("layer1_5")
-    window.type("\x03")
-    assert window.wait() == 0
-    assert window.is_restored
+    window.hang_up()
+    assert window.process.wait(PATIENCE) in (128 + signal.SIGHUP, -signal.SIGHUP)
 
 
-def test_ctrl_z_leaves_the_screen(window):
-    window = window("monitor")
-    window.read_until("layer1_5")
-    window.type("\x1a")
-    # A group of processes without a shell cannot be stopped, so it goes on at once.
-    window.read_until("\x1b[?1049l")
-    window.read_until("\x1b[?1049h")
-    window.read_until("layer1_5")
+def test_a_look_that_hangs_does_not_keep_q_from_ending_it(window):
+    window = window("monitor", HANGS="1")
+    window.read_until("no answer for 2 s")
     window.type("q")
     assert window.wait() == 0
     assert window.is_restored
 
 
-def test_on_a_dumb_terminal_it_is_plain_text(window, monkeypatch):
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    window = window("monitor", "60")
+def test_ctrl_z_leaves_the_screen_until_it_goes_on(window):
+    window = window("monitor")
+    window.read_until("layer1_5")
+    window.type("\x1a")
+    window.read_until(LEFT)
+    os.waitid(os.P_PID, window.process.pid, os.WSTOPPED)
+    window.process.send_signal(signal.SIGCONT)
+    window.read_until(SHOWN, "layer1_5")
+    window.type("q")
+    assert window.wait() == 0
+    assert window.is_restored
+
+
+def test_on_a_dumb_terminal_it_is_plain_text(window):
+    window = window("monitor", "60", TERM="dumb", FORCE_COLOR="1")
     shown = window.read_until("slots owned")
     window.type("\x03")
     assert window.wait() == 130

@@ -1,6 +1,8 @@
-"""The monitor on an observer that shows overviews of its own: a program for a terminal.
+"""The monitor on an observer that shows one overview: a program for a terminal.
 
 python monitor_program.py LEDGER_FILE [ARGUMENTS OF sqla-fairpool]
+
+With the variable HANGS each look hangs.
 """
 
 from __future__ import annotations
@@ -8,11 +10,20 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from sqla_fairpool.cli import main, watching
+from sqla_fairpool.cli import main, monitor
 from support.overviews import FakeObserver, overview
+
+
+def make_observer(store):
+    observer = FakeObserver(overview())
+    if "HANGS" in os.environ:
+        observer.look = threading.Event().wait
+    return observer
+
 
 if __name__ == "__main__":
     # The first terminal that the leader of a session opens is the session's, and the
@@ -22,5 +33,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ["FAIRPOOL_LEDGER"] = sys.argv[1]
     os.environ.pop("DATABASE_URL", None)
-    watching.make_observer = lambda store: FakeObserver(overview())
+    monitor.Observer = make_observer
     sys.exit(main(sys.argv[2:]))
