@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import threading
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, ClassVar
 
@@ -25,24 +25,15 @@ from textual.containers import Horizontal, VerticalScroll
 from textual.renderables.sparkline import Sparkline
 from textual.widgets import DataTable, Footer, ProgressBar, Static
 
+from ..ledger import overview_text as texts
 from ..ledger.overview import Overview, ScraperRow
-from ..ledger.overview_text import (
-    COLUMNS,
-    percent,
-    pool_text,
-    printable,
-    seconds_text,
-    slots_text,
-    summary,
-    time_text,
-)
 from .common import EXIT_OK, EXIT_SIGNAL
-from .monitor import Picture
+from .poller import Picture
 from .server_view import Sessions
 
 __all__ = ["Monitor"]
 
-#: Looks that are kept of each scraper, and how many share a cell of its history.
+#: Looks that are kept for the history, and how many of them share a cell.
 _LOOKS, _PER_CELL = 60, 3
 
 #: Seconds from one tick to the next.
@@ -54,8 +45,8 @@ _STEPS = (1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 #: Seconds without an answer after which the screen says so.
 _SLOW = 2.0
 
-#: Seconds in which a signal must have ended it.
-_GRACE = 2.0
+#: Seconds in which a signal must have ended the program.
+_GRACE = 5
 
 _STATUS = {"active": "green", "idle": "yellow", "silent": "bold red"}
 
@@ -95,6 +86,7 @@ class Monitor(App[None]):
     DataTable { height: 1fr; min-height: 3; }
     .datatable--fixed { background: transparent; }
     #warnings { height: auto; max-height: 30%; }
+    .paused { text-style: reverse; }
     .-high #figures, .-high #said { margin-bottom: 1; }
     .-low #ledger, .-low #figures, .-low #said { display: none; }
     """
@@ -111,11 +103,11 @@ class Monitor(App[None]):
         self.interval = interval
         self.is_paused = False
         self.order = "name"
-        #: Of each scraper the connections at the last looks.
-        self.history: dict[str, deque[int]] = {}
         self.picture = Picture()
+        #: The connections of the scrapers at the last looks.
+        self.history: deque[dict[str, int]] = deque([{}] * _LOOKS, maxlen=_LOOKS)
         self._look = look
-        self._ledger = printable(name)
+        self._ledger = texts.printable(name)
         self._clock = clock
         self._answer: Future[Picture] | None = None
         self._asked_at = self._due = clock()
@@ -123,9 +115,8 @@ class Monitor(App[None]):
 
     def run_until_quit(self) -> int:
         """Return the exit status, after a key or a signal has ended it."""
-        # They would hide a new size of the terminal.
         for name in ("COLUMNS", "LINES"):
-            os.environ.pop(name, None)
+            os.environ.pop(name, None)  # they would hide a new size of the terminal
         asyncio.run(self._run_with_signals())
         return self.return_code or EXIT_OK
 
@@ -133,37 +124,34 @@ class Monitor(App[None]):
         loop = asyncio.get_running_loop()
 
         def end(signum: int, frame: object) -> None:
+            # Textual hangs when its terminal has gone: then the alarm ends it.
+            signal.alarm(_GRACE)
             status = EXIT_OK if signum == signal.SIGINT else EXIT_SIGNAL + signum
             loop.call_soon_threadsafe(lambda: self.exit(return_code=status))
-            # Textual hangs when its terminal has gone: then the signal has its way.
-            signal.signal(signum, signal.SIG_DFL)
-            timer = threading.Timer(_GRACE, os.kill, (os.getpid(), signum))
-            timer.daemon = True
-            timer.start()
 
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            if hasattr(signal, name):  # Windows has no SIGHUP
-                signal.signal(getattr(signal, name), end)
+        if sys.platform != "win32":
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(signum, end)
         await self.run_async()
 
     def compose(self) -> ComposeResult:
         """Return the widgets, from top to bottom."""
         yield Static(id="head")
-        yield Static(Text(f"ledger {self._ledger}"), id="ledger")
+        yield Static(f"ledger {self._ledger}", id="ledger", markup=False)
         with Horizontal():
             yield Static("pool ")
             yield ProgressBar(show_eta=False, show_percentage=False)
             yield Static(id="use")
         yield Static(id="figures")
         yield DataTable(cursor_type="none", fixed_columns=1)
-        yield Static(id="said")
+        yield Static(id="said", markup=False)
         with VerticalScroll(id="warnings", can_focus=False):
             yield Static(id="troubles")
         yield Footer()
 
     def on_mount(self) -> None:
         """Begin."""
-        self._show_head()
+        self._show()
         self.set_interval(_TICK, self.tick)
         self.tick()
 
@@ -172,33 +160,23 @@ class Monitor(App[None]):
         now = self._clock()
         if self._answer is not None and self._answer.done():
             self.picture, self._answer = self._answer.result(), None
-            self._remember()
+            overview = self.picture.overview
+            if overview is not None and self.picture.trouble is None:
+                rows = overview.scrapers
+                self.history.append({row.scraper: row.connections for row in rows})
             self._show()
         if self._answer is None and not self.is_paused and now >= self._due:
             self._answer, self._asked_at = self._look(), now
             self._due = now + self.interval
         self._show_troubles(now)
 
-    def _remember(self) -> None:
-        """Add to the history; forget who had no connection in all of it."""
-        if self.picture.overview is None or self.picture.trouble is not None:
-            return
-        for samples in self.history.values():
-            samples.append(0)
-        rows = self.picture.overview.scrapers
-        for row in rows:
-            none = deque([0] * _LOOKS, maxlen=_LOOKS)
-            self.history.setdefault(row.scraper, none)[-1] = row.connections
-        names = {row.scraper for row in rows}
-        self.history = {k: v for k, v in self.history.items() if k in names or any(v)}
-
-    # -- keys ------------------------------------------------------------------------
+    # -- keys --------------------------------------------------------------------------
 
     def action_pause(self) -> None:
         """Look no more, or again: then at once."""
         self.is_paused = not self.is_paused
         self._due = self._clock()
-        self._show_head()
+        self._show()
 
     def action_sort(self) -> None:
         """Sort by something else."""
@@ -212,40 +190,31 @@ class Monitor(App[None]):
         if steps:
             self.interval = min(steps, key=lambda s: abs(s - self.interval))
         self._due = self._asked_at + self.interval
-        self._show_head()
+        self._show()
 
     # -- what is shown -----------------------------------------------------------------
 
     def _say(self, widget: str, text: str | Text) -> None:
-        # A str would be read as markup.
-        text = Text(text) if isinstance(text, str) else text
         self.query_one(f"#{widget}", Static).update(text)
 
-    def _show_head(self) -> None:
-        head = Text.assemble(("sqla-fairpool", "bold"))
-        if self.picture.overview is not None:
-            head.append(f"  {time_text(self.picture.overview)}")
-        if self.is_paused:
-            head.append("  ").append("PAUSED", "reverse yellow")
-        head.append(f"  every {self.interval:g} s, by {self.order}")
-        self._say("head", head)
-
     def _show(self) -> None:
-        """Show the picture."""
-        self._show_head()
-        overview, server = self.picture.overview, self.picture.server
+        """Show the picture, and what the keys have set."""
+        overview = self.picture.overview
+        taken = "" if overview is None else f"  {texts.time_text(overview)}"
+        state = "PAUSED" if self.is_paused else f"every {self.interval:g} s"
+        self._say("head", f"sqla-fairpool{taken}  {state}, by {self.order}")
+        self.query_one("#head").set_class(self.is_paused, "paused")
         if overview is None:
             return
         used, capacity = overview.checked_out, overview.limits.capacity
         self.query_one(ProgressBar).update(total=capacity, progress=used)
-        part, waiting = percent(overview.utilization), overview.waiting
+        part, waiting = texts.percent(overview.utilization), overview.waiting
         self._say("use", f" {part}  {used} of {capacity} in use, {waiting} waiting")
-        self._say("figures", pool_text(overview))
-        said = [*summary(overview), slots_text(overview)]
-        if server is not None:
-            said.append(str(server))
-        if not overview.scrapers:
-            said.insert(0, "no scrapers")
+        self._say("figures", texts.pool_text(overview))
+        said = [] if overview.scrapers else ["no scrapers"]
+        said += texts.summary(overview)
+        if self.picture.server is not None:
+            said.append(str(self.picture.server))
         self._say("said", "\n".join(said))
         self._show_table(overview)
 
@@ -268,7 +237,7 @@ class Monitor(App[None]):
     def _cells(self, row: ScraperRow, capacity: int) -> dict[str, Any]:
         """Return the cells of a scraper by their headings."""
         cells: dict[str, Any] = {}
-        for column in COLUMNS:
+        for column in texts.COLUMNS:
             justify: Any = "right" if column.is_number else "left"
             cells[column.heading] = Text(column.text(row), justify=justify)
         cells["status"].stylize(_STATUS.get(row.status, ""))
@@ -282,7 +251,8 @@ class Monitor(App[None]):
             text = f"{active}/{seen.sessions}" if seen.sessions else "-"
             style = "yellow" if seen.idle_in_transaction else ""
             cells["server"] = Text(text, style, justify="right")
-        cells["history"] = _history(self.history[row.scraper], capacity)
+        samples = [look.get(row.scraper, 0) for look in self.history]
+        cells["history"] = _blocks(samples, capacity)
         cells["processes"] = cells.pop("processes")  # the last one
         return cells
 
@@ -290,13 +260,15 @@ class Monitor(App[None]):
         """Show what is wrong: first with the looks, then what they have found."""
         overview, server = self.picture.overview, self.picture.server
         trouble = self.picture.trouble_at(now)
-        found = [*server.warnings] if server is not None else []
-        found += overview.warnings if overview is not None else ()
+        found = []
         if self._answer is not None and now - self._asked_at >= _SLOW:
-            found.insert(0, f"no answer for {seconds_text(int(now - self._asked_at))}")
+            silent = texts.seconds_text(int(now - self._asked_at))
+            found.append(f"no answer for {silent}")
         if overview is None and trouble is None:
             found.append(f"looking at {self._ledger} ...")
-        lines = [Text(f"! {printable(text)}", "yellow") for text in found]
+        found += server.warnings if server is not None else ()
+        found += overview.warnings if overview is not None else ()
+        lines = [Text(f"! {texts.printable(text)}", "yellow") for text in found]
         if trouble is not None:
             lines.insert(0, Text(f"! {trouble}", "bold red"))
         text = Text("\n").join(lines)
@@ -305,7 +277,7 @@ class Monitor(App[None]):
             self._say("troubles", text)
 
 
-def _history(samples: Iterable[int], capacity: int) -> Sparkline[int]:
+def _blocks(samples: list[int], capacity: int) -> Sparkline[int]:
     """Return the samples as blocks, each for the highest of some of them.
 
     The scale of a Sparkline is the range of its data. Here it is to be the capacity, so
@@ -315,6 +287,5 @@ def _history(samples: Iterable[int], capacity: int) -> Sparkline[int]:
     # Rounded up: one connection is seen.
     levels = [-(-sample * top // capacity) for sample in samples]
     levels += [0] * _PER_CELL + [top] * _PER_CELL
-    cyan = Color.parse("cyan")
-    width = len(levels) // _PER_CELL
+    width, cyan = len(levels) // _PER_CELL, Color.parse("cyan")
     return Sparkline(levels, width=width, min_color=cyan, max_color=cyan)

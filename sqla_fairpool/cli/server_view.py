@@ -101,15 +101,9 @@ class ServerFigures:
         """Return everything as dicts, lists and numbers, ready for JSON."""
         if self.error is not None:
             return {"error": self.error}
-        return {
-            **asdict(self.total),
-            "members": {str(key): asdict(one) for key, one in self.members.items()},
-            "scrapers": {key: asdict(one) for key, one in self.scrapers.items()},
-            "control": self.control,
-            "others": self.others,
-            "max_connections": self.max_connections,
-            "warnings": list(self.warnings),
-        }
+        figures = asdict(self)
+        del figures["error"]
+        return {**figures.pop("total"), **figures}
 
     def __str__(self) -> str:
         if self.error is not None:

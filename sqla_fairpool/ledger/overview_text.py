@@ -21,7 +21,6 @@ __all__ = [
     "pool_text",
     "printable",
     "seconds_text",
-    "slots_text",
     "summary",
     "time_text",
 ]
@@ -97,23 +96,19 @@ def pool_text(overview: Overview) -> str:
 
 
 def summary(overview: Overview) -> list[str]:
-    """Return, in two lines, by which rule the connections are divided, and how well."""
+    """Return how the connections are divided, how well, and what the ledger says."""
     jain = "-" if overview.jain is None else f"{overview.jain:.2f}"
-    return [
+    found = [
         f"Allocation: {printable(overview.strategy)}",
         f"Efficiency: {overview.active_scrapers} active, "
         f"{overview.average:.1f} connections each, "
         f"{percent(overview.utilization)} utilization, Jain index {jain}",
     ]
-
-
-def slots_text(overview: Overview) -> str:
-    """Return what the ledger says of its slots."""
-    owned = sum(process.slots for process in overview.processes)
-    return (
-        f"ledger: {owned} of {overview.limits.capacity} slots owned, "
-        f"{overview.checked_out} in use"
-    )
+    if overview.ledger is not None:
+        owned = sum(process.slots for process in overview.processes)
+        capacity, used = overview.limits.capacity, overview.checked_out
+        found.append(f"ledger: {owned} of {capacity} slots owned, {used} in use")
+    return found
 
 
 # -- the table -------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +13,6 @@ from support.threads import eventually
 
 from sqla_fairpool.cli.budget import Room
 from sqla_fairpool.cli.server_view import (
-    ServerFigures,
     ServerView,
     Sessions,
     count,
@@ -87,6 +88,11 @@ def test_sessions_are_counted_by_member_and_by_scraper():
         "server: 6 sessions of members, 1 active, 2 idle in transaction; 2 others; "
         "max_connections 100"
     )
+    document = json.loads(json.dumps(figures.as_dict()))
+    assert document["members"]["9"]["sessions"] == 1
+    assert document["scrapers"]["a"]["oldest_transaction"] == 0.5
+    assert (document["sessions"], document["others"]) == (6, 2)
+    assert "error" not in document
 
 
 def test_a_long_tag_is_known_by_what_the_server_keeps_of_it():
@@ -132,27 +138,19 @@ def test_members_that_are_not_here():
     assert not counted([], nobody).is_elsewhere
 
 
-def test_another_backend_is_told():
-    figures = ServerView(make_url("mysql://u:s3cret@h/d")).look(overview(), {})
-    assert str(figures) == (
-        "server: that of mysql cannot be asked, this needs PostgreSQL"
-    )
-    assert figures.as_dict() == {"error": figures.error}
-
-
 def test_a_server_that_is_away_is_told_without_a_password():
     view = ServerView(make_url("postgresql://u:s3cret@localhost:1/d"))
     figures = view.look(overview(), {})
     assert figures.error.startswith("cannot be asked: ")
     assert "\n" not in figures.error and "s3cret" not in figures.error
+    assert figures.as_dict() == {"error": figures.error}
     view.close()
 
 
 @pytest.fixture
 def view(postgres_url):
-    view = ServerView(make_url(postgres_url))
-    yield view
-    view.close()
+    with closing(ServerView(make_url(postgres_url))) as view:
+        yield view
 
 
 @pytest.fixture
@@ -214,63 +212,36 @@ def test_sessions_of_a_server(view, engine, posted):
     elsewhere.dispose()
 
 
-@pytest.mark.postgres
-def test_one_connection_is_kept(view, engine):
-    query = text(
-        "select pid from pg_stat_activity "
-        "where application_name = 'sqla_fairpool monitor'"
-    )
-    with engine.connect() as connection:
-        view.look(overview(), {})
-        (before,) = connection.scalars(query).all()
-        connection.rollback()
-        view.look(overview(), {})
-        assert connection.scalars(query).all() == [before]
-        connection.rollback()
-        view.close()
-        # A server's process ends a moment after the client has gone.
-        eventually(lambda: not _again(connection, query), "the session's end")
-
-
-def _again(connection, query):
-    found = connection.scalars(query).all()
-    connection.rollback()
-    return found
+_OURS = "from pg_stat_activity where application_name = 'sqla_fairpool monitor'"
 
 
 @pytest.mark.postgres
-def test_a_connection_that_was_cut_is_made_again(view, engine):
+def test_one_connection_is_kept_and_made_again_when_it_was_cut(view, engine):
+    def pids():
+        with engine.connect() as connection:
+            return connection.scalars(text(f"select pid {_OURS}")).all()
+
     view.look(overview(), {})
+    (before,) = pids()
+    view.look(overview(), {})
+    assert pids() == [before]
     with engine.connect() as connection:
-        connection.execute(
-            text(
-                "select pg_terminate_backend(pid, 10000) from pg_stat_activity "
-                "where application_name = 'sqla_fairpool monitor'"
-            )
-        )
+        connection.execute(text(f"select pg_terminate_backend(pid, 10000) {_OURS}"))
     figures = view.look(overview(), {})
     assert figures.error.startswith("cannot be asked: ")
     assert view.look(overview(), {}).error is None
+    view.close()
+    # A server's process ends a moment after the client has gone.
+    eventually(lambda: not pids(), "the session's end")
 
 
 @pytest.mark.postgres
 def test_a_role_that_may_not_see_the_others(postgres_url, engine, posted):
     with engine.begin() as connection:
         connection.execute(text("create role onlooker login"))
-    view = ServerView(make_url(postgres_url).set(username="onlooker"))
-    try:
-        with marked(engine, posted, 2, "b"):
-            figures = view.look(of_two_tags(), posted)
-        assert figures.scrapers["b"] == Sessions(1, 0, 0, hidden=1)
-    finally:
-        view.close()
-        with engine.begin() as connection:
-            connection.execute(text("drop role onlooker"))
-
-
-def test_figures_are_ready_for_json():
-    figures = ServerFigures(Sessions(1), {3: Sessions(1)}, {"a": Sessions(1)})
-    row = figures.as_dict()
-    assert row["sessions"] == 1
-    assert row["members"]["3"]["sessions"] == row["scrapers"]["a"]["sessions"] == 1
-    assert "error" not in row
+    url = make_url(postgres_url).set(username="onlooker")
+    with closing(ServerView(url)) as view, marked(engine, posted, 2, "b"):
+        figures = view.look(of_two_tags(), posted)
+    with engine.begin() as connection:
+        connection.execute(text("drop role onlooker"))
+    assert figures.scrapers["b"] == Sessions(1, 0, 0, hidden=1)

@@ -83,6 +83,7 @@ def test_blocks():
         "layer3    active            2     10      5        3     41 s  0.9 s  1003",
         "Allocation: 2 active: equal shares, at most 10 each",
         "Efficiency: 2 active, 2.0 connections each, 30 % utilization, Jain index 0.94",
+        "ledger: 6 of 20 slots owned, 6 in use",
         "Warning: layer1_5 holds a connection for 125 s",
     ]
 
