@@ -129,10 +129,15 @@ class Monitor(App[None]):
             status = EXIT_OK if signum == signal.SIGINT else EXIT_SIGNAL + signum
             loop.call_soon_threadsafe(lambda: self.exit(return_code=status))
 
+        outer = {}
         if sys.platform != "win32":
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                signal.signal(signum, end)
-        await self.run_async()
+            signums = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+            outer = {signum: signal.signal(signum, end) for signum in signums}
+        try:
+            await self.run_async()
+        finally:
+            for signum, handler in outer.items():
+                signal.signal(signum, handler)
 
     def compose(self) -> ComposeResult:
         """Return the widgets, from top to bottom."""
@@ -145,7 +150,7 @@ class Monitor(App[None]):
         yield Static(id="figures")
         yield DataTable(cursor_type="none", fixed_columns=1)
         yield Static(id="said", markup=False)
-        with VerticalScroll(id="warnings", can_focus=False):
+        with VerticalScroll(id="warnings"):
             yield Static(id="troubles")
         yield Footer()
 
