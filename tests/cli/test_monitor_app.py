@@ -176,6 +176,8 @@ def test_warnings_leave_room_for_the_table_and_are_scrolled():
         assert "! the server warns" in " ".join(lines)
         warnings = app.query_one(VerticalScroll)
         assert warnings.max_scroll_y > 40
+        await pilot.press("tab")  # from now on the arrows are for them
+        assert app.focused is warnings
         warnings.scroll_end(animate=False)
         await pilot.pause()
         assert any("! layer1_5 holds" in line for line in shown(app))
