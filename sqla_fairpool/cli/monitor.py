@@ -1,34 +1,32 @@
-"""``sqla-fairpool monitor`` and ``stats``: who has the connections, at a glance."""
+"""``sqla-fairpool monitor`` and ``stats``: who has the connections, at a glance.
+
+The whole screen is in :mod:`.monitor_app`, which needs Textual. Plain text and JSON are
+here, and need nothing.
+"""
 
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import math
+import os
 import shutil
-import signal
 import sys
 import time
+from concurrent.futures import wait
 from importlib.util import find_spec
 from typing import Any
 
-from ..ledger.overview_text import lines, printable, slots_text, wrapped
+from ..ledger.overview_text import lines, printable
 from .common import EXIT_OK, CommandError
-from .errand import Errand
-from .interrupts import Interrupted, Interrupts
-from .monitor_board import Board
-from .monitor_live import Live
-from .server_view import server_text
-from .terminal import Keys, Terminal, is_terminal
-from .watching import Picture, Watch, find_place
+from .poller import Picture, Poller, make_poller
 
 __all__ = ["add_command"]
 
 #: Seconds from one look to the next.
 _INTERVAL = 5.0
 
-#: Seconds after which a wait for an answer hears of signals, on every system.
+#: Seconds after which a wait for an answer handles signals, on every system.
 _TICK = 0.2
 
 _EPILOG = """\
@@ -39,7 +37,7 @@ examples:
   watch sqla-fairpool monitor --once
   sqla-fairpool monitor 60 --json >> pool.jsonl
 
-keys: q quit, p pause, s sort, + and - interval
+keys: q quit, p pause, s sort, + and - interval, arrows scroll
 
 The environment's FAIRPOOL_LEDGER and DATABASE_URL stand in for --ledger and --url.
 Without any of them, and with one ledger on this host, that one is shown.
@@ -51,7 +49,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "monitor",
         help="watch who has the connections, on the whole screen",
-        description="Watch who has the connections of a budget that processes share. "
+        description="Poller who has the connections of a budget that processes share. "
         "On a terminal on the whole screen, else as plain text.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,31 +63,27 @@ def add_command(commands: Any) -> None:
         help="from one look to the next (default: %(default)g)",
     )
     parser.add_argument("--once", action="store_true", help="look once, as plain text")
-    _add_arguments(parser)
-    parser.set_defaults(run=run)
     stats = commands.add_parser(
         "stats",
         help="tell once who has the connections",
         description="Tell once who has the connections, as monitor --once does.",
     )
-    _add_arguments(stats)
-    stats.set_defaults(run=run, once=True, seconds=_INTERVAL)
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="for programs: one JSON document per look, on a line if there are more",
-    )
-    parser.add_argument(
-        "--ledger", help="default: the environment's FAIRPOOL_LEDGER, or host"
-    )
-    parser.add_argument(
-        "--url",
-        help="the database of the pools; a PostgreSQL is asked what it sees "
-        "(default: the environment's DATABASE_URL)",
-    )
+    stats.set_defaults(once=True, seconds=_INTERVAL)
+    for command in (parser, stats):
+        command.set_defaults(run=run)
+        command.add_argument(
+            "--json",
+            action="store_true",
+            help="for programs: one JSON document per look, each on a line if not once",
+        )
+        command.add_argument(
+            "--ledger", help="default: the environment's FAIRPOOL_LEDGER, or host"
+        )
+        command.add_argument(
+            "--url",
+            help="the database of the pools; a PostgreSQL is asked what it sees "
+            "(default: the environment's DATABASE_URL)",
+        )
 
 
 def _seconds(value: str) -> float:
@@ -108,110 +102,74 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the monitor, return the exit status.
 
     :raises CommandError: if there is nothing to watch.
-    :raises KeyboardInterrupt: after a signal; Ctrl-C just ends the live view.
     """
-    is_live = not (arguments.once or arguments.json) and is_terminal(sys.stdout)
-    # Names may have characters that the terminal's encoding has not.
+    is_live = not (arguments.once or arguments.json) and _has_terminal()
+    if is_live and find_spec("textual") is None:
+        raise CommandError(
+            "textual not installed: pip install 'sqla-fairpool[monitor]'"
+        )
+    # A name may have characters that the output's encoding has not.
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace" if is_live else "backslashreplace")
-    if is_live and find_spec("rich") is None:
-        raise CommandError("rich not installed: pip install 'sqla-fairpool[monitor]'")
-    place = find_place(arguments)
-    watch = Watch(place, time.monotonic)
-    looker = Errand(watch.look, watch.close)
+        sys.stdout.reconfigure(errors="backslashreplace")
+    poller = make_poller(arguments)
     try:
         if is_live:
-            return _live(looker, Board(arguments.seconds, place.name))
-        if arguments.once:
-            return _once(looker, arguments.json)
-        return _repeat(looker, arguments.json, arguments.seconds)
+            from .monitor_app import Monitor  # the import takes half a second
+
+            app = Monitor(poller.start, arguments.seconds, poller.name)
+            return app.run_until_quit()
+        return _print(poller, arguments.seconds, arguments.once, arguments.json)
     finally:
-        looker.close()
+        poller.close()
 
 
-# -- on the whole screen ---------------------------------------------------------------
+def _has_terminal() -> bool:
+    """Tell if there is a terminal to draw on and to read keys from.
 
-
-class _Heard(Keys):
-    """Keys. A signal is raised while they are read, never while a picture is drawn."""
-
-    def __init__(self, keys: Keys, interrupts: Interrupts) -> None:
-        self._keys = keys
-        self._interrupts = interrupts
-
-    def read(self, seconds: float) -> str:
-        with self._interrupts.raising():
-            return self._keys.read(seconds)
-
-    def suspend(self) -> None:
-        self._keys.suspend()
-
-
-def _live(looker: Errand[Picture], board: Board) -> int:
-    from .monitor_view import Screen
-
-    try:
-        with Interrupts() as interrupts, Terminal() as terminal, Screen() as screen:
-            keys = _Heard(terminal, interrupts)
-            Live(board, looker, keys, screen, time.monotonic).run()
-    except Interrupted as interrupted:
-        if interrupted.signum != signal.SIGINT:
-            raise
-    except OSError as error:
-        if error.errno != errno.EIO:
-            raise
-        raise CommandError("the terminal is gone") from None
-    return EXIT_OK
+    Textual draws on standard error.
+    """
+    streams = (sys.stdin, sys.stdout, sys.stderr)
+    return os.environ.get("TERM") not in ("dumb", "unknown") and all(
+        stream is not None and stream.isatty() for stream in streams
+    )
 
 
 # -- as text ---------------------------------------------------------------------------
 
 
-def _once(looker: Errand[Picture], as_json: bool) -> int:
-    picture = _wait(looker)
-    if picture.overview is None:
-        raise CommandError(picture.trouble or "nothing to be seen")
-    print(_document(picture, indent=1) if as_json else _block(picture))
-    return EXIT_OK
-
-
-def _repeat(looker: Errand[Picture], as_json: bool, interval: float) -> int:
-    with Interrupts() as interrupts, interrupts.raising():
-        between = ""
-        while True:
-            due = time.monotonic() + interval
-            picture = _wait(looker)
-            if as_json:
-                print(_document(picture), flush=True)
-            else:
-                print(f"{between}{_block(picture)}", flush=True)
-                between = "\n"
-            time.sleep(max(due - time.monotonic(), 0.0))
-
-
-def _wait(looker: Errand[Picture]) -> Picture:
-    looker.ask()
+def _print(poller: Poller, interval: float, is_once: bool, as_json: bool) -> int:
+    """Print what is seen, once or until a signal."""
     while True:
-        picture = looker.poll(_TICK)
-        if picture is not None:
-            return picture
+        due = time.monotonic() + interval
+        answer = poller.start()
+        while not answer.done():
+            wait([answer], _TICK)
+        picture = answer.result()
+        if is_once and picture.overview is None:
+            raise CommandError(picture.trouble or "nothing to be seen")
+        if as_json:
+            print(_document(picture, indent=1 if is_once else None), flush=True)
+        else:
+            print(_block(picture), end="\n" if is_once else "\n\n", flush=True)
+        if is_once:
+            return EXIT_OK
+        time.sleep(max(due - time.monotonic(), 0.0))
 
 
 def _block(picture: Picture) -> str:
     trouble = picture.trouble_at(time.monotonic())
     if trouble is not None or picture.overview is None:
-        # Nothing old: in a log it would be taken for new.
-        taken = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        return f"{taken}  {trouble}"
+        # No old figures: in a log they would be taken for new ones.
+        return f"{time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}  {trouble}"
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    more = [slots_text(picture.overview)]
+    found = lines(picture.overview, width)
     if picture.server is not None:
-        more.append(server_text(picture.server))
-        more += [f"Warning: {printable(text)}" for text in picture.server.warnings]
-    return "\n".join([*lines(picture.overview, width), *wrapped(more, width)])
+        found.append(str(picture.server))
+        found += [f"Warning: {printable(text)}" for text in picture.server.warnings]
+    return "\n".join(found)
 
 
-def _document(picture: Picture, indent: int | None = None) -> str:
+def _document(picture: Picture, indent: int | None) -> str:
     if picture.trouble is not None or picture.overview is None:
         taken = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         document: dict[str, Any] = {"taken_at": taken, "error": picture.trouble}
@@ -219,5 +177,5 @@ def _document(picture: Picture, indent: int | None = None) -> str:
         document = picture.overview.as_dict()
         if picture.server is not None:
             document["server"] = picture.server.as_dict()
-    # The one control character that JSON lets stand as it is.
+    # DEL is the one control character that json leaves as it is.
     return json.dumps(document, indent=indent).replace("\x7f", "\\u007f")

@@ -1,14 +1,15 @@
-"""What PostgreSQL itself says of those who share a ledger.
+"""What PostgreSQL itself says of the processes that share a ledger.
 
-Asked over one connection beside the budget, which is kept from one look to the next.
+It is asked over one connection beside the budget, which stays open between two looks.
+Counting is apart from asking: :func:`count` needs no server.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from sqlalchemy import exc, text
 from sqlalchemy.engine import URL, Connection
@@ -19,10 +20,10 @@ from ..ledger.rows import Session
 from .budget import Room, ask_room, connected
 from .common import CommandError, hide_passwords
 
-__all__ = ["ServerFigures", "ServerView", "Sessions", "count", "server_text"]
+__all__ = ["ServerFigures", "ServerView", "Sessions", "count"]
 
-#: The monitor's session. Ours all begin like the second: ledgers' control connections,
-#: and those of other commands.
+#: The name of the monitor's own session, and how the names of all our sessions that are
+#: no pool's begin: those of ledgers and of commands.
 _NAME, _OURS = "sqla_fairpool monitor", "sqla_fairpool"
 
 #: Seconds in a transaction without a statement that are worth a warning.
@@ -31,11 +32,11 @@ LONG_IDLE = 60.0
 #: Bytes that PostgreSQL keeps of an application_name.
 _NAME_BYTES = 63
 
-# A server that is busy must not keep the monitor for long.
-_PATIENCE = text("SET statement_timeout = '5s'")
+# A busy server must not hold up the monitor for long.
+_STATEMENT_TIMEOUT = text("SET statement_timeout = '5s'")
 
-# What a role may not see of others' sessions is NULL: state, times and the backend's
-# type.
+# Of the sessions of other roles, state, times and the backend's type may be hidden;
+# they are NULL then.
 _SESSIONS = text("""
     SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint AS began,
         datname = current_database() AS is_here, application_name, state,
@@ -47,41 +48,35 @@ _SESSIONS = text("""
 """)
 
 
-class _Row(NamedTuple):
-    """A session, as the server sees it, and whose it is."""
-
-    application_name: str | None
-    state: str | None
-    transaction_age: float | None
-    state_age: float | None
-    #: None for nobody's.
-    member: int | None
-
-
 @dataclass(frozen=True, slots=True)
 class Sessions:
-    """Sessions of one kind, as the server sees them."""
+    """Figures of the sessions of one member, of one scraper, or of all members."""
 
     sessions: int = 0
     active: int = 0
     idle_in_transaction: int = 0
-    #: Of another role, whose state the monitor's may not see.
+    #: Sessions whose state the monitor's role may not see.
     hidden: int = 0
-    #: Seconds since the oldest open transaction of them began.
+    #: Seconds since the oldest transaction began.
     oldest_transaction: float | None = None
-    #: Seconds since the last statement of the one that idles longest in a transaction.
-    longest_idle: float | None = None
+    #: Seconds since the last statement of the session that has been idle in its
+    #: transaction for longest.
+    longest_idle_in_transaction: float | None = None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures, ready for JSON."""
-        return {
-            "sessions": self.sessions,
-            "active": self.active,
-            "idle_in_transaction": self.idle_in_transaction,
-            "hidden": self.hidden,
-            "oldest_transaction": self.oldest_transaction,
-            "longest_idle_in_transaction": self.longest_idle,
-        }
+    @classmethod
+    def of(cls, rows: Sequence[Any]) -> Sessions:
+        """Count the server's rows."""
+        idle = [r for r in rows if (r.state or "").startswith("idle in transaction")]
+        ages = [r.transaction_age for r in rows if r.transaction_age is not None]
+        idle_ages = [r.state_age for r in idle if r.state_age is not None]
+        return cls(
+            sessions=len(rows),
+            active=sum(row.state == "active" for row in rows),
+            hidden=sum(row.state is None for row in rows),
+            idle_in_transaction=len(idle),
+            oldest_transaction=max(ages, default=None),
+            longest_idle_in_transaction=max(idle_ages, default=None),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +87,11 @@ class ServerFigures:
     total: Sessions = Sessions()
     members: Mapping[int, Sessions] = field(default_factory=dict)
     scrapers: Mapping[str, Sessions] = field(default_factory=dict)
-    #: Client sessions of the database that are no member's: ours, and all others.
+    #: Other client sessions of the database: ours, and all others.
     control: int = 0
     others: int = 0
-    #: The server's, None if it could not be asked.
-    max_connections: int | None = None
-    #: There are members with connections, and none of them is seen here.
+    max_connections: int = 0
+    #: Members use connections, and none of those is on this server.
     is_elsewhere: bool = False
     warnings: tuple[str, ...] = ()
     #: Why there are no figures, None if there are.
@@ -107,43 +101,30 @@ class ServerFigures:
         """Return everything as dicts, lists and numbers, ready for JSON."""
         if self.error is not None:
             return {"error": self.error}
-        return {
-            **self.total.as_dict(),
-            "members": {str(k): v.as_dict() for k, v in self.members.items()},
-            "scrapers": {k: v.as_dict() for k, v in self.scrapers.items()},
-            "control": self.control,
-            "others": self.others,
-            "max_connections": self.max_connections,
-            "warnings": list(self.warnings),
-        }
+        figures = asdict(self)
+        del figures["error"]
+        return {**figures.pop("total"), **figures}
 
-
-def server_text(figures: ServerFigures) -> str:
-    """Return what the server says, on one line."""
-    if figures.error is not None:
-        return f"server: {printable(figures.error)}"
-    parts = []
-    if figures.is_elsewhere:
-        parts.append("no sessions of the ledger's members here")
-    else:
-        total = figures.total
-        parts.append(
-            f"{total.sessions} sessions of members, {total.active} active, "
-            f"{total.idle_in_transaction} idle in transaction"
+    def __str__(self) -> str:
+        if self.error is not None:
+            return f"server: {printable(self.error)}"
+        total = self.total
+        text = (
+            f"server: {total.sessions} sessions of members, {total.active} active, "
+            f"{total.idle_in_transaction} idle in transaction; "
         )
+        if self.is_elsewhere:
+            text = "server: no sessions of the ledger's members here; "
         if total.hidden:
-            parts.append(f"{total.hidden} of another role, whose state is hidden")
-    parts.append(f"{figures.others} others")
-    if figures.max_connections is not None:
-        parts.append(f"max_connections {figures.max_connections}")
-    return f"server: {'; '.join(parts)}"
+            text += f"{total.hidden} of another role, whose state is hidden; "
+        return f"{text}{self.others} others; max_connections {self.max_connections}"
 
 
 class ServerView:
     """Asks a server about the members of a ledger.
 
-    :param url: the pools' database. Members' sessions are seen in each of the server,
-      those of others in this one.
+    :param url: the pools' database. Members' sessions are seen in all databases of the
+      server, other sessions in this database only.
     """
 
     def __init__(self, url: URL) -> None:
@@ -154,160 +135,114 @@ class ServerView:
     def look(
         self, overview: Overview, sessions: Mapping[Session, int]
     ) -> ServerFigures:
-        """Return the figures of this moment. What goes wrong is in them.
+        """Return the figures of this moment, or in them what went wrong.
 
         :param sessions: those that members have posted, and the members' numbers.
         """
-        if self._url.get_backend_name() != "postgresql":
-            return ServerFigures(
-                error=f"that of {self._url.get_backend_name()} cannot be asked, this "
-                "needs PostgreSQL"
-            )
+        backend = self._url.get_backend_name()
+        if backend != "postgresql":
+            error = f"that of {backend} cannot be asked, this needs PostgreSQL"
+            return ServerFigures(error=error)
         try:
             connection = self._connect()
             found = connection.execute(_SESSIONS).all()
             room = ask_room(connection)
         except (exc.SQLAlchemyError, CommandError) as error:
             self.close()
-            return ServerFigures(error=f"cannot be asked: {_words(error)}")
-        return count(_by_member(found, sessions), overview, room)
+            words = " ".join(str(getattr(error, "orig", None) or error).split())
+            return ServerFigures(error=f"cannot be asked: {hide_passwords(words)}")
+        return count(found, sessions, overview, room)
 
     def _connect(self) -> Connection:
         if self._connection is None:
             connection = self._stack.enter_context(connected(self._url, _NAME))
-            connection.execute(_PATIENCE)
+            connection.execute(_STATEMENT_TIMEOUT)
             self._connection = connection
         return self._connection
 
     def close(self) -> None:
         """Close the connection. The next look opens another one."""
         self._connection = None
-        try:
+        with suppress(exc.SQLAlchemyError, CommandError):  # it may be broken
             self._stack.close()
-        except (exc.SQLAlchemyError, CommandError):
-            pass  # it was broken
 
 
-def _words(error: Exception) -> str:
-    words = str(getattr(error, "orig", None) or error)
-    return hide_passwords(" ".join(words.split()))
+def count(
+    rows: Iterable[Any],
+    sessions: Mapping[Session, int],
+    overview: Overview,
+    room: Room,
+) -> ServerFigures:
+    """Count the server's sessions by member and by scraper.
 
-
-# -- counting --------------------------------------------------------------------------
-
-
-def _by_member(found: Iterable[Any], sessions: Mapping[Session, int]) -> list[_Row]:
-    """Return the sessions with whose they are; of nobody's those in this database."""
-    posted = {session.pid: (session.began, n) for session, n in sessions.items()}
-    rows = []
-    for one in found:
-        began, number = posted.get(one.pid, (None, None))
-        if None not in (began, one.began) and began != one.began:
-            number = None  # the process's number was given again
-        if number is not None or one.is_here:
-            name, age = one.application_name, one.transaction_age
-            rows.append(_Row(name, one.state, age, one.state_age, number))
-    return rows
-
-
-def count(rows: Iterable[Any], overview: Overview, room: Room) -> ServerFigures:
-    """Count the server's rows, by member and by scraper.
-
-    :param rows: each as a :class:`_Row`.
+    :param rows: as the server returns them.
     """
-    tags = {p.number: p.tags for p in overview.processes if p.number is not None}
+    posted = {session.pid: (session.began, n) for session, n in sessions.items()}
+    tags = {process.number: process.tags for process in overview.processes}
     members: dict[int, list[Any]] = {}
     scrapers: dict[str, list[Any]] = {}
     control = others = 0
     for row in rows:
-        if row.member is None:
-            name = row.application_name or ""
+        name = row.application_name or ""
+        began, member = posted.get(row.pid, (None, None))
+        if None not in (began, row.began) and began != row.began:
+            member = None  # another process has the same pid now
+        if member is not None:
+            members.setdefault(member, []).append(row)
+            tag = _tag_of(name, tags.get(member, ()))
+            if tag is not None:
+                scrapers.setdefault(tag, []).append(row)
+        elif row.is_here:
             control += name.startswith(_OURS)
             others += not name.startswith(_OURS)
-            continue
-        members.setdefault(row.member, []).append(row)
-        tag = _whose(row.application_name or "", tags.get(row.member, ()))
-        if tag is not None:
-            scrapers.setdefault(tag, []).append(row)
-    total = _sum([row for found in members.values() for row in found])
-    by_scraper = {tag: _sum(scrapers[tag]) for tag in sorted(scrapers)}
-    # The sessions of the dead may well be gone.
-    living = [process for process in overview.processes if process.state != "dead"]
-    is_open = any(p.slots if p.open is None else p.open for p in living)
+    total = Sessions.of([row for found in members.values() for row in found])
+    by_scraper = {tag: Sessions.of(scrapers[tag]) for tag in sorted(scrapers)}
+    capacity = overview.limits.capacity
     return ServerFigures(
         total=total,
-        members={number: _sum(members[number]) for number in sorted(members)},
+        members={number: Sessions.of(members[number]) for number in sorted(members)},
         scrapers=by_scraper,
         control=control,
         others=others,
         max_connections=room.max_connections,
-        is_elsewhere=is_open and not members,
-        warnings=tuple(
-            _warnings(total, by_scraper, overview.limits.capacity, control, room)
+        is_elsewhere=overview.checked_out > 0 and not members,
+        warnings=(
+            *room.problems(capacity + control, capacity),
+            *_warnings(total, by_scraper, capacity),
         ),
     )
 
 
-def _whose(name: str, tags: Sequence[str]) -> str | None:
-    """Return whose a member's session is, None if that cannot be told.
+def _tag_of(name: str, tags: Sequence[str]) -> str | None:
+    """Return the tag of a member's session, None if that cannot be told.
 
-    With the option ``server_tag`` its name is the tag.
+    With the option ``server_tag`` the session's name is the tag. Characters that are
+    not ASCII are ``\\xc3`` there from PostgreSQL 16 on, and ``?`` before.
     """
     for tag in tags:
-        if name and name in _as_names(tag):
-            return tag
+        for form in ("\\x{:02x}", "?"):
+            known = "".join(
+                chr(byte) if 32 <= byte < 127 else form.format(byte)
+                for byte in tag.encode()
+            )
+            if name and name == known[:_NAME_BYTES]:
+                return tag
     return tags[0] if len(tags) == 1 else None
 
 
-def _as_names(tag: str) -> Iterator[str]:
-    """Yield a tag as the server has it as application_name, from version 16, before."""
-    for form in ("\\x{:02x}", "?"):
-        name = "".join(
-            chr(byte) if 32 <= byte < 127 else form.format(byte)
-            for byte in tag.encode()
-        )
-        yield name[:_NAME_BYTES]
-
-
-def _sum(rows: Sequence[Any]) -> Sessions:
-    idle = [row for row in rows if (row.state or "").startswith("idle in transaction")]
-    began = [row.transaction_age for row in rows if row.transaction_age is not None]
-    idles = [row.state_age for row in idle if row.state_age is not None]
-    return Sessions(
-        sessions=len(rows),
-        active=sum(row.state == "active" for row in rows),
-        hidden=sum(row.state is None for row in rows),
-        idle_in_transaction=len(idle),
-        oldest_transaction=max(began, default=None),
-        longest_idle=max(idles, default=None),
-    )
-
-
 def _warnings(
-    total: Sessions,
-    scrapers: Mapping[str, Sessions],
-    capacity: int,
-    control: int,
-    room: Room,
+    total: Sessions, scrapers: Mapping[str, Sessions], capacity: int
 ) -> Iterator[str]:
-    # Control connections are there as well, of whichever role.
-    yield from room.problems(capacity + control, capacity)
-    # Never more than slots, at any moment: a slot is taken before, and given after.
+    # A slot is taken before a connection is opened, and given back after it is closed.
     if total.sessions > capacity:
         yield (
             f"members have {total.sessions} sessions on the server, and there are "
             f"{capacity} slots: that is a bug, please report it"
         )
-    named = False
-    for scraper, sessions in scrapers.items():
-        if (sessions.longest_idle or 0) >= LONG_IDLE:
-            named = True
-            yield (
-                f"{scraper} has been idle in a transaction for "
-                f"{seconds_text(sessions.longest_idle)}"
-            )
-    if not named and (total.longest_idle or 0) >= LONG_IDLE:
-        yield (
-            "a session of a member has been idle in a transaction for "
-            f"{seconds_text(total.longest_idle)}"
-        )
+    named = {tag: one.longest_idle_in_transaction for tag, one in scrapers.items()}
+    idle = {tag: age for tag, age in named.items() if (age or 0.0) >= LONG_IDLE}
+    longest = total.longest_idle_in_transaction
+    if not idle and (longest or 0.0) >= LONG_IDLE:
+        idle = {"a session of a member": longest}
+    for who, age in idle.items():
+        yield f"{who} has been idle in a transaction for {seconds_text(age)}"

@@ -1,79 +1,62 @@
-"""An overview as plain text, and the phrases that every view of one is made of.
+"""An overview as plain text, and the phrases of which every view of one is made.
 
-Names of scrapers, programs and hosts come from elsewhere. Whatever leaves this file has
-been through :func:`printable`.
+Names of scrapers, programs and hosts come from outside. Every text that leaves this
+module has been through :func:`printable`, so that it cannot control a terminal.
 """
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from .overview import Overview, ScraperRow
 
 __all__ = [
-    "allocation_text",
-    "cells",
+    "COLUMNS",
+    "Column",
     "cut",
-    "efficiency_text",
     "lines",
-    "name_text",
     "percent",
     "pool_text",
     "printable",
     "seconds_text",
-    "slots_text",
+    "summary",
     "time_text",
-    "wrapped",
 ]
 
-#: Characters of the bar of utilization.
+#: Characters of the bar that shows the utilization.
 _BAR = 20
 
-#: A scraper's name is cut to no less than this many columns.
-_SHORTEST_NAME = 10
-
-#: Columns between two of the table's.
-_GAP = 2
+#: Columns of a name in the table.
+_LONGEST_NAME = 40
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
-
-_Cell = Callable[[ScraperRow], str]
 
 
 # -- phrases ---------------------------------------------------------------------------
 
 
 def printable(text: str) -> str:
-    r"""Return `text` with everything escaped that could do more than be seen.
+    r"""Return `text` with all characters escaped that are not just shown.
 
-    Control characters, line ends and what changes the direction of writing, as
-    ``str.isprintable`` has it: ``\x1b``, ``\n``, ``\u202e``.
+    These are control characters, line ends, and characters that change the direction
+    of writing (see ``str.isprintable``): ``\x1b``, ``\n``, ``\u202e``.
     """
-    if text.isprintable():
-        return text
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode()
         for char in text
     )
 
 
-def name_text(row: ScraperRow) -> str:
-    """Return whose row it is."""
-    # What a process sums up of very many scrapers has no name.
-    return printable(row.scraper) or "(others)"
-
-
 def seconds_text(seconds: float | None) -> str:
-    """Return a time for people: ``0.3 s``, ``41 s``, ``2 m 05 s``, ``3 h 07 m``.
+    """Return a duration: ``0.3 s``, ``41 s``, ``2 m 05 s``, ``3 h 07 m``, ``2 d 02 h``.
 
-    Without tenths if it is an integer.
+    :param seconds: an integer is shown without tenths.
     """
     if seconds is None:
         return "-"
-    if isinstance(seconds, int) and seconds < _MINUTE:
-        return f"{seconds} s"
-    if seconds < 9.95:
+    if isinstance(seconds, float) and seconds < 9.95:
         return f"{max(seconds, 0.0):.1f} s"
     whole = round(seconds)
     if whole < _MINUTE:
@@ -86,7 +69,7 @@ def seconds_text(seconds: float | None) -> str:
 
 
 def percent(part: float) -> str:
-    """Return a part of one in percent. 100 % is all, and 0 % nothing at all."""
+    """Return a part of one in percent. Only all is 100 %, and only nothing is 0 %."""
     whole = round(part * 100)
     if part > 0:
         whole = max(whole, 1)
@@ -102,7 +85,7 @@ def time_text(overview: Overview) -> str:
 
 
 def pool_text(overview: Overview) -> str:
-    """Return the figures of the global pool."""
+    """Return the figures of the budget as a whole."""
     limits = overview.limits
     return (
         f"total {limits.capacity}, in use {overview.checked_out}, "
@@ -112,64 +95,84 @@ def pool_text(overview: Overview) -> str:
     )
 
 
-def allocation_text(overview: Overview) -> str:
-    """Return the division in force."""
-    return f"Allocation: {printable(overview.strategy)}"
-
-
-def efficiency_text(overview: Overview) -> str:
-    """Return how well the connections are used, and how fairly."""
+def summary(overview: Overview) -> list[str]:
+    """Return how the connections are divided, how well, and what the ledger says."""
     jain = "-" if overview.jain is None else f"{overview.jain:.2f}"
-    return (
+    found = [
+        f"Allocation: {printable(overview.strategy)}",
         f"Efficiency: {overview.active_scrapers} active, "
         f"{overview.average:.1f} connections each, "
-        f"{percent(overview.utilization)} utilization, Jain index {jain}"
-    )
+        f"{percent(overview.utilization)} utilization, Jain index {jain}",
+    ]
+    if overview.ledger is not None:
+        owned = sum(process.slots for process in overview.processes)
+        capacity, used = overview.limits.capacity, overview.checked_out
+        found.append(f"ledger: {owned} of {capacity} slots owned, {used} in use")
+    return found
 
 
-def slots_text(overview: Overview) -> str:
-    """Return what the ledger says of its slots."""
-    owned = sum(process.slots for process in overview.processes)
-    return (
-        f"ledger: {owned} of {overview.limits.capacity} slots owned, "
-        f"{overview.checked_out} in use"
-    )
+# -- the table -------------------------------------------------------------------------
 
 
-# -- columns of a terminal -------------------------------------------------------------
+class Column(NamedTuple):
+    """A column of the table of scrapers, here and in the monitor."""
+
+    heading: str
+    text: Callable[[ScraperRow], str]
+    is_number: bool = True
+
+
+def _name(row: ScraperRow) -> str:
+    # A process with very many tags sums up the smallest of them under no name.
+    return cut(printable(row.scraper) or "(others)", _LONGEST_NAME)
+
+
+COLUMNS: Sequence[Column] = (
+    Column("scraper", _name, False),
+    Column("status", lambda row: printable(row.status), False),
+    Column("connections", lambda row: str(row.connections)),
+    Column("limit", lambda row: str(row.limit)),
+    Column("share", lambda row: str(row.fair_share)),
+    Column("waiting", lambda row: str(row.waiting)),
+    Column("longest", lambda row: seconds_text(row.longest_wait)),
+    Column("idle", lambda row: seconds_text(row.idle_seconds)),
+    Column("processes", lambda row: printable(" ".join(row.processes)) or "-", False),
+)
 
 
 def cells(text: str) -> int:
-    """Return how many columns a text takes: a wide character two, an accent none."""
-    if text.isascii():
-        return len(text)
-    return sum(map(_cells, text))
-
-
-def _cells(char: str) -> int:
-    if unicodedata.category(char) in ("Mn", "Me"):
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+    """Return how many terminal columns a text takes: two for a wide character."""
+    return sum(
+        2 if unicodedata.east_asian_width(char) in "WF" else 1
+        for char in text
+        if unicodedata.category(char) not in ("Mn", "Me")
+    )
 
 
 def cut(text: str, width: int) -> str:
-    """Return a text that takes no more than so many columns, with dots for the rest."""
+    """Return a text of at most `width` terminal columns, with dots for the rest."""
     if cells(text) <= width:
         return text
     dots = "..."[:width]
-    room = width - len(dots)
-    kept = []
-    for char in text:
-        room -= _cells(char)
-        if room < 0:
-            break
-        kept.append(char)
-    return "".join(kept) + dots
+    while cells(text) > width - len(dots):
+        text = text[:-1]
+    return text + dots
 
 
-def _padded(text: str, width: int, is_number: bool) -> str:
-    space = " " * (width - cells(text))
-    return space + text if is_number else text + space
+def _table(rows: Sequence[ScraperRow]) -> list[str]:
+    if not rows:
+        return ["no scrapers"]
+    table = [[column.heading for column in COLUMNS]]
+    table += [[column.text(row) for column in COLUMNS] for row in rows]
+    widths = [max(map(cells, texts)) for texts in zip(*table, strict=True)]
+    lines = []
+    for texts in table:
+        padded = []
+        for text, width, column in zip(texts, widths, COLUMNS, strict=True):
+            space = " " * (width - cells(text))
+            padded.append(space + text if column.is_number else text + space)
+        lines.append("  ".join(padded).rstrip())
+    return lines
 
 
 # -- the whole -------------------------------------------------------------------------
@@ -178,102 +181,20 @@ def _padded(text: str, width: int, is_number: bool) -> str:
 def lines(overview: Overview, width: int | None = None) -> list[str]:
     """Return the overview as lines of plain text, none of them empty.
 
-    :param width: most columns of a line; without it nothing is cut nor wrapped.
+    :param width: cut the lines of the table to so many columns of a terminal, which
+      wraps the sentences itself.
     """
-    before = [
-        f"{time_text(overview)}  {_ledger_text(overview)}".strip(),
+    where = "this process alone"
+    if overview.ledger is not None:
+        where = f"ledger {printable(overview.ledger)}"
+    full = min(round(overview.utilization * _BAR), _BAR)
+    bar = f"[{'#' * full}{'-' * (_BAR - full)}]"
+    table = _table(overview.scrapers)
+    return [
+        f"{time_text(overview)}  {where}".strip(),
         f"Pool: {pool_text(overview)}",
-        f"utilization {percent(overview.utilization)} {_bar(overview)}",
-    ]
-    after = [
-        allocation_text(overview),
-        efficiency_text(overview),
+        f"utilization {percent(overview.utilization)} {bar}",
+        *(table if width is None else (cut(line, width) for line in table)),
+        *summary(overview),
         *(f"Warning: {printable(warning)}" for warning in overview.warnings),
     ]
-    table = _table(overview.scrapers, width)
-    return [*wrapped(before, width), *table, *wrapped(after, width)]
-
-
-def wrapped(texts: Iterable[str], width: int | None) -> Iterator[str]:
-    """Yield texts in lines of no more than so many columns.
-
-    :param width: without it nothing is wrapped. Words that are too long are cut.
-    """
-    for text in texts:
-        if width is None or cells(text) <= width:
-            yield text
-            continue
-        line = ""
-        for word in text.split():
-            longer = f"{line} {word}" if line else cut(word, width)
-            if cells(longer) <= width:
-                line = longer
-            else:
-                yield line
-                line = cut(f"  {word}", width)
-        yield line
-
-
-def _ledger_text(overview: Overview) -> str:
-    if overview.ledger is None:
-        return "this process alone"
-    return f"ledger {printable(overview.ledger)}"
-
-
-def _bar(overview: Overview) -> str:
-    full = min(round(overview.utilization * _BAR), _BAR)
-    return f"[{'#' * full}{'-' * (_BAR - full)}]"
-
-
-#: Heading, text of a row, and if it is a number.
-_COLUMNS: Sequence[tuple[str, _Cell, bool]] = (
-    ("scraper", name_text, False),
-    ("status", lambda row: printable(row.status), False),
-    ("connections", lambda row: str(row.connections), True),
-    ("limit", lambda row: str(row.limit), True),
-    ("share", lambda row: str(row.fair_share), True),
-    ("waiting", lambda row: str(row.waiting), True),
-    ("longest", lambda row: seconds_text(row.longest_wait), True),
-    ("idle", lambda row: seconds_text(row.idle_seconds), True),
-    ("processes", lambda row: printable(" ".join(row.processes)) or "-", False),
-)
-
-
-def _table(rows: Sequence[ScraperRow], width: int | None) -> list[str]:
-    if not rows:
-        return [*wrapped(["no scrapers"], width)]
-    table = [[heading for heading, _, _ in _COLUMNS]]
-    table += [[text(row) for _, text, _ in _COLUMNS] for row in rows]
-    widths = [max(map(cells, column)) for column in zip(*table, strict=True)]
-    if width is not None:
-        widths = _fitting(widths, width)
-    return [
-        "  ".join(
-            _padded(cut(text, columns), columns, is_number)
-            # Columns that have no room are missing at the end.
-            for text, columns, (_, _, is_number) in zip(  # noqa: B905
-                row, widths, _COLUMNS
-            )
-        ).rstrip()
-        for row in table
-    ]
-
-
-def _fitting(widths: list[int], width: int) -> list[int]:
-    """Return the widths of the first columns, as many as there is room for.
-
-    The name gives way to the figures, the processes may be cut.
-    """
-    *figures, processes = widths
-    over = sum(figures) + _GAP * (len(figures) - 1) - width
-    if over > 0:
-        figures[0] = max(figures[0] - over, min(figures[0], _SHORTEST_NAME))
-    kept: list[int] = []
-    left = width + _GAP
-    for size in figures:
-        left -= size + _GAP
-        if left < 0:
-            return kept
-        kept.append(size)
-    last = min(processes, left - _GAP)
-    return [*kept, last] if last >= len(_COLUMNS[-1][0]) else kept

@@ -25,10 +25,9 @@ from support.stub import StubServer
 from support.threads import PATIENCE, VirtualClock
 
 from sqla_fairpool import FairQueuePool
-from sqla_fairpool.cli import main, watching
-from sqla_fairpool.cli.errand import Errand
+from sqla_fairpool.cli import main, monitor, poller
+from sqla_fairpool.cli.poller import Poller, in_background
 from sqla_fairpool.cli.server_view import ServerFigures, ServerView
-from sqla_fairpool.cli.watching import Place, Watch
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.store import StoreAway
@@ -52,13 +51,14 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def show(monkeypatch):
-    """Have the observer show these scenes; return it."""
+def show(monkeypatch, path):
+    """Have the inspector of the default ledger show these scenes; return it."""
 
     def show(*scenes):
-        observer = FakeInspector(*scenes)
-        monkeypatch.setattr(watching, "make_observer", lambda store: observer)
-        return observer
+        inspector = FakeInspector(*scenes)
+        monkeypatch.setattr(poller, "Inspector", lambda store: inspector)
+        monkeypatch.setenv("FAIRPOOL_LEDGER", path)
+        return inspector
 
     return show
 
@@ -69,7 +69,12 @@ def run(capsys, *args):
     return status, *capsys.readouterr()
 
 
-# -- arguments -------------------------------------------------------------------------
+def read(capsys, *args):
+    """Run ``stats --json``, return the document."""
+    return json.loads(run(capsys, "stats", "--json", *args)[1])
+
+
+# -- what is looked at -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "nan", "inf", "3601", "soon"])
@@ -80,93 +85,77 @@ def test_bad_seconds_are_a_usage_error(capsys, value):
     assert repr(value) in capsys.readouterr().err
 
 
-def test_nobody_has_used_a_ledger_yet(capsys):
-    status, out, err = run(capsys, "stats")
+@pytest.mark.parametrize(
+    ("variable", "value", "says"),
+    [
+        ("IDLE_TIMEOUT", "", "nobody has used a ledger here yet"),
+        ("IDLE_TIMEOUT", "soon", "IDLE_TIMEOUT='soon' is not allowed"),
+        ("FAIRPOOL_LEDGER", "nonsense", "FAIRPOOL_LEDGER='nonsense' is not allowed"),
+        ("FAIRPOOL_LEDGER", "none", "there is no ledger to look at"),
+        ("DATABASE_URL", "s3cret", r"DATABASE_URL='\.\.\.' is not allowed"),
+        # Its ledger is looked for; that it cannot be asked itself is not told.
+        (
+            "DATABASE_URL",
+            "mysql://u:s3cret@db/app",
+            r"there is no ledger at \S+/mysql-db-3306-app-\S+\.ledger: nobody",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", [["stats"], ["monitor", "--once"]])
+def test_what_cannot_be_looked_at(capsys, monkeypatch, command, variable, value, says):
+    monkeypatch.setenv(variable, value)
+    status, out, err = run(capsys, *command)
     assert (status, out) == (2, "")
-    assert "nobody has used a ledger here yet" in err
+    assert re.search(says, err) and "s3cret" not in err
 
 
-def test_the_only_ledger_is_meant(capsys, temp, show):
-    show(overview())
+@pytest.mark.parametrize(
+    "error", [StoreAway("db: no route"), LedgerError("the ledger x is empty")]
+)
+def test_there_is_nothing_to_show(capsys, show, error):
+    show(error)
+    status, out, err = run(capsys, "monitor", "--once")
+    assert (status, out) == (2, "")
+    assert str(error) in err
+
+
+def test_the_only_ledger_is_meant_or_the_only_one_in_use(capsys, temp):
     folder = temp / f"sqla-fairpool-{os.getuid()}"
     folder.mkdir(mode=0o700)
-    (folder / "one.ledger").touch()
-    assert run(capsys, "stats")[0] == 0
-    (folder / "two.ledger").touch()
+    for name in ("old", "older"):
+        (folder / f"{name}.ledger").touch()
     status, _, err = run(capsys, "stats")
     assert status == 2
-    assert f"there are 2 ledgers, {folder}/one.ledger, {folder}/two.ledger: " in err
-    assert "--ledger PATH" in err
-
-
-def test_the_only_ledger_in_use_is_meant(capsys, temp):
-    folder = temp / f"sqla-fairpool-{os.getuid()}"
-    folder.mkdir(mode=0o700)
-    (folder / "old.ledger").touch()
+    assert f"there are 2 ledgers, {folder}/old.ledger, {folder}/older.ledger: " in err
+    (folder / "older.ledger").unlink()
+    assert f"the ledger {folder}/old.ledger is empty" in run(capsys, "stats")[2]
     engine = StubServer().engine(ledger=str(folder / "used.ledger"))
     with engine.execution_options(scraper="a").connect():
         status, out, _ = run(capsys, "stats")
     assert status == 0
-    assert f"ledger {folder}/used.ledger\n" in out
-    assert "\na " in out
+    assert f"ledger {folder}/used.ledger\n" in out and "\na " in out
     engine.dispose()
     state.keeper(engine).close()
-
-
-def test_the_url_tells_which_ledger(capsys, monkeypatch):
-    # Of another backend, which cannot be asked, and nobody has asked for that.
-    monkeypatch.setenv("DATABASE_URL", "mysql://u:s3cret@db/app")
-    status, _, err = run(capsys, "monitor", "--once")
-    assert status == 2
-    assert re.search(r"there is no ledger at \S+/mysql-db-3306-app-\S+\.ledger: ", err)
-    assert "s3cret" not in err
-
-
-@pytest.mark.parametrize(
-    ("variable", "value", "says"),
-    [
-        ("IDLE_TIMEOUT", "soon", "IDLE_TIMEOUT='soon' is not allowed"),
-        ("FAIRPOOL_LEDGER", "nonsense", "FAIRPOOL_LEDGER='nonsense' is not allowed"),
-        ("FAIRPOOL_LEDGER", "none", "there is no ledger to look at"),
-        ("DATABASE_URL", "s3cret", "DATABASE_URL='...' is not allowed"),
-    ],
-)
-def test_a_bad_variable_is_named(capsys, monkeypatch, variable, value, says):
-    monkeypatch.setenv(variable, value)
-    status, _, err = run(capsys, "stats")
-    assert status == 2
-    assert says in err and "s3cret" not in err
-
-
-def test_without_rich_only_the_live_view_is_missing(capsys, monkeypatch, path, show):
-    show(overview())
-    monkeypatch.setitem(sys.modules, "rich", None)
-    assert run(capsys, "stats", "--ledger", path)[0] == 0
-    monkeypatch.setattr("sqla_fairpool.cli.monitor.is_terminal", lambda stream: True)
-    status, _, err = run(capsys, "monitor", "--ledger", path)
-    assert status == 2
-    assert "rich not installed: pip install 'sqla-fairpool[monitor]'" in err
 
 
 # -- once ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", [["stats"], ["monitor", "--once"]])
-def test_once_as_text(capsys, monkeypatch, path, show, command):
+def test_once_as_text(capsys, monkeypatch, show, command):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    observer = show(overview())
-    status, out, err = run(capsys, *command, "--ledger", path)
+    inspector = show(overview([*EVIL, "layer3"]))
+    status, out, err = run(capsys, *command)
     assert (status, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == "2026-11-25 09:40:45 UTC  ledger /run/app.ledger"
-    assert lines[-1] == "ledger: 6 of 20 slots owned, 6 in use"
-    assert "\x1b" not in out
-    assert observer.is_closed
+    assert all(line.isprintable() for line in lines)
+    assert inspector.closed
 
 
-def test_once_as_json(capsys, path, show):
+def test_once_as_json(capsys, show):
     show(overview(EVIL))
-    status, out, _ = run(capsys, "stats", "--json", "--ledger", path)
+    status, out, _ = run(capsys, "stats", "--json")
     document = json.loads(out)
     assert status == 0
     assert sorted(row["scraper"] for row in document["scrapers"]) == sorted(EVIL)
@@ -174,39 +163,30 @@ def test_once_as_json(capsys, path, show):
     assert all(char == "\n" or char.isprintable() for char in out)
 
 
-def test_names_can_do_nothing(capsys, path, show):
-    show(overview(EVIL))
-    _, out, _ = run(capsys, "stats", "--ledger", path)
-    assert all(line.isprintable() for line in out.splitlines())
-
-
-@pytest.mark.parametrize(
-    "error", [StoreAway("db: no route"), LedgerError("the ledger x is empty")]
-)
-def test_once_there_is_nothing_to_show(capsys, path, show, error):
-    show(error)
-    status, out, err = run(capsys, "monitor", "--once", "--ledger", path)
-    assert (status, out) == (2, "")
-    assert str(error) in err
-
-
-def test_a_url_of_another_backend_is_told(capsys, path, show):
+def test_without_textual_only_the_screen_is_missing(capsys, monkeypatch, show):
     show(overview())
-    url = "mysql://u:s3cret@h/d"
-    _, out, _ = run(capsys, "stats", "--ledger", path, "--url", url)
-    assert "server: that of mysql cannot be asked, this needs PostgreSQL" in out
-    _, out, _ = run(capsys, "stats", "--json", "--ledger", path, "--url", url)
-    assert "PostgreSQL" in json.loads(out)["server"]["error"]
+    monkeypatch.setitem(sys.modules, "textual", None)
+    assert run(capsys, "stats")[0] == 0
+    monkeypatch.setattr(monitor, "_has_terminal", lambda: True)
+    status, _, err = run(capsys, "monitor")
+    assert status == 2
+    assert "textual not installed: pip install 'sqla-fairpool[monitor]'" in err
+
+
+def test_a_url_of_another_backend_is_told(capsys, show):
+    show(overview())
+    args = ("--url", "mysql://u:s3cret@h/d")
+    error = "that of mysql cannot be asked, this needs PostgreSQL"
+    assert f"server: {error}\n" in run(capsys, "stats", *args)[1]
+    assert read(capsys, *args)["server"] == {"error": error}
 
 
 @pytest.mark.postgres
-def test_the_server_is_asked(capsys, path, show, monkeypatch, postgres_url):
+def test_the_server_is_asked(capsys, show, monkeypatch, postgres_url):
     show(overview())
     monkeypatch.setenv("DATABASE_URL", postgres_url)
-    _, out, _ = run(capsys, "stats", "--ledger", path)
-    assert "server: no sessions of the ledger's members here; " in out
-    _, out, _ = run(capsys, "stats", "--json", "--ledger", path)
-    assert json.loads(out)["server"]["sessions"] == 0
+    assert "server: no sessions of the ledger's members" in run(capsys, "stats")[1]
+    assert read(capsys)["server"]["sessions"] == 0
 
 
 @pytest.mark.postgres
@@ -214,20 +194,19 @@ def test_a_pool_is_seen_by_ledger_and_server(capsys, tmp_path, postgres_url):
     path = str(tmp_path / "real.ledger")
     engine = create_engine(postgres_url, poolclass=FairQueuePool, ledger=path)
     tagged = engine.execution_options(scraper="layer3")
-    args = ("stats", "--json", "--ledger", path, "--url", postgres_url)
     with tagged.connect(), tagged.connect() as second:
         second.execute(text("select 1"))
-        document = json.loads(run(capsys, *args)[1])
-        (row,) = document["scrapers"]
-        assert (row["scraper"], row["status"], row["connections"]) == (
-            "layer3",
-            "active",
-            2,
-        )
-        server = document["server"]
-        assert server["sessions"] == server["scrapers"]["layer3"]["sessions"] == 2
-        assert server["idle_in_transaction"] == 1
-        assert [warning for warning in server["warnings"] if "bug" in warning] == []
+        document = read(capsys, "--ledger", path, "--url", postgres_url)
+    (row,) = document["scrapers"]
+    assert (row["scraper"], row["status"], row["connections"]) == (
+        "layer3",
+        "active",
+        2,
+    )
+    server = document["server"]
+    assert server["sessions"] == server["scrapers"]["layer3"]["sessions"] == 2
+    assert server["idle_in_transaction"] == 1
+    assert [warning for warning in server["warnings"] if "bug" in warning] == []
     engine.dispose()
     state.keeper(engine).close()
 
@@ -236,169 +215,144 @@ def test_a_pool_is_seen_by_ledger_and_server(capsys, tmp_path, postgres_url):
 
 
 @pytest.fixture
-def watch(path):
-    """Make a watch on scenes; return it, its clock and its observers."""
+def make(path, show):
+    """Make a poller of scenes; return it, its clock and its inspector."""
 
-    def make(*scenes, path=path):
-        clock, observers = VirtualClock(), []
-        scenes = list(scenes)
-
-        def observe(store):
-            # One scene each: after an error there is a new one.
-            observer = FakeInspector(*scenes)
-            observer.scenes = scenes
-            observers.append(observer)
-            return observer
-
-        place = Place(path, path, None, None)
-        return Watch(place, clock, observe), clock, observers
+    def make(*scenes, path=path, server=None):
+        inspector, clock = show(*scenes), VirtualClock()
+        return Poller(HostStore(path), server, clock), clock, inspector
 
     return make
 
 
-def test_the_store_away_and_back(watch):
+def test_the_store_away_and_back(make):
     first, second = overview(["a"]), overview(["b"])
     away = StoreAway("db:  no\nroute to postgresql://u:s3cret@h/d")
-    watch, clock, observers = watch(first, away, away, second)
-    seen = watch.look()
+    damaged = LedgerError("the ledger \x1b[1m is damaged")
+    poller, clock, inspector = make(first, away, away, damaged, second)
+    seen = poller.look()
     assert (seen.overview, seen.trouble_at(clock())) == (first, None)
     clock.advance(7)
     for _ in range(2):
-        seen = watch.look()
+        seen = poller.look()
         assert seen.overview is first
     assert seen.trouble_at(clock() + 1) == (
         "the ledger is away: db: no route to postgresql://u:***@h/d, last seen 8 s ago"
     )
-    seen = watch.look()
+    assert poller.look().trouble == "the ledger \\x1b[1m is damaged"
+    assert inspector.closed == 3  # whatever was broken is opened anew
+    seen = poller.look()
     assert (seen.overview, seen.trouble) == (second, None)
-    # After an error everything is made anew.
-    assert [observer.is_closed for observer in observers] == [True, True, False]
-    watch.close()
-    assert observers[-1].is_closed
+    poller.close()
+    assert inspector.closed == 4
 
 
-def test_an_error_of_the_ledger_is_told_as_it_is(watch):
-    watch, clock, _ = watch(LedgerError("the ledger \x1b[1m is damaged"))
-    assert watch.look().trouble_at(clock()) == "the ledger \\x1b[1m is damaged"
-
-
-def test_a_ledger_that_nobody_has_used_yet_is_waited_for(watch, tmp_path):
+def test_a_ledger_that_nobody_has_used_yet_is_waited_for(make, tmp_path):
     path = tmp_path / "folder" / "app.ledger"
-    watch, clock, observers = watch(overview(), path=str(path))
-    assert watch.look().trouble_at(clock()) == (
+    poller, clock, inspector = make(overview(), path=str(path))
+    assert poller.look().trouble_at(clock()) == (
         f"there is no ledger at {path}: nobody has used it yet"
     )
-    assert not observers and not path.parent.exists()
-    store = HostStore(path)
-    store.open()
-    store.close()
-    assert watch.look().trouble is None
+    assert not inspector.looks and not path.parent.exists()
+    path.parent.mkdir()
+    path.touch()
+    assert poller.look().trouble is None
 
 
-def test_an_errand_runs_in_a_thread_of_its_own():
-    ended = []
-    errand = Errand(threading.get_ident, lambda: ended.append(threading.get_ident()))
-    assert errand.poll() is None
-    errand.ask()
-    there = errand.poll(PATIENCE)
-    assert there != threading.get_ident()
-    assert errand.poll() is None
-    errand.close()
-    assert ended == [there]
+def test_a_real_ledger_that_is_replaced_is_looked_at_again(tmp_path):
+    path = str(tmp_path / "app.ledger")
+    poller = Poller(HostStore(path), None)
+    for _ in range(2):
+        engine = StubServer().engine(ledger=path)
+        with engine.execution_options(scraper="a").connect():
+            assert poller.look().trouble is None
+        engine.dispose()
+        state.keeper(engine).close()
+        os.unlink(path)
+        assert "there is no ledger at " in poller.look().trouble
+    poller.close()
 
 
-def test_what_is_wrong_with_the_program_is_raised():
-    errand = Errand(lambda: 1 // 0, lambda: None)
-    errand.ask()
+def test_what_runs_in_the_background_returns_or_raises_in_front():
+    assert in_background(threading.get_ident).result(PATIENCE) != threading.get_ident()
     with pytest.raises(ZeroDivisionError):
-        errand.poll(PATIENCE)
-    errand.close()
+        in_background(lambda number: 1 // number, 0).result(PATIENCE)
 
 
-def test_a_server_that_hangs_does_not_hide_the_ledger(path, monkeypatch):
+def test_a_server_that_hangs_does_not_hide_the_ledger(make, monkeypatch):
     go_on = threading.Event()
     answer = ServerFigures(others=3)
-
-    def look(self, overview, sessions):
-        go_on.wait(PATIENCE)
-        return answer
-
-    monkeypatch.setattr(ServerView, "look", look)
-    monkeypatch.setattr(watching, "_PATIENCE", 0.01)
-    clock = VirtualClock()
+    monkeypatch.setattr(
+        ServerView, "look", lambda *args: go_on.wait(PATIENCE) and answer
+    )
+    monkeypatch.setattr(poller, "_PATIENCE", 0.01)
     view = overview()
-    place = Place(path, path, None, make_url("postgresql://h/d"))
-    watch = Watch(place, clock, lambda store: FakeInspector(view))
+    watch, clock, _ = make(view, server=make_url("postgresql://h/d"))
     watch.look()
     clock.advance(8)
     seen = watch.look()
     assert seen.overview is view and seen.trouble is None
     assert seen.server.error == "does not answer, for 8 s"
-    monkeypatch.setattr(watching, "_PATIENCE", PATIENCE)
+    monkeypatch.setattr(poller, "_PATIENCE", PATIENCE)
     go_on.set()
     assert watch.look().server is answer
     assert watch.look().server is answer
     watch.close()
 
 
+def test_a_look_that_hangs_does_not_hold_up_the_end(make):
+    go_on = threading.Event()
+    poller, _, inspector = make(overview())
+    inspector.look = lambda: go_on.wait(PATIENCE)
+    answer = poller.start()
+    poller.close()
+    assert not answer.done() and not inspector.closed
+    go_on.set()
+    answer.result(PATIENCE)
+
+
 class EnoughError(Exception):
     pass
 
 
-@pytest.fixture
-def rounds(monkeypatch):
-    """End the monitor after so many rounds, without sleeping; return the sleeps."""
+@pytest.mark.parametrize("as_json", [False, True])
+def test_again_and_again(capsys, show, monkeypatch, as_json):
+    slept = []
 
-    def limit(number):
-        slept = []
+    def sleep(seconds):
+        slept.append(seconds)
+        if len(slept) == 3:
+            raise EnoughError
 
-        def sleep(seconds):
-            slept.append(seconds)
-            if len(slept) == number:
-                raise EnoughError
-
-        monkeypatch.setattr("sqla_fairpool.cli.monitor.time.sleep", sleep)
-        return slept
-
-    return limit
-
-
-SCENES = (overview(), StoreAway("locked"), overview(["b"]))
-
-
-def test_text_again_and_again(capsys, path, show, rounds):
-    show(*SCENES)
-    slept = rounds(3)
+    show(overview(), StoreAway("locked"), overview(["b"]))
+    monkeypatch.setattr("sqla_fairpool.cli.monitor.time.sleep", sleep)
     with pytest.raises(EnoughError):
-        main(["monitor", "9", "--ledger", path])
-    blocks = capsys.readouterr().out.split("\n\n")
-    assert len(blocks) == 3
-    assert "layer1_5" in blocks[0]
-    assert re.fullmatch(
-        r"20\S+ \S+ UTC  the ledger is away: locked, last seen \d+ s ago", blocks[1]
-    )
-    assert "\nb " in blocks[2]
+        main(["monitor", "9", *["--json"] * as_json])
     assert all(0 <= seconds <= 9 for seconds in slept)
-
-
-def test_json_again_and_again(capsys, path, show, rounds):
-    show(*SCENES)
-    rounds(3)
-    with pytest.raises(EnoughError):
-        main(["monitor", "--json", "--ledger", path])
-    first, second, third = map(json.loads, capsys.readouterr().out.splitlines())
-    assert first["pool"]["capacity"] == 20
-    assert second["error"] == "the ledger is away: locked"
-    assert [row["scraper"] for row in third["scrapers"]] == ["b"]
+    out = capsys.readouterr().out
+    if as_json:
+        first, second, third = map(json.loads, out.splitlines())
+        assert first["pool"]["capacity"] == 20
+        assert second["error"] == "the ledger is away: locked"
+        assert [row["scraper"] for row in third["scrapers"]] == ["b"]
+    else:
+        first, second, third = out.rstrip().split("\n\n")
+        assert "layer1_5" in first
+        away = r"20\S+ \S+ UTC  the ledger is away: locked, last seen \d+ s ago"
+        assert re.fullmatch(away, second)
+        assert "\nb " in third
 
 
 # -- on a terminal ---------------------------------------------------------------------
+
+#: What a terminal is told when its other screen is to be shown, and left.
+SHOWN, LEFT = "\x1b[?1049h", "\x1b[?1049l"
 
 
 class Window:
     """A program on a pseudo-terminal of its own."""
 
-    def __init__(self, path, *args):
+    def __init__(self, path, *args, **environment):
         self.master, self.slave = pty.openpty()
         self.resize(24, 80)
         self.before = termios.tcgetattr(self.slave)
@@ -408,8 +362,8 @@ class Window:
             stdin=self.slave,
             stdout=self.slave,
             stderr=self.slave,
-            # They must not keep it from seeing a new size.
-            env={**os.environ, "COLUMNS": "80", "LINES": "24"},
+            # The size must not keep it from seeing a new one.
+            env={**os.environ, "COLUMNS": "80", "LINES": "24", **environment},
             start_new_session=True,
         )
 
@@ -417,14 +371,17 @@ class Window:
         size = struct.pack("HHHH", lines, columns, 0, 0)
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, size)
 
-    def read_until(self, text):
-        """Read until some text is seen; return what came before."""
+    def read_until(self, *texts):
+        """Read until each text is seen, in this order; return all that came."""
         deadline = time.monotonic() + PATIENCE
-        while text not in self.text:
-            assert time.monotonic() < deadline, f"no {text!r} in {self.text!r}"
-            self._read(0.1)
-        before, _, self.text = self.text.partition(text)
-        return before
+        read = ""
+        for wanted in texts:
+            while wanted not in self.text:
+                assert time.monotonic() < deadline, f"no {wanted!r} in {self.text!r}"
+                self._read(0.1)
+            before, _, self.text = self.text.partition(wanted)
+            read += before + wanted
+        return read
 
     def _read(self, seconds):
         if select.select([self.master], [], [], seconds)[0]:
@@ -446,22 +403,27 @@ class Window:
     def is_restored(self):
         """The modes are as they were, and the screen is the first one."""
         modes = termios.tcgetattr(self.slave)
-        return modes == self.before and "\x1b[?1049l" in self.text
+        return modes == self.before and LEFT in self.text
+
+    def hang_up(self):
+        for end in (self.master, self.slave):
+            os.close(end)
+        self.master = None
 
     def close(self):
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
-        os.close(self.master)
-        os.close(self.slave)
+        if self.master is not None:
+            self.hang_up()
 
 
 @pytest.fixture
 def window(path):
     windows = []
 
-    def make(*args):
-        windows.append(Window(path, *args))
+    def make(*args, **environment):
+        windows.append(Window(path, *args, **environment))
         return windows[-1]
 
     yield make
@@ -471,20 +433,16 @@ def window(path):
 
 def test_on_a_terminal_until_q(window):
     window = window("monitor", "60")
-    window.read_until("\x1b[?1049h")
-    window.read_until("layer1_5")
-    window.read_until("sort: name")
+    window.read_until(SHOWN, "by name", "layer1_5", "Quit")
     assert termios.tcgetattr(window.slave) != window.before  # it reads single keys
     window.type("s")
-    window.read_until("sort: connections")
-    window.type("\x1b[A+")
-    window.read_until("interval: 60 s")
+    window.read_until("by connections")
     window.type("-")
-    window.read_until("interval: 30 s")
+    window.read_until("every 30 s")
     window.type(" ")
     window.read_until("PAUSED")
     window.resize(10, 40)
-    window.read_until("s\x1b[0m connections")
+    window.read_until("\x1b[10;1H", "Quit")  # the keys are in the last line
     window.type("q")
     assert window.wait() == 0
     assert window.is_restored
@@ -493,6 +451,7 @@ def test_on_a_terminal_until_q(window):
 @pytest.mark.parametrize(
     ("signum", "status"),
     [
+        (None, 0),  # Ctrl-C as it is typed
         (signal.SIGINT, 0),
         (signal.SIGTERM, 128 + signal.SIGTERM),
         (signal.SIGHUP, 128 + signal.SIGHUP),
@@ -501,36 +460,44 @@ def test_on_a_terminal_until_q(window):
 def test_signals_end_it_and_restore_the_terminal(window, signum, status):
     window = window("monitor")
     window.read_until("layer1_5")
-    window.process.send_signal(signum)
+    if signum is None:
+        window.type("\x03")
+    else:
+        window.process.send_signal(signum)
     assert window.wait() == status
     assert window.is_restored
 
 
-def test_ctrl_c_ends_it(window):
+def test_a_terminal_that_has_gone_ends_it(window):
     window = window("monitor")
     window.read_until("layer1_5")
-    window.type("\x03")
-    assert window.wait() == 0
-    assert window.is_restored
+    window.hang_up()
+    assert window.process.wait(PATIENCE) in (128 + signal.SIGHUP, -signal.SIGHUP)
 
 
-def test_ctrl_z_leaves_the_screen(window):
-    window = window("monitor")
-    window.read_until("layer1_5")
-    window.type("\x1a")
-    # A group of processes without a shell cannot be stopped, so it goes on at once.
-    window.read_until("\x1b[?1049l")
-    window.read_until("\x1b[?1049h")
-    window.read_until("layer1_5")
+def test_a_look_that_hangs_does_not_keep_q_from_ending_it(window):
+    window = window("monitor", HANGS="1")
+    window.read_until("no answer for 2 s")
     window.type("q")
     assert window.wait() == 0
     assert window.is_restored
 
 
-def test_on_a_dumb_terminal_it_is_plain_text(window, monkeypatch):
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    window = window("monitor", "60")
+def test_ctrl_z_leaves_the_screen_until_it_goes_on(window):
+    window = window("monitor")
+    window.read_until("layer1_5")
+    window.type("\x1a")
+    window.read_until(LEFT)
+    os.waitid(os.P_PID, window.process.pid, os.WSTOPPED)
+    window.process.send_signal(signal.SIGCONT)
+    window.read_until(SHOWN, "layer1_5")
+    window.type("q")
+    assert window.wait() == 0
+    assert window.is_restored
+
+
+def test_on_a_dumb_terminal_it_is_plain_text(window):
+    window = window("monitor", "60", TERM="dumb", FORCE_COLOR="1")
     shown = window.read_until("slots owned")
     window.type("\x03")
     assert window.wait() == 130

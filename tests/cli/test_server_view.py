@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +13,12 @@ from support.threads import eventually
 
 from sqla_fairpool.cli.budget import Room
 from sqla_fairpool.cli.server_view import (
-    ServerFigures,
     ServerView,
     Sessions,
     count,
-    server_text,
 )
 from sqla_fairpool.ledger.overview import Limits, Part, compile_overview
+from sqla_fairpool.ledger.rows import Session
 from sqla_fairpool.ledger.watch import identify
 from sqla_fairpool.stats import TagStats
 
@@ -25,13 +26,28 @@ ROOM = Room("app", 100, 3, 0, False, None)
 
 
 def session(member, name="", state="idle", transaction_age=None, state_age=1.0):
-    return SimpleNamespace(
-        member=member,
+    """Return a session as the server sees it, and the number of its member."""
+    row = SimpleNamespace(
+        began=1,
+        is_here=True,
         application_name=name,
         state=state,
         transaction_age=transaction_age,
         state_age=state_age,
     )
+    return row, member
+
+
+def counted(sessions, view, room=ROOM):
+    """Count sessions, of which each has a process of its own."""
+    for pid, (row, _) in enumerate(sessions):
+        row.pid = pid
+    posted = {
+        Session(row.pid, row.began): member
+        for row, member in sessions
+        if member is not None
+    }
+    return count([row for row, _ in sessions], posted, view, room)
 
 
 def of_two_tags():
@@ -45,7 +61,7 @@ def of_two_tags():
 
 
 def test_sessions_are_counted_by_member_and_by_scraper():
-    figures = count(
+    figures = counted(
         [
             session(1, "a", "active", 0.5),
             session(1, "\\xc3\\xa9t\\xc3\\xa9", "idle in transaction", 3.0),
@@ -59,7 +75,6 @@ def test_sessions_are_counted_by_member_and_by_scraper():
             session(None, "sqla_fairpool monitor"),
         ],
         of_two_tags(),
-        ROOM,
     )
     assert figures.total == Sessions(6, 1, 2, 0, 3.0, 1.5)
     assert {k: v.sessions for k, v in figures.members.items()} == {1: 4, 2: 1, 9: 1}
@@ -70,64 +85,58 @@ def test_sessions_are_counted_by_member_and_by_scraper():
     }
     assert (figures.control, figures.others) == (2, 2)
     assert figures.warnings == ()
-    assert server_text(figures) == (
+    assert str(figures) == (
         "server: 6 sessions of members, 1 active, 2 idle in transaction; 2 others; "
         "max_connections 100"
     )
+    document = json.loads(json.dumps(figures.as_dict()))
+    assert document["members"]["9"]["sessions"] == 1
+    assert document["scrapers"]["a"]["oldest_transaction"] == 0.5
+    assert (document["sessions"], document["others"]) == (6, 2)
+    assert "error" not in document
 
 
 def test_a_long_tag_is_known_by_what_the_server_keeps_of_it():
     tags = ("x" * 128, "y")
     parts = [Part(process("x", 1, tags=tags))]
     view = compile_overview(parts, Limits(20, 20, 10, 15))
-    figures = count([session(1, "x" * 63)], view, ROOM)
+    figures = counted([session(1, "x" * 63)], view)
     assert list(figures.scrapers) == ["x" * 128]
 
 
 def test_states_that_are_hidden_are_not_counted_as_none():
-    figures = count([session(2, "b", None)], of_two_tags(), ROOM)
+    figures = counted([session(2, "b", None)], of_two_tags())
     assert figures.scrapers["b"].hidden == 1
-    assert "1 of another role, whose state is hidden" in server_text(figures)
+    assert "1 of another role, whose state is hidden" in str(figures)
 
 
 def test_warnings():
     rows = [session(2, "b", "idle in transaction", 130.0, 125.0)]
     rows += [session(1, "program", "idle in transaction", 70.0, 61.0)] * 20
     room = Room("app", 20, 3, 5, False, None)
-    assert count(rows, of_two_tags(), room).warnings == (
+    assert counted(rows, of_two_tags(), room).warnings == (
         "20 connections do not fit: max_connections is 20, 3 are reserved, other "
         "roles have 5, which leaves 12",
         "members have 21 sessions on the server, and there are 20 slots: that is a "
         "bug, please report it",
         "b has been idle in a transaction for 2 m 05 s",
     )
-    (warning,) = count(rows[1:], of_two_tags(), ROOM).warnings
+    (warning,) = counted(rows[1:], of_two_tags()).warnings
     assert warning == (
         "a session of a member has been idle in a transaction for 1 m 01 s"
     )
 
 
 def test_members_that_are_not_here():
-    figures = count([session(None, "psql")], of_two_tags(), ROOM)
+    figures = counted([session(None, "psql")], of_two_tags())
     assert figures.is_elsewhere
-    assert server_text(figures) == (
+    assert str(figures) == (
         "server: no sessions of the ledger's members here; 1 others; "
         "max_connections 100"
     )
-    # Nobody has a connection, or nobody lives: nothing is missing.
-    for more in ({"slots": 0, "open": 0}, {"state": "dead", "open": None}):
-        nobody = compile_overview(
-            [Part(process("a", 1, **more))], Limits(20, 20, 10, 15)
-        )
-        assert not count([], nobody, ROOM).is_elsewhere
-
-
-def test_another_backend_is_told():
-    figures = ServerView(make_url("mysql://u:s3cret@h/d")).look(overview(), {})
-    assert server_text(figures) == (
-        "server: that of mysql cannot be asked, this needs PostgreSQL"
-    )
-    assert figures.as_dict() == {"error": figures.error}
+    # Nobody uses a connection, so nothing is missing.
+    nobody = compile_overview([Part(process("a", 1))], Limits(20, 20, 10, 15))
+    assert not counted([], nobody).is_elsewhere
 
 
 def test_a_server_that_is_away_is_told_without_a_password():
@@ -135,14 +144,14 @@ def test_a_server_that_is_away_is_told_without_a_password():
     figures = view.look(overview(), {})
     assert figures.error.startswith("cannot be asked: ")
     assert "\n" not in figures.error and "s3cret" not in figures.error
+    assert figures.as_dict() == {"error": figures.error}
     view.close()
 
 
 @pytest.fixture
 def view(postgres_url):
-    view = ServerView(make_url(postgres_url))
-    yield view
-    view.close()
+    with closing(ServerView(make_url(postgres_url))) as view:
+        yield view
 
 
 @pytest.fixture
@@ -195,7 +204,7 @@ def test_sessions_of_a_server(view, engine, posted):
             "\u00e9t\u00e9": 1,
         }
         assert figures.total.idle_in_transaction == 1
-        assert 0 <= figures.scrapers["\u00e9t\u00e9"].longest_idle < 60
+        assert 0 <= figures.scrapers["\u00e9t\u00e9"].longest_idle_in_transaction < 60
         assert figures.others == before.others + 1
         assert figures.max_connections > 1
         # The same numbers of processes, that began at another time.
@@ -204,63 +213,36 @@ def test_sessions_of_a_server(view, engine, posted):
     elsewhere.dispose()
 
 
-@pytest.mark.postgres
-def test_one_connection_is_kept(view, engine):
-    query = text(
-        "select pid from pg_stat_activity "
-        "where application_name = 'sqla_fairpool monitor'"
-    )
-    with engine.connect() as connection:
-        view.look(overview(), {})
-        (before,) = connection.scalars(query).all()
-        connection.rollback()
-        view.look(overview(), {})
-        assert connection.scalars(query).all() == [before]
-        connection.rollback()
-        view.close()
-        # A server's process ends a moment after the client has gone.
-        eventually(lambda: not _again(connection, query), "the session's end")
-
-
-def _again(connection, query):
-    found = connection.scalars(query).all()
-    connection.rollback()
-    return found
+_OURS = "from pg_stat_activity where application_name = 'sqla_fairpool monitor'"
 
 
 @pytest.mark.postgres
-def test_a_connection_that_was_cut_is_made_again(view, engine):
+def test_one_connection_is_kept_and_made_again_when_it_was_cut(view, engine):
+    def pids():
+        with engine.connect() as connection:
+            return connection.scalars(text(f"select pid {_OURS}")).all()
+
     view.look(overview(), {})
+    (before,) = pids()
+    view.look(overview(), {})
+    assert pids() == [before]
     with engine.connect() as connection:
-        connection.execute(
-            text(
-                "select pg_terminate_backend(pid, 10000) from pg_stat_activity "
-                "where application_name = 'sqla_fairpool monitor'"
-            )
-        )
+        connection.execute(text(f"select pg_terminate_backend(pid, 10000) {_OURS}"))
     figures = view.look(overview(), {})
     assert figures.error.startswith("cannot be asked: ")
     assert view.look(overview(), {}).error is None
+    view.close()
+    # A server's process ends a moment after the client has gone.
+    eventually(lambda: not pids(), "the session's end")
 
 
 @pytest.mark.postgres
 def test_a_role_that_may_not_see_the_others(postgres_url, engine, posted):
     with engine.begin() as connection:
         connection.execute(text("create role onlooker login"))
-    view = ServerView(make_url(postgres_url).set(username="onlooker"))
-    try:
-        with marked(engine, posted, 2, "b"):
-            figures = view.look(of_two_tags(), posted)
-        assert figures.scrapers["b"] == Sessions(1, 0, 0, hidden=1)
-    finally:
-        view.close()
-        with engine.begin() as connection:
-            connection.execute(text("drop role onlooker"))
-
-
-def test_figures_are_ready_for_json():
-    figures = ServerFigures(Sessions(1), {3: Sessions(1)}, {"a": Sessions(1)})
-    row = figures.as_dict()
-    assert row["sessions"] == 1
-    assert row["members"]["3"]["sessions"] == row["scrapers"]["a"]["sessions"] == 1
-    assert "error" not in row
+    url = make_url(postgres_url).set(username="onlooker")
+    with closing(ServerView(url)) as view, marked(engine, posted, 2, "b"):
+        figures = view.look(of_two_tags(), posted)
+    with engine.begin() as connection:
+        connection.execute(text("drop role onlooker"))
+    assert figures.scrapers["b"] == Sessions(1, 0, 0, hidden=1)

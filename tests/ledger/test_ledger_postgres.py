@@ -18,7 +18,6 @@ from support.threads import PATIENCE, Caller, eventually
 
 from sqla_fairpool import FairQueuePool
 from sqla_fairpool.cli import main
-from sqla_fairpool.cli.watching import Place
 from sqla_fairpool.ledger import postgres, watch
 from sqla_fairpool.ledger.addresses import make_store
 from sqla_fairpool.ledger.book import Book
@@ -357,7 +356,7 @@ def test_observer_gives_no_sign_of_life(url, make):
 
 def test_monitor_and_commands_are_not_counted_as_members(url, make, capsys):
     store = make(url)
-    monitor = Place("x", "database", url, None).make_store()
+    monitor = make_store("database", url, observes=True)
     monitor.open()
     assert store.strangers([]) == 0
     monitor.close()

@@ -12,7 +12,6 @@ from sqla_fairpool.ledger.overview_text import (
     percent,
     printable,
     seconds_text,
-    wrapped,
 )
 
 
@@ -84,6 +83,7 @@ def test_blocks():
         "layer3    active            2     10      5        3     41 s  0.9 s  1003",
         "Allocation: 2 active: equal shares, at most 10 each",
         "Efficiency: 2 active, 2.0 connections each, 30 % utilization, Jain index 0.94",
+        "ledger: 6 of 20 slots owned, 6 in use",
         "Warning: layer1_5 holds a connection for 125 s",
     ]
 
@@ -95,48 +95,26 @@ def test_a_budget_of_one_process_without_scrapers():
     assert efficiency.endswith("0 % utilization, Jain index -")
 
 
-@pytest.mark.parametrize("width", [None, 10, 40, 60, 80, 120])
-@pytest.mark.parametrize("number", [0, 1, 3, 200])
-def test_lines_are_no_wider_than_asked_for(width, number):
-    names = [f"scraper_{n}" for n in range(number)]
-    found = lines(overview(names, capacity=400), width)
-    assert all(found)
-    if width is not None:
-        assert max(map(cells, found)) <= width
+@pytest.mark.parametrize("width", [10, 60, 77])
+@pytest.mark.parametrize("names", [["a", "b"], EVIL])
+def test_the_table_is_no_wider_than_asked_for(width, names):
+    whole, found = lines(overview(names)), lines(overview(names), width)
+    table = slice(3, 4 + len(names))
+    assert max(map(cells, found[table])) <= width < max(map(cells, whole[table]))
+    del whole[table], found[table]
+    assert found == whole
 
 
-@pytest.mark.parametrize("width", [None, 40, 100])
-def test_names_can_do_nothing(width):
-    found = lines(overview(EVIL, ledger="\x1b]0;x\x07", warnings=["a\nb"]), width)
+def test_names_can_do_nothing():
+    found = lines(overview(EVIL, ledger="\x1b]0;x\x07", warnings=["a\nb"]))
     assert all(line.isprintable() for line in found)
-    assert "\\x1b[31mred" in "".join(found) or width == 40
-    if width is not None:
-        assert max(map(cells, found)) <= width
+    assert "\\x1b[31mred" in "".join(found)
 
 
-def test_a_long_name_leaves_room_for_the_figures():
-    header, row = lines(overview(["x" * 128]), 80)[4:6]
-    assert header.endswith("idle")
-    assert row.startswith("xxxxxxxxxxxxxxxxx...  active") and row.endswith("0.3 s")
+def test_a_long_name_is_cut():
+    row = lines(overview(["x" * 128]))[4]
+    assert row.startswith("x" * 37 + "...  active") and row.endswith("0.3 s  1001")
 
 
 def test_the_sum_of_very_many_has_a_name():
     assert any(line.startswith("(others)  ") for line in lines(overview([""])))
-
-
-def test_what_is_less_important_goes_first():
-    def last(width):
-        (header,) = [line for line in lines(overview(), width) if "status" in line]
-        return header.split()[-1]
-
-    assert [last(width) for width in (99, 80, 60, 40)] == [
-        "processes",
-        "processes",
-        "waiting",
-        "limit",
-    ]
-
-
-def test_sentences_are_wrapped_at_words():
-    assert list(wrapped(["one two three", "fine"], 9)) == ["one two", "  three", "fine"]
-    assert list(wrapped(["x" * 20 + " y"], 9)) == ["xxxxxx...", "  y"]

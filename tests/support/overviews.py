@@ -69,7 +69,7 @@ class FakeInspector:
         self.sessions = {}
         self.scenes = list(scenes)
         self.looks = 0
-        self.is_closed = False
+        self.closed = 0
 
     def look(self):
         self.looks += 1
@@ -79,4 +79,4 @@ class FakeInspector:
         return scene
 
     def close(self):
-        self.is_closed = True
+        self.closed += 1
