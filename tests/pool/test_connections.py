@@ -1,4 +1,4 @@
-"""The connections that exist at the server: who pays for them, when they are over."""
+"""The connections that exist at the server: what pays for them, when they end."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_connection_that_could_not_be_opened_does_not_exist(connections):
     assert not list(connections)
 
 
-def test_connection_is_paid_for_by_its_opener_the_pool_or_nobody(connections, driver):
+def test_connection_is_paid_for_by_its_opener_the_pool_or_nothing(connections, driver):
     record = Record()
     physical = open_one(connections, driver, record)
     assert connections.apart((), ()) == 0
@@ -239,7 +239,7 @@ def test_without_a_ledger_a_late_end_is_waited_for(connections, driver, changes)
     assert changes == ["ended"]
 
 
-def test_connection_that_nobody_has_is_hung_up(connections, changes):
+def test_connection_without_a_reference_is_hung_up(connections, changes):
     driver = Driver()
     server = driver.server
     physical = open_one(connections, driver, Record())
@@ -273,7 +273,7 @@ def test_one_that_cannot_be_watched_weakly_is_looked_at(connections, how):
     assert not list(connections)
 
 
-def test_a_set_keeps_nothing_alive_that_nobody_has(connections):
+def test_a_set_keeps_nothing_alive(connections):
     record = Record()
     record.fair = Fair()
     physical = PhysicalConnection(record)

@@ -90,13 +90,6 @@ def test_tag_at_its_ceiling_waits_although_connections_are_free(world):
     caller.result().close()
 
 
-def test_idle_connection_is_used_before_another_is_opened(make_pool, server):
-    pool = make_pool(pool_size=5)
-    for tag in "abcabc":
-        connect(pool, tag).close()
-    assert server.opened == 1
-
-
 # -- keeping warm --------------------------------------------------------------
 
 
@@ -110,7 +103,7 @@ def test_connection_kept_warm_is_there_for_everybody_and_counts_as_idle(make_poo
 
 
 def test_checkin_that_meets_a_new_waiter_serves_it(make_pool):
-    """The checkin has seen nobody wait; before the record is warm, somebody does."""
+    """The checkin has seen no waiter; before the record is warm, one comes."""
     pool = make_pool(1)
     holder = connect(pool)
     callers = []
@@ -126,7 +119,7 @@ def test_checkin_that_meets_a_new_waiter_serves_it(make_pool):
 
 
 def test_checkout_that_meets_a_new_waiter_lets_it_go_first(make_pool):
-    """The checkout has taken the warm record when somebody else waits."""
+    """The checkout has taken the warm record when another caller waits."""
     pool = make_pool(1)
     connect(pool).close()
     callers = []
@@ -379,20 +372,21 @@ def test_waiter_that_wakes_up_for_nothing_sleeps_on(make_pool, clock):
     assert wakes == [30.0, 30.0, 30.0]
 
 
-# -- the reallocation, noticed by those who wait -------------------------------
+# -- the reallocation, noticed by waiters --------------------------------------
 
 
 @contract
-def test_waiters_notice_that_a_tag_became_idle_when_nobody_else_comes(world):
+def test_waiters_notice_by_themselves_that_a_tag_became_idle(world):
     times = {"idle_timeout": 0.05, "reallocation_interval": 0.01}
     pool = world.pool(pool_size=4, soft_limit=1, max_limit=2, **times)
     connect(pool, "b").close()
     with connect(pool, "a"):
-        # Its ceiling is 1 for as long as b is active. Nobody touches the pool.
+        # Its ceiling is 1 for as long as b is active. No call touches the pool.
         connect(pool, "a").close()
 
 
-def test_watch_is_passed_on_when_its_owner_leaves(make_pool):
+def test_watch_is_passed_on_to_the_newest_waiter_when_its_owner_leaves(make_pool):
+    """It will wait longest, so the watch changes hands seldom."""
     pool = make_pool(1)
     holder = connect(pool)
     for left, caller in zip((2, 1, 0), wait_in_line(pool, count=3), strict=True):
@@ -400,21 +394,7 @@ def test_watch_is_passed_on_when_its_owner_leaves(make_pool):
         holder.close()
         holder = caller.result()
         state.assert_consistent(pool)
-        assert (state.watcher(pool) is None) == (left == 0)
-    holder.close()
-
-
-def test_newest_waiter_takes_the_watch(make_pool):
-    """It will wait longest, so the watch changes hands seldom."""
-    pool = make_pool(1)
-    holder = connect(pool)
-    first, second, third = wait_in_line(pool, count=3)
-    holder.close()
-    holder = first.result()
-    assert state.watcher(pool) is state.newest_waiter(pool)
-    for caller in (second, third):
-        holder.close()
-        holder = caller.result()
+        assert state.watcher(pool) is (state.newest_waiter(pool) if left else None)
     holder.close()
 
 

@@ -451,22 +451,6 @@ def test_invalidated_connection_is_replaced_at_once_or_at_its_next_checkout(
     assert server.open == 1
 
 
-def test_detached_connection_frees_its_place_and_stays_open(new_pool, server):
-    pool = new_pool(pool_size=1)
-    connection = pool.connect()
-    connection.info["a"] = 1
-    detached = connection.dbapi_connection
-    connection.detach()
-    assert connection.is_detached
-    assert connection.info == {"a": 1}
-    assert pool.checkedout() == 0
-    assert use(pool) is not detached
-    assert server.open == 2
-    connection.close()
-    assert detached.closed
-    assert server.open == 1
-
-
 def test_connection_may_be_closed_twice(new_pool):
     pool = new_pool()
     connection = pool.connect()

@@ -33,7 +33,7 @@ def test_no_connection_is_handed_out_twice(make_pool, server, overflow):
         for n in range(300):
             connection = connect(pool, chance.choice(TAGS))
             dbapi_connection = connection.dbapi_connection
-            assert dbapi_connection.owner is None, "it is somebody else's"
+            assert dbapi_connection.owner is None, "another caller has it"
             assert not dbapi_connection.closed
             mine = dbapi_connection.owner = (name, n)
             for _ in range(chance.randrange(20)):

@@ -94,7 +94,7 @@ def test_ceiling_is_the_soft_one_as_soon_as_another_tag_is_active():
     assert policy.ceiling(9, 10, 15) == 10
 
 
-def test_next_is_who_holds_least_per_weight_then_who_came_first():
+def test_next_is_the_tag_that_holds_least_per_weight_then_the_first_that_came():
     assert policy.rank(2, 1.0, 9) < policy.rank(3, 1.0, 1)
     assert policy.rank(3, 2.0, 9) < policy.rank(2, 1.0, 1)
     assert policy.rank(2, 1.0, 1) < policy.rank(2, 1.0, 2)
@@ -119,7 +119,7 @@ def test_jain_index_knows_no_unit():
     assert policy.jain([1, 2, 3]) == pytest.approx(policy.jain([10, 20, 30]))
 
 
-def test_jain_index_of_nobody_is_refused():
+def test_jain_index_of_no_amounts_is_refused():
     with pytest.raises(ValueError, match="nobody"):
         policy.jain([])
 
@@ -128,7 +128,7 @@ def test_jain_index_of_nobody_is_refused():
     st.lists(st.tuples(st.integers(0, 9), st.integers(0, 30)), max_size=8),
     st.integers(0, 40),
 )
-def test_standing_shares_are_fair_and_the_remainder_is_with_those_who_hold_it(
+def test_standing_shares_are_fair_and_the_remainder_stays_where_it_is(
     parties, capacity
 ):
     in_use = [held for held, _ in parties]

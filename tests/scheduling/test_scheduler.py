@@ -107,13 +107,13 @@ def test_tags_that_want_all_get_15_or_10_each_or_7_7_6():
     assert sorted(three_at_once().all_held().values()) == [6, 7, 7]
 
 
-def test_share_of_a_tag_that_goes_idle_is_everybodys():
+def test_share_of_a_tag_that_goes_idle_is_free_for_all():
     script = three_at_once()
     for ticket in list(script.tags.accounts["layer2"].waiters):
         assert script.cancel(ticket)
     for ticket in [t for t in script.out if t.account.tag == "layer2"]:
         script.release(ticket)
-    # At once, without waiting for the reallocation: nobody wants its share.
+    # At once, without waiting for the reallocation: no tag wants its share.
     assert script.all_held() == {"layer1_5": 10, "layer3": 10}
     script.advance(61.0)
     assert script.is_active("layer2") is False

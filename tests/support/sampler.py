@@ -1,4 +1,4 @@
-"""Who is connected to a real PostgreSQL, looked at all the time."""
+"""The sessions at a real PostgreSQL, looked at all the time."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Server:
         #: Connections at work, and all, by scraper.
         self.now, self.open = {}, {}
         #: Most connections ever seen in two looks one after the other. The view is read
-        #: backend by backend, so a single look may see who goes and who comes instead.
+        #: backend by backend, so one look may see a session and its successor.
         self.most = 0
         self.looks = 0
         #: Connections that there may be beside the capacity, for a moment.
@@ -77,5 +77,5 @@ class Server:
             others += self.now != expected
             time.sleep(0.01)
         assert self.looks > looks
-        # Who is between two statements is not at work at that moment.
+        # A session between two statements is not at work at that moment.
         assert others <= seconds * 100 / 2, f"{others} times not {expected}"

@@ -124,7 +124,7 @@ def critical_section(pool):
 
 
 def is_busy(pool):
-    """Tell if somebody is in a critical section."""
+    """Tell if this thread is in a section of the lock."""
     return core(pool).lock.in_section()
 
 
@@ -223,7 +223,7 @@ def join(pool, keeper):
 
 
 def assert_quiet(pool):
-    """Nothing is out, nobody waits, and the accounting is consistent."""
+    """Nothing is out, no caller waits, and the accounting is consistent."""
     with critical_section(pool):
         scheduler(pool).check_valid([])
         assert in_use(pool) == 0
