@@ -368,6 +368,12 @@ class PoolOptions:
         """Check the options that are among the arguments for an engine."""
         return cls.parse(**{k: v for k, v in arguments.items() if k in OPTIONS})
 
+    def rules(self) -> dict[str, Any]:
+        """Return what the scheduler goes by."""
+        names = ("soft_limit", "max_limit", "idle_timeout", "reallocation_interval")
+        rules = {name: getattr(self, name) for name in names}
+        return {"capacity": self.capacity, "max_waiting": self.max_waiting, **rules}
+
     def changed(self, changes: Mapping[str, Any]) -> PoolOptions:
         """Return these options with some changed; limits not given follow along.
 

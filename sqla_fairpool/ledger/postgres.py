@@ -71,7 +71,7 @@ _SIGNS = """
 
 
 # Of another role's session that would be an error.
-_END_HOLDERS = text(
+_END_HOLDERS = (
     "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_stat_activity USING (pid) "
     "WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND database = datid "
     "AND datname = current_database() AND usename = current_user "
@@ -185,7 +185,7 @@ class PostgresStore(Store):
         """Give the sign of life, at this place, and listen."""
         # The session before this one may hold it still: where only we have learned of
         # its end, the server would take minutes or hours to notice.
-        self._live.execute(_END_HOLDERS, {"sign": self.sign})
+        self._run(_END_HOLDERS, {"sign": self.sign})
         for channel in (_channel(self.member), self._everybody):
             self._run(f"LISTEN {channel}")
         self._run(

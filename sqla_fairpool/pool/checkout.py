@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from sqlalchemy.pool import ConnectionPoolEntry
 
 from ..diagnosis.callers import Caller, Location, TaskHere, ThreadHere
+from ..options import PoolOptions
 from ..scheduling.account import FREE, GRANTED, Ticket
 from .physical import PhysicalConnection
 from .waiters import Waiter
@@ -24,6 +25,8 @@ class Core(Protocol):
 
     @property
     def clock(self) -> Callable[[], float]: ...
+    @property
+    def options(self) -> PoolOptions: ...
     @property
     def here(self) -> ThreadHere | TaskHere: ...
 

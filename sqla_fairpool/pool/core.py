@@ -12,6 +12,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import os
@@ -19,22 +20,20 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
-
-from sqlalchemy import exc
+from typing import Any
 
 from ..diagnosis.callers import locations
 from ..diagnosis.leaks import LeakWatch
-from ..errors import TooManyWaiting
 from ..options import PoolOptions
-from ..scheduling.account import FREE, GRANTED, Account, LineFull
+from ..scheduling.account import FREE, LineFull
 from ..scheduling.scheduler import Scheduler
 from . import sqlalchemy_private
 from .checkout import Checkout, Generation, Opener, Record
 from .connections import Connections
-from .housekeeping import Housekeeping, in_background
+from .housekeeping import Housekeeping
 from .lock import PoolLock
 from .nested import NestedCheckouts
+from .opening import Opening
 from .physical import PhysicalConnections
 from .slots import LedgerSlots, Member, Slots
 from .transitions import Transitions
@@ -49,7 +48,8 @@ _numbers = itertools.count(1)
 #: that it happens rarely, so few that the list is no burden.
 _LONG_HOLDS_KEPT = 256
 
-#: Seconds that opening ahead waits for slots of a ledger.
+#: Seconds that opening ahead waits for slots of a ledger: other processes may need them
+#: more, so what there is in a moment has to do.
 _OPENING_AHEAD_WAITS = 2.0
 
 
@@ -78,6 +78,7 @@ class PoolCore:
         "logger",
         "nested",
         "number",
+        "opening",
         "scheduler",
         "slots",
         "state",
@@ -110,14 +111,7 @@ class PoolCore:
     def _begin(self, options: PoolOptions) -> None:
         """Make the parts, at first and in the child of a fork."""
         self.scheduler = Scheduler(
-            capacity=options.capacity,
-            soft_limit=options.soft_limit,
-            max_limit=options.max_limit,
-            idle_timeout=options.idle_timeout,
-            reallocation_interval=options.reallocation_interval,
-            max_waiting=options.max_waiting,
-            silent_tag=options.default_tag,
-            now=self.clock(),
+            **options.rules(), silent_tag=options.default_tag, now=self.clock()
         )
         self.connections = Connections(self._use_lifo)
         existing = PhysicalConnections(
@@ -138,7 +132,8 @@ class PoolCore:
         self.warm = self.state.warm
         self.nested = NestedCheckouts(self.state)
         self.housekeeping = Housekeeping(self.state, self._use_lifo)
-        self._waiting = Waiting(self.state, self.housekeeping)
+        self._waiting = Waiting(self.state, self.housekeeping, self._waiter_class)
+        self.opening = Opening(self.state, self._waiting, self._waiter_class)
         #: Connections closed, by reason.
         self.closures: Counter[str] = Counter()
 
@@ -206,7 +201,7 @@ class PoolCore:
             return record
         except LineFull:
             self.lock.flush()
-            raise self._too_many_waiting(tag) from None
+            raise self._waiting.too_many(tag) from None
         except BaseException:
             if checkout.state is not FREE:
                 try:
@@ -235,28 +230,11 @@ class PoolCore:
             if granted:
                 state.grant(checkout, record)
             else:
-                self._join_line(checkout, tag, now)
+                self._waiting.join_line(checkout, tag, now)
         finally:
             if record is not None and checkout.record is not record:
                 connections.put_back(record)  # last: from here on it may be lent
         return now
-
-    def _join_line(self, checkout: Checkout, tag: str, now: float) -> None:
-        """Prepare a checkout that has to wait. Caller is in a section."""
-        state, scheduler = self.state, self.scheduler
-        checkout.waiter = self._waiter_class(checkout)
-        if state.watcher is None:
-            state.watcher = checkout
-        self.slots.wanted(tag)
-        if (
-            self.slots.sees_all_callers
-            and not state.event_log.exhausted
-            and scheduler.in_use >= scheduler.capacity  # else it waits for its own tag
-        ):
-            accounts = scheduler.accounts.values()
-            holders = [(a.tag, a.in_use) for a in accounts if a.in_use]
-            state.event_log.begin(tag, now, scheduler.capacity, holders)
-            self.housekeeping.plan_visit()
 
     def _obtain(
         self, checkout: Checkout, opener: Opener, since: float, timeout: float | None
@@ -269,31 +247,16 @@ class PoolCore:
         if record is None:
             if self.connections.left:
                 self.housekeeping.make_room()
-            record = self._open(checkout, opener)
+            record = self.opening.open(checkout, opener)
             if not self.scheduler.knows(checkout):
                 # The process was forked meanwhile: not of this accounting.
                 checkout.state, checkout.may_keep = FREE, False
             elif self.options.min_idle and not opener.generation.warmed_up:
                 checkout.record = record  # where `give_up` finds it
-                in_background(
-                    self._waiter_class.run_apart,
-                    partial(self.warm_up, opener),
-                    opener,
-                    self.options.min_idle,
-                )
+                opener.generation.warmed_up = True
+                self._waiter_class.run_apart(partial(self._warm_up_apart, opener))
         checkout.record = None
         return record
-
-    def _too_many_waiting(self, tag: str) -> TooManyWaiting:
-        scheduler = self.scheduler
-        with self.lock.held():
-            scheduler.roster.meters.of(tag).refusals += 1
-        return TooManyWaiting(
-            f"too many waiting: tag {tag!r} refused, waiting={scheduler.waiting} "
-            f"max_waiting={self.options.max_waiting}; "
-            f"pool in_use={scheduler.in_use}/{self.options.capacity}",
-            tag,
-        )
 
     def give_up(self, checkout: Checkout) -> None:
         """Leave the line, or pass on what was granted in the same instant."""
@@ -308,81 +271,6 @@ class PoolCore:
             record, checkout.record = checkout.record, None
             self.state.take_back(checkout, record, True, now)
 
-    # -- opening ---------------------------------------------------------------------
-
-    def _open(self, checkout: Checkout, opener: Opener) -> Record:
-        """Open a connection for a checkout."""
-        if self.slots.frozen:
-            record = self._request_again(checkout)
-            if record is not None:
-                return record
-        # What was begun is finished: the next caller needs it if this one has gone.
-        create = partial(self._create, checkout, opener)
-        return cast(Record, self._waiter_class.run_through(create, checkout))
-
-    def _create(self, checkout: Checkout, opener: Opener) -> Record:
-        account, began = checkout.account, self.clock()
-        record = None
-        try:
-            self.slots.before_creating()
-            with self.lock.held():
-                self.connections.opening.add(checkout)
-            record = cast(Record, opener._create_connection())
-            record.fair.checkout = checkout
-            record.fair.physical.opening = False
-            return record
-        finally:
-            took = None if record is None else self.clock() - began
-            with self.lock.held():
-                self.connections.opening.discard(checkout)
-                if record is not None:
-                    self.connections.all.add(record)
-                self.count_opening(account, took)
-
-    def open_again(self, checkout: Checkout) -> None:
-        """Before a connection is opened in the place of one that was lost.
-
-        The session of the one before may not be over, or the pool may have fewer slots
-        now. Then this one would be one too many, and its caller waits for a slot again.
-        """
-        while checkout.state is GRANTED and self.scheduler.knows(checkout):
-            with self.lock.held():  # no section: what is kept warm stays so
-                if self.slots.has_room():
-                    return
-            record = self._request_again(checkout)
-            if record is None:
-                return
-            record.fair.checkout = Checkout(self)
-            record.fair.close_reason = "invalidated"
-            record.close()
-            self.lock.visit()
-
-    def _request_again(self, checkout: Checkout) -> Record | None:
-        """Give a slot back and ask for another one under the same tag.
-
-        Returns the record that came with it, if one did.
-        """
-        since = self.lock.run(self._release_and_request, checkout)
-        waiter = checkout.waiter
-        if waiter is not None:
-            self._waiting.wait(checkout, waiter, since, None)
-        record, checkout.record = checkout.record, None
-        return record
-
-    def _release_and_request(self, checkout: Checkout, now: float) -> float:
-        tag = checkout.account.tag
-        self.state.part_with(None, now)
-        self.state.deliver(self.scheduler.release(checkout, now))
-        try:
-            granted = self.scheduler.request(checkout, tag, now)
-        except LineFull:
-            raise self._too_many_waiting(tag) from None
-        if granted:
-            self.state.grant(checkout, None)
-        else:
-            self._join_line(checkout, tag, now)
-        return now
-
     def warm_up(self, opener: Opener) -> int:
         """Open connections until there are `min_idle`; return how many were opened.
 
@@ -392,25 +280,26 @@ class PoolCore:
         if self.housekeeping.owner is not generation:
             self.housekeeping.hand_over(generation)
         generation.warmed_up = True
-        if not self.slots.on_request_only:
-            return self.housekeeping.open_ahead(opener)
-        # Others may need a ledger's slots more: what there is in a moment has to do.
-        existing, options = self.slots.existing, self.options
-        out: list[Record] = []
-        opened = 0
+        if self.slots.on_request_only:
+            take = partial(self.checkout, self.options.default_tag, opener)
+            return self.housekeeping.take_ahead(
+                lambda: take(_OPENING_AHEAD_WAITS),
+                lambda record: self.checkin(record, generation),
+            )
+        return self.housekeeping.open_ahead(opener)
+
+    def _warm_up_apart(self, opener: Opener) -> None:
+        """:meth:`warm_up`, while the caller that has opened the first one goes on."""
         try:
-            while len(out) < options.min_idle:
-                before = len(existing)
-                out.append(
-                    self.checkout(options.default_tag, opener, _OPENING_AHEAD_WAITS)
-                )
-                opened += len(existing) > before
-        except exc.TimeoutError:
-            pass
-        finally:
-            for record in out:
-                self.checkin(record, generation)
-        return opened
+            self.warm_up(opener)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            opener.logger.warning(
+                "%d connections (min_idle) could not be opened ahead: %s",
+                self.options.min_idle,
+                error,
+            )
 
     # -- checkin ---------------------------------------------------------------------
 
@@ -491,7 +380,7 @@ class PoolCore:
 
     def connection_ended(self) -> None:
         """A connection is over, so that another one may be opened. From any thread."""
-        with self.lock.held():
+        with self.lock.mutex:
             if self.slots.is_paid_by_a_checkout() and not self.lock.in_section():
                 return  # what is kept warm stays so
         self.lock.do(self._recount_ended)
@@ -502,17 +391,9 @@ class PoolCore:
 
     # -- figures ---------------------------------------------------------------------
 
-    def count_opening(self, account: Account, seconds: float | None) -> None:
-        """Count a connection that was opened for a tag, or None if it could not be."""
-        with self.lock.held():
-            if seconds is None:
-                account.meter.create_failures += 1
-            else:
-                account.meter.create.add(seconds)
-
     def count_closure(self, reason: str) -> None:
         """Count a connection that is closed."""
-        with self.lock.held():
+        with self.lock.mutex:
             self.closures[reason] += 1
 
     @property

@@ -9,27 +9,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy import exc
-from sqlalchemy.engine import URL, Connection, Dialect
+from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import greenlet_spawn
 
-from ..ledger.drivers import has_private_memory, warn_of_memory
-from ..options import BadOption, PoolOptions, describe_changes
+from ..options import PoolOptions, describe_changes
 from ..stats import PoolStats
 from ..tagging import blocks, context_tag
 from . import sqlalchemy_private
-from .checkout import Generation, Record
+from .checkout import Generation
 from .core import PoolCore, TracedCore
-from .events import observe, open_for_record
-from .execution_options import follow, make_request, requested
+from .dialect import warn_of_private_memory, watch_dialect
+from .events import observe
+from .execution_options import make_request, requested
 from .ledger_member import LedgerMember
 from .ledger_sessions import await_url, join_ledger
-from .server_tag import tell, tell_on_checkout
+from .server_tag import tell_on_checkout
 from .snapshot import Source, metrics, snapshot
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
 
@@ -134,24 +134,7 @@ class FairQueuePool(Pool):
     ) -> None:
         owns, member = _core is None, None
         if _core is None:
-            options = PoolOptions.parse(
-                pool_size=pool_size,
-                max_overflow=max_overflow,
-                timeout=timeout,
-                soft_limit=soft_limit,
-                max_limit=max_limit,
-                idle_timeout=idle_timeout,
-                reallocation_interval=reallocation_interval,
-                max_waiting=max_waiting,
-                tag_option=tag_option,
-                default_tag=default_tag,
-                min_idle=min_idle,
-                idle_connection_ttl=idle_connection_ttl,
-                leak_threshold=leak_threshold,
-                deadlock_timeout=deadlock_timeout,
-                server_tag=server_tag,
-                ledger=ledger,
-            )
+            options = PoolOptions.among(locals())
             if options.ledger is not None:
                 member = LedgerMember(self._waiter_class, options.default_tag)
             traced = options.leak_threshold is not None
@@ -169,7 +152,7 @@ class FairQueuePool(Pool):
             observe(self, _core)
             if _core.options.server_tag:
                 tell_on_checkout(self)
-            _tell_of_memory(self, self._dialect)
+            warn_of_private_memory(self, self._dialect)
             if member is not None:
                 member.serve(_core)
                 join_ledger(self, _core, member)
@@ -361,10 +344,10 @@ class FairQueuePool(Pool):
             # property: SQLAlchemy reads the attribute at every checkin.
             if name == "_invoke_creator":  # set together with the creator
                 self._open_another = value
-                value = partial(open_for_record, self._core, value)
+                value = partial(_open_for_record, self._core, value)
             super().__setattr__(name, value)
             if name == "_dialect" and isinstance(value, Dialect):
-                _watch_dialect(value, self.options)
+                watch_dialect(value, self.options)
 
 
 class AsyncAdaptedFairQueuePool(FairQueuePool):
@@ -408,77 +391,6 @@ def metrics_source(engine: Any) -> Source:
     return Source(pool._core, pool.metrics_name)
 
 
-def _tell_of_memory(pool: FairQueuePool, dialect: Any) -> None:
-    """Have ``create_engine`` warn of a URL for which the pool is of no use.
-
-    It tells the dialect the URL, and a pool never. A creator of the user's opens what
-    it likes, whatever the URL says; and a single connection does no harm.
-    """
-    by_url = str(getattr(pool._creator, "__module__", "")).startswith("sqlalchemy.")
-    if not by_url or pool.options.capacity == 1 or not isinstance(dialect, Dialect):
-        return
-    name, on_connect_url = type(pool).__name__, dialect.on_connect_url
-
-    @wraps(on_connect_url)  # a ledger's looks for the name
-    def told(url: URL) -> Any:
-        if has_private_memory(dialect, url):
-            warn_of_memory(f"{name} is of no use here")
-        return on_connect_url(url)
-
-    setattr(dialect, on_connect_url.__name__, told)
-
-
-def _watch_dialect(dialect: Dialect, options: PoolOptions) -> None:
-    """Hear of the dialect's options and statements, and only of this one's."""
-    if options.server_tag and dialect.name != "postgresql":
-        raise BadOption(
-            "server_tag", True, f"False, because {dialect.name} is not PostgreSQL"
-        )
-    if follow(dialect, options.tag_option, _retag):
-        sqlalchemy_private.note_statements(dialect)
-
-
-def _retag(connection: Connection, tag: str | None) -> None:
-    """An option was set on a connection: charge it to its tag, or have it wait there.
-
-    If it is refused, the connection has no DBAPI connection any more. It checks out
-    again when it is used next, as after an invalidation: under its former tag.
-    """
-    pool = connection.engine.pool
-    if connection.closed or not isinstance(pool, FairQueuePool):
-        return
-    record = sqlalchemy_private.record_of(connection)
-    if record is None or tag is None:
-        return
-    checkout = cast(Record, record).fair.checkout
-    if checkout.account.tag == tag:
-        return
-    if connection.in_transaction():
-        raise exc.InvalidRequestError(
-            "This connection has already initialized a SQLAlchemy Transaction() "
-            f"object via begin() or autobegin; {pool.options.tag_option} may not be "
-            "altered unless rollback() or commit() is called first."
-        )
-    try:
-        if not checkout.core.move(checkout, tag):
-            sqlalchemy_private.check_out_again(connection)
-        elif pool.options.server_tag:
-            _tell(connection)
-    except BaseException as error:
-        connection.invalidate(error)
-        raise
-
-
-def _tell(connection: Connection) -> None:
-    """Tell the server the new tag of a connection, on another one if that fails.
-
-    As at a checkout, where it is told as well, and SQLAlchemy wraps what goes wrong.
-    """
-    record = sqlalchemy_private.record_of(connection)
-    assert record is not None
-    dialect = connection.dialect
-    try:
-        tell(record.dbapi_connection, record, dialect)
-    except (exc.DisconnectionError, dialect.loaded_dbapi.Error) as error:
-        connection.invalidate(error)
-        sqlalchemy_private.check_out_again(connection)
+def _open_for_record(core: PoolCore, invoke: Callable[[Any], Any], record: Any) -> Any:
+    # Through the core, which has other parts after a fork.
+    return core.opening.open_for_record(core, invoke, record)

@@ -14,10 +14,11 @@ Rules of this file:
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
+
+from sqlalchemy import exc
 
 from ..options import PoolOptions
 from ..scheduling.account import GRANTED
@@ -124,6 +125,25 @@ class Housekeeping:
                 self._add_idle(slot, record, generation)
         return opened
 
+    def take_ahead(
+        self, check_out: Callable[[], Record], check_in: Callable[[Record], None]
+    ) -> int:
+        """:meth:`open_ahead` where slots are given to checkouts alone."""
+        existing, min_idle = self._state.slots.existing, self._state.options.min_idle
+        out: list[Record] = []
+        opened = 0
+        try:
+            while len(out) < min_idle:
+                before = len(existing)
+                out.append(check_out())
+                opened += len(existing) > before
+        except exc.TimeoutError:
+            pass
+        finally:
+            for record in out:
+                check_in(record)
+        return opened
+
     def _reserve(self) -> Reservation | None:
         """Reserve a slot for one more connection, if one is wanted and free."""
         state = self._state
@@ -184,16 +204,9 @@ class Housekeeping:
             state.options = options
             state.connections.release_soon()
             state.slots.allotted += options.capacity - before.capacity
-            granted = state.scheduler.reconfigure(
-                # Slots that are out of use for a moment stay so.
-                capacity=state.slots.usable(),
-                soft_limit=options.soft_limit,
-                max_limit=options.max_limit,
-                idle_timeout=options.idle_timeout,
-                reallocation_interval=options.reallocation_interval,
-                max_waiting=options.max_waiting,
-                now=now,
-            )
+            # Slots that are out of use for a moment stay so.
+            rules = {**options.rules(), "capacity": state.slots.usable()}
+            granted = state.scheduler.reconfigure(**rules, now=now)
             state.deliver(granted)
             state.drain(now)
             self.plan(now)
@@ -235,7 +248,7 @@ class Housekeeping:
         """Before opening: close what a former pool has left, if it is in the way."""
         slots, left = self._state.slots, self._state.connections.left
         record = None
-        with self._state.lock.held():
+        with self._state.lock.mutex:
             if slots.there() > slots.allotted:
                 try:
                     record = left.pop()
@@ -249,7 +262,7 @@ class Housekeeping:
         """Close what a former pool has left."""
         while generation.left:
             record = generation.left.pop()
-            with self._state.lock.held():
+            with self._state.lock.mutex:
                 self._state.connections.left.discard(record)
             record.fair.close_reason = "disposed"
             record.close()
@@ -280,27 +293,3 @@ class Housekeeping:
             ]
         for physical in surplus:
             state.slots.existing.hang_up(physical)
-
-
-def in_background(
-    run_apart: Callable[[Callable[[], object]], None],
-    open_ahead: Callable[[], object],
-    opener: Opener,
-    min_idle: int,
-) -> None:
-    """Have connections opened ahead while the caller goes on."""
-
-    def run() -> None:
-        try:
-            open_ahead()
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:
-            opener.logger.warning(
-                "%d connections (min_idle) could not be opened ahead: %s",
-                min_idle,
-                error,
-            )
-
-    opener.generation.warmed_up = True
-    run_apart(run)

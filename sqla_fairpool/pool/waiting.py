@@ -6,7 +6,7 @@ import math
 
 from ..diagnosis.capture import Capture, capture
 from ..diagnosis.deadlock import collect, holds_another, is_stuck
-from ..errors import CheckoutTimeout, SelfDeadlock
+from ..errors import CheckoutTimeout, SelfDeadlock, TooManyWaiting
 from ..tagging import context_timeout
 from .checkout import Checkout
 from .housekeeping import Housekeeping
@@ -19,11 +19,47 @@ __all__ = ["Waiting"]
 class Waiting:
     """Waits on behalf of callers."""
 
-    __slots__ = ("_housekeeping", "_state")
+    __slots__ = ("_housekeeping", "_state", "waiter_class")
 
-    def __init__(self, state: Transitions, housekeeping: Housekeeping) -> None:
+    def __init__(
+        self,
+        state: Transitions,
+        housekeeping: Housekeeping,
+        waiter_class: type[Waiter],
+    ) -> None:
         self._state = state
         self._housekeeping = housekeeping
+        #: How callers sleep.
+        self.waiter_class = waiter_class
+
+    def join_line(self, checkout: Checkout, tag: str, now: float) -> None:
+        """Prepare a checkout that has to wait. Caller is in a section."""
+        state, scheduler = self._state, self._state.scheduler
+        checkout.waiter = self.waiter_class(checkout)
+        if state.watcher is None:
+            state.watcher = checkout
+        state.slots.wanted(tag)
+        if (
+            state.slots.sees_all_callers
+            and not state.event_log.exhausted
+            and scheduler.in_use >= scheduler.capacity  # else it waits for its own tag
+        ):
+            accounts = scheduler.accounts.values()
+            holders = [(a.tag, a.in_use) for a in accounts if a.in_use]
+            state.event_log.begin(tag, now, scheduler.capacity, holders)
+            self._housekeeping.plan_visit()
+
+    def too_many(self, tag: str) -> TooManyWaiting:
+        """Return what is raised for a caller that may not even wait; count it."""
+        scheduler, options = self._state.scheduler, self._state.options
+        with self._state.lock.mutex:
+            scheduler.roster.meters.of(tag).refusals += 1
+        return TooManyWaiting(
+            f"too many waiting: tag {tag!r} refused, waiting={scheduler.waiting} "
+            f"max_waiting={options.max_waiting}; "
+            f"pool in_use={scheduler.in_use}/{options.capacity}",
+            tag,
+        )
 
     def wait(
         self, checkout: Checkout, waiter: Waiter, since: float, timeout: float | None

@@ -147,11 +147,11 @@ def look_around(pool):
 def lock_forbidden(pool):
     """Let the test fail if anything takes the pool's lock."""
     the_lock = core(pool).lock
-    lock, the_lock._lock = the_lock._lock, None
+    lock, the_lock.mutex = the_lock.mutex, None
     try:
         yield
     finally:
-        the_lock._lock = lock
+        the_lock.mutex = lock
 
 
 # -- what tests do to it ---------------------------------------------------------------
@@ -159,7 +159,7 @@ def lock_forbidden(pool):
 
 def wait_with(pool, waiter_class):
     """Have callers that come from now on wait with another class."""
-    core(pool)._waiter_class = waiter_class
+    core(pool)._waiting.waiter_class = waiter_class
 
 
 def after_fork(pool):
