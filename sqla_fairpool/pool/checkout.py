@@ -19,7 +19,7 @@ __all__ = ["Checkout", "Core", "Generation", "Opener", "Record", "RecordState"]
 
 
 class Core(Protocol):
-    """What a checkout asks of the pool's core."""
+    """What is asked of the pool's core."""
 
     alive: weakref.ref[Any]
 
@@ -30,6 +30,10 @@ class Core(Protocol):
     @property
     def here(self) -> ThreadHere | TaskHere: ...
 
+    def checkout(
+        self, tag: str, opener: Opener, timeout: float | None = None
+    ) -> Record: ...
+    def checkin(self, record: Record, generation: Generation) -> None: ...
     def give_up(self, checkout: Checkout) -> None: ...
     def lost(self, checkout: Checkout) -> None: ...
     def activity(self, checkout: Checkout) -> None: ...

@@ -12,7 +12,6 @@ Rules of this file:
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import os
@@ -22,8 +21,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..diagnosis.callers import locations
-from ..diagnosis.leaks import LeakWatch
 from ..options import PoolOptions
 from ..scheduling.account import FREE, LineFull
 from ..scheduling.scheduler import Scheduler
@@ -34,23 +31,20 @@ from .housekeeping import Housekeeping
 from .lock import PoolLock
 from .nested import NestedCheckouts
 from .opening import Opening
+from .opening_ahead import OpeningAhead
 from .physical import PhysicalConnections
 from .slots import LedgerSlots, Member, Slots
 from .transitions import Transitions
 from .waiters import Waiter
 from .waiting import Waiting
 
-__all__ = ["PoolCore", "TracedCore"]
+__all__ = ["PoolCore"]
 
 _numbers = itertools.count(1)
 
 #: Long checkouts that are noted before they are booked, which takes the lock: so many
 #: that it happens rarely, so few that the list is no burden.
 _LONG_HOLDS_KEPT = 256
-
-#: Seconds that opening ahead waits for slots of a ledger: other processes may need them
-#: more, so what there is in a moment has to do.
-_OPENING_AHEAD_WAITS = 2.0
 
 
 class PoolCore:
@@ -79,6 +73,7 @@ class PoolCore:
         "nested",
         "number",
         "opening",
+        "opening_ahead",
         "scheduler",
         "slots",
         "state",
@@ -134,6 +129,9 @@ class PoolCore:
         self.housekeeping = Housekeeping(self.state, self._use_lifo)
         self._waiting = Waiting(self.state, self.housekeeping, self._waiter_class)
         self.opening = Opening(self.state, self._waiting, self._waiter_class)
+        self.opening_ahead = OpeningAhead(
+            self.state, self.housekeeping, self._waiter_class
+        )
         #: Connections closed, by reason.
         self.closures: Counter[str] = Counter()
 
@@ -253,8 +251,7 @@ class PoolCore:
                 checkout.state, checkout.may_keep = FREE, False
             elif self.options.min_idle and not opener.generation.warmed_up:
                 checkout.record = record  # where `give_up` finds it
-                opener.generation.warmed_up = True
-                self._waiter_class.run_apart(partial(self._warm_up_apart, opener))
+                self.opening_ahead.warm_up_apart(self, opener)
         checkout.record = None
         return record
 
@@ -270,36 +267,6 @@ class PoolCore:
         else:
             record, checkout.record = checkout.record, None
             self.state.take_back(checkout, record, True, now)
-
-    def warm_up(self, opener: Opener) -> int:
-        """Open connections until there are `min_idle`; return how many were opened.
-
-        Raises what opening raises.
-        """
-        generation = opener.generation
-        if self.housekeeping.owner is not generation:
-            self.housekeeping.hand_over(generation)
-        generation.warmed_up = True
-        if self.slots.on_request_only:
-            take = partial(self.checkout, self.options.default_tag, opener)
-            return self.housekeeping.take_ahead(
-                lambda: take(_OPENING_AHEAD_WAITS),
-                lambda record: self.checkin(record, generation),
-            )
-        return self.housekeeping.open_ahead(opener)
-
-    def _warm_up_apart(self, opener: Opener) -> None:
-        """:meth:`warm_up`, while the caller that has opened the first one goes on."""
-        try:
-            self.warm_up(opener)
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:
-            opener.logger.warning(
-                "%d connections (min_idle) could not be opened ahead: %s",
-                self.options.min_idle,
-                error,
-            )
 
     # -- checkin ---------------------------------------------------------------------
 
@@ -421,27 +388,6 @@ class PoolCore:
         self._begin(self.options)
         self.log_to(self.logger)
         self.slots.after_fork()
-
-
-class TracedCore(PoolCore):
-    """Notes where connections are checked out, and reports those out for too long."""
-
-    __slots__ = ()
-
-    def _begin(self, options: PoolOptions) -> None:
-        super()._begin(options)
-        assert options.leak_threshold is not None
-        self.state.leaks = LeakWatch(self.state, options.leak_threshold)
-
-    def checkout(
-        self, tag: str, opener: Opener, timeout: float | None = None
-    ) -> Record:
-        assert self.state.leaks is not None
-        self.state.leaks.start()
-        stack = locations(self.here.frames())
-        record = super().checkout(tag, opener, timeout)
-        record.fair.checkout.stack = stack
-        return record
 
 
 def _connection_ended(alive: weakref.ref[PoolCore]) -> None:

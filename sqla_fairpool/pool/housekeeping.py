@@ -1,29 +1,26 @@
 """What is done with a pool's connections while no caller asks for one.
 
-They are opened ahead (``min_idle``), closed when they were not used for a while
-(``idle_connection_ttl``), closed or left behind when another pool takes over, and
-become fewer when the pool is made smaller.
+They are closed when they were not used for a while (``idle_connection_ttl``), closed or
+left behind when another pool takes over, and become fewer when the pool is made
+smaller. (For those that are opened ahead see :mod:`.opening_ahead`.)
 
 Rules of this file:
 
-* There is no background thread, except while connections are opened ahead. What is due
-  is done by the next caller, and a checkout only compares the time with `next_visit`.
-* A connection that is opened ahead or closed has a slot that is out of use meanwhile,
-  so there are never more connections than the capacity.
+* There is no background thread. What is due is done by the next caller, and a checkout
+  only compares the time with `next_visit`.
+* A connection that is closed has a slot that is out of use meanwhile, so there are
+  never more connections than the capacity.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
-
-from sqlalchemy import exc
 
 from ..options import PoolOptions
 from ..scheduling.account import GRANTED
-from .checkout import Generation, Opener, Record
-from .slots import Reservation
+from .checkout import Generation
 from .transitions import Transitions
 
 __all__ = ["Housekeeping"]
@@ -99,93 +96,6 @@ class Housekeeping:
         unused.sort(key=lambda record: record.fair.idle_since)
         for record in unused[: max(spare, 0)]:
             state.retire(record, now, "unused")
-
-    # -- opening ahead ---------------------------------------------------------------
-
-    def open_ahead(self, opener: Opener) -> int:
-        """Open connections until there are `min_idle`; return how many were opened.
-
-        Those that are checked out count. Raises what opening raises.
-        """
-        generation, lock = opener.generation, self._state.lock
-        opened = 0
-        while self.owner is generation and (slot := self._reserve()) is not None:
-            record = None
-            try:
-                began = lock.clock()
-                record = cast(Record, opener._create_connection())
-                with lock.section() as now:
-                    # Nobody's in particular, so the default tag's.
-                    scheduler, options = self._state.scheduler, self._state.options
-                    account = scheduler.roster.get(options.default_tag, now)
-                    account.meter.create.add(now - began)
-                record.fair.idle_since = now
-                opened += 1
-            finally:
-                self._add_idle(slot, record, generation)
-        return opened
-
-    def take_ahead(
-        self, check_out: Callable[[], Record], check_in: Callable[[Record], None]
-    ) -> int:
-        """:meth:`open_ahead` where slots are given to checkouts alone."""
-        existing, min_idle = self._state.slots.existing, self._state.options.min_idle
-        out: list[Record] = []
-        opened = 0
-        try:
-            while len(out) < min_idle:
-                before = len(existing)
-                out.append(check_out())
-                opened += len(existing) > before
-        except exc.TimeoutError:
-            pass
-        finally:
-            for record in out:
-                check_in(record)
-        return opened
-
-    def _reserve(self) -> Reservation | None:
-        """Reserve a slot for one more connection, if one is wanted and free."""
-        state = self._state
-        idle, slots, scheduler = state.connections.idle, state.slots, state.scheduler
-        with state.lock.section() as now:
-            # Among those out of use are the ones that others open at this moment.
-            there = slots.in_pool() + slots.out_of_use()
-            if there >= state.options.min_idle or slots.frozen:
-                return None
-            hollow = [r for r in list(idle) if r.dbapi_connection is None]
-            if hollow:
-                state.connections.remove(hollow[0])  # the new one takes its place
-            if scheduler.in_use + len(idle) >= scheduler.capacity:
-                return None
-            slot = Reservation()
-            slots.reserved.add(slot)
-            state.recount(now)
-        return slot
-
-    def _add_idle(
-        self, slot: Reservation, record: Record | None, generation: Generation
-    ) -> None:
-        """Put a new connection, or none, into the pool, and its slot into use."""
-        state = self._state
-        with state.lock.section() as now:
-            state.slots.reserved.discard(slot)
-            if record is not None:
-                record.fair.physical.opening = False
-                state.connections.all.add(record)
-                state.connections.idle.append(record)  # it pays for itself
-            granted = state.scheduler.set_capacity(state.slots.usable(), now)
-            if record is None or not state.connections.remove(record):
-                state.deliver(granted)
-            elif granted and generation is self.owner:
-                state.deliver(granted, record)
-            else:
-                state.deliver(granted)
-                state.connections.idle.append(record)
-                if generation is self.owner:
-                    state.drain(now)
-                else:
-                    state.retire(record, now, "disposed")  # another one has taken over
 
     # -- changed options -------------------------------------------------------------
 
