@@ -12,7 +12,7 @@ import tempfile
 import pytest
 from hypothesis import HealthCheck, settings
 from support.state import assert_quiet
-from support.stub import StubServer, all_for_one
+from support.stub import StubServer, sized
 from support.threads import VirtualClock, eventually
 from support.worlds import make_world
 
@@ -84,9 +84,7 @@ def make_pool(server):
     pools = []
 
     def make(size=None, **options):
-        if size is not None:
-            options |= all_for_one(size, options.get("max_overflow", 0))
-        pools.append(server.pool(**options))
+        pools.append(server.pool(**sized(size, options)))
         return pools[-1]
 
     yield make
@@ -100,9 +98,7 @@ def make_engine(server):
     engines = []
 
     def make(size=None, **options):
-        if size is not None:
-            options |= all_for_one(size, options.get("max_overflow", 0))
-        engines.append(server.engine(**options))
+        engines.append(server.engine(**sized(size, options)))
         return engines[-1]
 
     yield make

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
+from support.threads import connect, wait_in_line
 
 import sqla_fairpool
 
@@ -70,13 +71,9 @@ def test_statement_makes_two_calls_and_takes_no_lock(engine):
 
 
 def test_waiting_checkout_is_handed_its_connection_in_few_calls(make_engine):
-    from support.threads import Caller, ensure_waiting
-
-    engine = make_engine(pool_size=1)
-    tagged = engine.execution_options(scraper="a")
-    holder = tagged.connect()
-    caller = Caller(tagged.connect)
-    ensure_waiting(engine.pool, 1)
+    engine = make_engine(1)
+    holder = connect(engine)
+    (caller,) = wait_in_line(engine)
     names = our_calls(holder.close)
     caller.result().close()
     assert len(names) <= 29, names

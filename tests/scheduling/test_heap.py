@@ -1,9 +1,11 @@
+"""A heap whose keys can be changed, against a dict."""
+
 from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqla_fairpool.scheduling.heap import Agenda
+from sqla_fairpool.scheduling.heap import Agenda as IndexedHeap
 
 items = st.integers(0, 8)
 steps = st.one_of(
@@ -13,17 +15,17 @@ steps = st.one_of(
 
 
 @given(st.lists(steps, max_size=200))
-def test_agenda_is_a_dict_sorted_by_value(script):
-    agenda, model = Agenda(), {}
+def test_heap_is_a_dict_sorted_by_value(script):
+    heap, model = IndexedHeap(), {}
     for step in script:
         if step[0] == "put":
-            agenda.put(step[1], step[2])
+            heap.put(step[1], step[2])
             model[step[1]] = step[2]
         else:
-            agenda.remove(step[1])
+            heap.remove(step[1])
             model.pop(step[1], None)
-        first = agenda.first()
-        assert len(agenda) == len(model)
+        first = heap.first()
+        assert len(heap) == len(model)
         if model:
             assert first is not None
             assert first[0] == min(model.values()) == model[first[1]]
@@ -31,10 +33,10 @@ def test_agenda_is_a_dict_sorted_by_value(script):
             assert first is None
 
 
-def test_dead_entries_do_not_pile_up():
-    agenda = Agenda()
+def test_replaced_entries_do_not_pile_up():
+    heap = IndexedHeap()
     for n in range(10_000):
-        agenda.put("a", n)
-        agenda.put("b", -n)
-    assert len(agenda._heap) < 100
-    assert agenda.first() == (-9_999, "b")
+        heap.put("a", n)
+        heap.put("b", -n)
+    assert len(heap._heap) < 100
+    assert heap.first() == (-9_999, "b")

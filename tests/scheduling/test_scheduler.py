@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sqla_fairpool.scheduling import tags as roster
+from sqla_fairpool.scheduling import tags
 from sqla_fairpool.scheduling.account import FREE, GRANTED, WAITING, Ticket
 from sqla_fairpool.scheduling.scheduler import Scheduler
 
@@ -280,8 +280,8 @@ def test_million_tags_leave_bounded_state():
     for n in range(1_000_000):
         scheduler.request(ticket, f"tag{n}", script.now)
         scheduler.release(ticket, script.now)
-    assert len(script.tags.accounts) <= roster._MAX_REMEMBERED
-    assert len(script.tags._review._heap) <= 2 * roster._MAX_REMEMBERED + 100
+    assert len(script.tags.accounts) <= tags._MAX_REMEMBERED
+    assert len(script.tags._review._heap) <= 2 * tags._MAX_REMEMBERED + 100
     scheduler.check_valid([])
 
 
@@ -363,7 +363,7 @@ def test_cost_of_a_step_does_not_grow_with_the_line():
     [
         (Scheduler._grant, {"in_use", "state"}),
         (Scheduler.vacate, {"in_use", "state"}),
-        (roster.Roster._set_active, {"active", "prompt", "common_ceiling"}),
+        (tags.Roster._set_active, {"active", "prompt", "common_ceiling"}),
     ],
 )
 def test_no_signal_is_handled_between_counters_that_belong_together(transition, fields):

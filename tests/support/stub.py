@@ -136,3 +136,10 @@ def all_for_one(size, max_overflow=0):
         "soft_limit": capacity,
         "max_limit": capacity,
     }
+
+
+def sized(size, options):
+    """Add the options of `all_for_one` to others, unless the size is None."""
+    if size is None:
+        return options
+    return options | all_for_one(size, options.get("max_overflow", 0))

@@ -5,20 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 
-from sqlalchemy.util import greenlet_spawn
-
 from . import state
 from .threads import PATIENCE
-
-
-async def checkout(pool):
-    """Check out as SQLAlchemy's asyncio engine does it: in a greenlet."""
-    return await greenlet_spawn(pool.connect)
-
-
-async def checkin(fairy):
-    """Return a connection as SQLAlchemy's asyncio engine does it."""
-    await greenlet_spawn(fairy.close)
 
 
 async def until(condition, what="the condition"):

@@ -21,7 +21,7 @@ from sqlalchemy.util import await_only, greenlet_spawn
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
 
 from . import state
-from .stub import StubServer, all_for_one
+from .stub import StubServer, sized
 from .tasks import until
 from .threads import PATIENCE, Caller, Gate, connect, eventually
 
@@ -61,9 +61,7 @@ class Threads:
 
         :param size: how many connections it has, all of which one tag may have.
         """
-        if size is not None:
-            options |= all_for_one(size, options.get("max_overflow", 0))
-        self._pools.append(self.server.pool(self.pool_class, **options))
+        self._pools.append(self.server.pool(self.pool_class, **sized(size, options)))
         return self._pools[-1]
 
     def close(self):
