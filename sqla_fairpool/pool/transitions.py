@@ -124,7 +124,7 @@ class Transitions:
         The newest, because it will wait longest: else the watch would change hands
         with every grant, and each time a caller would be woken for that alone.
         """
-        newest = cast("Checkout | None", self.scheduler.newest_waiter())
+        newest = cast("Checkout | None", self.scheduler.lines.newest())
         self.watcher = newest
         if newest is not None and newest.waiter is not None:
             self.lock.wake_ups.append(newest.waiter.wake)
@@ -139,7 +139,7 @@ class Transitions:
         """Return the checkouts that wait for a slot."""
         return [
             cast(Checkout, ticket)
-            for account in self.scheduler.waiting_accounts()
+            for account in self.scheduler.lines
             for ticket in account.waiters or ()
         ]
 

@@ -12,7 +12,7 @@ Rules of this file:
   jump in between, so that a signal handler's exception falls before it or
   after it. (CPython looks for signals at calls, and 3.10 at each jump.)
 
-What is promised, at every moment between two transitions (`check_valid` holds
+What is promised, at every moment between two transitions (:mod:`.invariants` holds
 each of them, and the tests call it after every step):
 
 1. Conservation: the tags' `in_use` add up to the scheduler's `in_use`, which is
@@ -34,12 +34,12 @@ O(log waiting tags) otherwise, O(log tags) for a tag that is new or was idle;
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 
 from . import policy
 from .account import FREE, GRANTED, WAITING, Account, LineFull, Ticket
-from .heap import Agenda
+from .lines import Lines
 from .tags import Roster
 
 __all__ = ["Scheduler"]
@@ -92,14 +92,11 @@ class Scheduler:
         self.accounts = self.roster.accounts
         #: Requests that had to wait, in all.
         self.arrivals = 0
-        # What was in use when the capacity last changed.
-        self._drains_from = 0
-        # Accounts with waiters, in the order in which they began to wait.
-        self._lines: dict[Account, None] = {}
-        # While there are two or more, those of them that are below their ceiling, by
-        # `policy.rank`. May hold some that are not any more, or do not wait; they are
-        # dropped when they come first.
-        self._ready: Agenda[Account] = Agenda()
+        #: What was in use when the capacity last changed.
+        self.drains_from = 0
+        self.lines = Lines(self.roster)
+        #: Returns the most slots that a tag may hold now.
+        self.ceiling = self.roster.ceiling
 
     # -- transitions ---------------------------------------------------------
 
@@ -127,16 +124,14 @@ class Scheduler:
             raise LineFull
         self.arrivals += 1
         ticket.number = self.arrivals
-        ticket.state = WAITING
-        self.waiting += 1
         if account.waiters is None:
             account.waiters = OrderedDict()
+        # From here in one go, see the head of this file.
+        ticket.state = WAITING
+        self.waiting += 1
         account.waiters[ticket] = None
         if len(account.waiters) == 1:
-            self._lines[account] = None
-            if len(self._lines) == 2:  # the first one was alone and not ranked
-                self._requeue(next(iter(self._lines)))
-            self._requeue(account)
+            self.lines.begun(account)
         return False
 
     def admit(self, ticket: Ticket, tag: str, now: float) -> None:
@@ -149,9 +144,9 @@ class Scheduler:
             self.roster.touch(account, now)
         ticket.account = account
         self._grant(ticket, now)
-        self._drains_from = max(self._drains_from, self.in_use)
+        self.drains_from = max(self.drains_from, self.in_use)
         if account.waiters:
-            self._requeue(account)
+            self.lines.changed(account)
 
     def release(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
         """Take a granted ticket's slot back; return who is granted by that."""
@@ -180,7 +175,7 @@ class Scheduler:
         if not self.waiting:
             return _NO_GRANTS
         if account.waiters:
-            self._requeue(account)
+            self.lines.changed(account)
         return self._dispatch(now)
 
     def cancel(self, ticket: Ticket) -> bool:
@@ -195,11 +190,12 @@ class Scheduler:
         account = ticket.account
         assert account.waiters is not None
         was_head = next(iter(account.waiters)) is ticket
+        # From here in one go, see the head of this file.
         del account.waiters[ticket]
         ticket.state = FREE
         self.waiting -= 1
         if was_head:
-            self._head_left(account)
+            self.lines.head_left(account)
         return True
 
     def expire(self, ticket: Ticket) -> bool:
@@ -263,8 +259,7 @@ class Scheduler:
         if self.roster.review(now) and self.roster.active <= 1:
             # Ceilings have risen, for the one tag that is left and for the
             # silent tag; nobody else can be waiting.
-            for account in self._lines:
-                self._requeue(account)
+            self.lines.all_changed()
         return self._dispatch(now)
 
     def set_capacity(self, capacity: int, now: float) -> Sequence[Ticket]:
@@ -273,7 +268,7 @@ class Scheduler:
         Takes nothing away: what is in use above a lower capacity drains.
         """
         self.capacity = capacity
-        self._drains_from = self.in_use
+        self.drains_from = self.in_use
         return self._dispatch(now)
 
     def reconfigure(
@@ -296,8 +291,7 @@ class Scheduler:
         self.reallocation_interval = reallocation_interval
         self.next_tick = min(self.next_tick, now + reallocation_interval)
         self.roster.reconfigure(soft_limit, max_limit, idle_timeout)
-        for account in self._lines:
-            self._requeue(account)
+        self.lines.all_changed()
         return self.set_capacity(capacity, now)
 
     def impose(
@@ -312,18 +306,10 @@ class Scheduler:
         :param other: the ceiling of any tag not named.
         """
         self.roster.impose(ceilings, other)
-        for account in self._lines:
-            self._requeue(account)
+        self.lines.all_changed()
         return self.set_capacity(capacity, now)
 
     # -- questions -----------------------------------------------------------
-
-    def ceiling(self, account: Account) -> int:
-        """Return the most slots `account` may hold now."""
-        roster = self.roster
-        if account.active and roster.imposed is None:
-            return roster.common_ceiling
-        return roster.ceiling(account)
 
     def wanted(self, ticket: Ticket) -> bool:
         """Tell if releasing this granted ticket would grant another one."""
@@ -332,18 +318,7 @@ class Scheduler:
         account = ticket.account
         if account.waiters and account.in_use <= self.ceiling(account):
             return True
-        return self._next() is not None
-
-    def waiting_accounts(self) -> Iterable[Account]:
-        """Return the accounts under which somebody waits."""
-        return self._lines
-
-    def newest_waiter(self) -> Ticket | None:
-        """Return a ticket that is likely to wait for long, None if none waits."""
-        for account in reversed(self._lines):
-            assert account.waiters
-            return next(reversed(account.waiters))
-        return None
+        return self.lines.next() is not None
 
     def place(self, ticket: Ticket) -> int:
         """Return a waiting ticket's place in its line, from 1. O(place)."""
@@ -362,40 +337,7 @@ class Scheduler:
         account.in_use += by
         account.peak = max(account.peak, account.in_use)
         if account.waiters:
-            self._requeue(account)
-
-    def _requeue(self, account: Account) -> None:
-        """Put a tag with waiters where it belongs among those that may be next."""
-        if len(self._lines) == 1:
-            return  # nobody to be ranked with
-        if account.in_use < self.ceiling(account):
-            self._ready.put(account, self._rank(account))
-        else:
-            self._ready.remove(account)
-
-    def _rank(self, account: Account) -> tuple[float, int]:
-        assert account.waiters
-        head = next(iter(account.waiters))
-        return policy.rank(account.in_use, account.weight, head.number)
-
-    def _head_left(self, account: Account) -> None:
-        if account.waiters:
-            self._requeue(account)
-        else:
-            del self._lines[account]
-            self._ready.remove(account)
-
-    def _next(self) -> Account | None:
-        """Return the tag whose head is to get the next free slot."""
-        if len(self._lines) == 1:
-            account = next(iter(self._lines))
-            return account if account.in_use < self.ceiling(account) else None
-        while (first := self._ready.first()) is not None:
-            account = first[1]
-            if account.in_use < self.ceiling(account):
-                return account
-            self._ready.remove(account)  # its ceiling has fallen
-        return None
+            self.lines.changed(account)
 
     def _is_next(self, newcomer: Account) -> bool:
         """Tell if a request under `newcomer`, arriving now, would be granted."""
@@ -405,18 +347,19 @@ class Scheduler:
             or newcomer.in_use >= self.ceiling(newcomer)
         ):
             return False
-        waiting = self._next()
+        waiting = self.lines.next()
         if waiting is None or self.in_use + 1 < self.capacity:
             return True  # nobody else, or a slot for each
         rank = policy.rank(newcomer.in_use, newcomer.weight, self.arrivals + 1)
-        return rank < self._rank(waiting)
+        return rank < self.lines.rank(waiting)
 
     def _dispatch(self, now: float) -> Sequence[Ticket]:
         """Grant free slots to whoever is next, until none is left or none waits."""
         if not self.waiting:
             return _NO_GRANTS
         granted = []
-        while self.in_use < self.capacity and (account := self._next()) is not None:
+        lines = self.lines
+        while self.in_use < self.capacity and (account := lines.next()) is not None:
             assert account.waiters
             ticket, _ = account.waiters.popitem(last=False)
             self.waiting -= 1
@@ -426,7 +369,7 @@ class Scheduler:
                 account.wait_max = waited
             account.meter.wait.add(waited)
             self._grant(ticket, now)
-            self._head_left(account)
+            lines.head_left(account)
             if not account.silent:
                 account.last_activity = now
             granted.append(ticket)
@@ -445,37 +388,3 @@ class Scheduler:
             account.peak = account.in_use
         if not account.silent:
             account.meter.checkouts += 1
-
-    # -- the promises, as a check ---------------------------------------------
-
-    def check_valid(self, granted: Collection[Ticket] | None = None) -> None:
-        """Assert the invariants stated at the head of this file. O(everything).
-
-        :param granted: all granted tickets, if the caller knows them.
-        """
-        self.roster.check_valid()
-        accounts = list(self.accounts.values())
-        lines = [a for a in accounts if a.waiters]
-        below = [a for a in lines if a.in_use < self.ceiling(a)]
-        # 1, 2
-        assert self.in_use == sum(a.in_use for a in accounts)
-        assert all(a.in_use >= 0 for a in accounts)
-        assert self.in_use <= max(self.capacity, self._drains_from)
-        # 3
-        assert self.in_use >= self.capacity or not below, f"{below} wait for nothing"
-        # 4
-        assert self.waiting == sum(a.waiting for a in accounts)
-        assert set(self._lines) == set(lines)
-        for account in lines:
-            assert account.waiters
-            numbers = [ticket.number for ticket in account.waiters]
-            assert numbers == sorted(numbers)
-            assert all(t.state is WAITING for t in account.waiters)
-            assert all(t.account is account for t in account.waiters)
-        # 5
-        assert self._next() is min(below, key=self._rank, default=None)
-        # 6
-        if granted is not None:
-            assert all(ticket.state is GRANTED for ticket in granted)
-            held = Counter(ticket.account for ticket in granted)
-            assert held == Counter({a: a.in_use for a in accounts if a.in_use})

@@ -74,6 +74,8 @@ class Roster:
         """Return the most slots `account` may hold now."""
         if self.imposed is not None:
             return self.imposed.get(account.tag, self.imposed_other)
+        if account.active:
+            return self.common_ceiling
         others = self.active - account.active
         return policy.ceiling(others, self.soft_limit, self.max_limit)
 
@@ -177,15 +179,6 @@ class Roster:
         if self.on_change is not None and not account.silent:
             self.on_change(account.tag, active, count, ceiling)
 
-    def check_valid(self) -> None:
-        """Assert what the scheduler builds on. O(tags)."""
-        accounts = self.accounts.values()
-        assert self.active == sum(a.active for a in accounts)
-        assert all(a.active for a in accounts if a.waiters and not a.silent)
-        assert all(a in self._review for a in accounts if a.active)
-        assert all(a.prompt == (a.active and not a.silent) for a in accounts)
-        if self.imposed is None:
-            equal = self.common_ceiling
-            assert all(self.ceiling(a) == equal for a in accounts if a.active)
-        else:
-            assert all(self.ceiling(a) >= self.common_ceiling for a in accounts)
+    def is_reviewed(self, account: Account) -> bool:
+        """Tell if the tag is looked at again, to learn if it is idle."""
+        return account in self._review

@@ -24,6 +24,7 @@ from sqlalchemy import create_engine, text
 from support import state
 from support.stub import StubServer
 from support.threads import Caller, connect, ensure_waiting, give, take
+from sqla_fairpool.scheduling.invariants import check_valid
 from sqla_fairpool import FairQueuePool
 
 server = StubServer()
@@ -178,7 +179,7 @@ def test_fork_in_a_connect_listener_gives_the_child_no_slot():
         assert engine.pool.checkedout() == 0
         connect(engine).close()
         assert engine.pool.checkedout() == 0
-        state.scheduler(engine).check_valid([])
+        check_valid(state.scheduler(engine), [])
         if pids == [0]:
             os._exit(0)
         assert os.waitpid(pids[0], 0)[1] == 0

@@ -9,6 +9,7 @@ import pytest
 
 from sqla_fairpool.scheduling import tags
 from sqla_fairpool.scheduling.account import FREE, GRANTED, WAITING, Ticket
+from sqla_fairpool.scheduling.invariants import check_valid
 from sqla_fairpool.scheduling.scheduler import Scheduler
 
 
@@ -36,7 +37,7 @@ class Script:
 
     def _granted(self, tickets):
         self.out += tickets
-        self.scheduler.check_valid(self.out)
+        check_valid(self.scheduler, self.out)
         return list(tickets)
 
     def request(self, tag):
@@ -174,7 +175,7 @@ def test_second_release_is_refused_and_changes_nothing():
     script.release(ticket)
     with pytest.raises(AssertionError, match="released a ticket that is free"):
         script.scheduler.release(ticket, script.now)
-    script.scheduler.check_valid([])
+    check_valid(script.scheduler, [])
 
 
 def test_capacity_can_fall_and_rise():
@@ -282,7 +283,7 @@ def test_million_tags_leave_bounded_state():
         scheduler.release(ticket, script.now)
     assert len(script.tags.accounts) <= tags._MAX_REMEMBERED
     assert len(script.tags._review._heap) <= 2 * tags._MAX_REMEMBERED + 100
-    scheduler.check_valid([])
+    check_valid(scheduler, [])
 
 
 def test_idle_tags_are_forgotten_after_a_while():

@@ -15,6 +15,7 @@ from hypothesis.stateful import (
 
 from sqla_fairpool.scheduling import policy
 from sqla_fairpool.scheduling.account import FREE, GRANTED, WAITING, LineFull, Ticket
+from sqla_fairpool.scheduling.invariants import check_valid
 from sqla_fairpool.scheduling.scheduler import Scheduler
 
 TAGS = ["a", "b", "c", "d", "unknown"]
@@ -214,7 +215,7 @@ class SchedulerAgreesWithModel(RuleBasedStateMachine):
     def same_state(self):
         if not hasattr(self, "scheduler"):
             return
-        self.scheduler.check_valid([ticket for ticket, _ in self.model.holding])
+        check_valid(self.scheduler, [ticket for ticket, _ in self.model.holding])
         accounts = self.scheduler.roster.accounts
         assert {t for t, a in accounts.items() if a.active} == self.model.active
         for tag in TAGS:

@@ -11,6 +11,7 @@ from functools import partial
 
 from sqla_fairpool.pool.checkout import Checkout
 from sqla_fairpool.pool.ledger_member import LedgerMember
+from sqla_fairpool.scheduling.invariants import check_valid
 
 #: The function that looks for a deadlock, where it is called; to be replaced.
 DEADLOCK_CHECK = "sqla_fairpool.pool.waiting.is_stuck"
@@ -68,7 +69,7 @@ def line(pool, tag):
 
 def newest_waiter(pool):
     """The checkout that came last of those that wait."""
-    return scheduler(pool).newest_waiter()
+    return scheduler(pool).lines.newest()
 
 
 def watcher(pool):
@@ -225,7 +226,7 @@ def join(pool, keeper):
 def assert_quiet(pool):
     """Nothing is out, no caller waits, and the accounting is consistent."""
     with critical_section(pool):
-        scheduler(pool).check_valid([])
+        check_valid(scheduler(pool), [])
         assert in_use(pool) == 0
         assert waiting(pool) == 0
         assert not core(pool).lock.inbox
@@ -239,4 +240,4 @@ def assert_quiet(pool):
 def assert_consistent(pool):
     """The scheduler agrees with the checkouts that are out."""
     with critical_section(pool):
-        scheduler(pool).check_valid()
+        check_valid(scheduler(pool))
