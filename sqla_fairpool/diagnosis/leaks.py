@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Protocol
 
+from ..background import start_thread
 from .callers import describe_stack
 from .capture import Checkout, Out
 from .report import duration
@@ -45,22 +46,21 @@ class LeakWatch:
     def __init__(self, pool: Watched, threshold: float) -> None:
         self._pool = weakref.ref(pool)
         self._threshold = threshold
-        self._thread: threading.Thread | None = None
+        # The thread: the first that is entered is it. An interrupt in the middle of
+        # starting one leaves no entry.
+        self._runner: dict[str, threading.Thread] = {}
 
     def start(self) -> None:
         """Have a thread look from now on, if there is none yet."""
-        if self._thread is not None:
-            return
-        pause = min(self._threshold / _LOOKS, _LONGEST_PAUSE)
-        thread = threading.Thread(
-            target=_watch,
-            args=(weakref.ref(self), pause),
-            name="sqla_fairpool leak_threshold",
-            daemon=True,
-        )
-        # Two of them, if two callers come at once, report no leak twice.
-        self._thread = thread
-        thread.start()
+        if not self._runner:
+            pause = min(self._threshold / _LOOKS, _LONGEST_PAUSE)
+            watch = partial(_watch, weakref.ref(self), pause)
+            start_thread(watch, "sqla_fairpool leak_threshold")
+
+    def is_runner(self) -> bool:
+        """Tell if this thread is the one that looks; no other does."""
+        this = threading.current_thread()
+        return self._runner.setdefault("runner", this) is this
 
     def look(self) -> None:
         """Report what is out for too long and was not reported yet."""
@@ -101,10 +101,7 @@ def _log_return(logger: Any, out: Out, now: float) -> None:
 
 def _watch(ref: weakref.ref[LeakWatch], pause: float) -> None:
     never = threading.Event()
-    while True:
-        never.wait(pause)
-        watch = ref()
-        if watch is None:
-            return
+    while (watch := ref()) is not None and watch.is_runner():
         watch.look()
         del watch
+        never.wait(pause)

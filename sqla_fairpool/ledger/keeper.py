@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ..background import start_thread
 from .demand import Local, Pace
 from .errors import LedgerError
 from .member import Membership
@@ -184,13 +185,11 @@ class Keeper:
 
         Whoever does it may be interrupted anywhere. The next one starts another.
         """
-        try:
-            threading.Thread(
-                target=self._run, name="sqla_fairpool-keeper", daemon=True
-            ).start()
-        except RuntimeError:  # at the interpreter's end
-            self._rung = False
-            self._answer_posts(self._take_posts(), False)
+        start_thread(self._run, "sqla_fairpool-keeper", self._not_started)
+
+    def _not_started(self) -> None:
+        self._rung = False
+        self._answer_posts(self._take_posts(), False)
 
     def _is_runner(self, who: threading.Thread | Keeper) -> bool:
         return self._runner.setdefault("runner", who) is who

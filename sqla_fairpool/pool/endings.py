@@ -30,6 +30,7 @@ from typing import Any
 
 from sqlalchemy.util import await_only
 
+from ..background import start_thread
 from .sqlalchemy_private import in_greenlet
 
 __all__ = ["ENDED", "OPEN", "UNKNOWN", "SocketCopy", "stop_statement", "watcher"]
@@ -210,8 +211,9 @@ class EndWatcher:
     def forget(self) -> None:
         """Begin anew, in the child of a fork."""
         self._new: deque[_Watched] = deque()
-        self._starting = threading.Lock()
-        self._running = False
+        # The thread, while there is one: the first that is entered is it. An interrupt
+        # in the middle of starting one leaves no entry, and no lock locked.
+        self._runner: dict[str, threading.Thread] = {}
 
     def watch(
         self, line: SocketCopy | None, seconds: float, done: Callable[[str], None]
@@ -223,25 +225,16 @@ class EndWatcher:
           `seconds` have passed.
         """
         self._new.append((line, time.monotonic() + seconds, done))
-        self._start()
+        if not self._runner:
+            start_thread(self._run, "sqla_fairpool-endings")
 
-    def _start(self) -> None:
-        if self._running or not self._starting.acquire(blocking=False):
-            return
-        try:
-            if not self._running:
-                self._running = True
-                threading.Thread(
-                    target=self._run, name="sqla_fairpool-endings", daemon=True
-                ).start()
-        except RuntimeError:
-            self._running = False  # at the interpreter's end
-        finally:
-            self._starting.release()
+    def _is_runner(self) -> bool:
+        this = threading.current_thread()
+        return self._runner.setdefault("runner", this) is this
 
     def _run(self) -> None:
         waiting: list[_Watched] = []
-        while True:
+        while self._is_runner():
             while self._new:
                 waiting.append(self._new.popleft())
             waiting = [one for one in waiting if not self._finish(one)]
@@ -252,13 +245,9 @@ class EndWatcher:
                         poll.register(line.fileno(), select.POLLIN)
                 poll.poll(self._TICK * 1000)
                 continue
-            self._running = False
-            if not self._new:
+            self._runner.clear()
+            if not self._new:  # else something came in between
                 return
-            with self._starting:  # something came in between
-                if self._running:
-                    return
-                self._running = True
 
     @staticmethod
     def _finish(one: _Watched) -> bool:

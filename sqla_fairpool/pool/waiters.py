@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Protocol
 from sqlalchemy import exc
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from ..background import start_thread
 from ..diagnosis.callers import TaskHere, ThreadHere
 from .sqlalchemy_private import in_greenlet
 
@@ -109,9 +110,7 @@ class ThreadWaiter:
 
     @staticmethod
     def run_apart(function: Callable[[], object]) -> None:
-        threading.Thread(
-            target=function, name="sqla_fairpool-min_idle", daemon=True
-        ).start()
+        start_thread(function, "sqla_fairpool-min_idle")
 
 
 class TaskWaiter:

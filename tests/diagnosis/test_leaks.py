@@ -7,6 +7,7 @@ import gc
 import logging
 import threading
 import weakref
+from functools import partial
 
 import pytest
 from sqlalchemy import text
@@ -137,6 +138,7 @@ def test_connection_that_hangs_in_opening_is_reported(make_engine, server, clock
 def test_thread_reports_and_ends_with_the_pool(server, log, with_thread):
     engine = server.engine(leak_threshold=0.02)
     connection = engine.connect()
+    eventually(partial(state.leak_thread, engine))
     thread = state.leak_thread(engine)
     assert thread.is_alive()
     assert thread.daemon

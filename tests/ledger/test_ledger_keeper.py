@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import threading
 from contextlib import contextmanager
@@ -701,15 +702,15 @@ def test_no_thread_before_somebody_rings(two_threads):
 def test_interrupt_while_the_thread_is_started(two_threads, monkeypatch, how):
     """Before it is started, or after that: later there is one that does the work."""
     a, _ = two_threads
-    start = threading.Thread.start
+    start = _thread.start_new_thread
 
-    def interrupted(thread):
+    def interrupted(function, args):
         if how == "after":
-            start(thread)
+            start(function, args)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", interrupted)
+        patch.setattr(_thread, "start_new_thread", interrupted)
         with pytest.raises(KeyboardInterrupt):
             a.request("a")
     a.keeper.ring()
@@ -749,10 +750,10 @@ def test_a_post_starts_the_thread_and_is_answered_by_it():
 
 
 def test_where_no_thread_can_be_started_a_post_is_denied(monkeypatch):
-    def start(self):
+    def start(*_):
         raise RuntimeError("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", start)
+    monkeypatch.setattr(_thread, "start_new_thread", start)
     keeper = Keeper(BlockingStore(Host()), TERMS, SimPool(Server(), "a"))
     answers = []
     for _ in range(2):

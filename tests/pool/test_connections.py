@@ -142,7 +142,7 @@ def test_watcher_tells_the_end_and_the_time(driver):
     line = SocketCopy.of(driver)
     watcher.watch(line, 0.0, told.append)
     eventually(lambda: told == [OPEN])
-    eventually(lambda: not watcher._running)
+    eventually(lambda: not watcher._runner)
     watcher.watch(line, PATIENCE, told.append)
     driver.close()
     driver.server.close()

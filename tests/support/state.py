@@ -176,7 +176,7 @@ def find_leaks(pool):
 def leak_thread(pool):
     """The thread that does it, None if it is switched off."""
     leaks = core(pool).state.leaks
-    return None if leaks is None else leaks._thread
+    return None if leaks is None else leaks._runner.get("runner")
 
 
 def is_collected(pool):

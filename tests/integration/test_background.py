@@ -1,0 +1,205 @@
+"""Threads that work in the background begin, whatever interrupts their start."""
+
+from __future__ import annotations
+
+import _thread
+import ctypes
+import gc
+import sys
+import threading
+
+import pytest
+from support import state
+from support.threads import PATIENCE, Caller, eventually
+
+from sqla_fairpool import background
+from sqla_fairpool.pool.endings import OPEN, EndWatcher
+from sqla_fairpool.pool.waiters import ThreadWaiter
+
+
+class Endings:
+    """The watcher of sessions that end."""
+
+    name = "sqla_fairpool-endings"
+
+    def __init__(self, make_engine):
+        self.watcher, self.told = EndWatcher(), []
+
+    def start(self):
+        self.watcher.watch(None, 0.0, self.told.append)
+
+    def works(self):
+        return OPEN in self.told
+
+    def has_ended(self):
+        return not self.watcher._runner
+
+
+class Leaks:
+    """The watch for leaks."""
+
+    name = "sqla_fairpool leak_threshold"
+
+    def __init__(self, make_engine):
+        self.engine = make_engine(leak_threshold=0.4)
+
+    def start(self):
+        self.engine.connect().close()
+
+    def works(self):
+        return state.leak_thread(self.engine) is not None
+
+    def has_ended(self):
+        self.engine = None
+        gc.collect()  # it ends with its pool
+        return self.name not in names()
+
+
+class Apart:
+    """What opens connections ahead; one that was interrupted is not started anew."""
+
+    name = "sqla_fairpool-min_idle"
+
+    def __init__(self, make_engine):
+        self.begun = threading.Event()
+
+    def start(self):
+        ThreadWaiter.run_apart(self.begun.set)
+
+    def works(self):
+        return self.begun.is_set()
+
+    def has_ended(self):
+        return self.name not in names()
+
+
+def names():
+    return [thread.name for thread in threading.enumerate()]
+
+
+@pytest.fixture(params=[Endings, Leaks, Apart])
+def worker(request, server):
+    engines = []
+
+    def make_engine(**options):
+        engines.append(server.engine(**options))
+        return engines[-1]
+
+    worker = request.param(make_engine)
+    yield worker
+    engines.clear()
+    eventually(worker.has_ended)
+
+
+@pytest.fixture
+def soon(monkeypatch):
+    """Give helpers up soon, and try as many as it takes."""
+    monkeypatch.setattr(background, "_HEARD_WITHIN", 0.02)
+    monkeypatch.setattr(background, "_HELPERS", 10_000)
+
+
+@pytest.fixture
+def start_raw():
+    return _thread.start_new_thread
+
+
+@pytest.mark.usefixtures("soon")
+def test_new_thread_that_ends_before_its_first_instruction(
+    worker, monkeypatch, start_raw
+):
+    """As one does that CPython 3.11 hits with the exception for another thread."""
+    to_end = [1, 1]
+
+    def start(function, args):
+        if to_end:
+            to_end.pop()
+            return start_raw(lambda: None, ())
+        return start_raw(function, args)
+
+    monkeypatch.setattr(_thread, "start_new_thread", start)
+    Caller(worker.start).result()
+    assert not to_end
+    eventually(worker.works)
+
+
+@pytest.mark.parametrize("interrupts", [1, 10])
+@pytest.mark.parametrize("how", ["before", "after"])
+def test_interrupt_while_the_thread_is_started(
+    worker, monkeypatch, start_raw, how, interrupts
+):
+    """It is raised afterwards; after many of them the next call starts another."""
+    left = [KeyboardInterrupt] * interrupts
+
+    def interrupted(function, args):
+        if how == "after" or not left:
+            start_raw(function, args)
+        if left:
+            raise left.pop()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_thread, "start_new_thread", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            worker.start()
+    if interrupts > 1:
+        worker.start()
+    eventually(worker.works)
+    eventually(lambda: names().count(worker.name) <= 1)
+
+
+class Thrown(Exception):  # noqa: N818
+    """Thrown into a thread."""
+
+
+@pytest.mark.usefixtures("soon")
+def test_exception_thrown_in_the_first_moment(worker, monkeypatch, start_raw):
+    """It hits this thread, or up to CPython 3.11 the new one."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+
+    def throw():
+        number = ctypes.c_ulong(threading.get_ident())
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(Thrown))
+
+    def start(function, args):
+        monkeypatch.setattr(_thread, "start_new_thread", start_raw)
+        start_raw(function, args)
+        throw()
+
+    def call():
+        for _ in range(10):
+            monkeypatch.setattr(_thread, "start_new_thread", start)
+            try:
+                worker.start()
+            except Thrown:
+                worker.start()
+
+    Caller(call).result()
+    eventually(worker.works)
+
+
+# -- where there are no threads ------------------------------------------------------
+
+
+def refuse(*_):
+    raise RuntimeError("can't start new thread")
+
+
+@pytest.mark.parametrize(
+    "patched", [(_thread, "start_new_thread"), (threading.Thread, "start")]
+)
+def test_thread_that_the_system_refuses(monkeypatch, patched):
+    monkeypatch.setattr(*patched, refuse)
+    failed = threading.Event()
+    background.start_thread(refuse, "refused", failed.set)
+    assert failed.wait(PATIENCE)
+
+
+def test_no_thread_is_heard_of_at_the_interpreters_end(monkeypatch):
+    orders, failed = [], []
+    monkeypatch.setattr(background, "_HEARD_WITHIN", 0.0)
+    monkeypatch.setattr(_thread, "start_new_thread", lambda *call: orders.append(call))
+    background.start_thread(refuse, "late", lambda: failed.append(1))
+    assert failed == [1]
+    assert len(orders) == background._HELPERS
+    for function, args in orders:  # if they are after all, it is not started
+        function(*args)
+    assert "late" not in names()
