@@ -40,9 +40,9 @@ class PoolLock:
     """
 
     __slots__ = (
-        "busy_in",
         "_can_wait",
         "_lock",
+        "busy_in",
         "clock",
         "deferred",
         "inbox",
