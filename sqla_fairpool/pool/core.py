@@ -187,18 +187,17 @@ class PoolCore:
 
     def _acquire(self, tag: str, opener: Opener, timeout: float | None) -> Record:
         """:meth:`checkout` under the lock: the scheduler is asked for a slot."""
-        checkout = Checkout(self)
-        if self.lock.in_section():
+        checkout, lock = Checkout(self), self.lock
+        if lock.busy_in is not None and lock.in_section():
             return self.nested.lend(checkout, tag, opener)
         try:
-            since = self.lock.run(self._request, checkout, tag)
+            since = lock.run(self._request, checkout, tag)
             record = checkout.record
             if record is None:
                 return self._obtain(checkout, opener, since, timeout)
             checkout.record = None
             return record
         except LineFull:
-            self.lock.flush()
             raise self._waiting.too_many(tag) from None
         except BaseException:
             if checkout.state is not FREE:
@@ -318,11 +317,12 @@ class PoolCore:
 
     def _release(self, checkout: Checkout, record: Record | None, keep: bool) -> None:
         """Take a record back under the lock, or a checkout that has lost its record."""
-        if not self.lock.in_section():
-            self.lock.run(self.state.take_back, checkout, record, keep)
+        lock = self.lock
+        if lock.busy_in is None or not lock.in_section():
+            lock.run(self.state.take_back, checkout, record, keep)
         elif not (self.nested.loans and self.nested.end(checkout)):
             work = partial(self.state.take_back, checkout, record, keep)
-            self.lock.inbox.append(work)
+            lock.inbox.append(work)
 
     def lost(self, checkout: Checkout) -> None:
         """Take back the slot of a checkout that was dropped with its record."""

@@ -4,9 +4,10 @@ Rules of this file:
 
 * One lock. No I/O, no wake-up, no logging and no caller's code happens while it is
   held. A section leaves these for afterwards: first the wake-ups, so that no caller
-  sleeps while a connection is being closed, then the deferred work. What waits for the
-  database is left to the next caller where it cannot be awaited (in a finaliser beside
-  an event loop).
+  sleeps while a connection is being closed, then the deferred work. This is done also
+  when a section fails: it may have granted slots before. What waits for the database
+  is left to the next caller where it cannot be awaited (in a finaliser beside an event
+  loop).
 * A finaliser or a signal handler may call in the middle of anything, also of a section
   of the same thread. The lock is re-entrant, so that such a call cannot deadlock; the
   busy flag tells it that it must not touch anything. It puts its work into the inbox.
@@ -39,8 +40,8 @@ class PoolLock:
     """
 
     __slots__ = (
-        "_busy_in",
         "_can_wait",
+        "busy_in",
         "clock",
         "deferred",
         "inbox",
@@ -59,8 +60,8 @@ class PoolLock:
         """Be as new, also in the child of a fork."""
         #: The lock itself, to read or note something, also in the middle of a section.
         self.mutex = threading.RLock()
-        # The thread that is in a section.
-        self._busy_in: int | None = None
+        #: The thread that is in a section, None if none is.
+        self.busy_in: int | None = None
         #: What is to be done in a section, this one or the next; called with the time.
         self.inbox: deque[Callable[[float], object]] = deque()
         #: What is to be done after the lock: callers to wake, and what takes time.
@@ -74,48 +75,52 @@ class PoolLock:
         context manager it can, as long as the interrupt's traceback lives: one that
         comes as ``__enter__`` returns.)
         """
-        with self.mutex:
-            if self._busy_in is not None:
-                refuse_inner_call()
-            self._busy_in = get_ident()
-            try:
-                now = self.clock()
-                if self.inbox:
-                    self._empty_inbox(now)
-                result = transition(*args, now)
-                if self.inbox:
-                    self._empty_inbox(now)
-            finally:
-                self._busy_in = None
-        if self.wake_ups or self.deferred or self.inbox:
-            self.flush()
+        if self.busy_in is not None and self.in_section():
+            refuse_inner_call()
+        try:
+            with self.mutex:
+                self.busy_in = get_ident()
+                try:
+                    now = self.clock()
+                    if self.inbox:
+                        self._empty_inbox(now)
+                    result = transition(*args, now)
+                    if self.inbox:
+                        self._empty_inbox(now)
+                finally:
+                    self.busy_in = None
+        finally:
+            if self.wake_ups or self.deferred or self.inbox:
+                self.flush()
         return result
 
     @contextmanager
     def section(self) -> Iterator[float]:
         """Hold the lock for a block of code; gives the time."""
-        with self.mutex:
-            if self._busy_in is not None:
-                refuse_inner_call()
-            self._busy_in = get_ident()
-            try:
-                now = self.clock()
-                if self.inbox:
-                    self._empty_inbox(now)
-                yield now
-                if self.inbox:
-                    self._empty_inbox(now)
-            finally:
-                self._busy_in = None
-        if self.wake_ups or self.deferred or self.inbox:
-            self.flush()
+        if self.busy_in is not None and self.in_section():
+            refuse_inner_call()
+        try:
+            with self.mutex:
+                self.busy_in = get_ident()
+                try:
+                    now = self.clock()
+                    if self.inbox:
+                        self._empty_inbox(now)
+                    yield now
+                    if self.inbox:
+                        self._empty_inbox(now)
+                finally:
+                    self.busy_in = None
+        finally:
+            if self.wake_ups or self.deferred or self.inbox:
+                self.flush()
 
     def in_section(self) -> bool:
         """Tell if this thread is in a section.
 
         If so, the caller runs in a finaliser or in a signal handler.
         """
-        return self._busy_in == get_ident()
+        return self.busy_in == get_ident()
 
     def visit(self) -> None:
         """Begin and end a section, which does what is in the inbox."""

@@ -81,14 +81,14 @@ class Transitions:
         A caller that gets none opens a connection.
         """
         for checkout in cast(Sequence[Checkout], granted):
-            assert checkout.waiter is not None
             if record is None:
                 record = self.connections.pop()
             self.grant(checkout, record)
             record = None
             if checkout is self.watcher:
                 self.pass_the_watch()
-            self.lock.wake_ups.append(checkout.waiter.wake)
+            if checkout.waiter is not None:  # else: interrupted as it joined the line
+                self.lock.wake_ups.append(checkout.waiter.wake)
             checkout.waiter = None  # the last thing: now its caller may look
 
     def grant(self, checkout: Checkout, record: Record | None) -> None:

@@ -23,6 +23,9 @@ from .checkout import Record
 
 __all__ = ["WarmCache", "WarmRecords"]
 
+#: To make a list anew for each checkin costs more than a microsecond.
+_EMPTY_LISTS_KEPT = 100
+
 
 class WarmRecords(list[Record]):
     """What is kept warm for one tag. Called by the next section, with the time."""
@@ -45,8 +48,9 @@ class WarmRecords(list[Record]):
             except IndexError:
                 break  # a checkout was faster
             self._cache.give_up(record, now)
-        if self._cache.by_tag.get(self.tag) is self:
-            del self._cache.by_tag[self.tag]
+        by_tag = self._cache.by_tag
+        if len(by_tag) > _EMPTY_LISTS_KEPT and by_tag.get(self.tag) is self:
+            del by_tag[self.tag]
 
     def list(self) -> None:
         """Have the next section call this. Needs no lock.
@@ -71,7 +75,7 @@ class WarmCache:
         inbox: deque[Callable[[float], object]],
         give_up: Callable[[Record, float], None],
     ) -> None:
-        #: No more than the tags that have used it since the last section.
+        #: No more than `_EMPTY_LISTS_KEPT`, and those used since the last section.
         self.by_tag: dict[str, WarmRecords] = {}
         self.inbox = inbox
         self.give_up = give_up

@@ -1,0 +1,106 @@
+"""Housekeeping alone: what is due and when, one pool after the other."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from support.parts import Parts
+
+from sqla_fairpool.pool.checkout import Generation
+
+TTL = 40.0
+
+
+@pytest.fixture
+def parts():
+    return Parts(pool_size=4, min_idle=1, idle_connection_ttl=TTL)
+
+
+def look_around(parts, after):
+    """Do what is due after some seconds."""
+    parts.clock.advance(after)
+    with parts.lock.section() as now:
+        parts.housekeeping.look_around(now)
+
+
+def test_next_visit_is_when_the_first_thing_is_due(parts):
+    housekeeping, now = parts.housekeeping, parts.clock()
+    assert housekeeping.next_visit == now + TTL / 4
+    parts.state.event_log.next_look = now + 3
+    housekeeping.plan_visit()
+    assert housekeeping.next_visit == now + 3
+    assert housekeeping.next_duty == now + TTL / 4  # for which a caller is woken
+    parts.state.event_log.next_look = math.inf
+    look_around(parts, 3)
+    assert housekeeping.next_visit == now + TTL / 4
+    look_around(parts, TTL / 4)
+    assert housekeeping.next_visit == now + 3 + TTL / 2
+    assert Parts().housekeeping.next_visit == now + 30  # the next look for idle tags
+
+
+def test_unused_connections_are_closed_the_oldest_first(parts):
+    now = parts.clock()
+    newer, oldest = parts.idle(now - TTL + 1), parts.idle(now - TTL)
+    used = parts.idle(now + TTL)
+    look_around(parts, TTL / 4 - 1)
+    assert len(parts.connections.idle) == 3  # it is not time to look
+    look_around(parts, 1)
+    assert list(parts.connections.idle) == [used]
+    assert oldest.fair.close_reason == newer.fair.close_reason == "unused"
+    assert list(parts.existing) == [used.fair.physical]
+
+
+@pytest.mark.parametrize("is_out", [False, True])
+def test_min_idle_connections_are_left_the_newest(parts, is_out):
+    out = [parts.out() for _ in range(is_out)]
+    newer, _ = parts.idle(1.0), parts.idle(0.0)
+    look_around(parts, TTL)
+    assert list(parts.connections.idle) == [newer] * (not is_out)
+    assert parts.slots.there() == 1 == len(out or [newer])
+
+
+def test_what_a_former_pool_has_left_is_not_for_the_next(parts):
+    former, successor = parts.housekeeping.owner, Generation()
+    record, out = parts.idle(), parts.out()
+    out.fair.checkout.may_keep = successor.warmed_up = True
+    parts.housekeeping.hand_over(successor)
+    assert parts.housekeeping.owner is successor
+    assert former.left == [record] == list(parts.connections.left)
+    assert record.dbapi_connection is not None
+    assert not out.fair.checkout.may_keep
+    assert not successor.warmed_up
+    parts.housekeeping.hand_over(successor)
+    assert former.left == [record]
+
+
+def test_what_a_disposed_pool_has_left_is_closed(parts):
+    parts.housekeeping.owner.disposed = True
+    record = parts.idle()
+    parts.housekeeping.hand_over(Generation())
+    assert record.dbapi_connection is None
+    assert record.fair.close_reason == "disposed"
+    assert not parts.connections.left
+
+
+def test_room_is_made_only_where_it_is_needed(parts):
+    record = parts.idle()
+    parts.housekeeping.hand_over(Generation())
+    held = [parts.out() for _ in range(3)]
+    parts.housekeeping.make_room()
+    assert record.dbapi_connection is not None
+    held.append(parts.out())
+    parts.housekeeping.make_room()
+    assert record.dbapi_connection is None
+    assert parts.slots.there() == len(held)
+    parts.housekeeping.make_room()
+
+
+def test_connections_are_opened_ahead_until_there_are_enough(parts):
+    opener = parts.opener()
+    assert parts.housekeeping.open_ahead(opener) == 0  # another pool has taken over
+    parts.housekeeping.owner = opener.generation
+    assert parts.housekeeping.open_ahead(opener) == 1
+    assert parts.connections.count_open() == 1
+    assert parts.housekeeping.open_ahead(opener) == 0
+    assert not parts.slots.reserved

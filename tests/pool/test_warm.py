@@ -1,0 +1,89 @@
+"""The warm cache alone."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+
+from sqla_fairpool.pool import warm
+from sqla_fairpool.pool.warm import WarmCache
+
+
+@pytest.fixture
+def given_up():
+    """The records that are kept warm no more."""
+    return []
+
+
+@pytest.fixture
+def cache(given_up):
+    return WarmCache(deque(), lambda record, now: given_up.append(record))
+
+
+def section(cache):
+    """Do what is in the inbox, as the lock does."""
+    while cache.inbox:
+        cache.inbox[0](7.0)
+        cache.inbox.popleft()
+
+
+def test_record_is_kept_and_taken(cache, given_up):
+    cache.of("empty")
+    for record in "first", "second":
+        cache.put("a", record)
+    assert cache.of("a").pop(0) == "first"
+    assert cache.pop_any() == "second"
+    assert cache.pop_any() is None
+    section(cache)
+    assert given_up == []
+
+
+def test_next_section_gives_up_all_tags_the_oldest_record_first(cache, given_up):
+    for tag, record in ("a", 1), ("b", 2), ("a", 3):
+        cache.put(tag, record)
+    section(cache)
+    assert given_up == [1, 3, 2]
+    assert cache.pop_any() is None
+
+
+def test_record_added_while_a_section_empties_the_list_is_found(cache, given_up):
+    records = cache.of("a")
+
+    def checkin_in_between(record, now):
+        given_up.append(record)
+        if record == "first":  # as a checkin does, which has the list from before
+            records.append("second")
+            if not records.listed:
+                records.list()
+
+    cache.give_up = checkin_in_between
+    records.list()
+    records.append("first")
+    cache.inbox[0](7.0)
+    cache.inbox.popleft()
+    records.append("third")  # by a checkin that has seen it listed
+    section(cache)
+    assert given_up == ["first", "second", "third"]
+
+
+def test_interrupted_section_is_repeated(cache, given_up):
+    def interrupted(record, now):
+        cache.give_up = lambda record, now: given_up.append(record)
+        raise KeyboardInterrupt
+
+    cache.give_up = interrupted
+    cache.of("a").extend(["first", "second"])
+    cache.of("a").list()
+    with pytest.raises(KeyboardInterrupt):
+        section(cache)
+    section(cache)
+    assert given_up == ["second"]  # the first: see Checkout.__del__
+
+
+def test_empty_lists_do_not_add_up(cache, monkeypatch):
+    monkeypatch.setattr(warm, "_EMPTY_LISTS_KEPT", 3)
+    for tag in range(50):
+        cache.put(tag, "record")
+        section(cache)
+    assert len(cache.by_tag) == 3
