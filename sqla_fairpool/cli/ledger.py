@@ -22,8 +22,9 @@ from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Left
 from ..ledger.store import StoreAway
 from ..ledger.watch import Present, look, still_there, unaccounted
+from ..options import hide_passwords
+from . import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
 from .budget import Need, ask_room, connected, given_url, need
-from .common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError, hide_passwords
 
 __all__ = ["add_command"]
 

@@ -30,7 +30,8 @@ from ..ledger.overview import Overview
 from ..ledger.overview_text import printable, seconds_text
 from ..ledger.postgres import PostgresStore
 from ..ledger.store import StoreAway
-from .common import CommandError, hide_passwords
+from ..options import hide_passwords
+from . import CommandError
 from .server_view import ServerFigures, ServerView
 
 __all__ = ["Picture", "Poller", "make_poller", "in_background"]

@@ -1,6 +1,6 @@
 """The scenarios of the demo: who runs, what each must get, and whether that is right.
 
-`judge` is pure; `Demo` plays the scenarios, with threads that stand for scrapers.
+`judge` is pure; `_Demo` plays the scenarios, with threads that stand for scrapers.
 """
 
 from __future__ import annotations
@@ -10,20 +10,19 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from statistics import median_low
 from typing import Any, NamedTuple, cast
 
 from sqlalchemy import Connection, Engine, QueuePool, create_engine, text
 
 from .. import FairQueuePool
+from ..cli import CommandError
 from ..cli.budget import connected, given_url
-from ..cli.common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
-from ..cli.interrupts import Interrupts
 from .server import EmbeddedServer
+from .signals import Signals
 from .view import Verdict, View, counts_text
 
-__all__ = ["SCENARIOS", "Sample", "judge", "run"]
+__all__ = ["SCENARIOS", "Sample", "judge", "play"]
 
 #: What each scraper must get of 20 connections, 0 where it has gone idle. Where the
 #: division has a remainder, it moves: who has the larger numbers is not said.
@@ -94,22 +93,9 @@ def _counts(scenario: str, found: Mapping[str, int]) -> tuple[int, ...]:
 
 # -- on a database ---------------------------------------------------------------------
 
-_TABLE = """
-    CREATE TABLE {table} AS
-    SELECT n AS id, (array['layer1_5', 'layer2', 'layer3'])[1 + n % 3] AS scraper,
-        md5(n::text) AS payload, clock_timestamp() AS updated_at
-    FROM generate_series(1, 900) AS n
-"""
-
-#: A scraper's transaction: take the rows that are due and write to them, then work.
-#: The comments tell, in the server's view of its sessions, which scraper has one.
-_TRANSACTION = (
-    """/* {tag} */
-    UPDATE {table} SET payload = md5(payload), updated_at = clock_timestamp()
-    WHERE id IN (SELECT id FROM {table} WHERE scraper = '{tag}'
-        ORDER BY updated_at LIMIT 3 FOR UPDATE SKIP LOCKED)""",
-    "/* {tag} */ SELECT pg_sleep({seconds})",
-)
+#: A scraper's statement. The comment tells, in the server's view of its sessions, which
+#: scraper has one.
+_STATEMENT = "/* {tag} */ SELECT pg_sleep({seconds})"
 
 # Each scraper's sessions in a transaction, and one row for all. The driver's BEGIN has
 # no comment; it lasts a few microseconds.
@@ -138,39 +124,45 @@ _POOLS: Mapping[str, Mapping[str, Any]] = {
 class _Worker(threading.Thread):
     """One thread of a scraper: checks out, works and commits, in a loop."""
 
-    def __init__(self, engine: Engine, words: Mapping[str, Any]) -> None:
+    def __init__(self, engine: Engine, tag: str, seconds: float) -> None:
         # A daemon: if a server never answers, the program can end all the same.
         super().__init__(daemon=True)
-        self._engine = engine.execution_options(scraper=words["tag"])
-        self._statements = [text(one.format(**words)) for one in _TRANSACTION]
+        self._engine = engine.execution_options(scraper=tag)
+        self._statement = text(_STATEMENT.format(tag=tag, seconds=seconds))
         self.stopping = False
         self.failure: Exception | None = None
-        #: Seconds of each wait that has ended, and since when the thread waits.
-        self.waits: list[float] = []
-        self.waiting_since: float | None = None
+        self.since: float | None = None
+        self.reset()
         self.start()
+
+    def reset(self) -> None:
+        """Begin to count checkouts anew, and the seconds of the longest wait."""
+        self.checkouts, self.longest = 0, 0.0
+
+    def wait_until(self, now: float) -> float:
+        """Return the longest wait, also if it is the one that has not ended."""
+        return (
+            self.longest if self.since is None else max(self.longest, now - self.since)
+        )
 
     def run(self) -> None:
         try:
             while not self.stopping:
-                since = self.waiting_since = time.monotonic()
-                with self._engine.connect() as connection:
-                    self.waiting_since = None
-                    self.waits.append(time.monotonic() - since)
-                    for statement in self._statements:
-                        connection.execute(statement)
-                    connection.commit()
+                self.since = time.monotonic()
+                with self._engine.begin() as connection:
+                    self.longest = self.wait_until(time.monotonic())
+                    self.since = None
+                    self.checkouts += 1
+                    connection.execute(self._statement)
         except Exception as error:
             self.failure = error
 
 
-def run(url: str | None, as_json: bool, seconds: float, interrupts: Interrupts) -> int:
-    """Run the demo, return the exit status.
-
-    A signal is only noted, but where the demo pauses. So it never comes between a start
-    and what undoes it.
+def play(url: str | None, as_json: bool, seconds: float, signals: Signals) -> bool:
+    """Play all scenarios and compare the pools; return whether all is as expected.
 
     :param url: the database; default: one of an embedded server.
+    :param seconds: how long each step is observed.
     """
     with ExitStack() as stack:
         view = View(len(SCENARIOS) + len(_POOLS), as_json)
@@ -179,62 +171,62 @@ def run(url: str | None, as_json: bool, seconds: float, interrupts: Interrupts) 
             view.note("starting an embedded PostgreSQL ...")
             server = EmbeddedServer()
             stack.callback(server.stop)
-            stack.callback(interrupts.ignore)  # also for the processes that stop it
-            with interrupts.raising(), interrupts.held_back():
+            stack.callback(signals.ignore)  # also for the processes that stop it
+            try:
                 server.start()
+            finally:
+                # Also in place of an error: Ctrl-C reaches the server's processes as
+                # well, and the start fails because they have gone.
+                signals.check()
             url = server.url
         observer = stack.enter_context(connected(given_url(url)))
-        Demo(observer, view, seconds, interrupts).run()
-    return EXIT_OK if view.report() else EXIT_NOT_AS_EXPECTED
+        _Demo(observer, view, seconds, signals).run()
+    return view.report()
 
 
-@dataclass
-class Demo:
-    """One run on a database, with a table of its own."""
+class _Demo:
+    """One run on a database.
 
-    #: A connection outside of the pools, in autocommit.
-    observer: Connection
-    view: View
-    #: How long each step is observed.
-    seconds: float
-    interrupts: Interrupts
-    name: str = field(default_factory=lambda: f"sqla_fairpool_{secrets.token_hex(4)}")
-    workers: dict[str, list[_Worker]] = field(default_factory=dict)
+    :param observer: a connection outside of the pools, in autocommit.
+    """
+
+    def __init__(
+        self, observer: Connection, view: View, seconds: float, signals: Signals
+    ) -> None:
+        self._observer, self._view = observer, view
+        self._seconds, self._signals = seconds, signals
+        #: How the pools' sessions are named.
+        self._name = f"fairpool demo {secrets.token_hex(4)}"
+        self._workers: dict[str, list[_Worker]] = {}
 
     def run(self) -> None:
-        """Create the table, play the scenarios, compare the pools."""
-        url = self.observer.engine.url
-        version = self.observer.scalar(text("SHOW server_version"))
-        self.view.note(f"PostgreSQL {version}, {url}, table {self.name}")
-        self.observer.execute(text("SET lock_timeout = '5s'"))
-        self.observer.execute(text(_TABLE.format(table=self.name)))
-        try:
-            with self._engine(_SCENARIOS_POOL) as engine:
-                for scenario in SCENARIOS:
-                    self.view.verdicts.append(self._play(engine, scenario))
-            for pool, options in _POOLS.items():
-                self.view.step(f"a light scraper beside a heavy one: {pool}")
-                with self._engine(options) as engine:
-                    self.view.comparison += self._compare(engine, pool)
-        finally:
-            self.observer.execute(text(f"DROP TABLE {self.name}"))
+        url = self._observer.engine.url
+        version = self._observer.scalar(text("SHOW server_version"))
+        self._view.note(f"PostgreSQL {version}, {url}, sessions {self._name!r}")
+        with self._engine(_SCENARIOS_POOL) as engine:
+            for scenario in SCENARIOS:
+                self._view.verdicts.append(self._play(engine, scenario))
+        for pool, options in _POOLS.items():
+            self._view.step(f"a light scraper beside a heavy one: {pool}")
+            with self._engine(options) as engine:
+                self._compare(engine, pool)
 
     @contextmanager
     def _engine(self, options: Mapping[str, Any]) -> Iterator[Engine]:
         """Yield an engine; end its scrapers and sessions after the block."""
-        url, name = self.observer.engine.url, {"application_name": self.name}
+        url, name = self._observer.engine.url, {"application_name": self._name}
         engine = create_engine(url, connect_args=name, pool_timeout=None, **options)
         try:
             yield engine
         finally:
-            self._stop(*self.workers)
+            self._stop(*self._workers)
             engine.dispose()
 
     def _play(self, engine: Engine, scenario: str) -> Verdict:
         expected, running = SCENARIOS[scenario], _running(scenario)
-        self.view.step(f"{scenario}: expected {counts_text([*expected.values()])}")
-        self._stop(*self.workers.keys() - running)
-        for tag in sorted(running - self.workers.keys()):
+        self._view.step(f"{scenario}: expected {counts_text([*expected.values()])}")
+        self._stop(*self._workers.keys() - running)
+        for tag in sorted(running - self._workers.keys()):
             # More threads than any ceiling, so that demand has no end. The work is long
             # beside the moment between two transactions, in which the server sees no
             # scraper: with 0.1 s a busy machine failed by one connection.
@@ -247,44 +239,39 @@ class Demo:
             fits = _counts(scenario, sample.pool) == _counts(scenario, expected)
             right = right + 1 if fits and sample.active == running else 0
             if right == 5:
-                samples = [self._sample(engine) for _ in self._moments(self.seconds)]
+                samples = [self._sample(engine) for _ in self._moments(self._seconds)]
                 return judge(scenario, samples, before)
         return judge(scenario, [], before)
 
-    def _compare(self, engine: Engine, pool: str) -> Iterator[dict[str, Any]]:
+    def _compare(self, engine: Engine, pool: str) -> None:
         self._start(engine, "heavy", 60, 0.05)
         self._start(engine, "light", 1, 0.01)
         for _ in self._moments(0.5):
             pass  # until all connections are open
-        for worker in (*self.workers["heavy"], *self.workers["light"]):
-            worker.waits.clear()
-        for _ in self._moments(self.seconds):
+        for worker in (*self._workers["heavy"], *self._workers["light"]):
+            worker.reset()
+        for _ in self._moments(self._seconds):
             pass
         now = time.monotonic()
         for tag in ("light", "heavy"):
-            workers = self.workers[tag]
-            ended = [wait for worker in workers for wait in worker.waits]
-            # Without the waits that have not ended the worst would be left out.
-            since = [worker.waiting_since for worker in workers]
-            lasting = [now - moment for moment in since if moment is not None]
-            longest = max([0.0, *ended, *lasting])
-            yield {
+            workers = self._workers[tag]
+            row = {
                 "pool": pool,
                 "scraper": tag,
-                "checkouts_per_second": len(ended) / self.seconds,
-                "longest_wait": longest,
-                "still_waiting": longest in lasting,
+                "checkouts_per_second": sum(w.checkouts for w in workers)
+                / self._seconds,
+                "longest_wait": max(worker.wait_until(now) for worker in workers),
                 "threads": len(workers),
-                "never_served": sum(not worker.waits for worker in workers),
+                "never_served": sum(not worker.checkouts for worker in workers),
             }
+            self._view.comparison.append(row)
 
     def _start(self, engine: Engine, tag: str, threads: int, seconds: float) -> None:
-        words = {"table": self.name, "tag": tag, "seconds": seconds}
-        self.workers[tag] = [_Worker(engine, words) for _ in range(threads)]
+        self._workers[tag] = [_Worker(engine, tag, seconds) for _ in range(threads)]
 
     def _stop(self, *tags: str) -> None:
         """End scrapers: what their threads do is finished, nothing begun."""
-        workers = [worker for tag in tags for worker in self.workers.pop(tag)]
+        workers = [worker for tag in tags for worker in self._workers.pop(tag)]
         for worker in workers:
             worker.stopping = True
         deadline = time.monotonic() + 10.0
@@ -292,24 +279,24 @@ class Demo:
             worker.join(max(deadline - time.monotonic(), 0.0))
 
     def _moments(self, seconds: float) -> Iterator[None]:
-        """Yield now and then, for `seconds`, as long as no thread has failed."""
+        """Yield now and then, for `seconds`, until a thread fails or a signal comes."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            for tag, workers in self.workers.items():
+            for tag, workers in self._workers.items():
                 for error in filter(None, (worker.failure for worker in workers)):
                     why = getattr(error, "orig", error)
                     raise CommandError(f"scraper {tag} failed: {why}")
             yield
-            self.view.look()
-            with self.interrupts.raising():
-                time.sleep(0.03)
+            self._view.look()
+            time.sleep(0.03)
+            self._signals.check()
 
     def _sample(self, engine: Engine) -> Sample:
         stats = cast(FairQueuePool, engine.pool).stats()
-        rows = self.observer.execute(_ACTIVITY, {"name": self.name})
+        rows = self._observer.execute(_ACTIVITY, {"name": self._name})
         server = {str(tag): int(count) for tag, count in rows}
         sessions = server.pop("")
-        self.view.seen = stats, server
+        self._view.seen = stats, server
         pool = {row.name: row.connections for row in stats.tags}
         active = frozenset(row.name for row in stats.tags if row.active)
         return Sample(pool, server, active, sessions)

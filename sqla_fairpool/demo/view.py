@@ -23,8 +23,7 @@ __all__ = ["Verdict", "View", "counts_text"]
 
 _COMPARISON = (
     "A light scraper beside a heavy one, which may have half of a FairQueuePool, or, "
-    "with soft_limit and max_limit at the pool's size (*), all that no other wants. "
-    '">": was still waiting when the measurement ended.'
+    "with soft_limit and max_limit at the pool's size (*), all that no other wants."
 )
 
 
@@ -148,7 +147,7 @@ def _comparison_table(rows: Iterable[Mapping[str, Any]]) -> Table:
             row["pool"] if row["scraper"] == "light" else "",
             row["scraper"],
             f"{row['checkouts_per_second']:,.0f}",
-            f"{'> ' * row['still_waiting']}{row['longest_wait'] * 1000:,.1f}",
+            f"{row['longest_wait'] * 1000:,.1f}",
             f"{row['never_served']} of {row['threads']}",
             style="bold red" if row["never_served"] else "",
         )

@@ -12,8 +12,7 @@ import tempfile
 import threading
 
 import pytest
-from sqlalchemy import create_engine, make_url, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy import make_url
 from support.threads import PATIENCE
 
 from sqla_fairpool.cli import main
@@ -171,65 +170,37 @@ def test_demo_runs_as_expected(start_demo):
 @pytest.mark.slow
 @pytest.mark.postgres
 @pytest.mark.parametrize(
-    ("line", "signum", "status"),
+    ("line", "signum", "times", "status"),
     [
-        ("starting an embedded PostgreSQL", signal.SIGINT, 130),
-        ("PostgreSQL 1", signal.SIGINT, 130),
-        ("[1/7]", signal.SIGINT, 130),
-        ("[2/7]", signal.SIGTERM, 143),
-        ("[7/7]", signal.SIGINT, 130),
+        ("starting an embedded PostgreSQL", signal.SIGINT, 1, 130),
+        ("starting an embedded PostgreSQL", signal.SIGINT, 2, 130),
+        ("PostgreSQL 1", signal.SIGINT, 1, 130),
+        ("[2/7]", signal.SIGTERM, 1, 143),
+        ("[7/7]", signal.SIGINT, 1, 130),
     ],
 )
-def test_signal_leaves_nothing_behind(start_demo, line, signum, status):
+def test_signal_leaves_nothing_behind(start_demo, line, signum, times, status):
     process = start_demo("--seconds-per-scenario", "0.2")
     lines_until(process, line)
-    os.killpg(process.pid, signum)
+    for _ in range(times):
+        os.killpg(process.pid, signum)
     returncode, _, err = finish(process)
     assert (returncode, err) == (status, "sqla-fairpool demo: interrupted\n")
 
 
-@pytest.mark.slow
-@pytest.mark.postgres
-def test_impatient_user_leaves_nothing_behind(start_demo):
-    process = start_demo()
-    lines_until(process, "starting")
-    os.killpg(process.pid, signal.SIGINT)
-    os.killpg(process.pid, signal.SIGINT)
-    returncode, _, err = finish(process)
-    assert returncode == 130
-    assert "Traceback" not in err
-
-
 @pytest.fixture
 def foreign(postgres_url):
-    """A database of somebody else, as (URL with a password, function for SQL).
-
-    It is left as it was.
-    """
-    engine = create_engine(postgres_url, poolclass=NullPool)
-
-    def sql(statement):
-        with engine.begin() as connection:
-            result = connection.execute(text(statement))
-            return result.scalars().all() if result.returns_rows else []
-
+    """The URL, with a password, of a database that is not the demo's own."""
     url = make_url(postgres_url).set(password="s3cret")
-    yield url.render_as_string(hide_password=False), sql
-    assert sql(TABLES) == []
-
-
-TABLES = "SELECT tablename FROM pg_tables WHERE tablename LIKE 'sqla_fairpool%'"
+    return url.render_as_string(hide_password=False)
 
 
 @pytest.mark.slow
 @pytest.mark.postgres
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_given_database_is_left_as_it_was(start_demo, foreign, interrupted):
-    url, sql = foreign
-    process = start_demo("--url", url, "--seconds-per-scenario", "0.3")
+def test_given_database_is_used_without_a_trace(start_demo, foreign, interrupted):
+    process = start_demo("--url", foreign, "--seconds-per-scenario", "0.3")
     shown = lines_until(process, "[1/7]")
-    (table,) = sql(TABLES)
-    assert f"table {table}" in shown
     assert "postgres:***@" in shown
     if interrupted:
         lines_until(process, "[2/7]")
@@ -241,27 +212,19 @@ def test_given_database_is_left_as_it_was(start_demo, foreign, interrupted):
 
 
 @pytest.mark.postgres
-def test_server_without_room_is_told_in_words(foreign, capsys):
-    url, sql = foreign
-    sql("CREATE ROLE cramped LOGIN CONNECTION LIMIT 5")
-    sql("GRANT CREATE ON SCHEMA public TO cramped")
-    try:
-        cramped = make_url(url).set(username="cramped")
-        status = main(["demo", "--url", cramped.render_as_string(hide_password=False)])
-    finally:
-        sql("DROP OWNED BY cramped")
-        sql("DROP ROLE cramped")
+def test_server_without_room_is_told_in_words(postgres_role, capsys):
+    url = postgres_role("connection limit 5")
+    assert main(["demo", "--url", url]) == 2
     err = capsys.readouterr().err
-    assert (status, err.count("\n")) == (2, 1)
+    assert err.count("\n") == 1
     assert "scraper layer1_5 failed: " in err
-    assert 'too many connections for role "cramped"' in err
+    assert 'too many connections for role "' in err
 
 
 @pytest.mark.postgres
 def test_failing_scraper_ends_the_demo(foreign, capsys, monkeypatch):
-    url, _ = foreign
-    monkeypatch.setattr(scenarios, "_TRANSACTION", ["/* {tag} */ SELECT 1/0"])
-    assert main(["demo", "--url", url]) == 2
+    monkeypatch.setattr(scenarios, "_STATEMENT", "/* {tag} */ SELECT 1/0")
+    assert main(["demo", "--url", foreign]) == 2
     err = capsys.readouterr().err
     assert err == "sqla-fairpool demo: scraper layer1_5 failed: division by zero\n"
     assert not any(isinstance(t, scenarios._Worker) for t in threading.enumerate())
