@@ -83,7 +83,7 @@ def monitor(environment):
         command = [sys.executable, "-m", "sqla_fairpool", "monitor", "--once", "--json"]
         env = {**environment, **changes}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
-        if "nobody has used it yet" in done.stderr:
+        if "no process has used it yet" in done.stderr:
             return {"scrapers": []}  # the scripts are only starting
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
