@@ -109,7 +109,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         with contextlib.suppress(OSError):  # the terminal may have gone
             print(f"{_PROGRAM} {arguments.command}: interrupted", file=sys.stderr)
-        return EXIT_SIGNAL + getattr(error, "signum", signal.SIGINT)
+        return EXIT_SIGNAL + (error.args[0] if error.args else signal.SIGINT)
     except BrokenPipeError:
         # The reader has gone, as in `sqla-fairpool demo | head`. What is left in
         # the buffer would raise again when the interpreter flushes it.

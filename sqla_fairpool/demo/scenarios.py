@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
-import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from secrets import token_hex
 from statistics import median_low
 from typing import Any, NamedTuple, cast
 
@@ -184,49 +185,48 @@ def play(url: str | None, as_json: bool, seconds: float, signals: Signals) -> bo
     return view.report()
 
 
+@dataclass
 class _Demo:
-    """One run on a database.
+    """One run on a database."""
 
-    :param observer: a connection outside of the pools, in autocommit.
-    """
-
-    def __init__(
-        self, observer: Connection, view: View, seconds: float, signals: Signals
-    ) -> None:
-        self._observer, self._view = observer, view
-        self._seconds, self._signals = seconds, signals
-        #: How the pools' sessions are named.
-        self._name = f"fairpool demo {secrets.token_hex(4)}"
-        self._workers: dict[str, list[_Worker]] = {}
+    #: A connection outside of the pools, in autocommit.
+    observer: Connection
+    view: View
+    #: How long each step is observed.
+    seconds: float
+    signals: Signals
+    #: What the pools' sessions are named.
+    name: str = field(default_factory=lambda: f"fairpool demo {token_hex(4)}")
+    workers: dict[str, list[_Worker]] = field(default_factory=dict)
 
     def run(self) -> None:
-        url = self._observer.engine.url
-        version = self._observer.scalar(text("SHOW server_version"))
-        self._view.note(f"PostgreSQL {version}, {url}, sessions {self._name!r}")
+        url = self.observer.engine.url
+        version = self.observer.scalar(text("SHOW server_version"))
+        self.view.note(f"PostgreSQL {version}, {url}, sessions {self.name!r}")
         with self._engine(_SCENARIOS_POOL) as engine:
             for scenario in SCENARIOS:
-                self._view.verdicts.append(self._play(engine, scenario))
+                self.view.verdicts.append(self._play(engine, scenario))
         for pool, options in _POOLS.items():
-            self._view.step(f"a light scraper beside a heavy one: {pool}")
+            self.view.step(f"a light scraper beside a heavy one: {pool}")
             with self._engine(options) as engine:
                 self._compare(engine, pool)
 
     @contextmanager
     def _engine(self, options: Mapping[str, Any]) -> Iterator[Engine]:
         """Yield an engine; end its scrapers and sessions after the block."""
-        url, name = self._observer.engine.url, {"application_name": self._name}
+        url, name = self.observer.engine.url, {"application_name": self.name}
         engine = create_engine(url, connect_args=name, pool_timeout=None, **options)
         try:
             yield engine
         finally:
-            self._stop(*self._workers)
+            self._stop(*self.workers)
             engine.dispose()
 
     def _play(self, engine: Engine, scenario: str) -> Verdict:
         expected, running = SCENARIOS[scenario], _running(scenario)
-        self._view.step(f"{scenario}: expected {counts_text([*expected.values()])}")
-        self._stop(*self._workers.keys() - running)
-        for tag in sorted(running - self._workers.keys()):
+        self.view.step(f"{scenario}: expected {counts_text([*expected.values()])}")
+        self._stop(*self.workers.keys() - running)
+        for tag in sorted(running - self.workers.keys()):
             # More threads than any ceiling, so that demand has no end. The work is long
             # beside the moment between two transactions, in which the server sees no
             # scraper: with 0.1 s a busy machine failed by one connection.
@@ -239,7 +239,7 @@ class _Demo:
             fits = _counts(scenario, sample.pool) == _counts(scenario, expected)
             right = right + 1 if fits and sample.active == running else 0
             if right == 5:
-                samples = [self._sample(engine) for _ in self._moments(self._seconds)]
+                samples = [self._sample(engine) for _ in self._moments(self.seconds)]
                 return judge(scenario, samples, before)
         return judge(scenario, [], before)
 
@@ -248,30 +248,30 @@ class _Demo:
         self._start(engine, "light", 1, 0.01)
         for _ in self._moments(0.5):
             pass  # until all connections are open
-        for worker in (*self._workers["heavy"], *self._workers["light"]):
+        for worker in (*self.workers["heavy"], *self.workers["light"]):
             worker.reset()
-        for _ in self._moments(self._seconds):
+        for _ in self._moments(self.seconds):
             pass
         now = time.monotonic()
         for tag in ("light", "heavy"):
-            workers = self._workers[tag]
+            workers = self.workers[tag]
             row = {
                 "pool": pool,
                 "scraper": tag,
                 "checkouts_per_second": sum(w.checkouts for w in workers)
-                / self._seconds,
+                / self.seconds,
                 "longest_wait": max(worker.wait_until(now) for worker in workers),
                 "threads": len(workers),
                 "never_served": sum(not worker.checkouts for worker in workers),
             }
-            self._view.comparison.append(row)
+            self.view.comparison.append(row)
 
     def _start(self, engine: Engine, tag: str, threads: int, seconds: float) -> None:
-        self._workers[tag] = [_Worker(engine, tag, seconds) for _ in range(threads)]
+        self.workers[tag] = [_Worker(engine, tag, seconds) for _ in range(threads)]
 
     def _stop(self, *tags: str) -> None:
         """End scrapers: what their threads do is finished, nothing begun."""
-        workers = [worker for tag in tags for worker in self._workers.pop(tag)]
+        workers = [worker for tag in tags for worker in self.workers.pop(tag)]
         for worker in workers:
             worker.stopping = True
         deadline = time.monotonic() + 10.0
@@ -282,21 +282,21 @@ class _Demo:
         """Yield now and then, for `seconds`, until a thread fails or a signal comes."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            for tag, workers in self._workers.items():
+            for tag, workers in self.workers.items():
                 for error in filter(None, (worker.failure for worker in workers)):
                     why = getattr(error, "orig", error)
                     raise CommandError(f"scraper {tag} failed: {why}")
             yield
-            self._view.look()
+            self.view.look()
             time.sleep(0.03)
-            self._signals.check()
+            self.signals.check()
 
     def _sample(self, engine: Engine) -> Sample:
         stats = cast(FairQueuePool, engine.pool).stats()
-        rows = self._observer.execute(_ACTIVITY, {"name": self._name})
+        rows = self.observer.execute(_ACTIVITY, {"name": self.name})
         server = {str(tag): int(count) for tag, count in rows}
         sessions = server.pop("")
-        self._view.seen = stats, server
+        self.view.seen = stats, server
         pool = {row.name: row.connections for row in stats.tags}
         active = frozenset(row.name for row in stats.tags if row.active)
         return Sample(pool, server, active, sessions)

@@ -7,21 +7,12 @@ must be stopped, or in the middle of stopping it.
 from __future__ import annotations
 
 import signal
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["Interrupted", "Signals"]
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal asked the command to end; `signum` is its number."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
+__all__ = ["Signals"]
 
 
 class Signals:
@@ -36,20 +27,19 @@ class Signals:
             number = getattr(signal, name, None)  # Windows has no SIGHUP
             # nohup and shells' background jobs ignore one: leave that.
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                self._outer[number] = signal.signal(number, self._note)
+                self._outer[number] = signal.signal(
+                    number, lambda signum, frame: self._received.append(signum)
+                )
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._outer.items():
             signal.signal(number, handler)
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self._received.append(signum)
-
     def check(self) -> None:
-        """Raise :class:`Interrupted` if a signal has come."""
+        """Raise ``KeyboardInterrupt``, with the signal's number, if one has come."""
         if self._received:
-            raise Interrupted(self._received[0])
+            raise KeyboardInterrupt(self._received[0])
 
     def ignore(self) -> None:
         """Ignore the signals from now on, and have child processes ignore them.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,89 +29,79 @@ def sample(scenario, *counts, server=None, sessions=20, active=None):
     return Sample(pool, server, active or running, sessions)
 
 
-class TestVerdict:
-    def test_scenarios_are_those_of_the_contract(self):
-        expected = [tuple(tags.values()) for tags in SCENARIOS.values()]
-        assert expected == [(15,), (10, 10), (7, 7, 6), (10, 0, 10)]
+def test_scenarios_are_those_of_the_contract():
+    expected = [tuple(tags.values()) for tags in SCENARIOS.values()]
+    assert expected == [(15,), (10, 10), (7, 7, 6), (10, 0, 10)]
 
-    @pytest.mark.parametrize("scenario", SCENARIOS)
-    def test_expected_counts_are_right(self, scenario):
-        verdict = judge(scenario, [sample(scenario)] * 9)
-        assert verdict.problems == []
-        assert verdict.pool == verdict.server == verdict.expected
 
-    @pytest.mark.parametrize(
-        ("scenario", "samples"),
-        [
-            # Between two transactions the server sees less for a moment.
-            (TWO, [sample(TWO), sample(TWO, server=(9, 8))] * 2 + [sample(TWO)]),
-            # The remainder may wander.
-            (THREE, [sample(THREE, *c) for c in [(7, 7, 6), (6, 7, 7), (7, 6, 7)]]),
-        ],
-    )
-    def test_what_is_forgiven(self, scenario, samples):
-        assert judge(scenario, samples).problems == []
+@pytest.mark.parametrize(
+    ("scenario", "samples"),
+    [
+        *((scenario, [sample(scenario)] * 9) for scenario in SCENARIOS),
+        # Between two transactions the server sees less for a moment.
+        (TWO, [sample(TWO), sample(TWO, server=(9, 8))] * 2 + [sample(TWO)]),
+        # The remainder may wander.
+        (THREE, [sample(THREE, *c) for c in [(7, 7, 6), (6, 7, 7), (7, 6, 7)]]),
+    ],
+)
+def test_what_is_right(scenario, samples):
+    verdict = judge(scenario, samples)
+    assert verdict.problems == []
+    assert verdict.pool == verdict.server == verdict.expected
 
-    @pytest.mark.parametrize(
-        ("scenario", "samples", "problems"),
-        [
-            (ALONE, [], ["it did not settle in time"]),
-            (TWO, [sample(TWO)] + [sample(TWO, server=(9, 10))] * 2, [
-                "server: 10 / 9, expected 10 / 10",
-            ]),
-            (THREE, [sample(THREE, 8, 6, 6)], [
-                "pool: 8 / 6 / 6, expected 7 / 7 / 6",
-                "server: 8 / 6 / 6, expected 7 / 7 / 6",
-            ]),
-            (ALONE, [sample(ALONE, 14, server=(15,))], ["pool: 14, expected 15"]),
-            (TWO, [sample(TWO)] * 99 + [sample(TWO, 10, 10, server=(10, 11))], [
-                "server: layer3 had 11, its ceiling is 10",
-            ]),
-            (TWO, [sample(TWO)] * 99 + [sample(TWO, 9, 11, server=(10, 10))], [
-                "pool: layer3 had 11, its ceiling is 10",
-            ]),
-            (GONE, [sample(GONE)] * 9 + [sample(GONE, 9, 1, 10, server=(9, 0, 10))], [
-                "pool: layer2 had 1, its ceiling is 0",
-            ]),
-            (
-                ALONE,
-                [sample(ALONE)] * 2
-                + [sample(ALONE)._replace(pool={"layer1_5": 15, "unknown": 1})],
-                ["pool: unknown had 1, its ceiling is 0"],
-            ),
-            (TWO, [sample(TWO, sessions=21)], ["21 in all, the capacity is 20"]),
-            (GONE, [sample(GONE, active=frozenset(SCENARIOS[GONE]))], [
-                "pool: active was layer1_5, layer2, layer3",
-            ]),
-        ],
-    )  # fmt: skip
-    def test_what_is_wrong(self, scenario, samples, problems):
-        assert judge(scenario, samples).problems == problems
 
-    def test_idle_scraper_may_not_have_the_others_place(self):
-        assert judge(GONE, [sample(GONE, 10, 10, 0)]).problems
+@pytest.mark.parametrize(
+    ("scenario", "samples", "problems"),
+    [
+        (ALONE, [], ["it did not settle in time"]),
+        (TWO, [sample(TWO)] + [sample(TWO, server=(9, 10))] * 2, [
+            "server: 10 / 9, expected 10 / 10",
+        ]),
+        (THREE, [sample(THREE, 8, 6, 6)], [
+            "pool: 8 / 6 / 6, expected 7 / 7 / 6",
+            "server: 8 / 6 / 6, expected 7 / 7 / 6",
+        ]),
+        (ALONE, [sample(ALONE, 14, server=(15,))], ["pool: 14, expected 15"]),
+        (TWO, [sample(TWO)] * 99 + [sample(TWO, 10, 10, server=(10, 11))], [
+            "server: layer3 had 11, its ceiling is 10",
+        ]),
+        (TWO, [sample(TWO)] * 99 + [sample(TWO, 9, 11, server=(10, 10))], [
+            "pool: layer3 had 11, its ceiling is 10",
+        ]),
+        (GONE, [sample(GONE)] * 9 + [sample(GONE, 9, 1, 10, server=(9, 0, 10))], [
+            "pool: layer2 had 1, its ceiling is 0",
+        ]),
+        (GONE, [sample(GONE, 10, 10, 0, server=(10, 0, 10))], [
+            "pool: 10 / 10 / 0, expected 10 / 0 / 10",
+            "pool: layer2 had 10, its ceiling is 0",
+        ]),
+        (ALONE, [sample(ALONE)] * 2
+            + [sample(ALONE)._replace(pool={"layer1_5": 15, "unknown": 1})], [
+            "pool: unknown had 1, its ceiling is 0",
+        ]),
+        (TWO, [sample(TWO, sessions=21)], ["21 in all, the capacity is 20"]),
+        (GONE, [sample(GONE, active=frozenset(SCENARIOS[GONE]))], [
+            "pool: active was layer1_5, layer2, layer3",
+        ]),
+    ],
+)  # fmt: skip
+def test_what_is_wrong(scenario, samples, problems):
+    assert judge(scenario, samples).problems == problems
 
-    def test_capacity_holds_also_before_it_settles(self):
-        before = [sample(TWO, 15, 6, server=(15, 5))]
-        problems = judge(TWO, [sample(TWO)], before).problems
-        assert problems == ["21 in all, the capacity is 20"]
+
+def test_capacity_holds_also_before_it_settles():
+    before = [sample(TWO, 15, 6, server=(15, 5))]
+    problems = judge(TWO, [sample(TWO)], before).problems
+    assert problems == ["21 in all, the capacity is 20"]
 
 
 @pytest.fixture
-def folder():
-    """A temporary directory with a short name, for sockets, that all may enter."""
-    name = tempfile.mkdtemp(prefix="demo-", dir="/tmp")
-    yield name
-    shutil.rmtree(name, ignore_errors=True)
-
-
-@pytest.fixture
-def start_demo(folder):
-    """Start the demo; nothing of it may be left below `folder` after the test."""
-    environment = {**os.environ, "TMPDIR": folder, "FORCE_COLOR": "1"}
-
-    def start(*args):
-        return subprocess.Popen(
+def start_demo():
+    """Start the demo; nothing of it may be left in its folder after the test."""
+    # With a short name, for sockets, and for all to enter.
+    with tempfile.TemporaryDirectory(prefix="demo-", dir="/tmp") as folder:
+        environment = {**os.environ, "TMPDIR": folder, "FORCE_COLOR": "1"}
+        yield lambda *args: subprocess.Popen(
             [sys.executable, "-m", "sqla_fairpool", "demo", *args],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -121,16 +110,14 @@ def start_demo(folder):
             start_new_session=True,
             env=environment,
         )
-
-    yield start
-    psutil = pytest.importorskip("psutil")
-    left = [
-        process.info
-        for process in psutil.process_iter(["pid", "name", "cmdline", "cwd"])
-        if folder in f"{process.info['cmdline']} {process.info['cwd']}"
-    ]
-    assert left == []
-    assert [name for name in os.listdir(folder) if name.startswith("sqla")] == []
+        psutil = pytest.importorskip("psutil")
+        left = [
+            process.info
+            for process in psutil.process_iter(["pid", "name", "cmdline", "cwd"])
+            if folder in f"{process.info['cmdline']} {process.info['cwd']}"
+        ]
+        assert left == []
+        assert [name for name in os.listdir(folder) if name.startswith("sqla")] == []
 
 
 def finish(process):
