@@ -202,8 +202,8 @@ def _reap(arguments: argparse.Namespace) -> int:
         with store.transaction() as rows:
             book = Book(rows)
             book.release(found)
-            bells = book.tell(book.allocation()) if book.meta is not None else []
-        store.ring(bells)
+            wake_ups = book.tell(book.allocation()) if book.meta is not None else []
+        store.ring(wake_ups)
     freed = sum(left.gone.slots - left.slots for left in found.values())
     print(f"{len(dead)} dead found, {freed} slots freed")
     kept = sum(gone.slots for gone in view.gone.values()) - freed

@@ -180,8 +180,8 @@ def play(url: str | None, as_json: bool, seconds: float, signals: Signals) -> bo
                 # well, and the start fails because they have gone.
                 signals.check()
             url = server.url
-        observer = stack.enter_context(connected(given_url(url)))
-        _Demo(observer, view, seconds, signals).run()
+        connection = stack.enter_context(connected(given_url(url)))
+        _Demo(connection, view, seconds, signals).run()
     return view.report()
 
 
@@ -190,7 +190,7 @@ class _Demo:
     """One run on a database."""
 
     #: A connection outside of the pools, in autocommit.
-    observer: Connection
+    connection: Connection
     view: View
     #: How long each step is observed.
     seconds: float
@@ -200,8 +200,8 @@ class _Demo:
     workers: dict[str, list[_Worker]] = field(default_factory=dict)
 
     def run(self) -> None:
-        url = self.observer.engine.url
-        version = self.observer.scalar(text("SHOW server_version"))
+        url = self.connection.engine.url
+        version = self.connection.scalar(text("SHOW server_version"))
         self.view.note(f"PostgreSQL {version}, {url}, sessions {self.name!r}")
         with self._engine(_SCENARIOS_POOL) as engine:
             for scenario in SCENARIOS:
@@ -214,7 +214,7 @@ class _Demo:
     @contextmanager
     def _engine(self, options: Mapping[str, Any]) -> Iterator[Engine]:
         """Yield an engine; end its scrapers and sessions after the block."""
-        url, name = self.observer.engine.url, {"application_name": self.name}
+        url, name = self.connection.engine.url, {"application_name": self.name}
         engine = create_engine(url, connect_args=name, pool_timeout=None, **options)
         try:
             yield engine
@@ -293,7 +293,7 @@ class _Demo:
 
     def _sample(self, engine: Engine) -> Sample:
         stats = cast(FairQueuePool, engine.pool).stats()
-        rows = self.observer.execute(_ACTIVITY, {"name": self.name})
+        rows = self.connection.execute(_ACTIVITY, {"name": self.name})
         server = {str(tag): int(count) for tag, count in rows}
         sessions = server.pop("")
         self.view.seen = stats, server

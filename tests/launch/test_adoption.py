@@ -171,7 +171,7 @@ def test_ledger_is_shown_without_a_password(arguments, rest):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no host store")
 def test_engine_that_is_not_initialized_is_told_its_ledger(arguments):
-    """As ``create_pool_from_url`` makes one: nobody tells the pool its database."""
+    """As ``create_pool_from_url`` makes one: the pool is told no database."""
     got, _ = arguments(URL, options={"ledger": "host"}, _initialize=False)
     assert got["ledger"] == str(default_path(make_url(URL)))
     got, _ = arguments(URL, options={"ledger": "database"}, _initialize=False)

@@ -328,7 +328,7 @@ def test_isolated_children_are_unharmed(flag):
     )
     direct = outcome([sys.executable, script(source)])
     status, out, err = hooked("script.py")
-    if flag == "-S":  # nobody takes it out there
+    if flag == "-S":  # it is not taken out there
         out = out.replace(f"{HOOK} ", "")
     assert (status, out, err) == direct
 
