@@ -11,6 +11,8 @@ import tempfile
 
 import pytest
 from hypothesis import HealthCheck, settings
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.pool import NullPool
 from support.state import assert_quiet
 from support.stub import StubServer, sized
 from support.threads import VirtualClock, eventually
@@ -136,6 +138,27 @@ def postgres_url():
     finally:
         server.stop()
         _remove_default_ledgers(server.folder)
+
+
+@pytest.fixture
+def postgres_role(postgres_url):
+    """Make roles that may log in; return the URL of one, with a password, as text."""
+    engine = create_engine(
+        postgres_url, poolclass=NullPool, isolation_level="AUTOCOMMIT"
+    )
+    made = []
+
+    def make(options="", name="lim ited"):
+        with engine.connect() as connection:
+            connection.execute(text(f'create role "{name}" login {options}'))
+        made.append(name)
+        url = make_url(postgres_url).set(username=name, password="s3cret")
+        return url.render_as_string(hide_password=False)
+
+    yield make
+    with engine.connect() as connection:
+        for name in made:
+            connection.execute(text(f'drop role "{name}"'))
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,8 @@
 
 A sub-command is a module with ``add_command(commands)``, which adds its parser and
 sets its function as the default of ``run``; list it in `_COMMANDS`. Only the one that
-is called is imported: a script waits for its launcher.
+is called is imported: a script waits for its launcher. What all of them have in common
+is here: the exit codes, and the error that ends one.
 """
 
 from __future__ import annotations
@@ -17,20 +18,49 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
-from .common import EXIT_SIGNAL, CommandError, hide_passwords
+from ..options import hide_passwords
 
-__all__ = ["main", "make_argument_parser"]
+__all__ = [
+    "EXIT_CANNOT_RUN",
+    "EXIT_NOT_AS_EXPECTED",
+    "EXIT_OK",
+    "EXIT_SIGNAL",
+    "CommandError",
+    "main",
+    "make_argument_parser",
+]
 
 _PROGRAM = "sqla-fairpool"
 
 #: The modules, by the commands that they add.
 _COMMANDS = {
-    "run": "run",
-    "monitor": "monitor",
-    "stats": "monitor",
-    "ledger": "ledger",
-    "demo": "demo",
+    "run": ".cli.run",
+    "monitor": ".cli.monitor",
+    "stats": ".cli.monitor",
+    "ledger": ".cli.ledger",
+    "demo": ".demo",
 }
+
+#: Everything came out as it should.
+EXIT_OK = 0
+#: The command ran, and something did not come out as expected.
+EXIT_NOT_AS_EXPECTED = 1
+#: The command could not run: bad arguments (argparse uses the same number),
+#: something that is not installed, a server that cannot be reached.
+EXIT_CANNOT_RUN = 2
+#: Plus the number of the signal that ended it, as shells count: 130 for Ctrl-C.
+EXIT_SIGNAL = 128
+
+
+class CommandError(Exception):
+    """A command cannot do its work; the text, on one line, says why.
+
+    :param status: what the program exits with.
+    """
+
+    def __init__(self, text: str, status: int = EXIT_CANNOT_RUN) -> None:
+        super().__init__(text)
+        self.status = status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,7 +86,7 @@ def make_argument_parser(command: str | None = None) -> argparse.ArgumentParser:
     )
     needed = _COMMANDS.values() if command is None else [_COMMANDS[command]]
     for module in dict.fromkeys(needed):
-        import_module(f".{module}", __package__).add_command(commands)
+        import_module(module, "sqla_fairpool").add_command(commands)
     return parser
 
 
@@ -79,7 +109,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         with contextlib.suppress(OSError):  # the terminal may have gone
             print(f"{_PROGRAM} {arguments.command}: interrupted", file=sys.stderr)
-        return EXIT_SIGNAL + getattr(error, "signum", signal.SIGINT)
+        return EXIT_SIGNAL + (error.args[0] if error.args else signal.SIGINT)
     except BrokenPipeError:
         # The reader has gone, as in `sqla-fairpool demo | head`. What is left in
         # the buffer would raise again when the interpreter flushes it.

@@ -15,7 +15,8 @@ from sqlalchemy.pool import NullPool
 
 from ..launch.environment import parse_url
 from ..ledger.addresses import database_place, with_threads_driver
-from .common import CommandError, hide_passwords
+from ..options import hide_passwords
+from . import CommandError
 
 __all__ = ["Need", "Room", "ask_room", "connected", "given_url", "need"]
 

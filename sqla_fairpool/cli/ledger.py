@@ -22,8 +22,9 @@ from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Left
 from ..ledger.store import StoreAway
 from ..ledger.watch import Present, look, still_there, unaccounted
+from ..options import hide_passwords
+from . import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
 from .budget import Need, ask_room, connected, given_url, need
-from .common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError, hide_passwords
 
 __all__ = ["add_command"]
 
@@ -201,8 +202,8 @@ def _reap(arguments: argparse.Namespace) -> int:
         with store.transaction() as rows:
             book = Book(rows)
             book.release(found)
-            bells = book.tell(book.allocation()) if book.meta is not None else []
-        store.ring(bells)
+            wake_ups = book.tell(book.allocation()) if book.meta is not None else []
+        store.ring(wake_ups)
     freed = sum(left.gone.slots - left.slots for left in found.values())
     print(f"{len(dead)} dead found, {freed} slots freed")
     kept = sum(gone.slots for gone in view.gone.values()) - freed

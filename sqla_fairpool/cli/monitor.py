@@ -18,7 +18,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..ledger.overview_text import lines, printable
-from .common import EXIT_OK, CommandError
+from . import EXIT_OK, CommandError
 from .poller import Picture, Poller, make_poller
 
 __all__ = ["add_command"]

@@ -27,7 +27,7 @@ from textual.widgets import DataTable, Footer, ProgressBar, Static
 
 from ..ledger import overview_text as texts
 from ..ledger.overview import Overview, ScraperRow
-from .common import EXIT_OK, EXIT_SIGNAL
+from . import EXIT_OK, EXIT_SIGNAL
 from .poller import Picture
 from .server_view import Sessions
 

@@ -23,14 +23,16 @@ from sqlalchemy.engine import URL
 
 from ..launch.environment import DATABASE, LEDGER, Settings
 from ..ledger.addresses import known_ledgers, make_store
-from ..ledger.errors import LedgerError
+from ..ledger.errors import LedgerError, RowBroken
 from ..ledger.host import HostStore
 from ..ledger.inspector import Inspector, read
 from ..ledger.overview import Overview
 from ..ledger.overview_text import printable, seconds_text
 from ..ledger.postgres import PostgresStore
 from ..ledger.store import StoreAway
-from .common import CommandError, hide_passwords
+from ..options import hide_passwords
+from . import CommandError
+from .budget import missing_driver
 from .server_view import ServerFigures, ServerView
 
 __all__ = ["Picture", "Poller", "make_poller", "in_background"]
@@ -111,7 +113,7 @@ class Poller:
         try:
             if self._is_file and not os.path.exists(self.name):  # it would be created
                 raise LedgerError(
-                    f"there is no ledger at {self.name}: nobody has used it yet"
+                    f"there is no ledger at {self.name}: no process has used it yet"
                 )
             overview = self._inspector.look()
         except (StoreAway, LedgerError) as error:
@@ -176,9 +178,7 @@ def make_poller(arguments: argparse.Namespace) -> Poller:
     except (exc.ArgumentError, LedgerError) as error:
         raise CommandError(str(error)) from None
     except ImportError as error:
-        raise CommandError(
-            f"{error.name} is not installed: pip install 'sqla-fairpool[postgresql]'"
-        ) from None
+        raise missing_driver(error) from None
     is_asked = database is not None and (
         arguments.url is not None or database.get_backend_name() == "postgresql"
     )
@@ -190,8 +190,8 @@ def _only_ledger() -> str:
     paths = known_ledgers()
     if not paths:
         raise CommandError(
-            f"nobody has used a ledger here yet, and no {DATABASE} says which one to "
-            "wait for: give --url or --ledger PATH"
+            f"no process has used a ledger here yet, and no {DATABASE} says which "
+            "one to wait for: give --url or --ledger PATH"
         )
     # Files that are left from earlier do not count, beside one that is in use.
     paths = [path for path in paths if _is_in_use(path)] or paths
@@ -208,9 +208,10 @@ def _is_in_use(path: Path) -> bool:
     store = HostStore(path)
     try:
         store.open()
-        report = read(store)
-        return report is not None and any(member.alive for member in report.members)
-    except (StoreAway, LedgerError):
+        return any(member.alive for member in read(store).members)
+    except (StoreAway, RowBroken):
         return True
+    except LedgerError:  # no member has ever joined
+        return False
     finally:
         store.close()

@@ -28,9 +28,9 @@ from ..ledger.addresses import (
     needs_database,
 )
 from ..ledger.errors import LedgerError
-from ..options import OPTIONS, PoolOptions, naming, validate_tag
+from ..options import OPTIONS, PoolOptions, hide_passwords, naming, validate_tag
+from . import EXIT_SIGNAL, CommandError
 from .budget import ask_room, connected, missing_driver, need
-from .common import EXIT_SIGNAL, CommandError, hide_passwords
 
 __all__ = ["add_command"]
 

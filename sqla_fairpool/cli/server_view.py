@@ -17,8 +17,9 @@ from sqlalchemy.engine import URL, Connection
 from ..ledger.overview import Overview
 from ..ledger.overview_text import printable, seconds_text
 from ..ledger.rows import Session
+from ..options import hide_passwords
+from . import CommandError
 from .budget import Room, ask_room, connected
-from .common import CommandError, hide_passwords
 
 __all__ = ["ServerFigures", "ServerView", "Sessions", "count"]
 

@@ -1,29 +1,29 @@
 """The scenarios of the demo: who runs, what each must get, and whether that is right.
 
-`judge` is pure; `Demo` plays the scenarios, with threads that stand for scrapers.
+`judge` is pure; `_Demo` plays the scenarios, with threads that stand for scrapers.
 """
 
 from __future__ import annotations
 
-import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from secrets import token_hex
 from statistics import median_low
 from typing import Any, NamedTuple, cast
 
 from sqlalchemy import Connection, Engine, QueuePool, create_engine, text
 
 from .. import FairQueuePool
+from ..cli import CommandError
 from ..cli.budget import connected, given_url
-from ..cli.common import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
-from ..cli.interrupts import Interrupts
 from .server import EmbeddedServer
+from .signals import Signals
 from .view import Verdict, View, counts_text
 
-__all__ = ["SCENARIOS", "Sample", "judge", "run"]
+__all__ = ["SCENARIOS", "Sample", "judge", "play"]
 
 #: What each scraper must get of 20 connections, 0 where it has gone idle. Where the
 #: division has a remainder, it moves: who has the larger numbers is not said.
@@ -94,22 +94,9 @@ def _counts(scenario: str, found: Mapping[str, int]) -> tuple[int, ...]:
 
 # -- on a database ---------------------------------------------------------------------
 
-_TABLE = """
-    CREATE TABLE {table} AS
-    SELECT n AS id, (array['layer1_5', 'layer2', 'layer3'])[1 + n % 3] AS scraper,
-        md5(n::text) AS payload, clock_timestamp() AS updated_at
-    FROM generate_series(1, 900) AS n
-"""
-
-#: A scraper's transaction: take the rows that are due and write to them, then work.
-#: The comments tell, in the server's view of its sessions, which scraper has one.
-_TRANSACTION = (
-    """/* {tag} */
-    UPDATE {table} SET payload = md5(payload), updated_at = clock_timestamp()
-    WHERE id IN (SELECT id FROM {table} WHERE scraper = '{tag}'
-        ORDER BY updated_at LIMIT 3 FOR UPDATE SKIP LOCKED)""",
-    "/* {tag} */ SELECT pg_sleep({seconds})",
-)
+#: A scraper's statement. The comment tells, in the server's view of its sessions, which
+#: scraper has one.
+_STATEMENT = "/* {tag} */ SELECT pg_sleep({seconds})"
 
 # Each scraper's sessions in a transaction, and one row for all. The driver's BEGIN has
 # no comment; it lasts a few microseconds.
@@ -138,39 +125,45 @@ _POOLS: Mapping[str, Mapping[str, Any]] = {
 class _Worker(threading.Thread):
     """One thread of a scraper: checks out, works and commits, in a loop."""
 
-    def __init__(self, engine: Engine, words: Mapping[str, Any]) -> None:
+    def __init__(self, engine: Engine, tag: str, seconds: float) -> None:
         # A daemon: if a server never answers, the program can end all the same.
         super().__init__(daemon=True)
-        self._engine = engine.execution_options(scraper=words["tag"])
-        self._statements = [text(one.format(**words)) for one in _TRANSACTION]
+        self._engine = engine.execution_options(scraper=tag)
+        self._statement = text(_STATEMENT.format(tag=tag, seconds=seconds))
         self.stopping = False
         self.failure: Exception | None = None
-        #: Seconds of each wait that has ended, and since when the thread waits.
-        self.waits: list[float] = []
-        self.waiting_since: float | None = None
+        self.since: float | None = None
+        self.reset()
         self.start()
+
+    def reset(self) -> None:
+        """Begin to count checkouts anew, and the seconds of the longest wait."""
+        self.checkouts, self.longest = 0, 0.0
+
+    def wait_until(self, now: float) -> float:
+        """Return the longest wait, also if it is the one that has not ended."""
+        return (
+            self.longest if self.since is None else max(self.longest, now - self.since)
+        )
 
     def run(self) -> None:
         try:
             while not self.stopping:
-                since = self.waiting_since = time.monotonic()
-                with self._engine.connect() as connection:
-                    self.waiting_since = None
-                    self.waits.append(time.monotonic() - since)
-                    for statement in self._statements:
-                        connection.execute(statement)
-                    connection.commit()
+                self.since = time.monotonic()
+                with self._engine.begin() as connection:
+                    self.longest = self.wait_until(time.monotonic())
+                    self.since = None
+                    self.checkouts += 1
+                    connection.execute(self._statement)
         except Exception as error:
             self.failure = error
 
 
-def run(url: str | None, as_json: bool, seconds: float, interrupts: Interrupts) -> int:
-    """Run the demo, return the exit status.
-
-    A signal is only noted, but where the demo pauses. So it never comes between a start
-    and what undoes it.
+def play(url: str | None, as_json: bool, seconds: float, signals: Signals) -> bool:
+    """Play all scenarios and compare the pools; return whether all is as expected.
 
     :param url: the database; default: one of an embedded server.
+    :param seconds: how long each step is observed.
     """
     with ExitStack() as stack:
         view = View(len(SCENARIOS) + len(_POOLS), as_json)
@@ -179,50 +172,49 @@ def run(url: str | None, as_json: bool, seconds: float, interrupts: Interrupts) 
             view.note("starting an embedded PostgreSQL ...")
             server = EmbeddedServer()
             stack.callback(server.stop)
-            stack.callback(interrupts.ignore)  # also for the processes that stop it
-            with interrupts.raising(), interrupts.held_back():
+            stack.callback(signals.ignore)  # also for the processes that stop it
+            try:
                 server.start()
+            finally:
+                # Also in place of an error: Ctrl-C reaches the server's processes as
+                # well, and the start fails because they have gone.
+                signals.check()
             url = server.url
-        observer = stack.enter_context(connected(given_url(url)))
-        Demo(observer, view, seconds, interrupts).run()
-    return EXIT_OK if view.report() else EXIT_NOT_AS_EXPECTED
+        connection = stack.enter_context(connected(given_url(url)))
+        _Demo(connection, view, seconds, signals).run()
+    return view.report()
 
 
 @dataclass
-class Demo:
-    """One run on a database, with a table of its own."""
+class _Demo:
+    """One run on a database."""
 
     #: A connection outside of the pools, in autocommit.
-    observer: Connection
+    connection: Connection
     view: View
     #: How long each step is observed.
     seconds: float
-    interrupts: Interrupts
-    name: str = field(default_factory=lambda: f"sqla_fairpool_{secrets.token_hex(4)}")
+    signals: Signals
+    #: What the pools' sessions are named.
+    name: str = field(default_factory=lambda: f"fairpool demo {token_hex(4)}")
     workers: dict[str, list[_Worker]] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Create the table, play the scenarios, compare the pools."""
-        url = self.observer.engine.url
-        version = self.observer.scalar(text("SHOW server_version"))
-        self.view.note(f"PostgreSQL {version}, {url}, table {self.name}")
-        self.observer.execute(text("SET lock_timeout = '5s'"))
-        self.observer.execute(text(_TABLE.format(table=self.name)))
-        try:
-            with self._engine(_SCENARIOS_POOL) as engine:
-                for scenario in SCENARIOS:
-                    self.view.verdicts.append(self._play(engine, scenario))
-            for pool, options in _POOLS.items():
-                self.view.step(f"a light scraper beside a heavy one: {pool}")
-                with self._engine(options) as engine:
-                    self.view.comparison += self._compare(engine, pool)
-        finally:
-            self.observer.execute(text(f"DROP TABLE {self.name}"))
+        url = self.connection.engine.url
+        version = self.connection.scalar(text("SHOW server_version"))
+        self.view.note(f"PostgreSQL {version}, {url}, sessions {self.name!r}")
+        with self._engine(_SCENARIOS_POOL) as engine:
+            for scenario in SCENARIOS:
+                self.view.verdicts.append(self._play(engine, scenario))
+        for pool, options in _POOLS.items():
+            self.view.step(f"a light scraper beside a heavy one: {pool}")
+            with self._engine(options) as engine:
+                self._compare(engine, pool)
 
     @contextmanager
     def _engine(self, options: Mapping[str, Any]) -> Iterator[Engine]:
         """Yield an engine; end its scrapers and sessions after the block."""
-        url, name = self.observer.engine.url, {"application_name": self.name}
+        url, name = self.connection.engine.url, {"application_name": self.name}
         engine = create_engine(url, connect_args=name, pool_timeout=None, **options)
         try:
             yield engine
@@ -251,36 +243,31 @@ class Demo:
                 return judge(scenario, samples, before)
         return judge(scenario, [], before)
 
-    def _compare(self, engine: Engine, pool: str) -> Iterator[dict[str, Any]]:
+    def _compare(self, engine: Engine, pool: str) -> None:
         self._start(engine, "heavy", 60, 0.05)
         self._start(engine, "light", 1, 0.01)
         for _ in self._moments(0.5):
             pass  # until all connections are open
         for worker in (*self.workers["heavy"], *self.workers["light"]):
-            worker.waits.clear()
+            worker.reset()
         for _ in self._moments(self.seconds):
             pass
         now = time.monotonic()
         for tag in ("light", "heavy"):
             workers = self.workers[tag]
-            ended = [wait for worker in workers for wait in worker.waits]
-            # Without the waits that have not ended the worst would be left out.
-            since = [worker.waiting_since for worker in workers]
-            lasting = [now - moment for moment in since if moment is not None]
-            longest = max([0.0, *ended, *lasting])
-            yield {
+            row = {
                 "pool": pool,
                 "scraper": tag,
-                "checkouts_per_second": len(ended) / self.seconds,
-                "longest_wait": longest,
-                "still_waiting": longest in lasting,
+                "checkouts_per_second": sum(w.checkouts for w in workers)
+                / self.seconds,
+                "longest_wait": max(worker.wait_until(now) for worker in workers),
                 "threads": len(workers),
-                "never_served": sum(not worker.waits for worker in workers),
+                "never_served": sum(not worker.checkouts for worker in workers),
             }
+            self.view.comparison.append(row)
 
     def _start(self, engine: Engine, tag: str, threads: int, seconds: float) -> None:
-        words = {"table": self.name, "tag": tag, "seconds": seconds}
-        self.workers[tag] = [_Worker(engine, words) for _ in range(threads)]
+        self.workers[tag] = [_Worker(engine, tag, seconds) for _ in range(threads)]
 
     def _stop(self, *tags: str) -> None:
         """End scrapers: what their threads do is finished, nothing begun."""
@@ -292,7 +279,7 @@ class Demo:
             worker.join(max(deadline - time.monotonic(), 0.0))
 
     def _moments(self, seconds: float) -> Iterator[None]:
-        """Yield now and then, for `seconds`, as long as no thread has failed."""
+        """Yield now and then, for `seconds`, until a thread fails or a signal comes."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             for tag, workers in self.workers.items():
@@ -301,12 +288,12 @@ class Demo:
                     raise CommandError(f"scraper {tag} failed: {why}")
             yield
             self.view.look()
-            with self.interrupts.raising():
-                time.sleep(0.03)
+            time.sleep(0.03)
+            self.signals.check()
 
     def _sample(self, engine: Engine) -> Sample:
         stats = cast(FairQueuePool, engine.pool).stats()
-        rows = self.observer.execute(_ACTIVITY, {"name": self.name})
+        rows = self.connection.execute(_ACTIVITY, {"name": self.name})
         server = {str(tag): int(count) for tag, count in rows}
         sessions = server.pop("")
         self.view.seen = stats, server

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from ..cli.common import CommandError
+from ..cli import CommandError
 
 __all__ = ["EmbeddedServer"]
 

@@ -23,8 +23,7 @@ __all__ = ["Verdict", "View", "counts_text"]
 
 _COMPARISON = (
     "A light scraper beside a heavy one, which may have half of a FairQueuePool, or, "
-    "with soft_limit and max_limit at the pool's size (*), all that no other wants. "
-    '">": was still waiting when the measurement ended.'
+    "with soft_limit and max_limit at the pool's size (*), all that no other wants."
 )
 
 
@@ -109,17 +108,17 @@ def counts_text(counts: Iterable[int]) -> str:
     return " / ".join(map(str, counts)) or "nothing"
 
 
-def _table(left: Iterable[str], right: Iterable[str] = ()) -> Table:
+def _table(*columns: str, numbers: Iterable[str] = ()) -> Table:
     # Narrow gaps and headings on two lines: eighty columns are enough.
-    table = Table(*left, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in right:
+    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in numbers:
         table.add_column(name, justify="right")
     return table
 
 
 def _tags_table(stats: PoolStats, server: Mapping[str, int]) -> Table:
     numbers = ("limit", "fair\nshare", "waiting", "on\nserver", "checkouts")
-    table = _table(["scraper", "status", "connections"], numbers)
+    table = _table("scraper", "status", "connections", numbers=numbers)
     table.caption = f"{stats.checked_out} of {stats.capacity} in use; {stats.strategy}"
     for row in stats.tags:
         status = "[green]active" if row.active else "[yellow]idle"
@@ -132,7 +131,7 @@ def _tags_table(stats: PoolStats, server: Mapping[str, int]) -> Table:
 
 def _verdicts_table(verdicts: Iterable[Verdict]) -> Table:
     observed = ("observed\n(pool)", "observed\n(server)")
-    table = _table(["scenario", "expected", *observed, "verdict"])
+    table = _table("scenario", "expected", *observed, "verdict")
     for verdict in verdicts:
         sides = (verdict.expected, verdict.pool, verdict.server)
         outcome = "[bold red]FAILED" if verdict.problems else "[green]ok"
@@ -142,13 +141,13 @@ def _verdicts_table(verdicts: Iterable[Verdict]) -> Table:
 
 def _comparison_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     numbers = ("checkouts\nper s", "longest\nwait ms", "threads\nnever served")
-    table = _table(["pool", "scraper"], numbers)
+    table = _table("pool", "scraper", numbers=numbers)
     for row in rows:
         table.add_row(
             row["pool"] if row["scraper"] == "light" else "",
             row["scraper"],
             f"{row['checkouts_per_second']:,.0f}",
-            f"{'> ' * row['still_waiting']}{row['longest_wait'] * 1000:,.1f}",
+            f"{row['longest_wait'] * 1000:,.1f}",
             f"{row['never_served']} of {row['threads']}",
             style="bold red" if row["never_served"] else "",
         )

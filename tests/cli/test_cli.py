@@ -9,9 +9,10 @@ import sys
 
 import pytest
 
-from sqla_fairpool.cli import _COMMANDS, demo, main, make_argument_parser
-from sqla_fairpool.cli.common import CommandError, hide_passwords
-from sqla_fairpool.cli.interrupts import Interrupted, Interrupts
+from sqla_fairpool import demo
+from sqla_fairpool.cli import _COMMANDS, CommandError, main, make_argument_parser
+from sqla_fairpool.demo.signals import Signals
+from sqla_fairpool.options import hide_passwords
 
 
 def block_import(monkeypatch, *names):
@@ -68,7 +69,7 @@ def test_only_the_command_that_is_called_is_imported():
     program = (
         "import sys; from sqla_fairpool.cli import make_argument_parser\n"
         "make_argument_parser('run')\n"
-        "sys.exit(any(m == 'sqla_fairpool.cli.demo' for m in sys.modules))"
+        "sys.exit(any(m == 'sqla_fairpool.demo' for m in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
@@ -117,7 +118,7 @@ def test_bad_url_is_one_line_without_the_password(capsys, url, complaint):
         (None, 1, ""),
         (CommandError("two\n lines, u://u:hidden@h"), 2, "two lines, u://u:***@h\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
-        (Interrupted(signal.SIGTERM), 143, "interrupted\n"),
+        (KeyboardInterrupt(signal.SIGTERM), 143, "interrupted\n"),
     ],
 )
 def test_how_a_command_ends(monkeypatch, capsys, error, status, says):
@@ -139,9 +140,12 @@ def test_module_runs_as_a_program():
 
 
 def test_reader_that_goes_away_is_no_traceback():
-    program = "import sys; from sqla_fairpool.cli import demo, main\n"
-    program += "demo.run = lambda arguments: print('x' * 1_000_000) or 0\n"
-    program += "sys.exit(main(['demo']))"
+    program = (
+        "import sys\n"
+        "from sqla_fairpool import cli, demo\n"
+        "demo.run = lambda arguments: print('x' * 1_000_000) or 0\n"
+        "sys.exit(cli.main(['demo']))"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -164,76 +168,25 @@ def test_passwords_are_hidden(text, shown):
     assert hide_passwords(text) == shown
 
 
-class TestInterrupts:
+class TestSignals:
     @pytest.fixture(autouse=True)
-    def entered(self):
+    def signals(self):
         before = signal.getsignal(signal.SIGINT)
-        with Interrupts() as self.interrupts:
+        with Signals() as signals:
             assert signal.getsignal(signal.SIGINT) != before
-            yield
+            yield signals
         assert signal.getsignal(signal.SIGINT) == before
 
-    def interrupted(self, block):
-        """Run a block in which signals are raised; return the one that was."""
-
-        def run():
-            with self.interrupts.raising():
-                block()
-
-        with pytest.raises(Interrupted) as caught:
-            run()
-        return caught.value.signum
-
-    def test_signal_is_raised_where_it_may_be(self):
-        signum = self.interrupted(lambda: signal.raise_signal(signal.SIGTERM))
-        assert signum == signal.SIGTERM
-
-    def test_signal_that_came_before_is_raised_then(self):
+    def test_signal_is_raised_where_it_may_be_and_disturbs_nothing_else(self, signals):
+        signals.check()
+        signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
-        self.interrupted(lambda: pytest.fail("not reached"))
-
-    def test_second_signal_does_not_disturb_the_cleaning_up(self):
-        steps = []
-
-        def block():
-            try:
-                signal.raise_signal(signal.SIGINT)
-            finally:
-                signal.raise_signal(signal.SIGINT)
-                steps.append("cleaned up")
-
-        self.interrupted(block)
-        assert steps == ["cleaned up"]
-
-    def test_held_back_block_is_finished_first(self):
-        steps = []
-
-        def block():
-            with self.interrupts.held_back():
-                signal.raise_signal(signal.SIGINT)
-                steps.append("finished")
-            steps.append("not reached")
-
-        self.interrupted(block)
-        assert steps == ["finished"]
-
-    def test_second_signal_breaks_a_block_that_is_held_back(self):
-        def block():
-            with self.interrupts.held_back():
-                signal.raise_signal(signal.SIGINT)
-                signal.raise_signal(signal.SIGINT)
-                pytest.fail("not reached")
-
-        self.interrupted(block)
-
-    def test_interrupt_goes_before_the_error_it_caused(self):
-        def block():
-            with self.interrupts.held_back():
-                signal.raise_signal(signal.SIGINT)
-                raise OSError("the child process has gone")
-
-        self.interrupted(block)
-
-    def test_signals_can_be_ignored(self):
-        self.interrupts.ignore()
+        with pytest.raises(KeyboardInterrupt) as caught:
+            signals.check()
+        assert caught.value.args == (signal.SIGTERM,)
         signal.raise_signal(signal.SIGINT)
+
+    def test_signals_can_be_ignored(self, signals):
+        signals.ignore()
+        signal.raise_signal(signal.SIGINT)
+        signals.check()

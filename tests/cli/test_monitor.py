@@ -74,6 +74,11 @@ def read(capsys, *args):
     return json.loads(run(capsys, "stats", "--json", *args)[1])
 
 
+def end(engine):
+    engine.dispose()
+    state.keeper(engine).close()
+
+
 # -- what is looked at -----------------------------------------------------------------
 
 
@@ -88,7 +93,7 @@ def test_bad_seconds_are_a_usage_error(capsys, value):
 @pytest.mark.parametrize(
     ("variable", "value", "says"),
     [
-        ("IDLE_TIMEOUT", "", "nobody has used a ledger here yet"),
+        ("IDLE_TIMEOUT", "", "no process has used a ledger here yet"),
         ("IDLE_TIMEOUT", "soon", "IDLE_TIMEOUT='soon' is not allowed"),
         ("FAIRPOOL_LEDGER", "nonsense", "FAIRPOOL_LEDGER='nonsense' is not allowed"),
         ("FAIRPOOL_LEDGER", "none", "there is no ledger to look at"),
@@ -97,7 +102,7 @@ def test_bad_seconds_are_a_usage_error(capsys, value):
         (
             "DATABASE_URL",
             "mysql://u:s3cret@db/app",
-            r"there is no ledger at \S+/mysql-db-3306-app-\S+\.ledger: nobody",
+            r"there is no ledger at \S+/mysql-db-3306-app-\S+\.ledger: no process",
         ),
     ],
 )
@@ -131,11 +136,10 @@ def test_the_only_ledger_is_meant_or_the_only_one_in_use(capsys, temp):
     assert f"the ledger {folder}/old.ledger is empty" in run(capsys, "stats")[2]
     engine = StubServer().engine(ledger=str(folder / "used.ledger"))
     with engine.execution_options(scraper="a").connect():
-        status, out, _ = run(capsys, "stats")
-    assert status == 0
+        status, out, err = run(capsys, "stats")
+    assert (status, err) == (0, "")
     assert f"ledger {folder}/used.ledger\n" in out and "\na " in out
-    engine.dispose()
-    state.keeper(engine).close()
+    end(engine)
 
 
 # -- once ------------------------------------------------------------------------------
@@ -198,17 +202,13 @@ def test_a_pool_is_seen_by_ledger_and_server(capsys, tmp_path, postgres_url):
         second.execute(text("select 1"))
         document = read(capsys, "--ledger", path, "--url", postgres_url)
     (row,) = document["scrapers"]
-    assert (row["scraper"], row["status"], row["connections"]) == (
-        "layer3",
-        "active",
-        2,
-    )
+    seen = row["scraper"], row["status"], row["connections"]
+    assert seen == ("layer3", "active", 2)
     server = document["server"]
     assert server["sessions"] == server["scrapers"]["layer3"]["sessions"] == 2
     assert server["idle_in_transaction"] == 1
     assert [warning for warning in server["warnings"] if "bug" in warning] == []
-    engine.dispose()
-    state.keeper(engine).close()
+    end(engine)
 
 
 # -- again and again -------------------------------------------------------------------
@@ -247,11 +247,11 @@ def test_the_store_away_and_back(make):
     assert inspector.closed == 4
 
 
-def test_a_ledger_that_nobody_has_used_yet_is_waited_for(make, tmp_path):
+def test_a_ledger_that_is_not_there_yet_is_waited_for(make, tmp_path):
     path = tmp_path / "folder" / "app.ledger"
     poller, clock, inspector = make(overview(), path=str(path))
     assert poller.look().trouble_at(clock()) == (
-        f"there is no ledger at {path}: nobody has used it yet"
+        f"there is no ledger at {path}: no process has used it yet"
     )
     assert not inspector.looks and not path.parent.exists()
     path.parent.mkdir()
@@ -264,10 +264,9 @@ def test_a_real_ledger_that_is_replaced_is_looked_at_again(tmp_path):
     poller = Poller(HostStore(path), None)
     for _ in range(2):
         engine = StubServer().engine(ledger=path)
-        with engine.execution_options(scraper="a").connect():
+        with engine.connect():
             assert poller.look().trouble is None
-        engine.dispose()
-        state.keeper(engine).close()
+        end(engine)
         os.unlink(path)
         assert "there is no ledger at " in poller.look().trouble
     poller.close()
@@ -399,6 +398,11 @@ class Window:
         self._read(0)
         return self.process.returncode
 
+    def quit(self):
+        self.type("q")
+        assert self.wait() == 0
+        assert self.is_restored
+
     @property
     def is_restored(self):
         """The modes are as they were, and the screen is the first one."""
@@ -420,11 +424,14 @@ class Window:
 
 @pytest.fixture
 def window(path):
+    """Start the monitor in a window of its own, with an interval of a minute."""
     windows = []
 
-    def make(*args, **environment):
-        windows.append(Window(path, *args, **environment))
-        return windows[-1]
+    def make(until="layer1_5", **environment):
+        window = Window(path, "monitor", "60", **environment)
+        windows.append(window)
+        window.shown = window.read_until(until)
+        return window
 
     yield make
     for window in windows:
@@ -432,20 +439,15 @@ def window(path):
 
 
 def test_on_a_terminal_until_q(window):
-    window = window("monitor", "60")
-    window.read_until(SHOWN, "by name", "layer1_5", "Quit")
+    window = window(SHOWN)
+    window.read_until("by name", "layer1_5", "Quit")
     assert termios.tcgetattr(window.slave) != window.before  # it reads single keys
-    window.type("s")
-    window.read_until("by connections")
-    window.type("-")
-    window.read_until("every 30 s")
-    window.type(" ")
-    window.read_until("PAUSED")
+    for key, shown in (("s", "by connections"), ("-", "every 30 s"), (" ", "PAUSED")):
+        window.type(key)
+        window.read_until(shown)
     window.resize(10, 40)
     window.read_until("\x1b[10;1H", "Quit")  # the keys are in the last line
-    window.type("q")
-    assert window.wait() == 0
-    assert window.is_restored
+    window.quit()
 
 
 @pytest.mark.parametrize(
@@ -458,8 +460,7 @@ def test_on_a_terminal_until_q(window):
     ],
 )
 def test_signals_end_it_and_restore_the_terminal(window, signum, status):
-    window = window("monitor")
-    window.read_until("layer1_5")
+    window = window()
     if signum is None:
         window.type("\x03")
     else:
@@ -469,37 +470,28 @@ def test_signals_end_it_and_restore_the_terminal(window, signum, status):
 
 
 def test_a_terminal_that_has_gone_ends_it(window):
-    window = window("monitor")
-    window.read_until("layer1_5")
+    window = window()
     window.hang_up()
     assert window.process.wait(PATIENCE) in (128 + signal.SIGHUP, -signal.SIGHUP)
 
 
 def test_a_look_that_hangs_does_not_keep_q_from_ending_it(window):
-    window = window("monitor", HANGS="1")
-    window.read_until("no answer for 2 s")
-    window.type("q")
-    assert window.wait() == 0
-    assert window.is_restored
+    window("no answer for 2 s", HANGS="1").quit()
 
 
 def test_ctrl_z_leaves_the_screen_until_it_goes_on(window):
-    window = window("monitor")
-    window.read_until("layer1_5")
+    window = window()
     window.type("\x1a")
     window.read_until(LEFT)
     os.waitid(os.P_PID, window.process.pid, os.WSTOPPED)
     window.process.send_signal(signal.SIGCONT)
     window.read_until(SHOWN, "layer1_5")
-    window.type("q")
-    assert window.wait() == 0
-    assert window.is_restored
+    window.quit()
 
 
 def test_on_a_dumb_terminal_it_is_plain_text(window):
-    window = window("monitor", "60", TERM="dumb", FORCE_COLOR="1")
-    shown = window.read_until("slots owned")
+    window = window("slots owned", TERM="dumb", FORCE_COLOR="1")
     window.type("\x03")
     assert window.wait() == 130
-    assert "layer1_5" in shown
-    assert "\x1b" not in shown + window.text
+    assert "layer1_5" in window.shown
+    assert "\x1b" not in window.shown + window.text

@@ -60,6 +60,11 @@ def of_two_tags():
     return compile_overview(parts, Limits(20, 20, 10, 15))
 
 
+def numbers(sessions):
+    """Return how many sessions each member or scraper has."""
+    return {key: each.sessions for key, each in sessions.items()}
+
+
 def test_sessions_are_counted_by_member_and_by_scraper():
     figures = counted(
         [
@@ -77,12 +82,8 @@ def test_sessions_are_counted_by_member_and_by_scraper():
         of_two_tags(),
     )
     assert figures.total == Sessions(6, 1, 2, 0, 3.0, 1.5)
-    assert {k: v.sessions for k, v in figures.members.items()} == {1: 4, 2: 1, 9: 1}
-    assert {k: v.sessions for k, v in figures.scrapers.items()} == {
-        "a": 1,
-        "b": 1,
-        "\u00e9t\u00e9": 2,
-    }
+    assert numbers(figures.members) == {1: 4, 2: 1, 9: 1}
+    assert numbers(figures.scrapers) == {"a": 1, "b": 1, "\u00e9t\u00e9": 2}
     assert (figures.control, figures.others) == (2, 2)
     assert figures.warnings == ()
     assert str(figures) == (
@@ -134,9 +135,9 @@ def test_members_that_are_not_here():
         "server: no sessions of the ledger's members here; 1 others; "
         "max_connections 100"
     )
-    # Nobody uses a connection, so nothing is missing.
-    nobody = compile_overview([Part(process("a", 1))], Limits(20, 20, 10, 15))
-    assert not counted([], nobody).is_elsewhere
+    # No connection is in use, so none is missing.
+    quiet = compile_overview([Part(process("a", 1))], Limits(20, 20, 10, 15))
+    assert not counted([], quiet).is_elsewhere
 
 
 def test_a_server_that_is_away_is_told_without_a_password():
@@ -192,17 +193,11 @@ def test_sessions_of_a_server(view, engine, posted):
         engine.connect() as other,
         elsewhere.connect() as not_ours,
     ):
-        not_ours.execute(text("select 1"))
-        busy.execute(text("DISCARD PLANS"))
-        busy.execute(text("select 1"))
-        other.execute(text("select 1"))
+        for connection in (not_ours, busy, other):
+            connection.execute(text("select 1"))
         figures = view.look(of_two_tags(), posted)
-        assert {k: v.sessions for k, v in figures.members.items()} == {1: 2, 2: 1, 3: 1}
-        assert {k: v.sessions for k, v in figures.scrapers.items()} == {
-            "a": 1,
-            "b": 1,
-            "\u00e9t\u00e9": 1,
-        }
+        assert numbers(figures.members) == {1: 2, 2: 1, 3: 1}
+        assert numbers(figures.scrapers) == {"a": 1, "b": 1, "\u00e9t\u00e9": 1}
         assert figures.total.idle_in_transaction == 1
         assert 0 <= figures.scrapers["\u00e9t\u00e9"].longest_idle_in_transaction < 60
         assert figures.others == before.others + 1
@@ -237,12 +232,8 @@ def test_one_connection_is_kept_and_made_again_when_it_was_cut(view, engine):
 
 
 @pytest.mark.postgres
-def test_a_role_that_may_not_see_the_others(postgres_url, engine, posted):
-    with engine.begin() as connection:
-        connection.execute(text("create role onlooker login"))
-    url = make_url(postgres_url).set(username="onlooker")
+def test_a_role_that_may_not_see_the_others(postgres_role, engine, posted):
+    url = make_url(postgres_role())
     with closing(ServerView(url)) as view, marked(engine, posted, 2, "b"):
         figures = view.look(of_two_tags(), posted)
-    with engine.begin() as connection:
-        connection.execute(text("drop role onlooker"))
     assert figures.scrapers["b"] == Sessions(1, 0, 0, hidden=1)

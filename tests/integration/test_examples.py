@@ -110,7 +110,7 @@ def test_celery_with_prefork(postgres_url, tmp_path):
     # Each task under its own name, in the children and not in the parent.
     assert [r["holders"] for r in results] == [{"orders": 1}, {"reports": 1}] * 4
     assert worker.pid not in {r["process"] for r in results}
-    # None of them used, closed or lost a connection that is somebody else's.
+    # None of them used, closed or lost a connection of another process.
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 

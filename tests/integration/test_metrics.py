@@ -18,7 +18,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.exc import ArgumentError
 from support import state
 from support.stub import StubError
-from support.threads import Caller, ensure_waiting
+from support.threads import Caller, ensure_waiting, give, take
 
 from sqla_fairpool import CheckoutTimeout, SelfDeadlock, TooManyWaiting
 from sqla_fairpool.opentelemetry import instrument
@@ -101,10 +101,14 @@ def test_waits_creations_and_failures_are_counted(make_engine, server, clock):
     clock.advance(20.0)
     holder.close()
     caller.result()
+    with engine.connect() as connection:
+        connection.invalidate()
+    server.before["connect"] = lambda: clock.advance(2.0)
+    engine.connect().close()  # connects again
     row = metrics_of(engine)
-    assert buckets(row.wait_time) == {0.001: 1, 30.0: 1}
-    assert buckets(row.create_time) == {0.5: 1}
-    assert (row.refusals, row.timeouts, row.checkouts) == (1, 1, 2)
+    assert buckets(row.wait_time) == {0.001: 3, 30.0: 1}
+    assert buckets(row.create_time) == {0.5: 1, 2.5: 1}
+    assert (row.refusals, row.timeouts, row.checkouts) == (1, 1, 4)
 
     def fail():
         raise StubError("no")
@@ -116,27 +120,13 @@ def test_waits_creations_and_failures_are_counted(make_engine, server, clock):
     assert metrics_of(engine).create_failures == 1
 
 
-def test_reconnects_are_timed(make_engine, server, clock):
-    engine = make_engine().execution_options(scraper="a")
-    connection = engine.connect()
-    connection.invalidate()
-    connection.close()
-    server.before["connect"] = lambda: clock.advance(2.0)
-    engine.connect().close()
-    assert buckets(metrics_of(engine).create_time) == {0.001: 1, 2.5: 1}
-
-
-def test_warm_up_counts_for_the_default_tag(make_engine):
-    engine = make_engine(min_idle=3)
+def test_what_has_no_tag_counts_for_the_default_one(make_engine):
+    engine = make_engine(pool_size=1, min_idle=1, deadlock_timeout=0.001)
     engine.pool.warm_up()
-    assert metrics_of(engine, "unknown").create_time.count == 3
-
-
-def test_self_deadlocks_are_counted(make_engine):
-    engine = make_engine(pool_size=1, deadlock_timeout=0.001)
     with engine.connect(), pytest.raises(SelfDeadlock):
         engine.connect()
-    assert metrics_of(engine, "unknown").deadlocks == 1
+    row = metrics_of(engine, "unknown")
+    assert (row.create_time.count, row.deadlocks) == (1, 1)
 
 
 def test_retagged_checkout_counts_once_under_the_tag_it_got(make_engine):
@@ -151,36 +141,35 @@ def test_retagged_checkout_counts_once_under_the_tag_it_got(make_engine):
 
 
 def test_closures_are_counted_by_reason(make_engine, clock, monkeypatch):
-    sizes = {"pool_size": 2, "max_overflow": 2, "max_limit": 4, "soft_limit": 4}
-    engine = make_engine(**sizes, pool_recycle=100, idle_connection_ttl=1000)
-    for connection in [engine.connect() for _ in range(4)]:
-        connection.close()
-    assert engine.pool.metrics().closures == {"overflow": 2}
+    clock.now = 1000.0
+    sizes = {"pool_size": 3, "max_overflow": 1, "max_limit": 4, "soft_limit": 4}
+    engine = make_engine(**sizes, pool_recycle=100, idle_connection_ttl=100, min_idle=1)
+    expected = {}
+
+    def counts(**more):
+        expected.update(more)
+        assert engine.pool.metrics().closures == expected
+
+    give(take(engine, 4))
+    counts(overflow=1)
     for lose in ("invalidate", "detach"):
         with engine.connect() as connection:
             getattr(connection, lose)()
+    counts(invalidated=1, detached=1)
+    give(take(engine, 3))
+    engine.pool.reconfigure(pool_size=2, max_overflow=0, max_limit=2, soft_limit=2)
+    counts(resized=1)
+    for _ in range(8):
+        clock.advance(50.0)
+        engine.pool.upkeep()
+    counts(unused=1)
     with engine.connect():
         monkeypatch.setattr("time.time", lambda: math.inf)
     engine.connect().close()
     monkeypatch.undo()
-    expected = {"overflow": 2, "invalidated": 1, "detached": 1, "recycled": 1}
-    assert engine.pool.metrics().closures == expected
-
-
-def test_closures_of_unused_surplus_and_disposed_connections(make_engine, clock):
-    clock.now = 1000.0
-    sizes = {"pool_size": 4, "max_limit": 3, "soft_limit": 3}
-    engine = make_engine(**sizes, idle_connection_ttl=100, min_idle=1)
-    for connection in [engine.connect() for _ in range(3)]:
-        connection.close()
-    engine.pool.reconfigure(pool_size=2, max_limit=2, soft_limit=2)
-    assert engine.pool.metrics().closures == {"resized": 1}
-    for _ in range(8):
-        clock.advance(50.0)
-        engine.pool.upkeep()
-    assert engine.pool.metrics().closures == {"resized": 1, "unused": 1}
+    counts(recycled=1)
     engine.dispose()
-    assert engine.pool.metrics().closures == {"resized": 1, "unused": 1, "disposed": 1}
+    counts(disposed=1)
 
 
 def test_tags_beyond_the_cap_share_counters(make_engine, clock):
@@ -232,16 +221,18 @@ def test_prometheus_exports_several_pools(make_engine, registry):
     two = make_engine()
     for engine in (one, two, two):
         register(engine, registry)
-    used = {"sqla_fairpool_connections": 1}
+
+    def value(name, **labels):
+        (value,) = samples(registry, name, **labels).values()
+        return value
+
     with one.execution_options(scraper="a").connect():
-        assert samples(registry, "connections", pool="one", state="used") == used
-        assert samples(registry, "tag_active", tag="a")["sqla_fairpool_tag_active"] == 1
+        assert value("connections", pool="one", state="used") == 1
+        assert value("tag_active", tag="a") == 1
         holds = samples(registry, "hold_seconds", tag="a")
     assert holds["sqla_fairpool_hold_seconds_count"] == 0
-    (maximum,) = samples(registry, "connections_max", pool="one").values()
-    assert maximum == 5
-    checkouts = samples(registry, "checkouts", tag="a")
-    assert checkouts == {"sqla_fairpool_checkouts_total": 1}
+    assert value("connections_max", pool="one") == 5
+    assert value("checkouts", tag="a") == 1
     families = {family.name: family for family in registry.collect()}
     assert families["sqla_fairpool_hold_seconds"].type == "histogram"
     found = families["sqla_fairpool_connections"].samples

@@ -25,7 +25,7 @@ SCRIPTS = Path(__file__).parents[2] / "examples" / "unchanged"
 def server(postgres_url):
     """An operator's connection to the server, and the scripts' database on it.
 
-    A database of its own: nobody else's sessions are in it.
+    A database of its own, without sessions of others.
     """
     name = f"running_{os.getpid()}"
     engine = create_engine(postgres_url, poolclass=NullPool)
@@ -83,7 +83,7 @@ def monitor(environment):
         command = [sys.executable, "-m", "sqla_fairpool", "monitor", "--once", "--json"]
         env = {**environment, **changes}
         done = subprocess.run(command, env=env, capture_output=True, text=True)
-        if "nobody has used it yet" in done.stderr:
+        if "no process has used it yet" in done.stderr:
             return {"scrapers": []}  # the scripts are only starting
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
@@ -209,7 +209,7 @@ def test_script_that_fails_leaves_nothing(launch, monitor, tmp_path):
     assert "sqla_fairpool" not in err
     picture = monitor()
     assert picture["scrapers"] == []
-    # It ended with its connection open: nobody may have that slot until somebody has
+    # It ended with its connection open: no process may have that slot until one has
     # seen that the server has ended the session.
     assert picture["pool"]["quarantined"] == 1
     assert picture["warnings"] == [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
@@ -116,11 +115,23 @@ def test_pool_class_is_the_dialects(arguments, driver, given, pool):
     ],
 )
 def test_left_alone(arguments, url, given, why):
+    """Warnings, of the spelling of a URL say, are given by create_engine alone."""
     given = {"pool_size": 3, **given}
     got, said = arguments(url, **given)
     assert got == given
     assert f" left alone: {why}" in said
     assert said.count("\n") == 1
+
+
+OURS = {"poolclass": NullPool, "connect_args": {"application_name": "sqla_fairpool x"}}
+
+
+@pytest.mark.parametrize(
+    ("url", "given"),
+    [*((url, {"echo": True}) for url in ("bad", "nosuch://db/app", 5)), (URL, OURS)],
+)
+def test_what_is_no_scripts_engine_is_left_alone_in_silence(arguments, url, given):
+    assert arguments(url, **given) == (given, "")
 
 
 @pytest.mark.parametrize(
@@ -143,25 +154,6 @@ def test_other_database_is_left_alone(arguments, url, is_adopted):
         assert (got, said.partition(" left alone: ")[2]) == ({}, f"{why}\n")
 
 
-@pytest.mark.parametrize("url", ["nonsense", "nosuch://db/app", 5, None])
-def test_what_is_no_database_is_left_to_create_engine(arguments, url):
-    assert arguments(url, echo=True) == ({"echo": True}, "")
-
-
-def test_engines_of_this_package_are_not_spoken_of(arguments):
-    given = {
-        "poolclass": NullPool,
-        "connect_args": {"application_name": "sqla_fairpool ledger"},
-    }
-    assert arguments(URL, **given) == (given, "")
-
-
-def test_warning_of_a_spelling_is_given_by_create_engine_alone(arguments):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        arguments("sqlite:///file:a?mode=memory&uri=true")
-
-
 @pytest.mark.parametrize(("verbose", "stderr"), [(False, "stderr"), (True, "none")])
 def test_silent_unless_verbose_and_heard(capsys, monkeypatch, verbose, stderr):
     if stderr == "none":
@@ -171,21 +163,15 @@ def test_silent_unless_verbose_and_heard(capsys, monkeypatch, verbose, stderr):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(
-    ("ledger", "shown"),
-    [
-        ("postgresql://u:s3cret@h/d?ledger=x", "postgresql://u:***@h/d?ledger=x"),
-        ("postgresql://u:s3cret@h:port/d", "postgresql://u:***@h:port/d"),
-    ],
-)
-def test_ledger_is_shown_without_a_password(arguments, ledger, shown):
-    _, said = arguments(URL, options={"ledger": ledger})
-    assert said.endswith(f", ledger {shown}\n")
+@pytest.mark.parametrize("rest", ["h/d?ledger=x", "h:port/d"])
+def test_ledger_is_shown_without_a_password(arguments, rest):
+    _, said = arguments(URL, options={"ledger": f"postgresql://u:s3cret@{rest}"})
+    assert said.endswith(f", ledger postgresql://u:***@{rest}\n")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no host store")
 def test_engine_that_is_not_initialized_is_told_its_ledger(arguments):
-    """As ``create_pool_from_url`` makes one: nobody tells the pool its database."""
+    """As ``create_pool_from_url`` makes one: the pool is told no database."""
     got, _ = arguments(URL, options={"ledger": "host"}, _initialize=False)
     assert got["ledger"] == str(default_path(make_url(URL)))
     got, _ = arguments(URL, options={"ledger": "database"}, _initialize=False)

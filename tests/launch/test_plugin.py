@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import create_engine, engine_from_config, make_url, text
 from sqlalchemy.exc import ArgumentError, SAWarning
 from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import NullPool, QueuePool, StaticPool
+from sqlalchemy.pool import NullPool, QueuePool
 from support.worlds import Tasks, world_of
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
@@ -56,10 +56,11 @@ def test_driver_does_not_see_the_keys(postgres_url, driver):
 
 
 IN_MEMORY = [
-    "sqlite://?",
-    "sqlite:///:memory:?",
-    "sqlite:///file::memory:?uri=true&",
-    "sqlite:///file:a?mode=memory&uri=true&",
+    (create_engine, FairQueuePool, "sqlite://?"),
+    (create_engine, FairQueuePool, "sqlite:///:memory:?"),
+    (create_engine, FairQueuePool, "sqlite:///file::memory:?uri=true&"),
+    (create_engine, FairQueuePool, "sqlite:///file:a?mode=memory&uri=true&"),
+    (create_async_engine, AsyncAdaptedFairQueuePool, "sqlite+aiosqlite://?"),
 ]
 
 
@@ -67,25 +68,16 @@ IN_MEMORY = [
 @pytest.mark.filterwarnings(
     "ignore:Selection of the:sqlalchemy.exc.SADeprecationWarning"
 )
-@pytest.mark.parametrize("url", IN_MEMORY)
-def test_database_in_memory_keeps_sqlalchemys_pool_with_a_warning(url):
+@pytest.mark.parametrize(("create", "fair", "url"), IN_MEMORY)
+def test_database_in_memory_keeps_sqlalchemys_pool_with_a_warning(create, fair, url):
     """Each of the fair pool's connections would have one of its own."""
     with pytest.warns(SAWarning, match="leaves SQLAlchemy's pool to this eng") as seen:
-        engine = create_engine(f"{url}plugin=fairpool&fairpool_pool_size=3")
+        engine = create(f"{url}plugin=fairpool&fairpool_pool_size=3")
     assert [w.filename for w in seen if w.category is SAWarning] == [__file__]
-    assert type(engine.pool) is type(create_engine(url.rstrip("?&")).pool)
-    with pytest.warns(SAWarning, match="FairQueuePool is of no use here: each") as seen:
-        create_engine(url.rstrip("?&"), poolclass=FairQueuePool)
+    assert type(engine.pool) is type(create(url.rstrip("?&")).pool)
+    with pytest.warns(SAWarning, match=f"{fair.__name__} is of no use here") as seen:
+        create(url.rstrip("?&"), poolclass=fair)
     assert [w.filename for w in seen] == [__file__]
-
-
-def test_database_in_memory_of_asyncio_keeps_sqlalchemys_pool():
-    with pytest.warns(SAWarning, match="leaves SQLAlchemy's pool") as seen:
-        engine = create_async_engine("sqlite+aiosqlite://?plugin=fairpool")
-    assert [w.filename for w in seen] == [__file__]
-    assert type(engine.pool) is StaticPool
-    with pytest.warns(SAWarning, match="AsyncAdaptedFairQueuePool is of no use here"):
-        create_async_engine("sqlite+aiosqlite://", poolclass=AsyncAdaptedFairQueuePool)
 
 
 def test_shared_cache_in_memory_gets_the_pool():
@@ -109,25 +101,25 @@ def test_creator_or_a_single_connection_is_no_harm_in_memory(server):
     create_engine("sqlite://", poolclass=FairQueuePool, pool_size=1)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-def test_every_option_of_the_pool_has_a_key(name):
-    others = {"tag_option": "tenant", "default_tag": "a", "ledger": "/run/a.ledger"}
-    others["max_limit"] = "18"
-    given = others.get(name, "1")
+OTHERS = {
+    "tag_option": "tenant",
+    "default_tag": "a",
+    "ledger": "/run/a.ledger",
+    "max_limit": "18",
+}
+VALUES = [(name, OTHERS.get(name, "1")) for name in OPTIONS]
+VALUES += [(name, "None") for name, option in OPTIONS.items() if option.none]
+
+
+@pytest.mark.parametrize(("name", "given"), VALUES)
+def test_every_option_of_the_pool_has_a_key(name, given):
     url = make_url(FILE).update_query_dict({f"fairpool_{name}": given})
     if name == "server_tag":
         url = url.set(drivername="postgresql+psycopg2")
-    options = create_engine(url).pool.options
-    assert getattr(options, name) == getattr(PoolOptions.parse(**{name: given}), name)
-
-
-NULLABLE = [name for name, option in OPTIONS.items() if option.none]
-
-
-@pytest.mark.parametrize("name", NULLABLE)
-def test_none_is_what_none_means(name):
-    engine = create_engine(f"{FILE}&fairpool_{name}=None")
-    assert getattr(engine.pool.options, name) is None
+    found = getattr(create_engine(url).pool.options, name)
+    value = None if given == "None" else given
+    assert found == getattr(PoolOptions.parse(**{name: value}), name)
+    assert given != "None" or found is None
 
 
 def test_other_keys_of_the_pool():
@@ -173,32 +165,22 @@ def test_pool_or_its_class_of_the_caller_is_left_alone(server, poolclass):
 @pytest.mark.parametrize(
     ("query", "message"),
     [
-        (
-            "fairpool_softlimit=8",
-            "unknown key 'fairpool_softlimit' in the database URL",
-        ),
-        ("fairpool_x=8", "the known ones are fairpool_scraper, fairpool_pool_size, "),
-        ("fairpool_soft_limit=x", "fairpool_soft_limit='x' is not allowed: a whole"),
-        ("fairpool_soft_limit=19", "fairpool_soft_limit='19' is not allowed: .* 15"),
-        ("fairpool_pool_size=0", "fairpool_pool_size='0' is not allowed"),
-        ("fairpool_timeout=-1", "fairpool_timeout='-1' is not allowed: seconds"),
-        ("fairpool_pre_ping=maybe", "fairpool_pre_ping='maybe' is not allowed: true"),
-        (
-            "fairpool_recycle=1h",
-            "fairpool_recycle='1h' is not allowed: a whole .* -1 for never",
-        ),
-        ("fairpool_scraper=a%0A", r"fairpool_scraper=.a\\n. is not allowed: a tag is"),
-        (
-            "fairpool_min_idle=1&fairpool_min_idle=2",
-            "key 'fairpool_min_idle' stands tw",
-        ),
+        ("softlimit=8", "unknown key 'fairpool_softlimit' in the database URL"),
+        ("x=8", "the known ones are fairpool_scraper, fairpool_pool_size, "),
+        ("soft_limit=x", "fairpool_soft_limit='x' is not allowed: a whole"),
+        ("soft_limit=19", "fairpool_soft_limit='19' is not allowed: .* 15"),
+        ("pool_size=0", "fairpool_pool_size='0' is not allowed"),
+        ("timeout=-1", "fairpool_timeout='-1' is not allowed: seconds"),
+        ("pre_ping=maybe", "fairpool_pre_ping='maybe' is not allowed: true"),
+        ("recycle=1h", "fairpool_recycle='1h' is not allowed: a whole .* -1 for ne"),
+        ("scraper=a%0A", r"fairpool_scraper=.a\\n. is not allowed: a tag is"),
+        ("min_idle=1&fairpool_min_idle=2", "key 'fairpool_min_idle' stands tw"),
     ],
 )
 def test_bad_key_is_named(query, message):
+    url = "postgresql+psycopg2://app:s3cret@localhost/app?plugin=fairpool"
     with pytest.raises(ArgumentError, match=message) as caught:
-        create_engine(
-            f"postgresql+psycopg2://app:s3cret@localhost/app?plugin=fairpool&{query}"
-        )
+        create_engine(f"{url}&fairpool_{query}")
     assert "s3cret" not in str(caught.value)
 
 
