@@ -13,7 +13,8 @@ PACKAGE = Path(sqla_fairpool.__file__).parent
 
 #: Each may import those before it, and what stands beside it in its own folder.
 ORDER = [
-    {"options", "stats", "scheduling"},
+    {"options", "scheduling"},
+    {"stats"},
     {"diagnosis"},
     {"errors", "tagging"},
     {"ledger"},

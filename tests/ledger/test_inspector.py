@@ -86,7 +86,7 @@ def tags(*rows):
 
 
 def connections(overview):
-    return {row.scraper: row.connections for row in overview.scrapers}
+    return {row.name: row.connections for row in overview.scrapers}
 
 
 def post(member, owned, tags):
@@ -219,17 +219,17 @@ def test_real_pools_answer_and_a_stopped_process_does_not(path):
     try:
         assert process.stdout.readline() == "holding\n"
         overview = inspector.look()
-        rows = {row.scraper: row for row in overview.scrapers}
+        rows = {row.name: row for row in overview.scrapers}
         assert (rows["mine"].connections, rows["other"].connections) == (3, 2)
         assert rows["mine"].processes == (str(os.getpid()),)
         assert rows["other"].processes == (str(process.pid),)
         assert (overview.checked_out, overview.open) == (5, 5)
-        assert rows["mine"].longest_hold > 0
+        assert rows["mine"].held_for > 0
         held.pop().close()
         assert inspector.look().checked_out == 4
         os.kill(process.pid, signal.SIGSTOP)
         impatient = Inspector(HostStore(path), patience=0.5)
-        assert {row.scraper: row.status for row in impatient.look().scrapers} == {
+        assert {row.name: row.status for row in impatient.look().scrapers} == {
             "mine": "active",
             "other": "silent",
         }

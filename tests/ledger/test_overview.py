@@ -32,7 +32,7 @@ def busy(tag, in_use, waiting=0, **more):
 
 def shares(overview):
     return {
-        row.scraper: (row.connections, row.limit, row.fair_share)
+        row.name: (row.connections, row.limit, row.fair_share)
         for row in overview.scrapers
     }
 
@@ -84,7 +84,7 @@ def test_one_tag_in_several_processes_is_one_row():
     ]
     (row,) = compile_overview(parts, LIMITS).scrapers
     assert (row.connections, row.waiting, row.limit) == (7, 3, 15)
-    assert (row.idle_seconds, row.longest_wait, row.longest_hold) == (0.5, 1.0, 9.0)
+    assert (row.idle_for, row.waiting_for, row.held_for) == (0.5, 1.0, 9.0)
     assert (row.checkouts, row.timeouts) == (7, 1)
     assert row.processes == ("1", "2")
 
@@ -104,7 +104,7 @@ def test_slots_in_quarantine_are_nobodys():
 
 def test_registered_scrapers_have_a_row():
     (row,) = overview_of(registered=["a"]).scrapers
-    assert (row.scraper, row.status, row.idle_seconds) == ("a", "idle", None)
+    assert (row.name, row.status, row.idle_for) == ("a", "idle", None)
 
 
 def test_connections_beyond_the_size_are_overflow():
@@ -156,7 +156,7 @@ def test_shares_add_up_and_nothing_is_lost(members, quarantined):
     said = [row for tags in members for row in tags]
     assert overview.checked_out == sum(row.connections for row in said)
     assert overview.waiting == sum(row.waiting for row in said)
-    assert {row.scraper for row in overview.scrapers} == {row.name for row in said}
+    assert {row.name for row in overview.scrapers} == {row.name for row in said}
     wanted = [
         min(row.connections + row.waiting, row.limit)
         for row in overview.scrapers
