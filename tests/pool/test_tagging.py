@@ -28,10 +28,12 @@ from support.worlds import contract, holders, world_of
 
 from sqla_fairpool import (
     AsyncAdaptedFairQueuePool,
+    CheckoutTimeout,
     FairQueuePool,
     set_tag,
     tag,
 )
+from sqla_fairpool.pool.waiters import ThreadWaiter
 from sqla_fairpool.tagging import context_tag
 
 SQLALCHEMY_21 = tuple(map(int, sqlalchemy.__version__.split(".")[:2])) >= (2, 1)
@@ -318,6 +320,81 @@ def test_set_tag_lasts_for_the_task(in_asyncio):
         return seen
 
     assert in_asyncio(test) == [{"a": 1}, {"unknown": 1}, {"unknown": 1}]
+
+
+# -- how long one checkout may wait ---------------------------------------------------
+
+
+@pytest.fixture
+def waited(make_engine, clock):
+    """Return how long a checkout waits in vain, where the pool says 30 seconds."""
+
+    class PassTime(ThreadWaiter):
+        def wait(self, seconds):
+            clock.advance(seconds)
+
+    def waited(engine):
+        state.wait_with(engine, PassTime)
+        with pytest.raises(CheckoutTimeout) as caught:
+            engine.connect()
+        return caught.value.waited
+
+    return waited
+
+
+def test_engine_wins_over_block_in_how_long_to_wait(make_engine, waited):
+    engine = make_engine(pool_size=1, deadlock_timeout=None)
+    tagged = engine.execution_options(fairpool_timeout=3, scraper="a")
+
+    @tag("a", timeout=4)
+    def job():
+        return waited(engine)
+
+    with engine.connect():
+        assert waited(engine) == 30
+        assert job() == 4
+        with tag("a", timeout=7):
+            assert waited(engine) == 7
+            with tag("b"):  # inherits it
+                assert waited(engine) == 7
+            with tag("b", timeout=0):
+                assert waited(engine) == 0
+            assert waited(tagged) == 3
+            assert waited(tagged.execution_options(other=1)) == 3
+
+
+def test_connection_says_how_long(make_engine):
+    """A tag that is set on a connection waits in its own line, for its own time."""
+    engine = make_engine(pool_size=4, soft_limit=1, max_limit=1, deadlock_timeout=None)
+    with engine.execution_options(scraper="a").connect():
+        with engine.connect() as connection, pytest.raises(CheckoutTimeout):
+            connection.execution_options(scraper="a", fairpool_timeout=0)
+
+
+@contract
+def test_other_callers_wait_as_before(world):
+    engine = world.engine(pool_size=1, deadlock_timeout=None)
+    with engine.connect():
+        caller = world.start(lambda: engine.connect().close())
+        world.ensure_waiting(engine, 1)
+        with tag("a", timeout=0.01), pytest.raises(CheckoutTimeout):
+            engine.connect()
+        with pytest.raises(CheckoutTimeout):
+            engine.execution_options(fairpool_timeout=0.01).connect()
+        assert state.waiting(engine) == 1
+    caller.result()
+
+
+@pytest.mark.parametrize("bad", [-1, "soon", float("nan"), True])
+def test_bad_timeouts_are_refused(make_engine, bad):
+    engine = make_engine()
+    with pytest.raises(ArgumentError, match="timeout="):
+        tag("a", timeout=bad)
+    with pytest.raises(ArgumentError, match="fairpool_timeout="):
+        engine.execution_options(fairpool_timeout=bad)
+    with engine.connect() as connection:
+        with pytest.raises(ArgumentError, match="fairpool_timeout="):
+            connection.execution_options(fairpool_timeout=bad)
 
 
 # -- bad tags --------------------------------------------------------------------------
