@@ -179,9 +179,9 @@ def test_dead_ones_and_quarantines_are_told(world):
     assert overview.warnings[0] == "4 slots in quarantine: a.py (here:4711) died"
 
 
-def test_ledger_that_nobody_has_joined_is_an_error(world):
+def test_ledger_that_no_process_has_joined_is_an_error(world):
     _, inspector = world
-    with pytest.raises(LedgerError, match="nobody has joined it yet"):
+    with pytest.raises(LedgerError, match="no process has joined"):
         inspector.look()
 
 
