@@ -215,7 +215,6 @@ def _without_caller(case: Diagnosis, held: Sequence[Holding]) -> str | None:
     others = sum(not h.own for h in held)
     if not case.without_caller or case.without_caller < others:
         return None
-    of = case.without_caller + len(held)
     number, total = case.without_caller, case.without_caller + len(held)
     return (
         f"{number} of {total} connections are with no caller: they are being closed, "
