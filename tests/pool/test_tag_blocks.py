@@ -9,7 +9,7 @@ import threading
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.threads import Caller
 
@@ -55,6 +55,10 @@ STEPS = st.one_of(
 
 
 @given(st.lists(STEPS, max_size=12))
+@example([("generator", "a"), ("function", "b"), ("generator", "a"), ("end", 0)])
+@example([("function", "a"), ("function", "b"), ("generator", "a"), ("end", 0)])
+@example([("function", "a"), ("generator", "b"), ("function", "a"), ("end", 0)])
+@settings(max_examples=300)
 def test_innermost_of_the_open_blocks_is_in_force_whichever_ends(steps):
     """Also if one object is that of several of them."""
     objects = {name: tag(name, timeout=timeout) for name, timeout in TIMEOUTS.items()}
