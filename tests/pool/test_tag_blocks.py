@@ -270,6 +270,16 @@ def test_block_that_ends_in_another_context_ends_in_the_first_as_well():
         assert context_tag() == "a"
 
 
+def test_generator_that_ends_in_a_block_of_the_same_object_elsewhere():
+    shared, first = tag("shared"), contextvars.copy_context()
+    inner = generator(shared)
+    first.run(next, inner)
+    with shared:
+        inner.close()
+        assert context_tag() == "shared"
+    assert first.run(context_tag) is None
+
+
 def test_block_that_begins_and_ends_in_threads_of_a_framework():
     """As FastAPI runs a dependency: each part in a thread, in a copy of the context."""
     dependency = generator(tag("a"))
