@@ -8,12 +8,10 @@ overview of a ledger sums up those of several processes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .scheduling import policy
-
-__all__ = ["PoolStats", "Summary", "TagStats", "with_fair_shares"]
+__all__ = ["PoolStats", "Summary", "TagStats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,19 +76,6 @@ class TagStats:
             for figure, merge in SHARED.items()
         }
         return cls(name, **figures)
-
-
-def with_fair_shares(rows: Sequence[TagStats], capacity: int) -> list[TagStats]:
-    """Return the rows of all tags that share a capacity, fair shares filled in."""
-    # An idle tag does not count, whatever it still holds.
-    demands = [
-        min(row.connections + row.waiting, row.limit) if row.active else 0
-        for row in rows
-    ]
-    in_use = [row.connections for row in rows]
-    shares = policy.standing_shares(in_use, demands, capacity)
-    pairs = zip(rows, shares, strict=True)
-    return [replace(row, fair_share=share) for row, share in pairs]
 
 
 def _known(times: Sequence[float | None]) -> list[float]:

@@ -7,11 +7,11 @@ here, over all of them, by the same rules that divide the connections.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 from ..scheduling import policy
-from ..stats import SHARED, TagStats, with_fair_shares
+from ..stats import SHARED, TagStats
 
 __all__ = [
     "Limits",
@@ -264,21 +264,22 @@ def _scrapers(
         TagStats.merged(name, [row for _, row in found[name]]) for name in sorted(found)
     ]
     active = sum(tag.active for tag in tags)
-    limited = [
-        replace(
-            tag,
-            limit=policy.ceiling(
-                active - tag.active, limits.soft_limit, limits.max_limit
-            ),
-        )
+    ceilings = [
+        policy.ceiling(active - tag.active, limits.soft_limit, limits.max_limit)
         for tag in tags
     ]
+    wanted = [
+        (tag.active, tag.connections, tag.waiting, ceiling)
+        for tag, ceiling in zip(tags, ceilings, strict=True)
+    ]
     there = max(limits.capacity - limits.quarantined, 0)
+    shares = policy.shares_of_tags(wanted, there)
     scrapers = []
-    for tag in with_fair_shares(limited, there):
+    for tag, ceiling, share in zip(tags, ceilings, shares, strict=True):
         processes = [process for process, _ in found[tag.name]]
+        figures = {one.name: getattr(tag, one.name) for one in fields(tag)}
         row = ScraperRow(
-            **{one.name: getattr(tag, one.name) for one in fields(tag)},
+            **{**figures, "limit": ceiling, "fair_share": share},
             status=_status(tag, processes),
             # A process with several engines is a member several times.
             processes=tuple(dict.fromkeys(labels[id(p)] for p in processes)),

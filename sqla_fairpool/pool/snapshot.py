@@ -18,7 +18,7 @@ from typing import Any
 from ..scheduling import policy
 from ..scheduling.account import Account
 from ..scheduling.counters import BOUNDS, OTHER, Histogram, Meter
-from ..stats import PoolStats, Summary, TagStats, with_fair_shares
+from ..stats import PoolStats, Summary, TagStats
 from .core import PoolCore
 
 __all__ = ["Source", "metrics", "snapshot"]
@@ -64,13 +64,16 @@ def snapshot(core: PoolCore, name: str = "") -> PoolStats:
         for checkout in core.connections.granted():
             unbooked[checkout.account.tag].append(_unbooked(checkout))
         pool = _pool(core, name)
-    rows = [
-        _row(figures, limit, since, now, unbooked.get(figures[0], ()))
-        for figures, limit, since in sorted(copied)
-    ]
+    copied.sort()
+    wanted = [(*figures[1:4], limit) for figures, limit, _ in copied]
+    shares = policy.shares_of_tags(wanted, pool.capacity)
+    rows = (
+        _row(*tag, share, now, unbooked.get(tag[0][0], ()))
+        for tag, share in zip(copied, shares, strict=True)
+    )
     tags = tuple(
         row
-        for row in with_fair_shares(rows, pool.capacity)
+        for row in rows
         # Else: the default tag, when all its callers named another one later.
         if row.active or row.connections or row.waiting or row.checkouts or row.timeouts
     )
@@ -109,6 +112,7 @@ def _row(
     figures: tuple[Any, ...],
     limit: int,
     waiting_since: float | None,
+    share: int,
     now: float,
     unbooked: Sequence[Any],
 ) -> TagStats:
@@ -123,6 +127,7 @@ def _row(
         active=active,
         connections=in_use,
         limit=limit,
+        fair_share=share,
         waiting=waiting,
         idle_for=_age(last_activity, now),
         waiting_for=_age(waiting_since, now),

@@ -13,8 +13,7 @@ PACKAGE = Path(sqla_fairpool.__file__).parent
 
 #: Each may import those before it, and what stands beside it in its own folder.
 ORDER = [
-    {"options", "scheduling"},
-    {"stats"},
+    {"options", "stats", "scheduling"},
     {"diagnosis"},
     {"errors", "tagging"},
     {"ledger"},
