@@ -116,12 +116,14 @@ def _row(
     now: float,
     unbooked: Sequence[Any],
 ) -> TagStats:
-    tag, active, in_use, waiting, last_activity, checkouts, timeouts, *times = figures
-    wait_total, wait_max, hold_total, hold_max = times
-    for _, again, held, held_max in unbooked:
+    tag, active, in_use, waiting, last_activity, checkouts, timeouts = figures[:7]
+    wait_total, wait_max, hold_total, hold_max = figures[7:]
+    out_since = None
+    for since, again, held, held_max in unbooked:
         checkouts += again
         hold_total += held
         hold_max = max(hold_max, held_max)
+        out_since = since if out_since is None else min(out_since, since)
     return TagStats(
         name=tag,
         active=active,
@@ -131,7 +133,7 @@ def _row(
         waiting=waiting,
         idle_for=_age(last_activity, now),
         waiting_for=_age(waiting_since, now),
-        held_for=_age(min((since for since, *_ in unbooked), default=None), now),
+        held_for=_age(out_since, now),
         checkouts=checkouts,
         timeouts=timeouts,
         wait_time=Summary(checkouts, wait_total, wait_max),
