@@ -118,25 +118,20 @@ def test_waits_creations_and_failures_are_counted(make_engine, server, clock):
 
 def test_reconnects_are_timed(make_engine, server, clock):
     engine = make_engine().execution_options(scraper="a")
-    connection = engine.connect()
-    connection.invalidate()
-    connection.close()
+    with engine.connect() as connection:
+        connection.invalidate()
     server.before["connect"] = lambda: clock.advance(2.0)
     engine.connect().close()
     assert buckets(metrics_of(engine).create_time) == {0.001: 1, 2.5: 1}
 
 
-def test_warm_up_counts_for_the_default_tag(make_engine):
-    engine = make_engine(min_idle=3)
+def test_what_has_no_tag_counts_for_the_default_tag(make_engine):
+    engine = make_engine(1, min_idle=1, deadlock_timeout=0.001)
     engine.pool.warm_up()
-    assert metrics_of(engine, "unknown").create_time.count == 3
-
-
-def test_self_deadlocks_are_counted(make_engine):
-    engine = make_engine(pool_size=1, deadlock_timeout=0.001)
     with engine.connect(), pytest.raises(SelfDeadlock):
         engine.connect()
-    assert metrics_of(engine, "unknown").deadlocks == 1
+    row = metrics_of(engine, "unknown")
+    assert (row.create_time.count, row.deadlocks) == (1, 1)
 
 
 def test_retagged_checkout_counts_once_under_the_tag_it_got(make_engine):

@@ -529,24 +529,7 @@ def test_tagged_connection_that_is_closed_or_dropped_holds_nothing(make_engine):
     assert holders(engine) == {}, "a leaked connection waits for the collector"
 
 
-# -- what is in force for one checkout is nobody else's --------------------------------
-
-
-def on_connect(engine, function):
-    event.listen(engine, "connect", lambda dbapi_connection, record: function())
-
-
-def on_do_connect(engine, function):
-    def do_connect(dialect, record, arguments, keywords):
-        function()
-
-    event.listen(engine, "do_connect", do_connect)
-
-
-def on_first_connect(engine, function):
-    event.listen(
-        engine.pool, "first_connect", lambda dbapi_connection, record: function()
-    )
+# -- what is in force for one checkout is no other's -----------------------------------
 
 
 def looks_at(other, seen):
@@ -565,18 +548,19 @@ def looks_at(other, seen):
 NOTHING = [{"unknown": 1}, {"own": 1}]
 
 
-@pytest.mark.parametrize("on", [on_connect, on_first_connect, on_do_connect])
+@pytest.mark.parametrize("moment", ["connect", "first_connect", "do_connect"])
 @pytest.mark.parametrize("road", [by_engine, by_connection, by_raw_connection])
 @contract
-def test_listener_that_runs_while_a_connection_opens_is_untagged(world, on, road):
+def test_listener_that_runs_while_a_connection_opens_is_untagged(world, moment, road):
     engine, other, seen = world.engine(), world.engine(), []
-    on(engine, looks_at(other, seen))
+    target = engine if moment == "do_connect" else engine.pool
+    event.listen(target, moment, looks_at(other, seen))
     road(engine).close()
     assert seen == NOTHING
 
 
 @contract
-def test_connection_that_opens_again_shows_its_tag_to_nobody(world):
+def test_connection_that_opens_again_shows_its_tag_to_no_listener(world):
     engine, other, seen = world.engine(), world.engine(), []
     with engine.connect().execution_options(scraper="a") as connection:
         connection.invalidate()
@@ -755,7 +739,7 @@ def test_untagged_checkout_is_active_from_its_first_statement(make_engine):
         assert engine.pool.stats().tag("unknown").active is True
 
 
-# -- nobody else pays ------------------------------------------------------------------
+# -- other engines pay nothing ---------------------------------------------------------
 
 
 def test_other_engines_are_not_listened_to(server, make_engine):
@@ -766,7 +750,7 @@ def test_other_engines_are_not_listened_to(server, make_engine):
     assert "do_execute" not in vars(other.dialect)
     assert not other.dialect._has_events
     assert not other._has_events
-    # Not every release gives the class the attribute before somebody listens to it.
+    # Not every release gives the class the attribute before it is listened to.
     assert not getattr(Connection, "_has_events", False)
     assert not Engine._has_events
     tagged = other.execution_options(scraper="a")
