@@ -54,8 +54,8 @@ _STATUS = {"active": "green", "idle": "yellow", "silent": "bold red"}
 _ORDERS: dict[str, Callable[[ScraperRow], tuple[float, ...]]] = {
     "name": lambda row: (),
     "connections": lambda row: (-row.connections,),
-    "waiting": lambda row: (-row.waiting, -(row.longest_wait or 0.0)),
-    "idle": lambda row: (-(row.idle_seconds or -1.0),),
+    "waiting": lambda row: (-row.waiting, -(row.waiting_for or 0.0)),
+    "idle": lambda row: (-(row.idle_for or -1.0),),
 }
 
 
@@ -168,7 +168,7 @@ class Monitor(App[None]):
             overview = self.picture.overview
             if overview is not None and self.picture.trouble is None:
                 rows = overview.scrapers
-                self.history.append({row.scraper: row.connections for row in rows})
+                self.history.append({row.name: row.connections for row in rows})
             self._show()
         if self._answer is None and not self.is_paused and now >= self._due:
             self._answer, self._asked_at = self._look(), now
@@ -229,7 +229,7 @@ class Monitor(App[None]):
         x, y = table.scroll_offset
         table.clear(columns=True)
         order = _ORDERS[self.order]
-        for row in sorted(overview.scrapers, key=lambda r: (*order(r), r.scraper)):
+        for row in sorted(overview.scrapers, key=lambda r: (*order(r), r.name)):
             cells = self._cells(row, overview.limits.capacity)
             if not table.columns:
                 for heading, cell in cells.items():
@@ -251,12 +251,12 @@ class Monitor(App[None]):
             cells["connections"].stylize("yellow")
         if self.picture.server is not None:
             # At work, of all.
-            seen = self.picture.server.scrapers.get(row.scraper, Sessions())
+            seen = self.picture.server.scrapers.get(row.name, Sessions())
             active = "?" if seen.hidden else seen.active
             text = f"{active}/{seen.sessions}" if seen.sessions else "-"
             style = "yellow" if seen.idle_in_transaction else ""
             cells["server"] = Text(text, style, justify="right")
-        samples = [look.get(row.scraper, 0) for look in self.history]
+        samples = [look.get(row.name, 0) for look in self.history]
         cells["history"] = _blocks(samples, capacity)
         cells["processes"] = cells.pop("processes")  # the last one
         return cells

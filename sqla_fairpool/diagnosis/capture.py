@@ -9,9 +9,10 @@ The pool is known by the protocols here alone; it imports this folder, not the r
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import FrameType
-from typing import NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from ..options import PoolOptions
 from ..scheduling.account import Account, Ticket
@@ -117,7 +118,13 @@ class Out(NamedTuple):
 
 
 class Pool(Protocol):
-    """What is read of a pool. Everything is called in a section of its lock."""
+    """What is read of a pool. All is called in a section of its lock, but `section`."""
+
+    @property
+    def logger(self) -> Any: ...
+
+    #: Hold the lock; gives the time.
+    def section(self) -> AbstractContextManager[float]: ...
 
     @property
     def options(self) -> PoolOptions: ...

@@ -53,7 +53,7 @@ class EventLog:
         """Log that a tag has become active, or idle; `count` tags are active now."""
         now = f"{count} active tags, at most {ceiling} each"
         if count < 2:
-            is_one = "1 active tag, which" if count else "nobody is active, the first"
+            is_one = "1 active tag, which" if count else "no tag is active, the first"
             now = f"{is_one} may have {ceiling}"
         self._log("Tag %r is %s: %s", tag, "active" if active else "idle", now)
 
@@ -82,7 +82,7 @@ class EventLog:
             self._waits = waits
         elif now - self._last >= _OVER_AFTER:
             self._log(
-                "Pool no longer exhausted: nobody waits any more, after %s",
+                "Pool no longer exhausted: no caller waits any more, after %s",
                 duration(self._last - self._since),
             )
             self._since = self.next_look = math.inf

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from ..background import start_thread
 from .callers import describe_stack
-from .capture import Checkout, Out
+from .capture import Checkout, Out, Pool
 from .report import duration
 
 __all__ = ["LeakWatch"]
@@ -27,23 +26,10 @@ _LOOKS = 4
 _LONGEST_PAUSE = 1.0
 
 
-class Watched(Protocol):
-    """What is asked of a pool."""
-
-    @property
-    def logger(self) -> Any: ...
-
-    #: Hold the lock; gives the time.
-    def section(self) -> AbstractContextManager[float]: ...
-
-    #: Those that have a slot. Called in a section.
-    def checkouts_out(self) -> Sequence[Out]: ...
-
-
 class LeakWatch:
     """Reports what is out for `threshold` seconds, once for each checkout."""
 
-    def __init__(self, pool: Watched, threshold: float) -> None:
+    def __init__(self, pool: Pool, threshold: float) -> None:
         self._pool = weakref.ref(pool)
         self._threshold = threshold
         # The thread: the first that is entered is it. An interrupt in the middle of

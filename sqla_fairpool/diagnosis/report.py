@@ -138,7 +138,7 @@ class Diagnosis:
         return tuple(h for h in self.holdings if h.tag == self.tag)
 
     @property
-    def nobodys(self) -> int:
+    def without_caller(self) -> int:
         """Slots of those that would have helped with which no caller has a connection.
 
         That is being closed, or opened ahead, or handed over.
@@ -160,7 +160,7 @@ class Diagnosis:
 
 
 def _only_nested(case: Diagnosis, held: Sequence[Holding]) -> str | None:
-    alone = all(h.own or h.waits for h in held) and not case.nobodys
+    alone = all(h.own or h.waits for h in held) and not case.without_caller
     goes_short = case.goes_short and not case.at_ceiling
     return _nested(case, case.holdings) if alone and not goes_short else None
 
@@ -211,14 +211,15 @@ def _are_most(some: Sequence[Holding], held: Sequence[Holding]) -> bool:
     return bool(some) and 2 * len(some) >= sum(not h.own for h in held)
 
 
-def _nobodys(case: Diagnosis, held: Sequence[Holding]) -> str | None:
+def _without_caller(case: Diagnosis, held: Sequence[Holding]) -> str | None:
     others = sum(not h.own for h in held)
-    if not case.nobodys or case.nobodys < others:
+    if not case.without_caller or case.without_caller < others:
         return None
+    number, total = case.without_caller, case.without_caller + len(held)
     return (
-        f"{case.nobodys} of {case.nobodys + len(held)} connections are with no caller: "
-        "they are being closed, opened ahead or handed over, and the database is slow "
-        "to answer; if this lasts, the pool has lost them"
+        f"{number} of {total} connections are with no caller: they are being closed, "
+        "opened ahead or handed over, and the database is slow to answer; if this "
+        "lasts, the pool has lost them"
     )
 
 
@@ -285,7 +286,7 @@ _ADVICE = (
     _only_nested,
     _no_ledger,
     _connecting,
-    _nobodys,
+    _without_caller,
     _idle_holder,
     _leaked,
     _other_processes,
@@ -309,7 +310,7 @@ def duration(seconds: float) -> str:
 def describe_holders(holders: Sequence[tuple[str, int]]) -> str:
     """Return ``held by web=12 jobs=6``, the largest holders first."""
     if not holders:
-        return "held by nobody"
+        return "held by no tag"
     ordered = sorted(holders, key=lambda holder: (-holder[1], holder[0]))
     named = [f"{tag}={in_use}" for tag, in_use in ordered[:_HOLDERS_NAMED]]
     rest = ordered[_HOLDERS_NAMED:]

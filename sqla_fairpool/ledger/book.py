@@ -95,7 +95,7 @@ class Book:
     @property
     def _known_meta(self) -> Meta:
         if self.meta is None:
-            raise LedgerError("the ledger is empty: nobody has joined it yet")
+            raise LedgerError("the ledger is empty: no process has joined")
         return self.meta
 
     @property

@@ -120,7 +120,7 @@ def _read(store: Store) -> tuple[LedgerReport, Book]:
     with store.transaction() as rows:
         book = Book(rows)
     if book.meta is None:
-        raise LedgerError(f"the ledger {store.name} is empty: nobody has joined it yet")
+        raise LedgerError(f"the ledger {store.name} is empty: no process has joined")
     living = store.living(list(book.members))
     plan = book.allocation()
     members = [

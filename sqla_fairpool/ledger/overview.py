@@ -7,7 +7,7 @@ here, over all of them, by the same rules that divide the connections.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 from ..scheduling import policy
@@ -54,27 +54,31 @@ class ProcessRow:
 
 
 @dataclass(frozen=True, slots=True)
-class ScraperRow:
-    """A scraper, over all its processes. Times are in seconds."""
+class ScraperRow(TagStats):
+    """A scraper, over all its processes."""
 
-    scraper: str
     #: ``active``, ``idle``, or ``silent``: none of its processes answers.
-    status: str
-    active: bool
-    connections: int
-    #: Its ceiling, and its max-min share of what there is, given what all want now.
-    limit: int
-    fair_share: int
-    waiting: int
-    #: Of those that wait, and of the connections that are out, now.
-    longest_wait: float | None
-    longest_hold: float | None
-    #: Since its last activity; None if it never had any.
-    idle_seconds: float | None
-    checkouts: int
-    timeouts: int
+    status: str = "idle"
     #: ``host:pid``, or the pid alone where all processes are on one host.
-    processes: tuple[str, ...]
+    processes: tuple[str, ...] = ()
+
+
+#: The names that the figures of a scraper have in JSON. Times are in seconds.
+_SCRAPER_IN_JSON = {
+    "scraper": "name",
+    "status": "status",
+    "active": "active",
+    "connections": "connections",
+    "limit": "limit",
+    "fair_share": "fair_share",
+    "waiting": "waiting",
+    "longest_wait": "waiting_for",
+    "longest_hold": "held_for",
+    "idle_seconds": "idle_for",
+    "checkouts": "checkouts",
+    "timeouts": "timeouts",
+    "processes": "processes",
+}
 
 
 class Part(NamedTuple):
@@ -171,7 +175,10 @@ class Overview:
                 "waiting": self.waiting,
                 "utilization": self.utilization,
             },
-            "scrapers": [_plain(row) for row in self.scrapers],
+            "scrapers": [
+                {key: getattr(row, name) for key, name in _SCRAPER_IN_JSON.items()}
+                for row in self.scrapers
+            ],
             "strategy": self.strategy,
             "efficiency": {
                 "active_scrapers": self.active_scrapers,
@@ -179,13 +186,9 @@ class Overview:
                 "utilization": self.utilization,
                 "jain_index": self.jain,
             },
-            "processes": [_plain(row) for row in self.processes],
+            "processes": [asdict(row) for row in self.processes],
             "warnings": list(self.warnings),
         }
-
-
-def _plain(row: ScraperRow | ProcessRow) -> dict[str, Any]:
-    return {k: [*v] if isinstance(v, tuple) else v for k, v in asdict(row).items()}
 
 
 def condensed(rows: Sequence[TagStats]) -> Sequence[TagStats]:
@@ -265,32 +268,24 @@ def _scrapers(
         policy.ceiling(active - tag.active, limits.soft_limit, limits.max_limit)
         for tag in tags
     ]
-    # An idle tag does not count, whatever it still holds.
-    demands = [
-        min(tag.connections + tag.waiting, most) if tag.active else 0
-        for tag, most in zip(tags, ceilings, strict=True)
+    wanted = [
+        (tag.active, tag.connections, tag.waiting, ceiling)
+        for tag, ceiling in zip(tags, ceilings, strict=True)
     ]
     there = max(limits.capacity - limits.quarantined, 0)
-    shares = policy.standing_shares([tag.connections for tag in tags], demands, there)
-    return tuple(
-        ScraperRow(
-            scraper=tag.name,
-            status=_status(tag, [process for process, _ in found[tag.name]]),
-            active=tag.active,
-            connections=tag.connections,
-            limit=ceiling,
-            fair_share=share,
-            waiting=tag.waiting,
-            longest_wait=tag.waiting_for,
-            longest_hold=tag.held_for,
-            idle_seconds=tag.idle_for,
-            checkouts=tag.checkouts,
-            timeouts=tag.timeouts,
+    shares = policy.shares_of_tags(wanted, there)
+    scrapers = []
+    for tag, ceiling, share in zip(tags, ceilings, shares, strict=True):
+        processes = [process for process, _ in found[tag.name]]
+        figures = {one.name: getattr(tag, one.name) for one in fields(tag)}
+        row = ScraperRow(
+            **{**figures, "limit": ceiling, "fair_share": share},
+            status=_status(tag, processes),
             # A process with several engines is a member several times.
-            processes=tuple(dict.fromkeys(labels[id(p)] for p, _ in found[tag.name])),
+            processes=tuple(dict.fromkeys(labels[id(p)] for p in processes)),
         )
-        for tag, ceiling, share in zip(tags, ceilings, shares, strict=True)
-    )
+        scrapers.append(row)
+    return tuple(scrapers)
 
 
 def _status(tag: TagStats, processes: Sequence[ProcessRow]) -> str:
@@ -317,6 +312,6 @@ def _warnings(
         elif process.state == "dead":
             yield f"{who} is dead: its {process.slots} slots are to be freed"
     for row in rows:
-        if row.longest_hold is not None and row.longest_hold >= _LONG_HOLD:
-            who = row.scraper or "a scraper of very many"
-            yield f"{who} holds a connection for {row.longest_hold:.0f} s"
+        if row.held_for is not None and row.held_for >= _LONG_HOLD:
+            who = row.name or "a scraper of very many"
+            yield f"{who} holds a connection for {row.held_for:.0f} s"

@@ -124,7 +124,7 @@ class Column(NamedTuple):
 
 def _name(row: ScraperRow) -> str:
     # A process with very many tags sums up the smallest of them under no name.
-    return cut(printable(row.scraper) or "(others)", _LONGEST_NAME)
+    return cut(printable(row.name) or "(others)", _LONGEST_NAME)
 
 
 COLUMNS: Sequence[Column] = (
@@ -134,8 +134,8 @@ COLUMNS: Sequence[Column] = (
     Column("limit", lambda row: str(row.limit)),
     Column("share", lambda row: str(row.fair_share)),
     Column("waiting", lambda row: str(row.waiting)),
-    Column("longest", lambda row: seconds_text(row.longest_wait)),
-    Column("idle", lambda row: seconds_text(row.idle_seconds)),
+    Column("longest", lambda row: seconds_text(row.waiting_for)),
+    Column("idle", lambda row: seconds_text(row.idle_for)),
     Column("processes", lambda row: printable(" ".join(row.processes)) or "-", False),
 )
 

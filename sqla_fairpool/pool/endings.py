@@ -7,8 +7,8 @@ session has ended.
 
 Rules of this file:
 
-* Only the end of the stream counts as the end of a session. A reset connection, one
-  that nobody answers, or one without a socket leaves it open.
+* Only the end of the stream counts as the end of a session. A connection that was
+  reset, gets no answer or has no socket leaves it open.
 * The copy is read only after the driver has closed its own, and changes nothing that
   the driver sees: no flag of the socket is set.
 * :class:`EndWatcher` has the one thread that waits for those that take long. It may be
@@ -72,10 +72,12 @@ class SocketCopy:
     :param file: the descriptor, which is this object's from now on.
     """
 
-    __slots__ = ("_file",)
+    __slots__ = ("_file", "_is_reset")
 
     def __init__(self, file: int) -> None:
         self._file: int | None = file
+        # It was reset before this side hung up.
+        self._is_reset = False
 
     @classmethod
     def of(cls, driver_connection: Any) -> SocketCopy | None:
@@ -95,6 +97,7 @@ class SocketCopy:
         """Tell the server that nothing more will be sent. Needs no driver, no loop."""
         if self._file is None:
             return
+        self._is_reset = self.was_reset()
         with contextlib.suppress(OSError):
             line = socket.socket(fileno=self._file)
             try:
@@ -105,8 +108,9 @@ class SocketCopy:
     def was_reset(self) -> bool:
         """Tell if the client's side has learned of an end that is not the server's.
 
-        To be asked before :meth:`hang_up`. A reset is told once, to the driver; after
-        that one reads the end of the stream, as if the server had closed its side.
+        Only before :meth:`hang_up`, which notes it. A reset is told once, to the
+        driver; after that one reads the end of the stream, as if the server had closed
+        its side.
         """
         if self._file is None or not hasattr(socket, "TCP_INFO"):
             return False
@@ -123,6 +127,8 @@ class SocketCopy:
 
     def look(self, seconds: float = 0.0) -> str:
         """Return what is known of the server's session after at most `seconds`."""
+        if self._is_reset:
+            return UNKNOWN
         deadline = time.monotonic() + seconds
         try:
             while True:

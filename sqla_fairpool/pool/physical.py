@@ -4,11 +4,11 @@ Rules of this file:
 
 * A connection exists from before it is opened until its session at the server has
   ended, by whatever way: closed, invalidated, detached, collected, interrupted.
-* Nothing is counted up and down. Who pays for a connection is found by looking at it:
-  the ticket of its checkout, the pool in which it lies idle, or nobody any more. Those
-  are *apart*: detached, being closed, or closed and not over at the server.
-* A driver's connection that nobody has any more is noticed by a weak reference, and its
-  session is ended then. So none stays apart that is not in somebody's hands.
+* Nothing is counted up and down. Which slot pays for a connection is found by looking:
+  that of its checkout, one of the pool in which it lies idle, or none. The last are
+  *apart*: detached, being closed, or closed and not over at the server.
+* A weak reference tells when a driver's connection is garbage, and its session is ended
+  then. So what stays apart is in use.
 * What is called by a finaliser takes no lock.
 """
 
@@ -45,7 +45,7 @@ def driver_of(dbapi_connection: Any) -> Any:
     return getattr(dbapi_connection, "driver_connection", dbapi_connection)
 
 
-#: Seconds after which somebody must have looked at the end of a closed connection.
+#: Seconds after which the end of a closed connection must have been looked at.
 _OVERDUE = _GOODBYE + _GIVE_UP + 1.0
 
 
@@ -69,12 +69,12 @@ class PhysicalConnection:
         self._driver: weakref.ref[Any] | None = None
         # The driver's connection itself, where it cannot be referred to weakly.
         self._kept: Any = None
-        #: It belongs to whoever opens it, until that is done.
+        #: It is being opened.
         self.opening = True
         #: Since when it is closed by the client, though the server may not have ended
         #: the session; 0.0 before.
         self.ending = 0.0
-        #: Nobody in this process will learn when the session ends.
+        #: This process cannot learn when the session ends.
         self.lost = False
         #: What the server calls it, if that is known.
         self.session: Session | None = None
@@ -90,7 +90,7 @@ class PhysicalConnection:
         driver: Any,
         gone: Callable[[], Callable[[PhysicalConnection], None] | None],
     ) -> None:
-        """Note the driver's connection; call `gone` when nobody has it any more."""
+        """Note the driver's connection; call `gone` when it is garbage."""
         self.socket = SocketCopy.of(driver)
         this = weakref.ref(self)
 
@@ -112,7 +112,7 @@ class PhysicalConnection:
         return record if self.opening or record.dbapi_connection is not None else None
 
     def is_abandoned(self) -> bool:
-        """Tell if one that cannot be watched weakly is closed, or nobody has it."""
+        """Tell if one that cannot be watched weakly is closed, or in no use."""
         if self._kept is None:
             return False
         try:
@@ -124,7 +124,7 @@ class PhysicalConnection:
 
 @cache
 def _references_of_its_own() -> int:
-    """Return how many references there are to a sqlite3 connection that nobody has."""
+    """Return how many references there are to a sqlite3 connection in no use."""
     import sqlite3  # some builds of Python are without
 
     holder = PhysicalConnection(cast(Any, _references_of_its_own))
@@ -238,13 +238,10 @@ class PhysicalConnections:
         finally:
             self.closed(physical)
 
-    def closed(
-        self, physical: PhysicalConnection, was_reset: bool | None = None
-    ) -> None:
-        """The client has closed it. Waits for the server for a moment, if it may.
+    def closed(self, physical: PhysicalConnection, *, may_wait: bool = True) -> None:
+        """Note that the client has closed it; hang up, if the driver has not.
 
-        :param was_reset: what its socket has said before it was hung up; None if it
-          was not.
+        :param may_wait: wait for the server for a moment, where the caller can.
         """
         physical.opening = False
         line = physical.socket
@@ -256,17 +253,13 @@ class PhysicalConnections:
         state = None
         try:
             physical.ending = time.monotonic()
-            if was_reset is None:
-                was_reset = line.was_reset()
             line.hang_up()  # the copy would keep the connection up
-            if was_reset:
-                state = UNKNOWN
-            elif self._may_block:
+            if may_wait and self._may_block:
                 state = line.look(_GOODBYE)
-            elif in_greenlet():
+            elif may_wait and in_greenlet():
                 state = await_only(line.look_in_loop(_GOODBYE))
         finally:
-            if state is None:  # interrupted, or not where a task can wait
+            if state is None:  # interrupted, or not where a caller can wait
                 watcher.watch(line, _GOODBYE, lambda s: self._conclude(physical, s))
             else:
                 self._conclude(physical, state)
@@ -280,7 +273,7 @@ class PhysicalConnections:
         elif state is OPEN and physical.socket is not None:
             watcher.watch(physical.socket, _GIVE_UP, lambda _: self.ended(physical))
         else:
-            self.ended(physical)  # nobody can be asked
+            self.ended(physical)  # there is nothing more to find out
 
     def ended(self, physical: PhysicalConnection) -> None:
         """Its session is over."""
@@ -298,34 +291,17 @@ class PhysicalConnections:
 
     def hang_up(self, physical: PhysicalConnection) -> None:
         """End a session without the driver: its loop may be gone, or blocked."""
-        was_reset = None
-        if physical.socket is not None:
-            was_reset = physical.socket.was_reset()
-            physical.socket.hang_up()
-        elif hasattr(physical.driver, "stop"):  # aiosqlite: the end of its thread
-            physical.driver.stop()
-        self.closed(physical, was_reset)
+        if physical.socket is None and hasattr(physical.driver, "stop"):
+            physical.driver.stop()  # aiosqlite: the end of its thread
+        self.closed(physical)
 
     def _is_gone(self, physical: PhysicalConnection) -> None:
-        """Nobody has the driver's connection any more. Called by its finaliser."""
+        """End it: no object refers to the driver's any more. Called by a finaliser."""
         if physical in self._existing and not physical.ending:
-            line = physical.socket
-            if line is not None:
-                was_reset = line.was_reset()
-                line.hang_up()
-                physical.opening = False
-                physical.ending = time.monotonic()
-                if was_reset:
-                    watcher.watch(
-                        None, 0.0, lambda _: self._conclude(physical, UNKNOWN)
-                    )
-                else:
-                    watcher.watch(line, _GOODBYE, lambda s: self._conclude(physical, s))
-            else:
-                self.ended(physical)
+            self.closed(physical, may_wait=False)
 
     def end_abandoned(self) -> None:
-        """End those that nobody has, as far as only a look can tell."""
+        """End those that are garbage, where only a look can tell."""
         now = time.monotonic()
         for physical in list(self._existing):
             if physical.ending:  # one that is lost, until it is buried
@@ -333,9 +309,9 @@ class PhysicalConnections:
                 if overdue and not physical.lost:  # its watcher was interrupted
                     self._conclude(physical, UNKNOWN)
                 continue
-            # Without a driver's connection: who opened it was interrupted twice.
-            nobodys = physical.driver is None or physical.is_abandoned()
-            if nobodys and physical.record() is None:
+            # Without a driver's connection: its opening was interrupted twice.
+            is_garbage = physical.driver is None or physical.is_abandoned()
+            if is_garbage and physical.record() is None:
                 self.ended(physical)
 
     # -- for the ledger -------------------------------------------------------------
@@ -345,7 +321,7 @@ class PhysicalConnections:
         return [p.session for p in list(self._existing) if p.session is not None]
 
     def lost_ones(self) -> Collection[PhysicalConnection]:
-        """Return those of which nobody here will learn when they end."""
+        """Return those whose end this process cannot learn."""
         return [p for p in list(self._existing) if p.lost]
 
     # -- fork -----------------------------------------------------------------------

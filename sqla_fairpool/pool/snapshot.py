@@ -12,8 +12,8 @@ from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import accumulate, repeat
-from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any
 
 from ..scheduling import policy
 from ..scheduling.account import Account
@@ -33,27 +33,20 @@ _BOUNDS = (*BOUNDS, float("inf"))
 _HISTOGRAMS = ("wait", "hold", "create")
 
 
-class _Tag(NamedTuple):
-    """What is copied of a tag."""
-
-    name: str
-    active: bool
-    in_use: int
-    waiting: int
-    last_activity: float | None
-    checkouts: int
-    timeouts: int
-    wait_total: float
-    wait_max: float
-    hold_total: float
-    hold_max: float
-    limit: int
-    waiting_since: float | None
-
-
-# In one call for each tag, so that the lock is held as short as possible.
-_figures = attrgetter("tag", *_Tag._fields[1:-2])
-
+# What is copied of a tag, in one call so that the lock is held as short as possible.
+_figures = attrgetter(
+    "tag",
+    "active",
+    "in_use",
+    "waiting",
+    "last_activity",
+    "checkouts",
+    "timeouts",
+    "wait_total",
+    "wait_max",
+    "hold_total",
+    "hold_max",
+)
 
 # Of a checkout that is out, what its tag has not booked yet.
 _unbooked = attrgetter("since", "again", "held", "held_max")
@@ -65,24 +58,26 @@ def snapshot(core: PoolCore, name: str = "") -> PoolStats:
     with core.lock.section() as now:
         scheduler = core.scheduler
         copied = [
-            (*_figures(account), scheduler.ceiling(account), _since(account))
+            (_figures(account), scheduler.ceiling(account), _since(account))
             for account in scheduler.accounts.values()
         ]
         for checkout in core.connections.granted():
             unbooked[checkout.account.tag].append(_unbooked(checkout))
         pool = _pool(core, name)
-    tags = sorted(map(_Tag._make, copied), key=itemgetter(0))
-    # An idle tag does not count, whatever it still holds.
-    demands = [min(t.in_use + t.waiting, t.limit) if t.active else 0 for t in tags]
-    in_use = [tag.in_use for tag in tags]
-    shares = policy.standing_shares(in_use, demands, pool.capacity)
-    rows = tuple(
-        _row(tag, share, now, unbooked.get(tag.name, ()))
-        for tag, share in zip(tags, shares, strict=True)
-        # Else: the default tag, when all its callers named another one later.
-        if tag.active or tag.in_use or tag.waiting or tag.checkouts or tag.timeouts
+    copied.sort()
+    wanted = [(*figures[1:4], limit) for figures, limit, _ in copied]
+    shares = policy.shares_of_tags(wanted, pool.capacity)
+    rows = (
+        _row(*tag, share, now, unbooked.get(tag[0][0], ()))
+        for tag, share in zip(copied, shares, strict=True)
     )
-    return replace(pool, tags=rows)
+    tags = tuple(
+        row
+        for row in rows
+        # Else: the default tag, when all its callers named another one later.
+        if row.active or row.connections or row.waiting or row.checkouts or row.timeouts
+    )
+    return replace(pool, tags=tags)
 
 
 def _pool(core: PoolCore, name: str) -> PoolStats:
@@ -113,8 +108,16 @@ def _since(account: Account) -> float | None:
     return next(iter(account.waiters)).since if account.waiters else None
 
 
-def _row(tag: _Tag, share: int, now: float, unbooked: Sequence[Any]) -> TagStats:
-    checkouts, hold_total, hold_max = tag.checkouts, tag.hold_total, tag.hold_max
+def _row(
+    figures: tuple[Any, ...],
+    limit: int,
+    waiting_since: float | None,
+    share: int,
+    now: float,
+    unbooked: Sequence[Any],
+) -> TagStats:
+    tag, active, in_use, waiting, last_activity, checkouts, timeouts = figures[:7]
+    wait_total, wait_max, hold_total, hold_max = figures[7:]
     out_since = None
     for since, again, held, held_max in unbooked:
         checkouts += again
@@ -122,19 +125,19 @@ def _row(tag: _Tag, share: int, now: float, unbooked: Sequence[Any]) -> TagStats
         hold_max = max(hold_max, held_max)
         out_since = since if out_since is None else min(out_since, since)
     return TagStats(
-        name=tag.name,
-        active=tag.active,
-        connections=tag.in_use,
-        limit=tag.limit,
+        name=tag,
+        active=active,
+        connections=in_use,
+        limit=limit,
         fair_share=share,
-        waiting=tag.waiting,
-        idle_for=_age(tag.last_activity, now),
-        waiting_for=_age(tag.waiting_since, now),
+        waiting=waiting,
+        idle_for=_age(last_activity, now),
+        waiting_for=_age(waiting_since, now),
         held_for=_age(out_since, now),
         checkouts=checkouts,
-        timeouts=tag.timeouts,
-        wait_time=Summary(checkouts, tag.wait_total, tag.wait_max),
-        hold_time=Summary(checkouts - tag.in_use, hold_total, hold_max),
+        timeouts=timeouts,
+        wait_time=Summary(checkouts, wait_total, wait_max),
+        hold_time=Summary(checkouts - in_use, hold_total, hold_max),
     )
 
 

@@ -9,7 +9,15 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-__all__ = ["ceiling", "fair_shares", "jain", "rank", "standing_shares", "strategy"]
+__all__ = [
+    "ceiling",
+    "fair_shares",
+    "jain",
+    "rank",
+    "shares_of_tags",
+    "standing_shares",
+    "strategy",
+]
 
 
 def ceiling(other_active_tags: int, soft_limit: int, max_limit: int) -> int:
@@ -115,6 +123,22 @@ def standing_shares(
     shares = fair_shares([demands[i] for i in order], capacity)
     share_of = dict(zip(order, shares, strict=True))
     return [share_of[i] for i in range(len(demands))]
+
+
+def shares_of_tags(
+    tags: Sequence[tuple[bool, int, int, int]], capacity: int
+) -> list[int]:
+    """Return the :func:`standing_shares` of all tags that share a capacity.
+
+    :param tags: of each, is it active, its slots in use, how many callers wait under
+      it, and its ceiling.
+    """
+    # An idle tag does not count, whatever it still holds.
+    demands = [
+        min(in_use + waiting, ceiling) if active else 0
+        for active, in_use, waiting, ceiling in tags
+    ]
+    return standing_shares([in_use for _, in_use, _, _ in tags], demands, capacity)
 
 
 def jain(amounts: Sequence[float]) -> float:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import subprocess
 import sys
 import threading
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.orm import Session
 from support import state
-from support.tasks import until
 from support.threads import PATIENCE, Caller, ensure_waiting, eventually
+from support.worlds import contract, world_of
 
 from sqla_fairpool import CheckoutTimeout, SelfDeadlock
 from sqla_fairpool.diagnosis import deadlock
@@ -28,6 +26,12 @@ WATCHFUL = {"pool_timeout": FOR_EVER, "deadlock_timeout": 0.001}
 
 #: Two connections for whichever tag.
 TWO = {"pool_size": 2, "soft_limit": 2, "max_limit": 2, **WATCHFUL}
+
+
+@pytest.fixture(params=["sqlite", "sqlite+aiosqlite"])
+def world(request, tmp_path):
+    """Threads, and tasks."""
+    return world_of(f"sqlite:///{tmp_path / 'test.db'}", request.param)
 
 
 @pytest.fixture
@@ -70,28 +74,11 @@ def beside(work, *arguments):
     caller.result()
 
 
-def taking(engine, number, taken, go_on):
-    """Hold `number` connections until told to go on, then ask for one more."""
-    with ExitStack() as held:
-        for _ in range(number):
-            held.enter_context(engine.connect())
-        taken.set()
-        assert go_on.wait(PATIENCE)
-        with engine.connect():
-            pass
-
-
-def start(engine, number):
-    """Start a caller that holds `number`; return it and what lets it go on."""
-    taken, go_on = threading.Event(), threading.Event()
-    caller = Caller(taking, engine, number, taken, go_on)
-    assert taken.wait(PATIENCE)
-    return caller, go_on
-
-
-def test_nested_checkout_is_refused(engine):
+@contract
+def test_nested_checkout_is_refused(world):
+    engine = world.engine(**TWO)
     with engine.connect(), engine.connect():
-        with pytest.raises(SelfDeadlock) as caught:
+        with pytest.raises(SelfDeadlock, match=r"by (thread|task) '") as caught:
             engine.connect()
     assert isinstance(caught.value, CheckoutTimeout)
     message = str(caught.value)
@@ -108,78 +95,40 @@ def test_tag_at_its_ceiling(make_engine):
         tagged.connect()
 
 
-def test_orm_sessions(engine):
-    with Session(engine) as one, Session(engine) as two, Session(engine) as three:
-        one.execute(text("select 1"))
-        two.execute(text("select 1"))
-        with pytest.raises(SelfDeadlock):
-            three.execute(text("select 1"))
+@pytest.mark.parametrize("tags", ["aa", "a" * 8, "ab"])
+@contract
+def test_one_of_those_that_wait_for_each_other_is_refused(world, tags):
+    """It returns what it holds, and with that the others are served in turn.
 
+    Each of "a" and "b" holds what the other one's tag wants: no single tag shows it.
+    """
+    number = len(tags)
+    limit = number // len(set(tags))
+    limits = {"pool_size": number, "soft_limit": limit, "max_limit": limit}
+    engine = world.engine(**limits, **WATCHFUL)
+    gates = [world.gate() for _ in tags]
 
-@contextmanager
-def in_a_generator(engine):
-    with engine.connect() as connection:
-        yield [connection]
+    def hold_and_want(held, wanted, gate):
+        with engine.execution_options(scraper=held).connect():
+            gate()
+            engine.execution_options(scraper=wanted).connect().close()
 
-
-class Owner:
-    def __init__(self, engine):
-        self.connections = {"one": engine.connect(), "two": engine.connect()}
-
-    def close(self):
-        for connection in self.connections.values():
-            connection.close()
-
-
-def test_whatever_the_caller_keeps_them_in(engine):
-    with in_a_generator(engine), in_a_generator(engine):
-        with pytest.raises(SelfDeadlock):
-            engine.connect()
-    owner = Owner(engine)
-    with pytest.raises(SelfDeadlock):
-        engine.connect()
-    owner.close()
-
-
-def outcomes(*callers):
-    """Return the names of what the callers have raised or returned."""
+    each = zip(tags, reversed(tags), gates, strict=True)
+    callers = [world.start(hold_and_want, *arguments) for arguments in each]
+    for gate in gates:
+        gate.reached()
+    for gate in gates:
+        gate.open()
+    refused = []
     for caller in callers:
-        caller.join(PATIENCE)
-        assert not caller.is_alive(), "the thread hangs"
-    return sorted(type(caller.error).__name__ for caller in callers)
-
-
-def test_one_of_two_that_wait_for_each_other(engine):
-    """Whichever is found first; its refusal lets the other one go on."""
-    (one, go_on), (two, go_on_too) = start(engine, 1), start(engine, 1)
-    go_on.set()
-    go_on_too.set()
-    assert outcomes(one, two) == ["NoneType", "SelfDeadlock"]
-
-
-def test_one_of_many_that_wait_for_each_other(make_engine):
-    """Each that is refused returns what it holds, which serves another one."""
-    engine = make_engine(pool_size=8, soft_limit=8, max_limit=8, **WATCHFUL)
-    started = [start(engine, 1) for _ in range(8)]
-    for _, go_on in started:
-        go_on.set()
-    found = outcomes(*[caller for caller, _ in started])
-    assert found == ["NoneType"] * 7 + ["SelfDeadlock"]
-
-
-def test_circle_over_two_tags(make_engine):
-    """Each has what the other's tag wants: no single tag shows it."""
-    engine = make_engine(pool_size=2, soft_limit=1, max_limit=1, **WATCHFUL)
-    tagged = [engine.execution_options(scraper=tag) for tag in "ab"]
-    both_hold = threading.Barrier(2)
-
-    def hold_and_want(held, wanted):
-        with held.connect():
-            both_hold.wait(PATIENCE)
-            wanted.connect().close()
-
-    one, two = Caller(hold_and_want, *tagged), Caller(hold_and_want, *tagged[::-1])
-    assert outcomes(one, two) == ["NoneType", "SelfDeadlock"]
+        try:
+            caller.result()
+        except SelfDeadlock as error:
+            refused.append(error)
+    (error,) = refused
+    assert all(h.waits for h in error.diagnosis.holdings if not h.own)
+    assert error.diagnosis.advice.startswith("the caller itself holds a connection of")
+    assert "waits for one more" in str(error)
 
 
 def test_not_before_deadlock_timeout(make_engine, looks, clock, monkeypatch):
@@ -245,18 +194,25 @@ def test_not_while_a_holder_does_not_wait(engine, looks):
         engine.connect().close()
 
 
-def test_connection_is_the_other_threads_that_executes_a_statement(engine, looks):
-    """It was handed over; so it is that thread's, whichever has checked it out."""
-    connection = engine.connect()
+@contract
+def test_connection_is_that_callers_which_executes_a_statement(world, looks):
+    """It was handed over, whichever caller has checked it out."""
+    engine = world.engine(**TWO)
+    connection, used = engine.connect(), world.gate()
 
-    def other(begun):
+    def other():
         connection.execute(text("select 1"))
-        begun()
-        looks.ensure()
+        used()
+        world.eventually(lambda: len(looks) >= 3)
         connection.close()
 
-    with beside(other), engine.connect():
+    caller = world.start(other)
+    used.reached()
+    used.open()
+    with engine.connect():
         engine.connect().close()
+    caller.result()
+    assert not any(looks)
 
 
 def test_not_if_a_finished_threads_number_is_used_again(engine, looks):
@@ -364,6 +320,11 @@ class Slow:
         assert self.go_on.wait(PATIENCE)
 
 
+def take_three(engine):
+    with engine.connect(), engine.connect():
+        engine.connect()
+
+
 def test_not_while_another_thread_collects(engine, looks):
     """It may be about to return a connection, and a second one cannot collect."""
     begun, go_on = threading.Event(), threading.Event()
@@ -373,8 +334,7 @@ def test_not_while_another_thread_collects(engine, looks):
         Slow(begun, go_on)
         collector = Caller(gc.collect)
         assert begun.wait(PATIENCE)
-        caller, ask = start(engine, 2)
-        ask.set()
+        caller = Caller(take_three, engine)
         eventually(lambda: len(looks) >= 3)
         assert caller.is_alive()
         go_on.set()
@@ -416,52 +376,3 @@ def test_not_where_greenlets_became_threads_too_late():
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-
-
-# -- tasks ----------------------------------------------------------------------------
-
-
-def test_task_that_waits_for_itself(run):
-    async def main(engine):
-        async with engine.connect() as connection:
-            await connection.execute(text("select 1"))
-            with pytest.raises(SelfDeadlock, match="by task"):
-                await engine.connect()
-
-    run(main, **WATCHFUL)
-
-
-def test_tasks_that_wait_for_each_other(run):
-    async def take_two(engine, taken):
-        async with engine.connect():
-            taken.set()
-            await asyncio.sleep(0)
-            async with engine.connect():
-                return "served"
-
-    async def main(engine):
-        events = [asyncio.Event(), asyncio.Event()]
-        tasks = [asyncio.create_task(take_two(engine, e)) for e in events]
-        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        assert sorted(type(o).__name__ for o in outcomes) == ["SelfDeadlock", "str"]
-
-    run(main, **TWO)
-
-
-def test_connection_is_the_other_tasks_that_executes_a_statement(run, looks):
-    async def main(engine):
-        connection = await engine.connect()
-
-        async def give_back():
-            await connection.execute(text("select 1"))
-            await until(lambda: len(looks) >= 3)
-            await connection.close()
-
-        async def take():
-            async with engine.connect(), engine.connect():
-                pass
-
-        await asyncio.gather(give_back(), take())
-        assert not any(looks)
-
-    run(main, **TWO)

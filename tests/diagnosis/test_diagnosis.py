@@ -5,20 +5,18 @@ from __future__ import annotations
 import asyncio
 import pickle
 import threading
-from contextlib import contextmanager
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.ext.asyncio import create_async_engine
 from support import state
-from support.tasks import waiting
-from support.threads import PATIENCE, Caller, ensure_waiting
+from support.threads import PATIENCE, Caller, Gate
 
 from sqla_fairpool import (
+    AsyncAdaptedFairQueuePool,
     CheckoutTimeout,
     Diagnosis,
     Holding,
-    tag,
 )
 from sqla_fairpool.diagnosis.callers import ThreadHere, describe_caller, frames_of
 from sqla_fairpool.diagnosis.report import duration
@@ -195,9 +193,8 @@ def test_durations(seconds, words):
 # -- from a living pool ---------------------------------------------------------------
 
 
-@contextmanager
-def idle_holder(engine):
-    """Have a thread hold a connection of 'layer2', and do something else."""
+def test_message_names_thread_age_statement_and_line(make_engine, clock):
+    engine = make_engine(pool_size=1, pool_timeout=0)
     taken, go_on = threading.Event(), threading.Event()
 
     def hold_and_sleep():
@@ -208,19 +205,13 @@ def idle_holder(engine):
 
     caller = Caller(hold_and_sleep)
     assert taken.wait(PATIENCE)
+    clock.advance(41.0)
     try:
-        yield
-    finally:
-        go_on.set()
-        caller.result()
-
-
-def test_message_names_thread_age_statement_and_line(make_engine, clock):
-    engine = make_engine(pool_size=1, pool_timeout=0)
-    with idle_holder(engine):
-        clock.advance(41.0)
         with pytest.raises(CheckoutTimeout) as caught:
             engine.execution_options(scraper="web").connect()
+    finally:
+        go_on.set()
+    caller.result()
     facts = caught.value.diagnosis
     (held,) = facts.holdings
     assert (held.tag, held.age, held.statement_age) == ("layer2", 41.0, 41.0)
@@ -246,13 +237,9 @@ def test_where_it_was_taken_is_told_with_leak_threshold(make_engine):
     assert held.taken_at.endswith(f" in {name}")
     assert held.own
     assert f"taken at {held.taken_at}" in str(caught.value)
-
-
-def advice_to_nested(engine):
-    """Hold a connection in vain, and return the advice."""
-    with engine.connect(), pytest.raises(CheckoutTimeout) as caught:
-        engine.connect()
-    return caught.value.diagnosis.advice
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert str(copy) == str(caught.value)
+    assert copy.diagnosis == caught.value.diagnosis
 
 
 @pytest.fixture
@@ -260,99 +247,50 @@ def two(make_engine):
     return make_engine(pool_size=2, soft_limit=2, max_limit=2, pool_timeout=0)
 
 
-@contextmanager
-def slow(server, kind, run):
-    """Have `run` in a thread that hangs in the server's `kind` until the block ends."""
-    began, go_on = threading.Event(), threading.Event()
+def connect(engine):
+    engine.connect().close()
 
-    def hang():
-        began.set()
-        assert go_on.wait(PATIENCE)
 
-    server.before[kind] = hang
-    caller = Caller(run)
-    try:
-        assert began.wait(PATIENCE)
-        yield
-    finally:
-        go_on.set()
+def connect_again(engine):
+    """The pool has the record for long; only its connection is new."""
+    with engine.connect() as lost:
+        lost.invalidate()
+    engine.connect().close()
+
+
+def close(engine):
+    engine.connect().close()
+    engine.pool.dispose()
+
+
+@pytest.mark.parametrize(
+    ("hangs", "work", "says"),
+    [
+        ("connect", connect, "1 of 2 connections are being opened"),
+        ("connect", connect_again, "1 of 2 connections are being opened"),
+        ("close", close, "1 of 2 connections are with no caller"),
+    ],
+)
+def test_slow_server_is_named_to_a_nested_caller(two, server, hangs, work, says):
+    gate = Gate()
+    with two.connect():
+        if work is connect_again:
+            two.connect().close()
+        server.before[hangs] = gate
+        caller = Caller(work, two)
+        gate.reached()
+        try:
+            with pytest.raises(CheckoutTimeout, match=says):
+                two.connect()
+        finally:
+            gate.open()
         caller.result()
 
 
-def test_slow_connect_of_another_thread_is_named_to_a_nested_caller(two, server):
-    with two.connect(), slow(server, "connect", lambda: two.connect().close()):
-        with pytest.raises(CheckoutTimeout, match="1 of 2 connections are being open"):
-            two.connect()
-
-
-def test_slow_reconnect_of_another_thread_is_named_as_well(two, server):
-    """The pool has its record for long; only the connection is new."""
-    with two.connect():
-        with two.connect() as lost:
-            lost.invalidate()
-        with slow(server, "connect", lambda: two.connect().close()):
-            with pytest.raises(CheckoutTimeout, match="1 of 2 connections are being o"):
-                two.connect()
-
-
-def test_connection_that_is_being_closed_is_named_to_a_nested_caller(two, server):
-    with two.connect():
-        two.connect().close()
-        with slow(server, "close", two.pool.dispose):
-            with pytest.raises(CheckoutTimeout, match="1 of 2 connections are with no"):
-                two.connect()
-
-
-def test_connecting_is_told(make_engine, server, clock):
-    engine = make_engine(pool_size=1, pool_timeout=0)
-    with slow(server, "connect", lambda: engine.connect().close()):
-        clock.advance(29.0)
-        with pytest.raises(CheckoutTimeout, match="the database does not answer"):
-            engine.connect()
-
-
 def test_lost_slot_is_named_to_a_nested_caller(two):
-    with state.slot_without_caller(two, "a"):
-        assert "1 of 2 connections are with no caller" in advice_to_nested(two)
-
-
-def test_idle_holder_is_named_to_a_nested_caller(clock, two):
-    with idle_holder(two), two.connect():
-        clock.advance(41.0)
-        with pytest.raises(CheckoutTimeout) as caught:
+    with state.slot_without_caller(two, "a"), two.connect():
+        with pytest.raises(CheckoutTimeout, match="1 of 2 connections are with no"):
             two.connect()
-    advice = caught.value.diagnosis.advice
-    assert advice.startswith("'layer2' keeps 1 of 2 connections unused")
-
-
-def test_two_that_wait_for_each_other_are_told_so(make_engine):
-    options = {"pool_timeout": 1000, "deadlock_timeout": 0.001}
-    engine = make_engine(pool_size=2, soft_limit=1, max_limit=1, **options)
-    tagged = [engine.execution_options(scraper=tag) for tag in "ab"]
-    both_hold = threading.Barrier(2)
-
-    def hold_and_want(held, wanted):
-        with held.connect():
-            both_hold.wait(PATIENCE)
-            wanted.connect().close()
-
-    callers = [Caller(hold_and_want, *tagged), Caller(hold_and_want, *tagged[::-1])]
-    for caller in callers:
-        caller.join(PATIENCE)
-    (error,) = [c.error for c in callers if c.error is not None]
-    other = next(h for h in error.diagnosis.holdings if not h.own)
-    assert other.waits
-    assert error.diagnosis.advice.startswith("the caller itself holds a connection of")
-    assert "waits for one more" in str(error)
-
-
-def test_error_survives_pickling(make_engine):
-    engine = make_engine(pool_size=1, pool_timeout=0)
-    with engine.connect(), pytest.raises(CheckoutTimeout) as caught:
-        engine.connect()
-    copy = pickle.loads(pickle.dumps(caught.value))
-    assert str(copy) == str(caught.value)
-    assert copy.diagnosis == caught.value.diagnosis
 
 
 def test_callers_in_words():
@@ -369,14 +307,21 @@ def test_callers_in_words():
     assert describe_caller(None) == "a caller outside of any task"
 
 
-def test_tasks_are_told_by_name_and_line(run):
+def test_tasks_are_told_by_name_and_line(tmp_path):
     async def hold(engine, taken, go_on):
         async with engine.connect() as connection:
             await connection.execute(text("select 1"))
             taken.set()
             await go_on.wait()
 
-    async def main(engine):
+    async def main():
+        engine = create_async_engine(
+            f"sqlite+aiosqlite:///{tmp_path / 'test.db'}",
+            poolclass=AsyncAdaptedFairQueuePool,
+            pool_size=1,
+            pool_timeout=0,
+            leak_threshold=60,
+        )
         taken, go_on = asyncio.Event(), asyncio.Event()
         task = asyncio.create_task(hold(engine, taken, go_on), name="spider")
         await taken.wait()
@@ -388,95 +333,7 @@ def test_tasks_are_told_by_name_and_line(run):
         assert held.caller == "task 'spider'"
         assert held.now_at.endswith(" in hold")
         assert held.taken_at.endswith(" in hold")
+        state.assert_quiet(engine.pool)
+        await engine.dispose()
 
-    run(main, pool_timeout=0, leak_threshold=60)
-
-
-# -- how long one checkout may wait ---------------------------------------------------
-
-
-def waited(engine):
-    """Return how long a checkout waits in vain."""
-    with pytest.raises(CheckoutTimeout) as caught:
-        engine.connect()
-    return caught.value.waited
-
-
-@pytest.fixture
-def full(make_engine):
-    """A pool with its only connection out, whose callers give up after 30 s."""
-    engine = make_engine(pool_size=1, deadlock_timeout=None)
-    holder = engine.connect()
-    yield engine
-    holder.close()
-
-
-def test_block_and_engine_say_how_long(full):
-    with tag("a", timeout=0.01):
-        assert waited(full) < 5
-        with tag("b"):  # inherits it
-            assert waited(full) < 5
-        with tag("b", timeout=0):
-            assert waited(full) < 0.01
-        # An engine's option wins.
-        assert waited(full.execution_options(fairpool_timeout=0)) < 0.01
-    tagged = full.execution_options(fairpool_timeout=0, scraper="a")
-    with tag("x", timeout=1000):
-        assert waited(tagged) < 0.01
-        assert waited(tagged.execution_options(other=1)) < 0.01
-
-
-def test_function_says_how_long(full):
-    @tag("a", timeout=0)
-    def job():
-        return waited(full)
-
-    assert job() < 0.01
-
-
-def test_connection_says_how_long(make_engine):
-    """A tag that is set on a connection waits in its own line, for its own time."""
-    engine = make_engine(pool_size=4, soft_limit=1, max_limit=1, deadlock_timeout=None)
-    holder = engine.execution_options(scraper="a").connect()
-    with engine.connect() as connection, pytest.raises(CheckoutTimeout) as caught:
-        connection.execution_options(scraper="a", fairpool_timeout=0)
-    assert caught.value.waited < 0.01
-    holder.close()
-
-
-def test_other_callers_wait_as_before(full):
-    with tag("a", timeout=0):
-        caller = Caller(lambda: full.connect().close())
-        ensure_waiting(full.pool, 1)
-        assert waited(full) < 0.01
-    assert state.waiting(full) == 1
-    full.pool.reconfigure(pool_size=2, max_limit=2, soft_limit=2)
-    caller.result()
-
-
-@pytest.mark.parametrize("bad", [-1, "soon", float("nan"), True])
-def test_bad_timeouts_are_refused(make_engine, bad):
-    engine = make_engine()
-    with pytest.raises(ArgumentError, match="timeout="):
-        tag("a", timeout=bad)
-    with pytest.raises(ArgumentError, match="fairpool_timeout="):
-        engine.execution_options(fairpool_timeout=bad)
-    with engine.connect() as connection:
-        with pytest.raises(ArgumentError, match="fairpool_timeout="):
-            connection.execution_options(fairpool_timeout=bad)
-
-
-def test_tasks_have_their_own(run):
-    async def main(engine):
-        async with engine.connect():
-            with tag("b"):
-                patient = asyncio.create_task(engine.connect().start())
-                await waiting(engine.pool, 1)
-            with tag("a", timeout=0.01), pytest.raises(CheckoutTimeout):
-                await engine.connect()
-            hurried = engine.execution_options(fairpool_timeout=0.01)
-            with pytest.raises(CheckoutTimeout):
-                await hurried.connect()
-        await (await patient).close()
-
-    run(main, deadlock_timeout=None)
+    asyncio.run(main())

@@ -36,7 +36,7 @@ def test_tags_come_and_go(make_engine, clock, lines):
     assert lines() == ["Tag 'a' is idle: 1 active tag, which may have 15"]
     clock.advance(60.0)
     engine.pool.upkeep()
-    assert lines() == ["Tag 'b' is idle: nobody is active, the first may have 15"]
+    assert lines() == ["Tag 'b' is idle: no tag is active, the first may have 15"]
 
 
 def test_untagged_moments_are_no_news(make_engine, lines):
@@ -54,7 +54,7 @@ def test_tag_cannot_forge_a_line(make_engine, lines):
 
 
 def wait_once(engine):
-    """Let somebody wait for a full pool."""
+    """Let a caller wait for a full pool."""
     tagged = engine.execution_options(scraper="a")
     holder = tagged.connect()
     caller = Caller(lambda: tagged.connect().close())
@@ -80,7 +80,7 @@ def test_exhaustion_begins_and_ends_once(make_engine, clock, lines):
         clock.advance(5.0)
         engine.execution_options(scraper="a").connect().close()
     (end,) = lines()
-    assert end.startswith("Pool no longer exhausted: nobody waits any more, after ")
+    assert end.startswith("Pool no longer exhausted: no caller waits any more, after ")
     holder, caller = wait_once(engine)
     holder.close()
     caller.result()

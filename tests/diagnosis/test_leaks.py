@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import gc
 import logging
+import re
 import threading
 import weakref
 from functools import partial
@@ -13,6 +13,13 @@ import pytest
 from sqlalchemy import text
 from support import state
 from support.threads import Caller, eventually
+from support.worlds import contract, world_of
+
+
+@pytest.fixture(params=["sqlite", "sqlite+aiosqlite"])
+def world(request, tmp_path):
+    """Threads, and tasks."""
+    return world_of(f"sqlite:///{tmp_path / 'test.db'}", request.param)
 
 
 @pytest.fixture
@@ -180,18 +187,14 @@ def test_no_variable_is_kept(make_engine):
     connection.close()
 
 
-def test_task_is_named(run, clock, log):
-    async def leak(engine):
-        return await engine.connect()
-
-    async def main(engine):
-        connection = await asyncio.create_task(leak(engine), name="spider")
-        clock.advance(61.0)
-        state.find_leaks(engine)
-        (report,) = reports(log)
-        assert "by task 'spider' (ended), taken at " in report
-        assert report.endswith(", in leak")
-        await connection.close()
-        assert len(reports(log)) == 2
-
-    run(main, leak_threshold=60)
+@contract
+def test_caller_that_has_ended_is_named(world, clock, log):
+    engine = world.engine(leak_threshold=60)
+    connection = world.start(take_and_forget, engine).result()
+    clock.advance(61.0)
+    state.find_leaks(engine)
+    (report,) = reports(log)
+    assert re.search(r"by (thread|task) '.+' \(ended\), taken at ", report)
+    assert report.endswith(", in take_and_forget")
+    connection.close()
+    assert len(reports(log)) == 2

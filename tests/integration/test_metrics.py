@@ -120,8 +120,17 @@ def test_waits_creations_and_failures_are_counted(make_engine, server, clock):
     assert metrics_of(engine).create_failures == 1
 
 
-def test_what_has_no_tag_counts_for_the_default_one(make_engine):
-    engine = make_engine(pool_size=1, min_idle=1, deadlock_timeout=0.001)
+def test_reconnects_are_timed(make_engine, server, clock):
+    engine = make_engine().execution_options(scraper="a")
+    with engine.connect() as connection:
+        connection.invalidate()
+    server.before["connect"] = lambda: clock.advance(2.0)
+    engine.connect().close()
+    assert buckets(metrics_of(engine).create_time) == {0.001: 1, 2.5: 1}
+
+
+def test_what_has_no_tag_counts_for_the_default_tag(make_engine):
+    engine = make_engine(1, min_idle=1, deadlock_timeout=0.001)
     engine.pool.warm_up()
     with engine.connect(), pytest.raises(SelfDeadlock):
         engine.connect()

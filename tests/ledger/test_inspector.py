@@ -86,7 +86,7 @@ def tags(*rows):
 
 
 def connections(overview):
-    return {row.scraper: row.connections for row in overview.scrapers}
+    return {row.name: row.connections for row in overview.scrapers}
 
 
 def post(member, owned, tags):
@@ -179,9 +179,9 @@ def test_dead_ones_and_quarantines_are_told(world):
     assert overview.warnings[0] == "4 slots in quarantine: a.py (here:4711) died"
 
 
-def test_ledger_that_nobody_has_joined_is_an_error(world):
+def test_ledger_that_no_process_has_joined_is_an_error(world):
     _, inspector = world
-    with pytest.raises(LedgerError, match="nobody has joined it yet"):
+    with pytest.raises(LedgerError, match="no process has joined"):
         inspector.look()
 
 
@@ -205,43 +205,40 @@ sys.stdin.read()
 """
 
 
-def test_real_pools_answer_and_a_stopped_process_does_not(path):
+@pytest.fixture
+def other(path):
+    """A process that holds two connections under the tag 'other'."""
+    program = PROGRAM.format(tests=str(Path(__file__).parents[1]), path=path)
+    command, pipe = [sys.executable, "-c", program], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout.readline() == "holding\n"
+        yield process
+        process.kill()
+
+
+def test_real_pools_answer_and_a_stopped_process_does_not(path, other):
     engine = StubServer().engine(ledger=path).execution_options(scraper="mine")
     held = [engine.connect() for _ in range(3)]
-    program = PROGRAM.format(tests=str(Path(__file__).parents[1]), path=path)
-    process = subprocess.Popen(
-        [sys.executable, "-c", program],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
     inspector = Inspector(HostStore(path), patience=PATIENCE)
+    impatient = Inspector(HostStore(path), patience=0.5)
     try:
-        assert process.stdout.readline() == "holding\n"
         overview = inspector.look()
-        rows = {row.scraper: row for row in overview.scrapers}
+        rows = {row.name: row for row in overview.scrapers}
         assert (rows["mine"].connections, rows["other"].connections) == (3, 2)
         assert rows["mine"].processes == (str(os.getpid()),)
-        assert rows["other"].processes == (str(process.pid),)
+        assert rows["other"].processes == (str(other.pid),)
         assert (overview.checked_out, overview.open) == (5, 5)
-        assert rows["mine"].longest_hold > 0
+        assert rows["mine"].held_for > 0
         held.pop().close()
         assert inspector.look().checked_out == 4
-        os.kill(process.pid, signal.SIGSTOP)
-        impatient = Inspector(HostStore(path), patience=0.5)
-        assert {row.scraper: row.status for row in impatient.look().scrapers} == {
-            "mine": "active",
-            "other": "silent",
-        }
-        impatient.close()
-        os.kill(process.pid, signal.SIGCONT)
+        other.send_signal(signal.SIGSTOP)
+        status = {row.name: row.status for row in impatient.look().scrapers}
+        assert status == {"mine": "active", "other": "silent"}
+        other.send_signal(signal.SIGCONT)
         eventually(lambda: not inspector.look().warnings)
     finally:
-        process.kill()
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
         inspector.close()
+        impatient.close()
         for connection in held:
             connection.close()
         engine.dispose()

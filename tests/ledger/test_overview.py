@@ -32,7 +32,7 @@ def busy(tag, in_use, waiting=0, **more):
 
 def shares(overview):
     return {
-        row.scraper: (row.connections, row.limit, row.fair_share)
+        row.name: (row.connections, row.limit, row.fair_share)
         for row in overview.scrapers
     }
 
@@ -42,29 +42,38 @@ def overview_of(*rows, limits=LIMITS, **more):
     return compile_overview([Part(process(1), rows)], limits, **more)
 
 
-def test_one_alone_and_nobody():
-    overview = overview_of(busy("a", 15, 5))
-    assert shares(overview) == {"a": (15, 15, 15)}
-    assert overview.strategy == "1 active: at most 15"
-    assert (overview.checked_out, overview.available) == (15, 5)
-    nobody = overview_of()
-    assert nobody.strategy == "nobody active: the first may have 15"
-    assert (nobody.average, nobody.jain, nobody.utilization) == (0.0, None, 0.0)
+@pytest.mark.parametrize(
+    ("rows", "expected", "jain"),
+    [
+        ([busy("a", 15, 5)], {"a": (15, 15, 15)}, 1.0),
+        (
+            [busy("a", 7, 9), busy("b", 6, 9), busy("c", 7, 9)],
+            {"a": (7, 10, 7), "b": (6, 10, 6), "c": (7, 10, 7)},
+            1.0,
+        ),
+        (
+            [busy("a", 10), busy("b", 0, 10)],
+            {"a": (10, 10, 10), "b": (0, 10, 10)},
+            0.5,
+        ),
+        ([], {}, None),
+    ],
+)
+def test_ceilings_and_shares(rows, expected, jain):
+    """The index is of what each has of its share."""
+    held = sum(row.connections for row in rows)
+    parts = [Part(process(number), [row]) for number, row in enumerate(rows)]
+    for overview in (compile_overview(parts, LIMITS), overview_of(*rows)):
+        assert shares(overview) == expected
+        assert overview.jain == jain
+        assert (overview.checked_out, overview.available) == (held, 20 - held)
+        assert overview.utilization == held / 20
+        assert overview.average == pytest.approx(held / len(rows) if rows else 0.0)
 
 
-def test_three_that_want_everything():
-    held = {"a": 7, "b": 6, "c": 7}
-    parts = [Part(process(n), [busy(tag, held[tag], 9)]) for n, tag in enumerate(held)]
-    overview = compile_overview(parts, LIMITS)
-    assert shares(overview) == {"a": (7, 10, 7), "b": (6, 10, 6), "c": (7, 10, 7)}
-    assert (overview.jain, overview.utilization) == (1.0, 1.0)
-    assert overview.average == pytest.approx(20 / 3)
-
-
-def test_index_is_of_what_each_has_of_its_share():
-    overview = overview_of(busy("a", 10), busy("b", 0, 10))
-    assert shares(overview) == {"a": (10, 10, 10), "b": (0, 10, 10)}
-    assert overview.jain == 0.5
+def test_strategy_is_in_words():
+    assert overview_of(busy("a", 15)).strategy == "1 active: at most 15"
+    assert overview_of().strategy == "nobody active: the first may have 15"
 
 
 def test_idle_tag_does_not_count_whatever_it_still_holds():
@@ -84,7 +93,7 @@ def test_one_tag_in_several_processes_is_one_row():
     ]
     (row,) = compile_overview(parts, LIMITS).scrapers
     assert (row.connections, row.waiting, row.limit) == (7, 3, 15)
-    assert (row.idle_seconds, row.longest_wait, row.longest_hold) == (0.5, 1.0, 9.0)
+    assert (row.idle_for, row.waiting_for, row.held_for) == (0.5, 1.0, 9.0)
     assert (row.checkouts, row.timeouts) == (7, 1)
     assert row.processes == ("1", "2")
 
@@ -104,7 +113,7 @@ def test_slots_in_quarantine_are_nobodys():
 
 def test_registered_scrapers_have_a_row():
     (row,) = overview_of(registered=["a"]).scrapers
-    assert (row.scraper, row.status, row.idle_seconds) == ("a", "idle", None)
+    assert (row.name, row.status, row.idle_for) == ("a", "idle", None)
 
 
 def test_connections_beyond_the_size_are_overflow():
@@ -156,7 +165,7 @@ def test_shares_add_up_and_nothing_is_lost(members, quarantined):
     said = [row for tags in members for row in tags]
     assert overview.checked_out == sum(row.connections for row in said)
     assert overview.waiting == sum(row.waiting for row in said)
-    assert {row.scraper for row in overview.scrapers} == {row.name for row in said}
+    assert {row.name for row in overview.scrapers} == {row.name for row in said}
     wanted = [
         min(row.connections + row.waiting, row.limit)
         for row in overview.scrapers

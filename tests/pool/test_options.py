@@ -59,18 +59,13 @@ def test_limits_follow_the_capacity_rounded_up(size, overflow, soft, most):
     ("name", "value", "says"),
     [
         ("pool_size", 0, "would leave nothing to share"),
-        ("pool_size", -3, "at least 1"),
         ("pool_size", True, "whole number"),
         ("pool_size", 2.5, "whole number"),
         ("pool_size", "many", "whole number"),
         ("pool_size", None, "whole number"),
         ("max_overflow", -1, "no limit in QueuePool"),
         ("max_overflow", False, "whole number"),
-        ("timeout", -1, "at least 0"),
-        ("timeout", math.nan, "seconds"),
         ("timeout", math.inf, "None to wait without limit"),
-        ("timeout", True, "seconds"),
-        ("timeout", "soon", "seconds"),
         ("soft_limit", 0, "from 1"),
         ("soft_limit", 16, "max_limit, 15"),
         ("soft_limit", True, "whole number"),
@@ -82,10 +77,7 @@ def test_limits_follow_the_capacity_rounded_up(size, overflow, soft, most):
         ("server_tag", "maybe", "true or false"),
         ("server_tag", 1, "true or false"),
         ("ledger", 7, "'host', a path, or None for no ledger"),
-        ("idle_timeout", 0, "at least 0.001"),
-        ("idle_timeout", math.nan, "at least 0.001"),
         ("idle_timeout", None, "at least 0.001"),
-        ("reallocation_interval", -1, "at least 0.001"),
         ("max_waiting", -1, "None for no limit"),
         ("max_waiting", 1.5, "None for no limit"),
         ("tag_option", "", "execution option"),
@@ -104,34 +96,27 @@ def test_bad_value_is_named_with_what_is_allowed(server, name, value, says):
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("bad", [1e-300, 0.0009, 1.1e9, 1e300, math.inf, math.nan])
 @pytest.mark.parametrize(
-    "name",
+    ("name", "least"),
     [
-        "idle_timeout",
-        "reallocation_interval",
-        "idle_connection_ttl",
-        "leak_threshold",
-        "deadlock_timeout",
+        ("timeout", 0),
+        ("idle_timeout", 0.001),
+        ("reallocation_interval", 0.001),
+        ("idle_connection_ttl", 0.001),
+        ("leak_threshold", 0.001),
+        ("deadlock_timeout", 0.001),
     ],
 )
-def test_times_have_bounds(name, bad):
+def test_times_have_bounds(name, least):
     """With one of 1e-300 s a waiting caller did nothing but look at the clock."""
-    says = rf"^{name}=.* is not allowed: seconds, at least 0.001 and at most 1000000000"
-    with pytest.raises(ArgumentError, match=says):
-        PoolOptions.parse(**{name: bad})
-    for bound in (0.001, 1e9):
+    below = math.nextafter(least, -1)
+    for bad in (below, -1, 1.1e9, 1e300, 10**400, math.inf, math.nan, True, "soon"):
+        with pytest.raises(ArgumentError) as caught:
+            PoolOptions.parse(**{name: bad})
+        allowed = f"seconds, at least {least} and at most 1000000000"
+        assert str(caught.value).startswith(f"{name}={bad!r} is not allowed: {allowed}")
+    for bound in (least, 1e9):
         assert getattr(PoolOptions.parse(**{name: bound}), name) == bound
-
-
-@pytest.mark.parametrize("bad", [-1e-9, 1.1e9, 1e300, math.inf, 10**400])
-def test_timeouts_have_bounds(bad):
-    with pytest.raises(ArgumentError, match=r"^timeout=.*at least 0 and at most 1000"):
-        PoolOptions.parse(timeout=bad)
-    with pytest.raises(ArgumentError, match=r"^timeout=.*at least 0 and at most 1000"):
-        tag("a", timeout=bad)
-    for value in (0, None):
-        assert PoolOptions.parse(timeout=value).timeout == value
 
 
 def test_numbers_may_be_strings(server):
@@ -171,26 +156,16 @@ def test_what_is_no_option_is_refused():
     assert PoolOptions.among(others) == PoolOptions.parse(pool_size=8)
 
 
+BAD_TAGS = ["", "x" * 129, "x" * 10_000, None, 7, b"bytes"]
+BAD_TAGS += ["a\nb", "\x1b[31mred", "a\tb", "\u202e"]
+
+
 @pytest.mark.parametrize("tag", ["a", "layer1_5", "Ünï cødé", "x" * 128, "a=b; c"])
 def test_tag_may_be_any_printable_string(tag):
     assert validate_tag(tag) == tag
 
 
-@pytest.mark.parametrize(
-    "tag",
-    [
-        "",
-        "x" * 129,
-        "x" * 10_000,
-        "a\nb",
-        "\x1b[31mred",
-        "a\tb",
-        None,
-        7,
-        b"bytes",
-        "\u202e",
-    ],
-)
+@pytest.mark.parametrize("tag", BAD_TAGS)
 def test_anything_else_is_no_tag(tag):
     with pytest.raises(ArgumentError, match=r"scraper=.*non-empty string") as caught:
         validate_tag(tag, "scraper")

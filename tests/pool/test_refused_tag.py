@@ -42,6 +42,12 @@ def autocommit(engine):
     return engine.connect().execution_options(isolation_level="AUTOCOMMIT")
 
 
+def mine(engine):
+    """A connection with a tag of its own, and a level that its `Levels` note."""
+    options = {"scraper": "mine", "isolation_level": "AUTOCOMMIT"}
+    return engine.connect().execution_options(**options)
+
+
 def setting(name):
     def read(connection):
         value = connection.scalar(text(f"show {name}"))
@@ -191,9 +197,7 @@ def test_connection_that_cannot_be_had_again_raises_and_forgets_nothing(world):
 def test_options_hold_after_an_invalidation(world):
     """SQLAlchemy forgets them; a connection with a tag of its own does not."""
     engine = world.engine()
-    with engine.connect().execution_options(
-        scraper="mine", isolation_level="AUTOCOMMIT"
-    ) as connection:
+    with mine(engine) as connection:
         connection.invalidate()
         assert is_autocommit(connection)
 
@@ -296,9 +300,7 @@ def test_interrupt_in_the_move_leaves_nothing_under_the_new_tag(
 ):
     engine = make_engine()
     levels = Levels(engine.dialect)
-    with engine.connect().execution_options(
-        scraper="old", isolation_level="AUTOCOMMIT"
-    ) as connection:
+    with mine(engine) as connection:
         core = type(state.core(engine))
         move = core.move
 
@@ -312,15 +314,13 @@ def test_interrupt_in_the_move_leaves_nothing_under_the_new_tag(
                 connection.execution_options(scraper="new")
         assert holders(engine) == {}
         assert levels.are_on(connection)
-        assert holders(engine) == {"old": 1}
+        assert holders(engine) == {"mine": 1}
 
 
 def test_options_that_cannot_be_applied_again_keep_the_connection_unused(make_engine):
     engine = make_engine()
     levels = Levels(engine.dialect)
-    with engine.connect().execution_options(
-        scraper="mine", isolation_level="AUTOCOMMIT"
-    ) as connection:
+    with mine(engine) as connection:
         connection.invalidate()
         levels.error = StubError("not now")
         for _ in range(2):
@@ -335,9 +335,7 @@ def test_options_that_cannot_be_applied_again_keep_the_connection_unused(make_en
 def test_option_that_was_refused_is_neither_claimed_nor_applied_later(make_engine):
     engine = make_engine()
     levels = Levels(engine.dialect)
-    with engine.connect().execution_options(
-        scraper="mine", isolation_level="AUTOCOMMIT"
-    ) as connection:
+    with mine(engine) as connection:
         levels.error = StubError("no such level")
         with pytest.raises(StubError):
             connection.execution_options(scraper="b", isolation_level="SERIALIZABLE")

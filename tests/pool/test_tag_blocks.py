@@ -6,9 +6,11 @@ import asyncio
 import contextvars
 import gc
 import threading
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from support.threads import Caller
 
 from sqla_fairpool import set_tag, tag, tagging
@@ -44,51 +46,52 @@ def in_force():
     return context_tag(), context_timeout()
 
 
-@pytest.mark.parametrize("timeout", [None, 2.0])
-def test_block_that_ends_before_an_inner_one_takes_back_what_is_its_own(timeout):
-    outer, inner = ExitStack(), ExitStack()
-    outer.enter_context(tag("outer", timeout=1.0))
-    inner.enter_context(tag("inner", timeout=timeout))
-    assert in_force() == ("inner", timeout or 1.0)
-    outer.close()
-    assert in_force() == ("inner", timeout)
-    inner.close()
+TIMEOUTS = {"a": 1.0, "b": None, "c": 3.0}
+
+STEPS = st.one_of(
+    st.tuples(st.sampled_from(["function", "generator"]), st.sampled_from("abc")),
+    st.tuples(st.just("end"), st.integers(0, 9)),
+)
 
 
-@pytest.mark.parametrize("order", ["abc", "acb", "bac", "bca", "cab", "cba"])
-def test_innermost_of_the_open_blocks_is_in_force_whichever_ends(order):
-    blocks = {name: tag(name) for name in "abc"}
-    for block in blocks.values():
-        block.__enter__()
-    still = ["a", "b", "c"]
-    for name in order:
-        leave(blocks[name])
-        still.remove(name)
-        assert context_tag() == (still[-1] if still else None)
+@given(st.lists(STEPS, max_size=12))
+@example([("generator", "a"), ("function", "b"), ("generator", "a"), ("end", 0)])
+@example([("function", "a"), ("function", "b"), ("generator", "a"), ("end", 0)])
+@example([("function", "a"), ("generator", "b"), ("function", "a"), ("end", 0)])
+@settings(max_examples=300)
+def test_innermost_of_the_open_blocks_is_in_force_whichever_ends(steps):
+    """Also if one object is that of several of them."""
+    objects = {name: tag(name, timeout=timeout) for name, timeout in TIMEOUTS.items()}
+    opened = []  # (name, the generator in which the block is, None in a function)
 
+    def end(number):
+        name, inside = opened[number]
+        if inside is None:
+            leave(objects[name])
+            # Of one object, the innermost block ends.
+            number = max(n for n, one in enumerate(opened) if one == (name, None))
+        else:
+            inside.close()
+        del opened[number]
 
-def test_generators_block_ends_in_the_block_of_another():
-    first = generator(tag("a"))
-    next(first)
-    with tag("b"):
-        first.close()
-        assert context_tag() == "b"
-        second = generator(tag("c"))
-        next(second)
-    assert context_tag() == "c"  # that block is still open
-    del second
-    assert context_tag() is None
+    def check():
+        timeouts = [TIMEOUTS[name] for name, _ in opened if TIMEOUTS[name]]
+        innermost = opened[-1][0] if opened else None
+        assert in_force() == (innermost, timeouts[-1] if timeouts else None)
 
-
-def test_one_object_for_two_blocks_of_a_context():
-    shared, other = tag("shared"), tag("other")
-    with shared:
-        with other, shared:
-            assert context_tag() == "shared"
-        assert context_tag() == "shared"
-        other.__enter__()
-    assert context_tag() == "other"
-    leave(other)
+    for kind, which in steps:
+        if kind == "function":
+            objects[which].__enter__()
+            opened.append((which, None))
+        elif kind == "generator":
+            opened.append((which, generator(objects[which])))
+            next(opened[-1][1])
+        elif opened:
+            end(which % len(opened))
+        check()
+    while opened:
+        end(0)
+        check()
 
 
 def test_one_object_for_the_blocks_of_many_tasks_and_threads():
@@ -111,28 +114,6 @@ def test_one_object_for_the_blocks_of_many_tasks_and_threads():
 
     for caller in [Caller(asyncio.run, main()) for _ in range(2)]:
         caller.result()
-
-
-@pytest.mark.parametrize("tags", [(tag("a"), tag("b")), (tag("b"),) * 2])
-def test_generators_that_end_in_the_order_they_began(tags):
-    """Also if one object is that of both."""
-    first, second = map(generator, tags)
-    next(first)
-    with tag("between"):
-        next(second)
-        first.close()
-        assert context_tag() == "b"
-        second.close()
-        assert context_tag() == "between"
-
-
-def test_one_object_for_a_function_and_a_generator():
-    shared = tag("shared")
-    inner = generator(shared)
-    with shared, tag("between"):
-        next(inner)
-    assert context_tag() == "shared"
-    inner.close()
 
 
 def test_one_object_for_two_blocks_of_a_generator():
@@ -287,6 +268,16 @@ def test_block_that_ends_in_another_context_ends_in_the_first_as_well():
         assert first.run(context_tag) is None
     with block:
         assert context_tag() == "a"
+
+
+def test_generator_that_ends_in_a_block_of_the_same_object_elsewhere():
+    shared, first = tag("shared"), contextvars.copy_context()
+    inner = generator(shared)
+    first.run(next, inner)
+    with shared:
+        inner.close()
+        assert context_tag() == "shared"
+    assert first.run(context_tag) is None
 
 
 def test_block_that_begins_and_ends_in_threads_of_a_framework():

@@ -28,10 +28,12 @@ from support.worlds import contract, holders, world_of
 
 from sqla_fairpool import (
     AsyncAdaptedFairQueuePool,
+    CheckoutTimeout,
     FairQueuePool,
     set_tag,
     tag,
 )
+from sqla_fairpool.pool.waiters import ThreadWaiter
 from sqla_fairpool.tagging import context_tag
 
 SQLALCHEMY_21 = tuple(map(int, sqlalchemy.__version__.split(".")[:2])) >= (2, 1)
@@ -320,6 +322,81 @@ def test_set_tag_lasts_for_the_task(in_asyncio):
     assert in_asyncio(test) == [{"a": 1}, {"unknown": 1}, {"unknown": 1}]
 
 
+# -- how long one checkout may wait ---------------------------------------------------
+
+
+@pytest.fixture
+def waited(make_engine, clock):
+    """Return how long a checkout waits in vain, where the pool says 30 seconds."""
+
+    class PassTime(ThreadWaiter):
+        def wait(self, seconds):
+            clock.advance(seconds)
+
+    def waited(engine):
+        state.wait_with(engine, PassTime)
+        with pytest.raises(CheckoutTimeout) as caught:
+            engine.connect()
+        return caught.value.waited
+
+    return waited
+
+
+def test_engine_wins_over_block_in_how_long_to_wait(make_engine, waited):
+    engine = make_engine(pool_size=1, deadlock_timeout=None)
+    tagged = engine.execution_options(fairpool_timeout=3, scraper="a")
+
+    @tag("a", timeout=4)
+    def job():
+        return waited(engine)
+
+    with engine.connect():
+        assert waited(engine) == 30
+        assert job() == 4
+        with tag("a", timeout=7):
+            assert waited(engine) == 7
+            with tag("b"):  # inherits it
+                assert waited(engine) == 7
+            with tag("b", timeout=0):
+                assert waited(engine) == 0
+            assert waited(tagged) == 3
+            assert waited(tagged.execution_options(other=1)) == 3
+
+
+def test_connection_says_how_long(make_engine):
+    """A tag that is set on a connection waits in its own line, for its own time."""
+    engine = make_engine(pool_size=4, soft_limit=1, max_limit=1, deadlock_timeout=None)
+    with engine.execution_options(scraper="a").connect():
+        with engine.connect() as connection, pytest.raises(CheckoutTimeout):
+            connection.execution_options(scraper="a", fairpool_timeout=0)
+
+
+@contract
+def test_other_callers_wait_as_before(world):
+    engine = world.engine(pool_size=1, deadlock_timeout=None)
+    with engine.connect():
+        caller = world.start(lambda: engine.connect().close())
+        world.ensure_waiting(engine, 1)
+        with tag("a", timeout=0.01), pytest.raises(CheckoutTimeout):
+            engine.connect()
+        with pytest.raises(CheckoutTimeout):
+            engine.execution_options(fairpool_timeout=0.01).connect()
+        assert state.waiting(engine) == 1
+    caller.result()
+
+
+@pytest.mark.parametrize("bad", [-1, "soon", float("nan"), True, 1.1e9, 10**400])
+def test_bad_timeouts_are_refused(make_engine, bad):
+    engine = make_engine()
+    with pytest.raises(ArgumentError, match="timeout="):
+        tag("a", timeout=bad)
+    with pytest.raises(ArgumentError, match="fairpool_timeout="):
+        engine.execution_options(fairpool_timeout=bad)
+    with engine.connect() as connection:
+        with pytest.raises(ArgumentError, match="fairpool_timeout="):
+            connection.execution_options(fairpool_timeout=bad)
+
+
 # -- bad tags --------------------------------------------------------------------------
 
 
@@ -452,24 +529,7 @@ def test_tagged_connection_that_is_closed_or_dropped_holds_nothing(make_engine):
     assert holders(engine) == {}, "a leaked connection waits for the collector"
 
 
-# -- what is in force for one checkout is nobody else's --------------------------------
-
-
-def on_connect(engine, function):
-    event.listen(engine, "connect", lambda dbapi_connection, record: function())
-
-
-def on_do_connect(engine, function):
-    def do_connect(dialect, record, arguments, keywords):
-        function()
-
-    event.listen(engine, "do_connect", do_connect)
-
-
-def on_first_connect(engine, function):
-    event.listen(
-        engine.pool, "first_connect", lambda dbapi_connection, record: function()
-    )
+# -- what is in force for one checkout is no other's -----------------------------------
 
 
 def looks_at(other, seen):
@@ -488,18 +548,19 @@ def looks_at(other, seen):
 NOTHING = [{"unknown": 1}, {"own": 1}]
 
 
-@pytest.mark.parametrize("on", [on_connect, on_first_connect, on_do_connect])
+@pytest.mark.parametrize("moment", ["connect", "first_connect", "do_connect"])
 @pytest.mark.parametrize("road", [by_engine, by_connection, by_raw_connection])
 @contract
-def test_listener_that_runs_while_a_connection_opens_is_untagged(world, on, road):
+def test_listener_that_runs_while_a_connection_opens_is_untagged(world, moment, road):
     engine, other, seen = world.engine(), world.engine(), []
-    on(engine, looks_at(other, seen))
+    target = engine if moment == "do_connect" else engine.pool
+    event.listen(target, moment, looks_at(other, seen))
     road(engine).close()
     assert seen == NOTHING
 
 
 @contract
-def test_connection_that_opens_again_shows_its_tag_to_nobody(world):
+def test_connection_that_opens_again_shows_its_tag_to_no_listener(world):
     engine, other, seen = world.engine(), world.engine(), []
     with engine.connect().execution_options(scraper="a") as connection:
         connection.invalidate()
@@ -678,7 +739,7 @@ def test_untagged_checkout_is_active_from_its_first_statement(make_engine):
         assert engine.pool.stats().tag("unknown").active is True
 
 
-# -- nobody else pays ------------------------------------------------------------------
+# -- other engines pay nothing ---------------------------------------------------------
 
 
 def test_other_engines_are_not_listened_to(server, make_engine):
@@ -689,7 +750,7 @@ def test_other_engines_are_not_listened_to(server, make_engine):
     assert "do_execute" not in vars(other.dialect)
     assert not other.dialect._has_events
     assert not other._has_events
-    # Not every release gives the class the attribute before somebody listens to it.
+    # Not every release gives the class the attribute before it is listened to.
     assert not getattr(Connection, "_has_events", False)
     assert not Engine._has_events
     tagged = other.execution_options(scraper="a")
