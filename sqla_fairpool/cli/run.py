@@ -90,7 +90,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url",
         help="the database whose engines are meant; default: DATABASE_URL, or without "
-        "it every database. Everybody on this host can read a password in a command "
+        "it every database. All users of this host can read a password in a command "
         "line, which is not so in DATABASE_URL",
     )
     group = parser.add_argument_group("the pool of all scripts together")

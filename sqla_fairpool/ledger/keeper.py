@@ -183,7 +183,7 @@ class Keeper:
     def _start(self) -> None:
         """Start a thread, which ends at once if it is not the first.
 
-        Whoever does it may be interrupted anywhere. The next one starts another.
+        It may be interrupted anywhere. The next caller starts another one.
         """
         start_thread(self._run, "sqla_fairpool-keeper", self._not_started)
 

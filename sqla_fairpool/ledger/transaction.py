@@ -98,7 +98,7 @@ def _cover(book: Book, key: str, state: State) -> list[Session | None]:
     member = book.members[key]
     if member.owned < state.open - kept:
         # Its slots were taken from it though it lives (it was taken for dead, or
-        # the ledger was reset). What is open comes before what anybody wants.
+        # the ledger was reset). What is open comes before what is wanted.
         more = min(state.open - kept - member.owned, book.left)
         book.members[key] = replace(member, owned=member.owned + more)
     return book.quarantine(key, state.lost)

@@ -91,7 +91,7 @@ class Checkout(Ticket):
     """One checkout, from when a slot is requested until it is released.
 
     While its record is warm, it serves further checkouts under the same tag. Its fields
-    are its caller's until the slot is granted; then those of whoever has the lock.
+    are its caller's until the slot is granted; after that the lock guards them.
     """
 
     __slots__ = (
@@ -118,7 +118,7 @@ class Checkout(Ticket):
         self.record: Record | None = None
         #: The caller has gone while a connection is being opened for it.
         self.orphaned = False
-        #: Wakes the caller; None when nobody waits, or once the slot is granted.
+        #: Wakes the caller; None when it does not wait, or once the slot is granted.
         self.waiter: Waiter | None = None
         #: The record may be kept warm when it comes back.
         self.may_keep = False

@@ -5,7 +5,7 @@ Rules of this file:
 * A checkout and a checkin of what is kept warm (see :mod:`.warm`) need no lock. All
   else is done in a section of it (see :mod:`.transitions`), and opening after it.
 * A checkout is bound to a variable of its caller before its state changes, and is given
-  up by whoever catches an exception, KeyboardInterrupt included. One that is lost all
+  up where an exception is caught, KeyboardInterrupt included. One that is lost all
   the same (dropped between our return and the next line of SQLAlchemy) gives its slot
   back when it is deallocated.
 """
@@ -305,7 +305,7 @@ class PoolCore:
             records = self.warm.by_tag[account.tag]
         except KeyError:
             records = self.warm.of(account.tag)
-        # Listed before, so that an interrupt leaves no record where nobody looks;
+        # Listed before, so that an interrupt leaves no record that is not found;
         # and after, if a section has looked in between.
         if not records.listed:
             records.list()

@@ -64,7 +64,7 @@ class FairQueuePool(Pool):
     :param idle_timeout: seconds without activity (a checkout, a statement, a
       checkin) after which a tag is idle and does not count any more. Default 60.0.
     :param reallocation_interval: how often, in seconds, idle tags are looked for;
-      whoever uses the pool or waits in it does so. Default 30.0.
+      callers that use the pool or wait in it do so. Default 30.0.
     :param max_waiting: most callers that may wait; one more gets
       :class:`.TooManyWaiting` at once. Default None, no limit.
     :param tag_option: the execution option that carries the tag. Default
@@ -73,7 +73,7 @@ class FairQueuePool(Pool):
     :param min_idle: connections that are opened with the first one, or by
       :meth:`warm_up`, and that `idle_connection_ttl` leaves open. Default 0.
     :param idle_connection_ttl: seconds after which a connection in the pool that
-      nobody has used is closed, by whoever uses the pool next. Default None:
+      was not used is closed, by the next caller that uses the pool. Default None:
       never.
     :param leak_threshold: seconds after which a connection that is out is reported
       in the log, with the stack of its checkout, which is noted for that. Default
@@ -240,7 +240,7 @@ class FairQueuePool(Pool):
 
             engine.pool.reconfigure(soft_limit=8, max_limit=12)
 
-        Takes effect at once for whoever comes or waits: a waiter who may go on
+        Takes effect at once for callers that come or wait: one that may go on
         now is woken. Nothing that is checked out is taken away; what exceeds a
         lowered limit drains. Connections in the pool that are too many are closed.
         Limits that were never given follow the capacity. Callers that wait keep
@@ -268,7 +268,7 @@ class FairQueuePool(Pool):
         """Do what is left to the next visitor, without waiting for one.
 
         That is: look for idle tags if it is time to, and close connections that
-        nobody has used for `idle_connection_ttl`. For a timer of yours, in a
+        were not used for `idle_connection_ttl`. For a timer of yours, in a
         process that may not touch its pool for hours.
         """
         with self._core.lock.section() as now:

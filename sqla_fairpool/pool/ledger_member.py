@@ -8,7 +8,7 @@ who wants more. A checkout never waits for the keeper while there is a slot for 
 Rules of this file:
 
 * A connection counts from before it is opened until its session has ended. So a
-  detached one keeps a slot out of use, until it is closed or nobody has it any more.
+  detached one keeps a slot out of use, until it is closed or has no user any more.
 * The keeper's thread closes connections of threads. Those of tasks are closed in their
   loop; if that does not run, their sockets are.
 """
@@ -57,7 +57,7 @@ class Keeper(Protocol):
         """The ledger cannot be reached or used now; what is owned is kept."""
 
     def ring(self, tag: str | None = None) -> None:
-        """Look at the pool soon: somebody waits under `tag`, or something else."""
+        """Look at the pool soon: a caller waits under `tag`, or for another reason."""
 
     def post(self, done: Callable[[bool], None]) -> None:
         """Have the store hear of the pool as it is now; say if it has."""
@@ -74,7 +74,7 @@ class LedgerMember:
 
     The keeper's thread calls what stands below "for the keeper", the pool the rest.
 
-    :param default_tag: under which connections count that nobody in particular has.
+    :param default_tag: under which connections count that belong to no tag.
     """
 
     def __init__(self, waiter_class: type[Waiter], default_tag: str) -> None:
@@ -100,7 +100,7 @@ class LedgerMember:
 
     def serve(self, core: PoolCore) -> None:
         """Be the member that a pool's slots come from."""
-        # Weak: a pool that nobody has any more ends, and its keeper with it.
+        # Weak: a pool without a user ends, and its keeper with it.
         self._core = weakref.ref(core, self._pool_is_gone)
 
     def _pool_is_gone(self, ref: object) -> None:
@@ -117,7 +117,7 @@ class LedgerMember:
     def ring(self, tag: str | None = None) -> None:
         """Have the keeper look. Called without the lock.
 
-        :param tag: under which somebody waits; None for another reason.
+        :param tag: under which a caller waits; None for another reason.
         """
         if self.keeper is not None:
             self.keeper.ring(tag)
@@ -152,7 +152,7 @@ class LedgerMember:
             raise self.refusal or self.unconfirmed()
 
     def after_opening(self, physical: PhysicalConnection) -> None:
-        """Have the ledger know a new session before anybody uses it.
+        """Have the ledger know a new session before it is used.
 
         Without that it would be given on as free if this process died. A store that
         cannot lose a member's sign of life may be away: what is owned is used. One that
@@ -218,7 +218,7 @@ class LedgerMember:
         core = self._core()
         if core is None:
             if self.keeper is not None:
-                self.keeper.close()  # nobody has the pool any more
+                self.keeper.close()  # the pool has no user any more
             return 0, {}
         existing = core.slots.existing
         existing.end_abandoned()
@@ -255,7 +255,7 @@ class LedgerMember:
         return self.server_name
 
     def lost(self) -> Sequence[Session | None]:
-        """Return the sessions of which nobody here will learn when they end."""
+        """Return the sessions of which this process will not learn when they end."""
         core = self._core()
         self._lost = () if core is None else core.slots.existing.lost_ones()
         return [physical.session for physical in self._lost]

@@ -94,7 +94,7 @@ def await_url(pool: Pool, core: PoolCore, member: LedgerMember, dialect: Any) ->
 
 
 def _figures(ref: weakref.ref[PoolCore]) -> dict[str, Any]:
-    """Return what a process says of itself to whoever looks on."""
+    """Return what a process says of itself to monitors."""
     core = ref()
     if core is None:
         return {}

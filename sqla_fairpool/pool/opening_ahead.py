@@ -103,7 +103,7 @@ class OpeningAhead:
                 began = lock.clock()
                 record = cast(Record, opener._create_connection())
                 with lock.section() as now:
-                    # Nobody's in particular, so the default tag's.
+                    # It belongs to no tag, so it counts for the default tag.
                     scheduler, options = self._state.scheduler, self._state.options
                     account = scheduler.roster.get(options.default_tag, now)
                     account.meter.create.add(now - began)

@@ -42,7 +42,7 @@ class Member(Protocol):
 
 
 class Reservation:
-    """The right to open one connection ahead, as long as somebody has this object."""
+    """The right to open one connection ahead, for as long as this object lives."""
 
 
 class Slots:

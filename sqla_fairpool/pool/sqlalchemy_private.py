@@ -189,7 +189,7 @@ def handed_out(record: ConnectionPoolEntry) -> Any:
 
 
 def is_dropped(record: ConnectionPoolEntry) -> bool:
-    """Tell if nobody has a connection that was handed out with a record.
+    """Tell if a connection that was handed out with a record has no user.
 
     So it is before SQLAlchemy has made its ``PoolProxiedConnection``, and from when
     that was dropped. No reference to it is taken, which would be the last one if it is
@@ -203,7 +203,7 @@ def is_dropped(record: ConnectionPoolEntry) -> bool:
 def disown(record: ConnectionPoolEntry) -> None:
     """Make a forked child forget a connection that is its parent's.
 
-    The record and whoever has it checked out lose the DBAPI connection, so that
+    The record and the user that has it checked out lose the DBAPI connection, so that
     neither a rollback nor a close can reach the socket shared with the parent.
     The driver's object is made immortal: some drivers say goodbye to the server
     when theirs is deallocated, even at the end of the process.

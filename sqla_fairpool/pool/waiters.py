@@ -1,7 +1,7 @@
 """How a caller sleeps until it is woken: a thread's way, and a task's.
 
-A waiter is a dumb bell: it may ring early or twice. Whoever wakes looks at its
-ticket to learn what happened.
+A waiter may be woken early, or twice. The caller looks at its checkout to learn what
+happened.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Owner(Protocol):
     orphaned: bool
 
     def abandon(self) -> None:
-        """Called when there is nobody any more who could be woken."""
+        """Called when the caller cannot be woken any more."""
 
     def adopt(self, outcome: Any) -> None:
         """Called with what was done for an orphan; None if that failed."""
@@ -106,7 +106,7 @@ class ThreadWaiter:
 
     @staticmethod
     def run_through(function: Callable[[], Any], owner: Owner) -> Any:
-        return function()  # nobody cancels a thread
+        return function()  # a thread cannot be cancelled
 
     @staticmethod
     def run_apart(function: Callable[[], object]) -> None:
@@ -174,7 +174,7 @@ class TaskWaiter:
         try:
             self._loop.call_soon_threadsafe(self._ring)
         except RuntimeError:
-            self._owner.abandon()  # the loop is closed, nobody wakes up there
+            self._owner.abandon()  # the loop is closed, so no task wakes up there
 
     @staticmethod
     def can_wait() -> bool:

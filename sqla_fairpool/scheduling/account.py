@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
-
 from .counters import BOUNDS, Meter
 
 __all__ = ["FREE", "GRANTED", "WAITING", "Account", "LineFull", "Ticket"]
@@ -21,10 +19,10 @@ class LineFull(Exception):  # noqa: N818  (a refusal, not an error)
 class Ticket:
     """The handle of one request: waiting for a slot, holding one, or free.
 
-    A free ticket may be used for another request. While nobody waits, a granted
-    one may serve several checkouts under its tag, one after the other: whoever
-    keeps it counts these in the fields below, and the scheduler adds them to the
-    tag's figures when the slot comes back.
+    A free ticket may be used for another request. While no request waits, a granted
+    one may serve several checkouts under its tag, one after the other: the pool counts
+    these in the fields below, and the scheduler adds them to the tag's figures when the
+    slot comes back.
     """
 
     __slots__ = (
@@ -91,7 +89,6 @@ class Account:
         "hold_total",
         "in_use",
         "last_activity",
-        "listed",
         "meter",
         "peak",
         "prompt",
@@ -101,7 +98,6 @@ class Account:
         "wait_max",
         "wait_total",
         "waiters",
-        "warm",
         "weight",
     )
 
@@ -117,15 +113,10 @@ class Account:
         #: active and not silent: what its holders do is known to be activity.
         self.prompt = False
         self.in_use = 0
-        #: The most that were in use at once since whoever asks asked last.
+        #: The most that were in use at once since a ledger's member last asked.
         self.peak = 0
         self.waiters: OrderedDict[Ticket, None] | None = None
         self.last_activity: float | None = None
-        #: For whoever keeps granted slots in reserve, while nobody waits: what he
-        #: keeps for this tag, and if he has noted that. The scheduler looks at
-        #: neither.
-        self.warm: list[Any] = []
-        self.listed = False
         self.checkouts = 0
         self.timeouts = 0
         self.wait_total = 0.0

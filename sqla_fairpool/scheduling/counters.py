@@ -109,7 +109,7 @@ class Meter:
 
     def __init__(self) -> None:
         #: Checkouts granted. Of the default tag, those that came back: until
-        #: then it may turn out that they are somebody else's.
+        #: then it may turn out that they are another tag's.
         self.checkouts = 0
         #: Those that had not to wait.
         self.at_once = 0

@@ -1,7 +1,7 @@
 """The rules: ceilings, who is next, fair shares.
 
-Pure functions over plain numbers. No clock, no thread, no connection: whoever
-wants to know *why* a tag got a connection reads this file and nothing else.
+Pure functions over plain numbers. No clock, no thread, no connection: *why* a tag got
+a connection stands in this file and nowhere else.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def fair_shares(
 
     The answer is defined by three statements, which the tests check:
 
-    * nobody gets more than it demands;
-    * nothing is left over while somebody wants more: the shares add up to
+    * no party gets more than it demands;
+    * nothing is left over while a party wants more: the shares add up to
       ``min(capacity, sum(demands))`` exactly;
-    * no slot could move to somebody who is worse off: where `i` got less than
+    * no slot could move to a party that is worse off: where `i` got less than
       it wants, every `j` had, before its last slot, no more per weight than
       `i` has, ``(share[j] - 1) / weight[j] <= share[i] / weight[i]``.
 
@@ -81,7 +81,7 @@ def fair_shares(
       the ceiling respected.
     :param weights: relative entitlements, all 1.0 if not given.
     :param floors: what each party has already and keeps, whatever it demands; only
-      the rest of the capacity is divided, to whoever has least. The statements
+      the rest of the capacity is divided, to those that have least. The statements
       above hold for what is given beyond the floors.
 
     Costs O(n + capacity * log n); without weights O(n * log capacity).
@@ -90,7 +90,7 @@ def fair_shares(
     if weights is None:
         weights = [1.0] * len(demands)
         shares = _fill(shares, demands, capacity)
-    # Handing out slot by slot to whoever `rank` puts first *is* the definition.
+    # Handing out slot by slot to the one that `rank` puts first *is* the definition.
     line = [
         rank(share, weights[i], i)
         for i, share in enumerate(shares)

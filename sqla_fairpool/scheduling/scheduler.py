@@ -19,7 +19,7 @@ each of them, and the tests call it after every step):
    the number of granted tickets.
 2. Bounds: `in_use <= capacity`; no grant lifts a tag above its ceiling. After a
    ceiling has fallen, the excess drains.
-3. Work conservation: nobody below its ceiling waits while a slot is free.
+3. Work conservation: no tag below its ceiling waits while a slot is free.
 4. Order: first in, first out inside a tag; a newcomer is not served past a
    waiter who could be.
 5. Fairness: of the tags that wait below their ceiling the one that holds least
@@ -27,7 +27,7 @@ each of them, and the tests call it after every step):
 6. Once: a ticket is granted once per request and released once per grant; a
    cancelled one leaves no trace.
 
-Costs: `request`, `release`, `cancel` and `move` are O(1) while nobody waits and
+Costs: `request`, `release`, `cancel` and `move` are O(1) while no request waits and
 O(log waiting tags) otherwise, O(log tags) for a tag that is new or was idle;
 `tick` is O(log tags) for each tag whose idleness is due to be looked at.
 """
@@ -114,7 +114,7 @@ class Scheduler:
             self.roster.touch(account, now)
         ticket.account = account
         ticket.since = now
-        # Nobody is overtaken: with a slot free, all who wait are at their ceilings
+        # No ticket is overtaken: with a slot free, all that wait are at their ceilings
         # (promise 3); this tag is not, so none of them is of this tag.
         if self.in_use < self.capacity and account.in_use < self.ceiling(account):
             self._grant(ticket, now)
@@ -182,8 +182,7 @@ class Scheduler:
         """Take a waiting ticket out of its line, wherever it stands there.
 
         Returns False, and does nothing, if the ticket does not wait any more:
-        it was granted in the meantime, and whoever cancels has a slot to give
-        back.
+        it was granted in the meantime, and there is a slot to give back.
         """
         if ticket.state is not WAITING:
             return False
@@ -258,7 +257,7 @@ class Scheduler:
         self.next_tick = now + self.reallocation_interval
         if self.roster.review(now) and self.roster.active <= 1:
             # Ceilings have risen, for the one tag that is left and for the
-            # silent tag; nobody else can be waiting.
+            # silent tag; no other tag can be waiting.
             self.lines.all_changed()
         return self._dispatch(now)
 
@@ -349,12 +348,12 @@ class Scheduler:
             return False
         waiting = self.lines.next()
         if waiting is None or self.in_use + 1 < self.capacity:
-            return True  # nobody else, or a slot for each
+            return True  # no other one, or a slot for each
         rank = policy.rank(newcomer.in_use, newcomer.weight, self.arrivals + 1)
         return rank < self.lines.rank(waiting)
 
     def _dispatch(self, now: float) -> Sequence[Ticket]:
-        """Grant free slots to whoever is next, until none is left or none waits."""
+        """Grant free slots to those that are next, until none is left or none waits."""
         if not self.waiting:
             return _NO_GRANTS
         granted = []

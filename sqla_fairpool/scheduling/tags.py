@@ -1,7 +1,7 @@
 """Which tags are known, which of them are active, and so how high they may go.
 
 A tag is *active* from its first activity until it had none for `idle_timeout`;
-while somebody waits under it, it stays active. What is known of a tag that is
+while a request waits under it, it stays active. What is known of a tag that is
 idle and holds nothing is forgotten after a while, or earlier when there are very
 many: tags may be made from user data.
 
