@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+
 from .counters import BOUNDS, Meter
 
 __all__ = ["FREE", "GRANTED", "WAITING", "Account", "LineFull", "Ticket"]
