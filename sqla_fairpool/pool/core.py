@@ -286,7 +286,7 @@ class PoolCore:
 
     def _too_many_waiting(self, tag: str) -> TooManyWaiting:
         scheduler = self.scheduler
-        with self.lock.held():
+        with self.lock.mutex:
             scheduler.roster.meters.of(tag).refusals += 1
         return TooManyWaiting(
             f"too many waiting: tag {tag!r} refused, waiting={scheduler.waiting} "
@@ -325,7 +325,7 @@ class PoolCore:
         record = None
         try:
             self.slots.before_creating()
-            with self.lock.held():
+            with self.lock.mutex:
                 self.connections.opening.add(checkout)
             record = cast(Record, opener._create_connection())
             record.fair.checkout = checkout
@@ -333,7 +333,7 @@ class PoolCore:
             return record
         finally:
             took = None if record is None else self.clock() - began
-            with self.lock.held():
+            with self.lock.mutex:
                 self.connections.opening.discard(checkout)
                 if record is not None:
                     self.connections.all.add(record)
@@ -346,7 +346,7 @@ class PoolCore:
         now. Then this one would be one too many, and its caller waits for a slot again.
         """
         while checkout.state is GRANTED and self.scheduler.knows(checkout):
-            with self.lock.held():  # no section: what is kept warm stays so
+            with self.lock.mutex:  # no section: what is kept warm stays so
                 if self.slots.has_room():
                     return
             record = self._request_again(checkout)
@@ -491,7 +491,7 @@ class PoolCore:
 
     def connection_ended(self) -> None:
         """A connection is over, so that another one may be opened. From any thread."""
-        with self.lock.held():
+        with self.lock.mutex:
             if self.slots.is_paid_by_a_checkout() and not self.lock.in_section():
                 return  # what is kept warm stays so
         self.lock.do(self._recount_ended)
@@ -504,7 +504,7 @@ class PoolCore:
 
     def count_opening(self, account: Account, seconds: float | None) -> None:
         """Count a connection that was opened for a tag, or None if it could not be."""
-        with self.lock.held():
+        with self.lock.mutex:
             if seconds is None:
                 account.meter.create_failures += 1
             else:
@@ -512,7 +512,7 @@ class PoolCore:
 
     def count_closure(self, reason: str) -> None:
         """Count a connection that is closed."""
-        with self.lock.held():
+        with self.lock.mutex:
             self.closures[reason] += 1
 
     @property

@@ -108,64 +108,71 @@ class Housekeeping:
         """
         generation, lock = opener.generation, self._state.lock
         opened = 0
-        while self.owner is generation and (slot := self._reserve()) is not None:
+        while self.owner is generation:
+            slot = lock.run(self._reserve)
+            if slot is None:
+                break
             record = None
             try:
                 began = lock.clock()
                 record = cast(Record, opener._create_connection())
-                with lock.section() as now:
-                    # Nobody's in particular, so the default tag's.
-                    scheduler, options = self._state.scheduler, self._state.options
-                    account = scheduler.roster.get(options.default_tag, now)
-                    account.meter.create.add(now - began)
-                record.fair.idle_since = now
+                record.fair.idle_since = lock.run(self._count_opening, began)
                 opened += 1
             finally:
-                self._add_idle(slot, record, generation)
+                lock.run(self._add_idle, slot, record, generation)
         return opened
 
-    def _reserve(self) -> Reservation | None:
+    def _reserve(self, now: float) -> Reservation | None:
         """Reserve a slot for one more connection, if one is wanted and free."""
         state = self._state
         idle, slots, scheduler = state.connections.idle, state.slots, state.scheduler
-        with state.lock.section() as now:
-            # Among those out of use are the ones that others open at this moment.
-            there = slots.in_pool() + slots.out_of_use()
-            if there >= state.options.min_idle or slots.frozen:
-                return None
-            hollow = [r for r in list(idle) if r.dbapi_connection is None]
-            if hollow:
-                state.connections.remove(hollow[0])  # the new one takes its place
-            if scheduler.in_use + len(idle) >= scheduler.capacity:
-                return None
-            slot = Reservation()
-            slots.reserved.add(slot)
-            state.recount(now)
+        # Among those out of use are the ones that others open at this moment.
+        there = slots.in_pool() + slots.out_of_use()
+        if there >= state.options.min_idle or slots.frozen:
+            return None
+        hollow = [r for r in list(idle) if r.dbapi_connection is None]
+        if hollow:
+            state.connections.remove(hollow[0])  # the new one takes its place
+        if scheduler.in_use + len(idle) >= scheduler.capacity:
+            return None
+        slot = Reservation()
+        slots.reserved.add(slot)
+        state.recount(now)
         return slot
 
+    def _count_opening(self, began: float, now: float) -> float:
+        """Count it as nobody's in particular, so as the default tag's."""
+        scheduler, options = self._state.scheduler, self._state.options
+        account = scheduler.roster.get(options.default_tag, now)
+        account.meter.create.add(now - began)
+        return now
+
     def _add_idle(
-        self, slot: Reservation, record: Record | None, generation: Generation
+        self,
+        slot: Reservation,
+        record: Record | None,
+        generation: Generation,
+        now: float,
     ) -> None:
         """Put a new connection, or none, into the pool, and its slot into use."""
         state = self._state
-        with state.lock.section() as now:
-            state.slots.reserved.discard(slot)
-            if record is not None:
-                record.fair.physical.opening = False
-                state.connections.all.add(record)
-                state.connections.idle.append(record)  # it pays for itself
-            granted = state.scheduler.set_capacity(state.slots.usable(), now)
-            if record is None or not state.connections.remove(record):
-                state.deliver(granted)
-            elif granted and generation is self.owner:
-                state.deliver(granted, record)
+        state.slots.reserved.discard(slot)
+        if record is not None:
+            record.fair.physical.opening = False
+            state.connections.all.add(record)
+            state.connections.idle.append(record)  # it pays for itself
+        granted = state.scheduler.set_capacity(state.slots.usable(), now)
+        if record is None or not state.connections.remove(record):
+            state.deliver(granted)
+        elif granted and generation is self.owner:
+            state.deliver(granted, record)
+        else:
+            state.deliver(granted)
+            state.connections.idle.append(record)
+            if generation is self.owner:
+                state.drain(now)
             else:
-                state.deliver(granted)
-                state.connections.idle.append(record)
-                if generation is self.owner:
-                    state.drain(now)
-                else:
-                    state.retire(record, now, "disposed")  # another one has taken over
+                state.retire(record, now, "disposed")  # another one has taken over
 
     # -- changed options -------------------------------------------------------------
 
@@ -176,66 +183,76 @@ class Housekeeping:
 
         :raises sqlalchemy.exc.ArgumentError: for a bad value; nothing is changed.
         """
+        return self._state.lock.run(self._reconfigure, changes)
+
+    def _reconfigure(
+        self, changes: Mapping[str, Any], now: float
+    ) -> tuple[PoolOptions, PoolOptions]:
         state = self._state
-        with state.lock.section() as now:
-            before = state.options
-            options = before.changed(changes)
-            state.slots.refuse_other_terms(before, options)
-            state.options = options
-            state.connections.release_soon()
-            state.slots.allotted += options.capacity - before.capacity
-            granted = state.scheduler.reconfigure(
-                # Slots that are out of use for a moment stay so.
-                capacity=state.slots.usable(),
-                soft_limit=options.soft_limit,
-                max_limit=options.max_limit,
-                idle_timeout=options.idle_timeout,
-                reallocation_interval=options.reallocation_interval,
-                max_waiting=options.max_waiting,
-                now=now,
-            )
-            state.deliver(granted)
-            state.drain(now)
-            self.plan(now)
-            if options.min_idle > before.min_idle:
-                self.owner.warmed_up = False
-            # The caller that has the watch looks at the new times.
-            state.pass_the_watch()
+        before = state.options
+        options = before.changed(changes)
+        state.slots.refuse_other_terms(before, options)
+        state.options = options
+        state.connections.release_soon()
+        state.slots.allotted += options.capacity - before.capacity
+        granted = state.scheduler.reconfigure(
+            # Slots that are out of use for a moment stay so.
+            capacity=state.slots.usable(),
+            soft_limit=options.soft_limit,
+            max_limit=options.max_limit,
+            idle_timeout=options.idle_timeout,
+            reallocation_interval=options.reallocation_interval,
+            max_waiting=options.max_waiting,
+            now=now,
+        )
+        state.deliver(granted)
+        state.drain(now)
+        self.plan(now)
+        if options.min_idle > before.min_idle:
+            self.owner.warmed_up = False
+        # The caller that has the watch looks at the new times.
+        state.pass_the_watch()
         return before, options
 
     # -- one pool after the other ----------------------------------------------------
 
     def doom(self) -> None:
         """Have what is out now closed when it comes back."""
+        self._state.lock.run(self._doom)
+
+    def _doom(self, now: float) -> None:
         connections = self._state.connections
-        with self._state.lock.section():
-            for record in list(connections.all):
-                if record.fair.checkout.state is GRANTED:
-                    record.fair.doomed = True
-            connections.release_soon()
+        for record in list(connections.all):
+            if record.fair.checkout.state is GRANTED:
+                record.fair.doomed = True
+        connections.release_soon()
 
     def hand_over(self, generation: Generation) -> None:
         """Let another pool take over: what lies here is not for it."""
-        connections = self._state.connections
-        with self._state.lock.section():
-            former = self.owner
-            if former is generation:
-                return
-            former.left = []
-            while (record := connections.pop()) is not None:
-                former.left.append(record)
-            connections.left.update(former.left)
-            connections.release_soon()  # to be closed when they come back
-            self.owner = generation
-            generation.warmed_up = False
-        if former.disposed:
+        former = self._state.lock.run(self._hand_over, generation)
+        if former is not generation and former.disposed:
             self.close_left(former)
+
+    def _hand_over(self, generation: Generation, now: float) -> Generation:
+        """Return the pool that was in use before."""
+        connections = self._state.connections
+        former = self.owner
+        if former is generation:
+            return former
+        former.left = []
+        while (record := connections.pop()) is not None:
+            former.left.append(record)
+        connections.left.update(former.left)
+        connections.release_soon()  # to be closed when they come back
+        self.owner = generation
+        generation.warmed_up = False
+        return former
 
     def make_room(self) -> None:
         """Before opening: close what a former pool has left, if it is in the way."""
         slots, left = self._state.slots, self._state.connections.left
         record = None
-        with self._state.lock.held():
+        with self._state.lock.mutex:
             if slots.there() > slots.allotted:
                 try:
                     record = left.pop()
@@ -249,16 +266,18 @@ class Housekeeping:
         """Close what a former pool has left."""
         while generation.left:
             record = generation.left.pop()
-            with self._state.lock.held():
+            with self._state.lock.mutex:
                 self._state.connections.left.discard(record)
             record.fair.close_reason = "disposed"
             record.close()
 
     def close_idle(self) -> None:
         """Close the connections that are in the pool."""
-        with self._state.lock.section() as now:
-            for record in list(self._state.connections.idle):
-                self._state.retire(record, now, "disposed")
+        self._state.lock.run(self._close_idle)
+
+    def _close_idle(self, now: float) -> None:
+        for record in list(self._state.connections.idle):
+            self._state.retire(record, now, "disposed")
 
     def hang_up_surplus(self) -> None:
         """End sessions that are too many, without the drivers and their loop.

@@ -41,10 +41,10 @@ class PoolLock:
     __slots__ = (
         "_busy_in",
         "_can_wait",
-        "_lock",
         "clock",
         "deferred",
         "inbox",
+        "mutex",
         "wake_ups",
     )
 
@@ -57,7 +57,8 @@ class PoolLock:
 
     def reset(self) -> None:
         """Be as new, also in the child of a fork."""
-        self._lock = threading.RLock()
+        #: Held to read or note something, also in the middle of a section.
+        self.mutex = threading.RLock()
         # The thread that is in a section.
         self._busy_in: int | None = None
         #: What is to be done in a section, this one or the next; called with the time.
@@ -69,11 +70,9 @@ class PoolLock:
     def run(self, transition: Callable[..., _T], *args: Any) -> _T:
         """Call a function in a section, with the time as its last argument.
 
-        For the checkout path: an interrupt never leaves the section open. (With a
-        context manager it can, as long as the interrupt's traceback lives: one that
-        comes as ``__enter__`` returns.)
+        An interrupt never leaves the section open.
         """
-        with self._lock:
+        with self.mutex:
             if self._busy_in is not None:
                 refuse_inner_call()
             self._busy_in = get_ident()
@@ -92,8 +91,13 @@ class PoolLock:
 
     @contextmanager
     def section(self) -> Iterator[float]:
-        """Hold the lock for a block of code; gives the time."""
-        with self._lock:
+        """Hold the lock for a block of code; gives the time.
+
+        Not where a caller's thread may be interrupted: an exception that comes as the
+        block is entered or left keeps the section open for as long as its traceback
+        lives.
+        """
+        with self.mutex:
             if self._busy_in is not None:
                 refuse_inner_call()
             self._busy_in = get_ident()
@@ -108,12 +112,6 @@ class PoolLock:
                 self._busy_in = None
         if self.wake_ups or self.deferred or self.inbox:
             self.flush()
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the lock to read or note something, also in the middle of a section."""
-        with self._lock:
-            yield
 
     def in_section(self) -> bool:
         """Tell if this thread is in a section.
