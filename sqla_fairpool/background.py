@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 __all__ = ["start_thread"]
 
-#: Seconds in which a helper is heard of as a rule: the system has to start a thread.
+#: Seconds that are waited for a sign of a helper: the system has to start a thread.
 _HEARD_WITHIN = 1.0
 
 #: How many helpers are tried. None is heard of while the interpreter ends.
@@ -34,22 +34,24 @@ def start_thread(
     :param failed: called, from this thread or another one, if it cannot be started: at
       the interpreter's end, or if the system has no more threads.
     """
-    heard = threading.Event()
+    heard, done = threading.Event(), threading.Event()
     orders = [target]  # whoever takes it carries it out
 
     def help_out() -> None:
-        heard.set()  # before a lock of `threading` that the caller may hold
+        heard.set()  # first: the caller may hold a lock that is needed below
         if _take(orders):
             try:
                 threading.Thread(target=target, name=name, daemon=True).start()
             except RuntimeError:
                 failed()
+            done.set()
 
     interrupt = None
     for _ in range(_HELPERS):
         try:
             _thread.start_new_thread(help_out, ())
             if heard.wait(_HEARD_WITHIN):
+                done.wait(_HEARD_WITHIN)
                 break
         except RuntimeError:
             break

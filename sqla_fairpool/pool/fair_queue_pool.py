@@ -271,8 +271,7 @@ class FairQueuePool(Pool):
         were not used for `idle_connection_ttl`. For a timer of yours, in a
         process that may not touch its pool for hours.
         """
-        with self._core.lock.section() as now:
-            self._core.housekeeping.look_around(now)
+        self._core.lock.run(self._core.housekeeping.look_around)
 
     # -- figures -------------------------------------------------------------------
 

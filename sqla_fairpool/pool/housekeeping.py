@@ -106,53 +106,63 @@ class Housekeeping:
 
         :raises sqlalchemy.exc.ArgumentError: for a bad value; nothing is changed.
         """
+        return self._state.lock.run(self._reconfigure, changes)
+
+    def _reconfigure(
+        self, changes: Mapping[str, Any], now: float
+    ) -> tuple[PoolOptions, PoolOptions]:
         state = self._state
-        with state.lock.section() as now:
-            before = state.options
-            options = before.changed(changes)
-            state.slots.refuse_other_terms(before, options)
-            state.options = options
-            state.connections.release_soon()
-            state.slots.allotted += options.capacity - before.capacity
-            # Slots that are out of use for a moment stay so.
-            rules = {**options.rules(), "capacity": state.slots.usable()}
-            granted = state.scheduler.reconfigure(**rules, now=now)
-            state.deliver(granted)
-            state.drain(now)
-            self.plan(now)
-            if options.min_idle > before.min_idle:
-                self.owner.warmed_up = False
-            # The caller that has the watch looks at the new times.
-            state.pass_the_watch()
+        before = state.options
+        options = before.changed(changes)
+        state.slots.refuse_other_terms(before, options)
+        state.options = options
+        state.connections.release_soon()
+        state.slots.allotted += options.capacity - before.capacity
+        # Slots that are out of use for a moment stay so.
+        rules = {**options.rules(), "capacity": state.slots.usable()}
+        granted = state.scheduler.reconfigure(**rules, now=now)
+        state.deliver(granted)
+        state.drain(now)
+        self.plan(now)
+        if options.min_idle > before.min_idle:
+            self.owner.warmed_up = False
+        # The caller that has the watch looks at the new times.
+        state.pass_the_watch()
         return before, options
 
     # -- one pool after the other ----------------------------------------------------
 
     def doom(self) -> None:
         """Have what is out now closed when it comes back."""
+        self._state.lock.run(self._doom)
+
+    def _doom(self, now: float) -> None:
         connections = self._state.connections
-        with self._state.lock.section():
-            for record in list(connections.all):
-                if record.fair.checkout.state is GRANTED:
-                    record.fair.doomed = True
-            connections.release_soon()
+        for record in list(connections.all):
+            if record.fair.checkout.state is GRANTED:
+                record.fair.doomed = True
+        connections.release_soon()
 
     def hand_over(self, generation: Generation) -> None:
         """Let another pool take over: what lies here is not for it."""
-        connections = self._state.connections
-        with self._state.lock.section():
-            former = self.owner
-            if former is generation:
-                return
-            former.left = []
-            while (record := connections.pop()) is not None:
-                former.left.append(record)
-            connections.left.update(former.left)
-            connections.release_soon()  # to be closed when they come back
-            self.owner = generation
-            generation.warmed_up = False
-        if former.disposed:
+        former = self._state.lock.run(self._hand_over, generation)
+        if former is not generation and former.disposed:
             self.close_left(former)
+
+    def _hand_over(self, generation: Generation, now: float) -> Generation:
+        """Return the pool that was in use before."""
+        connections = self._state.connections
+        former = self.owner
+        if former is generation:
+            return former
+        former.left = []
+        while (record := connections.pop()) is not None:
+            former.left.append(record)
+        connections.left.update(former.left)
+        connections.release_soon()  # to be closed when they come back
+        self.owner = generation
+        generation.warmed_up = False
+        return former
 
     def make_room(self) -> None:
         """Before opening: close what a former pool has left, if it is in the way."""
@@ -179,9 +189,11 @@ class Housekeeping:
 
     def close_idle(self) -> None:
         """Close the connections that are in the pool."""
-        with self._state.lock.section() as now:
-            for record in list(self._state.connections.idle):
-                self._state.retire(record, now, "disposed")
+        self._state.lock.run(self._close_idle)
+
+    def _close_idle(self, now: float) -> None:
+        for record in list(self._state.connections.idle):
+            self._state.retire(record, now, "disposed")
 
     def hang_up_surplus(self) -> None:
         """End sessions that are too many, without the drivers and their loop.

@@ -71,9 +71,7 @@ class PoolLock:
     def run(self, transition: Callable[..., _T], *args: Any) -> _T:
         """Call a function in a section, with the time as its last argument.
 
-        For the checkout path: an interrupt never leaves the section open. (With a
-        context manager it can, as long as the interrupt's traceback lives: one that
-        comes as ``__enter__`` returns.)
+        An interrupt never leaves the section open.
         """
         if self.busy_in is not None and self.in_section():
             refuse_inner_call()
@@ -96,7 +94,12 @@ class PoolLock:
 
     @contextmanager
     def section(self) -> Iterator[float]:
-        """Hold the lock for a block of code; gives the time."""
+        """Hold the lock for a block of code; gives the time.
+
+        Not where a caller's thread may be interrupted: an exception that comes as the
+        block is entered or left keeps the section open for as long as its traceback
+        lives.
+        """
         if self.busy_in is not None and self.in_section():
             refuse_inner_call()
         try:

@@ -88,70 +88,70 @@ class OpeningAhead:
         return opened
 
     def _open_ahead(self, opener: Opener) -> int:
-        """Open connections until there are `min_idle`; return how many were opened.
-
-        Those that are checked out count. Raises what opening raises.
-        """
         generation, lock = opener.generation, self._state.lock
         opened = 0
-        while (
-            self._housekeeping.owner is generation
-            and (slot := self._reserve()) is not None
-        ):
+        while self._housekeeping.owner is generation:
+            slot = lock.run(self._reserve)
+            if slot is None:
+                break
             record = None
             try:
                 began = lock.clock()
                 record = cast(Record, opener._create_connection())
-                with lock.section() as now:
-                    # It belongs to no tag, so it counts for the default tag.
-                    scheduler, options = self._state.scheduler, self._state.options
-                    account = scheduler.roster.get(options.default_tag, now)
-                    account.meter.create.add(now - began)
-                record.fair.idle_since = now
+                record.fair.idle_since = lock.run(self._count_opening, began)
                 opened += 1
             finally:
-                self._add_idle(slot, record, generation)
+                lock.run(self._add_idle, slot, record, generation)
         return opened
 
-    def _reserve(self) -> Reservation | None:
+    def _reserve(self, now: float) -> Reservation | None:
         """Reserve a slot for one more connection, if one is wanted and free."""
         state = self._state
         idle, slots, scheduler = state.connections.idle, state.slots, state.scheduler
-        with state.lock.section() as now:
-            # Among those out of use are the ones that others open at this moment.
-            there = slots.in_pool() + slots.out_of_use()
-            if there >= state.options.min_idle or slots.frozen:
-                return None
-            hollow = [r for r in list(idle) if r.dbapi_connection is None]
-            if hollow:
-                state.connections.remove(hollow[0])  # the new one takes its place
-            if scheduler.in_use + len(idle) >= scheduler.capacity:
-                return None
-            slot = Reservation()
-            slots.reserved.add(slot)
-            state.recount(now)
+        # Among those out of use are the ones that others open at this moment.
+        there = slots.in_pool() + slots.out_of_use()
+        if there >= state.options.min_idle or slots.frozen:
+            return None
+        hollow = [r for r in list(idle) if r.dbapi_connection is None]
+        if hollow:
+            state.connections.remove(hollow[0])  # the new one takes its place
+        if scheduler.in_use + len(idle) >= scheduler.capacity:
+            return None
+        slot = Reservation()
+        slots.reserved.add(slot)
+        state.recount(now)
         return slot
 
+    def _count_opening(self, began: float, now: float) -> float:
+        """Count one that belongs to no tag, so it counts for the default tag."""
+        scheduler, options = self._state.scheduler, self._state.options
+        account = scheduler.roster.get(options.default_tag, now)
+        account.meter.create.add(now - began)
+        return now
+
     def _add_idle(
-        self, slot: Reservation, record: Record | None, generation: Generation
+        self,
+        slot: Reservation,
+        record: Record | None,
+        generation: Generation,
+        now: float,
     ) -> None:
         """Put a new connection, or none, into the pool, and its slot into use."""
-        state = self._state
-        with state.lock.section() as now:
-            state.slots.reserved.discard(slot)
-            if record is not None:
-                record.fair.physical.opening = False
-                state.connections.all.add(record)
-                state.connections.idle.append(record)  # it pays for itself
-            granted = state.scheduler.set_capacity(state.slots.usable(), now)
-            if record is None or not state.connections.remove(record):
-                state.deliver(granted)
-            elif granted and generation is self._housekeeping.owner:
-                state.deliver(granted, record)
+        state, owner = self._state, self._housekeeping.owner
+        state.slots.reserved.discard(slot)
+        if record is not None:
+            record.fair.physical.opening = False
+            state.connections.all.add(record)
+            state.connections.idle.append(record)  # it pays for itself
+        granted = state.scheduler.set_capacity(state.slots.usable(), now)
+        if record is None or not state.connections.remove(record):
+            state.deliver(granted)
+        elif granted and generation is owner:
+            state.deliver(granted, record)
+        else:
+            state.deliver(granted)
+            state.connections.idle.append(record)
+            if generation is owner:
+                state.drain(now)
             else:
-                state.deliver(granted)
-                state.connections.idle.append(record)
-                if generation is self._housekeeping.owner:
-                    state.drain(now)
-                else:
-                    state.retire(record, now, "disposed")  # another one has taken over
+                state.retire(record, now, "disposed")  # another one has taken over

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, repeat
 from operator import attrgetter
@@ -54,16 +54,7 @@ _unbooked = attrgetter("since", "again", "held", "held_max")
 
 def snapshot(core: PoolCore, name: str = "") -> PoolStats:
     """Return the pool's figures, with a row for each tag. O(tags log tags)."""
-    unbooked: dict[str, list[Any]] = defaultdict(list)
-    with core.lock.section() as now:
-        scheduler = core.scheduler
-        copied = [
-            (_figures(account), scheduler.ceiling(account), _since(account))
-            for account in scheduler.accounts.values()
-        ]
-        for checkout in core.connections.granted():
-            unbooked[checkout.account.tag].append(_unbooked(checkout))
-        pool = _pool(core, name)
+    pool, copied, unbooked, now = core.lock.run(_copy, core, name)
     copied.sort()
     wanted = [(*figures[1:4], limit) for figures, limit, _ in copied]
     shares = policy.shares_of_tags(wanted, pool.capacity)
@@ -78,6 +69,21 @@ def snapshot(core: PoolCore, name: str = "") -> PoolStats:
         if row.active or row.connections or row.waiting or row.checkouts or row.timeouts
     )
     return replace(pool, tags=tags)
+
+
+def _copy(
+    core: PoolCore, name: str, now: float
+) -> tuple[PoolStats, list[tuple[Any, ...]], Mapping[str, list[Any]], float]:
+    """Copy what :func:`snapshot` works with. Caller is in a section."""
+    unbooked: dict[str, list[Any]] = defaultdict(list)
+    scheduler = core.scheduler
+    copied = [
+        (_figures(account), scheduler.ceiling(account), _since(account))
+        for account in scheduler.accounts.values()
+    ]
+    for checkout in core.connections.granted():
+        unbooked[checkout.account.tag].append(_unbooked(checkout))
+    return _pool(core, name), copied, unbooked, now
 
 
 def _pool(core: PoolCore, name: str) -> PoolStats:
@@ -156,11 +162,7 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
 
     The rows have no fair shares and no times of this moment.
     """
-    with core.lock.section():
-        meters = core.scheduler.roster.meters.by_tag
-        counters = {tag: (_counts(m), _histograms(m)) for tag, m in meters.items()}
-        live = _live_by_counters(core)
-        pool = _pool(core, name)
+    pool, counters, live = core.lock.run(_copy_metrics, core, name)
     rows = []
     for tag, (counted, (wait, hold, create)) in sorted(counters.items()):
         active, connections, limit, waiting, unbooked = live[tag]
@@ -182,6 +184,15 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
         )
         rows.append(row)
     return replace(pool, tags=tuple(rows))
+
+
+def _copy_metrics(
+    core: PoolCore, name: str, now: float
+) -> tuple[PoolStats, dict[str, tuple[Any, Any]], dict[str, list[int]]]:
+    """Copy what :func:`metrics` works with. Caller is in a section."""
+    meters = core.scheduler.roster.meters.by_tag
+    counters = {tag: (_counts(m), _histograms(m)) for tag, m in meters.items()}
+    return _pool(core, name), counters, _live_by_counters(core)
 
 
 def _live_by_counters(core: PoolCore) -> dict[str, list[int]]:
@@ -238,28 +249,32 @@ class Source:
         """Have each duration kept from now on, until it is taken."""
         core = self.core()
         assert core is not None
-        with core.lock.section():
-            meters = core.scheduler.roster.meters
-            meters.on_new.append(_keep_durations)
-            for tag, meter in meters.by_tag.items():
-                _keep_durations(tag, meter)
-                self._at_once[tag] = meter.at_once
+        core.lock.run(self._keep_durations, core)
+
+    def _keep_durations(self, core: PoolCore, now: float) -> None:
+        meters = core.scheduler.roster.meters
+        meters.on_new.append(_keep_durations)
+        for tag, meter in meters.by_tag.items():
+            _keep_durations(tag, meter)
+            self._at_once[tag] = meter.at_once
 
     def take_durations(self) -> list[tuple[str, str, Iterable[float]]]:
         """Return what was kept: ``wait``, ``hold`` or ``create``, the tag, seconds."""
         core = self.core()
-        if core is None:
-            return []
+        return [] if core is None else core.lock.run(self._take_durations, core)
+
+    def _take_durations(
+        self, core: PoolCore, now: float
+    ) -> list[tuple[str, str, Iterable[float]]]:
         taken: list[tuple[str, str, Iterable[float]]] = []
-        with core.lock.section():
-            for tag, meter in core.scheduler.roster.meters.by_tag.items():
-                more = meter.at_once - self._at_once.get(tag, 0)
-                self._at_once[tag] = meter.at_once
-                taken.append(("wait", tag, repeat(0.0, min(more, _DURATIONS_KEPT))))
-                for name in _HISTOGRAMS:
-                    histogram: Histogram = getattr(meter, name)
-                    taken.append((name, tag, histogram.raw or ()))
-                    histogram.raw = deque(maxlen=_DURATIONS_KEPT)
+        for tag, meter in core.scheduler.roster.meters.by_tag.items():
+            more = meter.at_once - self._at_once.get(tag, 0)
+            self._at_once[tag] = meter.at_once
+            taken.append(("wait", tag, repeat(0.0, min(more, _DURATIONS_KEPT))))
+            for name in _HISTOGRAMS:
+                histogram: Histogram = getattr(meter, name)
+                taken.append((name, tag, histogram.raw or ()))
+                histogram.raw = deque(maxlen=_DURATIONS_KEPT)
         return taken
 
 

@@ -191,6 +191,7 @@ def test_warming_up_ends_when_another_pool_takes_over(make_pool, server):
 
     server.before["connect"] = take_over
     assert pool.warm_up() == 1
+    opened_ahead()
     # The new one counted the connection that was being opened, and this was closed.
     assert server.open == successor.checkedin() == 2
     assert successor.warm_up() == 1

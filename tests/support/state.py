@@ -129,6 +129,15 @@ def is_busy(pool):
     return core(pool).lock.in_section()
 
 
+def is_free(pool):
+    """Tell if no other thread has the lock, nor is in a section of it."""
+    lock = core(pool).lock
+    if not lock.mutex.acquire(blocking=False):
+        return False
+    lock.mutex.release()
+    return lock._busy_in is None
+
+
 def came_back_meanwhile(pool):
     """How many connections came back in the middle of this critical section."""
     return sum(isinstance(work, partial) for work in core(pool).lock.inbox)
@@ -148,11 +157,11 @@ def look_around(pool):
 def lock_forbidden(pool):
     """Let the test fail if anything takes the pool's lock."""
     the_lock = core(pool).lock
-    lock, the_lock.mutex = the_lock.mutex, None
+    mutex, the_lock.mutex = the_lock.mutex, None
     try:
         yield
     finally:
-        the_lock.mutex = lock
+        the_lock.mutex = mutex
 
 
 # -- what tests do to it ---------------------------------------------------------------
