@@ -536,7 +536,9 @@ class PoolCore:
             sqlalchemy_private.disown(record)
         self.slots.existing.disown()
         self.lock.reset()
+        failures = self.slots.existing.failures
         self._begin(self.options)
+        self.slots.existing.failures = failures
         self.log_to(self.logger)
         self.slots.after_fork()
 
