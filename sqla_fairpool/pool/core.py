@@ -200,12 +200,11 @@ class PoolCore:
         except LineFull:
             raise self._waiting.too_many(tag) from None
         except BaseException:
-            if checkout.state is not FREE:
-                try:
-                    self.give_up(checkout)
-                except BaseException:  # a second interrupt
-                    self.give_up(checkout)
-                    raise
+            try:
+                self.give_up(checkout)
+            except BaseException:  # a second interrupt
+                self.give_up(checkout)
+                raise
             raise
 
     def _request(self, checkout: Checkout, tag: str, now: float) -> float:
@@ -261,9 +260,9 @@ class PoolCore:
         self.lock.run(self._give_up, checkout)
 
     def _give_up(self, checkout: Checkout, now: float) -> None:
-        if self.scheduler.cancel(checkout):
-            self.state.leave_line(checkout)
-        else:
+        has_waited = self.scheduler.cancel(checkout)
+        self.state.leave_line(checkout)  # if not before: then it was interrupted
+        if not has_waited:
             record, checkout.record = checkout.record, None
             self.state.take_back(checkout, record, True, now)
 
@@ -385,7 +384,9 @@ class PoolCore:
             sqlalchemy_private.disown(record)
         self.slots.existing.disown()
         self.lock.reset()
+        failures = self.slots.existing.failures
         self._begin(self.options)
+        self.slots.existing.failures = failures
         self.log_to(self.logger)
         self.slots.after_fork()
 

@@ -179,6 +179,13 @@ def test_connection_that_could_not_be_opened_does_not_exist(connections):
     assert not list(connections)
 
 
+def test_child_of_a_fork_tells_failures_from_interruptions_as_its_parent(make_pool):
+    pool = make_pool()
+    state.existing(pool).failures = (OSError,)
+    state.after_fork(pool)
+    assert state.existing(pool).failures == (OSError,)
+
+
 def test_connection_is_paid_for_by_its_opener_the_pool_or_nothing(connections, driver):
     record = Record()
     physical = open_one(connections, driver, record)

@@ -21,6 +21,7 @@ from support.threads import (
 from support.worlds import contract
 
 from sqla_fairpool import CheckoutTimeout, FairQueuePool, TooManyWaiting
+from sqla_fairpool.pool.transitions import Transitions
 from sqla_fairpool.pool.waiters import ThreadWaiter
 from sqla_fairpool.pool.warm import WarmRecords
 
@@ -326,6 +327,23 @@ def test_exception_while_waiting_leaves_the_line(make_pool, error):
         with pytest.raises(error):
             connect(pool)
         assert pool.stats().waiting == 0
+
+
+def test_watch_is_passed_on_though_its_owner_is_interrupted_in_leaving(
+    make_pool, monkeypatch
+):
+    pool, leave_line = make_pool(1, timeout=0), Transitions.leave_line
+    interrupts = [Interrupted, Interrupted]
+
+    def leave(transitions, checkout):
+        if interrupts:
+            raise interrupts.pop()
+        leave_line(transitions, checkout)
+
+    monkeypatch.setattr(Transitions, "leave_line", leave)
+    with connect(pool), pytest.raises(Interrupted):
+        connect(pool)
+    assert state.watcher(pool) is None
 
 
 def test_exception_that_meets_the_grant_passes_it_on(make_pool):

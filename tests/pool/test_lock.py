@@ -56,11 +56,12 @@ def test_inner_call_is_refused_and_leaves_the_section_as_it_is(lock, run, done):
 @both
 def test_work_of_a_finaliser_is_done_before_the_section_ends(lock, run, done):
     def transition(now):
+        lock.wake_ups.append(lambda: done.append("wake"))
         lock.do(lambda now: done.append(("work", now, lock.in_section())))
         done.append("transition")
 
     run(lock, transition)
-    assert done == ["transition", ("work", 7.0, True)]
+    assert done == ["transition", ("work", 7.0, True), "wake"]
 
 
 def test_work_outside_of_a_section_is_done_in_the_next_or_in_its_own(lock, done):

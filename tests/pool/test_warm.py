@@ -67,6 +67,18 @@ def test_record_added_while_a_section_empties_the_list_is_found(cache, given_up)
     assert given_up == ["first", "second", "third"]
 
 
+def test_section_between_listing_and_adding_misses_nothing(cache, given_up):
+    class Met(warm.WarmRecords):
+        def append(self, record):
+            section(cache)
+            super().append(record)
+
+    cache.by_tag["a"] = Met(cache, "a")
+    cache.put("a", "record")
+    section(cache)
+    assert given_up == ["record"]
+
+
 def test_interrupted_section_is_repeated(cache, given_up):
     def interrupted(record, now):
         cache.give_up = lambda record, now: given_up.append(record)

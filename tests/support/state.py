@@ -57,6 +57,11 @@ def connections(pool):
     return list(core(pool).slots.existing)
 
 
+def existing(pool):
+    """The set of them."""
+    return core(pool).slots.existing
+
+
 def connections_there(pool):
     """How many there are, those in the hands of a user who has detached them too."""
     return core(pool).slots.there()
