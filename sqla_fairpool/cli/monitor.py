@@ -49,7 +49,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "monitor",
         help="watch who has the connections, on the whole screen",
-        description="Poller who has the connections of a budget that processes share. "
+        description="Watch who has the connections of a budget that processes share. "
         "On a terminal on the whole screen, else as plain text.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from secrets import token_hex
 from statistics import median_low
 from typing import Any, NamedTuple, cast
@@ -132,7 +133,8 @@ class _Worker(threading.Thread):
         self._statement = text(_STATEMENT.format(tag=tag, seconds=seconds))
         self.stopping = False
         self.failure: Exception | None = None
-        self.since: float | None = None
+        #: When its last wait began, unless that has ended.
+        self.since = inf
         self.reset()
         self.start()
 
@@ -142,9 +144,7 @@ class _Worker(threading.Thread):
 
     def wait_until(self, now: float) -> float:
         """Return the longest wait, also if it is the one that has not ended."""
-        return (
-            self.longest if self.since is None else max(self.longest, now - self.since)
-        )
+        return max(self.longest, now - self.since)
 
     def run(self) -> None:
         try:
@@ -152,7 +152,7 @@ class _Worker(threading.Thread):
                 self.since = time.monotonic()
                 with self._engine.begin() as connection:
                     self.longest = self.wait_until(time.monotonic())
-                    self.since = None
+                    self.since = inf
                     self.checkouts += 1
                     connection.execute(self._statement)
         except Exception as error:

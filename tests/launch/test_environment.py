@@ -209,28 +209,35 @@ def postgresql(rest):
 @pytest.mark.parametrize(
     ("given", "chosen"),
     [
-        ("psycopg2://u@h/d", "psycopg2://u@h/d"),
+        ("2://u@h/d", "2://u@h/d"),
         (
-            "asyncpg://u@/d?host=/t&prepared_statement_cache_size=0",
-            "psycopg://u@/d?host=/t",
-        ),
-        (
-            "asyncpg://h/d?ssl=verify-full&timeout=2.5&command_timeout=9",
-            "psycopg://h/d?sslmode=verify-full&connect_timeout=3",
-        ),
-        (
-            "asyncpg://h/d?sslmode=verify-ca&sslrootcert=/ca.pem&ledger=x",
-            "psycopg://h/d?sslmode=verify-ca&sslrootcert=/ca.pem",
-        ),
-        (
-            "psycopg://h/d?sslmode=require&plugin=fairpool&fairpool_x=1",
-            "psycopg://h/d?sslmode=require",
+            "://h/d?sslmode=require&plugin=fairpool&fairpool_x=1",
+            "://h/d?sslmode=require",
         ),
     ],
 )
 def test_driver_for_questions_to_a_postgresql(given, chosen):
-    url = with_threads_driver(make_url(f"postgresql+{given}"))
-    assert url == make_url(f"postgresql+{chosen}")
+    url = with_threads_driver(make_url(f"postgresql+psycopg{given}"))
+    assert url == make_url(f"postgresql+psycopg{chosen}")
+
+
+@pytest.mark.parametrize(
+    ("given", "chosen"),
+    [
+        ("host=/t&prepared_statement_cache_size=0", "host=/t"),
+        (
+            "ssl=verify-full&timeout=2.5&command_timeout=9",
+            "sslmode=verify-full&connect_timeout=3",
+        ),
+        (
+            "sslmode=verify-ca&sslrootcert=/ca.pem&ledger=x",
+            "sslmode=verify-ca&sslrootcert=/ca.pem",
+        ),
+    ],
+)
+def test_asyncpgs_keys_as_psycopgs(given, chosen):
+    url = with_threads_driver(make_url(f"postgresql+asyncpg://u@/d?{given}"))
+    assert url == make_url(f"postgresql+psycopg://u@/d?{chosen}")
 
 
 @pytest.mark.parametrize(
@@ -271,39 +278,35 @@ def test_url_without_a_driver_gets_one_that_is_installed(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("query", "dsn", "arguments"),
+    ("query", "arguments"),
     [
-        ("", None, {}),
-        ("sslmode=require", "sslmode=require", {}),
+        ("", {}),
+        ("sslmode=require", "sslmode=require"),
         (
             "sslmode=verify-full&sslrootcert=/a b/ca.pem",
             "sslmode=verify-full&sslrootcert=%2Fa%20b%2Fca.pem",
-            {},
         ),
-        ("sslmode=verify-full&sslrootcert=system", None, {"ssl": True}),
-        ("connect_timeout=10", None, {"timeout": 10.0}),
-        ("connect_timeout=0", None, {"timeout": None}),
-        (
-            "timeout=2.5&command_timeout=9",
-            None,
-            {"timeout": 2.5, "command_timeout": 9.0},
-        ),
-        ("statement_cache_size=0", None, {"statement_cache_size": 0}),
+        ("sslmode=verify-full&sslrootcert=system", {"ssl": True}),
+        ("connect_timeout=10", {"timeout": 10.0}),
+        ("connect_timeout=0", {"timeout": None}),
+        ("timeout=2.5&command_timeout=9", {"timeout": 2.5, "command_timeout": 9.0}),
+        ("statement_cache_size=0", {"statement_cache_size": 0}),
         (
             "options=-c statement_timeout%3D5s&application_name=x",
             "options=-c%20statement_timeout%3D5s&application_name=x",
-            {},
         ),
-        ("sslmode=allow&sslmode=prefer", "sslmode=prefer", {}),
-        ("host=/tmp&port=5&ssl=require&prepared_statement_cache_size=0", None, {}),
-        ("target_session_attrs=read-write&krbsrvname=x", None, {}),
-        ("keepalives=1&client_encoding=utf8&gssencmode=prefer", None, {}),
+        ("sslmode=allow&sslmode=prefer", "sslmode=prefer"),
+        ("host=/tmp&port=5&ssl=require&prepared_statement_cache_size=0", {}),
+        ("target_session_attrs=read-write&krbsrvname=x", {}),
+        ("keepalives=1&keepalives_idle=5&client_encoding=utf8&gssencmode=prefer", {}),
     ],
 )
-def test_libpqs_keys_as_asyncpgs_arguments(query, dsn, arguments):
+def test_libpqs_keys_as_asyncpgs_arguments(query, arguments):
+    """A text stands for the query of the ``dsn``, which asyncpg reads as libpq does."""
+    if isinstance(arguments, str):
+        arguments = {"dsn": f"postgresql://?{arguments}"}
     url = make_url(f"postgresql+asyncpg://h/d?{query}")
-    expected = arguments if dsn is None else {"dsn": f"postgresql://?{dsn}"}
-    assert asyncpg_arguments(url.query) == expected
+    assert asyncpg_arguments(url.query) == arguments
 
 
 @pytest.mark.parametrize(
