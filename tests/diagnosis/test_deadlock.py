@@ -229,7 +229,7 @@ def test_not_if_a_finished_threads_number_is_used_again(engine, looks):
 
 @pytest.mark.parametrize("kind", ["dropped and reset", "closed", "opened"])
 def test_not_while_a_connection_is(kind, engine, server, looks):
-    """By another thread; the database is slow to answer. The slot is nobody's then."""
+    """By another thread, while the database is slow: no caller has the slot then."""
     box = [engine.connect()]
     slow, work = {
         "dropped and reset": ("rollback", box.clear),

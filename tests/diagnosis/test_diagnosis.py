@@ -162,7 +162,7 @@ def test_others_are_named_although_the_caller_holds_one_itself(others, changes, 
         ),
     ],
 )
-def test_caller_is_named_if_nobody_else_could_have_helped(holdings, changes):
+def test_caller_is_named_if_no_other_could_have_helped(holdings, changes):
     facts = {"holdings": tuple(holdings), "capacity": 2, "pool_in_use": 2, **changes}
     assert case(**facts).advice.startswith("the caller itself holds a connection of '")
 

@@ -1,4 +1,4 @@
-"""The picture of all who share a budget: sums, limits and shares over the processes."""
+"""All processes that share a budget in one picture: sums, limits and shares."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_processes_of_several_hosts_are_told_apart():
     assert row.processes == ("x:1", "y:1")
 
 
-def test_slots_in_quarantine_are_nobodys():
+def test_slots_in_quarantine_are_no_scrapers():
     limits = Limits(20, 20, 10, 15, quarantined=10)
     overview = overview_of(busy("a", 5, 9), busy("b", 5, 9), limits=limits)
     assert shares(overview) == {"a": (5, 10, 5), "b": (5, 10, 5)}

@@ -115,6 +115,8 @@ def test_reset_that_the_driver_has_read_is_told_from_an_end(ends, how):
         far.close()
         assert near.recv(1) == b""
     assert line.was_reset() is (how == "reset")
+    line.hang_up()
+    assert line.look() is (UNKNOWN if how == "reset" else ENDED)
 
 
 def test_hanging_up_reaches_the_server_without_the_driver(driver):

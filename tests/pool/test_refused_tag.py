@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-
 import pytest
-from sqlalchemy import Column, Integer, MetaData, Table, make_url, select, text
+from sqlalchemy import Column, Integer, MetaData, Table, select, text
 from sqlalchemy.exc import StatementError
-from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 from support import state
-from support.state import assert_quiet
 from support.stub import StubError
-from support.tasks import waiting
 from support.threads import Caller, ensure_waiting
 from support.worlds import contract, holders, world_of
 
-from sqla_fairpool import (
-    AsyncAdaptedFairQueuePool,
-    CheckoutTimeout,
-    SelfDeadlock,
-    TooManyWaiting,
-)
+from sqla_fairpool import CheckoutTimeout, SelfDeadlock, TooManyWaiting
 from sqla_fairpool.pool.waiters import ThreadWaiter
 
 #: One connection for each of two tags, so that a tag which has its own is full.
@@ -202,33 +192,26 @@ def test_options_hold_after_an_invalidation(world):
         assert is_autocommit(connection)
 
 
-@pytest.mark.postgres
-@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
-def test_cancellation_while_waiting_refuses_in_the_same_way(postgres_url, driver):
-    async def main():
-        engine = create_async_engine(
-            make_url(postgres_url).set(drivername=f"postgresql+{driver}"),
-            poolclass=AsyncAdaptedFairQueuePool,
-            **{**ONE_EACH, "pool_timeout": 30},
-        )
-        async with (
-            engine.execution_options(scraper="full").connect(),
-            engine.connect() as connection,
-        ):
-            await connection.execution_options(isolation_level="AUTOCOMMIT")
-            task = asyncio.create_task(connection.execution_options(scraper="full"))
-            await waiting(engine.pool, 1)
-            assert holders(engine) == {"full": 1}
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
-            options = connection.sync_connection.get_execution_options()
-            assert options == {"isolation_level": "AUTOCOMMIT"}
-            assert await connection.run_sync(is_autocommit)
-        assert_quiet(engine.pool)
-        await engine.dispose()
+@pytest.fixture(params=["asyncpg", "psycopg tasks"])
+def tasks(request, postgres_url):
+    return world_of(postgres_url, f"postgresql+{request.param}")
 
-    asyncio.run(main())
+
+@pytest.mark.postgres
+@contract
+def test_cancellation_while_waiting_refuses_in_the_same_way(tasks):
+    engine = tasks.engine(**{**ONE_EACH, "pool_timeout": 30})
+    with engine.execution_options(scraper="full").connect():
+        with autocommit(engine) as connection:
+            caller = tasks.start(by_connection, connection)
+            tasks.ensure_waiting(engine, 1)
+            assert holders(engine) == {"full": 1}
+            caller.cancel()
+            with pytest.raises(tasks.interruption):
+                caller.result()
+            options = connection.get_execution_options()
+            assert options == {"isolation_level": "AUTOCOMMIT"}
+            assert is_autocommit(connection)
 
 
 # -- on the stub: in moments that no server can be brought to --------------------------

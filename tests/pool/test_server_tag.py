@@ -6,7 +6,6 @@ import pytest
 from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import NullPool
-from support.state import assert_quiet
 from support.threads import eventually
 from support.worlds import contract, count_opened, world_of
 
@@ -24,27 +23,6 @@ def pid_of(connection):
     pid = connection.scalar(text("select pg_backend_pid()"))
     connection.rollback()
     return pid
-
-
-@pytest.fixture
-def make_engine(postgres_url):
-    """Make an engine whose pool must be quiet in the end."""
-    engines = []
-
-    def make(**options):
-        options = {"server_tag": True, "pool_size": 4, **options}
-        engines.append(create_engine(postgres_url, poolclass=FairQueuePool, **options))
-        return engines[-1]
-
-    yield make
-    for engine in engines:
-        assert_quiet(engine.pool)
-        engine.dispose()
-
-
-@pytest.fixture
-def engine(make_engine):
-    return make_engine()
 
 
 @pytest.fixture(params=["psycopg2", "psycopg", "psycopg tasks", "asyncpg"])
@@ -99,8 +77,11 @@ def test_server_sees_the_tag_and_is_told_it_once(world, told, tag, seen):
 
 
 @pytest.mark.parametrize("encoding", ["latin1", "sql_ascii"])
-def test_tag_that_the_clients_encoding_lacks(make_engine, told, encoding):
-    engine = make_engine(pool_size=1, connect_args={"client_encoding": encoding})
+@pytest.mark.parametrize("world", ["psycopg2"], indirect=True)
+@contract
+def test_tag_that_the_clients_encoding_lacks(world, told, encoding):
+    arguments = {"client_encoding": encoding}
+    engine = world.engine(server_tag=True, pool_size=1, connect_args=arguments)
     tagged = engine.execution_options(scraper="層")
     for _ in range(2):
         with tagged.connect() as connection:
@@ -108,7 +89,9 @@ def test_tag_that_the_clients_encoding_lacks(make_engine, told, encoding):
     assert len(told) == 1
 
 
-def test_it_is_said_only_when_a_connection_changes_hands(engine, told):
+@contract
+def test_it_is_said_only_when_a_connection_changes_hands(world, told):
+    engine = world.engine(server_tag=True)
     a, b = (engine.execution_options(scraper=tag) for tag in "ab")
     for _ in range(3):
         with a.connect() as connection:
@@ -127,7 +110,9 @@ def test_it_is_said_only_when_a_connection_changes_hands(engine, told):
     assert len(told) == 2
 
 
-def test_tag_set_on_the_connection_outlives_a_rollback(engine):
+@contract
+def test_tag_set_on_the_connection_outlives_a_rollback(world):
+    engine = world.engine(server_tag=True)
     with engine.connect() as connection:
         assert name_of(connection) == "unknown"
         connection.rollback()
@@ -136,7 +121,9 @@ def test_tag_set_on_the_connection_outlives_a_rollback(engine):
         assert name_of(connection) == "late"
 
 
-def test_new_connection_in_an_old_record_or_after_dispose(engine):
+@contract
+def test_new_connection_in_an_old_record_or_after_dispose(world):
+    engine = world.engine(server_tag=True)
     tagged = engine.execution_options(scraper="a")
     with tagged.connect() as connection:
         connection.invalidate()
@@ -254,8 +241,10 @@ def test_name_that_the_application_sets_is_replaced_at_the_next_checkout(world):
         assert name_of(connection) == "a"
 
 
-def test_driver_that_does_not_say_the_name_is_told_each_time(engine, told, monkeypatch):
+@contract
+def test_driver_that_does_not_say_the_name_is_told_each_time(world, told, monkeypatch):
     monkeypatch.setattr(server_tag, "_name_known_to", lambda connection: None)
+    engine = world.engine(server_tag=True)
     tagged = engine.execution_options(scraper="a")
     for _ in range(2):
         with tagged.connect() as connection:

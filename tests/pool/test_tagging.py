@@ -385,60 +385,54 @@ def test_other_callers_wait_as_before(world):
     caller.result()
 
 
-@pytest.mark.parametrize("bad", [-1, "soon", float("nan"), True, 1.1e9, 10**400])
-def test_bad_timeouts_are_refused(make_engine, bad):
-    engine = make_engine()
-    with pytest.raises(ArgumentError, match="timeout="):
-        tag("a", timeout=bad)
-    with pytest.raises(ArgumentError, match="fairpool_timeout="):
-        engine.execution_options(fairpool_timeout=bad)
-    with engine.connect() as connection:
-        with pytest.raises(ArgumentError, match="fairpool_timeout="):
-            connection.execution_options(fairpool_timeout=bad)
+# -- bad tags and time-outs ------------------------------------------------------------
+
+BAD_TAGS = ["", 3, "a\nb", "x" * 129]
+BAD_TIMEOUTS = [-1, "soon", float("nan"), True, 1.1e9, 10**400]
 
 
-# -- bad tags --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bad", ["", None, 3, "a\nb", "x" * 129])
-def test_bad_tag_is_refused_where_it_is_set(make_engine, bad):
-    engine = make_engine()
-    if bad is not None:  # SQLAlchemy's way of saying "no option"
-        with pytest.raises(ArgumentError, match="scraper="):
-            engine.execution_options(scraper=bad)
+def test_bad_block_is_refused():
+    for bad in [None, *BAD_TAGS]:
+        with pytest.raises(ArgumentError, match="tag="):
+            tag(bad)
+    for bad in BAD_TAGS:
         with pytest.raises(ArgumentError, match="tag="):
             set_tag(bad)
-    with pytest.raises(ArgumentError, match="tag="):
-        tag(bad).__enter__()
+    for bad in BAD_TIMEOUTS:
+        with pytest.raises(ArgumentError, match="timeout="):
+            tag("a", timeout=bad)
     assert context_tag() is None
-    with engine.connect() as connection:
-        with pytest.raises(ArgumentError, match="scraper="):
-            connection.execution_options(scraper=bad)
-        assert connection.get_execution_options() == {}
-        assert holders(engine) == {"unknown": 1}
 
 
+@pytest.mark.parametrize("options", [{}, {"scraper": "a", "mine": 1}])
 @pytest.mark.parametrize(
-    "bad", [{"scraper": "a\nb"}, {"fairpool_timeout": -1}], ids=["tag", "time-out"]
+    ("name", "bad"),
+    [("scraper", bad) for bad in BAD_TAGS]
+    + [("fairpool_timeout", bad) for bad in BAD_TIMEOUTS],
 )
-def test_refused_option_is_not_among_the_options(make_engine, bad):
-    engine = make_engine(execution_options={"scraper": "a", "mine": 1})
-    derived = engine.execution_options(mine=2)
-    for each in (engine, derived):
+def test_refused_option_is_not_among_the_options(make_engine, options, name, bad):
+    engine = make_engine(execution_options=options)
+    for each in (engine, engine.execution_options(mine=2)):
         before = each.get_execution_options()
-        with pytest.raises(ArgumentError):
-            each.update_execution_options(mine=3, **bad)
+        for refuse in (each.execution_options, each.update_execution_options):
+            with pytest.raises(ArgumentError, match=f"{name}="):
+                refuse(mine=3, **{name: bad})
         assert each.get_execution_options() == before
         with each.connect() as connection:
-            with pytest.raises(ArgumentError):
-                connection.execution_options(mine=3, **bad)
+            with pytest.raises(ArgumentError, match=f"{name}="):
+                connection.execution_options(mine=3, **{name: bad})
             assert connection.get_execution_options() == before
             connection.execution_options(fairpool_timeout=1.0)
-            assert holders(engine) == {"a": 1}
-    plain = make_engine()
-    with pytest.raises(ArgumentError):
-        plain.update_execution_options(mine=3, **bad)
-    assert plain.get_execution_options() == {}
+            assert holders(engine) == {options.get("scraper", "unknown"): 1}
+
+
+def test_no_tag_is_none_for_an_engine_and_refused_by_a_connection(make_engine):
+    """None is SQLAlchemy's way of saying "no option"."""
+    engine = make_engine()
+    with engine.execution_options(scraper=None).connect() as connection:
+        with pytest.raises(ArgumentError, match="scraper="):
+            connection.execution_options(scraper=None)
+        assert holders(engine) == {"unknown": 1}
 
 
 # -- setting the tag on a connection ---------------------------------------------------
