@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate, repeat
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeAlias
 
 from ..scheduling import policy
 from ..scheduling.account import Account
@@ -48,6 +48,9 @@ _figures = attrgetter(
     "hold_max",
 )
 
+#: Those figures, the tag's limit, and since when the first in its line waits.
+_Copied: TypeAlias = tuple[tuple[Any, ...], int, float | None]
+
 # Of a checkout that is out, what its tag has not booked yet.
 _unbooked = attrgetter("since", "again", "held", "held_max")
 
@@ -73,7 +76,7 @@ def snapshot(core: PoolCore, name: str = "") -> PoolStats:
 
 def _copy(
     core: PoolCore, name: str, now: float
-) -> tuple[PoolStats, list[tuple[Any, ...]], Mapping[str, list[Any]], float]:
+) -> tuple[PoolStats, list[_Copied], Mapping[str, list[Any]], float]:
     """Copy what :func:`snapshot` works with. Caller is in a section."""
     unbooked: dict[str, list[Any]] = defaultdict(list)
     scheduler = core.scheduler
