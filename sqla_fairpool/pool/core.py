@@ -362,18 +362,6 @@ class PoolCore:
         with self.lock.mutex:
             self.closures[reason] += 1
 
-    @property
-    def idle_count(self) -> int:
-        """Records in the pool."""
-        self.lock.visit()
-        return len(self.connections.idle)
-
-    @property
-    def in_use(self) -> int:
-        """Slots in use."""
-        self.lock.visit()
-        return self.scheduler.in_use
-
     # -- fork ------------------------------------------------------------------------
 
     def after_fork(self) -> None:

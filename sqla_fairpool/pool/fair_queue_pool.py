@@ -24,8 +24,7 @@ from ..tagging import blocks, context_tag
 from . import sqlalchemy_private
 from .checkout import Generation
 from .core import PoolCore
-from .dialect import warn_of_private_memory, watch_dialect
-from .events import observe
+from .events import observe, warn_of_private_memory, watch_dialect
 from .execution_options import make_request, requested
 from .ledger_member import LedgerMember
 from .ledger_sessions import await_url, join_ledger
@@ -286,12 +285,14 @@ class FairQueuePool(Pool):
     def checkedin(self) -> int:
         """Return the number of records in the pool, invalidated ones included."""
         if self._core.housekeeping.owner is self.generation:
-            return self._core.idle_count
+            self._core.lock.visit()
+            return len(self._core.connections.idle)
         return len(self.generation.left)  # not in use yet, or not any more
 
     def checkedout(self) -> int:
         """Return the number of connections out or being opened."""
-        return self._core.in_use
+        self._core.lock.visit()
+        return self._core.scheduler.in_use
 
     def overflow(self) -> int:
         """Return the connections there are beyond ``pool_size``; below 0 if fewer."""
@@ -330,8 +331,8 @@ class FairQueuePool(Pool):
         core = self._core
         scheduler = core.scheduler
         return (
-            f"<{type(self).__name__} in_use={core.in_use}/"
-            f"{self.options.capacity} idle={core.idle_count} "
+            f"<{type(self).__name__} in_use={self.checkedout()}/"
+            f"{self.options.capacity} idle={len(core.connections.idle)} "
             f"waiting={scheduler.waiting} active_tags={scheduler.roster.active}>"
         )
 
