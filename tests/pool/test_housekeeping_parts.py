@@ -41,7 +41,7 @@ def test_next_visit_is_when_the_first_thing_is_due(parts):
 
 def test_unused_connections_are_closed_the_oldest_first(parts):
     now = parts.clock()
-    newer, oldest = parts.idle(now - TTL + 1), parts.idle(now - TTL)
+    newer, oldest = parts.idle(now - TTL * 3 / 4), parts.idle(now - TTL)
     used = parts.idle(now + TTL)
     look_around(parts, TTL / 4 - 1)
     assert len(parts.connections.idle) == 3  # it is not time to look
@@ -103,4 +103,6 @@ def test_connections_are_opened_ahead_until_there_are_enough(parts):
     assert parts.housekeeping.open_ahead(opener) == 1
     assert parts.connections.count_open() == 1
     assert parts.housekeeping.open_ahead(opener) == 0
-    assert not parts.slots.reserved
+    (record,) = parts.connections.idle
+    assert record.fair.idle_since == parts.clock()
+    assert parts.scheduler.capacity == parts.slots.usable() == 4
