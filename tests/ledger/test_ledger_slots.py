@@ -272,8 +272,7 @@ def work(engine, statement="select pg_sleep(0.002)"):
         connection.execute(text(statement))
 
 
-# With psycopg about one run in ten on a busy machine does not end: why is not known.
-@pytest.mark.parametrize("driver", ["psycopg2"])
+@pytest.mark.parametrize("driver", THREADS)
 @pytest.mark.usefixtures("no_log", "nobody_keeps_what_is_ignored", "light_heap")
 def test_exceptions_thrown_into_threads(member, driver):
     one = member(driver)

@@ -6,13 +6,18 @@ that goes does not count.
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from pathlib import Path
 
 import pytest
 from support import state
 from support.threads import Caller
 
 import sqla_fairpool
+
+#: Whose functions are interrupted.
+OURS = (str(Path(sqla_fairpool.__file__).parent), contextlib.__file__)
 
 
 class Thrown(BaseException):
@@ -22,7 +27,8 @@ class Thrown(BaseException):
 def throw_at(number, function, *args):
     """Call a function; raise at the so many-th moment where CPython may interrupt it.
 
-    Those are when a function begins, and when a call has ended.
+    Those are when a function begins, and when a call has ended. Only in the package: an
+    interrupt in `logging`, say, leaves a lock of that one locked.
 
     :return: the interrupt with its traceback, None if the function came to its end.
     """
@@ -30,9 +36,10 @@ def throw_at(number, function, *args):
 
     def count(frame, event, argument):
         nonlocal left
-        left -= event != "c_call"
-        if left == 0:
-            raise Thrown  # which ends the profiling
+        if event != "c_call" and frame.f_code.co_filename.startswith(OURS):
+            left -= 1
+            if left == 0:
+                raise Thrown  # which ends the profiling
 
     sys.setprofile(count)
     try:
@@ -97,4 +104,4 @@ def test_lock_is_free_after_an_interrupt(server, monkeypatch, call):
         assert Caller(state.is_free, pool).result(), number
         if kept is None:
             break
-    assert number > 10
+    assert number > 3
