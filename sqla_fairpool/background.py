@@ -4,7 +4,7 @@
 exception that is thrown into the starting thread (``PyThreadState_SetAsyncExc``) may
 hit the new one instead, before its first instruction. That one ends, and the wait for
 it does not. So a helper is started here first, and another one if it is not heard of.
-No thread but the helper calls ``Thread.start()``, and nobody knows its number.
+No thread but the helper calls ``Thread.start()``, and none knows its number.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def start_thread(
       the interpreter's end, or if the system has no more threads.
     """
     heard, done = threading.Event(), threading.Event()
-    orders = [target]  # whoever takes it carries it out
+    orders = [target]  # the thread that takes it starts it
 
     def help_out() -> None:
         heard.set()  # first: the caller may hold a lock that is needed below

@@ -18,8 +18,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool
-from sqla_fairpool.scheduling.account import Ticket
 from sqla_fairpool.scheduling.scheduler import Scheduler
+from sqla_fairpool.scheduling.ticket import Ticket
 
 from ..harness.bench import Bench, Runs, Scenario
 from ..harness.findings import Bar, Bars, Finding, Lines, Series
@@ -295,7 +295,7 @@ def memory_under_a_million_tags(bench: Bench) -> Iterator[Finding]:
             scheduler.release(ticket, now)
             if now >= scheduler.next_tick:
                 scheduler.tick(now)
-            most = max(most, len(scheduler.roster.accounts))
+            most = max(most, len(scheduler.tags.tag_states))
             if n == 100_000:
                 early = tracemalloc.get_traced_memory()[1]
         peak = tracemalloc.get_traced_memory()[1]

@@ -15,8 +15,8 @@ from types import FrameType
 from typing import Any, NamedTuple, Protocol, cast
 
 from ..options import PoolOptions
-from ..scheduling.account import Account, Ticket
 from ..scheduling.scheduler import Scheduler
+from ..scheduling.ticket import TagState, Ticket
 from .callers import (
     Caller,
     Location,
@@ -44,7 +44,7 @@ class Checkout(Protocol):
     Seconds are those of the pool's clock.
     """
 
-    account: Account
+    tag_state: TagState
     state: str
     #: Arrival number, while it waits.
     number: int
@@ -82,7 +82,7 @@ class Out(NamedTuple):
         cls, checkout: Checkout, *, opening: bool = False, unclaimed: bool = False
     ) -> Out:
         """Copy a checkout. Caller is in a section."""
-        tag, since, used = checkout.account.tag, checkout.since, checkout.used
+        tag, since, used = checkout.tag_state.tag, checkout.since, checkout.used
         holder, stack = checkout.holder, checkout.stack
         return cls(checkout, tag, since, used, holder, stack, opening, unclaimed)
 
@@ -169,18 +169,18 @@ class Capture(NamedTuple):
 
 def capture(pool: Pool, checkout: Checkout, now: float) -> Capture:
     """Copy what there is to know when a checkout gives up. Caller is in a section."""
-    scheduler, account = pool.scheduler, checkout.account
-    accounts = scheduler.roster.accounts.values()
-    holders = [(other.tag, other.in_use) for other in accounts if other.in_use]
+    scheduler, tag_state = pool.scheduler, checkout.tag_state
+    tag_states = scheduler.tags.tag_states.values()
+    holders = [(other.tag, other.in_use) for other in tag_states if other.in_use]
     allotted, trouble = pool.allotment()
     figures = Diagnosis(
-        tag=account.tag,
+        tag=tag_state.tag,
         waited=now - checkout.since,
-        in_use=account.in_use,
-        ceiling=scheduler.ceiling(account),
-        waiting=account.waiting,
+        in_use=tag_state.in_use,
+        ceiling=scheduler.ceiling(tag_state),
+        waiting=tag_state.waiting,
         position=scheduler.place(cast(Ticket, checkout)),
-        active_tags=scheduler.roster.active,
+        active_tags=scheduler.tags.active,
         pool_in_use=scheduler.in_use,
         capacity=pool.options.capacity,
         idle=pool.count_idle()[0],

@@ -22,8 +22,8 @@ import math
 import threading
 from collections.abc import Sequence
 
-from ..scheduling.account import WAITING, Account
 from ..scheduling.scheduler import Scheduler
+from ..scheduling.ticket import WAITING, TagState
 from .callers import TaskHere
 from .capture import Checkout, Out, Pool
 
@@ -64,7 +64,7 @@ def is_stuck(pool: Pool, checkout: Checkout, deadline: float) -> bool:
         return False  # a connection comes back, or is about to be handed out
     if not any(other.holder is checkout.holder for other in out):
         return False
-    if _may_rise(scheduler, checkout.account, deadline):
+    if _may_rise(scheduler, checkout.tag_state, deadline):
         return False
     # One for each caller, the newest: a signal handler may wait during a wait.
     waiting = sorted(pool.checkouts_waiting(), key=lambda other: other.number)
@@ -99,21 +99,21 @@ def _helpful(
     scheduler: Scheduler, waiting: Checkout, out: Sequence[Out]
 ) -> Sequence[Out]:
     """Return those that are out whose return would help a waiting one."""
-    account = waiting.account
-    if account.in_use >= scheduler.ceiling(account):
-        return [other for other in out if other.tag == account.tag]
+    tag_state = waiting.tag_state
+    if tag_state.in_use >= scheduler.ceiling(tag_state):
+        return [other for other in out if other.tag == tag_state.tag]
     return out
 
 
-def _may_rise(scheduler: Scheduler, account: Account, deadline: float) -> bool:
+def _may_rise(scheduler: Scheduler, tag_state: TagState, deadline: float) -> bool:
     """Tell if the tag's ceiling may rise in time: others may become idle."""
-    roster = scheduler.roster
-    if roster.active < 2 or account.in_use >= roster.max_limit:
+    tags = scheduler.tags
+    if tags.active < 2 or tag_state.in_use >= tags.max_limit:
         return False
     if scheduler.in_use >= scheduler.capacity:
         return False  # it would not help
-    others = [a for a in roster.accounts.values() if a.active and a is not account]
+    others = [a for a in tags.tag_states.values() if a.active and a is not tag_state]
     if any(other.waiters for other in others):
         return False  # stays active
     last = max((a.last_activity or -math.inf for a in others), default=-math.inf)
-    return last + roster.idle_timeout <= deadline
+    return last + tags.idle_timeout <= deadline

@@ -11,7 +11,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 
 from ..diagnosis.callers import Caller, Location, TaskHere, ThreadHere
 from ..options import PoolOptions
-from ..scheduling.account import FREE, GRANTED, Ticket
+from ..scheduling.ticket import FREE, GRANTED, Ticket
 from .physical import PhysicalConnection
 from .waiters import Waiter
 

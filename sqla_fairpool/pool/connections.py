@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 
-from ..scheduling.account import GRANTED
+from ..scheduling.ticket import GRANTED
 from .checkout import Checkout, Generation, Record
 from .server_tag import TOLD
 

@@ -22,8 +22,8 @@ from functools import partial
 from typing import Any
 
 from ..options import PoolOptions
-from ..scheduling.account import FREE, LineFull
 from ..scheduling.scheduler import Scheduler
+from ..scheduling.ticket import FREE, LineFull
 from . import sqlalchemy_private
 from .checkout import Checkout, Generation, Opener, Record
 from .connections import Connections
@@ -169,12 +169,12 @@ class PoolCore:
             return self._acquire(tag, opener, timeout)
         now = self.clock()
         checkout = record.fair.checkout
-        account, scheduler = checkout.account, self.scheduler
+        tag_state, scheduler = checkout.tag_state, self.scheduler
         if (
             scheduler.waiting
             or now >= housekeeping.next_visit
-            or account.in_use > scheduler.roster.common_ceiling
-            or not account.prompt
+            or tag_state.in_use > scheduler.tags.common_ceiling
+            or not tag_state.prompt
         ):
             # The slot is not this tag's to keep any more, or there is work to do.
             self.warm.put(tag, record)
@@ -182,7 +182,7 @@ class PoolCore:
         checkout.warm = False
         checkout.again += 1
         checkout.holder = self.here.caller
-        checkout.since = account.last_activity = now
+        checkout.since = tag_state.last_activity = now
         return record
 
     def _acquire(self, tag: str, opener: Opener, timeout: float | None) -> Record:
@@ -275,14 +275,14 @@ class PoolCore:
         """
         fair = record.fair
         checkout = fair.checkout
-        account = checkout.account
+        tag_state = checkout.tag_state
         scheduler = self.scheduler
         waiting = scheduler.waiting
         if (
             waiting
             or checkout.warm
             or not checkout.may_keep
-            or not account.prompt
+            or not tag_state.prompt
             or (
                 record.dbapi_connection is None
                 and not self.slots.is_over(fair.physical)
@@ -298,12 +298,12 @@ class PoolCore:
             checkout.note(held)
             if len(checkout.long_holds) >= _LONG_HOLDS_KEPT:
                 checkout.may_keep = False  # they are booked when it comes back
-        fair.idle_since = account.last_activity = now
+        fair.idle_since = tag_state.last_activity = now
         checkout.warm = True
         try:
-            records = self.warm.by_tag[account.tag]
+            records = self.warm.by_tag[tag_state.tag]
         except KeyError:
-            records = self.warm.of(account.tag)
+            records = self.warm.of(tag_state.tag)
         # Listed before, so that an interrupt leaves no record that is not found;
         # and after, if a section has looked in between.
         if not records.listed:

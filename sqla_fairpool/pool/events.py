@@ -16,7 +16,7 @@ from sqlalchemy.pool import Pool
 
 from ..ledger.drivers import has_private_memory, warn_of_memory
 from ..options import BadOption, PoolOptions
-from ..scheduling.account import GRANTED
+from ..scheduling.ticket import GRANTED
 from . import sqlalchemy_private
 from .checkout import RecordState
 from .core import PoolCore
@@ -85,7 +85,7 @@ def _retag(connection: Connection, tag: str | None) -> None:
         return
     record: Any = sqlalchemy_private.record_of(connection)
     fair: RecordState | None = getattr(record, "fair", None)
-    if fair is None or fair.checkout.account.tag == tag:
+    if fair is None or fair.checkout.tag_state.tag == tag:
         return  # nothing to charge, or another class of pool
     core, options = fair.checkout.core, fair.checkout.core.options
     if connection.in_transaction():

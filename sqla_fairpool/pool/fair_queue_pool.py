@@ -333,7 +333,7 @@ class FairQueuePool(Pool):
         return (
             f"<{type(self).__name__} in_use={self.checkedout()}/"
             f"{self.options.capacity} idle={len(core.connections.idle)} "
-            f"waiting={scheduler.waiting} active_tags={scheduler.roster.active}>"
+            f"waiting={scheduler.waiting} active_tags={scheduler.tags.active}>"
         )
 
     # -- the engine's dialect: where tags and statements come from ------------------

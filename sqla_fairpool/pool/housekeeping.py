@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from ..options import PoolOptions
-from ..scheduling.account import GRANTED
+from ..scheduling.ticket import GRANTED
 from .checkout import Generation
 from .transitions import Transitions
 

@@ -225,10 +225,12 @@ class LedgerMember:
         with core.lock.section() as now:
             core.housekeeping.look_around(now)  # others want to know who is idle
             tags = {}
-            for account in core.scheduler.accounts.values():
-                peak, account.peak = account.peak, account.in_use
-                if peak or account.waiting or account.active:
-                    tags[account.tag] = TagDemand(peak, account.waiting, account.active)
+            for tag_state in core.scheduler.tag_states.values():
+                peak, tag_state.peak = tag_state.peak, tag_state.in_use
+                if peak or tag_state.waiting or tag_state.active:
+                    tags[tag_state.tag] = TagDemand(
+                        peak, tag_state.waiting, tag_state.active
+                    )
             detached = existing.detached()
             if detached:
                 default = tags.get(self._default_tag, TagDemand(0, 0, False))

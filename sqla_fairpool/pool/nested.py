@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import cast
 
 from ..diagnosis.callers import TaskHere
-from ..scheduling.account import GRANTED, Account
-from ..scheduling.counters import Meter
+from ..scheduling.counters import Counters
+from ..scheduling.ticket import GRANTED, TagState
 from .checkout import Checkout, Opener, Record
 from .lock import refuse_inner_call
 from .transitions import Transitions
@@ -51,7 +51,7 @@ class NestedCheckouts:
             refuse_inner_call("nothing can be awaited there")
         checkout.holder, checkout.since = state.here.caller, state.lock.clock()
         # Not one of the scheduler's, which may be about to change.
-        checkout.account = Account(tag, 1.0, False, Meter())
+        checkout.tag_state = TagState(tag, 1.0, False, Counters())
         loan = _Loan(checkout, tag)
         # First of all: another handler may come on top of this one.
         self.loans.append(loan)
@@ -91,14 +91,14 @@ class NestedCheckouts:
         elif record is not None and former is not None:
             record.fair.checkout = former
             if former.state is GRANTED:
-                state.warm.put(former.account.tag, record)
+                state.warm.put(former.tag_state.tag, record)
             else:
                 state.connections.put_back(record)
         self.loans.remove(loan)  # last: until here its connection counts
         state.lock.inbox.append(state.recount)
 
     def admit(self, now: float) -> None:
-        """Account for what was lent, and was not back when the handler had ended."""
+        """TagState for what was lent, and was not back when the handler had ended."""
         state = self._state
         while self.loans:
             loan = self.loans.pop()

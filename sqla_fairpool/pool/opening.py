@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
-from ..scheduling.account import GRANTED, Account, LineFull
+from ..scheduling.ticket import GRANTED, LineFull, TagState
 from ..tagging import outside_of_blocks
 from .checkout import Checkout, Core, Opener, Record, RecordState
 from .physical import PhysicalConnection
@@ -47,7 +47,7 @@ class Opening:
         return cast(Record, self._waiter_class.run_through(create, checkout))
 
     def _create(self, checkout: Checkout, opener: Opener) -> Record:
-        state, account = self._state, checkout.account
+        state, tag_state = self._state, checkout.tag_state
         began, record = state.lock.clock(), None
         try:
             state.slots.before_creating()
@@ -63,7 +63,7 @@ class Opening:
                 state.connections.opening.discard(checkout)
                 if record is not None:
                     state.connections.all.add(record)
-                self._count(account, took)
+                self._count(tag_state, took)
 
     def open_for_record(
         self, core: Core, invoke: Callable[[Any], Any], record: Any
@@ -93,11 +93,11 @@ class Opening:
                     connection = invoke(record)
             except BaseException:
                 if fair is not None:
-                    self._count(fair.checkout.account, None)
+                    self._count(fair.checkout.tag_state, None)
                 raise
             existing.opened(physical, connection)
         if fair is not None:
-            self._count(fair.checkout.account, state.lock.clock() - began)
+            self._count(fair.checkout.tag_state, state.lock.clock() - began)
         return connection
 
     def _make_sure_of_a_slot(self, checkout: Checkout) -> None:
@@ -132,7 +132,7 @@ class Opening:
         return record
 
     def _release_and_request(self, checkout: Checkout, now: float) -> float:
-        state, tag = self._state, checkout.account.tag
+        state, tag = self._state, checkout.tag_state.tag
         state.part_with(None, now)
         state.deliver(state.scheduler.release(checkout, now))
         try:
@@ -145,10 +145,10 @@ class Opening:
             self._waiting.join_line(checkout, tag, now)
         return now
 
-    def _count(self, account: Account, seconds: float | None) -> None:
+    def _count(self, tag_state: TagState, seconds: float | None) -> None:
         """Count a connection that was opened for a tag, or None if it could not be."""
         with self._state.lock.mutex:
             if seconds is None:
-                account.meter.create_failures += 1
+                tag_state.counters.create_failures += 1
             else:
-                account.meter.create.add(seconds)
+                tag_state.counters.create.add(seconds)

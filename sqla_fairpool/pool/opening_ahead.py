@@ -125,8 +125,8 @@ class OpeningAhead:
     def _count_opening(self, began: float, now: float) -> float:
         """Count one that belongs to no tag, so it counts for the default tag."""
         scheduler, options = self._state.scheduler, self._state.options
-        account = scheduler.roster.get(options.default_tag, now)
-        account.meter.create.add(now - began)
+        tag_state = scheduler.tags.get(options.default_tag, now)
+        tag_state.counters.create.add(now - began)
         return now
 
     def _add_idle(

@@ -25,7 +25,7 @@ from typing import Any, cast
 from sqlalchemy.util import await_only
 
 from ..ledger.rows import Session
-from ..scheduling.account import GRANTED
+from ..scheduling.ticket import GRANTED
 from .endings import ENDED, OPEN, UNKNOWN, SocketCopy, silence, stop_statement, watcher
 from .sqlalchemy_private import in_greenlet
 

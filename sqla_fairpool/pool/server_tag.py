@@ -38,7 +38,7 @@ def tell(dbapi_connection: Any, record: Any, dialect: Any) -> None:
     :raises sqlalchemy.exc.DisconnectionError: if the connection turns out to be
       dead; the pool opens another one then.
     """
-    tag = record.fair.checkout.account.tag
+    tag = record.fair.checkout.tag_state.tag
     name = _as_name(tag)
     driver_connection = dialect.get_driver_connection(dbapi_connection)
     if _name_known_to(driver_connection) != name:

@@ -16,8 +16,8 @@ from operator import attrgetter
 from typing import Any, TypeAlias
 
 from ..scheduling import policy
-from ..scheduling.account import Account
-from ..scheduling.counters import BOUNDS, OTHER, Histogram, Meter
+from ..scheduling.counters import BOUNDS, OTHER, Counters, Histogram
+from ..scheduling.ticket import TagState
 from ..stats import PoolStats, Summary, TagStats
 from .core import PoolCore
 
@@ -81,11 +81,11 @@ def _copy(
     unbooked: dict[str, list[Any]] = defaultdict(list)
     scheduler = core.scheduler
     copied = [
-        (_figures(account), scheduler.ceiling(account), _since(account))
-        for account in scheduler.accounts.values()
+        (_figures(tag_state), scheduler.ceiling(tag_state), _since(tag_state))
+        for tag_state in scheduler.tag_states.values()
     ]
     for checkout in core.connections.granted():
-        unbooked[checkout.account.tag].append(_unbooked(checkout))
+        unbooked[checkout.tag_state.tag].append(_unbooked(checkout))
     return _pool(core, name), copied, unbooked, now
 
 
@@ -103,7 +103,7 @@ def _pool(core: PoolCore, name: str) -> PoolStats:
         waiting=scheduler.waiting,
         utilization=scheduler.in_use / options.capacity,
         strategy=policy.strategy(
-            scheduler.roster.active, options.soft_limit, options.max_limit
+            scheduler.tags.active, options.soft_limit, options.max_limit
         ),
         tags=(),
         name=name,
@@ -112,9 +112,9 @@ def _pool(core: PoolCore, name: str) -> PoolStats:
     )
 
 
-def _since(account: Account) -> float | None:
+def _since(tag_state: TagState) -> float | None:
     """Return since when the first in a tag's line waits."""
-    return next(iter(account.waiters)).since if account.waiters else None
+    return next(iter(tag_state.waiters)).since if tag_state.waiters else None
 
 
 def _row(
@@ -193,8 +193,8 @@ def _copy_metrics(
     core: PoolCore, name: str, now: float
 ) -> tuple[PoolStats, dict[str, tuple[Any, Any]], dict[str, list[int]]]:
     """Copy what :func:`metrics` works with. Caller is in a section."""
-    meters = core.scheduler.roster.meters.by_tag
-    counters = {tag: (_counts(m), _histograms(m)) for tag, m in meters.items()}
+    counters_by_tag = core.scheduler.tags.counters.by_tag
+    counters = {tag: (_counts(m), _histograms(m)) for tag, m in counters_by_tag.items()}
     return _pool(core, name), counters, _live_by_counters(core)
 
 
@@ -205,23 +205,24 @@ def _live_by_counters(core: PoolCore) -> dict[str, list[int]]:
     yet. Caller is in a section.
     """
     scheduler = core.scheduler
-    live = {tag: [0, 0, 0, 0, 0] for tag in scheduler.roster.meters.by_tag}
-    for account in scheduler.accounts.values():
-        figures = live[account.tag if account.tag in live else OTHER]
-        figures[0] |= account.active
-        figures[1] += account.in_use
-        figures[2] = max(figures[2], scheduler.ceiling(account))
-        figures[3] += account.waiting
+    live = {tag: [0, 0, 0, 0, 0] for tag in scheduler.tags.counters.by_tag}
+    for tag_state in scheduler.tag_states.values():
+        figures = live[tag_state.tag if tag_state.tag in live else OTHER]
+        figures[0] |= tag_state.active
+        figures[1] += tag_state.in_use
+        figures[2] = max(figures[2], scheduler.ceiling(tag_state))
+        figures[3] += tag_state.waiting
     for checkout in core.connections.granted():
-        tag = checkout.account.tag
+        tag = checkout.tag_state.tag
         live[tag if tag in live else OTHER][4] += checkout.again
     return live
 
 
-def _histograms(meter: Meter) -> list[tuple[list[int], float, float]]:
+def _histograms(counters: Counters) -> list[tuple[list[int], float, float]]:
     """Copy them: durations by size, their sum, the longest."""
     return [
-        (h.counts[:], h.total, h.max) for h in (meter.wait, meter.hold, meter.create)
+        (h.counts[:], h.total, h.max)
+        for h in (counters.wait, counters.hold, counters.create)
     ]
 
 
@@ -255,11 +256,11 @@ class Source:
         core.lock.run(self._keep_durations, core)
 
     def _keep_durations(self, core: PoolCore, now: float) -> None:
-        meters = core.scheduler.roster.meters
-        meters.on_new.append(_keep_durations)
-        for tag, meter in meters.by_tag.items():
-            _keep_durations(tag, meter)
-            self._at_once[tag] = meter.at_once
+        counters_by_tag = core.scheduler.tags.counters
+        counters_by_tag.on_new.append(_keep_durations)
+        for tag, counters in counters_by_tag.by_tag.items():
+            _keep_durations(tag, counters)
+            self._at_once[tag] = counters.at_once
 
     def take_durations(self) -> list[tuple[str, str, Iterable[float]]]:
         """Return what was kept: ``wait``, ``hold`` or ``create``, the tag, seconds."""
@@ -270,17 +271,17 @@ class Source:
         self, core: PoolCore, now: float
     ) -> list[tuple[str, str, Iterable[float]]]:
         taken: list[tuple[str, str, Iterable[float]]] = []
-        for tag, meter in core.scheduler.roster.meters.by_tag.items():
-            more = meter.at_once - self._at_once.get(tag, 0)
-            self._at_once[tag] = meter.at_once
+        for tag, counters in core.scheduler.tags.counters.by_tag.items():
+            more = counters.at_once - self._at_once.get(tag, 0)
+            self._at_once[tag] = counters.at_once
             taken.append(("wait", tag, repeat(0.0, min(more, _DURATIONS_KEPT))))
             for name in _HISTOGRAMS:
-                histogram: Histogram = getattr(meter, name)
+                histogram: Histogram = getattr(counters, name)
                 taken.append((name, tag, histogram.raw or ()))
                 histogram.raw = deque(maxlen=_DURATIONS_KEPT)
         return taken
 
 
-def _keep_durations(tag: str, meter: Meter) -> None:
+def _keep_durations(tag: str, counters: Counters) -> None:
     for name in _HISTOGRAMS:
-        getattr(meter, name).raw = deque(maxlen=_DURATIONS_KEPT)
+        getattr(counters, name).raw = deque(maxlen=_DURATIONS_KEPT)

@@ -107,13 +107,13 @@ def _note(context: Any) -> None:
     try:
         record = context.root_connection._dbapi_connection._connection_record
         checkout = record.fair.checkout
-        account, core = checkout.account, checkout.core
+        tag_state, core = checkout.tag_state, checkout.core
     except AttributeError:
         return  # no connection of ours, or its first
-    account.last_activity = checkout.used = core.clock()
+    tag_state.last_activity = checkout.used = core.clock()
     # The caller that works with it has it, whichever caller checked it out.
     checkout.holder = core.here.caller
-    if not account.active:
+    if not tag_state.active:
         core.activity(checkout)
 
 

@@ -19,8 +19,8 @@ from ..diagnosis.capture import Out
 from ..diagnosis.event_log import EventLog
 from ..diagnosis.leaks import LeakWatch
 from ..options import PoolOptions
-from ..scheduling.account import GRANTED, Ticket
 from ..scheduling.scheduler import Scheduler
+from ..scheduling.ticket import GRANTED, Ticket
 from . import sqlalchemy_private
 from .checkout import Checkout, Record
 from .connections import Connections
@@ -71,7 +71,7 @@ class Transitions:
         self.leaks: LeakWatch | None = None
         #: The waiting checkout whose caller wakes up for what is due.
         self.watcher: Checkout | None = None
-        scheduler.roster.on_change = self.event_log.changed
+        scheduler.tags.on_change = self.event_log.changed
 
     # -- granting --------------------------------------------------------------------
 
@@ -96,7 +96,7 @@ class Transitions:
         checkout.may_keep = (
             # Without overflow there is a place for every record that comes back.
             self.options.max_overflow == 0
-            and not checkout.account.silent
+            and not checkout.tag_state.silent
             and not self.slots.pressed
         )
         checkout.reported = False
@@ -139,8 +139,8 @@ class Transitions:
         """Return the checkouts that wait for a slot."""
         return [
             cast(Checkout, ticket)
-            for account in self.scheduler.lines
-            for ticket in account.waiters or ()
+            for tag_state in self.scheduler.lines
+            for ticket in tag_state.waiters or ()
         ]
 
     # -- what a diagnosis asks for -----------------------------------------------------

@@ -44,8 +44,8 @@ class Waiting:
             and not state.event_log.exhausted
             and scheduler.in_use >= scheduler.capacity  # else it waits for its own tag
         ):
-            accounts = scheduler.accounts.values()
-            holders = [(a.tag, a.in_use) for a in accounts if a.in_use]
+            tag_states = scheduler.tag_states.values()
+            holders = [(a.tag, a.in_use) for a in tag_states if a.in_use]
             state.event_log.begin(tag, now, scheduler.capacity, holders)
             self._housekeeping.plan_visit()
 
@@ -53,7 +53,7 @@ class Waiting:
         """Return what is raised for a caller that may not even wait; count it."""
         scheduler, options = self._state.scheduler, self._state.options
         with self._state.lock.mutex:
-            scheduler.roster.meters.of(tag).refusals += 1
+            scheduler.tags.counters.of(tag).refusals += 1
         return TooManyWaiting(
             f"too many waiting: tag {tag!r} refused, waiting={scheduler.waiting} "
             f"max_waiting={options.max_waiting}; "
@@ -134,7 +134,7 @@ class Waiting:
         captured = capture(self._state, checkout, now)
         self._state.scheduler.cancel(checkout)
         self._state.leave_line(checkout)
-        checkout.account.meter.deadlocks += 1
+        checkout.tag_state.counters.deadlocks += 1
         return captured
 
     def _error(

@@ -3,9 +3,9 @@
 Plain additions on numbers that only rise, under the pool's lock; nothing here is
 called on the common path of a checkout, whose times are booked in bulk.
 
-A tag that the pool forgets keeps its meter, so that a counter never falls. How many
-meters there are is bounded: the first :data:`MAX_METERS` tags have one of their own,
-all others share one.
+A tag that the pool forgets keeps its counters, so that none of them falls. How many
+there are is bounded: the first :data:`MAX_COUNTED_TAGS` tags have counters of their
+own, all others share theirs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 
-__all__ = ["BOUNDS", "MAX_METERS", "OTHER", "Histogram", "Meter", "Meters"]
+__all__ = [
+    "BOUNDS",
+    "MAX_COUNTED_TAGS",
+    "OTHER",
+    "Histogram",
+    "Counters",
+    "CountersByTag",
+]
 
 #: Upper bounds of the buckets, in seconds, inclusive: Prometheus' defaults without
 #: the finest of them, prolonged to the five minutes that a report may hold a
@@ -38,11 +45,11 @@ BOUNDS = (
     300.0,
 )
 
-#: Tags with a meter of their own. Some ten series each, so a thousand for a
+#: Tags with counters of their own. Some ten series each, so a thousand for a
 #: monitoring system to store, which none has trouble with.
-MAX_METERS = 100
+MAX_COUNTED_TAGS = 100
 
-#: The name of the meter that the other tags share. No tag is called so: it is no
+#: The name of the counters that the other tags share. No tag is called so: it is no
 #: identifier that a user would choose, and one who does shares it.
 OTHER = "other"
 
@@ -92,7 +99,7 @@ class Histogram:
             self.raw.extend([mean] * shorter)
 
 
-class Meter:
+class Counters:
     """What is counted for one tag, since the pool was made."""
 
     __slots__ = (
@@ -126,28 +133,28 @@ class Meter:
         self.deadlocks = 0
 
 
-class Meters:
-    """The meters by tag, as many as there may be."""
+class CountersByTag:
+    """The counters of each tag, for as many tags as may have their own."""
 
     def __init__(self) -> None:
-        self.by_tag: dict[str, Meter] = {}
-        #: Called with each new meter, under the pool's lock.
-        self.on_new: list[Callable[[str, Meter], None]] = []
-        self._other: Meter | None = None
+        self.by_tag: dict[str, Counters] = {}
+        #: Called with each tag that gets its own, and these, under the pool's lock.
+        self.on_new: list[Callable[[str, Counters], None]] = []
+        self._other: Counters | None = None
 
-    def of(self, tag: str) -> Meter:
-        """Return the meter that counts for `tag`."""
-        meter = self.by_tag.get(tag)
-        if meter is not None:
-            return meter
-        if len(self.by_tag) < MAX_METERS:
+    def of(self, tag: str) -> Counters:
+        """Return the counters that count for `tag`."""
+        counters = self.by_tag.get(tag)
+        if counters is not None:
+            return counters
+        if len(self.by_tag) < MAX_COUNTED_TAGS:
             return self._new(tag)
         if self._other is None:
             self._other = self.by_tag.get(OTHER) or self._new(OTHER)
         return self._other
 
-    def _new(self, tag: str) -> Meter:
-        meter = self.by_tag[tag] = Meter()
+    def _new(self, tag: str) -> Counters:
+        counters = self.by_tag[tag] = Counters()
         for tell in self.on_new:
-            tell(tag, meter)
-        return meter
+            tell(tag, counters)
+        return counters

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Hashable
 from typing import Any, Generic, TypeVar
 
-__all__ = ["Agenda"]
+__all__ = ["IndexedHeap"]
 
 _Item = TypeVar("_Item", bound=Hashable)
 
@@ -15,7 +15,7 @@ _Item = TypeVar("_Item", bound=Hashable)
 _SLACK = 32
 
 
-class Agenda(Generic[_Item]):
+class IndexedHeap(Generic[_Item]):
     """Items ordered by a key that changes often.
 
     A heap with lazy deletion: :meth:`put` under a new key leaves the old entry

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from . import policy
-from .account import Account, Ticket
-from .heap import Agenda
-from .tags import Roster
+from .heap import IndexedHeap
+from .tags import Tags
+from .ticket import TagState, Ticket
 
 __all__ = ["Lines"]
 
@@ -19,69 +19,69 @@ __all__ = ["Lines"]
 class Lines:
     """The tags under which tickets wait."""
 
-    def __init__(self, roster: Roster) -> None:
-        self._roster = roster
+    def __init__(self, tags: Tags) -> None:
+        self._tags = tags
         # In the order in which they began to wait.
-        self._waiting: dict[Account, None] = {}
+        self._waiting: dict[TagState, None] = {}
         # While there are two or more, those of them that are below their ceiling, by
         # `policy.rank`. May hold some that are not any more, or do not wait; they are
         # dropped when they come first.
-        self._ready: Agenda[Account] = Agenda()
+        self._ready: IndexedHeap[TagState] = IndexedHeap()
 
-    def __iter__(self) -> Iterator[Account]:
+    def __iter__(self) -> Iterator[TagState]:
         return iter(self._waiting)
 
-    def begun(self, account: Account) -> None:
+    def begun(self, tag_state: TagState) -> None:
         """Note that a tag has a line now."""
-        self._waiting[account] = None
+        self._waiting[tag_state] = None
         if len(self._waiting) == 2:  # the first one was alone and not ranked
             self.changed(next(iter(self._waiting)))
-        self.changed(account)
+        self.changed(tag_state)
 
-    def head_left(self, account: Account) -> None:
+    def head_left(self, tag_state: TagState) -> None:
         """Note that a line has another head, or none."""
-        if account.waiters:
-            self.changed(account)
+        if tag_state.waiters:
+            self.changed(tag_state)
         else:
-            del self._waiting[account]
-            self._ready.remove(account)
+            del self._waiting[tag_state]
+            self._ready.remove(tag_state)
 
-    def changed(self, account: Account) -> None:
+    def changed(self, tag_state: TagState) -> None:
         """Rank a tag with a line anew: what it holds, or its ceiling, has changed."""
         if len(self._waiting) == 1:
             return  # no other tag to be ranked with
-        if account.in_use < self._roster.ceiling(account):
-            self._ready.put(account, self.rank(account))
+        if tag_state.in_use < self._tags.ceiling(tag_state):
+            self._ready.put(tag_state, self.rank(tag_state))
         else:
-            self._ready.remove(account)
+            self._ready.remove(tag_state)
 
     def all_changed(self) -> None:
         """Rank all anew: ceilings have changed. O(tags with a line)."""
-        for account in self._waiting:
-            self.changed(account)
+        for tag_state in self._waiting:
+            self.changed(tag_state)
 
-    def rank(self, account: Account) -> tuple[float, int]:
+    def rank(self, tag_state: TagState) -> tuple[float, int]:
         """Return the key by which a tag with a line is ranked."""
-        assert account.waiters
-        head = next(iter(account.waiters))
-        return policy.rank(account.in_use, account.weight, head.number)
+        assert tag_state.waiters
+        head = next(iter(tag_state.waiters))
+        return policy.rank(tag_state.in_use, tag_state.weight, head.number)
 
-    def next(self) -> Account | None:
+    def next(self) -> TagState | None:
         """Return the tag whose head is to get the next free slot."""
-        ceiling = self._roster.ceiling
+        ceiling = self._tags.ceiling
         if len(self._waiting) == 1:
-            account = next(iter(self._waiting))
-            return account if account.in_use < ceiling(account) else None
+            tag_state = next(iter(self._waiting))
+            return tag_state if tag_state.in_use < ceiling(tag_state) else None
         while (first := self._ready.first()) is not None:
-            account = first[1]
-            if account.in_use < ceiling(account):
-                return account
-            self._ready.remove(account)  # its ceiling has fallen
+            tag_state = first[1]
+            if tag_state.in_use < ceiling(tag_state):
+                return tag_state
+            self._ready.remove(tag_state)  # its ceiling has fallen
         return None
 
     def newest(self) -> Ticket | None:
         """Return a ticket that is likely to wait for long, None if none waits."""
-        for account in reversed(self._waiting):
-            assert account.waiters
-            return next(reversed(account.waiters))
+        for tag_state in reversed(self._waiting):
+            assert tag_state.waiters
+            return next(reversed(tag_state.waiters))
         return None

@@ -38,9 +38,9 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 from . import policy
-from .account import FREE, GRANTED, WAITING, Account, LineFull, Ticket
 from .lines import Lines
-from .tags import Roster
+from .tags import Tags
+from .ticket import FREE, GRANTED, WAITING, LineFull, TagState, Ticket
 
 __all__ = ["Scheduler"]
 
@@ -77,7 +77,7 @@ class Scheduler:
         self.capacity = capacity
         self.reallocation_interval = reallocation_interval
         self.max_waiting = max_waiting
-        self.roster = Roster(
+        self.tags = Tags(
             soft_limit=soft_limit,
             max_limit=max_limit,
             idle_timeout=idle_timeout,
@@ -89,14 +89,14 @@ class Scheduler:
         #: When idleness is to be looked for next: the shell calls `tick` then.
         self.next_tick = now + reallocation_interval
         #: What is known of each tag.
-        self.accounts = self.roster.accounts
+        self.tag_states = self.tags.tag_states
         #: Requests that had to wait, in all.
         self.arrivals = 0
         #: What was in use when the capacity last changed.
         self.drains_from = 0
-        self.lines = Lines(self.roster)
+        self.lines = Lines(self.tags)
         #: Returns the most slots that a tag may hold now.
-        self.ceiling = self.roster.ceiling
+        self.ceiling = self.tags.ceiling
 
     # -- transitions ---------------------------------------------------------
 
@@ -109,29 +109,29 @@ class Scheduler:
         :raises LineFull: when it would have to wait and may not.
         """
         assert ticket.state is FREE
-        account = self.roster.get(tag, now)
-        if not account.silent:
-            self.roster.touch(account, now)
-        ticket.account = account
+        tag_state = self.tags.get(tag, now)
+        if not tag_state.silent:
+            self.tags.touch(tag_state, now)
+        ticket.tag_state = tag_state
         ticket.since = now
         # No ticket is overtaken: with a slot free, all that wait are at their ceilings
         # (promise 3); this tag is not, so none of them is of this tag.
-        if self.in_use < self.capacity and account.in_use < self.ceiling(account):
+        if self.in_use < self.capacity and tag_state.in_use < self.ceiling(tag_state):
             self._grant(ticket, now)
-            account.meter.at_once += 1
+            tag_state.counters.at_once += 1
             return True
         if self.max_waiting is not None and self.waiting >= self.max_waiting:
             raise LineFull
         self.arrivals += 1
         ticket.number = self.arrivals
-        if account.waiters is None:
-            account.waiters = OrderedDict()
+        if tag_state.waiters is None:
+            tag_state.waiters = OrderedDict()
         # From here in one go, see the head of this file.
         ticket.state = WAITING
         self.waiting += 1
-        account.waiters[ticket] = None
-        if len(account.waiters) == 1:
-            self.lines.begun(account)
+        tag_state.waiters[ticket] = None
+        if len(tag_state.waiters) == 1:
+            self.lines.begun(tag_state)
         return False
 
     def admit(self, ticket: Ticket, tag: str, now: float) -> None:
@@ -139,26 +139,26 @@ class Scheduler:
 
         What is in use above them drains.
         """
-        account = self.roster.get(tag, now)
-        if not account.silent:
-            self.roster.touch(account, now)
-        ticket.account = account
+        tag_state = self.tags.get(tag, now)
+        if not tag_state.silent:
+            self.tags.touch(tag_state, now)
+        ticket.tag_state = tag_state
         self._grant(ticket, now)
         self.drains_from = max(self.drains_from, self.in_use)
-        if account.waiters:
-            self.lines.changed(account)
+        if tag_state.waiters:
+            self.lines.changed(tag_state)
 
     def release(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
         """Take a granted ticket's slot back; return who is granted by that."""
-        account = ticket.account
+        tag_state = ticket.tag_state
         held = now - ticket.since
         ticket.held += held
         if held > ticket.notable:
             ticket.note(held)
-        if account.prompt:
-            account.last_activity = now
-        elif not account.silent:
-            self.roster.touch(account, now)
+        if tag_state.prompt:
+            tag_state.last_activity = now
+        elif not tag_state.silent:
+            self.tags.touch(tag_state, now)
         return self.vacate(ticket, now)
 
     def vacate(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
@@ -166,16 +166,16 @@ class Scheduler:
 
         No activity of its tag: that was when the checkout ended.
         """
-        account = ticket.account
+        tag_state = ticket.tag_state
         assert ticket.state is GRANTED, f"released a ticket that is {ticket.state}"
         ticket.state = FREE
         self.in_use -= 1
-        account.in_use -= 1
-        ticket.book(account)
+        tag_state.in_use -= 1
+        ticket.book(tag_state)
         if not self.waiting:
             return _NO_GRANTS
-        if account.waiters:
-            self.lines.changed(account)
+        if tag_state.waiters:
+            self.lines.changed(tag_state)
         return self._dispatch(now)
 
     def cancel(self, ticket: Ticket) -> bool:
@@ -186,34 +186,34 @@ class Scheduler:
         """
         if ticket.state is not WAITING:
             return False
-        account = ticket.account
-        assert account.waiters is not None
-        was_head = next(iter(account.waiters)) is ticket
+        tag_state = ticket.tag_state
+        assert tag_state.waiters is not None
+        was_head = next(iter(tag_state.waiters)) is ticket
         # From here in one go, see the head of this file.
-        del account.waiters[ticket]
+        del tag_state.waiters[ticket]
         ticket.state = FREE
         self.waiting -= 1
         if was_head:
-            self.lines.head_left(account)
+            self.lines.head_left(tag_state)
         return True
 
     def expire(self, ticket: Ticket) -> bool:
         """:meth:`cancel` a ticket that has waited too long, and count it."""
         if not self.cancel(ticket):
             return False
-        ticket.account.timeouts += 1
-        ticket.account.meter.timeouts += 1
+        ticket.tag_state.timeouts += 1
+        ticket.tag_state.counters.timeouts += 1
         return True
 
     def activity(self, ticket: Ticket, now: float) -> None:
         """Note that a granted ticket's holder works: a statement was executed.
 
         Never grants anything: a tag that becomes active can only lower
-        ceilings. While the tag is active already, writing its account's
+        ceilings. While the tag is active already, writing its tag_state's
         `last_activity` does the same, and needs no lock.
         """
         if ticket.state is GRANTED:
-            self.roster.touch(ticket.account, now)
+            self.tags.touch(ticket.tag_state, now)
 
     def move(self, ticket: Ticket, tag: str, now: float) -> Sequence[Ticket] | None:
         """Charge a granted ticket to another tag, if that tag is next.
@@ -223,13 +223,13 @@ class Scheduler:
         would have to wait. A move away from the silent tag takes back the
         checkout that was counted there.
         """
-        source = ticket.account
+        source = ticket.tag_state
         assert ticket.state is GRANTED, f"moved a ticket that is {ticket.state}"
         if source.tag == tag:
             return _NO_GRANTS
-        target = self.roster.get(tag, now)
+        target = self.tags.get(tag, now)
         if not target.silent:
-            self.roster.touch(target, now)
+            self.tags.touch(target, now)
         self._shift(source, -1)
         if not self._is_next(target):
             self._shift(source, +1)
@@ -244,9 +244,9 @@ class Scheduler:
             ticket.book(source)
         target.checkouts += 1
         if not target.silent:
-            target.meter.checkouts += 1
-        target.meter.at_once += 1
-        ticket.account = target
+            target.counters.checkouts += 1
+        target.counters.at_once += 1
+        ticket.tag_state = target
         ticket.since = now
         return self._dispatch(now)
 
@@ -255,7 +255,7 @@ class Scheduler:
         if now < self.next_tick:
             return _NO_GRANTS
         self.next_tick = now + self.reallocation_interval
-        if self.roster.review(now) and self.roster.active <= 1:
+        if self.tags.review(now) and self.tags.active <= 1:
             # Ceilings have risen, for the one tag that is left and for the
             # silent tag; no other tag can be waiting.
             self.lines.all_changed()
@@ -289,7 +289,7 @@ class Scheduler:
         self.max_waiting = max_waiting
         self.reallocation_interval = reallocation_interval
         self.next_tick = min(self.next_tick, now + reallocation_interval)
-        self.roster.reconfigure(soft_limit, max_limit, idle_timeout)
+        self.tags.reconfigure(soft_limit, max_limit, idle_timeout)
         self.lines.all_changed()
         return self.set_capacity(capacity, now)
 
@@ -304,7 +304,7 @@ class Scheduler:
         :param ceilings: by tag.
         :param other: the ceiling of any tag not named.
         """
-        self.roster.impose(ceilings, other)
+        self.tags.impose(ceilings, other)
         self.lines.all_changed()
         return self.set_capacity(capacity, now)
 
@@ -314,31 +314,31 @@ class Scheduler:
         """Tell if releasing this granted ticket would grant another one."""
         if not self.waiting or self.in_use > self.capacity:
             return False
-        account = ticket.account
-        if account.waiters and account.in_use <= self.ceiling(account):
+        tag_state = ticket.tag_state
+        if tag_state.waiters and tag_state.in_use <= self.ceiling(tag_state):
             return True
         return self.lines.next() is not None
 
     def place(self, ticket: Ticket) -> int:
         """Return a waiting ticket's place in its line, from 1. O(place)."""
-        line = ticket.account.waiters or ()
+        line = ticket.tag_state.waiters or ()
         return next(place for place, t in enumerate(line, 1) if t is ticket)
 
     def knows(self, ticket: Ticket) -> bool:
         """Tell if the ticket was last used here, not with another scheduler."""
-        account = ticket.account
-        return self.accounts.get(account.tag) is account
+        tag_state = ticket.tag_state
+        return self.tag_states.get(tag_state.tag) is tag_state
 
     # -- the parts of a transition -------------------------------------------
 
-    def _shift(self, account: Account, by: int) -> None:
+    def _shift(self, tag_state: TagState, by: int) -> None:
         self.in_use += by
-        account.in_use += by
-        account.peak = max(account.peak, account.in_use)
-        if account.waiters:
-            self.lines.changed(account)
+        tag_state.in_use += by
+        tag_state.peak = max(tag_state.peak, tag_state.in_use)
+        if tag_state.waiters:
+            self.lines.changed(tag_state)
 
-    def _is_next(self, newcomer: Account) -> bool:
+    def _is_next(self, newcomer: TagState) -> bool:
         """Tell if a request under `newcomer`, arriving now, would be granted."""
         if (
             newcomer.waiters
@@ -358,32 +358,32 @@ class Scheduler:
             return _NO_GRANTS
         granted = []
         lines = self.lines
-        while self.in_use < self.capacity and (account := lines.next()) is not None:
-            assert account.waiters
-            ticket, _ = account.waiters.popitem(last=False)
+        while self.in_use < self.capacity and (tag_state := lines.next()) is not None:
+            assert tag_state.waiters
+            ticket, _ = tag_state.waiters.popitem(last=False)
             self.waiting -= 1
             waited = now - ticket.since
-            account.wait_total += waited
-            if waited > account.wait_max:
-                account.wait_max = waited
-            account.meter.wait.add(waited)
+            tag_state.wait_total += waited
+            if waited > tag_state.wait_max:
+                tag_state.wait_max = waited
+            tag_state.counters.wait.add(waited)
             self._grant(ticket, now)
-            lines.head_left(account)
-            if not account.silent:
-                account.last_activity = now
+            lines.head_left(tag_state)
+            if not tag_state.silent:
+                tag_state.last_activity = now
             granted.append(ticket)
         return granted
 
     def _grant(self, ticket: Ticket, now: float) -> None:
-        account = ticket.account
+        tag_state = ticket.tag_state
         ticket.since = now
         # From here in one go, see the head of this file.
         self.in_use += 1
-        account.in_use += 1
+        tag_state.in_use += 1
         ticket.state = GRANTED
         # What is lost here is a figure, and no slot.
-        account.checkouts += 1
-        if account.in_use > account.peak:
-            account.peak = account.in_use
-        if not account.silent:
-            account.meter.checkouts += 1
+        tag_state.checkouts += 1
+        if tag_state.in_use > tag_state.peak:
+            tag_state.peak = tag_state.in_use
+        if not tag_state.silent:
+            tag_state.counters.checkouts += 1

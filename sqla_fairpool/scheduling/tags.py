@@ -14,11 +14,11 @@ import math
 from collections.abc import Callable, Mapping
 
 from . import policy
-from .account import Account
-from .counters import Meters
-from .heap import Agenda
+from .counters import CountersByTag
+from .heap import IndexedHeap
+from .ticket import TagState
 
-__all__ = ["Roster"]
+__all__ = ["Tags"]
 
 #: For how many idle timeouts the figures of an idle tag are kept: long enough
 #: for a monitor to show a scraper that has stopped, five minutes by default.
@@ -28,12 +28,12 @@ _RETENTION = 5.0
 #: ordinary; of a million that pass by, no more than this stay.
 _MAX_REMEMBERED = 16_384
 
-#: How many accounts are looked at to find one that may be forgotten early.
+#: How many tags are looked at to find one that may be forgotten early.
 _FORGET_TRIES = 4
 
 
-class Roster:
-    """The accounts by tag, and the ceiling in force.
+class Tags:
+    """What is known of each tag, and the ceiling in force.
 
     :param silent_tag: the tag for which asking, waiting and returning are no
       activity.
@@ -53,8 +53,8 @@ class Roster:
         self.idle_timeout = idle_timeout
         self.silent_tag = silent_tag
         self.weights = dict(weights)
-        self.accounts: dict[str, Account] = {}
-        self.meters = Meters()
+        self.tag_states: dict[str, TagState] = {}
+        self.counters = CountersByTag()
         #: How many tags are active.
         self.active = 0
         #: The ceiling of every active tag: they all have the same. While ceilings are
@@ -67,16 +67,16 @@ class Roster:
         #: Called after a tag has become active or idle: its name, which of the two, how
         #: many are active, and the ceiling that follows.
         self.on_change: Callable[[str, bool, int, int], None] | None = None
-        # When to look at an account again: is it idle, may it be forgotten?
-        self._review: Agenda[Account] = Agenda()
+        # When to look at a tag again: is it idle, may it be forgotten?
+        self._review: IndexedHeap[TagState] = IndexedHeap()
 
-    def ceiling(self, account: Account) -> int:
-        """Return the most slots `account` may hold now."""
+    def ceiling(self, tag_state: TagState) -> int:
+        """Return the most slots a tag may hold now."""
         if self.imposed is not None:
-            return self.imposed.get(account.tag, self.imposed_other)
-        if account.active:
+            return self.imposed.get(tag_state.tag, self.imposed_other)
+        if tag_state.active:
             return self.common_ceiling
-        others = self.active - account.active
+        others = self.active - tag_state.active
         return policy.ceiling(others, self.soft_limit, self.max_limit)
 
     def impose(self, ceilings: Mapping[str, int], other: int) -> None:
@@ -89,17 +89,17 @@ class Roster:
             return min([self.imposed_other, *self.imposed.values()])
         return policy.ceiling(others, self.soft_limit, self.max_limit)
 
-    def get(self, tag: str, now: float) -> Account:
-        """Return the account of `tag`, a new one if there is none. O(log tags)."""
-        account = self.accounts.get(tag)
-        if account is None:
-            if len(self.accounts) >= _MAX_REMEMBERED:
+    def get(self, tag: str, now: float) -> TagState:
+        """Return what is known of `tag`, all new if nothing is. O(log tags)."""
+        tag_state = self.tag_states.get(tag)
+        if tag_state is None:
+            if len(self.tag_states) >= _MAX_REMEMBERED:
                 self._forget_one(now)
             weight = self.weights.get(tag, 1.0)
             silent = tag == self.silent_tag
-            account = Account(tag, weight, silent, self.meters.of(tag))
-            self.accounts[tag] = account
-        return account
+            tag_state = TagState(tag, weight, silent, self.counters.of(tag))
+            self.tag_states[tag] = tag_state
+        return tag_state
 
     def reconfigure(self, soft_limit: int, max_limit: int, idle_timeout: float) -> None:
         """Change the limits, and when a tag is idle. O(tags)."""
@@ -107,47 +107,47 @@ class Roster:
         self.max_limit = max_limit
         self.idle_timeout = idle_timeout
         self.common_ceiling = self._lowest_ceiling(max(self.active - 1, 0))
-        for account in self.accounts.values():
-            if account.active:
-                self._review.put(account, self._idle_at(account))
+        for tag_state in self.tag_states.values():
+            if tag_state.active:
+                self._review.put(tag_state, self._idle_at(tag_state))
 
-    def touch(self, account: Account, now: float) -> None:
+    def touch(self, tag_state: TagState, now: float) -> None:
         """Note activity: the tag counts from now on."""
-        account.last_activity = now
-        if not account.active:
+        tag_state.last_activity = now
+        if not tag_state.active:
             # In this order: an interrupt must not leave it active for ever.
-            self._review.put(account, now + self.idle_timeout)
-            self._set_active(account, True)
+            self._review.put(tag_state, now + self.idle_timeout)
+            self._set_active(tag_state, True)
 
     def review(self, now: float) -> bool:
         """Look at the tags whose time has come; tell if any became idle."""
         active_before = self.active
         while (due := self._review.first()) is not None and due[0] <= now:
-            account = due[1]
-            when = self._reviewed(account, now)
+            tag_state = due[1]
+            when = self._reviewed(tag_state, now)
             if when is None:
-                self._review.remove(account)
+                self._review.remove(tag_state)
             else:
-                self._review.put(account, when)
+                self._review.put(tag_state, when)
         return self.active < active_before
 
-    def _reviewed(self, account: Account, now: float) -> float | None:
+    def _reviewed(self, tag_state: TagState, now: float) -> float | None:
         """Let the tag become idle or be forgotten; return when to look again."""
-        if account.waiters and not account.silent:
+        if tag_state.waiters and not tag_state.silent:
             return math.nextafter(now, math.inf)  # that is, at the next review
-        if account.active:
-            idle_at = self._idle_at(account)
+        if tag_state.active:
+            idle_at = self._idle_at(tag_state)
             if idle_at > now:
                 return idle_at
-            self._set_active(account, False)
+            self._set_active(tag_state, False)
             return now + _RETENTION * self.idle_timeout
-        if not account.in_use and not account.waiters:
-            self.accounts.pop(account.tag, None)
+        if not tag_state.in_use and not tag_state.waiters:
+            self.tag_states.pop(tag_state.tag, None)
         return None  # what it still holds makes it active when it comes back
 
-    def _idle_at(self, account: Account) -> float:
-        assert account.last_activity is not None
-        return account.last_activity + self.idle_timeout
+    def _idle_at(self, tag_state: TagState) -> float:
+        assert tag_state.last_activity is not None
+        return tag_state.last_activity + self.idle_timeout
 
     def _forget_one(self, now: float) -> None:
         """Make room: forget the tag that was quiet longest, if a few looks find it."""
@@ -155,30 +155,30 @@ class Roster:
             due = self._review.first()
             if due is None:
                 return
-            when, account = due
-            if account.in_use or account.waiters:
-                self._review.put(account, now + self.idle_timeout)
-            elif account.active and self._idle_at(account) > when:
-                self._review.put(account, self._idle_at(account))
+            when, tag_state = due
+            if tag_state.in_use or tag_state.waiters:
+                self._review.put(tag_state, now + self.idle_timeout)
+            elif tag_state.active and self._idle_at(tag_state) > when:
+                self._review.put(tag_state, self._idle_at(tag_state))
             else:
-                if account.active:
-                    self._set_active(account, False)
-                self.accounts.pop(account.tag, None)
-                self._review.remove(account)
+                if tag_state.active:
+                    self._set_active(tag_state, False)
+                self.tag_states.pop(tag_state.tag, None)
+                self._review.remove(tag_state)
                 return
 
-    def _set_active(self, account: Account, active: bool) -> None:
-        prompt = active and not account.silent
+    def _set_active(self, tag_state: TagState, active: bool) -> None:
+        prompt = active and not tag_state.silent
         count = self.active + (1 if active else -1)
         ceiling = self._lowest_ceiling(max(count - 1, 0))
         # From here in one go, see the head of scheduler.py.
-        account.active = active
-        account.prompt = prompt
+        tag_state.active = active
+        tag_state.prompt = prompt
         self.active = count
         self.common_ceiling = ceiling
-        if self.on_change is not None and not account.silent:
-            self.on_change(account.tag, active, count, ceiling)
+        if self.on_change is not None and not tag_state.silent:
+            self.on_change(tag_state.tag, active, count, ceiling)
 
-    def is_reviewed(self, account: Account) -> bool:
+    def is_reviewed(self, tag_state: TagState) -> bool:
         """Tell if the tag is looked at again, to learn if it is idle."""
-        return account in self._review
+        return tag_state in self._review

@@ -25,10 +25,10 @@ from sqla_fairpool.opentelemetry import instrument
 from sqla_fairpool.prometheus import register
 from sqla_fairpool.scheduling.counters import (
     BOUNDS,
-    MAX_METERS,
+    MAX_COUNTED_TAGS,
     OTHER,
+    CountersByTag,
     Histogram,
-    Meters,
 )
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -183,9 +183,9 @@ def test_closures_are_counted_by_reason(make_engine, clock, monkeypatch):
 
 def test_tags_beyond_the_cap_share_counters(make_engine, clock):
     engine = make_engine(idle_timeout=1.0, reallocation_interval=1.0)
-    for n in range(MAX_METERS + 50):
+    for n in range(MAX_COUNTED_TAGS + 50):
         engine.execution_options(scraper=f"tag{n}").connect().close()
-    assert len(engine.pool.metrics().tags) == MAX_METERS + 1
+    assert len(engine.pool.metrics().tags) == MAX_COUNTED_TAGS + 1
     assert metrics_of(engine, OTHER).checkouts == 50
     assert metrics_of(engine, "tag0").checkouts == 1
     # What the pool has forgotten is still counted.
@@ -199,11 +199,11 @@ def test_tags_beyond_the_cap_share_counters(make_engine, clock):
 
 
 def test_a_tag_named_other_shares_the_counters():
-    meters = Meters()
-    own = meters.of(OTHER)
-    for n in range(MAX_METERS):
-        meters.of(f"t{n}")
-    assert meters.of("one too many") is own
+    counters_by_tag = CountersByTag()
+    own = counters_by_tag.of(OTHER)
+    for n in range(MAX_COUNTED_TAGS):
+        counters_by_tag.of(f"t{n}")
+    assert counters_by_tag.of("one too many") is own
 
 
 # -- Prometheus ------------------------------------------------------------------------

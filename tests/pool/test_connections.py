@@ -25,7 +25,7 @@ from support.worlds import contract, make_world
 from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
 from sqla_fairpool.pool.endings import ENDED, OPEN, UNKNOWN, EndWatcher, SocketCopy
 from sqla_fairpool.pool.physical import PhysicalConnection, PhysicalConnections
-from sqla_fairpool.scheduling.account import FREE
+from sqla_fairpool.scheduling.ticket import FREE
 
 
 class Driver:

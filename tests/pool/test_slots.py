@@ -9,7 +9,7 @@ from support.parts import Parts
 
 from sqla_fairpool.options import BadOption
 from sqla_fairpool.pool.slots import Reservation
-from sqla_fairpool.scheduling.account import GRANTED
+from sqla_fairpool.scheduling.ticket import GRANTED
 
 
 def numbers(parts):

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from sqla_fairpool.scheduling import tags
-from sqla_fairpool.scheduling.account import FREE, GRANTED, WAITING, Ticket
 from sqla_fairpool.scheduling.invariants import check_valid
 from sqla_fairpool.scheduling.scheduler import Scheduler
+from sqla_fairpool.scheduling.ticket import FREE, GRANTED, WAITING, Ticket
 
 
 class Script:
@@ -30,10 +30,10 @@ class Script:
 
     @property
     def tags(self):
-        return self.scheduler.roster
+        return self.scheduler.tags
 
     def is_active(self, tag):
-        return self.tags.accounts[tag].active
+        return self.tags.tag_states[tag].active
 
     def _granted(self, tickets):
         self.out += tickets
@@ -55,7 +55,7 @@ class Script:
 
     def release_one(self, tag):
         """The tag's oldest holder returns its slot and asks again."""
-        ticket = next(t for t in self.out if t.account.tag == tag)
+        ticket = next(t for t in self.out if t.tag_state.tag == tag)
         granted = self.release(ticket)
         self.request(tag)
         return granted
@@ -75,11 +75,11 @@ class Script:
         return self._granted(self.scheduler.tick(self.now))
 
     def held(self, tag):
-        account = self.tags.accounts.get(tag)
-        return account.in_use if account else 0
+        tag_state = self.tags.tag_states.get(tag)
+        return tag_state.in_use if tag_state else 0
 
     def all_held(self):
-        return {tag: a.in_use for tag, a in self.tags.accounts.items() if a.in_use}
+        return {tag: a.in_use for tag, a in self.tags.tag_states.items() if a.in_use}
 
     def churn(self, *tags, rounds=60):
         """All holders of the tags return and ask again, a few times over."""
@@ -110,9 +110,9 @@ def test_tags_that_want_all_get_15_or_10_each_or_7_7_6():
 
 def test_share_of_a_tag_that_goes_idle_is_free_for_all():
     script = three_at_once()
-    for ticket in list(script.tags.accounts["layer2"].waiters):
+    for ticket in list(script.tags.tag_states["layer2"].waiters):
         assert script.cancel(ticket)
-    for ticket in [t for t in script.out if t.account.tag == "layer2"]:
+    for ticket in [t for t in script.out if t.tag_state.tag == "layer2"]:
         script.release(ticket)
     # At once, without waiting for the reallocation: no tag wants its share.
     assert script.all_held() == {"layer1_5": 10, "layer3": 10}
@@ -206,7 +206,7 @@ def test_statement_keeps_a_tag_active_and_wakes_up_an_idle_one():
     script.requests("b", 30)
     assert script.held("b") == 15
     script.scheduler.activity(ticket, script.now)
-    assert script.scheduler.ceiling(script.tags.accounts["b"]) == 10
+    assert script.scheduler.ceiling(script.tags.tag_states["b"]) == 10
 
 
 def test_tag_with_a_waiter_stays_active():
@@ -248,9 +248,9 @@ def test_moved_ticket_is_charged_to_the_new_tag_alone():
     ticket = script.request("unknown")
     assert script.move(ticket, "a")
     assert (script.held("unknown"), script.held("a")) == (0, 1)
-    accounts = script.tags.accounts
-    assert (accounts["unknown"].checkouts, accounts["a"].checkouts) == (0, 1)
-    assert not accounts["unknown"].active
+    tag_states = script.tags.tag_states
+    assert (tag_states["unknown"].checkouts, tag_states["a"].checkouts) == (0, 1)
+    assert not tag_states["unknown"].active
     script.release(ticket)
 
 
@@ -281,7 +281,7 @@ def test_million_tags_leave_bounded_state():
     for n in range(1_000_000):
         scheduler.request(ticket, f"tag{n}", script.now)
         scheduler.release(ticket, script.now)
-    assert len(script.tags.accounts) <= tags._MAX_REMEMBERED
+    assert len(script.tags.tag_states) <= tags._MAX_REMEMBERED
     assert len(script.tags._review._heap) <= 2 * tags._MAX_REMEMBERED + 100
     check_valid(scheduler, [])
 
@@ -291,10 +291,10 @@ def test_idle_tags_are_forgotten_after_a_while():
     for n in range(100):
         script.release(script.request(f"tag{n}"))
     script.advance(61.0)
-    assert len(script.tags.accounts) == 100
+    assert len(script.tags.tag_states) == 100
     assert script.tags.active == 0
     script.advance(301.0)
-    assert not script.tags.accounts
+    assert not script.tags.tag_states
     assert not script.tags._review
 
 
@@ -305,7 +305,7 @@ def test_tag_that_holds_a_slot_is_not_forgotten():
     script.advance(10_000.0)
     assert script.held("a") == 1
     assert script.release(ticket) == []
-    assert ticket.account.active, "a checkin is activity"
+    assert ticket.tag_state.active, "a checkin is activity"
 
 
 def calls(function):
@@ -364,7 +364,7 @@ def test_cost_of_a_step_does_not_grow_with_the_line():
     [
         (Scheduler._grant, {"in_use", "state"}),
         (Scheduler.vacate, {"in_use", "state"}),
-        (tags.Roster._set_active, {"active", "prompt", "common_ceiling"}),
+        (tags.Tags._set_active, {"active", "prompt", "common_ceiling"}),
     ],
 )
 def test_no_signal_is_handled_between_counters_that_belong_together(transition, fields):

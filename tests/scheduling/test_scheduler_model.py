@@ -14,9 +14,9 @@ from hypothesis.stateful import (
 )
 
 from sqla_fairpool.scheduling import policy
-from sqla_fairpool.scheduling.account import FREE, GRANTED, WAITING, LineFull, Ticket
 from sqla_fairpool.scheduling.invariants import check_valid
 from sqla_fairpool.scheduling.scheduler import Scheduler
+from sqla_fairpool.scheduling.ticket import FREE, GRANTED, WAITING, LineFull, Ticket
 
 TAGS = ["a", "b", "c", "d", "unknown"]
 WEIGHTS = {"d": 2.0}
@@ -178,7 +178,7 @@ class SchedulerAgreesWithModel(RuleBasedStateMachine):
     @rule(ticket=tickets)
     def statement(self, ticket):
         if ticket.state is GRANTED:
-            self.model.touch(ticket.account.tag, self.now)
+            self.model.touch(ticket.tag_state.tag, self.now)
             self.scheduler.activity(ticket, self.now)
 
     @rule(
@@ -216,12 +216,12 @@ class SchedulerAgreesWithModel(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         check_valid(self.scheduler, [ticket for ticket, _ in self.model.holding])
-        accounts = self.scheduler.roster.accounts
-        assert {t for t, a in accounts.items() if a.active} == self.model.active
+        tag_states = self.scheduler.tags.tag_states
+        assert {t for t, a in tag_states.items() if a.active} == self.model.active
         for tag in TAGS:
-            account = accounts.get(tag)
-            assert (account.in_use if account else 0) == self.model.held(tag)
-            line = list(account.waiters or ()) if account else []
+            tag_state = tag_states.get(tag)
+            assert (tag_state.in_use if tag_state else 0) == self.model.held(tag)
+            line = list(tag_state.waiters or ()) if tag_state else []
             assert line == [k for _, k, t in self.model.waiting if t == tag]
 
 

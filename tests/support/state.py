@@ -69,7 +69,7 @@ def connections_there(pool):
 
 def line(pool, tag):
     """The checkouts that wait under a tag, the first one first."""
-    return list(scheduler(pool).accounts[tag].waiters or ())
+    return list(scheduler(pool).tag_states[tag].waiters or ())
 
 
 def newest_waiter(pool):
@@ -113,7 +113,7 @@ def checkout_of(connection):
 
 def tag_of(connection):
     """The tag that a connection is charged to."""
-    return checkout_of(connection).account.tag
+    return checkout_of(connection).tag_state.tag
 
 
 def stack_of(connection):

@@ -1,12 +1,12 @@
-"""A tag's account and a request's ticket: the nouns of the scheduler."""
+"""What is known of a tag, and of one request: the nouns of the scheduler."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
-from .counters import BOUNDS, Meter
+from .counters import BOUNDS, Counters
 
-__all__ = ["FREE", "GRANTED", "WAITING", "Account", "LineFull", "Ticket"]
+__all__ = ["FREE", "GRANTED", "WAITING", "TagState", "LineFull", "Ticket"]
 
 FREE = "free"
 WAITING = "waiting"
@@ -27,7 +27,6 @@ class Ticket:
     """
 
     __slots__ = (
-        "account",
         "again",
         "held",
         "held_max",
@@ -36,9 +35,10 @@ class Ticket:
         "number",
         "since",
         "state",
+        "tag_state",
     )
 
-    account: Account
+    tag_state: TagState
     #: Arrival number, while waiting.
     number: int
     #: When it was requested (waiting), or last checked out (granted).
@@ -64,33 +64,33 @@ class Ticket:
         if held > BOUNDS[0]:
             self.long_holds.append(held)
 
-    def book(self, account: Account) -> None:
+    def book(self, tag_state: TagState) -> None:
         """Add the checkouts that are over to the figures of their tag."""
-        account.checkouts += self.again  # the first was counted when it was granted
-        account.hold_total += self.held
-        if self.held_max > account.hold_max:
-            account.hold_max = self.held_max
-        meter = account.meter
-        meter.checkouts += self.again + account.silent
-        meter.at_once += self.again
-        meter.hold.add_all(self.again + 1, self.held, self.held_max, self.long_holds)
+        tag_state.checkouts += self.again  # the first was counted when it was granted
+        tag_state.hold_total += self.held
+        if self.held_max > tag_state.hold_max:
+            tag_state.hold_max = self.held_max
+        counters = tag_state.counters
+        counters.checkouts += self.again + tag_state.silent
+        counters.at_once += self.again
+        counters.hold.add_all(self.again + 1, self.held, self.held_max, self.long_holds)
         if self.long_holds:
             self.long_holds = []
         self.again = 0
         self.held = self.held_max = self.notable = 0.0
 
 
-class Account:
+class TagState:
     """What the scheduler knows of one tag."""
 
     __slots__ = (
         "active",
         "checkouts",
+        "counters",
         "hold_max",
         "hold_total",
         "in_use",
         "last_activity",
-        "meter",
         "peak",
         "prompt",
         "silent",
@@ -102,10 +102,12 @@ class Account:
         "weight",
     )
 
-    def __init__(self, tag: str, weight: float, silent: bool, meter: Meter) -> None:
+    def __init__(
+        self, tag: str, weight: float, silent: bool, counters: Counters
+    ) -> None:
         self.tag = tag
         #: What is counted for monitoring; other tags may share it.
-        self.meter = meter
+        self.counters = counters
         self.weight = weight
         #: True for the default tag: asking, waiting and returning are no
         #: activity of it, because the caller may still say who it is.
