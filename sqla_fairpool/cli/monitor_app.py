@@ -156,9 +156,16 @@ class Monitor(App[None]):
 
     def on_mount(self) -> None:
         """Begin."""
+        # After Ctrl-Z the terminal shows an empty screen, and not what was drawn on it.
+        self.app_resume_signal.subscribe(self, lambda _: self._draw_all())
         self._show()
         self.set_interval(_TICK, self.tick)
         self.tick()
+
+    def _draw_all(self) -> None:
+        self.screen.refresh(layout=True)
+        for widget in self.screen.walk_children():
+            widget.refresh()
 
     def tick(self) -> None:
         """Take an answer that has come, start a look that is due."""

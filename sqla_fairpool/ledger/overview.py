@@ -77,7 +77,6 @@ _SCRAPER_IN_JSON = {
     "idle_seconds": "idle_for",
     "checkouts": "checkouts",
     "timeouts": "timeouts",
-    "processes": "processes",
 }
 
 
@@ -176,7 +175,13 @@ class Overview:
                 "utilization": self.utilization,
             },
             "scrapers": [
-                {key: getattr(row, name) for key, name in _SCRAPER_IN_JSON.items()}
+                {
+                    **{
+                        key: getattr(row, name)
+                        for key, name in _SCRAPER_IN_JSON.items()
+                    },
+                    "processes": list(row.processes),
+                }
                 for row in self.scrapers
             ],
             "strategy": self.strategy,

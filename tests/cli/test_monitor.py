@@ -371,15 +371,16 @@ class Window:
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, size)
 
     def read_until(self, *texts):
-        """Read until each text is seen, in this order; return all that came."""
+        """Read until each text has been seen; return all that came.
+
+        In any order: what is drawn first depends on how busy the machine is.
+        """
         deadline = time.monotonic() + PATIENCE
-        read = ""
-        for wanted in texts:
-            while wanted not in self.text:
-                assert time.monotonic() < deadline, f"no {wanted!r} in {self.text!r}"
-                self._read(0.1)
-            before, _, self.text = self.text.partition(wanted)
-            read += before + wanted
+        while missing := [wanted for wanted in texts if wanted not in self.text]:
+            assert time.monotonic() < deadline, f"no {missing} in {self.text!r}"
+            self._read(0.1)
+        end = max(self.text.index(wanted) + len(wanted) for wanted in texts)
+        read, self.text = self.text[:end], self.text[end:]
         return read
 
     def _read(self, seconds):
@@ -472,7 +473,9 @@ def test_signals_end_it_and_restore_the_terminal(window, signum, status):
 def test_a_terminal_that_has_gone_ends_it(window):
     window = window()
     window.hang_up()
-    assert window.process.wait(PATIENCE) in (128 + signal.SIGHUP, -signal.SIGHUP)
+    # Or Python's own status for standard streams that cannot be flushed at the end.
+    gone = (128 + signal.SIGHUP, -signal.SIGHUP, 120)
+    assert window.process.wait(PATIENCE) in gone
 
 
 def test_a_look_that_hangs_does_not_keep_q_from_ending_it(window):

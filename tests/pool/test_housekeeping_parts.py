@@ -8,6 +8,8 @@ import pytest
 from support.parts import Parts
 
 from sqla_fairpool.pool.checkout import Generation
+from sqla_fairpool.pool.opening_ahead import OpeningAhead
+from sqla_fairpool.pool.waiters import ThreadWaiter
 
 TTL = 40.0
 
@@ -98,11 +100,11 @@ def test_room_is_made_only_where_it_is_needed(parts):
 
 def test_connections_are_opened_ahead_until_there_are_enough(parts):
     opener = parts.opener()
-    assert parts.housekeeping.open_ahead(opener) == 0  # another pool has taken over
-    parts.housekeeping.owner = opener.generation
-    assert parts.housekeeping.open_ahead(opener) == 1
+    ahead = OpeningAhead(parts.state, parts.housekeeping, ThreadWaiter)
+    assert ahead.warm_up(None, opener) == 1
+    assert parts.housekeeping.owner is opener.generation  # it has taken over
     assert parts.connections.count_open() == 1
-    assert parts.housekeeping.open_ahead(opener) == 0
+    assert ahead.warm_up(None, opener) == 0
     (record,) = parts.connections.idle
     assert record.fair.idle_since == parts.clock()
     assert parts.scheduler.capacity == parts.slots.usable() == 4

@@ -140,7 +140,7 @@ def is_free(pool):
     if not lock.mutex.acquire(blocking=False):
         return False
     lock.mutex.release()
-    return lock._busy_in is None
+    return lock.busy_in is None
 
 
 def came_back_meanwhile(pool):
