@@ -200,6 +200,8 @@ class PoolCore:
         except LineFull:
             raise self._waiting.too_many(tag) from None
         except BaseException:
+            if checkout.state is FREE and checkout is not self.state.watcher:
+                raise  # it timed out or was refused, and has left its line
             try:
                 self.give_up(checkout)
             except BaseException:  # a second interrupt

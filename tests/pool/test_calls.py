@@ -10,6 +10,7 @@ from sqlalchemy import text
 from support.threads import connect, wait_in_line
 
 import sqla_fairpool
+from sqla_fairpool import CheckoutTimeout
 
 PACKAGE = str(Path(sqla_fairpool.__file__).parent)
 
@@ -77,3 +78,16 @@ def test_waiting_checkout_is_handed_its_connection_in_few_calls(make_engine):
     names = our_calls(holder.close)
     caller.result().close()
     assert len(names) <= 29, names
+
+
+def test_time_out_leaves_its_line_once(make_engine):
+    engine = make_engine(pool_size=1, pool_timeout=0)
+
+    def time_out():
+        with pytest.raises(CheckoutTimeout):
+            engine.connect()
+
+    with engine.connect():
+        names = our_calls(time_out)
+    assert names.count("expire") == 1
+    assert "give_up" not in names
