@@ -21,6 +21,7 @@ from typing import Any, cast
 from ..options import PoolOptions
 from ..scheduling.ticket import GRANTED
 from .checkout import Generation
+from .physical import PhysicalConnection
 from .transitions import Transitions
 
 __all__ = ["Housekeeping"]
@@ -200,18 +201,19 @@ class Housekeeping:
 
         Those are idle, or wait to be closed by a loop that does not run.
         """
+        for physical in self._state.lock.run(self._surplus):
+            self._state.slots.existing.hang_up(physical)
+
+    def _surplus(self, now: float) -> list[PhysicalConnection]:
         state = self._state
-        with state.lock.section() as now:
-            state.drain(now)
-            idle = {id(record) for record in list(state.connections.idle)}
-            surplus = [
-                physical
-                for physical in state.slots.existing
-                if (record := physical.record()) is not None
-                and not physical.opening
-                and id(record) not in idle
-                and record not in state.connections.left
-                and record.fair.checkout.state is not GRANTED
-            ]
-        for physical in surplus:
-            state.slots.existing.hang_up(physical)
+        state.drain(now)
+        idle = {id(record) for record in list(state.connections.idle)}
+        return [
+            physical
+            for physical in state.slots.existing
+            if (record := physical.record()) is not None
+            and not physical.opening
+            and id(record) not in idle
+            and record not in state.connections.left
+            and record.fair.checkout.state is not GRANTED
+        ]

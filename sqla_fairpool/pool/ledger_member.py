@@ -220,32 +220,32 @@ class LedgerMember:
             if self.keeper is not None:
                 self.keeper.close()  # the pool has no user any more
             return 0, {}
-        existing = core.slots.existing
-        existing.end_abandoned()
-        with core.lock.section() as now:
-            core.housekeeping.look_around(now)  # others want to know who is idle
-            tags = {}
-            for tag_state in core.scheduler.tag_states.values():
-                peak, tag_state.peak = tag_state.peak, tag_state.in_use
-                if peak or tag_state.waiting or tag_state.active:
-                    tags[tag_state.tag] = TagDemand(
-                        peak, tag_state.waiting, tag_state.active
-                    )
-            detached = existing.detached()
-            if detached:
-                default = tags.get(self._default_tag, TagDemand(0, 0, False))
-                in_use = default.in_use + detached
-                tags[self._default_tag] = default._replace(in_use=in_use)
-            core.state.recount(now)
-            return core.slots.there(), tags
+        core.slots.existing.end_abandoned()
+        return core.lock.run(self._demand, core)
+
+    def _demand(
+        self, core: PoolCore, now: float
+    ) -> tuple[int, Mapping[str, TagDemand]]:
+        core.housekeeping.look_around(now)  # others want to know who is idle
+        tags = {}
+        for state in core.scheduler.tag_states.values():
+            peak, state.peak = state.peak, state.in_use
+            if peak or state.waiting or state.active:
+                tags[state.tag] = TagDemand(peak, state.waiting, state.active)
+        detached = core.slots.existing.detached()
+        if detached:
+            default = tags.get(self._default_tag, TagDemand(0, 0, False))
+            in_use = default.in_use + detached
+            tags[self._default_tag] = default._replace(in_use=in_use)
+        core.state.recount(now)
+        return core.slots.there(), tags
 
     def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
         """Set how many connections there may be, and the ceiling of each tag."""
         core = self._core()
         if core is not None:
             self.refusal = None
-            with core.lock.section() as now:
-                core.state.allot(slots, ceilings, other, now)
+            core.lock.run(core.state.allot, slots, ceilings, other)
 
     def sessions(self) -> Collection[Session]:
         """Return the server sessions that exist, as far as they are known."""
@@ -267,8 +267,7 @@ class LedgerMember:
         core, buried = self._core(), self._lost
         self._lost = ()
         if core is not None:
-            with core.lock.section() as now:
-                core.state.bury(buried, now)
+            core.lock.run(core.state.bury, buried)
 
     def close_surplus(self) -> None:
         """Close idle connections that are too many."""
@@ -294,23 +293,20 @@ class LedgerMember:
         """Let those connections be used that there are, and no other be opened."""
         core = self._core()
         if core is not None:
-            with core.lock.section() as now:
-                core.state.freeze(now)
+            core.lock.run(core.state.freeze)
 
     def press(self, pressed: bool) -> None:
         """Call :meth:`ring` when a connection falls idle, or do not any more."""
         core = self._core()
         if core is not None:
-            with core.lock.section():
-                core.state.press(pressed)
+            core.lock.run(core.state.press, pressed)
 
     def refuse(self, error: exc.SQLAlchemyError) -> None:
         """Raise an error in all callers that wait or come, until slots are allotted."""
         core = self._core()
         if core is not None:
             self.refusal = error
-            with core.lock.section():
-                core.state.wake_all()
+            core.lock.run(core.state.wake_all)
 
 
 class _Nobody:

@@ -98,11 +98,9 @@ def _figures(ref: weakref.ref[PoolCore]) -> dict[str, Any]:
     core = ref()
     if core is None:
         return {}
-    with core.lock.section():
-        there = core.slots.there()
     return {
         "size": core.options.pool_size,
-        "open": there,
+        "open": core.lock.run(lambda now: core.slots.there()),
         "tags": encode(snapshot(core).tags),
     }
 

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from threading import get_ident
 from typing import Any, NoReturn, TypeVar
 
@@ -71,7 +70,8 @@ class PoolLock:
     def run(self, transition: Callable[..., _T], *args: Any) -> _T:
         """Call a function in a section, with the time as its last argument.
 
-        An interrupt never leaves the section open.
+        No context manager: an exception that is thrown into the thread as the block of
+        one is entered or left keeps it open for as long as the traceback lives.
         """
         if self.busy_in is not None and self.in_section():
             refuse_inner_call()
@@ -91,32 +91,6 @@ class PoolLock:
             if self.wake_ups or self.deferred or self.inbox:
                 self.flush()
         return result
-
-    @contextmanager
-    def section(self) -> Iterator[float]:
-        """Hold the lock for a block of code; gives the time.
-
-        Not where a caller's thread may be interrupted: an exception that comes as the
-        block is entered or left keeps the section open for as long as its traceback
-        lives.
-        """
-        if self.busy_in is not None and self.in_section():
-            refuse_inner_call()
-        try:
-            with self.mutex:
-                self.busy_in = get_ident()
-                try:
-                    now = self.clock()
-                    if self.inbox:
-                        self._empty_inbox(now)
-                    yield now
-                    if self.inbox:
-                        self._empty_inbox(now)
-                finally:
-                    self.busy_in = None
-        finally:
-            if self.wake_ups or self.deferred or self.inbox:
-                self.flush()
 
     def in_section(self) -> bool:
         """Tell if this thread is in a section.

@@ -10,7 +10,6 @@ Rules of this file:
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
 
@@ -43,6 +42,7 @@ class Transitions:
         "leaks",
         "lock",
         "options",
+        "run",
         "scheduler",
         "slots",
         "warm",
@@ -63,6 +63,8 @@ class Transitions:
         #: Tells which thread or task is asking.
         self.here = here
         self.lock = lock
+        #: Calls a function in a section, with the time.
+        self.run = lock.run
         self.scheduler = scheduler
         self.connections = connections
         self.slots = slots
@@ -129,7 +131,7 @@ class Transitions:
         if newest is not None and newest.waiter is not None:
             self.lock.wake_ups.append(newest.waiter.wake)
 
-    def wake_all(self) -> None:
+    def wake_all(self, now: float) -> None:
         """Wake all callers that wait, to look for themselves."""
         for checkout in self.checkouts_waiting():
             if checkout.waiter is not None:
@@ -149,10 +151,6 @@ class Transitions:
     def logger(self) -> Any:
         """What an operator is to read is written there."""
         return self.event_log.logger
-
-    def section(self) -> AbstractContextManager[float]:
-        """Hold the lock; gives the time."""
-        return self.lock.section()
 
     def count_idle(self) -> tuple[int, int]:
         """Return the records in the pool, and how many of them are open."""
@@ -307,7 +305,7 @@ class Transitions:
         self.slots.frozen = True
         self.recount(now)
 
-    def press(self, pressed: bool) -> None:
+    def press(self, pressed: bool, now: float) -> None:
         """Have the ledger hear when a connection falls idle, or not any more."""
         self.slots.pressed = pressed
         if pressed:

@@ -22,8 +22,7 @@ def parts():
 def look_around(parts, after):
     """Do what is due after some seconds."""
     parts.clock.advance(after)
-    with parts.lock.section() as now:
-        parts.housekeeping.look_around(now)
+    parts.lock.run(parts.housekeeping.look_around)
 
 
 def test_next_visit_is_when_the_first_thing_is_due(parts):

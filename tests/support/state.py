@@ -9,6 +9,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from functools import partial
 
+from greenlet import getcurrent, greenlet
+
 from sqla_fairpool.pool.checkout import Checkout
 from sqla_fairpool.pool.ledger_member import LedgerMember
 from sqla_fairpool.scheduling.invariants import check_valid
@@ -124,9 +126,17 @@ def stack_of(connection):
 # -- the lock --------------------------------------------------------------------------
 
 
+@contextmanager
 def critical_section(pool):
-    """Hold the pool's lock, as a transition does; gives the time."""
-    return core(pool).lock.section()
+    """Be in the middle of a transition of the pool's lock; gives the time.
+
+    The transition is a greenlet of this thread, which is suspended for the block.
+    """
+    transition = greenlet(partial(core(pool).lock.run, getcurrent().switch))
+    try:
+        yield transition.switch()
+    finally:
+        transition.switch()
 
 
 def is_busy(pool):
