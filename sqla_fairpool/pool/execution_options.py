@@ -21,8 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Dialect, Engine
@@ -45,8 +44,7 @@ _ACCEPTED = "_sqla_fairpool_accepted"
 _Retag: TypeAlias = Callable[[Connection, str | None], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What options say about one checkout, None where they say nothing."""
 
     #: The dialect of the pool which is meant; other pools ignore the request.
@@ -118,13 +116,15 @@ class _Hooks:
         ours = {key: opts[key] for key in (self._option, TIMEOUT_OPTION) if key in opts}
         try:
             if ours:
-                if self._option in ours:
-                    validate_tag(ours[self._option], self._option)  # None says nothing
+                tag, timeout = None, ours.get(TIMEOUT_OPTION)
+                if timeout is not None:
+                    validate_timeout(timeout, TIMEOUT_OPTION)
+                if self._option in ours:  # None is refused: it would say nothing
+                    tag = validate_tag(ours[self._option], self._option)
                 now = before.union(ours)
-                request = self._request(connection.dialect, now)
                 vars(connection)[_ACCEPTED] = now
                 sqlalchemy_private.check_out_by(connection, self._check_out)
-                self._retag(connection, request.tag)
+                self._retag(connection, tag)
                 accepted = now
             self._apply(connection, opts)
         except BaseException:
@@ -133,7 +133,8 @@ class _Hooks:
             vars(connection)[_ACCEPTED] = accepted
             sqlalchemy_private.set_options(connection, accepted)
             raise
-        vars(connection)[_ACCEPTED] = before.union(opts)
+        if len(ours) < len(opts):
+            vars(connection)[_ACCEPTED] = before.union(opts)
 
     def _check_out(
         self, connection: Connection, check_out: Callable[[], PoolProxiedConnection]

@@ -97,9 +97,7 @@ class Transitions:
         """Complete a checkout that was granted, or moved to another tag."""
         checkout.may_keep = (
             # Without overflow there is a place for every record that comes back.
-            self.options.max_overflow == 0
-            and not checkout.tag_state.silent
-            and not self.slots.pressed
+            self.options.max_overflow == 0 and not self.slots.pressed
         )
         checkout.reported = False
         if record is not None:
@@ -268,13 +266,15 @@ class Transitions:
 
         There are none but after a limit has fallen.
         """
-        while idle := list(self.connections.idle):
-            if (
-                len(idle) <= self.options.pool_size
-                and self.scheduler.in_use + len(idle) <= self.slots.allotted
-            ):
-                return
-            self.retire(idle[0], now, "resized")
+        idle = self.connections.idle
+        while (
+            len(idle) > self.options.pool_size
+            or self.scheduler.in_use + len(idle) > self.slots.allotted
+        ):
+            oldest = next(iter(idle), None)
+            if oldest is None:
+                return  # the rest is out
+            self.retire(oldest, now, "resized")
 
     def retire(self, record: Record, now: float, reason: str) -> None:
         """Have an idle record closed. Its slot is out of use until that is over."""

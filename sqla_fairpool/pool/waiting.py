@@ -35,6 +35,7 @@ class Waiting:
     def join_line(self, checkout: Checkout, tag: str, now: float) -> None:
         """Prepare a checkout that has to wait. Caller is in a section."""
         state, scheduler = self._state, self._state.scheduler
+        checkout.spent = True  # its waiter may be woken late, and give it up
         checkout.waiter = self.waiter_class(checkout)
         if state.watcher is None:
             state.watcher = checkout

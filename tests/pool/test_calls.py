@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import text
+from support import state
 from support.threads import connect, wait_in_line
 
 import sqla_fairpool
@@ -49,6 +50,12 @@ def test_warm_checkout_and_checkin(engine):
         "_do_return_conn",
         "checkin",
     ]
+
+
+def test_warm_checkout_without_a_tag_takes_no_lock(engine):
+    engine.connect().close()
+    with state.lock_forbidden(engine):
+        engine.connect().close()
 
 
 def test_checkout_does_not_cost_more_with_many_tags(engine):

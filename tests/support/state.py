@@ -220,6 +220,14 @@ def slot_without_caller(pool, tag):
         scheduler(pool).release(lost, now)
 
 
+def interrupted_checkout(pool, tag):
+    """Be granted a slot and give it up at once; return the checkout."""
+    begun = []
+    core(pool).lock.run(core(pool)._request, begun, tag)
+    core(pool).give_up(*begun)
+    return begun[0]
+
+
 # -- the ledger ------------------------------------------------------------------------
 
 
@@ -249,6 +257,7 @@ def join(pool, keeper):
 
 def assert_quiet(pool):
     """Nothing is out, no caller waits, and the accounting is consistent."""
+    look_around(pool)  # what was left to the next caller, where none could wait
     with critical_section(pool):
         check_valid(scheduler(pool), [])
         assert in_use(pool) == 0
