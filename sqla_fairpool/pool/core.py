@@ -21,24 +21,24 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from ..diagnosis.callers import locations
+from ..diagnosis.leaks import LeakWatch
 from ..options import PoolOptions
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import FREE, LineFull
 from . import sqlalchemy_private
 from .checkout import Checkout, Generation, Opener, Record
-from .connections import Connections
+from .connections import Connections, LedgerSlots, Member, Slots
 from .housekeeping import Housekeeping
 from .lock import PoolLock
 from .nested import NestedCheckouts
 from .opening import Opening
-from .opening_ahead import OpeningAhead
 from .physical import PhysicalConnections
-from .slots import LedgerSlots, Member, Slots
 from .transitions import Transitions
 from .waiters import Waiter
 from .waiting import Waiting
 
-__all__ = ["PoolCore"]
+__all__ = ["PoolCore", "TracedCore"]
 
 _numbers = itertools.count(1)
 
@@ -55,30 +55,6 @@ class PoolCore:
     :param clock: seconds on a steadily rising scale.
     :param member: the pool's side of a ledger, None without one.
     """
-
-    __slots__ = (
-        "__weakref__",
-        "_member",
-        "_use_lifo",
-        "_waiter_class",
-        "_waiting",
-        "alive",
-        "clock",
-        "closures",
-        "connections",
-        "here",
-        "housekeeping",
-        "lock",
-        "logger",
-        "nested",
-        "number",
-        "opening",
-        "opening_ahead",
-        "scheduler",
-        "slots",
-        "state",
-        "warm",
-    )
 
     def __init__(
         self,
@@ -128,9 +104,8 @@ class PoolCore:
         self.nested = NestedCheckouts(self.state)
         self.housekeeping = Housekeeping(self.state, self._use_lifo)
         self._waiting = Waiting(self.state, self.housekeeping, self._waiter_class)
-        self.opening = Opening(self.state, self._waiting, self._waiter_class)
-        self.opening_ahead = OpeningAhead(
-            self.state, self.housekeeping, self._waiter_class
+        self.opening = Opening(
+            self.state, self.housekeeping, self._waiting, self._waiter_class
         )
         #: Connections closed, by reason.
         self.closures: Counter[str] = Counter()
@@ -271,7 +246,7 @@ class PoolCore:
                 checkout.state, checkout.may_keep = FREE, False
             elif self.options.min_idle and not opener.generation.warmed_up:
                 checkout.record = record  # where `give_up` finds it
-                self.opening_ahead.warm_up_apart(self, opener)
+                self.opening.warm_up_apart(self, opener)
         checkout.record = None
         return record
 
@@ -402,6 +377,25 @@ class PoolCore:
         self.slots.existing.failures = failures
         self.log_to(self.logger)
         self.slots.after_fork()
+
+
+class TracedCore(PoolCore):
+    """With ``leak_threshold``: notes where callers check out, and reports leaks."""
+
+    def _begin(self, options: PoolOptions) -> None:
+        super()._begin(options)
+        assert options.leak_threshold is not None
+        self.state.leaks = LeakWatch(self.state, options.leak_threshold)
+
+    def checkout(
+        self, tag: str, opener: Opener, timeout: float | None = None
+    ) -> Record:
+        assert self.state.leaks is not None
+        self.state.leaks.start()
+        stack = locations(self.here.frames())
+        record = super().checkout(tag, opener, timeout)
+        record.fair.checkout.stack = stack
+        return record
 
 
 def _connection_ended(alive: weakref.ref[PoolCore]) -> None:

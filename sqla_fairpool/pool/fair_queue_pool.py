@@ -23,14 +23,13 @@ from ..stats import PoolStats
 from ..tagging import blocks, context_tag
 from . import sqlalchemy_private
 from .checkout import Generation
-from .core import PoolCore
+from .core import PoolCore, TracedCore
 from .events import observe, warn_of_private_memory, watch_dialect
 from .execution_options import make_request, requested
 from .ledger_member import LedgerMember
 from .ledger_sessions import await_url, join_ledger
 from .server_tag import tell_on_checkout
 from .snapshot import Source, metrics, snapshot
-from .traced_core import TracedCore
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
 
 __all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool", "metrics_source"]
@@ -261,7 +260,7 @@ class FairQueuePool(Pool):
         Connections that are checked out count as open. What goes wrong in opening
         one is raised; those opened before stay in the pool.
         """
-        return self._core.opening_ahead.warm_up(self._core, self)
+        return self._core.opening.warm_up(self._core, self)
 
     def upkeep(self) -> None:
         """Do what is left to the next visitor, without waiting for one.

@@ -37,8 +37,6 @@ class Housekeeping:
     :param use_lifo: hand out the record that came back last in any case.
     """
 
-    __slots__ = ("_next_look", "_state", "_use_lifo", "next_visit", "owner")
-
     def __init__(self, state: Transitions, use_lifo: bool) -> None:
         self._state = state
         self._use_lifo = use_lifo

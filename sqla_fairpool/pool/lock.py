@@ -38,16 +38,6 @@ class PoolLock:
     :param can_wait: tells if the caller may wait for the database.
     """
 
-    __slots__ = (
-        "_can_wait",
-        "busy_in",
-        "clock",
-        "deferred",
-        "inbox",
-        "mutex",
-        "wake_ups",
-    )
-
     def __init__(
         self, clock: Callable[[], float], can_wait: Callable[[], bool]
     ) -> None:

@@ -35,8 +35,6 @@ class _Loan:
 class NestedCheckouts:
     """The loans of a pool that are not back."""
 
-    __slots__ = ("_state", "loans")
-
     def __init__(self, state: Transitions) -> None:
         self._state = state
         self.loans: list[_Loan] = []

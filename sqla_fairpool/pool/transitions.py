@@ -22,10 +22,9 @@ from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import GRANTED, Ticket
 from . import sqlalchemy_private
 from .checkout import Checkout, Record
-from .connections import Connections
+from .connections import Connections, Slots
 from .lock import PoolLock
 from .physical import PhysicalConnection
-from .slots import Slots
 from .warm import WarmCache
 
 __all__ = ["Transitions"]
@@ -33,21 +32,6 @@ __all__ = ["Transitions"]
 
 class Transitions:
     """The parts of a pool that change together."""
-
-    __slots__ = (
-        "__weakref__",
-        "connections",
-        "event_log",
-        "here",
-        "leaks",
-        "lock",
-        "options",
-        "run",
-        "scheduler",
-        "slots",
-        "warm",
-        "watcher",
-    )
 
     def __init__(
         self,

@@ -19,8 +19,6 @@ __all__ = ["Waiting"]
 class Waiting:
     """Waits on behalf of callers."""
 
-    __slots__ = ("_housekeeping", "_state", "waiter_class")
-
     def __init__(
         self,
         state: Transitions,

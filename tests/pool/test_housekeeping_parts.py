@@ -8,7 +8,7 @@ import pytest
 from support.parts import Parts
 
 from sqla_fairpool.pool.checkout import Generation
-from sqla_fairpool.pool.opening_ahead import OpeningAhead
+from sqla_fairpool.pool.opening import Opening
 from sqla_fairpool.pool.waiters import ThreadWaiter
 
 TTL = 40.0
@@ -99,7 +99,7 @@ def test_room_is_made_only_where_it_is_needed(parts):
 
 def test_connections_are_opened_ahead_until_there_are_enough(parts):
     opener = parts.opener()
-    ahead = OpeningAhead(parts.state, parts.housekeeping, ThreadWaiter)
+    ahead = Opening(parts.state, parts.housekeeping, None, ThreadWaiter)
     assert ahead.warm_up(None, opener) == 1
     assert parts.housekeeping.owner is opener.generation  # it has taken over
     assert parts.connections.count_open() == 1
