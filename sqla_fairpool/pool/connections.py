@@ -27,10 +27,16 @@ from .lock import PoolLock
 from .physical import PhysicalConnection, PhysicalConnections
 from .server_tag import TOLD
 
-__all__ = ["Connections", "LedgerSlots", "Member", "Reservation", "Slots"]
+__all__ = ["TERMS", "Connections", "LedgerSlots", "Member", "Reservation", "Slots"]
 
-#: With the capacity, what the members of a ledger agree on.
-TERMS = ("soft_limit", "max_limit", "idle_timeout", "reallocation_interval")
+#: What the members of a ledger agree on.
+TERMS = (
+    "capacity",
+    "soft_limit",
+    "max_limit",
+    "idle_timeout",
+    "reallocation_interval",
+)
 
 
 class Connections:
@@ -271,7 +277,7 @@ class LedgerSlots(Slots):
         self._wake_ups.append(lambda: self.member.ring(tag))
 
     def refuse_other_terms(self, before: PoolOptions, options: PoolOptions) -> None:
-        for name in ("capacity", *TERMS):
+        for name in TERMS:
             agreed, value = getattr(before, name), getattr(options, name)
             if value != agreed:
                 raise BadOption(name, value, f"{agreed}, as agreed with the ledger")
