@@ -65,14 +65,10 @@ make_request = _request.set
 
 
 def follow(dialect: Dialect, option: str, retag: _Retag) -> bool:
-    """Watch the options of a dialect's engines and connections: tag and time-out.
-
-    Does so once, however many pools the dialect gets in turn; tells if this was
-    the first time.
+    """Watch the options of a dialect's engines and connections; tell if that is new.
 
     :param option: the execution option that carries the tag.
-    :param retag: called when an option is set on a connection, with the connection
-      and its tag. What it raises refuses the options.
+    :param retag: called when it is set on a connection. What it raises refuses it.
     """
     seen = getattr(dialect, _MARK, None)
     if seen == option:
@@ -139,10 +135,9 @@ class _Hooks:
     def _check_out(
         self, connection: Connection, check_out: Callable[[], PoolProxiedConnection]
     ) -> PoolProxiedConnection:
-        """Check out again for a connection that has none, and apply its options.
+        """Check out again for a connection that has none.
 
-        SQLAlchemy does not apply them: a connection that was lost, or given back for
-        another tag, would have an isolation level in name only.
+        SQLAlchemy does not apply the options then, an isolation level say.
         """
         options, outer = _accepted_of(connection), requested()
         make_request(self._request(connection.dialect, options, is_connections=True))

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from sqlalchemy import event, exc
-from sqlalchemy.engine import URL, Dialect
+from sqlalchemy.engine import URL
 from sqlalchemy.pool import Pool
 from sqlalchemy.util import greenlet_spawn
 
@@ -29,7 +29,7 @@ from .ledger_member import LedgerMember
 from .physical import PhysicalConnection, driver_of
 from .snapshot import snapshot
 
-__all__ = ["await_url", "join_ledger"]
+__all__ = ["join_ledger"]
 
 _log = logging.getLogger(__name__)
 
@@ -57,23 +57,6 @@ def join_ledger(
     member.can_lose_slots = store.can_lose_sign
     sessions.listen(core)
     _keepers.add(member.keeper)
-
-
-def await_url(pool: Pool, core: PoolCore, member: LedgerMember, dialect: Any) -> None:
-    """Prepare the engine's dialect; join when it is told which database it is.
-
-    ``on_connect_url()`` is called by ``create_engine`` with the URL, which a pool
-    is never told.
-    """
-    if not isinstance(dialect, Dialect) or member.keeper is not None:
-        return
-    on_connect_url = dialect.on_connect_url
-
-    def told(url: URL) -> Any:
-        join_ledger(pool, core, member, url)
-        return on_connect_url(url)
-
-    setattr(dialect, on_connect_url.__name__, told)
 
 
 def _figures(ref: weakref.ref[PoolCore]) -> dict[str, Any]:

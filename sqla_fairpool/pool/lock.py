@@ -83,10 +83,7 @@ class PoolLock:
         return result
 
     def in_section(self) -> bool:
-        """Tell if this thread is in a section.
-
-        If so, the caller runs in a finaliser or in a signal handler.
-        """
+        """Tell if this thread is in a section, so in a finaliser or a handler."""
         return self.busy_in == get_ident()
 
     def visit(self) -> None:

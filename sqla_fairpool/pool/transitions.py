@@ -62,10 +62,7 @@ class Transitions:
     # -- granting --------------------------------------------------------------------
 
     def deliver(self, granted: Sequence[Ticket], record: Record | None = None) -> None:
-        """Give the granted their records: this one, then idle ones, then none.
-
-        A caller that gets none opens a connection.
-        """
+        """Give the granted this record, then idle ones, then none: those open one."""
         for checkout in cast(Sequence[Checkout], granted):
             if record is None:
                 record = self.connections.pop()
@@ -103,11 +100,7 @@ class Transitions:
             self.pass_the_watch()
 
     def pass_the_watch(self) -> None:
-        """Let another caller wake up for what is due.
-
-        The newest, because it will wait longest: else the watch would change hands
-        with every grant, and each time a caller would be woken for that alone.
-        """
+        """Let another caller wake up for what is due: the newest will wait longest."""
         newest = cast("Checkout | None", self.scheduler.lines.newest())
         self.watcher = newest
         if newest is not None and newest.waiter is not None:
@@ -143,10 +136,7 @@ class Transitions:
         return self.slots.describe()
 
     def checkouts_out(self) -> list[Out]:
-        """Return what is out or being opened.
-
-        A record without a connection is out while another one is opened for it.
-        """
+        """Return what is out or being opened, the first time or again."""
         opening = [c for c in self.connections.opening if c.state is GRANTED]
         found = {checkout: Out.of(checkout, opening=True) for checkout in opening}
         for record in self.connections.all:
@@ -223,8 +213,7 @@ class Transitions:
     def part_with(self, record: Record | None, now: float) -> None:
         """Before a slot is released whose connection has not come back with it.
 
-        It was closed, invalidated, detached or lost. What is left of it at the server
-        has to be paid for from now on.
+        What is left of it at the server has to be paid for from now on.
         """
         slots = self.slots
         if record is not None:
@@ -246,10 +235,7 @@ class Transitions:
         self.deliver(self.scheduler.set_capacity(slots.usable(), now))
 
     def drain(self, now: float) -> None:
-        """Have idle records closed of which there are too many, the oldest first.
-
-        There are none but after a limit has fallen.
-        """
+        """Have the oldest idle records closed if a limit has fallen below them."""
         idle = self.connections.idle
         while (
             len(idle) > self.options.pool_size
@@ -272,10 +258,7 @@ class Transitions:
     def allot(
         self, slots: int, ceilings: Mapping[str, int], other: int, now: float
     ) -> None:
-        """Set how many connections there may be, and the ceiling of each tag.
-
-        :param other: the ceiling of any tag not named.
-        """
+        """Set how many connections there may be, and the ceiling of each tag."""
         self.slots.allotted = slots
         self.slots.frozen = False
         if self.slots.there() > slots:
