@@ -8,8 +8,7 @@ The pool is known by the protocols here alone; it imports this folder, not the r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from types import FrameType
 from typing import Any, NamedTuple, Protocol, cast
@@ -118,13 +117,14 @@ class Out(NamedTuple):
 
 
 class Pool(Protocol):
-    """What is read of a pool. All is called in a section of its lock, but `section`."""
+    """What is read of a pool. All is called in a section of its lock, but `run`."""
 
     @property
     def logger(self) -> Any: ...
 
-    #: Hold the lock; gives the time.
-    def section(self) -> AbstractContextManager[float]: ...
+    #: Calls a function in a section, with the time.
+    @property
+    def run(self) -> Callable[..., Any]: ...
 
     @property
     def options(self) -> PoolOptions: ...

@@ -88,4 +88,6 @@ class EventLog:
             self._since = self.next_look = math.inf
 
     def _log(self, text: str, *values: object) -> None:
-        self._later.append(partial(self.logger.info, text, *values))
+        # Not isEnabledFor(), which takes a lock of logging's.
+        if self.logger.getEffectiveLevel() <= logging.INFO:
+            self._later.append(partial(self.logger.info, text, *values))

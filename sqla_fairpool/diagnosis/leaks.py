@@ -53,16 +53,7 @@ class LeakWatch:
         pool = self._pool()
         if pool is None:
             return
-        with pool.section() as now:
-            late = [
-                out
-                for out in pool.checkouts_out()
-                if now - out.since >= self._threshold and not out.checkout.reported
-            ]
-            for out in late:
-                out.checkout.reported = True
-                out.checkout.may_keep = False  # its return is to be noticed
-        for out in late:
+        for out, now in pool.run(self._late, pool):
             holding = out.as_holding(now)
             pool.logger.warning(
                 "Connection out for %s, longer than leak_threshold %s: %s%s",
@@ -71,6 +62,15 @@ class LeakWatch:
                 holding,
                 describe_stack(out.stack),
             )
+
+    def _late(self, pool: Pool, now: float) -> list[tuple[Out, float]]:
+        late = []
+        for out in pool.checkouts_out():
+            if now - out.since >= self._threshold and not out.checkout.reported:
+                out.checkout.reported = True
+                out.checkout.may_keep = False  # its return is to be noticed
+                late.append((out, now))
+        return late
 
     def returned(self, checkout: Checkout, now: float) -> Callable[[], None]:
         """Return what logs that a reported connection has come back."""

@@ -21,24 +21,24 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from ..diagnosis.callers import locations
+from ..diagnosis.leaks import LeakWatch
 from ..options import PoolOptions
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import FREE, LineFull
 from . import sqlalchemy_private
 from .checkout import Checkout, Generation, Opener, Record
-from .connections import Connections
+from .connections import Connections, LedgerSlots, Member, Slots
 from .housekeeping import Housekeeping
 from .lock import PoolLock
 from .nested import NestedCheckouts
 from .opening import Opening
-from .opening_ahead import OpeningAhead
 from .physical import PhysicalConnections
-from .slots import LedgerSlots, Member, Slots
 from .transitions import Transitions
 from .waiters import Waiter
 from .waiting import Waiting
 
-__all__ = ["PoolCore"]
+__all__ = ["PoolCore", "TracedCore"]
 
 _numbers = itertools.count(1)
 
@@ -55,30 +55,6 @@ class PoolCore:
     :param clock: seconds on a steadily rising scale.
     :param member: the pool's side of a ledger, None without one.
     """
-
-    __slots__ = (
-        "__weakref__",
-        "_member",
-        "_use_lifo",
-        "_waiter_class",
-        "_waiting",
-        "alive",
-        "clock",
-        "closures",
-        "connections",
-        "here",
-        "housekeeping",
-        "lock",
-        "logger",
-        "nested",
-        "number",
-        "opening",
-        "opening_ahead",
-        "scheduler",
-        "slots",
-        "state",
-        "warm",
-    )
 
     def __init__(
         self,
@@ -128,9 +104,8 @@ class PoolCore:
         self.nested = NestedCheckouts(self.state)
         self.housekeeping = Housekeeping(self.state, self._use_lifo)
         self._waiting = Waiting(self.state, self.housekeeping, self._waiter_class)
-        self.opening = Opening(self.state, self._waiting, self._waiter_class)
-        self.opening_ahead = OpeningAhead(
-            self.state, self.housekeeping, self._waiter_class
+        self.opening = Opening(
+            self.state, self.housekeeping, self._waiting, self._waiter_class
         )
         #: Connections closed, by reason.
         self.closures: Counter[str] = Counter()
@@ -161,11 +136,13 @@ class PoolCore:
             if self.lock.in_section():
                 return self.nested.lend(Checkout(self), tag, opener)
             housekeeping.hand_over(opener.generation)
-        try:
-            record: Record | None = self.warm.by_tag[tag].pop(self.connections.end)
-        except LookupError:
-            record = None
-        if record is None:  # not in the clause above, to be no context of errors
+        records, record = self.warm.by_tag.get(tag), None
+        if records:
+            try:
+                record = records.pop(self.connections.end)
+            except IndexError:
+                pass  # another thread was faster
+        if record is None:
             return self._acquire(tag, opener, timeout)
         now = self.clock()
         checkout = record.fair.checkout
@@ -174,7 +151,13 @@ class PoolCore:
             scheduler.waiting
             or now >= housekeeping.next_visit
             or tag_state.in_use > scheduler.tags.common_ceiling
-            or not tag_state.prompt
+            or not (
+                tag_state.prompt
+                or (
+                    tag_state.silent
+                    and tag_state.in_use <= scheduler.ceiling(tag_state)
+                )
+            )
         ):
             # The slot is not this tag's to keep any more, or there is work to do.
             self.warm.put(tag, record)
@@ -182,16 +165,20 @@ class PoolCore:
         checkout.warm = False
         checkout.again += 1
         checkout.holder = self.here.caller
-        checkout.since = tag_state.last_activity = now
+        checkout.since = now
+        if tag_state.prompt:
+            tag_state.last_activity = now
         return record
 
     def _acquire(self, tag: str, opener: Opener, timeout: float | None) -> Record:
         """:meth:`checkout` under the lock: the scheduler is asked for a slot."""
-        checkout, lock = Checkout(self), self.lock
+        lock = self.lock
         if lock.busy_in is not None and lock.in_section():
-            return self.nested.lend(checkout, tag, opener)
+            return self.nested.lend(Checkout(self), tag, opener)
+        begun: list[Checkout] = []  # where it is found after an interrupt
         try:
-            since = lock.run(self._request, checkout, tag)
+            since = lock.run(self._request, begun, tag)
+            checkout = begun[0]
             record = checkout.record
             if record is None:
                 return self._obtain(checkout, opener, since, timeout)
@@ -200,6 +187,9 @@ class PoolCore:
         except LineFull:
             raise self._waiting.too_many(tag) from None
         except BaseException:
+            if not begun:
+                raise
+            checkout = begun[0]
             if checkout.state is FREE and checkout is not self.state.watcher:
                 raise  # it timed out or was refused, and has left its line
             try:
@@ -209,7 +199,7 @@ class PoolCore:
                 raise
             raise
 
-    def _request(self, checkout: Checkout, tag: str, now: float) -> float:
+    def _request(self, begun: list[Checkout], tag: str, now: float) -> float:
         """Ask for a slot; join the line if there is none. Returns the time.
 
         Caller is in a section.
@@ -221,6 +211,10 @@ class PoolCore:
             connections.prefer(tag)
         record = connections.pop()
         try:
+            checkout = None if record is None else record.fair.checkout
+            if checkout is None or checkout.spent:
+                checkout = Checkout(self)
+            begun.append(checkout)
             if self.nested.loans:  # of what would have been popped here
                 self.nested.admit(now)
             granted = self.scheduler.request(checkout, tag, now)
@@ -230,7 +224,8 @@ class PoolCore:
             else:
                 self._waiting.join_line(checkout, tag, now)
         finally:
-            if record is not None and checkout.record is not record:
+            if record is not None and record.fair.checkout.record is not record:
+                record.fair.checkout = Checkout(self)
                 connections.put_back(record)  # last: from here on it may be lent
         return now
 
@@ -251,7 +246,7 @@ class PoolCore:
                 checkout.state, checkout.may_keep = FREE, False
             elif self.options.min_idle and not opener.generation.warmed_up:
                 checkout.record = record  # where `give_up` finds it
-                self.opening_ahead.warm_up_apart(self, opener)
+                self.opening.warm_up_apart(self, opener)
         checkout.record = None
         return record
 
@@ -259,6 +254,7 @@ class PoolCore:
         """Leave the line, or pass on what was granted in the same instant."""
         if checkout.orphaned:
             return  # its connection is being opened: see `Checkout.adopt`
+        checkout.spent = True  # its caller may give it up once more
         self.lock.run(self._give_up, checkout)
 
     def _give_up(self, checkout: Checkout, now: float) -> None:
@@ -284,7 +280,7 @@ class PoolCore:
             waiting
             or checkout.warm
             or not checkout.may_keep
-            or not tag_state.prompt
+            or not (tag_state.prompt or tag_state.silent)
             or (
                 record.dbapi_connection is None
                 and not self.slots.is_over(fair.physical)
@@ -300,7 +296,9 @@ class PoolCore:
             checkout.note(held)
             if len(checkout.long_holds) >= _LONG_HOLDS_KEPT:
                 checkout.may_keep = False  # they are booked when it comes back
-        fair.idle_since = tag_state.last_activity = now
+        fair.idle_since = now
+        if tag_state.prompt:
+            tag_state.last_activity = now
         checkout.warm = True
         try:
             records = self.warm.by_tag[tag_state.tag]
@@ -379,6 +377,25 @@ class PoolCore:
         self.slots.existing.failures = failures
         self.log_to(self.logger)
         self.slots.after_fork()
+
+
+class TracedCore(PoolCore):
+    """With ``leak_threshold``: notes where callers check out, and reports leaks."""
+
+    def _begin(self, options: PoolOptions) -> None:
+        super()._begin(options)
+        assert options.leak_threshold is not None
+        self.state.leaks = LeakWatch(self.state, options.leak_threshold)
+
+    def checkout(
+        self, tag: str, opener: Opener, timeout: float | None = None
+    ) -> Record:
+        assert self.state.leaks is not None
+        self.state.leaks.start()
+        stack = locations(self.here.frames())
+        record = super().checkout(tag, opener, timeout)
+        record.fair.checkout.stack = stack
+        return record
 
 
 def _connection_ended(alive: weakref.ref[PoolCore]) -> None:

@@ -7,7 +7,7 @@ touched.
 
 from __future__ import annotations
 
-from functools import wraps
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import event, exc
@@ -23,7 +23,7 @@ from .core import PoolCore
 from .execution_options import follow
 from .server_tag import tell
 
-__all__ = ["observe", "warn_of_private_memory", "watch_dialect"]
+__all__ = ["await_url", "observe", "warn_of_private_memory", "watch_dialect"]
 
 
 def observe(pool: Pool, core: PoolCore) -> None:
@@ -45,24 +45,35 @@ def observe(pool: Pool, core: PoolCore) -> None:
         core.count_closure("detached")
 
 
-def warn_of_private_memory(pool: Any, dialect: Any) -> None:
-    """Have ``create_engine`` warn of a URL for which the pool is of no use.
+def await_url(dialect: Any, told: Callable[[URL], object]) -> None:
+    """Have a function called when ``create_engine`` tells the dialect its URL.
 
-    It tells the dialect the URL, and a pool never. A creator of the user's opens what
-    it likes, whatever the URL says; and a single connection does no harm.
+    A pool is never told.
+    """
+    if isinstance(dialect, Dialect):
+        on_connect_url = dialect.on_connect_url
+
+        def hook(url: URL) -> Any:
+            told(url)
+            return on_connect_url(url)
+
+        setattr(dialect, "on_connect_url", hook)  # noqa: B010  (a method, for mypy)
+
+
+def warn_of_private_memory(pool: Any, dialect: Any) -> None:
+    """Warn of a URL for which the pool is of no use.
+
+    A creator of the user's opens what it likes, and a single connection does no harm.
     """
     by_url = str(getattr(pool._creator, "__module__", "")).startswith("sqlalchemy.")
-    if not by_url or pool.options.capacity == 1 or not isinstance(dialect, Dialect):
-        return
-    name, on_connect_url = type(pool).__name__, dialect.on_connect_url
+    if by_url and pool.options.capacity > 1:
+        name = type(pool).__name__
 
-    @wraps(on_connect_url)  # a ledger's looks for the name
-    def told(url: URL) -> Any:
-        if has_private_memory(dialect, url):
-            warn_of_memory(f"{name} is of no use here")
-        return on_connect_url(url)
+        def told(url: URL) -> None:
+            if has_private_memory(dialect, url):
+                warn_of_memory(f"{name} is of no use here")
 
-    setattr(dialect, on_connect_url.__name__, told)
+        await_url(dialect, told)
 
 
 def watch_dialect(dialect: Dialect, options: PoolOptions) -> None:
@@ -76,10 +87,9 @@ def watch_dialect(dialect: Dialect, options: PoolOptions) -> None:
 
 
 def _retag(connection: Connection, tag: str | None) -> None:
-    """An option was set on a connection: charge it to its tag, or have it wait there.
+    """Charge a connection to the tag that was set on it, or have it wait there.
 
-    If it is refused, the connection has no DBAPI connection any more. It checks out
-    again when it is used next, as after an invalidation: under its former tag.
+    If it is refused, it checks out again under its former tag when it is used next.
     """
     if connection.closed or tag is None:
         return
@@ -105,10 +115,7 @@ def _retag(connection: Connection, tag: str | None) -> None:
 
 
 def _tell(connection: Connection) -> None:
-    """Tell the server the new tag of a connection, on another one if that fails.
-
-    As at a checkout, where it is told as well, and SQLAlchemy wraps what goes wrong.
-    """
+    """Tell the server the new tag of a connection, on another one if that fails."""
     record = sqlalchemy_private.record_of(connection)
     assert record is not None
     dialect = connection.dialect

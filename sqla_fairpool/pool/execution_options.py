@@ -21,8 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Dialect, Engine
@@ -45,8 +44,7 @@ _ACCEPTED = "_sqla_fairpool_accepted"
 _Retag: TypeAlias = Callable[[Connection, str | None], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What options say about one checkout, None where they say nothing."""
 
     #: The dialect of the pool which is meant; other pools ignore the request.
@@ -67,14 +65,10 @@ make_request = _request.set
 
 
 def follow(dialect: Dialect, option: str, retag: _Retag) -> bool:
-    """Watch the options of a dialect's engines and connections: tag and time-out.
-
-    Does so once, however many pools the dialect gets in turn; tells if this was
-    the first time.
+    """Watch the options of a dialect's engines and connections; tell if that is new.
 
     :param option: the execution option that carries the tag.
-    :param retag: called when an option is set on a connection, with the connection
-      and its tag. What it raises refuses the options.
+    :param retag: called when it is set on a connection. What it raises refuses it.
     """
     seen = getattr(dialect, _MARK, None)
     if seen == option:
@@ -118,13 +112,15 @@ class _Hooks:
         ours = {key: opts[key] for key in (self._option, TIMEOUT_OPTION) if key in opts}
         try:
             if ours:
-                if self._option in ours:
-                    validate_tag(ours[self._option], self._option)  # None says nothing
+                tag, timeout = None, ours.get(TIMEOUT_OPTION)
+                if timeout is not None:
+                    validate_timeout(timeout, TIMEOUT_OPTION)
+                if self._option in ours:  # None is refused: it would say nothing
+                    tag = validate_tag(ours[self._option], self._option)
                 now = before.union(ours)
-                request = self._request(connection.dialect, now)
                 vars(connection)[_ACCEPTED] = now
                 sqlalchemy_private.check_out_by(connection, self._check_out)
-                self._retag(connection, request.tag)
+                self._retag(connection, tag)
                 accepted = now
             self._apply(connection, opts)
         except BaseException:
@@ -133,15 +129,15 @@ class _Hooks:
             vars(connection)[_ACCEPTED] = accepted
             sqlalchemy_private.set_options(connection, accepted)
             raise
-        vars(connection)[_ACCEPTED] = before.union(opts)
+        if len(ours) < len(opts):
+            vars(connection)[_ACCEPTED] = before.union(opts)
 
     def _check_out(
         self, connection: Connection, check_out: Callable[[], PoolProxiedConnection]
     ) -> PoolProxiedConnection:
-        """Check out again for a connection that has none, and apply its options.
+        """Check out again for a connection that has none.
 
-        SQLAlchemy does not apply them: a connection that was lost, or given back for
-        another tag, would have an isolation level in name only.
+        SQLAlchemy does not apply the options then, an isolation level say.
         """
         options, outer = _accepted_of(connection), requested()
         make_request(self._request(connection.dialect, options, is_connections=True))

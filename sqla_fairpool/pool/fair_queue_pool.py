@@ -23,14 +23,13 @@ from ..stats import PoolStats
 from ..tagging import blocks, context_tag
 from . import sqlalchemy_private
 from .checkout import Generation
-from .core import PoolCore
-from .events import observe, warn_of_private_memory, watch_dialect
+from .core import PoolCore, TracedCore
+from .events import await_url, observe, warn_of_private_memory, watch_dialect
 from .execution_options import make_request, requested
 from .ledger_member import LedgerMember
-from .ledger_sessions import await_url, join_ledger
+from .ledger_sessions import join_ledger
 from .server_tag import tell_on_checkout
 from .snapshot import Source, metrics, snapshot
-from .traced_core import TracedCore
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
 
 __all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool", "metrics_source"]
@@ -156,7 +155,7 @@ class FairQueuePool(Pool):
             if member is not None:
                 member.serve(_core)
                 join_ledger(self, _core, member)
-                await_url(self, _core, member, self._dialect)
+                await_url(self._dialect, partial(join_ledger, self, _core, member))
 
     @property
     def options(self) -> PoolOptions:
@@ -197,7 +196,7 @@ class FairQueuePool(Pool):
         """
         self.logger.info("Pool recreating")
         if self.generation.disposed:
-            self._core.housekeeping.doom()
+            self._core.lock.run(self._core.housekeeping.doom)
         return type(self)(
             self._creator,
             recycle=self._recycle,
@@ -217,7 +216,7 @@ class FairQueuePool(Pool):
         """
         self.generation.disposed = True
         if self._core.housekeeping.owner is self.generation:
-            self._core.housekeeping.close_idle()
+            self._core.lock.run(self._core.housekeeping.close_idle)
         else:
             self._core.housekeeping.close_left(self.generation)
         self.logger.info("Pool disposed. %s", self.status())
@@ -251,7 +250,8 @@ class FairQueuePool(Pool):
         :raises sqlalchemy.exc.ArgumentError: for a bad value, naming it. Nothing
           has changed then.
         """
-        before, now = self._core.housekeeping.reconfigure(changes)
+        change = self._core.housekeeping.reconfigure
+        before, now = self._core.lock.run(change, changes)
         if before != now:
             self.logger.info("Pool reconfigured: %s", describe_changes(before, now))
 
@@ -261,7 +261,7 @@ class FairQueuePool(Pool):
         Connections that are checked out count as open. What goes wrong in opening
         one is raised; those opened before stay in the pool.
         """
-        return self._core.opening_ahead.warm_up(self._core, self)
+        return self._core.opening.warm_up(self._core, self)
 
     def upkeep(self) -> None:
         """Do what is left to the next visitor, without waiting for one.

@@ -44,7 +44,7 @@ class Waiter(Protocol):
     #: A caller may be kept from everything else for a moment, as a thread may.
     may_block: ClassVar[bool]
 
-    def __init__(self, owner: Owner) -> None: ...
+    def __init__(self, owner: Owner | None) -> None: ...
 
     def wait(self, seconds: float | None) -> None:
         """Sleep until :meth:`wake` was called or `seconds` have passed."""
@@ -84,7 +84,7 @@ class ThreadWaiter:
     here: ClassVar[Any] = ThreadHere()
     may_block: ClassVar[bool] = True
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner | None) -> None:
         self._lock = threading.Lock()
         self._lock.acquire()
 
@@ -98,7 +98,7 @@ class ThreadWaiter:
         try:
             self._lock.release()
         except RuntimeError:
-            pass  # the bell was ringing already
+            pass  # it is woken already
 
     @staticmethod
     def can_wait() -> bool:
@@ -116,13 +116,10 @@ class ThreadWaiter:
 class TaskWaiter:
     """Suspends the calling task, inside SQLAlchemy's greenlet.
 
-    A bare future and a timer. ``asyncio.wait_for`` and conditions have lost
-    wake-ups, or swallowed cancellations, when both came in the same moment
-    (psycopg's issues 509, 1275, 1345 and 1401 tell the story); here a
-    cancellation leaves :meth:`wait` as it came, and who catches it asks the
-    scheduler if there is a slot to give back.
-
-    Everything but :meth:`wake` happens in the thread of the loop.
+    A bare future and a timer: ``asyncio.wait_for`` and conditions have lost wake-ups,
+    or swallowed cancellations, when both came in the same moment (psycopg's issues 509,
+    1275, 1345 and 1401). Here a cancellation leaves :meth:`wait` as it came. Everything
+    but :meth:`wake` happens in the thread of the loop.
     """
 
     __slots__ = ("_future", "_loop", "_owner")
@@ -130,7 +127,7 @@ class TaskWaiter:
     here: ClassVar[Any] = TaskHere()
     may_block: ClassVar[bool] = False
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner | None) -> None:
         try:
             self._loop = asyncio.get_running_loop()
         except RuntimeError:
@@ -173,8 +170,9 @@ class TaskWaiter:
             return
         try:
             self._loop.call_soon_threadsafe(self._ring)
-        except RuntimeError:
-            self._owner.abandon()  # the loop is closed, so no task wakes up there
+        except RuntimeError:  # the loop is closed, so no task wakes up there
+            if self._owner is not None:
+                self._owner.abandon()
 
     @staticmethod
     def can_wait() -> bool:

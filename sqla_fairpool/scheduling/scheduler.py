@@ -236,12 +236,12 @@ class Scheduler:
             return None
         self._shift(target, +1)
         if source.silent:
-            source.checkouts -= 1
+            ticket.again -= 1
         else:
             held = now - ticket.since
             ticket.held += held
             ticket.note(held)
-            ticket.book(source)
+        ticket.book(source)
         target.checkouts += 1
         if not target.silent:
             target.counters.checkouts += 1

@@ -8,7 +8,7 @@ import pytest
 from support.parts import Parts
 
 from sqla_fairpool.pool.checkout import Generation
-from sqla_fairpool.pool.opening_ahead import OpeningAhead
+from sqla_fairpool.pool.opening import Opening
 from sqla_fairpool.pool.waiters import ThreadWaiter
 
 TTL = 40.0
@@ -22,8 +22,7 @@ def parts():
 def look_around(parts, after):
     """Do what is due after some seconds."""
     parts.clock.advance(after)
-    with parts.lock.section() as now:
-        parts.housekeeping.look_around(now)
+    parts.lock.run(parts.housekeeping.look_around)
 
 
 def test_next_visit_is_when_the_first_thing_is_due(parts):
@@ -100,7 +99,7 @@ def test_room_is_made_only_where_it_is_needed(parts):
 
 def test_connections_are_opened_ahead_until_there_are_enough(parts):
     opener = parts.opener()
-    ahead = OpeningAhead(parts.state, parts.housekeeping, ThreadWaiter)
+    ahead = Opening(parts.state, parts.housekeeping, None, ThreadWaiter)
     assert ahead.warm_up(None, opener) == 1
     assert parts.housekeeping.owner is opener.generation  # it has taken over
     assert parts.connections.count_open() == 1

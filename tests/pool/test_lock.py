@@ -25,42 +25,30 @@ def lock(waits):
     return PoolLock(lambda: 7.0, lambda: waits[-1])
 
 
-def section(lock, transition):
-    """Call a function in a section, as `PoolLock.run` does."""
-    with lock.section() as now:
-        return transition(now)
-
-
-both = pytest.mark.parametrize("run", [PoolLock.run, section])
-
-
-@both
-def test_section_gives_the_time_and_the_result(lock, run):
-    assert run(lock, lambda now: (now, lock.in_section())) == (7.0, True)
+def test_section_gives_the_time_and_the_result(lock):
+    assert lock.run(lambda now: (now, lock.in_section())) == (7.0, True)
     assert not lock.in_section()
 
 
-@both
-def test_inner_call_is_refused_and_leaves_the_section_as_it_is(lock, run, done):
+def test_inner_call_is_refused_and_leaves_the_section_as_it_is(lock, done):
     def transition(now):
         lock.wake_ups.append(lambda: done.append(lock.in_section()))
         with pytest.raises(InvalidRequestError, match="signal handler"):
-            run(lock, lambda now: done.append("inner"))
+            lock.run(lambda now: done.append("inner"))
         assert lock.in_section()
         assert done == []
 
-    run(lock, transition)
+    lock.run(transition)
     assert done == [False]
 
 
-@both
-def test_work_of_a_finaliser_is_done_before_the_section_ends(lock, run, done):
+def test_work_of_a_finaliser_is_done_before_the_section_ends(lock, done):
     def transition(now):
         lock.wake_ups.append(lambda: done.append("wake"))
         lock.do(lambda now: done.append(("work", now, lock.in_section())))
         done.append("transition")
 
-    run(lock, transition)
+    lock.run(transition)
     assert done == ["transition", ("work", 7.0, True), "wake"]
 
 
@@ -85,24 +73,22 @@ def test_interrupted_work_is_done_again(lock, done):
     assert not lock.inbox
 
 
-@both
-def test_callers_are_woken_before_what_takes_time(lock, run, done):
+def test_callers_are_woken_before_what_takes_time(lock, done):
     def transition(now):
         lock.deferred.append(lambda: done.append("close"))
         lock.wake_ups.extend([lambda: done.append("wake")] * 2)
 
-    run(lock, transition)
+    lock.run(transition)
     assert done == ["wake", "wake", "close"]
 
 
-@both
-def test_section_that_fails_wakes_callers_all_the_same(lock, run, done):
+def test_section_that_fails_wakes_callers_all_the_same(lock, done):
     def transition(now):
         lock.wake_ups.append(lambda: done.append("wake"))
         raise LookupError
 
     with pytest.raises(LookupError):
-        run(lock, transition)
+        lock.run(transition)
     assert done == ["wake"]
 
 

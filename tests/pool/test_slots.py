@@ -8,7 +8,7 @@ import pytest
 from support.parts import Parts
 
 from sqla_fairpool.options import BadOption
-from sqla_fairpool.pool.slots import Reservation
+from sqla_fairpool.pool.connections import Reservation
 from sqla_fairpool.scheduling.ticket import GRANTED
 
 

@@ -6,11 +6,10 @@ from types import SimpleNamespace
 
 from sqla_fairpool.options import PoolOptions
 from sqla_fairpool.pool.checkout import Checkout, Generation, RecordState
-from sqla_fairpool.pool.connections import Connections
+from sqla_fairpool.pool.connections import Connections, LedgerSlots, Slots
 from sqla_fairpool.pool.housekeeping import Housekeeping
 from sqla_fairpool.pool.lock import PoolLock
 from sqla_fairpool.pool.physical import PhysicalConnection, PhysicalConnections
-from sqla_fairpool.pool.slots import LedgerSlots, Slots
 from sqla_fairpool.pool.transitions import Transitions
 from sqla_fairpool.pool.waiters import ThreadWaiter
 from sqla_fairpool.scheduling.scheduler import Scheduler
