@@ -76,11 +76,9 @@ class Opener(Protocol):
 class Generation:
     """One of the pools that follow each other over one core (``recreate()``)."""
 
-    __slots__ = ("disposed", "left", "warmed_up")
+    __slots__ = ("disposed", "warmed_up")
 
     def __init__(self) -> None:
-        #: What lay in the pool when the next one took over: not for use there.
-        self.left: list[Record] = []
         #: It was told to close what lies in it.
         self.disposed = False
         #: Its ``min_idle`` connections have been opened.

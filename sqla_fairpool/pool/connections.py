@@ -40,7 +40,7 @@ TERMS = (
 
 
 class Connections:
-    """Records: all of them, those that lie idle, and those that a former pool has left.
+    """Records: all of them, and those that lie idle.
 
     :param use_lifo: hand out the record that came back last, not first.
     """
@@ -53,8 +53,6 @@ class Connections:
         #: Checkouts for which a connection is opened. Weak: one that an interrupted
         #: caller has dropped gives its slot back.
         self.opening: weakref.WeakSet[Checkout] = weakref.WeakSet()
-        #: What is left of the pools before this one.
-        self.left: weakref.WeakSet[Record] = weakref.WeakSet()
         self.hand_out(last_first=use_lifo)
 
     def hand_out(self, *, last_first: bool) -> None:
@@ -167,11 +165,11 @@ class Slots:
     def out_of_use(self) -> int:
         """Return how many slots no caller can have: no checkout pays for them."""
         idle = {id(record) for record in list(self._connections.idle)}
-        return self.existing.apart(idle, self._connections.left) + len(self.reserved)
+        return self.existing.apart(idle) + len(self.reserved)
 
     def there(self) -> int:
         """Return how many connections there are."""
-        return self.in_pool() + len(self._connections.left) + self.out_of_use()
+        return self.in_pool() + self.out_of_use()
 
     def usable(self, leaving: int = 0) -> int:
         """Return how many slots may be in use now.

@@ -135,7 +135,7 @@ class PoolCore:
         if housekeeping.owner is not opener.generation:
             if self.lock.in_section():
                 return self.nested.lend(Checkout(self), tag, opener)
-            housekeeping.hand_over(opener.generation)
+            self.lock.run(housekeeping.hand_over, opener.generation)
         records, record = self.warm.by_tag.get(tag), None
         if records:
             try:
@@ -238,8 +238,6 @@ class PoolCore:
             self._waiting.wait(checkout, waiter, since, timeout)
         record = checkout.record
         if record is None:
-            if self.connections.left:
-                self.housekeeping.make_room()
             record = self.opening.open(checkout, opener)
             if not self.scheduler.knows(checkout):
                 # The process was forked meanwhile: not of this accounting.

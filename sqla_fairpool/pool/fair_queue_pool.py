@@ -217,8 +217,6 @@ class FairQueuePool(Pool):
         self.generation.disposed = True
         if self._core.housekeeping.owner is self.generation:
             self._core.lock.run(self._core.housekeeping.close_idle)
-        else:
-            self._core.housekeeping.close_left(self.generation)
         self.logger.info("Pool disposed. %s", self.status())
 
     def open_another(self) -> DBAPIConnection:
@@ -287,7 +285,7 @@ class FairQueuePool(Pool):
         if self._core.housekeeping.owner is self.generation:
             self._core.lock.visit()
             return len(self._core.connections.idle)
-        return len(self.generation.left)  # not in use yet, or not any more
+        return 0  # not in use yet, or not any more
 
     def checkedout(self) -> int:
         """Return the number of connections out or being opened."""

@@ -1,8 +1,8 @@
 """What is done with a pool's connections while no caller asks for one.
 
-They are closed when they were not used for a while (``idle_connection_ttl``), closed or
-left behind when another pool takes over, and become fewer when the pool is made
-smaller. (For those that are opened ahead see :mod:`.opening_ahead`.)
+They are closed when they were not used for a while (``idle_connection_ttl``) and when
+another pool takes over, and become fewer when the pool is made smaller. (For those that
+are opened ahead see :mod:`.opening`.)
 
 Rules of this file:
 
@@ -128,46 +128,16 @@ class Housekeeping:
                 record.fair.doomed = True
         connections.release_soon()
 
-    def hand_over(self, generation: Generation) -> None:
-        """Let another pool take over: what lies here is not for it."""
-        former = self._state.lock.run(self._hand_over, generation)
-        if former is not generation and former.disposed:
-            self.close_left(former)
+    def hand_over(self, generation: Generation, now: float) -> None:
+        """Let another pool take over: what lies here is not for it, and is closed.
 
-    def _hand_over(self, generation: Generation, now: float) -> Generation:
-        """Return the pool that was in use before."""
-        connections = self._state.connections
-        former = self.owner
-        if former is generation:
-            return former
-        former.left = []
-        while (record := connections.pop()) is not None:
-            former.left.append(record)
-        connections.left.update(former.left)
-        connections.release_soon()  # to be closed when they come back
-        self.owner = generation
-        generation.warmed_up = False
-        return former
-
-    def make_room(self) -> None:
-        """Before opening: close what a former pool has left, if it is in the way."""
-        slots, left = self._state.slots, self._state.connections.left
-        with self._state.lock.mutex:
-            record = next(iter(left), None) if slots.there() > slots.allotted else None
-            if record is None:
-                return
-            left.discard(record)
-        record.fair.close_reason = "disposed"
-        record.close()
-
-    def close_left(self, generation: Generation) -> None:
-        """Close what a former pool has left."""
-        while generation.left:
-            record = generation.left.pop()
-            with self._state.lock.mutex:
-                self._state.connections.left.discard(record)
-            record.fair.close_reason = "disposed"
-            record.close()
+        Caller is in a section.
+        """
+        if self.owner is not generation:
+            self.close_idle(now)
+            self._state.connections.release_soon()  # to be closed when they come back
+            self.owner = generation
+            generation.warmed_up = False
 
     def close_idle(self, now: float) -> None:
         """Have the idle connections closed. Caller is in a section."""
@@ -189,6 +159,5 @@ class Housekeeping:
             if (record := physical.record()) is not None
             and not physical.opening
             and id(record) not in idle
-            and record not in state.connections.left
             and record.fair.checkout.state is not GRANTED
         ]

@@ -170,7 +170,7 @@ class Opening:
         """
         generation = opener.generation
         if self._housekeeping.owner is not generation:
-            self._housekeeping.hand_over(generation)
+            self._state.run(self._housekeeping.hand_over, generation)
         generation.warmed_up = True
         if self._state.slots.on_request_only:
             return self._check_out_ahead(core, opener)

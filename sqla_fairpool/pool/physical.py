@@ -159,8 +159,8 @@ class PhysicalConnections:
     def __contains__(self, physical: PhysicalConnection) -> bool:
         return physical in self._existing
 
-    def apart(self, idle: Container[int], left: Container[Any]) -> int:
-        """Return how many have no slot: not out, idle or left by a former pool.
+    def apart(self, idle: Container[int]) -> int:
+        """Return how many have no slot: neither out nor idle.
 
         Caller is in a section. O(connections).
 
@@ -175,7 +175,6 @@ class PhysicalConnections:
                 or not (
                     physical.opening
                     or id(record) in idle
-                    or record in left
                     or record.fair.checkout.state is GRANTED
                 )
             )

@@ -14,7 +14,7 @@ from contextlib import suppress
 import pytest
 from sqlalchemy.event import attr
 from support import state
-from support.schedules import Schedule, Stuck
+from support.schedules import Schedule
 from support.stub import StubServer
 from support.threads import connect
 
@@ -60,7 +60,11 @@ class World:
             lambda program=program, tag=tag: [step(self, tag) for step in program]
             for program, tag in zip(programs, tags, strict=True)
         ]
-        self.schedule.run(*functions)
+        gc.disable()  # else the order would depend on what was there before
+        try:
+            self.schedule.run(*functions)
+        finally:
+            gc.enable()
         state.assert_quiet(self.pool)
         assert self.server.most <= CAPACITY
         assert self.server.open == len(state.connections(self.pool))
@@ -114,6 +118,16 @@ def drop(world, tag):
     del connection  # the collector returns it
 
 
+def collect(world, tag):
+    connection = connect(world.pool, tag)
+    world.hold(connection)
+    cycle = [connection]
+    cycle.append(cycle)
+    world.let_go(connection)
+    del connection, cycle
+    gc.collect()
+
+
 def detach(world, tag):
     connection = connect(world.pool, tag)
     world.hold(connection)
@@ -152,7 +166,7 @@ def give_up(world, tag):
 
 KINDS = {
     "uses": [use, use_again, use_both],
-    "ends": [use, invalidate, drop, detach],
+    "ends": [use, invalidate, drop, collect, detach],
     "changes": [use, use_both, replace, reconfigure, read],
     "time-outs": [use, give_up],
 }

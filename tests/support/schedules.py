@@ -27,7 +27,7 @@ _RUNS = (3, 10, 40, 160)
 _CHANGES, _LENGTH = 4, 6_000
 
 
-class Stuck(AssertionError):
+class StuckError(AssertionError):
     """All threads wait, and none can be woken: a wake-up was lost, or a deadlock."""
 
 
@@ -105,7 +105,7 @@ class Schedule:
     def run(self, *functions):
         """Run functions, each in a thread; raise what the first one that fails raises.
 
-        :raises Stuck: if all that have not ended wait.
+        :raises StuckError: if all that have not ended wait.
         """
         self._workers = [_Worker(function) for function in functions]
         for worker in self._workers:
@@ -149,7 +149,7 @@ class Schedule:
             return
         try:
             self._current = self._choose()
-        except Stuck as error:
+        except StuckError as error:
             self._fail(error)
         self._current.turn.release()
 
@@ -194,7 +194,7 @@ class Schedule:
         self._left = self._next_run()
         try:
             chosen = self._choose()
-        except Stuck as error:
+        except StuckError as error:
             self._fail(error)
             chosen = self._current
         if chosen is not worker:
@@ -208,7 +208,7 @@ class Schedule:
     def _choose(self):
         ready = [worker for worker in self._workers if self._is_ready(worker)]
         if not ready:
-            raise Stuck(f"all threads wait, after {self.steps} bytecodes")
+            raise StuckError(f"all threads wait, after {self.steps} bytecodes")
         if self.by_priority:
             return max(ready, key=lambda worker: worker.priority)
         return self._random.choice(ready)
