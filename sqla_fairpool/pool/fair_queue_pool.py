@@ -190,9 +190,10 @@ class FairQueuePool(Pool):
     def recreate(self) -> FairQueuePool:
         """Return a pool that takes over from this one when it is first used.
 
-        It has the same options and the same accounting: what is checked out of
-        this pool still counts. It is closed when it comes back after that, or in
-        any case if this pool has been disposed of, as by ``engine.dispose()``.
+        What lies in this pool is closed then. It has the same options and the same
+        accounting: what is checked out of this pool still counts. It is closed when
+        it comes back after that, or in any case if this pool has been disposed of, as
+        by ``engine.dispose()``.
         """
         self.logger.info("Pool recreating")
         if self.generation.disposed:

@@ -553,14 +553,14 @@ def test_pool_goes_on_while_its_successor_is_not_used(make_pool, server):
 
 
 def test_successor_that_was_not_used_yet_is_empty(make_engine, server):
-    """As after ``engine.dispose(close=False)``, which leaves the old one as it is."""
+    """As after ``engine.dispose(close=False)``: the old one is closed when it is used."""
     engine = make_engine()
     connect(engine).close()
     former = engine.pool
     engine.dispose(close=False)
     assert (former.checkedin(), engine.pool.checkedin()) == (1, 0)
     connect(engine).close()
-    assert (former.checkedin(), engine.pool.checkedin()) == (1, 1)
+    assert (former.checkedin(), engine.pool.checkedin()) == (0, 1)
     former.dispose()
     assert (former.checkedin(), engine.pool.checkedin()) == (0, 1)
     assert server.open == 1
