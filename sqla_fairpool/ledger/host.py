@@ -39,7 +39,7 @@ from pathlib import Path
 from .errors import LedgerError
 from .host_file import LedgerFile, Replaced, is_at, no_fork, share
 from .rows import member_key
-from .store import Store, StoreAway, drain, wait_for
+from .store import Store, StoreAway, drain, notify, wait_for
 
 try:
     import fcntl
@@ -329,9 +329,7 @@ class HostStore(Store):
             except OSError:
                 continue  # gone, or going
             try:
-                os.write(bell, what)
-            except OSError:
-                pass  # full: it rings already
+                notify(bell, what)
             finally:
                 os.close(bell)
 
@@ -348,8 +346,7 @@ class HostStore(Store):
 
     def nudge(self) -> None:
         if (bell := self._bell) is not None:
-            with contextlib.suppress(OSError):  # full, or closed meanwhile
-                os.write(bell, _NUDGE)
+            notify(bell, _NUDGE)
 
     # -- figures ----------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ from .postgres_driver import (
     sqlstate,
 )
 from .postgres_tables import Tables, TablesGone, TablesUnusable
-from .store import Store, StoreAway, drain, wait_for
+from .store import Store, StoreAway, drain, notify, wait_for
 
 __all__ = ["PostgresStore"]
 
@@ -385,8 +385,7 @@ class PostgresStore(Store):
 
     def nudge(self) -> None:
         if (pipe := self._pipe) is not None:
-            with contextlib.suppress(OSError):  # full, or closed meanwhile
-                os.write(pipe[1], b"n")
+            notify(pipe[1], b"n")
 
 
 def _key(name: str) -> int:

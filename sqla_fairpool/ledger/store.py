@@ -115,21 +115,35 @@ class Store(Protocol):
         """In the child: become a closed store with a member id of its own."""
 
 
-def wait_for(handles: Iterable[int], seconds: float | None) -> bool:
+def wait_for(handles: Collection[int], seconds: float | None) -> bool:
     """Wait until there is something to read; return False when the time was up."""
+    if seconds is not None:
+        seconds = max(seconds, 0.0)
+    if not hasattr(select, "poll"):  # eventlet's monkey-patching removes it
+        return bool(select.select(handles, (), (), seconds)[0])
     poll = select.poll()
     for handle in handles:
         poll.register(handle, select.POLLIN)
-    return bool(poll.poll(None if seconds is None else max(seconds, 0.0) * 1000))
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
+
+
+# Not by os.read and os.write: eventlet's monkey-patching makes these wait, also where
+# the handle does not block.
 
 
 def drain(handle: int) -> bytes:
     """Read all that there is, without waiting for more."""
-    found = b""
+    found, more = b"", bytearray(4096)
     with suppress(BlockingIOError):
-        while more := os.read(handle, 4096):
-            found += more
+        while number := os.readv(handle, [more]):
+            found += more[:number]
     return found
+
+
+def notify(handle: int, what: bytes) -> None:
+    """Write into a pipe; not if that is full or closed, for then it rings already."""
+    with suppress(OSError):
+        os.writev(handle, [what])
 
 
 def changes(

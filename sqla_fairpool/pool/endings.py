@@ -10,17 +10,19 @@ Rules of this file:
 * Only the end of the stream counts as the end of a session. A connection that was
   reset, gets no answer or has no socket leaves it open.
 * The copy is read only after the driver has closed its own, and changes nothing that
-  the driver sees: no flag of the socket is set.
+  the driver sees: no flag of the socket is set. So the class of the interpreter is
+  used, ``_socket.socket``: the one by which eventlet's monkey-patching replaces
+  ``socket.socket`` sets a flag, and takes each socket for one of IPv4.
 * :class:`EndWatcher` has the one thread that waits for those that take long. It may be
   called by a finaliser, at any moment, so it takes no lock.
 """
 
 from __future__ import annotations
 
+import _socket
 import asyncio
 import contextlib
 import os
-import select
 import socket
 import threading
 import time
@@ -31,6 +33,7 @@ from typing import Any
 from sqlalchemy.util import await_only
 
 from ..background import start_thread
+from ..ledger.store import wait_for
 from .sqlalchemy_private import in_greenlet
 
 __all__ = ["ENDED", "OPEN", "UNKNOWN", "SocketCopy", "stop_statement", "watcher"]
@@ -99,8 +102,8 @@ class SocketCopy:
             line.shutdown(socket.SHUT_WR)
 
     @contextlib.contextmanager
-    def _as_socket(self) -> Iterator[socket.socket]:
-        line = socket.socket(fileno=self._file)
+    def _as_socket(self) -> Iterator[_socket.socket]:
+        line = _socket.socket(fileno=self._file)
         try:
             yield line
         finally:
@@ -129,12 +132,9 @@ class SocketCopy:
         deadline = time.monotonic() + seconds
         try:
             while True:
-                poll = select.poll()
-                poll.register(self.fileno(), select.POLLIN)
-                left = max(deadline - time.monotonic(), 0.0)
-                if not poll.poll(left * 1000):
+                if not wait_for([self.fileno()], deadline - time.monotonic()):
                     return OPEN
-                if not os.read(self.fileno(), 65536):
+                if not os.readv(self.fileno(), [bytearray(65536)]):
                     return ENDED
         except BlockingIOError:
             return OPEN
@@ -237,11 +237,8 @@ class EndWatcher:
                 waiting.append(self._new.popleft())
             waiting = [one for one in waiting if not self._finish(one)]
             if waiting or self._new:
-                poll = select.poll()
-                for line, _, _ in waiting:
-                    if line is not None:
-                        poll.register(line.fileno(), select.POLLIN)
-                poll.poll(self._TICK * 1000)
+                lines = [line.fileno() for line, _, _ in waiting if line is not None]
+                wait_for(lines, self._TICK)
                 continue
             self._runner.clear()
             if not self._new:  # else something came in between

@@ -70,8 +70,6 @@ class LedgerMember:
         self.can_lose_slots = False
         #: The server of the pool's connections, once one was opened.
         self.server_name: str | None = None
-        #: A connection of this process shows which ledger it uses.
-        self.shows_ledger = False
         # Those of `lost`, until they are buried.
         self._lost: Collection[PhysicalConnection] = ()
         # The last order to a loop to close connections, and when it was given.

@@ -6,7 +6,7 @@ import asyncio
 import atexit
 import logging
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -80,6 +80,9 @@ class _Sessions:
         self._pool = weakref.ref(pool)
         self._store = store
         self._member = member
+        # The connection that shows which ledger is used here; others need not.
+        self._shown_by: Callable[[], PhysicalConnection | None] = lambda: None
+        self._warned_of: set[int] = set()
 
     def listen(self, core: PoolCore) -> None:
         """Have each new connection known to the ledger before it is used."""
@@ -117,15 +120,17 @@ class _Sessions:
             and not sign_stands(cursor, store.sign)
         ):
             raise member.unconfirmed("its sign of life is gone at the server")
-        if store.key and not member.shows_ledger:
-            member.shows_ledger = True
+        shown_by = self._shown_by()
+        if store.key and (shown_by is None or shown_by.ending):
+            self._shown_by = weakref.ref(physical)
             self._warn_of(other_ledgers(cursor, store.key))
         physical.session = session
         cursor.close()
         dbapi_connection.rollback()
 
     def _warn_of(self, others: Collection[int]) -> None:
-        if others:
+        if not self._warned_of.issuperset(others):
+            self._warned_of.update(others)
             _log.warning(
                 "the database is used with the ledger %s here and with %d other "
                 "ledger(s) elsewhere: each allows as many connections as it has slots",

@@ -21,6 +21,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 from threading import get_ident
 from typing import Any, NoReturn, TypeVar
 
@@ -66,20 +67,25 @@ class PoolLock:
         if self.busy_in is not None and self.in_section():
             refuse_inner_call()
         try:
-            with self.mutex:
-                self.busy_in = get_ident()
-                try:
-                    now = self.clock()
-                    if self.inbox:
-                        self._empty_inbox(now)
-                    result = transition(*args, now)
-                    if self.inbox:
-                        self._empty_inbox(now)
-                finally:
-                    self.busy_in = None
-        finally:
-            if self.wake_ups or self.deferred or self.inbox:
+            try:
+                with self.mutex:
+                    self.busy_in = get_ident()
+                    try:
+                        now = self.clock()
+                        if self.inbox:
+                            self._empty_inbox(now)
+                        result = transition(*args, now)
+                        if self.inbox:
+                            self._empty_inbox(now)
+                    finally:
+                        self.busy_in = None
+            finally:
+                if self.wake_ups or self.deferred or self.inbox:
+                    self.flush()
+        except BaseException:  # an interrupt, as flush() was called
+            if self.wake_ups or self.inbox:
                 self.flush()
+            raise
         return result
 
     def in_section(self) -> bool:
@@ -120,14 +126,18 @@ class PoolLock:
             raise
 
     def _wake_next(self) -> None:
+        """Wake one caller; after an interrupt it is woken again, which does no harm."""
+        taken: deque[Callable[[], object]] = deque()
         try:
-            wake = self.wake_ups.popleft()
+            # Moved by one call: an interrupt as popleft() returns would lose it.
+            taken.extend(islice(iter(self.wake_ups.popleft, None), 1))
+            taken[0]()
         except IndexError:
-            return  # another thread was faster
-        try:
-            wake()
-        except BaseException:  # an interrupt: to wake a caller twice does no harm
-            self.wake_ups.append(wake)
+            if taken:
+                raise
+            # else another thread was faster
+        except BaseException:
+            self.wake_ups.extend(taken)
             raise
 
     def _do_next(self) -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import dis
+import itertools
+import math
+import sys
+from functools import partial
+
 import pytest
 from sqlalchemy.exc import InvalidRequestError
 
+from sqla_fairpool.pool import lock as lock_module
 from sqla_fairpool.pool.lock import PoolLock
 
 
@@ -114,6 +121,59 @@ def test_interrupt_of_a_wake_up_loses_none(lock, done):
     with pytest.raises(KeyboardInterrupt):
         lock.visit()
     assert done == ["interrupted", "other", "interrupted", "close"]
+
+
+class Interrupt:
+    """Raises in the lock's code where CPython may: as a call begins or has returned.
+
+    :attr:`left`: how many of these places come before the one where it raises.
+    """
+
+    def __init__(self):
+        self.left = math.inf
+        self._before = {}
+
+    def __call__(self, frame, what, argument):
+        if frame.f_code.co_filename != lock_module.__file__:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if what == "opcode":
+            name = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            before, self._before[frame] = self._before.get(frame, "CALL"), name
+            if before.startswith(("CALL", "JUMP_BACKWARD", "JUMP_ABSOLUTE")):
+                self.left -= 1
+                if self.left == 0:
+                    raise KeyboardInterrupt
+        return self
+
+
+def test_interrupt_anywhere_loses_no_wake_up(lock, done):
+    left, interrupt, former = [], Interrupt(), sys.gettrace()
+
+    def transition(now):
+        for caller in ("one", "other"):
+            left.append(caller)
+            lock.wake_ups.append(partial(done.append, caller))
+
+    for number in itertools.count(1):
+        sys._getframe().f_trace_opcodes = True  # from 3.12 on, else there are no events
+        sys.settrace(interrupt)
+        try:
+            lock.visit()  # from 3.13 on a function that is entered has none yet
+            left.clear()
+            done.clear()
+            interrupt.left = number
+            lock.run(transition)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(former)
+        assert set(left) == set(done), number
+        assert not lock.in_section()
+        if interrupt.left > 0:
+            break
+        interrupt.left = math.inf
+    assert number > 10
 
 
 def test_child_of_a_fork_begins_with_a_free_lock(lock, done):
