@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 import sysconfig
 import threading
@@ -147,33 +148,43 @@ def locations(frames: Iterable[FrameType]) -> tuple[Location, ...]:
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _SQLALCHEMY = os.path.dirname(os.path.abspath(sqlalchemy.__file__)) + os.sep
 _LIBRARY = sysconfig.get_path("stdlib") + os.sep
-_INSTALLED = ("site-packages", "dist-packages")
+_SCRIPTS = sysconfig.get_path("scripts") + os.sep
+_PACKAGES = ("site-packages", "dist-packages")
+# Code without a file that libraries make: SQLAlchemy's and attrs' say "generated".
+_MADE = re.compile(r"<(frozen |string>|.*(generated|sqlalchemy\.))")
+
+#: The ranks of code, the user's first.
+_OWN, _PROMPT, _COMMAND, _INSTALLED, _OTHER = range(5)
 
 
-def _is_users(code: CodeType) -> bool:
-    """Tell if code is neither ours, SQLAlchemy's nor the standard library's."""
+def _rank(code: CodeType) -> int:
+    """Tell whose code it is: what a message shows is of the lowest rank there is."""
     name = code.co_filename
-    # The second are functions that SQLAlchemy generates, as a decorator's.
-    if name.startswith("<frozen ") or (name[0] == "<" and "sqlalchemy." in name):
-        return False
     if name.startswith((_HERE, _SQLALCHEMY)):
-        return False
-    return not name.startswith(_LIBRARY) or any(part in name for part in _INSTALLED)
+        return _OTHER
+    if any(part in name for part in _PACKAGES) or name.startswith(_SCRIPTS):
+        return _INSTALLED
+    if name.startswith(_LIBRARY):
+        return _OTHER
+    if not name.startswith("<"):
+        return _OWN
+    if name == "<string>" and code.co_name == "<module>":
+        return _COMMAND  # python -c; a function of that "file" may be a generated one
+    return _OTHER if _MADE.match(name) else _PROMPT
 
 
 def users_location(stack: Sequence[Location]) -> Location | None:
-    """Return the innermost location in the user's code, None without a stack."""
-    users = (location for location in stack if _is_users(location[0]))
-    return next(users, stack[0] if stack else None)
+    """Return the innermost location in the user's own code, None without a stack.
+
+    Where all code is installed, the innermost of that.
+    """
+    return min(stack, key=lambda location: _rank(location[0]), default=None)
 
 
 def users_level() -> int:
     """Return the ``stacklevel`` with which a warning names the user's line."""
-    for level, frame in enumerate(_up(sys._getframe(1)), 1):
-        generated = frame.f_code.co_filename.startswith("<")  # SQLAlchemy's wrappers
-        if _is_users(frame.f_code) and not generated:
-            return level
-    return 1
+    ranks = [_rank(frame.f_code) for frame in _up(sys._getframe(1))]
+    return 1 + ranks.index(min(ranks))
 
 
 def _line_of(location: Location) -> int:

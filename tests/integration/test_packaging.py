@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import pytest
+from sqlalchemy import make_url
 from support import documents
 
 from sqla_fairpool.options import OPTIONS
@@ -26,6 +29,18 @@ def test_metadata_names_the_one_hard_dependency():
     assert re.match(r"SQLAlchemy\s*[<>!]", hard[0])
     extras = metadata.metadata("sqla-fairpool").get_all("Provides-Extra")
     assert {"postgresql", "demo", "test", "bench"} <= set(extras)
+
+
+@pytest.mark.parametrize("extra", ["postgresql", "demo"])
+def test_url_without_a_driver_works_with_the_extra(extra):
+    """``postgresql://`` means another driver in each SQLAlchemy."""
+    module = make_url("postgresql://h/d").get_dialect().import_dbapi().__name__
+    brought = [
+        re.match(r"[\w-]+", requirement)[0].removesuffix("-binary")
+        for requirement in metadata.requires("sqla-fairpool")
+        if f'extra == "{extra}"' in requirement
+    ]
+    assert module in brought
 
 
 def test_oldest_sqlalchemy_that_is_admitted_is_tested_and_named():
@@ -49,6 +64,22 @@ def test_build_system_stands_beside_setup_cfg_and_the_marker_of_types_is_there()
     import sqla_fairpool
 
     assert (Path(sqla_fairpool.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.postgres
+def test_session_that_is_ended_by_sigterm_leaves_no_server():
+    program = ROOT / "tests" / "support" / "server_program.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", program]
+    said = {}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as session:
+        for line in session.stdout:
+            what, _, number = line.decode().partition(" ")
+            if what in ("server", "child"):
+                said[what] = int(number)
+            if what == "child":
+                session.terminate()
+    assert said["child"] == signal.SIGTERM
+    assert not psutil.pid_exists(said["server"])
 
 
 def blocks(text):

@@ -130,18 +130,64 @@ def test_other_keys_of_the_pool():
     assert engine.pool._pre_ping is False
 
 
-def test_keyword_arguments_win_over_the_url():
-    keys = "fairpool_pool_size=5&fairpool_timeout=1&fairpool_scraper=url"
-    options = {"scraper": "argument"}
-    engine = create_engine(
-        f"{FILE}&{keys}", pool_size=6, pool_timeout=2, execution_options=options
-    )
-    assert (engine.pool.size(), engine.pool.timeout()) == (6, 2)
-    assert engine.get_execution_options()["scraper"] == "argument"
+REPLACED = [
+    # The application's overflow would come on top of the size in the URL.
+    (
+        "pool_size=8",
+        {"pool_size": 5, "max_overflow": 10},
+        "fairpool_pool_size=8, fairpool_max_overflow=0 in place of the application's "
+        "pool_size=5, max_overflow=10",
+    ),
+    (
+        "timeout=1",
+        {"pool_timeout": 2},
+        "fairpool_timeout=1 in place of the application's pool_timeout=2",
+    ),
+    (
+        "scraper=url",
+        {"execution_options": {"scraper": "argument"}},
+        "fairpool_scraper='url' in place of the application's scraper='argument'",
+    ),
+    (
+        "ledger=/one.ledger",
+        {"ledger": "postgresql://u:secret@h/d"},
+        "fairpool_ledger=/one.ledger in place of the application's "
+        "ledger='postgresql://u:***@h/d'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("key", "given", "text"), REPLACED)
+def test_keys_win_over_keyword_arguments_with_one_warning(key, given, text):
+    with pytest.warns(SAWarning) as caught:
+        engine = create_engine(f"{FILE}&fairpool_{key}", **given)
+    (warning,) = caught
+    assert str(warning.message) == f"the database URL sets {text}"
+    assert warning.filename == __file__
+    options = engine.pool.options
+    assert (options.capacity, options.timeout, options.ledger) == {
+        "pool_size=8": (8, 30.0, None),
+        "timeout=1": (20, 1.0, None),
+        "scraper=url": (20, 30.0, None),
+        "ledger=/one.ledger": (20, 30.0, "/one.ledger"),
+    }[key]
+
+
+def test_arguments_that_agree_with_the_keys_or_have_none_are_silent(monkeypatch):
     options = {"logging_token": "x"}
-    engine = create_engine(f"{FILE}&fairpool_scraper=a", execution_options=options)
+    engine = create_engine(
+        f"{FILE}&fairpool_scraper=a&fairpool_pool_size=5",
+        pool_size="5",
+        soft_limit=2,
+        execution_options=options,
+    )
+    assert engine.pool.options.soft_limit == 2
     assert options == {"logging_token": "x"}  # the caller's own dictionary
     assert engine.get_execution_options() == {"scraper": "a", "logging_token": "x"}
+    # The environment's ledger is for engines that name none.
+    monkeypatch.setenv("FAIRPOOL_LEDGER", "/of/all.ledger")
+    engine = create_engine(FILE, ledger="/own.ledger")
+    assert engine.pool.options.ledger == "/own.ledger"
 
 
 def test_tag_goes_under_the_option_that_the_pool_reads():
