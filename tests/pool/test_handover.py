@@ -553,7 +553,7 @@ def test_pool_goes_on_while_its_successor_is_not_used(make_pool, server):
 
 
 def test_successor_that_was_not_used_yet_is_empty(make_engine, server):
-    """As ``engine.dispose(close=False)`` makes one; the old one is closed by its use."""
+    """As ``engine.dispose(close=False)`` leaves it; the old one ends by its use."""
     engine = make_engine()
     connect(engine).close()
     former = engine.pool
