@@ -7,8 +7,11 @@ which all threads wait.
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import random
+import sys
+import textwrap
 from contextlib import suppress
 
 import pytest
@@ -21,6 +24,11 @@ from support.threads import connect
 import sqla_fairpool
 from sqla_fairpool import CheckoutTimeout, FairQueuePool
 from sqla_fairpool.pool import lock, waiters
+from sqla_fairpool.pool.core import PoolCore
+from sqla_fairpool.pool.lock import PoolLock
+from sqla_fairpool.pool.transitions import Transitions
+from sqla_fairpool.pool.waiting import Waiting
+from sqla_fairpool.pool.warm import WarmRecords
 
 #: Schedules of each kind; the environment may ask for more.
 COUNT = int(os.environ.get("SCHEDULES", "2000"))
@@ -181,3 +189,116 @@ def test_no_order_of_bytecodes_breaks_a_promise(kind, monkeypatch, light_heap):
             except BaseException as error:
                 error.add_note(f"kind {kind!r}, seed {seed}")
                 raise
+
+
+# -- would it notice? ------------------------------------------------------------------
+
+MUTANTS = {
+    "a waiter that comes during a checkin is forgotten": (
+        "uses",
+        PoolCore.checkin,
+        "    if scheduler.waiting:  # since it was looked at above\n",
+        "    if False:\n",
+    ),
+    "a warm record that a section has not seen is not listed again": (
+        "uses",
+        PoolCore.checkin,
+        "records.append(record)\n    if not records.listed:\n",
+        "records.append(record)\n    if False:\n",
+    ),
+    "a section does not say that it has looked": (
+        "uses",
+        WarmRecords.__call__,
+        "self.listed = False  #",
+        "pass  #",
+    ),
+    "two checkouts may take the same warm record": (
+        "uses",
+        PoolCore.checkout,
+        "record = records.pop(self.connections.end)",
+        "record = records[self.connections.end]; records.remove(record)",
+    ),
+    "a section and a checkout may take the same warm record": (
+        "uses",
+        WarmRecords.__call__,
+        "record = self.pop(0)",
+        "record = self[0]; self.remove(record)",
+    ),
+    "a record that is taken stays warm": (
+        "uses",
+        PoolCore.checkout,
+        "    checkout.warm = False\n",
+        "",
+    ),
+    "sections are not alone": (
+        "uses",
+        PoolLock.run,
+        "with self.mutex:",
+        "if True:",
+    ),
+    "who was granted is not woken": (
+        "uses",
+        Transitions.deliver,
+        "self.lock.wake_ups.append(checkout.waiter.wake)",
+        "pass",
+    ),
+    "a time-out does not see that it was granted": (
+        "time-outs",
+        Waiting._look,
+        "if now < deadline or checkout.waiter is None:",
+        "if now < deadline:",
+    ),
+    "a record is taken back in the middle of another section": (
+        "ends",
+        PoolCore._release,
+        "lock.run(self.state.take_back, checkout, record, keep)",
+        "self.state.take_back(checkout, record, keep, self.clock())",
+    ),
+    "a slot is free before its connection is closed": (
+        "changes",
+        Transitions._close_and_release,
+        "    try:\n",
+        "    self.lock.run(self.take_back, record.fair.checkout, None, False)\n"
+        "    try:\n",
+    ),
+    "an idle connection that is closed leaves its slot in use": (
+        "changes",
+        Transitions.retire,
+        "self.recount(now)",
+        "pass",
+    ),
+}
+
+#: Schedules that are tried for each mutant; each was noticed within 200.
+ENOUGH = 1000
+
+
+def mutate(monkeypatch, owner, function, old, new):
+    """Replace a method by one with another line, at the same place for the explorer."""
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1, "the line is not there any more"
+    made = {}
+    code = compile(
+        "from __future__ import annotations\n" + source.replace(old, new),
+        function.__code__.co_filename,
+        "exec",
+    )
+    exec(code, function.__globals__, made)
+    monkeypatch.setattr(owner, function.__name__, made[function.__name__])
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_explorer_notices(name, monkeypatch, light_heap):
+    kind, function, old, new = MUTANTS[name]
+    owner = getattr(
+        sys.modules[function.__module__], function.__qualname__.split(".")[0]
+    )
+    mutate(monkeypatch, owner, function, old, new)
+    for seed in range(ENOUGH):
+        with monkeypatch.context() as patch:
+            try:
+                World(seed, patch).run(KINDS[kind])
+            except Exception:
+                return
+    pytest.fail("it was not noticed")
