@@ -19,8 +19,6 @@ from ..options import PoolOptions, hide_passwords
 from ..pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 from .environment import RUN, Run, Settings
 
-__all__ = ["adopt", "engine_arguments", "say", "show_place"]
-
 #: What a script says of its own pool's size, which is not a matter of one script.
 _SIZES = ("pool_size", "max_overflow")
 

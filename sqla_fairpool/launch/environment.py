@@ -19,8 +19,6 @@ from sqlalchemy.engine import URL, make_url
 from ..ledger.addresses import default_ledger
 from ..options import OPTIONS, BadOption, PoolOptions, naming
 
-__all__ = ["DATABASE", "LEDGER", "RUN", "VARIABLES", "Run", "Settings", "parse_url"]
-
 #: The pool's options by their variables.
 VARIABLES = {one.variable: name for name, one in OPTIONS.items() if one.variable}
 

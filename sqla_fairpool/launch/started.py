@@ -33,8 +33,6 @@ from ..pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-__all__ = ["TASKS", "THREADS", "Kind", "Started", "async_session", "session"]
-
 _E = TypeVar("_E", bound="Engine | AsyncEngine")
 
 #: Engines with a tag that are kept; names may come from user data.

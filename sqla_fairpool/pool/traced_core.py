@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..diagnosis.callers import locations
-from ..diagnosis.leaks import LeakWatch
+from ..diagnosis.event_log import LeakWatch
 from ..options import PoolOptions
 from .checkout import Opener, Record
 from .core import PoolCore

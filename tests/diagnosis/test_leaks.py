@@ -34,7 +34,7 @@ def _no_thread(monkeypatch, request):
     """The tests look themselves, but for those that are about the thread."""
     if "with_thread" not in request.fixturenames:
         monkeypatch.setattr(
-            "sqla_fairpool.diagnosis.leaks.LeakWatch.start", lambda watch: None
+            "sqla_fairpool.diagnosis.event_log.LeakWatch.start", lambda watch: None
         )
 
 
