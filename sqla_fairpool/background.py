@@ -13,8 +13,6 @@ import _thread
 import threading
 from collections.abc import Callable
 
-__all__ = ["start_thread"]
-
 #: Seconds that are waited for a sign of a helper: the system has to start a thread.
 _HEARD_WITHIN = 1.0
 

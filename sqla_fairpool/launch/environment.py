@@ -51,13 +51,11 @@ class Run:
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Run | None:
         """Return what the launcher of this process was told, None without one."""
-        text = environment.get(RUN)
-        if not text:
+        if not environment.get(RUN):
             return None
-        row = json.loads(text)
-        place = row["database"]
-        row["database"] = None if place is None else tuple(place)
-        return cls(**row)
+        row = json.loads(environment[RUN])
+        place = row.pop("database")
+        return cls(database=place and tuple(place), **row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +78,7 @@ class Settings:
 
         :param environment: default: the process's.
         """
-        if environment is None:
-            environment = os.environ
+        environment = os.environ if environment is None else environment
         run = Run.of(environment)
         told = {} if run is None else run.options
         options, names = dict(told), {}
@@ -118,9 +115,9 @@ class Settings:
         :param where: what to call the argument in an error.
         :raises sqlalchemy.exc.ArgumentError: if it is not a URL. Shows nothing of it.
         """
-        if url is not None:
-            return parse_url(url, where)
-        return None if self.url is None else parse_url(self.url, DATABASE)
+        if url is None:
+            url, where = self.url, DATABASE
+        return None if url is None else parse_url(url, where)
 
 
 def parse_url(url: str | URL, where: str) -> URL:

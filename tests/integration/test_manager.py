@@ -393,10 +393,10 @@ def test_class_attributes_are_the_limits(make):
     ):
         one = make(of=of)
         one.startup()
-        limits = attrgetter(*manager._ATTRIBUTES.values())
+        limits = attrgetter(*manager._ATTRIBUTES)
         assert limits(pool_of(one).options) == expected
     attributes = {n for n in vars(DynamicConnectionManager) if n.isupper()}
-    assert attributes == manager._ATTRIBUTES.keys()
+    assert attributes == {*manager._ATTRIBUTES.values()}
     assert DynamicConnectionManager.SCRAPER_SOFT_LIMIT == 10
 
 
