@@ -232,7 +232,7 @@ def test_other_sitecustomize_runs(other_hook, does, says):
 
 
 def test_sqlalchemy_that_was_imported_before(other_hook):
-    """By another ``sitecustomize`` or a ``.pth`` file: each copy of the name changes."""
+    """By another ``sitecustomize`` or a ``.pth`` file: each copy of it changes."""
     other_hook("from sqlalchemy import create_engine")
     source = "import sitecustomize as s; print(s.create_engine('sqlite:///x').pool)"
     status, out, err = hooked(script(f"{SAY_POOL}\n{source}"))
