@@ -23,7 +23,6 @@ __all__ = ["PREFIX", "FairPoolPlugin"]
 #: What each key of ours in a URL begins with.
 PREFIX = "fairpool_"
 
-
 #: Keys beside those of the options: arguments of the pool that it does not check.
 _OTHERS = {
     "use_lifo": read_switch,
@@ -61,10 +60,8 @@ class FairPoolPlugin(CreateEnginePlugin):
         self._options = _read(found)
         # The ledger is the one option that an engine takes from the environment: named
         # there, it is meant for all engines of a program.
-        ledger = OPTIONS["ledger"]
-        if os.environ.get(ledger.variable):
-            value = ledger.from_text(os.environ[ledger.variable])
-            self._options.setdefault("ledger", value)
+        if text := os.environ.get(OPTIONS["ledger"].variable):
+            self._options.setdefault("ledger", OPTIONS["ledger"].from_text(text))
         scraper = self._options.pop("scraper", None)
         if scraper is not None:
             option = {**self._options, **kwargs}.get("tag_option") or "scraper"

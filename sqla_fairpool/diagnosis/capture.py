@@ -148,10 +148,7 @@ class Capture(NamedTuple):
     waiting: Collection[Caller | None]
 
     def diagnose(self, frames: Iterable[FrameType]) -> Diagnosis:
-        """Return the facts. Without the lock.
-
-        :param frames: those of the caller that waited.
-        """
+        """Return the facts, without the lock; `frames` are the waiting caller's."""
         holdings = [
             out.as_holding(self.now, self.caller, self.waiting, look_up=n < _LOOKED_UP)
             for n, out in enumerate(sorted(self.out, key=lambda out: out.since))

@@ -100,20 +100,16 @@ def _wrapped(module):
 # -- the moment it is imported ---------------------------------------------------------
 
 
-class _Loader:
-    """Loads the module as its own loader does, and then wraps."""
+def _wrap_when_loaded(loader):
+    """Have a loader wrap the module that it loads next."""
 
-    def __init__(self, loader):
-        self._loader = loader
-
-    def create_module(self, spec):
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module):
-        module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
+    def exec_module(module):
+        del loader.exec_module
+        loader.exec_module(module)
         if hasattr(module, "create_engine"):
             module.create_engine = _wrapped(module)
+
+    loader.exec_module = exec_module
 
 
 class _Finder:
@@ -129,7 +125,7 @@ class _Finder:
             spec = find_spec(name, path, target)
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):
-                    spec.loader = _Loader(spec.loader)
+                    _wrap_when_loaded(spec.loader)
                 return spec
         return None
 
