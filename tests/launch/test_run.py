@@ -167,9 +167,8 @@ def test_script_that_does_not_exist():
 def test_where_there_is_no_exec_it_is_waited_for(capfd):
     before = signal.getsignal(signal.SIGINT)
     for does, status in (("os._exit(7)", 7), ("os.kill(os.getpid(), 15)", 128 + 15)):
-        source = f"import os; print('x', flush=True); {does}"
-        command = [sys.executable, "-c", source]
-        assert run._wait(command, dict(os.environ)) == status
+        command = ["-c", f"import os; print('x', flush=True); {does}"]
+        assert run._wait([sys.executable, *command], dict(os.environ)) == status
         assert capfd.readouterr().out == "x\n"
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -311,11 +310,8 @@ def test_old_sqlalchemy_is_unharmed():
 
 @pytest.mark.parametrize("flag", ["-I", "-E", "-S", "-s"])
 def test_isolated_children_are_unharmed(flag):
-    source = (
-        "import subprocess, sys\n"
-        f"command = [sys.executable, {flag!r}, '-c', 'import sys; print(*sys.path)']\n"
-        "subprocess.run(command, check=True)\n"
-    )
+    source = "import subprocess, sys; subprocess.run([sys.executable, "
+    source += f"{flag!r}, '-c', 'import sys; print(*sys.path)'], check=True)"
     done = direct(script(source))
     status, out, err = hooked("script.py")
     if flag == "-S":  # it is not taken out there
@@ -584,10 +580,11 @@ def test_bad_option_is_named_and_nothing_starts(refused, command, says):
     assert refused(*command, "x.py").startswith(says)
 
 
-@pytest.mark.parametrize("variable", [*VARIABLES, "DATABASE_URL"])
-def test_bad_variable_is_named_and_nothing_starts(refused, monkeypatch, variable):
-    monkeypatch.setenv(variable, "nonsense")
-    assert refused("x.py").startswith(f"{variable}='")
+def test_bad_variable_is_named_and_nothing_starts(refused, monkeypatch):
+    for variable in (*VARIABLES, "DATABASE_URL"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "nonsense")
+            assert refused("x.py").startswith(f"{variable}='")
 
 
 def test_what_cannot_be_started(refused, monkeypatch, capsys):
