@@ -12,21 +12,10 @@ The database and the limits come from the environment, see :mod:`.environment`, 
 :func:`startup_dynamic_pool` is given others. Scripts that name the same database share
 one budget: the ledger is ``host`` by default.
 
-====================================  ==================================================
-what happens                          what it does
-====================================  ==================================================
-a session before the start-up         starts from the environment
-start-up while it runs                nothing; with a URL or options that differ from
-                                      those in force, an error
-a session after the shut-down         an error; start-up begins anew
-shut-down twice, or before            nothing
-registering twice                     nothing
-a scraper that is not registered      is served like any other; it has a row in the
-                                      figures from its first session on
-a session without a name              has the tag of the ``with sqla_fairpool.tag(...)``
-                                      around it, the launcher's ``--scraper``, or else
-                                      ``unknown``, with one warning
-====================================  ==================================================
+The first session starts the pool. After a shut-down a session is an error, and a
+start-up begins anew. A start-up while it runs does nothing; with a URL or options that
+differ from those in force it is an error. A scraper that is not registered is served
+like any other, and has a row in the figures from its first session on.
 """
 
 from __future__ import annotations
@@ -221,7 +210,9 @@ class DynamicConnectionManager:
         It commits when the block ends, and rolls back when it ends by an error; its
         connection is returned in any case.
 
-        :param name: the scraper. See the head of this file for when it is missing.
+        :param name: the scraper. Without one the session has the tag of the ``with
+          sqla_fairpool.tag(...)`` around it, the launcher's ``--scraper``, or else
+          ``unknown``, with one warning.
         :param options: of :class:`sqlalchemy.orm.Session`.
         :raises sqlalchemy.exc.ArgumentError: if the name cannot be a tag.
         :raises sqlalchemy.exc.InvalidRequestError: after :meth:`shutdown`.

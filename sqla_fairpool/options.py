@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from sqlalchemy import exc
 
@@ -160,8 +160,7 @@ def read_switch(name: str, value: Any, known: _Known) -> bool:
 
 def validate_timeout(value: object, name: str) -> float:
     """Return the seconds that a checkout may wait."""
-    seconds: float = _seconds(0)(name, value, {})
-    return seconds
+    return cast(float, _seconds(0)(name, value, {}))
 
 
 def validate_tag(value: object, name: str = "tag") -> str:
@@ -169,8 +168,7 @@ def validate_tag(value: object, name: str = "tag") -> str:
 
     :param name: what to call it in the error, the option's name as a rule.
     """
-    tag: str = _tag(name, value, {})
-    return tag
+    return cast(str, _tag(name, value, {}))
 
 
 # -- the table -------------------------------------------------------------------------

@@ -72,28 +72,20 @@ class EventLog:
         """Log that a caller has to wait because all slots are in use."""
         self._since = self._last = now
         self.next_look = now + _OVER_AFTER
-        self._log(
-            "Pool exhausted: tag %r has to wait, all %d connections are in use; %s",
-            tag,
-            capacity,
-            describe_holders(holders),
-        )
+        held = describe_holders(holders)
+        text = "Pool exhausted: tag %r has to wait, all %d connections are in use; %s"
+        self._log(text, tag, capacity, held)
 
     def look(self, now: float, waiting: int, waits: int) -> None:
-        """Look if the exhaustion is over, and log it.
-
-        :param waiting: how many callers wait now.
-        :param waits: how many have had to wait, in all.
-        """
+        """Look if the exhaustion is over: how many wait now, and have had to in all."""
         self.next_look = now + _OVER_AFTER
         if waiting or waits != self._waits:
             self._last = now
             self._waits = waits
         elif now - self._last >= _OVER_AFTER:
-            self._log(
-                "Pool no longer exhausted: no caller waits any more, after %s",
-                duration(self._last - self._since),
-            )
+            lasted = duration(self._last - self._since)
+            text = "Pool no longer exhausted: no caller waits any more, after %s"
+            self._log(text, lasted)
             self._since = self.next_look = math.inf
 
     def _log(self, text: str, *values: object) -> None:
@@ -138,15 +130,11 @@ class LeakWatch:
                     late.append(out)
                     out.checkout.reported = True
                     out.checkout.may_keep = False  # its return is to be noticed
+        text = "Connection out for %s, longer than leak_threshold %s: %s%s"
+        limit = duration(self._threshold)
         for out in late:
-            holding = out.as_holding(now)
-            pool.logger.warning(
-                "Connection out for %s, longer than leak_threshold %s: %s%s",
-                duration(holding.age),
-                duration(self._threshold),
-                holding,
-                describe_stack(out.stack),
-            )
+            holding, stack = out.as_holding(now), describe_stack(out.stack)
+            pool.logger.warning(text, duration(holding.age), limit, holding, stack)
 
     def returned(self, checkout: Checkout, now: float) -> Callable[[], None]:
         """Return what logs that a reported connection has come back."""

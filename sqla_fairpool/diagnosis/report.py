@@ -54,20 +54,17 @@ class Holding:
         return self.age if self.statement_age is None else self.statement_age
 
     def __str__(self) -> str:
-        parts = [f"{self.tag!r} for {duration(self.age)} by {self.caller}"]
-        if self.taken_at is not None:
-            parts.append(f"taken at {self.taken_at}")
-        if self.opening:
-            parts.append("still connecting")
-        elif self.statement_age is None:
-            parts.append("no statement yet")
-        else:
-            parts.append(f"last statement {duration(self.statement_age)} ago")
-        if self.waits and not self.own:
-            parts.append("waits for one more")
-        if self.now_at is not None and not self.own:
-            parts.append(f"now at {self.now_at}")
-        return ", ".join(parts)
+        statement = "no statement yet"
+        if self.statement_age is not None:
+            statement = f"last statement {duration(self.statement_age)} ago"
+        parts = (
+            f"{self.tag!r} for {duration(self.age)} by {self.caller}",
+            self.taken_at and f"taken at {self.taken_at}",
+            "still connecting" if self.opening else statement,
+            "waits for one more" if self.waits and not self.own else None,
+            f"now at {self.now_at}" if self.now_at and not self.own else None,
+        )
+        return ", ".join(filter(None, parts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,7 +44,6 @@ def adopt(run: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, 
     """Return the keyword arguments for ``create_engine`` in the place of `kwargs`.
 
     :param run: what the launcher was told, as it stands in the environment.
-    :param args: the positional arguments.
     :raises sqlalchemy.exc.ArgumentError: for a bad setting, naming its variable.
     """
     url = args[0] if args else kwargs.get("url")
@@ -68,11 +67,7 @@ def _settings(run: str) -> tuple[Run, dict[str, Any]] | None:
 def engine_arguments(
     run: Run, options: Mapping[str, Any], url: str | URL, given: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the keyword arguments for an engine's ``create_engine``.
-
-    :param options: of the pool, checked.
-    :param given: the script's.
-    """
+    """Return the keyword arguments for ``create_engine``; `given` are the script's."""
     try:
         url = make_url(url)
         dialect = url.get_dialect(bool(given.get("_is_async")))

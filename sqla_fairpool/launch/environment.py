@@ -63,20 +63,17 @@ class Settings:
     """What the environment tells scripts."""
 
     url: str | None
-    #: Options of the pool, as texts.
+    #: Options of the pool, as texts, and the variables that they come from.
     options: Mapping[str, Any]
-    #: The variables that these options come from.
     names: Mapping[str, str]
     #: What the launcher was told, None without one.
     run: Run | None = None
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None) -> Settings:
-        """Read the environment; what is empty counts as not set.
+        """Read the environment, by default the process's.
 
-        What the launcher was told wins over what it found there.
-
-        :param environment: default: the process's.
+        What is empty counts as not set; what the launcher was told wins.
         """
         environment = os.environ if environment is None else environment
         run = Run.of(environment)
