@@ -43,6 +43,7 @@ class ThreadHere(threading.local):
     def __init__(self) -> None:
         reference = _Thread(threading.current_thread())
         reference.name = threading.current_thread().name
+        hash(reference)  # of a dead one it is known only if it was asked for before
         self.caller: Caller | None = reference
 
     def frames(self) -> Iterator[FrameType]:
@@ -61,7 +62,11 @@ class TaskHere:
         except RuntimeError:
             return None  # no loop is running here
         # The same reference for the same task, for as long as that is referred to.
-        return None if task is None else weakref.ref(task)
+        if task is None:
+            return None
+        reference = weakref.ref(task)
+        hash(reference)  # as that of a thread
+        return reference
 
     def frames(self) -> Iterator[FrameType]:
         """Yield the frames that led to the caller of this method, innermost first."""

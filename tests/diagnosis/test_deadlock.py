@@ -87,8 +87,22 @@ def test_nested_checkout_is_refused(world):
     assert [h.own for h in caught.value.diagnosis.holdings] == [True, True]
     engine.pool.reconfigure(pool_size=4, soft_limit=1, max_limit=1)
     tagged = engine.execution_options(scraper="a")
+    # At its ceiling, what another caller has under another tag would not help.
+    others = world.start(engine.execution_options(scraper="b").connect).result()
     with tagged.connect(), pytest.raises(SelfDeadlock, match="tag 'a' in_use=1"):
         tagged.connect()
+    others.close()
+
+
+@contract
+def test_what_an_ended_caller_has_left_is_no_deadlock(world, looks):
+    engine = world.engine(**{**TWO, "pool_timeout": 0.05})
+    left = world.start(engine.connect).result()
+    with engine.connect(), pytest.raises(CheckoutTimeout, match="ended") as caught:
+        engine.connect()
+    assert not isinstance(caught.value, SelfDeadlock)
+    assert looks
+    left.close()
 
 
 @pytest.mark.parametrize("tags", ["aa", "a" * 8, "ab"])

@@ -86,6 +86,8 @@ ADVICE = [
 def test_advice():
     for some, advice in ADVICE:
         assert case(*some, *[holding()] * (4 - len(some))).advice == advice
+    # One slot without a caller is no reason beside three that work.
+    assert case(*[holding()] * 3).advice == ADVICE[0][1]
     ceiling = "tag 'reports' is at its ceiling while the pool has 2 free: "
     for active, why in (
         (3, "of 3 active tags each may have 2 (soft_limit)"),
