@@ -12,21 +12,10 @@ The database and the limits come from the environment, see :mod:`.environment`, 
 :func:`startup_dynamic_pool` is given others. Scripts that name the same database share
 one budget: the ledger is ``host`` by default.
 
-====================================  ==================================================
-what happens                          what it does
-====================================  ==================================================
-a session before the start-up         starts from the environment
-start-up while it runs                nothing; with a URL or options that differ from
-                                      those in force, an error
-a session after the shut-down         an error; start-up begins anew
-shut-down twice, or before            nothing
-registering twice                     nothing
-a scraper that is not registered      is served like any other; it has a row in the
-                                      figures from its first session on
-a session without a name              has the tag of the ``with sqla_fairpool.tag(...)``
-                                      around it, the launcher's ``--scraper``, or else
-                                      ``unknown``, with one warning
-====================================  ==================================================
+The first session starts the pool. After a shut-down a session is an error, and a
+start-up begins anew. A start-up while it runs does nothing; with a URL or options that
+differ from those in force it is an error. A scraper that is not registered is served
+like any other, and has a row in the figures from its first session on.
 """
 
 from __future__ import annotations
@@ -35,10 +24,10 @@ import sys
 import threading
 import warnings
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO
 
 from sqlalchemy import exc
-from sqlalchemy.engine import URL, Engine
+from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
 from .diagnosis.callers import users_level
@@ -50,7 +39,7 @@ from .options import PoolOptions, naming, validate_tag
 from .tagging import context_tag
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncSession
 
 __all__ = [
     "DynamicConnectionManager",
@@ -64,8 +53,6 @@ __all__ = [
     "startup_dynamic_async_pool",
     "startup_dynamic_pool",
 ]
-
-_E = TypeVar("_E", bound="Engine | AsyncEngine")
 
 #: The options if nothing is said.
 _DEFAULTS = PoolOptions.parse()
@@ -105,8 +92,8 @@ class DynamicConnectionManager:
         self._url = url
         self._options = options
         self._lock = threading.RLock()
-        self._running: dict[Kind[Any], Started[Any]] = {}
-        self._ended: set[Kind[Any]] = set()
+        self._running: dict[Kind, Started] = {}
+        self._ended: set[Kind] = set()
         self._scrapers: dict[str, None] = {}
         self._has_warned = False
 
@@ -138,22 +125,19 @@ class DynamicConnectionManager:
 
         Does nothing if it does not run.
         """
-        running = self._end(THREADS)
-        if running is not None:
+        if running := self._end(THREADS):
             running.engine.dispose()
 
     async def shutdown_async(self) -> None:
         """Close the connections in the pool of :meth:`get_async_session`."""
-        running = self._end(TASKS)
-        if running is not None:
+        if running := self._end(TASKS):
             await running.engine.dispose()
 
     def _start(
-        self, kind: Kind[_E], url: str | URL | None, options: dict[str, Any]
-    ) -> Started[_E]:
+        self, kind: Kind, url: str | URL | None, options: dict[str, Any]
+    ) -> Started:
         with self._lock:
-            running = self._running.get(kind)
-            if running is not None:
+            if running := self._running.get(kind):
                 given = None if url is None else self._database(kind, url)
                 running.refuse_others(given, options)
             else:
@@ -162,56 +146,52 @@ class DynamicConnectionManager:
             return running
 
     def _make(
-        self, kind: Kind[_E], url: str | URL | None, arguments: dict[str, Any]
-    ) -> Started[_E]:
+        self, kind: Kind, url: str | URL | None, arguments: dict[str, Any]
+    ) -> Started:
         settings = Settings.read()
         arguments = {**self._options, **arguments}
         # What the class says otherwise than the pool itself would.
-        defaults, names = {}, {}
-        for attribute, option in _ATTRIBUTES.items():
-            if getattr(self, attribute) != getattr(_DEFAULTS, option):
-                defaults[option] = getattr(self, attribute)
-            if option not in settings.options and option not in arguments:
-                names[option] = attribute
+        defaults = {
+            option: getattr(self, attribute)
+            for option, attribute in _ATTRIBUTES.items()
+            if getattr(self, attribute) != getattr(_DEFAULTS, option)
+        }
+        said = {**settings.options, **arguments}
+        names = {o: name for o, name in _ATTRIBUTES.items() if o not in said}
         if settings.run is not None:
             defaults["default_tag"] = settings.run.scraper
-        database = self._database(kind, url, settings)
+        database = self._database(kind, url)
         with naming(names), settings.naming(arguments):
             options = settings.with_arguments(arguments, defaults)
             engine = kind.engine(database, options)
         return Started(engine, database, options)
 
-    def _database(
-        self, kind: Kind[_E], url: str | URL | None, settings: Settings | None = None
-    ) -> URL:
-        settings = settings or Settings.read()
-        found = settings.database(self._url if url is None else url, "url")
+    def _database(self, kind: Kind, url: str | URL | None) -> URL:
+        found = Settings.read().database(self._url if url is None else url, "url")
         if found is None:
             raise exc.ArgumentError(
                 f"no database is named: set {DATABASE}, or start the pool with a URL"
             )
         return kind.driver(found)
 
-    def _end(self, kind: Kind[_E]) -> Started[_E] | None:
+    def _end(self, kind: Kind) -> Started | None:
         with self._lock:
-            running = self._running.pop(kind, None)
-            if running is not None:
+            if kind in self._running:
                 self._ended.add(kind)
-            return running
+            return self._running.pop(kind, None)
 
-    def _use(self, kind: Kind[_E]) -> Started[_E]:
+    def _use(self, kind: Kind) -> Started:
         """Return the running pool; start it if it was never started."""
         # Without the lock, as a rule, so that it is free when the process forks.
-        running = self._running.get(kind)
-        if running is None:
-            with self._lock:
-                if kind in self._ended:
-                    raise exc.InvalidRequestError(
-                        "the dynamic pool has been shut down: "
-                        f"{kind.startup}() starts it again"
-                    )
-                running = self._start(kind, None, {})
-        return running
+        if running := self._running.get(kind):
+            return running
+        with self._lock:
+            if kind in self._ended:
+                raise exc.InvalidRequestError(
+                    "the dynamic pool has been shut down: "
+                    f"{kind.startup}() starts it again"
+                )
+            return self._start(kind, None, {})
 
     # -- sessions -------------------------------------------------------------------
 
@@ -230,7 +210,9 @@ class DynamicConnectionManager:
         It commits when the block ends, and rolls back when it ends by an error; its
         connection is returned in any case.
 
-        :param name: the scraper. See the head of this file for when it is missing.
+        :param name: the scraper. Without one the session has the tag of the ``with
+          sqla_fairpool.tag(...)`` around it, the launcher's ``--scraper``, or else
+          ``unknown``, with one warning.
         :param options: of :class:`sqlalchemy.orm.Session`.
         :raises sqlalchemy.exc.ArgumentError: if the name cannot be a tag.
         :raises sqlalchemy.exc.InvalidRequestError: after :meth:`shutdown`.
@@ -243,7 +225,7 @@ class DynamicConnectionManager:
         """Return a session for an ``async with`` block. See :meth:`get_session`."""
         return async_session(self._engine_for(self._use(TASKS), name), options)
 
-    def _engine_for(self, running: Started[_E], name: str | None) -> _E:
+    def _engine_for(self, running: Started, name: str | None) -> Any:
         if name is not None:
             return running.tagged(validate_tag(name, "scraper"))
         default = running.pool.options.default_tag
@@ -290,9 +272,9 @@ class DynamicConnectionManager:
         return (running or self._use(THREADS)).overview(self._scrapers)
 
 
-#: The pool's option that each class attribute stands for.
-_ATTRIBUTES = {"GLOBAL_POOL_SIZE": "pool_size"} | {
-    name: option
+#: The class attribute that stands for an option of the pool.
+_ATTRIBUTES = {"pool_size": "GLOBAL_POOL_SIZE"} | {
+    option: name
     for name, option in VARIABLES.items()
     if hasattr(DynamicConnectionManager, name)
 }

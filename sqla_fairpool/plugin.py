@@ -33,7 +33,6 @@ __all__ = ["PREFIX", "SIZES", "FairPoolPlugin"]
 #: What each key of ours in a URL begins with.
 PREFIX = "fairpool_"
 
-
 #: The size of a pool, of which both go together.
 SIZES = ("pool_size", "max_overflow")
 

@@ -26,11 +26,8 @@ from .callers import (
     frames_of,
     has_ended,
     locations,
-    users_location,
 )
 from .report import Diagnosis, Holding
-
-__all__ = ["Capture", "Checkout", "Out", "Pool", "capture"]
 
 #: Holders whose present location in the code is looked up: that takes time, and a
 #: message names no more.
@@ -71,19 +68,16 @@ class Out(NamedTuple):
     holder: Caller | None
     stack: tuple[Location, ...]
     #: It is being opened, the first one of the checkout or another one.
-    opening: bool
+    opening: bool = False
     #: No caller has it, and none opens it: it is about to be handed out; or it was
     #: dropped, and is being reset before it comes back, as slowly as the database does.
-    unclaimed: bool
+    unclaimed: bool = False
 
     @classmethod
-    def of(
-        cls, checkout: Checkout, *, opening: bool = False, unclaimed: bool = False
-    ) -> Out:
+    def of(cls, checkout: Checkout, **state: bool) -> Out:
         """Copy a checkout. Caller is in a section."""
         tag, since, used = checkout.tag_state.tag, checkout.since, checkout.used
-        holder, stack = checkout.holder, checkout.stack
-        return cls(checkout, tag, since, used, holder, stack, opening, unclaimed)
+        return cls(checkout, tag, since, used, checkout.holder, checkout.stack, **state)
 
     def as_holding(
         self,
@@ -93,11 +87,10 @@ class Out(NamedTuple):
         *,
         look_up: bool = True,
     ) -> Holding:
-        """Return the facts. Without the lock.
+        """Return the facts, without the lock; if `look_up`, where the holder is now.
 
         :param asking: the caller that has waited in vain.
         :param waiting: all callers that wait.
-        :param look_up: find out where the holder is now.
         """
         own = self.holder is not None and self.holder is asking
         frames = frames_of(self.holder) if look_up and not own else []
@@ -106,8 +99,8 @@ class Out(NamedTuple):
             tag=self.tag,
             age=max(now - self.since, 0.0),
             caller=describe_caller(self.holder),
-            taken_at=describe_location(users_location(self.stack)),
-            now_at=describe_location(users_location(locations(frames))),
+            taken_at=describe_location(self.stack),
+            now_at=describe_location(locations(frames)),
             statement_age=max(now - self.used, 0.0) if is_used else None,
             opening=self.opening,
             own=own,
@@ -155,15 +148,12 @@ class Capture(NamedTuple):
     waiting: Collection[Caller | None]
 
     def diagnose(self, frames: Iterable[FrameType]) -> Diagnosis:
-        """Return the facts. Without the lock.
-
-        :param frames: those of the caller that waited.
-        """
+        """Return the facts, without the lock; `frames` are the waiting caller's."""
         holdings = [
             out.as_holding(self.now, self.caller, self.waiting, look_up=n < _LOOKED_UP)
             for n, out in enumerate(sorted(self.out, key=lambda out: out.since))
         ]
-        asked_at = describe_location(users_location(locations(frames)))
+        asked_at = describe_location(locations(frames))
         return replace(self.figures, holdings=tuple(holdings), asked_at=asked_at)
 
 

@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import create_engine, exc
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.orm import Session
 
+from ..ledger import overview
 from ..ledger.addresses import make_store
 from ..ledger.drivers import for_asyncio, for_threads, translate_for_asyncpg
 from ..ledger.errors import LedgerError
 from ..ledger.inspector import Inspector
 from ..ledger.keeper import describe_process
-from ..ledger.overview import (
-    Limits,
-    Overview,
-    Part,
-    ProcessRow,
-    compile_overview,
-    condensed,
-)
+from ..ledger.overview import Overview
 from ..ledger.store import StoreAway
 from ..options import OPTIONS
 from ..pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
@@ -33,42 +26,36 @@ from ..pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-__all__ = ["TASKS", "THREADS", "Kind", "Started", "async_session", "session"]
-
-_E = TypeVar("_E", bound="Engine | AsyncEngine")
-
 #: Engines with a tag that are kept; names may come from user data.
 _ENGINES = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Kind(Generic[_E]):
+class Kind:
     """What differs between the pool for threads and that for tasks."""
 
     startup: str
     driver: Callable[[URL], URL]
-    engine: Callable[[URL, dict[str, Any]], _E]
+    engine: Callable[[URL, dict[str, Any]], Any]
 
 
-class Started(Generic[_E]):
+class Started:
     """A running pool, and what it was started with.
 
     :param options: the arguments of ``create_engine``, those of the pool included.
     """
 
-    def __init__(self, engine: _E, url: URL, options: Mapping[str, Any]) -> None:
+    def __init__(self, engine: Any, url: URL, options: Mapping[str, Any]) -> None:
         self.engine = engine
-        self._url = url
-        self._options = options
-        pool = engine.pool
-        assert isinstance(pool, FairQueuePool)
-        self.pool: FairQueuePool = pool
-        #: Returns the engine that checks out under a tag.
-        self.tagged = lru_cache(maxsize=_ENGINES)(self._tagged)
+        self._url, self._options = url, options
+        self.pool: FairQueuePool = engine.pool
+        tag_option = self.pool.options.tag_option
 
-    def _tagged(self, name: str) -> _E:
-        option = {self.pool.options.tag_option: name}
-        return self.engine.execution_options(**option)  # type: ignore[return-value]
+        @lru_cache(maxsize=_ENGINES)
+        def tagged(name: str) -> Any:  # the engine that checks out under a tag
+            return engine.execution_options(**{tag_option: name})
+
+        self.tagged = tagged
 
     def refuse_others(self, url: URL | None, options: Mapping[str, Any]) -> None:
         """Raise if it would be another pool with these."""
@@ -88,7 +75,7 @@ class Started(Generic[_E]):
                 f"{', '.join(differing)}: shut it down before"
             )
 
-    def overview(self, registered: Mapping[str, None]) -> Overview:
+    def overview(self, registered: Iterable[str]) -> Overview:
         """Return the figures of all that share the budget, or of this process alone.
 
         :param registered: scrapers that have a row in any case.
@@ -108,26 +95,18 @@ class Started(Generic[_E]):
         finally:
             inspector.close()
 
-    def _own_overview(self, registered: Mapping[str, None], *warnings: str) -> Overview:
-        stats, options = self.pool.stats(), self.pool.options
-        rows, who = condensed(stats.tags), describe_process()
-        process = ProcessRow(
-            host=who["host"],
-            pid=who["pid"],
-            program=who["program"],
-            state="answers",
-            tags=tuple(row.name for row in rows),
-            open=stats.checked_out + stats.idle,
-        )
-        limits = Limits(
-            options.pool_size, options.capacity, options.soft_limit, options.max_limit
-        )
-        return compile_overview(
-            [Part(process, rows)],
-            limits,
+    def _own_overview(self, registered: Iterable[str], *warnings: str) -> Overview:
+        stats, own = self.pool.stats(), self.pool.options
+        rows, who = overview.condensed(stats.tags), {**describe_process()}
+        now = who.pop("since")
+        tags, there = tuple(row.name for row in rows), stats.checked_out + stats.idle
+        process = overview.ProcessRow(**who, state="answers", tags=tags, open=there)
+        return overview.compile_overview(
+            [overview.Part(process, rows)],
+            overview.Limits(own.pool_size, own.capacity, own.soft_limit, own.max_limit),
             registered=registered,
             warnings=warnings,
-            taken_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            taken_at=now,
         )
 
 
@@ -150,7 +129,6 @@ TASKS = Kind("startup_async", for_asyncio, _tasks_engine)
 
 @contextmanager
 def session(engine: Engine, options: Mapping[str, Any]) -> Iterator[Session]:
-    """A session that commits at the end of the block."""
     # Closing rolls back what is not committed, and returns the connection.
     with Session(engine, **options) as session:
         yield session
@@ -161,7 +139,6 @@ def session(engine: Engine, options: Mapping[str, Any]) -> Iterator[Session]:
 async def async_session(
     engine: AsyncEngine, options: Mapping[str, Any]
 ) -> AsyncIterator[AsyncSession]:
-    """A session of asyncio that commits at the end of the block."""
     from sqlalchemy.ext.asyncio import AsyncSession
 
     async with AsyncSession(engine, **options) as session:

@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 from ..diagnosis.callers import locations
-from ..diagnosis.leaks import LeakWatch
+from ..diagnosis.event_log import LeakWatch
 from ..options import PoolOptions
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import FREE, LineFull

@@ -15,8 +15,7 @@ from typing import Any, cast
 
 from ..diagnosis.callers import TaskHere, ThreadHere
 from ..diagnosis.capture import Out
-from ..diagnosis.event_log import EventLog
-from ..diagnosis.leaks import LeakWatch
+from ..diagnosis.event_log import EventLog, LeakWatch
 from ..options import PoolOptions
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import GRANTED, Ticket

@@ -17,7 +17,7 @@ from sqla_fairpool import (
     CheckoutTimeout,
     FairQueuePool,
 )
-from sqla_fairpool.diagnosis.callers import describe_location, users_location
+from sqla_fairpool.diagnosis.callers import describe_location
 
 HERE = f"tests/diagnosis/{Path(__file__).name}:"
 FULL = {"pool_size": 1, "pool_timeout": 0, "leak_threshold": 60}
@@ -165,4 +165,4 @@ INSTALLED = "/venv/lib/python3/site-packages/framework/view.py"
 )
 def test_own_code_comes_first(files, expected):
     stack = [(compile("pass", name, "exec"), 0) for name in files]
-    assert describe_location(users_location(stack)).startswith(f"{expected}:")
+    assert describe_location(stack).startswith(f"{expected}:")
