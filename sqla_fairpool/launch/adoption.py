@@ -106,7 +106,6 @@ def _reason(
         "it has a pool of its own": given.get("pool") is not None,
         f"its database is not {show_place(meant)}": meant != place,
         "its plugin fairpool sees to it": "fairpool" in plugins,
-        "it is a mock": "strategy" in given,
         "other connections would have other databases in memory": (
             has_private_memory(dialect, url)
         ),

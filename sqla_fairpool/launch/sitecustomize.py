@@ -26,8 +26,10 @@ _DIRECTORY = os.path.dirname(__file__)
 #: What the launcher was told, kept now: the script's environment is the script's.
 _RUN = os.environ.get("FAIRPOOL_RUN", "")
 
-#: The module that has create_engine; SQLAlchemy's packages copy the name from there.
-_MODULE = "sqlalchemy.engine.create"
+#: The module whose class :class:`URL` hands an engine's keyword arguments to plugins.
+#: create_engine calls that method before all else. A private name; but its copies need
+#: not be found, and unlike a wrapper of create_engine it is in no script's traceback.
+_MODULE, _METHOD = "sqlalchemy.engine.url", "_instantiate_plugins"
 
 
 def _say(text):
@@ -80,21 +82,17 @@ def _arguments(args, kwargs):
     return _adopt(_RUN, args, kwargs)
 
 
-def _wrapped(module):
-    """Return a create_engine that asks before it goes on."""
-    import functools
-    import types
+def _wrap(module):
+    """Have create_engine ask before it goes on, if this is the SQLAlchemy we know."""
+    original = getattr(getattr(module, "URL", None), _METHOD, None)
+    if original is None:
+        _say("engines are left alone: this SQLAlchemy has no URL." + _METHOD)
+        return
 
-    original, arguments = module.create_engine, _arguments
+    def instantiate_plugins(url, kwargs):
+        return original(url, _arguments((url,), kwargs))
 
-    def create_engine(*args, **kwargs):
-        return original(*args, **arguments(args, kwargs))
-
-    # With the module's globals: SQLAlchemy blames its warnings on the first caller
-    # outside of its modules, which is to be the script.
-    code, closure = create_engine.__code__, create_engine.__closure__
-    function = types.FunctionType(code, vars(module), code.co_name, None, closure)
-    return functools.wraps(original)(function)
+    setattr(module.URL, _METHOD, instantiate_plugins)
 
 
 # -- the moment it is imported ---------------------------------------------------------
@@ -106,8 +104,7 @@ def _wrap_when_loaded(loader):
     def exec_module(module):
         del loader.exec_module
         loader.exec_module(module)
-        if hasattr(module, "create_engine"):
-            module.create_engine = _wrapped(module)
+        _wrap(module)
 
     loader.exec_module = exec_module
 
@@ -130,23 +127,12 @@ class _Finder:
         return None
 
 
-def _wrap_everywhere(module):
-    """Wrap what has been imported already, by a ``.pth`` file say."""
-    original = module.create_engine
-    wrapped = _wrapped(module)
-    for other in list(sys.modules.values()):
-        names = getattr(other, "__dict__", None) or {}
-        for name in [name for name, value in names.items() if value is original]:
-            setattr(other, name, wrapped)
-
-
 def _begin():
     sys.path[:] = [entry for entry in sys.path if entry != _DIRECTORY]
     sys.path_importer_cache.pop(_DIRECTORY, None)
     if _RUN and sys.version_info >= (3, 6):
-        module = sys.modules.get(_MODULE)
-        if hasattr(module, "create_engine"):
-            _wrap_everywhere(module)
+        if _MODULE in sys.modules:  # by a .pth file, say
+            _wrap(sys.modules[_MODULE])
         sys.meta_path.insert(0, _Finder())
     # The one that this has hidden, with what it raises. If there is none, there has to
     # be one nevertheless: the import system takes it from here.

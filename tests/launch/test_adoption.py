@@ -100,7 +100,6 @@ MEMORY = "other connections would have other databases in memory"
         (URL + "&plugin=fairpool", {}, PLUGIN),
         (URL + "&plugin=x&plugin=fairpool", {}, PLUGIN),
         (URL, {"plugins": ["fairpool"]}, PLUGIN),
-        (URL, {"strategy": "mock"}, "it is a mock"),
         ("sqlite://", {}, MEMORY),
         ("sqlite:///:memory:", {}, MEMORY),
         ("sqlite:///file:a?mode=memory&uri=true", {}, MEMORY),
