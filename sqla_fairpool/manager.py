@@ -20,22 +20,30 @@ like any other, and has a row in the figures from its first session on.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import warnings
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeAlias
 
-from sqlalchemy import exc
+from sqlalchemy import create_engine, exc
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
 from .diagnosis.callers import users_level
 from .launch.environment import DATABASE, VARIABLES, Settings
-from .launch.started import TASKS, THREADS, Kind, Started, async_session, session
-from .ledger import overview_text
+from .ledger import overview, overview_text
+from .ledger.addresses import make_store
+from .ledger.drivers import for_asyncio, for_threads, translate_for_asyncpg
+from .ledger.errors import LedgerError
+from .ledger.inspector import Inspector
+from .ledger.keeper import describe_process
 from .ledger.overview import Overview
-from .options import PoolOptions, naming, validate_tag
+from .ledger.store import StoreAway
+from .options import OPTIONS, PoolOptions, naming, validate_tag
+from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 from .tagging import context_tag
 
 if TYPE_CHECKING:
@@ -56,6 +64,107 @@ __all__ = [
 
 #: The options if nothing is said.
 _DEFAULTS = PoolOptions.parse()
+
+_Url: TypeAlias = "str | URL | None"
+
+#: Engines with a tag that are kept; names may come from user data.
+_ENGINES = 256
+
+
+class Kind(NamedTuple):
+    """What differs between the pool for threads and that for tasks."""
+
+    startup: str
+    driver: Callable[[URL], URL]
+    engine: Callable[..., Any]
+
+
+class Started:
+    """A running pool, and what it was started with: ``create_engine``'s arguments."""
+
+    def __init__(self, engine: Any, url: URL, options: Mapping[str, Any]) -> None:
+        self.engine = engine
+        self._url, self._options = url, options
+        self.pool: FairQueuePool = engine.pool
+        option = self.pool.options.tag_option
+        #: Returns the engine that checks out under a tag.
+        self.tagged = lru_cache(maxsize=_ENGINES)(
+            lambda name: engine.execution_options(**{option: name})
+        )
+
+    def refuse_others(self, url: URL | None, options: Mapping[str, Any]) -> None:
+        """Raise if it would be another pool with these."""
+        differing = []
+        if url is not None and url != self._url:
+            differing.append("another URL")
+        for name, value in options.items():
+            if name in OPTIONS:
+                current = getattr(self.pool.options, name)
+                if str(value) != str(current):  # numbers may come as texts
+                    differing.append(f"{name}={value!r}, which is {current!r}")
+            elif value != self._options.get(name):
+                differing.append(f"another {name}")  # it may be a secret
+        if differing:
+            raise exc.InvalidRequestError(
+                "the dynamic pool runs already and cannot be started with "
+                f"{', '.join(differing)}: shut it down before"
+            )
+
+    def overview(self, registered: Iterable[str]) -> Overview:
+        """Return the figures of all that share the budget, or of this process alone."""
+        stats, own, warnings = self.pool.stats(), self.pool.options, []
+        if own.ledger is not None:
+            inspector = Inspector(make_store(own.ledger, self._url, observes=True))
+            try:
+                return inspector.look(registered=registered)
+            except StoreAway as error:
+                warnings = [f"the ledger is away: {error}"]
+            except LedgerError as error:
+                if stats.checked_out or stats.idle:  # else it has joined none
+                    warnings = [str(error)]
+            finally:
+                inspector.close()
+        rows, who = overview.condensed(stats.tags), {**describe_process()}
+        tags, there = tuple(row.name for row in rows), stats.checked_out + stats.idle
+        now = who.pop("since")
+        process = overview.ProcessRow(**who, state="answers", tags=tags, open=there)
+        return overview.compile_overview(
+            [overview.Part(process, rows)],
+            overview.Limits(own.pool_size, own.capacity, own.soft_limit, own.max_limit),
+            registered=registered,
+            warnings=warnings,
+            taken_at=now,
+        )
+
+
+def _tasks_engine(url: URL, **options: Any) -> Any:
+    from sqlalchemy.ext.asyncio import create_async_engine  # needs greenlet
+
+    engine = create_async_engine(url, poolclass=AsyncAdaptedFairQueuePool, **options)
+    if url.get_driver_name() == "asyncpg":
+        translate_for_asyncpg(engine.sync_engine, url)
+    return engine
+
+
+THREADS = Kind("startup", for_threads, partial(create_engine, poolclass=FairQueuePool))
+TASKS = Kind("startup_async", for_asyncio, _tasks_engine)
+
+
+@contextlib.contextmanager
+def _session(engine: Any, **options: Any) -> Iterator[Session]:
+    # Closing rolls back what is not committed, and returns the connection.
+    with Session(engine, **options) as session:
+        yield session
+        session.commit()
+
+
+@contextlib.asynccontextmanager
+async def _async_session(engine: Any, **options: Any) -> AsyncIterator[AsyncSession]:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    async with AsyncSession(engine, **options) as session:
+        yield session
+        await session.commit()
 
 
 class DynamicConnectionManager:
@@ -133,9 +242,7 @@ class DynamicConnectionManager:
         if running := self._end(TASKS):
             await running.engine.dispose()
 
-    def _start(
-        self, kind: Kind, url: str | URL | None, options: dict[str, Any]
-    ) -> Started:
+    def _start(self, kind: Kind, url: _Url, options: dict[str, Any]) -> Started:
         with self._lock:
             if running := self._running.get(kind):
                 given = None if url is None else self._database(kind, url)
@@ -145,9 +252,7 @@ class DynamicConnectionManager:
                 self._ended.discard(kind)
             return running
 
-    def _make(
-        self, kind: Kind, url: str | URL | None, arguments: dict[str, Any]
-    ) -> Started:
+    def _make(self, kind: Kind, url: _Url, arguments: dict[str, Any]) -> Started:
         settings = Settings.read()
         arguments = {**self._options, **arguments}
         # What the class says otherwise than the pool itself would.
@@ -163,10 +268,10 @@ class DynamicConnectionManager:
         database = self._database(kind, url)
         with naming(names), settings.naming(arguments):
             options = settings.with_arguments(arguments, defaults)
-            engine = kind.engine(database, options)
+            engine = kind.engine(database, **options)
         return Started(engine, database, options)
 
-    def _database(self, kind: Kind, url: str | URL | None) -> URL:
+    def _database(self, kind: Kind, url: _Url) -> URL:
         found = Settings.read().database(self._url if url is None else url, "url")
         if found is None:
             raise exc.ArgumentError(
@@ -204,7 +309,7 @@ class DynamicConnectionManager:
 
     def get_session(
         self, name: str | None = None, **options: Any
-    ) -> AbstractContextManager[Session]:
+    ) -> contextlib.AbstractContextManager[Session]:
         """Return a session for a ``with`` block.
 
         It commits when the block ends, and rolls back when it ends by an error; its
@@ -217,13 +322,13 @@ class DynamicConnectionManager:
         :raises sqlalchemy.exc.ArgumentError: if the name cannot be a tag.
         :raises sqlalchemy.exc.InvalidRequestError: after :meth:`shutdown`.
         """
-        return session(self._engine_for(self._use(THREADS), name), options)
+        return _session(self._engine_for(self._use(THREADS), name), **options)
 
     def get_async_session(
         self, name: str | None = None, **options: Any
-    ) -> AbstractAsyncContextManager[AsyncSession]:
+    ) -> contextlib.AbstractAsyncContextManager[AsyncSession]:
         """Return a session for an ``async with`` block. See :meth:`get_session`."""
-        return async_session(self._engine_for(self._use(TASKS), name), options)
+        return _async_session(self._engine_for(self._use(TASKS), name), **options)
 
     def _engine_for(self, running: Started, name: str | None) -> Any:
         if name is not None:
@@ -257,10 +362,7 @@ class DynamicConnectionManager:
         return self._overview().as_dict()
 
     def print_connection_stats(self, file: TextIO | None = None) -> None:
-        """Print them for people.
-
-        :param file: default: standard output.
-        """
+        """Print them for people, to a file or to standard output."""
         out = file or sys.stdout
         text = "\n".join(overview_text.lines(self._overview()))
         # A name may have characters that the output's encoding has not.

@@ -128,7 +128,7 @@ def test_interrupt_while_the_thread_is_started(worker, monkeypatch, how, interru
     eventually(lambda: names().count(worker.name) <= 1)
 
 
-class Thrown(Exception):  # noqa: N818
+class HitError(Exception):
     """Thrown into a thread."""
 
 
@@ -139,7 +139,7 @@ def test_exception_thrown_in_the_first_moment(worker, monkeypatch):
 
     def throw():
         number = ctypes.c_ulong(threading.get_ident())
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(Thrown))
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(HitError))
 
     def start(function, args):
         monkeypatch.setattr(_thread, "start_new_thread", start_raw)
@@ -151,7 +151,7 @@ def test_exception_thrown_in_the_first_moment(worker, monkeypatch):
             monkeypatch.setattr(_thread, "start_new_thread", start)
             try:
                 worker.start()
-            except Thrown:
+            except HitError:
                 worker.start()
 
     Caller(call).result()

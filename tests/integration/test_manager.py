@@ -25,11 +25,10 @@ from support.worlds import contract
 import sqla_fairpool
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool, manager
 from sqla_fairpool.launch.environment import RUN, VARIABLES, Run
-from sqla_fairpool.launch.started import TASKS, THREADS
 from sqla_fairpool.ledger import host_file
 from sqla_fairpool.ledger.addresses import default_path
 from sqla_fairpool.ledger.host import HostStore
-from sqla_fairpool.manager import DynamicConnectionManager
+from sqla_fairpool.manager import TASKS, THREADS, DynamicConnectionManager
 
 Base = declarative_base()
 
