@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,9 +40,11 @@ _EPILOG = """\
 examples:
   DATABASE_URL=postgresql://app@db/app sqla-fairpool run scrapers/layer3.py --all
   sqla-fairpool run --scraper layer3 --pool-size 30 -m scrapers.layer3 --all
+  sqla-fairpool run --scraper news scrapy crawl news
   sqla-fairpool run --url postgresql://app@db/app --strict -v scrapers/layer3.py
 
-Options of this command come before SCRIPT; all that follows it is the script's. Several
+Options of this command come before SCRIPT; all that follows it is the script's. A
+COMMAND is a Python program on PATH, if there is no file of that name here. Several
 scripts share one budget as long as they have the same options and the same ledger.
 """
 
@@ -53,7 +57,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "run",
         help="run an unchanged script on the shared pool",
-        usage="%(prog)s [options] (SCRIPT | -m MODULE) [ARGS...]",
+        usage="%(prog)s [options] (SCRIPT | COMMAND | -m MODULE) [ARGS...]",
         description="Run an unchanged Python script, whose SQLAlchemy engines share "
         "their\nconnections with those of other such scripts.",
         epilog=_EPILOG,
@@ -140,8 +144,9 @@ def _run(arguments: argparse.Namespace) -> int:
     _check_budget(url, pool, arguments.strict, run.verbose)
     environment[RUN] = run.text
     environment["PYTHONPATH"] = _python_path(environment.get("PYTHONPATH"))
-    flag = ["-m"] if arguments.module else []
-    return _start([sys.executable, *flag, *program], environment)
+    if arguments.module:
+        return _start([sys.executable, "-m", *program], environment)
+    return _start([*_command(program[0]), *program[1:]], environment)
 
 
 # -- what the script's process is told -------------------------------------------------
@@ -249,6 +254,35 @@ def _check_budget(
 
 
 # -- the start -------------------------------------------------------------------------
+
+#: How a Python program on PATH begins; the second way is for interpreters whose paths
+#: are too long for the first, or have blanks in them.
+_SHEBANG = re.compile(
+    rb"#! ?(?:\S*/env (?:-S )?)?(\S*python[\w.-]*)"
+    rb"|#! ?/bin/sh\n'''exec' [\"']?([^\"'\n]*python[\w.-]*)"
+)
+
+
+def _command(script: str) -> list[str]:
+    """Return what starts a script: a file, or else a Python program on PATH.
+
+    The latter with its own interpreter, as the shell would.
+    """
+    found = None
+    if not (os.path.exists(script) or os.path.dirname(script) or script == "-"):
+        found = shutil.which(script)
+    if found is None:
+        return [sys.executable, script]  # which says what is wrong
+    if os.name == "nt":  # there it is a zip archive behind a start program
+        return [sys.executable, found]
+    with open(found, "rb") as file:
+        match = _SHEBANG.match(file.read(1024))
+    if match is None:
+        raise CommandError(
+            f"{found} is no Python program: name the module that it starts, by -m"
+        )
+    interpreter = os.fsdecode(match[1] or match[2])
+    return [shutil.which(interpreter) or interpreter, found]
 
 
 def _start(command: list[str], environment: Mapping[str, str]) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -184,6 +185,39 @@ def test_errors_of_an_engine_are_told_as_ever():
         path = script(f"import sqlalchemy as s; s.create_engine({url!r})")
         assert launched(path) == direct(path)
         assert direct(path)[0] == 1
+
+
+BLANK = f"#!/bin/sh\n'''exec' \"{sys.executable}\" \"$0\" \"$@\"\n' '''\n"
+
+
+@pytest.mark.parametrize(
+    "first", [f"#!{sys.executable}\n", "#!/usr/bin/env python-x\n", BLANK]
+)
+def test_command_on_the_path(tmp_path, monkeypatch, first):
+    """As the shell starts it: with its own interpreter, in the same process."""
+    path = tmp_path / "bin"
+    path.mkdir()
+    monkeypatch.setenv("PATH", f"{path}{os.pathsep}{os.environ['PATH']}")
+    # Not a link to it, which would be another environment.
+    (path / "python-x").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    source = f"{first}import os, sys\n{SAY_POOL}\nprint(sys.argv, os.getpid())\n"
+    (path / "crawl").write_text(source)
+    for program in path.iterdir():
+        program.chmod(0o755)
+    command = [*LAUNCHER, "crawl", "-v", "x"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        fair, said = process.stdout
+    assert "FairQueuePool" in fair
+    assert said == f"{[str(path / 'crawl'), '-v', 'x']} {process.pid}\n"
+
+
+def test_file_here_comes_before_a_command_which_must_be_python(tmp_path):
+    script("print('here')", "ls")
+    assert launched("ls") == (0, "here\n", "")
+    program = shutil.which("cat")
+    err = f"{program} is no Python program: name the module that it starts, by -m\n"
+    status, out, said = launched("cat", "-n")
+    assert (status, out, said.endswith(err)) == (2, "", True)
 
 
 def test_signal_handler_of_the_script_runs():
