@@ -46,7 +46,7 @@ from .launch.environment import DATABASE, VARIABLES, Settings
 from .launch.started import TASKS, THREADS, Kind, Started, async_session, session
 from .ledger import overview_text
 from .ledger.overview import Overview
-from .options import PoolOptions, naming, validate_tag
+from .options import PoolOptions, naming, refuse_timeout, validate_tag
 from .tagging import context_tag
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ class DynamicConnectionManager:
     ) -> Started[_E]:
         settings = Settings.read()
         arguments = {**self._options, **arguments}
+        refuse_timeout(arguments)
         # What the class says otherwise than the pool itself would.
         defaults, names = {}, {}
         for attribute, option in _ATTRIBUTES.items():

@@ -30,6 +30,7 @@ __all__ = [
     "hide_passwords",
     "naming",
     "read_switch",
+    "refuse_timeout",
     "validate_tag",
     "validate_timeout",
     "whole",
@@ -76,6 +77,14 @@ def naming(names: Mapping[str, str]) -> Iterator[None]:
         if bad.name not in names:
             raise
         raise BadOption(names[bad.name], bad.value, bad.allowed) from None
+
+
+def refuse_timeout(arguments: Mapping[str, Any]) -> None:
+    """Refuse the pool's own name for what ``create_engine`` calls otherwise."""
+    if "timeout" in arguments:
+        raise BadOption(
+            "timeout", arguments["timeout"], "the argument's name is pool_timeout"
+        )
 
 
 # -- checks: from an option's name, a value and the options above it -------------------

@@ -15,7 +15,15 @@ from sqlalchemy.engine import URL, CreateEnginePlugin, Dialect
 from sqlalchemy.pool import Pool
 
 from .ledger.drivers import has_private_memory, warn_of_memory
-from .options import OPTIONS, PoolOptions, naming, read_switch, validate_tag, whole
+from .options import (
+    OPTIONS,
+    PoolOptions,
+    naming,
+    read_switch,
+    refuse_timeout,
+    validate_tag,
+    whole,
+)
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 
 __all__ = ["PREFIX", "FairPoolPlugin"]
@@ -59,6 +67,7 @@ class FairPoolPlugin(CreateEnginePlugin):
         found = {key: url.query[key] for key in url.query if key.startswith(PREFIX)}
         self._keys = list(found)
         self._options = _read(found)
+        refuse_timeout(kwargs)
         # The ledger is the one option that an engine takes from the environment: named
         # there, it is meant for all engines of a program.
         ledger = OPTIONS["ledger"]
@@ -96,7 +105,8 @@ class FairPoolPlugin(CreateEnginePlugin):
             return
         from_url = {k: v for k, v in self._options.items() if k not in pool_args}
         pool_args.update(from_url)
-        with naming({name: PREFIX + name for name in from_url}):
+        names = {"timeout": "pool_timeout", **{n: PREFIX + n for n in from_url}}
+        with naming(names):
             PoolOptions.among(pool_args)
 
 
