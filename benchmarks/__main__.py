@@ -17,9 +17,8 @@ from sqlalchemy import exc
 
 from .harness.bench import Bench, Scenario
 from .harness.database import BenchError, Database, open_database, reason
-from .harness.figures import Figure
+from .harness.figures import TARGETS, Figure
 from .harness.findings import Report
-from .harness.targets import TARGETS
 from .report.machine import machine, versions
 from .report.page import page
 from .report.view import View
@@ -41,7 +40,6 @@ after Ctrl-C (what has been measured is written, and nothing else left behind).
 
 
 def make_argument_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command."""
     parser = argparse.ArgumentParser(
         prog="benchmarks",
         description="Measure FairQueuePool beside other pools, on a real PostgreSQL "
@@ -79,7 +77,6 @@ def make_argument_parser() -> argparse.ArgumentParser:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the benchmarks, return the exit status."""
     arguments = make_argument_parser().parse_args(args)
     if arguments.list:
         for scenario in SCENARIOS:

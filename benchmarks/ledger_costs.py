@@ -33,7 +33,6 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def transact(ledger: str, seconds: float, ready: Any, counts: Any) -> None:
-    """Post one row again and again, among a hundred others."""
     store = make_store(ledger, None)
     store.open()
     ready.wait()
@@ -65,7 +64,6 @@ def one_slot(url: str, ledger: str) -> Any:
 
 
 def wait_for_slots(url: str, ledger: str, pipe: Any) -> None:
-    """Check out when told to; tell when that had succeeded."""
     engine = one_slot(url, ledger)
     while pipe.recv():
         pipe.send("waiting")
@@ -115,7 +113,6 @@ def idle_cost(ledger: str, seconds: float = 20.0) -> float:
 
 
 def tell(kind: str, url: str, new: Any) -> None:
-    """Measure and print; `new` makes a ledger of the kind."""
     rates = [f"{transactions_per_second(new(), n):,.0f}" for n in (1, 4, 8)]
     print(f"{kind}: transactions/s by 1, 4, 8 processes: {', '.join(rates)}")
     found = hand_over_latency(url, new())

@@ -31,8 +31,6 @@ _SETTINGS = {"application_name": APPLICATION_NAME}
 
 @dataclass(frozen=True)
 class Setup:
-    """What all contenders are given."""
-
     database: Database
     #: Connections.
     size: int
@@ -48,8 +46,6 @@ Connects = Callable[[str], Callable[[], Any]]
 
 @dataclass(frozen=True)
 class Contender:
-    """A pool, for threads or for tasks."""
-
     name: str
     #: Given a setup, a context manager, or an asynchronous one, of `Connects`.
     open: Callable[[Setup], Any]

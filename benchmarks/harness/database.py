@@ -28,17 +28,12 @@ class BenchError(Exception):
 
 @dataclass(frozen=True)
 class Database:
-    """A database that the benchmarks may use.
-
-    :param url: with the driver psycopg2.
-    :param about: what the report says of the server.
-    """
+    """A database that the benchmarks may use."""
 
     url: URL
     about: dict[str, Any] | None = None
 
     def engine(self, poolclass: type[Pool], **options: Any) -> Engine:
-        """Return an engine on it."""
         arguments = {"application_name": APPLICATION_NAME}
         return create_engine(
             self.url, connect_args=arguments, poolclass=poolclass, **options
@@ -53,11 +48,7 @@ class Database:
 
 @contextmanager
 def open_database(url: str | None = None, sessions: int = 0) -> Iterator[Database]:
-    """Yield the database at `url`; without one, an embedded server's.
-
-    :param sessions: how many sessions are going to be needed at a time.
-    :raises BenchError: if it cannot be reached or has no room for them.
-    """
+    """Yield the database at `url`; without one, an embedded server's."""
     with ExitStack() as stack:
         where = _parse(stack.enter_context(_embedded()) if url is None else url)
         hidden = where.difference_update_query(["password", "sslpassword"])

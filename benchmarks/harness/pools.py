@@ -45,8 +45,6 @@ class NullError(Exception):
 
 
 class NullDialect(DefaultDialect):
-    """A dialect that asks its database nothing."""
-
     name = "null"
     driver = "null"
     supports_statement_cache = True
@@ -145,7 +143,6 @@ _PATIENCE = 300.0
 
 
 def fair_engine(size: int = 20, **options: Any) -> Engine:
-    """Return an engine with our pool of `size` connections."""
     options = {"pool_size": size, "pool_timeout": _PATIENCE, **options}
     return _engine(FairQueuePool, **options)
 
@@ -157,12 +154,10 @@ def queue_engine(size: int = 20, **options: Any) -> Engine:
 
 
 def handoff_engine(size: int = 20) -> Engine:
-    """Return an engine with the bare line."""
     return _engine(HandoffPool, pool_size=size)
 
 
 def floor_engine() -> Engine:
-    """Return an engine with the bare deque."""
     return _engine(FloorPool)
 
 
@@ -178,7 +173,6 @@ def fixed(pool: type[Pool], size: int) -> dict[str, Any]:
 
 
 def open_all(engine: Engine) -> None:
-    """Have the engine's pool open its connections."""
     if isinstance(engine.pool, FairQueuePool):
         engine.pool.warm_up()
         return

@@ -122,11 +122,7 @@ def backlog(count: int, service: float, seed: int) -> list[Job]:
 def bursts(
     seconds: float, demand: float, most: int, service: float, seed: int
 ) -> list[Job]:
-    """Return workflows that come in bursts, at random moments, each all at once.
-
-    :param demand: connections that they keep busy on average.
-    :param most: workflows of the largest burst; the smallest has a third of that.
-    """
+    """Return workflows that come in bursts, at random moments, each all at once."""
     chance = random.Random(seed)
     least = max(most // 3, 1)
     rate = demand / service / ((least + most) / 2)
@@ -175,8 +171,6 @@ Tasks = Mapping[Scraper, Iterable[Job]]
 
 @dataclass
 class Outcome:
-    """What happened in one run."""
-
     #: Until the last workflow was done.
     seconds: float = 0.0
     #: Of each scraper's workflows, from due to done.
@@ -203,33 +197,23 @@ class Outcome:
 
     @property
     def all_latencies(self) -> list[float]:
-        """All scrapers' latencies."""
         return [value for values in self.latencies.values() for value in values]
 
     @property
     def throughput(self) -> float:
-        """Workflows per second."""
         return len(self.all_latencies) / self.seconds
 
     @property
     def mean(self) -> float:
-        """Mean latency."""
         return statistics.fmean(self.all_latencies)
 
     @property
     def p95(self) -> float:
-        """95th percentile of the latencies."""
         return percentile(self.all_latencies, 95)
 
 
 def run(work: Work, tasks: Tasks, limit: float = 60.0, every: float = 0.01) -> Outcome:
-    """Let the scrapers do their workflows; return when all are done.
-
-    :param tasks: each one's workflows, the first due first. A list or another
-      collection whose iterator several threads may call.
-    :param limit: seconds after which no workflow is begun any more.
-    :param every: seconds between two looks at what the scrapers hold.
-    """
+    """Let the scrapers do their workflows; return when all are done."""
     outcome, ends = Outcome(), list[float]()
     cpu = time.process_time()
 
@@ -286,8 +270,6 @@ _PATIENCE = 120.0
 
 @dataclass(frozen=True)
 class World:
-    """Scrapers and their connections, all of which are open."""
-
     name: str
     connections: int
     scrapers: dict[str, Scraper]

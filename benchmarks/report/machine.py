@@ -29,7 +29,6 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that are installed."""
     known = {platform.python_implementation(): platform.python_version()}
     for name in _PACKAGES.split():
         try:
@@ -40,7 +39,6 @@ def versions() -> dict[str, str]:
 
 
 def summary(about: Mapping[str, Any]) -> str:
-    """Say in a line where and with what the run was made."""
     where = about["machine"]
     known = ", ".join(f"{name} {found}" for name, found in about["versions"].items())
     return (

@@ -17,7 +17,6 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def page(report: Report) -> str:
-    """Return the whole HTML document."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -68,7 +68,6 @@ def seconds_text(seconds: float) -> str:
 
 
 def draw(plot: Plot) -> str:
-    """Return the plot as an ``<svg>`` element."""
     with style.context(_STYLE):
         figure = Figure(layout="constrained")
         axes, file = figure.add_subplot(), io.StringIO()

@@ -25,10 +25,7 @@ _LINE_EVERY = 2.0
 
 
 class View:
-    """Progress on standard output: in a terminal a line that changes, else some lines.
-
-    :param scenarios: how many there will be.
-    """
+    """Progress on standard output: a line that changes, or lines in a file."""
 
     def __init__(self, scenarios: int) -> None:
         self._scenarios, self._number, self._next_line = scenarios, 0, 0.0
@@ -43,28 +40,23 @@ class View:
         self.close = self._status.stop
 
     def note(self, text: str) -> None:
-        """Show a line."""
         self._console.print(text, highlight=False, markup=False)
 
     def section(self, title: str) -> None:
-        """A scenario begins."""
         self._number += 1
         self.note(f"[{self._number}/{self._scenarios}] {title}")
 
     def step(self, text: str) -> None:
-        """A measurement begins."""
         self._status.update(Text(text))
         if time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _LINE_EVERY
             self.note(f"      {text}")
 
     def found(self, figures: Sequence[Figure]) -> None:
-        """A scenario, or all, has ended."""
         if figures:
             self._console.print(figures_table(figures))
 
     def report(self, report: Report, files: Sequence[Path]) -> None:
-        """Show the targets, and where the report is."""
         self.found(report.figures)
         if report.figures:
             self.note(f"{report.met} of {len(report.figures)} targets met.")
@@ -73,10 +65,7 @@ class View:
 
 
 def figures_table(figures: Sequence[Figure], remarks: bool = False) -> Table:
-    """Return the table of the figures.
-
-    :param remarks: show them, below the figure that they belong to.
-    """
+    """Return the table of the figures."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for number, heading in enumerate(
         ("what", "beside", "target", "median", "middle half", "")
@@ -102,7 +91,6 @@ def figures_table(figures: Sequence[Figure], remarks: bool = False) -> Table:
 
 
 def figures_lines(figures: Sequence[Figure], width: int) -> list[str]:
-    """Return the table with its remarks as lines of plain text."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
     with console.capture() as captured:
         console.print(figures_table(figures, remarks=True))

@@ -8,12 +8,11 @@ from functools import partial
 from ..harness.bench import Bench, Scenario
 from ..harness.findings import Section
 from . import contention, uncontended
+from .contention import STYLES
 from .generator import GENERATOR
 from .peers import PEERS
 from .scale import SCALE
-from .shift import SHIFT
-from .static import ALONE, BURSTS, SATURATED
-from .styles import STYLES
+from .static import ALONE, BURSTS, SATURATED, SHIFT
 
 POOL = Scenario(
     "pool",
@@ -57,7 +56,6 @@ SCENARIOS: tuple[Scenario, ...] = (
 
 
 def play(bench: Bench, scenario: Scenario) -> Section:
-    """Run a scenario."""
     began = time.monotonic()
     found = scenario.run(bench)
     took = time.monotonic() - began

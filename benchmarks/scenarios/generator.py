@@ -13,21 +13,17 @@ from typing import Any
 
 from ..harness.bench import Bench, Scenario
 from ..harness.crowd import Caller, Outcome, in_tasks, in_threads
+from ..harness.figures import figure
 from ..harness.findings import Finding
 from ..harness.pools import queue_engine
-from ..harness.targets import figure
 
 
 class _Nothing:
-    """A connection that is none."""
-
     def close(self) -> None:
         pass
 
 
 class _NothingAsync:
-    """The same for tasks."""
-
     async def close(self) -> None:
         pass
 
@@ -40,12 +36,10 @@ async def _connect() -> Any:
 
 
 def alone_in_threads(callers: int, hold: float, seconds: float) -> Outcome:
-    """Let threads take turns with nothing at all."""
     return in_threads([Caller(lambda: _NOTHING, hold)] * callers, seconds, 0.05)
 
 
 def alone_in_tasks(callers: int, hold: float, seconds: float) -> Outcome:
-    """Let tasks take turns with nothing at all."""
     return asyncio.run(in_tasks([Caller(_connect, hold)] * callers, seconds, 0.05))
 
 

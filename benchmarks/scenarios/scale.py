@@ -22,9 +22,9 @@ from sqla_fairpool.scheduling.scheduler import Scheduler
 from sqla_fairpool.scheduling.ticket import Ticket
 
 from ..harness.bench import Bench, Runs, Scenario
+from ..harness.figures import figure
 from ..harness.findings import Bar, Bars, Finding, Lines, Series
 from ..harness.pools import fair_engine, queue_engine
-from ..harness.targets import figure
 from .uncontended import timed
 
 FEW, MANY = 10, 10_000
@@ -43,7 +43,6 @@ Connect = Callable[[], Any]
 
 
 def make_scheduler(capacity: int = 20) -> Scheduler:
-    """Return a scheduler with the pool's default limits."""
     return Scheduler(
         capacity=capacity,
         soft_limit=-(-capacity // 2),
@@ -88,7 +87,6 @@ def _tagged(engine: Engine, number: int) -> list[Connect]:
 
 
 def _random_walk(connects: list[Connect]) -> Callable[[], float]:
-    """Time checkouts and checkins, each under a tag chosen at random."""
     chosen = cycle(random.Random(7).choices(connects, k=2 * MANY))
     return timed(lambda: next(chosen)().close(), _STEPS)
 
@@ -186,14 +184,12 @@ def many_waiters(bench: Bench) -> Iterator[Finding]:
 
 
 def _crowded(make: Callable[..., Engine], size: int) -> Callable[[], float]:
-    """Time checkouts and checkins on a pool of which half is out."""
     engine = make(size).execution_options(scraper="a")
     held = [engine.connect() for _ in range(size // 2)]
     return timed(lambda held=held: engine.connect().close(), _STEPS)
 
 
 def pools_of_many_sizes(bench: Bench) -> Iterator[Finding]:
-    """From 5 to 1,000 connections, half of which are out."""
     sizes = bench.pick((5, 10, 20, 50, 100, 200, 500, 1000), (5, 20, 100, 1000))
     contenders = {
         (name, size): _crowded(make, size)
@@ -226,7 +222,6 @@ def _traced() -> Iterator[None]:
 
 
 def memory_of_a_tag(bench: Bench) -> Iterator[Finding]:
-    """The pool's own memory for a tag that is active and has one warm connection."""
     number = 5000
     engine = fair_engine()
     tags = [f"tag{n}" for n in range(number)]
@@ -241,7 +236,6 @@ def memory_of_a_tag(bench: Bench) -> Iterator[Finding]:
 
 
 async def _line(pool: type[Pool], waiters: int, **options: int) -> float:
-    """Return the bytes for each of so many tasks that wait for a connection."""
     engine = create_async_engine(
         "null+async://", poolclass=pool, pool_size=4, pool_timeout=600, **options
     )

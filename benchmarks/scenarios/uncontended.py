@@ -18,9 +18,9 @@ from sqlalchemy.pool import NullPool, QueuePool
 from sqla_fairpool import FairQueuePool
 
 from ..harness.bench import Bench, Runs
+from ..harness.figures import figure
 from ..harness.findings import Finding
 from ..harness.pools import fair_engine, floor_engine, queue_engine
-from ..harness.targets import figure
 
 #: In a round of some 2 ms: most of them fall between two disturbances.
 CYCLES = 250
@@ -35,25 +35,21 @@ Cycle = Callable[[], object]
 
 
 def by_engine(engine: Engine) -> Cycle:
-    """One cycle, the tag being the engine's option."""
     connect = engine.execution_options(scraper="a").connect
     return lambda: connect().close()
 
 
 def by_connection(engine: Engine) -> Cycle:
-    """One cycle, the tag being set on the connection."""
     connect = engine.connect
     return lambda: connect().execution_options(scraper="a").close()
 
 
 def untagged(engine: Engine) -> Cycle:
-    """One cycle without a tag."""
     connect = engine.connect
     return lambda: connect().close()
 
 
 def alternating(engine: Engine) -> Cycle:
-    """Two cycles, under one tag and under another."""
     first = engine.execution_options(scraper="a").connect
     second = engine.execution_options(scraper="b").connect
 
@@ -67,8 +63,6 @@ def alternating(engine: Engine) -> Cycle:
 def timed(
     cycle: Cycle, cycles: int = CYCLES, clock: Callable[[], float] = time.thread_time
 ) -> Callable[[], float]:
-    """Return what runs `cycle` many times and returns the microseconds of each."""
-
     def run() -> float:
         began = clock()
         for _ in range(cycles):
@@ -87,7 +81,6 @@ def added(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def uncontended_tag_on_engine(bench: Bench) -> Iterator[Finding]:
-    """The usual way."""
     contenders = {name: timed(by_engine(make())) for name, make in PEERS.items()}
     runs = bench.interleave("uncontended", contenders, bench.pick(400, 200))
     best = ", ".join(f"{name} {min(each):.2f}" for name, each in runs.items())
@@ -98,7 +91,6 @@ def uncontended_tag_on_engine(bench: Bench) -> Iterator[Finding]:
 
 
 def uncontended_other_tags(bench: Bench) -> Iterator[Finding]:
-    """Set on the connection, absent, and two in turn."""
     for what, way in {
         "the same, tag set on the connection": by_connection,
         "the same, no tag": untagged,
@@ -114,7 +106,6 @@ def uncontended_other_tags(bench: Bench) -> Iterator[Finding]:
 
 
 def settings_of_diagnosis(bench: Bench) -> Iterator[Finding]:
-    """A checkout with each setting, beside one without."""
     settings: dict[str, dict[str, Any]] = {
         "deadlock_timeout=None": {"deadlock_timeout": None},
         "leak_threshold=60": {"leak_threshold": 60},
@@ -176,7 +167,6 @@ def _selects(connection: Any) -> Callable[[], float]:
 def _statements(
     bench: Bench, what: str, rounds: int, flip: bool = False, **options: Any
 ) -> Runs:
-    """Return the times with our pool and with QueuePool, in turns."""
     engines = [make(1, **options) for make in (fair_engine, queue_engine)]
     tagged = [engine.execution_options(scraper="a") for engine in engines]
     with tagged[0].connect() as ours, tagged[1].connect() as theirs:

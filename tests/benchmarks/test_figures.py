@@ -2,8 +2,14 @@
 
 import pytest
 
-from benchmarks.harness.figures import Figure, Target, interleave, pairwise, percentile
-from benchmarks.harness.targets import TARGETS
+from benchmarks.harness.figures import (
+    TARGETS,
+    Figure,
+    Target,
+    interleave,
+    pairwise,
+    percentile,
+)
 from benchmarks.report.view import figures_lines
 from sqla_fairpool.scheduling import policy
 
