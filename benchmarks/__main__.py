@@ -60,9 +60,9 @@ def make_argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path("fairpool-bench"),
         metavar="PREFIX",
-        help="where the report goes, a path without a suffix (default: %(default)s)",
+        help="where the report goes, a path without a suffix; default: fairpool-bench, "
+        "and the names of the scenarios that --only has chosen",
     )
     parser.add_argument(
         "--only",
@@ -96,7 +96,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, scenarios: Sequence[Scenario]) -> Report:
     """Run the scenarios and write the report; of a part, if it is interrupted."""
-    html, data = _output_files(arguments.output)
+    only = [scenario.name for scenario in scenarios if arguments.only]
+    default = Path("-".join(["fairpool-bench", *only]))
+    html, data = _output_files(arguments.output or default)
     began = time.monotonic()
     targets = [TARGETS[key] for s in scenarios for key in s.targets]
     report = Report(_about(arguments, None), targets=targets)

@@ -28,6 +28,17 @@ def machine() -> dict[str, Any]:
     }
 
 
+def busy(about: Mapping[str, Any]) -> str:
+    """Return what to say beside verdicts if the machine was not idle before the run."""
+    try:
+        load, cores = float(about["machine"]["load"]), about["machine"]["cores"]
+    except (KeyError, ValueError):
+        return ""
+    if load <= cores / 4:
+        return ""
+    return f"measured on a busy machine, load {load:g} on {cores} cores: look again"
+
+
 def versions() -> dict[str, str]:
     known = {platform.python_implementation(): platform.python_version()}
     for name in _PACKAGES.split():

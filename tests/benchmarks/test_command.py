@@ -34,14 +34,15 @@ def signal_handlers():
 def play(monkeypatch, tmp_path, capsys):
     """Run the command with scenarios of the test's own, which need no database."""
 
-    def play(*args, **parts):
+    def play(*args, output=tmp_path / "report", **parts):
         scenarios = [
             Scenario(name, f"About {name}", "Text.", (part,), ("speed",))
             for name, part in parts.items()
         ]
         monkeypatch.setattr(command, "SCENARIOS", scenarios)
         monkeypatch.setattr(command, "TARGETS", {"speed": TARGET})
-        status = command.main(["--output", str(tmp_path / "report"), *args])
+        prefix = ["--output", str(output)] if output else []
+        status = command.main([*prefix, *args])
         return status, *capsys.readouterr()
 
     return play
@@ -67,7 +68,7 @@ def test_report_of_the_chosen_scenarios_is_written(play, tmp_path):
     args = ("--short", "--only", "two", "--check")
     status, out, err = play(*args, one=measured(0.5), two=measured(1.2))
     assert (status, err) == (0, "")
-    assert "1 of 1 targets met." in out
+    assert "1 of 1 targets met" in out
     assert "report.html" in out
     assert "About one" not in out
     report = read(tmp_path)
@@ -83,7 +84,7 @@ def test_unmet_target_is_told_and_fails_only_with_check(play, args, status):
     found, out, _ = play(*args, one=measured(0.5))
     assert found == status
     assert "NOT MET" in out
-    assert "0 of 1 targets met." in out
+    assert "0 of 1 targets met" in out
 
 
 def test_scenarios_are_listed_and_others_refused(capsys):
@@ -95,6 +96,24 @@ def test_scenarios_are_listed_and_others_refused(capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main(["--only", "nonsense"])
     assert "'nonsense'" in capsys.readouterr().err
+
+
+def test_only_writes_a_file_of_its_own_and_a_busy_machine_is_told(
+    play, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "getloadavg", lambda: (64.0, 0.0, 0.0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    parts = {name: measured(1.2) for name in ("one", "two", "three")}
+    for only in ([], ["--only", "two"], ["--only", "two", "--only", "one"]):
+        _, out, _ = play(*only, output=None, **parts)
+        said = "targets met, measured on a busy machine, load 64 on 2 cores: look again"
+        assert said in " ".join(out.split())
+    assert sorted(file.name for file in tmp_path.glob("*.json")) == [
+        "fairpool-bench-one-two.json",
+        "fairpool-bench-two.json",
+        "fairpool-bench.json",
+    ]
 
 
 def test_unwritable_output_is_told_before_anything_is_measured(play, tmp_path):
