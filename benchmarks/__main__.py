@@ -47,11 +47,12 @@ def make_argument_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-    def flag(name: str, text: str) -> None:
-        parser.add_argument(name, action="store_true", help=text)
-
-    flag("--short", "the short form, some two minutes")
+    for flag, what in {
+        "--short": "the short form, some two minutes",
+        "--list": "list the scenarios, and run none",
+        "--check": "exit with 1 if a target is not met",
+    }.items():
+        parser.add_argument(flag, action="store_true", help=what)
     parser.add_argument(
         "--url",
         help="use this PostgreSQL database, and not an embedded server; tables have "
@@ -71,8 +72,6 @@ def make_argument_parser() -> argparse.ArgumentParser:
         metavar="SCENARIO",
         help="run this scenario; may be given several times (default: all)",
     )
-    flag("--list", "list the scenarios, and run none")
-    flag("--check", "exit with 1 if a target is not met")
     return parser
 
 

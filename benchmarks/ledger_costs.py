@@ -115,12 +115,10 @@ def idle_cost(ledger: str, seconds: float = 20.0) -> float:
 def tell(kind: str, url: str, new: Any) -> None:
     rates = [f"{transactions_per_second(new(), n):,.0f}" for n in (1, 4, 8)]
     print(f"{kind}: transactions/s by 1, 4, 8 processes: {', '.join(rates)}")
-    found = hand_over_latency(url, new())
-    print(
-        f"{kind}: a slot freed there is used here after: median "
-        f"{statistics.median(found) * 1e3:.1f} ms, p95 "
-        f"{percentile(found, 95) * 1e3:.1f} ms"
-    )
+    found = [seconds * 1e3 for seconds in hand_over_latency(url, new())]
+    median, p95 = statistics.median(found), percentile(found, 95)
+    what = f"{kind}: a slot freed there is used here after"
+    print(f"{what}: median {median:.1f} ms, p95 {p95:.1f} ms")
     for threads in (1, 40):
         ratio = throughput_ratio(new(), threads)
         print(f"{kind}: alone, {threads} threads, beside none: {ratio:.3f}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .database import BenchError, Database
@@ -73,15 +76,11 @@ class Runs(dict[Any, list[Any]]):
         remark: Callable[[Sequence[Any]], str] = lambda outcomes: "",
     ) -> Distributions:
         get = attrgetter(of) if isinstance(of, str) else of
-        return Distributions(
-            title,
-            tuple(
-                Distribution.of(
-                    name, [x for each in found for x in get(each)], remark(found)
-                )
-                for name, found in self.items()
-            ),
-        )
+        rows = []
+        for name, found in self.items():
+            waits = [wait for each in found for wait in get(each)]
+            rows.append(Distribution.of(name, waits, remark(found)))
+        return Distributions(title, rows)
 
     def medians(self, metric: Metric, form: str, others: bool = False) -> str:
         """Say what the medians are; of all but ours, if `others`."""
@@ -116,18 +115,25 @@ class Bench:
         self, what: str, contenders: Mapping[Any, Callable[[], Any]], rounds: int
     ) -> Runs:
         """Run the contenders in turn, telling of each turn."""
-        turns = 0
+        turns = count()
 
         def turn(name: Any, run: Callable[[], Any]) -> Any:
-            nonlocal turns
-            number = turns // len(contenders) + 1
-            turns += 1
+            number = next(turns) // len(contenders) + 1
             self._on_step(f"{what}: {name}, {number} of {rounds}")
             return run()
 
         told = {name: partial(turn, name, run) for name, run in contenders.items()}
         return Runs(interleave(told, rounds))
 
+
+#: By the scenarios' names: their titles, and what is done, in a paragraph.
+TEXTS: dict[str, tuple[str, str]] = {
+    name: (title, " ".join(text.split()))
+    for name, title, text in re.findall(
+        r"## (\w+): (.+)\n\n((?:.+\n)+)",
+        (Path(__file__).parents[1] / "scenarios" / "texts.md").read_text("utf-8"),
+    )
+}
 
 #: A measurement: a generator of what it finds. It cleans up after itself.
 Part = Callable[[Bench], Iterator[Finding]]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -94,13 +94,10 @@ def _semaphores(setup: Setup) -> Iterator[Connects]:
             semaphore.release()
             raise
 
-        def leave() -> None:
-            try:
-                connection.close()
-            finally:
-                semaphore.release()
-
-        return _Held(leave)
+        stack = ExitStack()
+        stack.callback(semaphore.release)
+        stack.callback(connection.close)
+        return _Held(stack.close)
 
     with _engine(setup, QueuePool) as connects:
         yield lambda tag: partial(

@@ -23,9 +23,6 @@ from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
 class NullConnection:
     """A DBAPI connection to nothing. A checkin calls its ``rollback``."""
 
-    def cursor(self) -> Any:
-        raise NotImplementedError("no statement is executed here")
-
     def commit(self) -> None:
         pass
 
@@ -34,10 +31,6 @@ class NullConnection:
 
     def close(self) -> None:
         pass
-
-
-def _connect(*args: Any, **kw: Any) -> NullConnection:
-    return NullConnection()
 
 
 class NullError(Exception):
@@ -51,7 +44,11 @@ class NullDialect(DefaultDialect):
 
     @classmethod
     def import_dbapi(cls) -> Any:
-        return SimpleNamespace(paramstyle="qmark", Error=NullError, connect=_connect)
+        return SimpleNamespace(
+            paramstyle="qmark",
+            Error=NullError,
+            connect=lambda *args, **kw: NullConnection(),
+        )
 
     def initialize(self, connection: Connection) -> None:
         pass  # there is no version or isolation level to be found out
@@ -90,9 +87,6 @@ class FloorPool(Pool):
 
     def recreate(self) -> FloorPool:
         return type(self)(self._creator, dialect=self._dialect)
-
-    def status(self) -> str:
-        return f"Connections in pool: {len(self._idle)}"
 
 
 class HandoffPool(FloorPool):
@@ -174,8 +168,7 @@ def fixed(pool: type[Pool], size: int) -> dict[str, Any]:
 
 def open_all(engine: Engine) -> None:
     if isinstance(engine.pool, FairQueuePool):
-        engine.pool.warm_up()
+        engine.pool.warm_up()  # a tag may not have all
         return
-    connections = [engine.connect() for _ in range(engine.pool.size())]
-    for connection in connections:
+    for connection in [engine.connect() for _ in range(engine.pool.size())]:
         connection.close()

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 from sqlalchemy import Connection, Engine, text
@@ -82,12 +81,8 @@ Work = Callable[[Connection, str, float], None]
 def work_on(database: Database, scrapers: Sequence[str]) -> Iterator[Work]:
     """Create the scrapers' table, yield their work, drop the table."""
     table = f"sqla_fairpool_bench_{secrets.token_hex(4)}"
-    engine = database.engine(NullPool)
-    values = {
-        "scrapers": list(scrapers),
-        "count": len(scrapers),
-        "rows": _ROWS * len(scrapers),
-    }
+    engine, count = database.engine(NullPool), len(scrapers)
+    values = {"scrapers": list(scrapers), "count": count, "rows": _ROWS * count}
     fetch, write = (text(s.format(table=table)) for s in (_FETCH, _WRITE_BACK))
     service = text(_SERVICE)
 
@@ -100,8 +95,8 @@ def work_on(database: Database, scrapers: Sequence[str]) -> Iterator[Work]:
 
     try:
         with engine.begin() as connection:
-            connection.execute(text(_CREATE.format(table=table)))
-            connection.execute(text(_INDEX.format(table=table)))
+            for statement in (_CREATE, _INDEX):
+                connection.execute(text(statement.format(table=table)))
             connection.execute(text(_FILL.format(table=table)), values)
         yield work
     finally:
@@ -184,16 +179,10 @@ class Outcome:
     def changes(self) -> dict[str, list[tuple[float, int]]]:
         """`held` without the moments at which it was what it was before."""
         looks = list(zip(*self.held.values(), strict=False))
-        kept = [
-            now
-            for before, now in pairwise(looks)
-            if [n for _, n in before] != [n for _, n in now]
-        ]
-        ends = looks[:1], kept, looks[-1:]
-        return {
-            name: [look[place] for part in ends for look in part]
-            for place, name in enumerate(self.held)
-        }
+        held = [[n for _, n in look] for look in looks]
+        kept = [now for n, now in enumerate(looks[1:]) if held[n] != held[n + 1]]
+        kept = [*looks[:1], *kept, *looks[-1:]]
+        return {name: [look[n] for look in kept] for n, name in enumerate(self.held)}
 
     @property
     def all_latencies(self) -> list[float]:

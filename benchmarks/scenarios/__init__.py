@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from ..harness.bench import Bench, Scenario
+from ..harness.bench import TEXTS, Bench, Scenario
 from ..harness.findings import Section
 from . import contention, uncontended
 from .contention import STYLES
@@ -16,11 +16,7 @@ from .static import ALONE, BURSTS, SATURATED, SHIFT
 
 POOL = Scenario(
     "pool",
-    "The pool alone",
-    "What a checkout and a checkin cost, and what happens when there are more threads "
-    "than connections, on a DBAPI that does nothing: all that is left is SQLAlchemy "
-    "and the pool. Beside QueuePool, the floor (a deque without limit or lock: nothing "
-    "can cost less) and a bare hand-off (a lock and one line: the price of order).",
+    *TEXTS["pool"],
     (
         uncontended.uncontended_tag_on_engine,
         contention.with_hold,

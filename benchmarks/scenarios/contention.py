@@ -18,7 +18,7 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from ..harness.bench import Bench, Runs, Scenario
+from ..harness.bench import TEXTS, Bench, Runs, Scenario
 from ..harness.contenders import TASKS, Contender, Setup
 from ..harness.crowd import Caller, Outcome, in_tasks, in_threads
 from ..harness.figures import figure, percentile
@@ -62,11 +62,8 @@ def _told(outcomes: Sequence[Outcome]) -> str:
     rate = statistics.median(outcome.throughput for outcome in outcomes)
     fairness = statistics.median(outcome.fairness for outcome in outcomes)
     longest = max(outcome.longest_wait for outcome in outcomes)
-    starved = max(outcome.never_served for outcome in outcomes)
-    return (
-        f"{rate:,.0f}/s, Jain {fairness:.3f}, never served {starved}, "
-        f"longest wait {longest * 1000:,.0f} ms"
-    )
+    told = f"{rate:,.0f}/s, Jain {fairness:.3f}, longest wait {longest * 1e3:,.0f} ms"
+    return f"{told} {_never_served(outcomes)}"
 
 
 def _both(runs: Runs) -> str:
@@ -196,13 +193,10 @@ def _beside_a_flood(
 def _told_of_light(outcomes: Sequence[Outcome]) -> str:
     served = sum(outcome.served[-1] for outcome in outcomes)
     flood = sum(sum(outcome.served) for outcome in outcomes) - served
-    seconds = sum(outcome.seconds for outcome in outcomes)
     waits = [wait for outcome in outcomes for wait in outcome.last_waits]
-    median = f", median wait {percentile(waits, 50) * 1000:.2f} ms" if served else ""
-    return (
-        f"served {served} times (the flood {flood:,}) in {seconds:.1f} s{median}, "
-        f"longest wait {max(waits) * 1000:,.1f} ms"
-    )
+    told = f"served {served} times (the flood {flood:,}), median wait "
+    told += f"{percentile(waits, 50) * 1000:.2f} ms"
+    return f"{told}, longest {max(waits) * 1000:,.1f} ms"
 
 
 def starved(outcomes: Sequence[Outcome]) -> str:
@@ -213,11 +207,13 @@ def starved(outcomes: Sequence[Outcome]) -> str:
 def light_tag(bench: Bench, key: str = "light") -> Iterator[Finding]:
     connects, options = LIGHT_CASES[key]
     seconds = bench.pick(1.5, 0.5)
+    makes = {
+        "FairQueuePool": partial(fair_engine, **options),
+        "QueuePool": queue_engine,
+    }
     contenders = {
-        "FairQueuePool": partial(
-            _beside_a_flood, partial(fair_engine, **options), connects, seconds
-        ),
-        "QueuePool": partial(_beside_a_flood, queue_engine, connects, seconds),
+        name: partial(_beside_a_flood, make, connects, seconds)
+        for name, make in makes.items()
     }
     runs = bench.interleave(key, contenders, bench.pick(3, 2))
     ours, theirs = map(_told_of_light, runs.values())
@@ -294,12 +290,7 @@ def asyncpg_1247(bench: Bench) -> Iterator[Finding]:
 
 STYLES = Scenario(
     "styles",
-    "In the style of the peers' own benchmarks",
-    "SQLAlchemy's issue 7679 (100 threads share 10 connections), pg_doorman's spread "
-    "(500 clients share 40), HikariCP's connection cycle (32 threads share 16 and hold "
-    "them not at all), on a DBAPI that does nothing; and asyncpg's issue 1247 (100 "
-    "tasks share 10) in the full form, on PostgreSQL. None of them knows tags: there "
-    "is one, and it may have every connection.",
+    *TEXTS["styles"],
     (issue_7679, pg_doorman, hikaricp),
     ("fair 7679", "spread"),
     more=(asyncpg_1247,),

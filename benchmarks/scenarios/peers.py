@@ -15,7 +15,7 @@ from typing import Any
 
 from sqla_fairpool.scheduling.policy import jain
 
-from ..harness.bench import Bench, Metric, Runs, Scenario
+from ..harness.bench import TEXTS, Bench, Metric, Runs, Scenario
 from ..harness.contenders import TASKS, THREADS, Contender, Setup
 from ..harness.crowd import Caller, Outcome, in_tasks, in_threads
 from ..harness.figures import Figure, percentile
@@ -53,13 +53,11 @@ class Work:
     impatient: bool = False
 
     def crowd(self, connects: Any, **more: Any) -> tuple[list[Caller], list[Caller]]:
-        callers = [
-            Caller(connects(f"tag{n}"), self.hold, **more)
-            for n, number in enumerate(self.callers)
-            for _ in range(number)
-        ]
-        light = Caller(connects("light"), HOLD, pause=HOLD) if self.with_light else None
-        return callers, [light] if light else []
+        callers = []
+        for n, number in enumerate(self.callers):
+            callers += [Caller(connects(f"tag{n}"), self.hold, **more)] * number
+        light = Caller(connects("light"), HOLD, pause=HOLD)
+        return callers, [light] * self.with_light
 
 
 def _in_threads(bench: Bench, peer: Contender, work: Work) -> Outcome:
@@ -243,14 +241,7 @@ def tasks(bench: Bench) -> Iterator[Finding]:
 
 PEERS = Scenario(
     "peers",
-    "Against the peers",
-    f"The pools that people would use instead, each as its documentation recommends "
-    f"(see the tables), with {SIZE} connections to the same PostgreSQL and {CALLERS} "
-    "callers, so that ten wait for each connection. A caller checks out, sleeps for as "
-    "long as it holds the connection, returns it, and comes again at once; on the "
-    "server nothing is done, because the pools are what is measured. Waits that had "
-    "not ended count with what they had lasted. Threads and asyncio tasks are compared "
-    "apart.",
+    *TEXTS["peers"],
     (threads, tasks),
     tuple(
         f"{side}: {key}"

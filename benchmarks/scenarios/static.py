@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import count
 
-from ..harness.bench import Bench, Runs, Scenario
+from ..harness.bench import TEXTS, Bench, Runs, Scenario
 from ..harness.figures import figure
 from ..harness.findings import Finding, Lines, Series
 from ..harness.workload import (
@@ -39,6 +39,11 @@ SERVICE = 0.05
 
 #: The jobs of each scraper in round number so-and-so.
 Demand = Callable[[int], Mapping[str, Sequence[Job]]]
+
+
+def _demand(names: Sequence[str], jobs: Callable[[int], list[Job]]) -> Demand:
+    """Return what gives each scraper jobs by a seed of its own."""
+    return lambda number: {name: jobs(100 * number + n) for n, name in enumerate(names)}
 
 
 def _compare(
@@ -89,34 +94,25 @@ def _client(runs: Runs) -> str:
 
 def unused(outcome: Outcome, connections: int) -> float:
     """Return the connections that nobody held, as a rule, in the middle of the run."""
-    middle = [
-        held
-        for at, held in outcome.held[NAMES[0]]
-        if 0.2 * outcome.seconds < at < 0.8 * outcome.seconds
-    ]
+    begin, end = 0.2 * outcome.seconds, 0.8 * outcome.seconds
+    middle = [held for at, held in outcome.held[NAMES[0]] if begin < at < end]
     return connections - statistics.median(middle)
 
 
 def one_active(bench: Bench) -> Iterator[Finding]:
     workflows = bench.pick(300, 180)
-
-    def demand(number: int) -> Mapping[str, Sequence[Job]]:
-        return {NAMES[0]: backlog(workflows, SERVICE, number)}
-
+    demand = _demand(NAMES[:1], lambda seed: backlog(workflows, SERVICE, seed))
     database = bench.database
     worlds = [fair_world(database, threads=40), static_world(database, threads=40)]
     rounds = bench.pick(12, 5)
     runs, (fair, static) = _compare(bench, "one active scraper", worlds, demand, rounds)
-    free = Runs(
-        {
-            w.name: [unused(outcome, w.connections) for outcome in runs[w.name]]
-            for w in (fair, static)
-        }
-    )
+    free = Runs()
+    for world in (fair, static):
+        left = partial(unused, connections=world.connections)
+        free[world.name] = [left(outcome) for outcome in runs[world.name]]
     now, before = (statistics.median(values) for values in free.values())
-    remark = (
-        f"{before:g} of {static.connections} before, {now:g} of {fair.connections} now"
-    )
+    remark = f"{before:g} of {static.connections} before, "
+    remark += f"{now:g} of {fair.connections} now"
     yield runs.ratio("alone: throughput", "throughput")
     yield runs.ratio("alone: latency", "mean")
     yield free.ratio("alone: unused", remark=remark)
@@ -132,13 +128,7 @@ def one_active(bench: Bench) -> Iterator[Finding]:
 
 ALONE = Scenario(
     "alone",
-    "One active scraper",
-    "One of three scrapers has a backlog of workflows, all due at once, and the "
-    "others rest. A workflow fetches a batch with FOR UPDATE SKIP LOCKED, has the "
-    "server work for 50 ms on average, writes the batch back and commits; its latency "
-    "is counted from when it was due. Beside each other: three QueuePools of 10 (30 "
-    "connections, of which this scraper may use 10), and one FairQueuePool of 20, with "
-    "its default options.",
+    *TEXTS["alone"],
     (one_active,),
     ("alone: throughput", "alone: latency", "alone: unused"),
     sessions=52,
@@ -158,13 +148,8 @@ _LIFTED_NAME = f"{FAIR}, lifted"
 
 
 def _bursty(seconds: float, demand: float) -> Demand:
-    def jobs(number: int) -> Mapping[str, Sequence[Job]]:
-        return {
-            name: bursts(seconds, demand / 3, _BURST, SERVICE, 100 * number + n)
-            for n, name in enumerate(NAMES)
-        }
-
-    return jobs
+    each = demand / 3
+    return _demand(NAMES, lambda seed: bursts(seconds, each, _BURST, SERVICE, seed))
 
 
 def _compare_bursts(
@@ -213,14 +198,7 @@ def by_demand(bench: Bench) -> Iterator[Finding]:
 
 BURSTS = Scenario(
     "bursts",
-    "Three bursty scrapers, a third fewer connections",
-    "All three scrapers get workflows in bursts of 5 to 15 at random moments, so many "
-    "that ten connections are busy on average. Beside each other, with the same "
-    "workflows due at the same moments: three QueuePools of 10 (30 connections), one "
-    "FairQueuePool of 20 with its default limits, under which a scraper never gets "
-    "more than ten beside others, and the same with soft_limit and max_limit at 20, "
-    "under which it may have what nobody else wants. The pool's times are a hundredth "
-    "of the default ones, as the bursts are.",
+    *TEXTS["bursts"],
     (bursty,),
     (
         "bursts: throughput",
@@ -238,19 +216,10 @@ BURSTS = Scenario(
 
 def saturated(bench: Bench) -> Iterator[Finding]:
     workflows = bench.pick(160, 80)
-
-    def demand(number: int) -> Mapping[str, Sequence[Job]]:
-        return {
-            name: backlog(workflows, SERVICE, 100 * number + n)
-            for n, name in enumerate(NAMES)
-        }
-
+    demand = _demand(NAMES, lambda seed: backlog(workflows, SERVICE, seed))
     database, rounds = bench.database, bench.pick(9, 3)
-    worlds = [
-        fair_world(database),
-        static_world(database),
-        static_world(database, (7, 7, 6)),
-    ]
+    worlds = [fair_world(database), static_world(database)]
+    worlds.append(static_world(database, (7, 7, 6)))
     what = "three saturated scrapers"
     runs, opened = _compare(bench, what, worlds, demand, rounds)
     what = "three saturated scrapers on 20 connections"
@@ -258,13 +227,9 @@ def saturated(bench: Bench) -> Iterator[Finding]:
     less = "a third fewer connections do up to a third less"
     yield runs.ratio(rate, "throughput", beside=three, remark=less)
     yield runs.ratio(f"{what}: p95 latency", "p95", beside=three)
-    yield runs.ratio(
-        rate,
-        "throughput",
-        over=opened[2].name,
-        beside="three QueuePools of 7, 7 and 6",
-        remark="the same number of connections; the scraper with 6 is ready last",
-    )
+    same = "three QueuePools of 7, 7 and 6"
+    less = "the same number of connections; the scraper with 6 is ready last"
+    yield runs.ratio(rate, "throughput", opened[2].name, beside=same, remark=less)
     yield _over_time(f"{FAIR}: 7, 7 and 6", runs[FAIR][0], 20, top=22)
     yield runs.bars("Workflows per second, all saturated", "per second", "throughput")
     yield _client(runs)
@@ -272,10 +237,7 @@ def saturated(bench: Bench) -> Iterator[Finding]:
 
 SATURATED = Scenario(
     "saturated",
-    "When all of them are saturated",
-    "The honest other half: if all three have a backlog all the time, nothing is left "
-    "to share. Twenty connections do what twenty can, and thirty do half as much "
-    "again. What the pool still does is to divide evenly.",
+    *TEXTS["saturated"],
     (saturated,),
     sessions=72,
 )
@@ -352,19 +314,12 @@ def coming_and_going(bench: Bench) -> Iterator[Finding]:
     def ratios(key: str, unit: float = SERVICE) -> list[float]:
         return [max(each[key], 0.0) / unit for each in took]
 
-    workflow = "a workflow"
+    workflow, remark = "a workflow", "what others hold is not taken away, it drains"
+    full = "a scraper wakes up: until it has its full share, ten"
+    freed = "a scraper stops: from its last checkin until the others have all twenty"
     yield figure("shift: wake", ratios("first"))
-    yield figure(
-        "a scraper wakes up: until it has its full share, ten",
-        ratios("full"),
-        workflow,
-        "what others hold is not taken away, it drains",
-    )
-    yield figure(
-        "a scraper stops: from its last checkin until the others have all twenty",
-        ratios("freed"),
-        workflow,
-    )
+    yield figure(full, ratios("full"), workflow, remark)
+    yield figure(freed, ratios("freed"), workflow)
     remark = f"idle_timeout {idle} s, reallocation_interval {interval} s"
     yield figure("shift: idle", ratios("idle", idle + interval), remark=remark)
     yield _story(f"{FAIR}: 15, then 10 and 10, then 7, 7 and 6", outcomes[0])
@@ -373,13 +328,7 @@ def coming_and_going(bench: Bench) -> Iterator[Finding]:
 
 SHIFT = Scenario(
     "shift",
-    "Scrapers come and go",
-    "Each scraper that is there does all it can, on real tables. One is alone at "
-    "first; two more come, and go again. With a pool for each nothing changes hands. "
-    "The shared pool gives a newcomer connections at once, because one that is alone "
-    "leaves five of twenty; what a scraper returns that stops is the others' at once, "
-    "and when it has been found idle, its part of the limits is as well. The pool's "
-    "times are a hundredth of the default ones.",
+    *TEXTS["shift"],
     (coming_and_going,),
     ("shift: wake", "shift: idle"),
     sessions=52,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Engine, text
@@ -45,19 +46,13 @@ def by_connection(engine: Engine) -> Cycle:
 
 
 def untagged(engine: Engine) -> Cycle:
-    connect = engine.connect
-    return lambda: connect().close()
+    return lambda: engine.connect().close()
 
 
 def alternating(engine: Engine) -> Cycle:
     first = engine.execution_options(scraper="a").connect
     second = engine.execution_options(scraper="b").connect
-
-    def cycle() -> None:
-        first().close()
-        second().close()
-
-    return cycle
+    return lambda: (first().close(), second().close())
 
 
 def timed(
@@ -124,9 +119,8 @@ def settings_and_figures(bench: Bench) -> Iterator[Finding]:
     engine = fair_engine()
     for n in range(100):
         engine.execution_options(scraper=f"tag{n}").connect().close()
-    looks = {
-        name: timed(getattr(engine.pool, name), 10) for name in ("stats", "metrics")
-    }
+    names = ("stats", "metrics")
+    looks = {name: timed(getattr(engine.pool, name), 10) for name in names}
     runs = bench.interleave("figures", looks, 30)
     for name, each in runs.items():
         yield figure(f"pool.{name}() with 100 tags, µs", each, beside="")
@@ -134,17 +128,15 @@ def settings_and_figures(bench: Bench) -> Iterator[Finding]:
 
 def settings_server_tag(bench: Bench) -> Iterator[Finding]:
     """A connection that changes hands each time, which is the worst case."""
-    make = bench.database.engine
+    make = partial(bench.database.engine, pool_size=1)
     engines = {
-        "server_tag": make(FairQueuePool, pool_size=1, server_tag=True),
-        "without": make(FairQueuePool, pool_size=1, server_tag=False),
-        "QueuePool": make(QueuePool, pool_size=1),
+        "server_tag": make(FairQueuePool, server_tag=True),
+        "without": make(FairQueuePool),
+        "QueuePool": make(QueuePool),
     }
     # Enough changes in a round to see a round trip, some 50 µs.
-    contenders = {
-        name: timed(alternating(engine), 10, time.perf_counter)
-        for name, engine in engines.items()
-    }
+    clock = time.perf_counter
+    contenders = {n: timed(alternating(e), 10, clock) for n, e in engines.items()}
     runs = bench.interleave("server_tag", contenders, 100)
     for engine in engines.values():
         engine.dispose()
