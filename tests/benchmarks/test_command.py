@@ -120,9 +120,7 @@ def test_unwritable_output_is_told_before_anything_is_measured(play, tmp_path):
     assert "No such file" in err
 
 
-def test_interrupt_keeps_what_is_measured_and_an_error_is_one_line(
-    play, tmp_path
-):
+def test_interrupt_keeps_what_is_measured_and_an_error_is_one_line(play, tmp_path):
     interrupted = failing(KeyboardInterrupt())
     assert play(one=interrupted)[0] == 130
     assert list(tmp_path.iterdir()) == []  # there is nothing yet
