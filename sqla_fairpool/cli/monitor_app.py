@@ -30,7 +30,7 @@ from textual.widgets import DataTable, Footer, ProgressBar, Static
 from ..ledger import overview_text as texts
 from ..ledger.overview import Overview, ScraperRow
 from . import EXIT_OK, EXIT_SIGNAL
-from .monitor import Picture
+from .poller import Picture
 from .server import Sessions
 
 #: Looks that are kept for the history, and how many of them share a cell.

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import warnings
-from contextlib import ExitStack
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..cli import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
+from .server import Signals
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-__all__ = ["Signals", "add_command"]
+__all__ = ["add_command"]
 
 _EPILOG = """\
 examples:
@@ -82,36 +78,3 @@ def run(arguments: argparse.Namespace) -> int:
 
         ok = play(url, arguments.json, seconds, signals)
     return EXIT_OK if ok else EXIT_NOT_AS_EXPECTED
-
-
-class Signals(ExitStack):
-    """Notes SIGINT, SIGTERM and SIGHUP in a block, until `check` raises them.
-
-    A plain ``KeyboardInterrupt`` may come between starting something and noting that it
-    must be stopped, or in the middle of stopping it.
-    """
-
-    def __enter__(self) -> Self:
-        self._received: list[int] = []
-        self._handle(lambda number, frame: self._received.append(number))
-        return self
-
-    def _handle(self, handler: Any) -> None:
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            # nohup and shells' background jobs ignore one: leave that.
-            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
-                self.callback(signal.signal, number, signal.signal(number, handler))
-
-    def check(self) -> None:
-        """Raise ``KeyboardInterrupt``, with the signal's number, if one has come."""
-        if self._received:
-            raise KeyboardInterrupt(self._received[0])
-
-    def ignore(self) -> None:
-        """Ignore the signals from now on, and so do the processes that are started.
-
-        A terminal sends Ctrl-C to all of them: a second one would end the program
-        that stops the server.
-        """
-        self._handle(signal.SIG_IGN)

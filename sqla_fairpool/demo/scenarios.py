@@ -19,8 +19,7 @@ from sqlalchemy import Connection, Engine, QueuePool, create_engine, text
 from .. import FairQueuePool
 from ..cli import CommandError
 from ..cli.server import connected, given_url
-from . import Signals
-from .server import EmbeddedServer
+from .server import EmbeddedServer, Signals
 from .view import Verdict, View, counts_text
 
 __all__ = ["SCENARIOS", "Sample", "judge", "play"]

@@ -9,7 +9,7 @@ import pytest
 
 from sqla_fairpool import demo
 from sqla_fairpool.cli import _COMMANDS, CommandError, main, make_argument_parser
-from sqla_fairpool.demo import Signals
+from sqla_fairpool.demo.server import Signals
 from sqla_fairpool.options import hide_passwords
 
 

@@ -23,8 +23,8 @@ from support.stub import StubServer
 from support.threads import PATIENCE, VirtualClock
 
 from sqla_fairpool import FairQueuePool
-from sqla_fairpool.cli import main, monitor
-from sqla_fairpool.cli.monitor import Poller, in_background
+from sqla_fairpool.cli import main, monitor, poller
+from sqla_fairpool.cli.poller import Poller, in_background
 from sqla_fairpool.cli.server import ServerFigures, ServerView
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
@@ -54,7 +54,7 @@ def show(monkeypatch, path):
 
     def show(*scenes):
         inspector = FakeInspector(*scenes)
-        monkeypatch.setattr(monitor, "Inspector", lambda store: inspector)
+        monkeypatch.setattr(poller, "Inspector", lambda store: inspector)
         monkeypatch.setenv("FAIRPOOL_LEDGER", path)
         return inspector
 
@@ -238,7 +238,7 @@ def test_a_server_that_hangs_does_not_hide_the_ledger(make, monkeypatch):
     monkeypatch.setattr(
         ServerView, "look", lambda *args: go_on.wait(PATIENCE) and answer
     )
-    monkeypatch.setattr(monitor, "_PATIENCE", 0.01)
+    monkeypatch.setattr(poller, "_PATIENCE", 0.01)
     view = overview()
     watch, clock, _ = make(view, server=make_url("postgresql://h/d"))
     watch.look()
@@ -246,7 +246,7 @@ def test_a_server_that_hangs_does_not_hide_the_ledger(make, monkeypatch):
     seen = watch.look()
     assert seen.overview is view and seen.trouble is None
     assert seen.server.error == "does not answer, for 8 s"
-    monkeypatch.setattr(monitor, "_PATIENCE", PATIENCE)
+    monkeypatch.setattr(poller, "_PATIENCE", PATIENCE)
     go_on.set()
     assert watch.look().server is answer
     assert watch.look().server is answer

@@ -17,8 +17,8 @@ from textual.scrollbar import ScrollBarRender
 from textual.widgets import DataTable, ProgressBar
 
 from sqla_fairpool.cli import monitor_app
-from sqla_fairpool.cli.monitor import Picture
 from sqla_fairpool.cli.monitor_app import Monitor
+from sqla_fairpool.cli.poller import Picture
 from sqla_fairpool.cli.server import ServerFigures, Sessions
 from sqla_fairpool.ledger.overview import Limits, Part, compile_overview
 from sqla_fairpool.stats import TagStats

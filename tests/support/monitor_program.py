@@ -14,7 +14,7 @@ import threading
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), ".."))
 
-from sqla_fairpool.cli import main, monitor
+from sqla_fairpool.cli import main, poller
 from support.overviews import FakeInspector, overview
 
 
@@ -33,5 +33,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ["FAIRPOOL_LEDGER"] = sys.argv[1]
     os.environ.pop("DATABASE_URL", None)
-    monitor.Inspector = make_inspector
+    poller.Inspector = make_inspector
     sys.exit(main(sys.argv[2:]))
