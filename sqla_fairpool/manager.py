@@ -42,7 +42,7 @@ from .ledger.inspector import Inspector
 from .ledger.keeper import describe_process
 from .ledger.overview import Overview
 from .ledger.store import StoreAway
-from .options import OPTIONS, PoolOptions, naming, validate_tag
+from .options import OPTIONS, PoolOptions, naming, refuse_timeout, validate_tag
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 from .tagging import context_tag
 
@@ -255,6 +255,7 @@ class DynamicConnectionManager:
     def _make(self, kind: Kind, url: _Url, arguments: dict[str, Any]) -> Started:
         settings = Settings.read()
         arguments = {**self._options, **arguments}
+        refuse_timeout(arguments)
         # What the class says otherwise than the pool itself would.
         defaults = {
             option: getattr(self, attribute)

@@ -64,6 +64,14 @@ def naming(names: Mapping[str, str]) -> Iterator[None]:
         raise BadOption(names[bad.name], bad.value, bad.allowed) from None
 
 
+def refuse_timeout(arguments: Mapping[str, Any]) -> None:
+    """Refuse the pool's own name for what ``create_engine`` calls otherwise."""
+    if "timeout" in arguments:
+        raise BadOption(
+            "timeout", arguments["timeout"], "the argument's name is pool_timeout"
+        )
+
+
 # -- checks: from an option's name, a value and the options above it -------------------
 
 _Known: TypeAlias = Mapping[str, Any]

@@ -23,6 +23,7 @@ from .options import (
     hide_passwords,
     naming,
     read_switch,
+    refuse_timeout,
     validate_tag,
     whole,
 )
@@ -78,6 +79,7 @@ class FairPoolPlugin(CreateEnginePlugin):
         found = {key: url.query[key] for key in url.query if key.startswith(PREFIX)}
         self._keys = list(found)
         self._options = _read(found)
+        refuse_timeout(kwargs)
         # The ledger is the one option that an engine takes from the environment: named
         # there, it is meant for all engines of a program.
         ledger = OPTIONS["ledger"]
@@ -129,7 +131,8 @@ class FairPoolPlugin(CreateEnginePlugin):
         pool_args.update(ours)
         for name, value in self._defaults.items():
             pool_args.setdefault(name, value)
-        with naming({name: PREFIX + name for name in self._options}):
+        names = {"timeout": "pool_timeout"}
+        with naming({**names, **{name: PREFIX + name for name in self._options}}):
             PoolOptions.among(pool_args)
 
     def _warn(self) -> None:

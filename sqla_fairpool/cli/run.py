@@ -31,10 +31,8 @@ from ..ledger.addresses import (
 )
 from ..ledger.errors import LedgerError
 from ..options import OPTIONS, PoolOptions, hide_passwords, naming, validate_tag
-from . import EXIT_SIGNAL, CommandError
-from .budget import ask_room, connected, missing_driver, need
-
-__all__ = ["add_command"]
+from . import EXIT_SIGNAL, CommandError, one_line
+from .server import ask_room, connected, missing_driver, need
 
 _EPILOG = """\
 examples:
@@ -155,7 +153,6 @@ def _run(arguments: argparse.Namespace) -> int:
 def _database(
     settings: Settings, given: str | None
 ) -> tuple[URL | None, tuple[str, ...] | None]:
-    """Return the URL of the database that is meant, and its place; None if unknown."""
     url = settings.database(given, "--url")
     place = None if url is None else database_place(url)
     above = settings.run
@@ -165,11 +162,9 @@ def _database(
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the pool's options that stand in the command line."""
     found = {name: getattr(arguments, name) for name in VARIABLES.values()}
     given = {n: OPTIONS[n].from_text(v) for n, v in found.items() if v is not None}
-    ledger = given.get("ledger")
-    if ledger is not None:
+    if ledger := given.get("ledger"):
         given["ledger"] = _absolute(ledger)
     return given
 
@@ -177,10 +172,7 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 def _checked(
     settings: Settings, given: Mapping[str, Any], url: URL | None
 ) -> PoolOptions:
-    """Return the options that the script's pools will have.
-
-    :raises sqlalchemy.exc.ArgumentError: for a bad value, naming it as it was given.
-    """
+    """Return the options of the script's pools; errors name them as they were given."""
     with naming({name: _flag(name) for name in given}):
         options = settings.with_arguments(given)
         ledger = options["ledger"]
@@ -191,7 +183,6 @@ def _checked(
 
 
 def _tag(arguments: argparse.Namespace, name: str) -> str:
-    """Return the tag that was given, or what follows from the script's name."""
     if arguments.scraper is not None:
         return validate_tag(arguments.scraper, "--scraper")
     if not arguments.module:
@@ -214,7 +205,6 @@ def _absolute(ledger: str) -> str:
 
 
 def _python_path(given: str | None) -> str:
-    """Return PYTHONPATH with the hook in front, once."""
     others = given.split(os.pathsep) if given else []
     return os.pathsep.join([_HOOK, *(entry for entry in others if entry != _HOOK)])
 
@@ -242,13 +232,12 @@ def _check_budget(
         if problem:
             problem += f"; {needed}; lower --pool-size, or raise the server's limit"
     except CommandError as error:
-        problem = (
-            f"whether {needed.total} connections fit could not be checked: {error}"
-        )
+        fit = f"whether {needed.total} connections fit"
+        problem = f"{fit} could not be checked: {error}"
     if problem and strict:
         raise CommandError(problem)
     if problem:
-        say(f"warning: {hide_passwords(' '.join(problem.split()))}")
+        say(f"warning: {hide_passwords(one_line(problem))}")
     elif verbose:
         say(f"{needed.total} connections fit {show_place(database_place(url))}")
 

@@ -6,6 +6,7 @@ here, over all of them, by the same rules that divide the connections.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
@@ -61,6 +62,8 @@ class ScraperRow(TagStats):
     status: str = "idle"
     #: ``host:pid``, or the pid alone where all processes are on one host.
     processes: tuple[str, ...] = ()
+    #: Those processes, with what each says of the scraper.
+    parts: tuple[tuple[ProcessRow, TagStats], ...] = ()
 
 
 #: The names that the figures of a scraper have in JSON. Times are in seconds.
@@ -266,7 +269,8 @@ def _scrapers(
     labels: Mapping[int, str],
 ) -> tuple[ScraperRow, ...]:
     tags = [
-        TagStats.merged(name, [row for _, row in found[name]]) for name in sorted(found)
+        TagStats.merged(name, [row for _, row in found[name]])
+        for name in sorted(found, key=_natural)
     ]
     active = sum(tag.active for tag in tags)
     ceilings = [
@@ -288,9 +292,16 @@ def _scrapers(
             status=_status(tag, processes),
             # A process with several engines is a member several times.
             processes=tuple(dict.fromkeys(labels[id(p)] for p in processes)),
+            parts=tuple(found[tag.name]),
         )
         scrapers.append(row)
     return tuple(scrapers)
+
+
+def _natural(name: str) -> list[str | int]:
+    """Return what sorts ``spider_2`` before ``spider_10``."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if n % 2 else part for n, part in enumerate(parts)]
 
 
 def _status(tag: TagStats, processes: Sequence[ProcessRow]) -> str:

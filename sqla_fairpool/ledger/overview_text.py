@@ -20,6 +20,7 @@ __all__ = [
     "percent",
     "pool_text",
     "printable",
+    "scraper_text",
     "seconds_text",
     "summary",
     "time_text",
@@ -122,13 +123,14 @@ class Column(NamedTuple):
     is_number: bool = True
 
 
-def _name(row: ScraperRow) -> str:
+def scraper_text(row: ScraperRow) -> str:
+    """Return a scraper's name."""
     # A process with very many tags sums up the smallest of them under no name.
     return cut(printable(row.name) or "(others)", _LONGEST_NAME)
 
 
 COLUMNS: Sequence[Column] = (
-    Column("scraper", _name, False),
+    Column("scraper", scraper_text, False),
     Column("status", lambda row: printable(row.status), False),
     Column("connections", lambda row: str(row.connections)),
     Column("limit", lambda row: str(row.limit)),

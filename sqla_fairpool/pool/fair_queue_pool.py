@@ -18,7 +18,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import greenlet_spawn
 
-from ..options import PoolOptions, describe_changes
+from ..options import PoolOptions, describe_changes, naming
 from ..stats import PoolStats
 from ..tagging import blocks, context_tag
 from . import sqlalchemy_private
@@ -133,7 +133,8 @@ class FairQueuePool(Pool):
     ) -> None:
         owns, member = _core is None, None
         if _core is None:
-            options = PoolOptions.among(locals())
+            with naming({"timeout": "pool_timeout"}):  # as `create_engine` calls it
+                options = PoolOptions.among(locals())
             if options.ledger is not None:
                 member = LedgerMember(self._waiter_class, options.default_tag)
             traced = options.leak_threshold is not None

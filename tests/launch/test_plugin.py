@@ -10,6 +10,7 @@ from sqlalchemy.pool import NullPool, QueuePool
 from support.worlds import Tasks, world_of
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
+from sqla_fairpool.manager import DynamicConnectionManager
 from sqla_fairpool.options import OPTIONS, PoolOptions
 
 FILE = "sqlite:///file.db?plugin=fairpool"
@@ -201,6 +202,16 @@ def test_bad_key_is_named(keys, message):
     with pytest.raises(ArgumentError, match=message) as caught:
         made(keys, url)
     assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("start", [create_engine, DynamicConnectionManager().startup])
+def test_the_time_out_is_called_as_create_engine_calls_it(start):
+    with pytest.raises(ArgumentError, match=r"^pool_timeout='abc' is not allowed"):
+        start(f"{FILE}&fairpool_pool_size=5", pool_timeout="abc")
+    with pytest.raises(ArgumentError, match=r"^timeout=3 .* name is pool_timeout"):
+        start(f"{FILE}&fairpool_pool_size=5", timeout=3)
+    with pytest.raises(ArgumentError, match=r"^pool_timeout='abc' is not allowed"):
+        create_engine("sqlite:///x", poolclass=FairQueuePool, pool_timeout="abc")
 
 
 def test_bad_argument_is_not_taken_for_a_key():

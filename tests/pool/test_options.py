@@ -65,7 +65,7 @@ def test_limits_follow_the_capacity_rounded_up(size, overflow, soft, most):
         ("pool_size", None, "whole number"),
         ("max_overflow", -1, "no limit in QueuePool"),
         ("max_overflow", False, "whole number"),
-        ("timeout", math.inf, "None to wait without limit"),
+        ("pool_timeout", math.inf, "None to wait without limit"),
         ("soft_limit", 0, "from 1"),
         ("soft_limit", 16, "max_limit, 15"),
         ("soft_limit", True, "whole number"),
@@ -87,9 +87,8 @@ def test_limits_follow_the_capacity_rounded_up(size, overflow, soft, most):
     ],
 )
 def test_bad_value_is_named_with_what_is_allowed(server, name, value, says):
-    keyword = "pool_timeout" if name == "timeout" else name
     with pytest.raises(ArgumentError) as caught:
-        server.engine(**{keyword: value})
+        server.engine(**{name: value})
     message = str(caught.value)
     assert message.startswith(f"{name}={value!r} is not allowed: ")
     assert says in message
