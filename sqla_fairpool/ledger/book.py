@@ -28,17 +28,13 @@ from .rows import (
     Meta,
     Session,
     Terms,
-    counts,
     dump,
     gone_key,
     in_order,
     member_key,
     parse_member,
     read,
-    words,
 )
-
-__all__ = ["Book"]
 
 
 class Book:
@@ -64,7 +60,7 @@ class Book:
     @cached_property
     def meta(self) -> Meta | None:
         text = self._rows.get(META)
-        return None if text is None else read(META, text, Meta.parse)
+        return None if text is None else read(META, text, Meta)
 
     @cached_property
     def members(self) -> dict[str, Member]:
@@ -74,21 +70,19 @@ class Book:
     def gone(self) -> dict[int, Gone]:
         """What is in quarantine, by number."""
         return {
-            read(GONE + number, dump(number), int): read(
-                GONE + number, text, Gone.parse
-            )
+            read(GONE + number, number, int): read(GONE + number, text, Gone)
             for number, text in self._texts(GONE)
         }
 
     @cached_property
     def places(self) -> dict[str, int]:
         """The tags' places in the line of tags."""
-        return read(TAGS, self._rows.get(TAGS), counts)
+        return read(TAGS, self._rows.get(TAGS), dict[str, int])
 
     @cached_property
     def due(self) -> dict[str, str]:
         """The members that are expected to look, and why."""
-        return read(DUE, self._rows.get(DUE), words)
+        return read(DUE, self._rows.get(DUE), dict[str, str])
 
     # -- figures ----------------------------------------------------------------
 
@@ -100,7 +94,6 @@ class Book:
 
     @property
     def terms(self) -> Terms:
-        """The terms in force."""
         return self._known_meta.terms
 
     @property
@@ -126,7 +119,7 @@ class Book:
 
     @property
     def is_fresh(self) -> bool:
-        """Tell if there may be members of other rows, that were here before these."""
+        """There may be members of other rows, that were here before these."""
         return self._known_meta.fresh
 
     @property
@@ -150,17 +143,17 @@ class Book:
         limits = self.terms.limits(self.quarantined)
         return allocate(self.members, self.places, limits)
 
-    def grants(self, plan: Allocation) -> dict[str, int]:
-        """Return how many free slots each member below its target is to take."""
-        return plan.grants(self.members, self.free)
-
     # -- writing ----------------------------------------------------------------
 
     def next_place(self) -> int:
         """Return a number that was never given."""
+        return self._next("next_place")
+
+    def _next(self, counter: str) -> int:
         meta = self._known_meta
-        self.meta = replace(meta, next_place=meta.next_place + 1)
-        return meta.next_place
+        number: int = getattr(meta, counter)
+        self.meta = replace(meta, **{counter: number + 1})  # type: ignore[arg-type]
+        return number
 
     def write(self, key: str, member: Member) -> None:
         """Write a member's row, if it is another one now."""
@@ -180,11 +173,14 @@ class Book:
 
     def accepts(self, key: str, terms: Terms, server: str | None = None) -> bool:
         """Tell if `key` may join with these terms as things stand."""
-        return not self.members.keys() - {key} or (
+        return self._is_alone(key) or (
             self._known_meta.protocol == PROTOCOL
             and self.terms == terms
             and self._is_at(server)
         )
+
+    def _is_alone(self, key: str) -> bool:
+        return not self.members.keys() - {key}
 
     def _is_at(self, server: str | None) -> bool:
         return server is None or self._known_meta.server in (None, server)
@@ -227,9 +223,7 @@ class Book:
     def note_server(self, key: str, server: str | None) -> bool:
         """Note where a member's connections go to; tell if they may go there."""
         meta = self._known_meta
-        if server is not None and (
-            meta.server is None or not self.members.keys() - {key}
-        ):
+        if server is not None and (meta.server is None or self._is_alone(key)):
             self.meta = replace(meta, server=server)
         return self._is_at(server)
 
@@ -249,12 +243,11 @@ class Book:
         )
 
     def _difference(self, terms: Terms, server: str | None) -> LedgerError:
-        """Return what is wrong with the terms or the server of a newcomer."""
+        """Return why a newcomer is not accepted."""
         whos = [member.who for member in self.members.values()]
         shown = ", ".join(f"{w.get('host', '?')}:{w.get('pid', '?')}" for w in whos[:4])
         more = f" and {len(whos) - 4} more" if len(whos) > 4 else ""
-        members = f"(members: {shown}{more})"
-        meta = self._known_meta
+        meta, members = self._known_meta, f"(members: {shown}{more})"
         if meta.protocol != PROTOCOL:
             return LedgerError(
                 f"an older version of sqla_fairpool uses the ledger (protocol version "
@@ -285,8 +278,7 @@ class Book:
         if member is not None:
             known = self.in_quarantine.intersection(sessions)
             slots = min(open_ - len(known), member.owned)
-            sessions = set(sessions) - known
-            self._bury(key, "left connections open", slots, sessions)
+            self._bury(key, "left connections open", slots, set(sessions) - known)
 
     def reap(self, texts: Mapping[str, str]) -> list[int]:
         """Put the slots of dead members into quarantine; return the numbers.
@@ -305,9 +297,9 @@ class Book:
     def _bury(
         self, key: str, why: str, slots: int, sessions: Collection[Session]
     ) -> None:
-        member = self.members.pop(key)
-        del self._rows[member_key(key)], self.texts[key]
-        self._keep(member.number, key, member, why, slots, sessions)
+        if slots:
+            self._keep(self.members[key].number, key, why, slots, sessions)
+        del self.members[key], self._rows[member_key(key)], self.texts[key]
 
     def quarantine(
         self, key: str, lost: Sequence[Session | None], why: str = "lost connections"
@@ -325,26 +317,17 @@ class Book:
         if member.owned < len(new):
             return []
         if new:
-            meta = self._known_meta
-            self.meta = replace(meta, next_number=meta.next_number + 1)
             sessions = [session for session in new if session is not None]
-            self._keep(meta.next_number, key, member, why, len(new), sessions)
+            self._keep(self._next("next_number"), key, why, len(new), sessions)
             self.members[key] = replace(member, owned=member.owned - len(new))
         return list(lost)
 
     def _keep(
-        self,
-        number: int,
-        key: str,
-        member: Member,
-        why: str,
-        slots: int,
-        sessions: Collection[Session],
+        self, number: int, key: str, why: str, slots: int, sessions: Collection[Session]
     ) -> None:
-        if slots:
-            stamp, sessions = self.next_place(), in_order(sessions)
-            gone = Gone(slots, why, member.who, key, stamp, sessions)
-            self._write_gone(number, gone)
+        who, stamp = self.members[key].who, self.next_place()
+        gone = Gone(slots, why, who, key, stamp, in_order(sessions))
+        self._write_gone(number, gone)
 
     def release(self, found: Mapping[int, Left]) -> None:
         """Set slots free: the server sessions that had them are gone.
@@ -381,11 +364,14 @@ class Book:
 
     # -- which members are told -------------------------------------------------------
 
-    def tell(self, plan: Allocation) -> list[str]:
+    def tell(self, plan: Allocation | None = None) -> list[str]:
         """Write down which members are to look; return those that are to be rung.
 
         The last thing in every transaction that changes a row.
         """
+        if self.meta is None:
+            return []
+        plan = plan or self.allocation()
         due = plan.due(self.members, self.free)
         bells = [
             key for key, why in due.items() if why not in (self.due.get(key), STALLED)

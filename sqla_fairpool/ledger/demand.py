@@ -12,31 +12,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from .allocation import Line
 from .errors import LedgerError
-from .rows import Gone, Member, Session
-
-__all__ = ["Allotment", "Demand", "Local", "Pace", "PoolSide", "State", "TagDemand"]
+from .rows import Gone, Member, Session, TagDemand
 
 #: Tags of one process in its row. Tags may be made from user data; those beyond are
 #: summed up under the name of none.
 _MAX_TAGS = 256
 _REST = ""
-
-
-class TagDemand(NamedTuple):
-    """What a process wants under one tag, now."""
-
-    #: The most at once since this was asked last.
-    in_use: int = 0
-    waiting: int = 0
-    active: bool = False
-
-    @property
-    def wants(self) -> int:
-        """Its demand."""
-        return self.in_use + self.waiting
-
 
 _NOTHING = TagDemand()
 
@@ -109,33 +91,19 @@ class State(NamedTuple):
 
     @property
     def wants(self) -> bool:
-        """Tell if there is a reason to be a member."""
+        """There is a reason to be a member."""
         return bool(self.open) or any(want.wants for want in self.tags.values())
-
-    @classmethod
-    def of(cls, local: Local) -> State:
-        """Look at a pool.
-
-        The order matters: what is open is counted before, and what is lost in between
-        has to be seen as lost, not to be missed.
-        """
-        open_, tags = local.demand()
-        sessions = frozenset(local.sessions())
-        lost = tuple(local.lost())
-        return cls(open_, tags, sessions - frozenset(lost), lost, local.server())
 
 
 def condense(demand: Tags) -> Tags:
     """Return the demand with a bounded number of tags."""
     if len(demand) <= _MAX_TAGS:
         return demand
-    by_wants = sorted(demand, key=lambda tag: (-demand[tag].wants, tag))
-    in_use, waiting, active = zip(
-        *(demand[t] for t in by_wants[_MAX_TAGS:]), strict=True
-    )
-    named = {tag: demand[tag] for tag in by_wants[:_MAX_TAGS]}
-    named[_REST] = TagDemand(sum(in_use), sum(waiting), any(active))
-    return named
+    ordered = sorted(demand, key=lambda tag: (-demand[tag].wants, tag))
+    named = {tag: demand[tag] for tag in ordered[:_MAX_TAGS]}
+    rest = [demand[tag] for tag in ordered[_MAX_TAGS:]]
+    in_use, waiting = sum(d.in_use for d in rest), sum(d.waiting for d in rest)
+    return {**named, _REST: TagDemand(in_use, waiting, any(d.active for d in rest))}
 
 
 class PoolSide:
@@ -153,12 +121,20 @@ class PoolSide:
         return self._told[0] if self._told else 0
 
     def look(self) -> State:
-        """Return what it has and wants, with what was in use in this round."""
-        state, peaks = State.of(self.local), self._peaks
-        for tag, want in state.tags.items():
+        """Return what it has and wants, with what was in use in this round.
+
+        The order matters: what is open is counted before, and what is lost in between
+        has to be seen as lost, not to be missed.
+        """
+        open_, wanted = self.local.demand()
+        sessions = frozenset(self.local.sessions())
+        lost = tuple(self.local.lost())
+        tags, peaks = {}, self._peaks
+        for tag, want in wanted.items():
             peaks[tag] = max(peaks.get(tag, 0), want.in_use)
-        tags = {t: want._replace(in_use=peaks[t]) for t, want in state.tags.items()}
-        return state._replace(tags=condense(tags))
+            tags[tag] = want._replace(in_use=peaks[tag])
+        sessions -= frozenset(lost)
+        return State(open_, condense(tags), sessions, lost, self.local.server())
 
     def forget_peaks(self) -> None:
         """A new round begins."""
@@ -179,16 +155,14 @@ class PoolSide:
 
     def close(self) -> None:
         """Have it open nothing, and close what is idle."""
-        _, ceilings, other = self._told or (0, {}, 0)
-        self.tell(0, ceilings, other)
+        self.tell(0, *(self._told or (0, {}, 0))[1:])
         self.local.close_surplus()
 
     def bury(self, lost: Sequence[Session | None]) -> None:
         """Slots of lost connections are in quarantine."""
         self.local.buried(lost)
         if self._told is not None:
-            slots, ceilings, other = self._told
-            self._told = max(slots - len(lost), 0), ceilings, other
+            self._told = max(self._told[0] - len(lost), 0), *self._told[1:]
 
     def freeze(self) -> None:
         """Have it open nothing until it is told anew."""
@@ -326,7 +300,7 @@ class Demand:
         """Tell if more is wanted than posted, and what was posted is the limit."""
         if not want.waiting:
             return False
-        line, claim = self.known.row.tags.get(tag, Line()), self.known.claims.get(tag)
+        line, claim = self.known.row.tags.get(tag, _NOTHING), self.known.claims.get(tag)
         if claim:
             return want.wants > line.wants and claim >= line.wants
         return not line.waiting
@@ -335,10 +309,7 @@ class Demand:
         return _over(self._slack_since, self._pace.linger, now)
 
     def steady(self, tags: Tags, now: float) -> Tags:
-        """Return the demand as it is to be posted, for whatever reason it is.
-
-        What has only just fallen is posted as it was.
-        """
+        """Return the demand to be posted: what has only just fallen is as it was."""
         if self._is_slack(now):
             return tags
         steady = dict(tags)
@@ -391,9 +362,7 @@ class Demand:
 
 def _since(since: float | None, is_so: bool, now: float) -> float | None:
     """Return since when it is so, None if it is not."""
-    if not is_so:
-        return None
-    return now if since is None else since
+    return (now if since is None else since) if is_so else None
 
 
 def _over(since: float | None, seconds: float, now: float) -> bool:

@@ -19,7 +19,6 @@ from typing import Any
 
 from ..scheduling import policy
 from ..stats import TagStats
-from .allocation import Line
 from .book import Book
 from .errors import LedgerError
 from .overview import (
@@ -30,7 +29,7 @@ from .overview import (
     compile_overview,
     decode,
 )
-from .rows import Session
+from .rows import Session, TagDemand
 from .store import Store
 
 __all__ = ["GoneReport", "Inspector", "LedgerReport", "MemberReport", "read"]
@@ -60,7 +59,7 @@ class MemberReport:
     owned: int
     target: int
     #: What it has, and wants, under each tag, as it was last posted.
-    tags: Mapping[str, Line]
+    tags: Mapping[str, TagDemand]
 
 
 @dataclass(frozen=True, slots=True)
