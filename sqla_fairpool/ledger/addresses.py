@@ -21,16 +21,6 @@ from .errors import LedgerError
 from .host import HostStore
 from .postgres import PostgresStore
 
-__all__ = [
-    "database_place",
-    "default_ledger",
-    "default_path",
-    "known_ledgers",
-    "make_store",
-    "needs_database",
-    "with_threads_driver",
-]
-
 _ALLOWED = (
     "'host' (a file at a default place, for the processes of this host), the path of "
     "a file, with a / in it, 'database' (the pool's own, for any number of hosts), or "

@@ -28,16 +28,6 @@ from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from ..diagnosis.callers import users_level
 from ..options import BadOption
 
-__all__ = [
-    "asyncpg_arguments",
-    "for_asyncio",
-    "for_threads",
-    "has_private_memory",
-    "translate_for_asyncpg",
-    "warn_of_memory",
-    "with_libpq_keys",
-]
-
 _log = logging.getLogger(__name__)
 
 # By backend: SQLAlchemy's name of a driver and its module, those preferred first.

@@ -26,14 +26,13 @@ Rules of this file:
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import threading
 import uuid
 import weakref
 from collections.abc import Collection, Iterable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import LedgerError
@@ -46,12 +45,14 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["HostStore"]
-
-_SIGN, _BELL, _FIGURES = ".sign", ".bell", ".figures"
-
-# Under these names, a sign and figures are made.
-_NEW_SIGN, _NEW_FIGURES = ".new", ".said"
+# Under the last two names, a sign and figures are made.
+_KINDS = _BELL, _FIGURES, _SIGN, _NEW_SIGN, _NEW_FIGURES = (
+    ".bell",
+    ".figures",
+    ".sign",
+    ".new",
+    ".said",
+)
 
 # How often what is at the ledger's place may vanish while it is being opened.
 _ATTEMPTS = 50
@@ -70,6 +71,7 @@ class HostStore(Store):
     #: The kernel loses no sign, but the file may go away.
     can_lose_sign = False
     watches_place = True
+    control_connections = 0
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path).absolute()
@@ -90,10 +92,6 @@ class HostStore(Store):
         # One transaction at a time, also among the threads of this process.
         self._lock = threading.RLock()
         self._process = os.getpid()
-
-    @property
-    def control_connections(self) -> int:
-        return 0
 
     @property
     def key(self) -> int:
@@ -122,9 +120,8 @@ class HostStore(Store):
                         if not left:
                             raise
             except OSError as error:
-                raise LedgerError(
-                    f"the ledger {self.name} cannot be used: {error}"
-                ) from None
+                why = f"the ledger {self.name} cannot be used: {error}"
+                raise LedgerError(why) from None
             self.signed = True
 
     def _open_what_is_there(self) -> None:
@@ -153,7 +150,7 @@ class HostStore(Store):
     def _give_sign(self, there: os.stat_result) -> None:
         """Make the sign of life and the bell, unless they are in place."""
         self._mode, self._there = there.st_mode & 0o777, there
-        bell, sign = (self._beside(self.member, kind) for kind in (_BELL, _SIGN))
+        bell, sign = self._beside(self.member, _BELL), self._beside(self.member, _SIGN)
         if not is_at(self._bell, bell):
             self._bell = self._closed(self._bell)
             bell.unlink(missing_ok=True)
@@ -176,18 +173,23 @@ class HostStore(Store):
     def _note_joining(self) -> None:
         """Make the sign one of a member, see :meth:`strangers`."""
         assert self._sign is not None
-        try:
+        with self._translated():
             os.pwrite(self._sign, b"member\n", 0)
+        self._has_joined = True
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise StoreAway(f"{self.name}: {error}") from error
-        self._has_joined = True
 
     def close(self) -> None:
         with self._lock:
             if self._bell is not None or self._sign is not None:
                 self._unlink(self.member)
-            for handle in (self._bell, self._sign):
-                self._closed(handle)
+            self._closed(self._bell)
+            self._closed(self._sign)
             self._file.close()
             self._begin()
 
@@ -195,17 +197,15 @@ class HostStore(Store):
     def _closed(handle: int | None) -> None:
         """Close and unlock a file, whatever this process's children have open."""
         if handle is not None:
-            with no_fork, contextlib.suppress(OSError):
+            with no_fork, suppress(OSError):
                 fcntl.flock(handle, fcntl.LOCK_UN)
                 os.close(handle)
 
     def after_fork(self) -> None:
         # Runs in every child that Python forks, before its own code.
-        for handle in (self._bell, self._sign):
-            if handle is not None:
-                # Closing does not unlock: the parent has the files open as well.
-                with contextlib.suppress(OSError):
-                    os.close(handle)
+        for handle in (h for h in (self._bell, self._sign) if h is not None):
+            with suppress(OSError):
+                os.close(handle)  # not unlocked: the parent has it open as well
         self._file.forget()
         self._begin()
 
@@ -245,10 +245,8 @@ class HostStore(Store):
     # -- signs of life ----------------------------------------------------------------
 
     def living(self, members: Collection[str]) -> set[str]:
-        try:
+        with self._translated():
             living = {member for member in members if self._lives(member)}
-        except OSError as error:
-            raise StoreAway(f"{self.name}: {error}") from error
         if len(living) < len(members) and not self._has_sign():
             # With this process's sign theirs may have been removed.
             raise StoreAway(f"the signs of life in {self._members} were removed")
@@ -259,7 +257,7 @@ class HostStore(Store):
         return len(self.living({member for member in signs if self._had_row(member)}))
 
     def _had_row(self, member: str) -> bool:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             return self._beside(member, _SIGN).stat().st_size > 0
         return False
 
@@ -290,7 +288,7 @@ class HostStore(Store):
         The caller holds the lock of the rows: no sign is given meanwhile.
         """
         living = {member for member in self._found(_SIGN) if self._lives(member)}
-        for kind in (_BELL, _FIGURES, _NEW_SIGN, _NEW_FIGURES):
+        for kind in _KINDS:
             for member in self._found(kind) - living:
                 self._unlink(member)
         return living
@@ -307,8 +305,8 @@ class HostStore(Store):
         return self._members / f"{member}{kind}"
 
     def _unlink(self, member: str) -> None:
-        for kind in (_BELL, _FIGURES, _NEW_FIGURES, _NEW_SIGN, _SIGN):
-            with contextlib.suppress(OSError):
+        for kind in _KINDS:
+            with suppress(OSError):
                 self._beside(member, kind).unlink()
 
     # -- bells ------------------------------------------------------------------------
@@ -324,48 +322,40 @@ class HostStore(Store):
 
     def _write_into_bells(self, members: Iterable[str], what: bytes) -> None:
         for member in members:
-            try:
+            with suppress(OSError):  # gone, or going; or full: it rings already
                 bell = os.open(self._beside(member, _BELL), os.O_WRONLY | os.O_NONBLOCK)
-            except OSError:
-                continue  # gone, or going
-            try:
-                os.write(bell, what)
-            except OSError:
-                pass  # full: it rings already
-            finally:
-                os.close(bell)
+                try:
+                    os.write(bell, what)
+                finally:
+                    os.close(bell)
 
     def wait(self, seconds: float | None) -> bool:
         if (bell := self._bell) is None:
             raise StoreAway("the ledger is not open")
         if not wait_for([bell], seconds):
             return False
-        try:
+        with self._translated():  # closed meanwhile
             self.asked = _ASK in drain(bell) or self.asked
-        except OSError:  # closed meanwhile
-            raise StoreAway("the ledger is not open") from None
         return True
 
     def nudge(self) -> None:
         if (bell := self._bell) is not None:
-            with contextlib.suppress(OSError):  # full, or closed meanwhile
+            with suppress(OSError):  # full, or closed meanwhile
                 os.write(bell, _NUDGE)
 
     # -- figures ----------------------------------------------------------------------
 
     def publish(self, text: str) -> None:
         new = self._beside(self.member, _NEW_FIGURES)
-        try:
+        with self._translated():
             new.write_text(text, encoding="utf-8")
             share(new, self._mode, self._there)
             new.rename(self._beside(self.member, _FIGURES))  # whole, or not at all
-        except OSError as error:
-            raise StoreAway(f"{self.name}: {error}") from error
 
     def published(self, members: Collection[str]) -> dict[str, str]:
         found = {}
         for member in members:
-            with contextlib.suppress(OSError, ValueError):
+            with suppress(OSError, ValueError):
                 figures = _open_regular(self._beside(member, _FIGURES))
                 if figures is not None:
                     with open(figures, encoding="utf-8") as file:

@@ -42,8 +42,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LedgerFile", "Replaced", "is_at", "no_fork", "share"]
-
 _log = logging.getLogger(__name__)
 
 #: How long a transaction waits for another one, which takes some 40 microseconds; a

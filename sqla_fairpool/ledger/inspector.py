@@ -28,11 +28,10 @@ from .overview import (
     ProcessRow,
     compile_overview,
     decode,
+    utc_now,
 )
 from .rows import Session, TagDemand
 from .store import Store
-
-__all__ = ["GoneReport", "Inspector", "LedgerReport", "MemberReport", "read"]
 
 #: Seconds that members have for an answer. They take a millisecond or two; a process
 #: that computes in many threads lets its keeper wait for its turn.
@@ -44,16 +43,13 @@ _FIRST, _LONGEST = 0.001, 0.02
 
 @dataclass(frozen=True, slots=True)
 class MemberReport:
-    """A process that takes part."""
+    """A process that takes part; `key` is what the store calls it."""
 
     number: int
-    #: What the store calls it.
     key: str
-    #: Host, pid, program, since when; for people.
     who: Mapping[str, Any]
-    #: Its sign of life stands.
+    #: Its sign of life stands; but it was asked for something and does not answer.
     alive: bool
-    #: It was asked for something and does not answer: it is stopped.
     stalled: bool
     #: Slots it owns, and how many it is to have.
     owned: int
@@ -64,11 +60,10 @@ class MemberReport:
 
 @dataclass(frozen=True, slots=True)
 class GoneReport:
-    """Slots in quarantine, because their owner may have sessions on the server yet."""
+    """Slots in quarantine; of `sessions` of them a server session is known."""
 
     number: int
     slots: int
-    #: Of how many of them a server session is known.
     sessions: int
     why: str
     who: Mapping[str, Any]
@@ -100,10 +95,8 @@ class LedgerReport:
     def as_dict(self) -> dict[str, Any]:
         """Return everything as dicts, lists and numbers, ready for JSON."""
         plain = asdict(self)
-        for row, member in zip(plain["members"], self.members, strict=True):
-            row["tags"] = [
-                {"tag": tag, **line._asdict()} for tag, line in member.tags.items()
-            ]
+        for row in plain["members"]:
+            row["tags"] = [{"tag": t, **d._asdict()} for t, d in row["tags"].items()]
         return plain
 
 
@@ -121,7 +114,7 @@ def _read(store: Store) -> tuple[LedgerReport, Book]:
     if book.meta is None:
         raise LedgerError(f"the ledger {store.name} is empty: no process has joined")
     living = store.living(list(book.members))
-    plan = book.allocation()
+    targets = book.allocation().targets
     members = [
         MemberReport(
             number=member.number,
@@ -130,7 +123,7 @@ def _read(store: Store) -> tuple[LedgerReport, Book]:
             alive=key in living,
             stalled=member.stalled,
             owned=member.owned,
-            target=plan.targets[key],
+            target=targets[key],
             tags=dict(sorted(member.tags.items())),
         )
         for key, member in book.members.items()
@@ -145,8 +138,8 @@ def _read(store: Store) -> tuple[LedgerReport, Book]:
         quarantined=book.quarantined,
         free=book.free,
         control_connections=store.control_connections * len(living),
-        server=book.meta.server,
-        fresh=book.meta.fresh,
+        server=book.server,
+        fresh=book.is_fresh,
         unasked=next((m.unasked for m in book.members.values() if m.unasked), None),
         members=tuple(sorted(members, key=lambda member: member.number)),
         gone=tuple(
@@ -200,14 +193,16 @@ class Inspector:
         said = self._ask(self._store.living(list(there)))
         # After the answers: sessions that they tell of are posted by then.
         report, book = _read(self._store)
-        self.sessions = _posted_sessions(book)
+        posted = [(gone.sessions, number) for number, gone in book.gone.items()]
+        posted += [(row.sessions, row.number) for row in book.members.values()]
+        self.sessions = {one: number for several, number in posted for one in several}
         return compile_overview(
             [self._part(member, said.get(member.key)) for member in report.members],
             _limits(report, said),
             ledger=report.name,
             registered=registered,
             warnings=_quarantines(report),
-            taken_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            taken_at=utc_now(),
         )
 
     def close(self) -> None:
@@ -259,12 +254,6 @@ class Inspector:
         return Part(process, figures)
 
 
-def _posted_sessions(book: Book) -> Mapping[Session, int]:
-    rows = [(gone.sessions, number) for number, gone in book.gone.items()]
-    rows += [(member.sessions, member.number) for member in book.members.values()]
-    return {session: number for sessions, number in rows for session in sessions}
-
-
 def _posted(member: MemberReport) -> list[TagStats]:
     """Return what a member is taken to hold that has posted what it wants."""
     # What it posted is what it was promised then. It may have got more since.
@@ -278,14 +267,14 @@ def _posted(member: MemberReport) -> list[TagStats]:
 
 def _limits(report: LedgerReport, said: Mapping[str, Mapping[str, Any]]) -> Limits:
     sizes = [figures["size"] for figures in said.values() if "size" in figures]
+    # The slots of the dead are to be in quarantine in a moment.
+    dead = sum(member.owned for member in report.members if not member.alive)
     return Limits(
         size=max(sizes, default=report.capacity),
         capacity=report.capacity,
         soft_limit=report.soft_limit,
         max_limit=report.max_limit,
-        # Those of the dead are to be there in a moment.
-        quarantined=report.quarantined
-        + sum(member.owned for member in report.members if not member.alive),
+        quarantined=report.quarantined + dead,
     )
 
 

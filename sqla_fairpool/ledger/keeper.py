@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from ..background import start_thread
@@ -28,8 +29,6 @@ from .member import Membership
 from .rows import Terms, dump
 from .store import Store, StoreAway
 from .watch import Sessions
-
-__all__ = ["Keeper", "Pace", "describe_process"]
 
 _log = logging.getLogger(__name__)
 
@@ -96,9 +95,9 @@ class Keeper:
             self._chance,
             self._who,
         )
-        # What does the rounds, once there is something: the thread, or this object
-        # itself if it was closed before. The first one that is entered is it; without a
-        # lock, which an interrupt could leave locked.
+        # What does the rounds: the thread, or this object if it was closed before. The
+        # first that is entered is it; without a lock, which an interrupt could leave
+        # locked.
         self._runner: dict[str, threading.Thread | Keeper] = {}
         # Rings while the store cannot: taken by the keeper, released to wake it.
         self._bell = threading.Lock()
@@ -146,50 +145,42 @@ class Keeper:
             raise
 
     def post(self, done: Callable[[bool], None]) -> None:
-        """Have the pool's state of now in the ledger; say if it is.
+        """Have the pool's state of now in the ledger. From any thread; never blocks.
 
-        It is if the store has it, the sessions included, and this process is a member
-        that owns a slot for each connection that is open. From any thread; never
-        blocks.
-
-        :param done: called once, by the keeper's thread as a rule: True after the
-          commit, False if there is none now: the store is away, we are refused, the
-          keeper is closed. Must not raise. Is not called in a forked child.
+        :param done: called once, by the keeper's thread as a rule: True if the store
+          has it, the sessions included, and this process is a member that owns a slot
+          for each open connection; False if that cannot be now: the store is away, we
+          are refused, the keeper is closed. Must not raise. Not called in a forked
+          child.
         """
         self._posts.append(done)
         self.ring()
         if self._ended:
-            self._answer_posts(self._take_posts(), False)
+            self._answer_posts(False)
 
     def _take_posts(self) -> list[Callable[[bool], None]]:
         posts = []
-        try:
+        with suppress(IndexError):
             while True:
                 posts.append(self._posts.popleft())
-        except IndexError:
-            return posts
+        return posts
 
-    @staticmethod
-    def _answer_posts(posts: list[Callable[[bool], None]], answer: bool) -> None:
-        for done in posts:
+    def _answer_posts(self, answer: bool) -> None:
+        for done in self._take_posts():
             done(answer)
 
     def _wake(self) -> None:
-        try:
+        with suppress(RuntimeError):  # it was ringing already
             self._bell.release()
-        except RuntimeError:
-            pass  # it was ringing already
 
     def _start(self) -> None:
-        """Start a thread, which ends at once if it is not the first.
-
-        It may be interrupted anywhere. The next caller starts another one.
-        """
+        # It may be interrupted anywhere: the next caller starts another thread, which
+        # ends at once if it is not the first.
         start_thread(self._run, "sqla_fairpool-keeper", self._not_started)
 
     def _not_started(self) -> None:
         self._rung = False
-        self._answer_posts(self._take_posts(), False)
+        self._answer_posts(False)
 
     def _is_runner(self, who: threading.Thread | Keeper) -> bool:
         return self._runner.setdefault("runner", who) is who
@@ -210,10 +201,8 @@ class Keeper:
         if self.member.is_open:
             self._store.nudge()
         self._wake()
-        if isinstance(thread, threading.Thread) and (
-            thread is not threading.current_thread()
-        ):
-            thread.join(self._pace.retry)
+        if thread not in (self, threading.current_thread()):
+            thread.join(self._pace.retry)  # type: ignore[union-attr]  # not this object
 
     @property
     def is_hindered(self) -> bool:
@@ -239,7 +228,7 @@ class Keeper:
     def _end(self) -> None:
         self.member.leave()
         self._ended = True
-        self._answer_posts(self._take_posts(), False)
+        self._answer_posts(False)
 
     def _sleep(self, seconds: float) -> bool:
         """Return True if it was rung."""
@@ -282,7 +271,8 @@ class Keeper:
             self._refuse(error, now)
         except Exception as error:
             self._fail(error, now)
-        self._answer_posts(posts, has_posted)
+        for done in posts:
+            done(has_posted)
         if now < self._retry_at:
             return self._retry_at
         return max(min(self.member.times(now)), now + _LEAST)

@@ -25,8 +25,6 @@ from .store import Store, StoreAway
 from .transaction import has_news, settle
 from .watch import Findings, Sessions, Watch
 
-__all__ = ["Membership"]
-
 _log = logging.getLogger(__name__)
 
 #: How many keepers of those that go short watch the others, at each beat, on average.
@@ -90,7 +88,6 @@ class Membership:
 
     @property
     def unasked(self) -> str | None:
-        """Why the server cannot be asked for sessions, if it was asked in vain."""
         return self._watch.unasked
 
     @property
@@ -107,7 +104,6 @@ class Membership:
     # -- called by the keeper -------------------------------------------------------
 
     def rung(self, now: float) -> None:
-        """The pool has rung."""
         self._demand.rung(now)
 
     def times(self, now: float) -> Iterator[float]:
@@ -171,7 +167,7 @@ class Membership:
                 with self._transaction() as rows:
                     book = Book(rows)
                     book.leave(self._store.member, state.open, sessions)
-                    bells = book.tell(book.allocation()) if book.meta else []
+                    bells = book.tell()
                 self._store.ring(bells)
         except Exception as error:
             # Others find us dead, and our slots with us.
@@ -286,8 +282,7 @@ class Membership:
                     )
                 else:
                     self._demand.allotment = None
-                    if book.meta is not None:  # else the rows were made anew
-                        book.tell(book.allocation())
+                    book.tell()
         if self.allotment is None:
             # Taken for dead, or the ledger was reset: as a newcomer, with the number
             # we had and the connections that are open.

@@ -7,23 +7,12 @@ here, over all of them, by the same rules that divide the connections.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from time import gmtime, strftime
 from typing import Any, NamedTuple
 
 from ..scheduling import policy
 from ..stats import SHARED, TagStats
-
-__all__ = [
-    "Limits",
-    "Overview",
-    "Part",
-    "ProcessRow",
-    "ScraperRow",
-    "compile_overview",
-    "condensed",
-    "decode",
-    "encode",
-]
 
 #: Seconds after which a connection that is out is worth a warning.
 _LONG_HOLD = 60.0
@@ -167,33 +156,32 @@ class Overview:
             "ledger": self.ledger,
             "pool": {
                 **asdict(self.limits),
-                "checked_out": self.checked_out,
-                "available": self.available,
-                "overflow": self.overflow,
-                "open": self.open,
-                "waiting": self.waiting,
-                "utilization": self.utilization,
+                **self._figures(
+                    "checked_out available overflow open waiting utilization"
+                ),
             },
             "scrapers": [
-                {
-                    **{
-                        key: getattr(row, name)
-                        for key, name in _SCRAPER_IN_JSON.items()
-                    },
-                    "processes": list(row.processes),
-                }
+                {key: getattr(row, name) for key, name in _SCRAPER_IN_JSON.items()}
+                | {"processes": list(row.processes)}
                 for row in self.scrapers
             ],
             "strategy": self.strategy,
             "efficiency": {
-                "active_scrapers": self.active_scrapers,
+                **self._figures("active_scrapers utilization"),
                 "average_connections": self.average,
-                "utilization": self.utilization,
                 "jain_index": self.jain,
             },
             "processes": [asdict(row) for row in self.processes],
             "warnings": list(self.warnings),
         }
+
+    def _figures(self, names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names.split()}
+
+
+def utc_now() -> str:
+    """Return the time of day in ISO 8601."""
+    return strftime("%Y-%m-%dT%H:%M:%SZ", gmtime())
 
 
 def condensed(rows: Sequence[TagStats]) -> Sequence[TagStats]:
@@ -211,16 +199,18 @@ def condensed(rows: Sequence[TagStats]) -> Sequence[TagStats]:
     return [*ordered[:_MAX_TAGS], rest]
 
 
+#: What a process tells others of each tag.
+_TOLD = ("name", *SHARED)
+
+
 def encode(rows: Sequence[TagStats]) -> list[dict[str, Any]]:
     """Return what a process tells others of its tags, ready for JSON."""
-    names = ("name", *SHARED)
-    return [{name: getattr(row, name) for name in names} for row in condensed(rows)]
+    return [{name: getattr(row, name) for name in _TOLD} for row in condensed(rows)]
 
 
 def decode(rows: Iterable[Mapping[str, Any]]) -> list[TagStats]:
     """Return the rows of :func:`encode`. A later version may tell more."""
-    names = {"name", *SHARED}
-    return [TagStats(**{n: row[n] for n in names if n in row}) for row in rows]
+    return [TagStats(**{n: row[n] for n in _TOLD if n in row}) for row in rows]
 
 
 def compile_overview(
@@ -282,9 +272,11 @@ def _scrapers(
     scrapers = []
     for tag, ceiling, share in zip(tags, ceilings, shares, strict=True):
         processes = [process for process, _ in found[tag.name]]
-        figures = {one.name: getattr(tag, one.name) for one in fields(tag)}
+        figures = {name: getattr(tag, name) for name in _TOLD}
         row = ScraperRow(
-            **{**figures, "limit": ceiling, "fair_share": share},
+            **figures,
+            limit=ceiling,
+            fair_share=share,
             status=_status(tag, processes),
             # A process with several engines is a member several times.
             processes=tuple(dict.fromkeys(labels[id(p)] for p in processes)),

@@ -12,19 +12,6 @@ from typing import NamedTuple
 
 from .overview import Overview, ScraperRow
 
-__all__ = [
-    "COLUMNS",
-    "Column",
-    "cut",
-    "lines",
-    "percent",
-    "pool_text",
-    "printable",
-    "seconds_text",
-    "summary",
-    "time_text",
-]
-
 #: Characters of the bar that shows the utilization.
 _BAR = 20
 

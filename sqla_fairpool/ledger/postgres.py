@@ -33,18 +33,8 @@ from sqlalchemy.exc import DBAPIError, ProgrammingError, SQLAlchemyError
 
 from . import watch
 from .errors import LedgerError
-from .postgres_driver import (
-    Heard,
-    first_line,
-    listen,
-    make_engine,
-    notifications,
-    sqlstate,
-)
-from .postgres_tables import Tables, TablesGone, TablesUnusable
+from .postgres_tables import Heard, Tables, first_line, make_engine, notifications
 from .store import Store, StoreAway, drain, wait_for
-
-__all__ = ["PostgresStore"]
 
 #: How long a transaction waits for another one, and for the server.
 _LOCK_TIMEOUT, _STATEMENT_TIMEOUT = "2s", "5s"
@@ -106,7 +96,7 @@ class PostgresStore(Store):
         host = url.host or url.query.get("host") or "localhost"
         port = f":{url.port}" if url.port else ""
         self.name = f"postgresql://{host}{port}/{url.database} ledger {ledger!r}"
-        self._tables = Tables(ledger, self._run)
+        self._tables = Tables(ledger, self.name, self._run)
         self._begin()
 
     def _begin(self) -> None:
@@ -151,10 +141,7 @@ class PostgresStore(Store):
                     self._connection = self._engine.connect()
                 self._prepare()
             with self._exclusive(_CREATION):
-                try:
-                    self._tables.open()
-                except TablesUnusable as error:
-                    raise self._unusable(error) from None
+                self._tables.open()
             if not is_connected and not self._observes:
                 self._appear()
         except BaseException:
@@ -173,13 +160,17 @@ class PostgresStore(Store):
             ("idle_in_transaction_session_timeout", _STATEMENT_TIMEOUT),
         ):
             self._run(f"SET {setting} = '{time}'")
+        driver, inbox = self._driver, self._inbox
         with self._cursor() as cursor:
-            pid = self._driver.info.backend_pid
             try:
-                self.server, _ = watch.identify(cursor, pid)
+                self.server, _ = watch.identify(cursor, driver.info.backend_pid)
             except LedgerError as error:
-                raise self._unusable(error) from None
-        listen(self._driver, self._inbox)
+                raise self._tables.unusable(error) from None
+        if hasattr(driver, "add_notify_handler"):
+            # psycopg gives those that come while a statement runs to nobody else.
+            driver.add_notify_handler(
+                lambda n: inbox.append(Heard(n.channel, n.payload, n.pid))
+            )
 
     def _appear(self) -> None:
         """Give the sign of life, at this place, and listen."""
@@ -201,8 +192,7 @@ class PostgresStore(Store):
     def _drop(self) -> None:
         """Close the control connection, whatever state it is in."""
         connection, self._connection = self._connection, None
-        self._is_open = False
-        self._inbox = []
+        self._is_open, self._inbox = False, []
         if connection is not None:
             with contextlib.suppress(SQLAlchemyError):
                 connection.invalidate()
@@ -232,8 +222,11 @@ class PostgresStore(Store):
         if not self._is_open:
             raise StoreAway("the ledger is not open")
         with self._exclusive(self._exclusion):
-            with self._translated():
-                before = self._tables.read()
+            before = self._tables.read()
+            if before is None:
+                self._miss_tables()
+                why = "the ledger was deleted from its tables, or made anew"
+                raise StoreAway(f"{self.name}: {why}")
             rows = dict(before)
             yield rows
             self._tables.write(before, rows)
@@ -280,26 +273,22 @@ class PostgresStore(Store):
         """Raise `StoreAway` or `LedgerError` for what the server or the driver says."""
         try:
             yield
-        except TablesGone as error:
-            self._miss_tables()
-            raise StoreAway(f"{self.name}: {error}") from None
         except DBAPIError as error:
             words = first_line(error.orig)
+            # psycopg has the one, psycopg2 the other.
+            state = getattr(error.orig, "sqlstate", getattr(error.orig, "pgcode", None))
             if error.connection_invalidated or self._connection is None:
                 self._lost()
-            elif sqlstate(error.orig) in _MISSING:
+            elif state in _MISSING:
                 self._miss_tables()
                 words = f"the tables were dropped ({words})"
             elif isinstance(error, ProgrammingError):
                 # Not allowed, or a table of another shape.
-                raise self._unusable(words) from None
+                raise self._tables.unusable(words) from None
             raise StoreAway(f"{self.name}: {words}") from error
         except self._engine.dialect.loaded_dbapi.Error as error:
             self._lost()  # from a cursor of the driver's own
             raise StoreAway(f"{self.name}: {first_line(error)}") from error
-
-    def _unusable(self, why: object) -> LedgerError:
-        return LedgerError(f"the ledger {self.name} cannot be used: {why}")
 
     def _lost(self) -> None:
         """The session is over, and with it the sign of life."""

@@ -1,4 +1,4 @@
-"""The tables in a PostgreSQL database: in which schema, and what is read and written.
+"""The tables of the PostgreSQL store, and how it uses its drivers.
 
     fairpool_ledger(name, version, number)      the ledgers in this database
     fairpool_ledger_row(ledger, key, value)     their rows
@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from .store import changes
+from sqlalchemy import Engine, create_engine
+from sqlalchemy.engine import URL
+from sqlalchemy.pool import NullPool
 
-__all__ = ["Tables", "TablesGone", "TablesUnusable"]
+from .errors import LedgerError
+from .store import StoreAway, changes
 
 #: Version of the tables.
 SCHEMA = 1
@@ -74,33 +77,31 @@ _PUBLISHED = "SELECT member, value FROM fairpool_figures WHERE ledger = :ledger"
 _UNPUBLISH = "DELETE FROM fairpool_figures WHERE ledger = :ledger AND member = :member"
 
 
-class TablesGone(Exception):  # noqa: N818  (a state, not an error)
-    """The tables that were opened do not exist any more, or are others now."""
-
-
-class TablesUnusable(Exception):  # noqa: N818
-    """The operator has to do something about the tables."""
-
-
 class Tables:
     """The tables as one ledger sees them. The caller sees to transactions.
 
-    :param ledger: its name.
+    :param ledger: its name there.
+    :param name: what it is called in errors.
     :param run: executes a statement with values, or with a list of such.
     """
 
-    def __init__(self, ledger: str, run: Callable[..., Any]) -> None:
+    def __init__(self, ledger: str, name: str, run: Callable[..., Any]) -> None:
+        self._name = name
         self._ledger = {"ledger": ledger}
         self._run = run
         #: The ledger's own number, another one if it was made anew; 0 until opened.
         self.number = 0
+
+    def unusable(self, why: object) -> LedgerError:
+        """Return what is raised where the operator has to do something."""
+        return LedgerError(f"the ledger {self._name} cannot be used: {why}")
 
     def open(self) -> None:
         """Find the tables or create them; have the session use them.
 
         In a transaction, in which no other process does the same.
 
-        :raises TablesUnusable: if they cannot be used as they are.
+        :raises LedgerError: if they cannot be used as they are.
         """
         self._run("RESET search_path")
         schema = {"schema": self._find()}
@@ -119,7 +120,7 @@ class Tables:
             self._run(_CREATE, self._ledger | row)
         version, self.number = found
         if version > SCHEMA:
-            raise TablesUnusable(
+            raise self.unusable(
                 f"it has schema version {version}, and this process knows {SCHEMA}: "
                 "it runs an older sqla_fairpool"
             )
@@ -129,7 +130,7 @@ class Tables:
         if found is not None:
             schema, is_usable, role = found
             if not is_usable:
-                raise TablesUnusable(
+                raise self.unusable(
                     f"its tables are in the schema {schema!r}, which the role {role!r} "
                     "may not use: grant it USAGE on the schema, and SELECT, INSERT, "
                     f"UPDATE and DELETE on {', '.join(_TABLES)}"
@@ -137,21 +138,18 @@ class Tables:
             return str(schema)
         schema = self._run(_CHOOSE).scalar()
         if schema is None:
-            raise TablesUnusable(
+            raise self.unusable(
                 "there are no tables yet, and the role may not create any: let a role "
                 "that may, with CREATE on the schema public, join first"
             )
         return str(schema)
 
-    def read(self) -> dict[str, str]:
-        """Return the rows.
-
-        :raises TablesGone: if they are not those of the ledger that was opened.
-        """
+    def read(self) -> dict[str, str] | None:
+        """Return the rows; None if they are not those of the ledger that was opened."""
         found = self._run(_READ, self._ledger).all()
         # One statement for both: a look before would be no look at these rows.
         if not found or found[0][0] != self.number:
-            raise TablesGone("the ledger was deleted from its tables, or made anew")
+            return None
         return {key: value for _, key, value in found if key is not None}
 
     def write(self, before: Mapping[str, str], rows: Mapping[str, str]) -> None:
@@ -173,3 +171,67 @@ class Tables:
         for member in said.keys() - set(members):
             self._run(_UNPUBLISH, self._ledger | {"member": member})
         return {member: text for member, text in said.items() if member in members}
+
+
+# -- drivers: psycopg2 and psycopg -------------------------------------------------
+
+#: For libpq, unless the URL has others: a network that is cut is noticed within 10
+#: seconds, by probes or by what is sent and not acknowledged (milliseconds).
+_KEEPALIVES = {
+    "keepalives": 1,
+    "keepalives_idle": 4,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+
+#: Seconds.
+_CONNECT_TIMEOUT = 5
+
+
+def make_engine(url: URL) -> Engine:
+    """Return what makes connections to the ledger's database."""
+    keepalives = {k: v for k, v in _KEEPALIVES.items() if k not in url.query}
+    return create_engine(
+        url,
+        poolclass=NullPool,
+        isolation_level="AUTOCOMMIT",
+        connect_args={
+            **keepalives,
+            "connect_timeout": _CONNECT_TIMEOUT,
+            "application_name": "sqla_fairpool ledger",
+        },
+    )
+
+
+class Heard(NamedTuple):
+    """A notification."""
+
+    channel: str
+    payload: str
+    pid: int
+
+
+def notifications(connection: Any, inbox: list[Heard]) -> list[Heard]:
+    """Return the notifications that have come.
+
+    :raises Exception: what the driver raises if the connection is lost.
+    """
+    heard = list(inbox)
+    inbox.clear()
+    if hasattr(connection, "poll"):  # psycopg2
+        connection.poll()
+        if connection.closed:
+            raise StoreAway("the server has closed the connection")
+        heard += [Heard(n.channel, n.payload, n.pid) for n in connection.notifies]
+        connection.notifies.clear()
+        return heard
+    connection.pgconn.consume_input()
+    while (n := connection.pgconn.notifies()) is not None:
+        heard.append(Heard(n.relname.decode(), n.extra.decode(), n.be_pid))
+    return heard
+
+
+def first_line(error: object) -> str:
+    """Return what an error says first."""
+    return str(error).strip().partition("\n")[0]

@@ -8,8 +8,6 @@ from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, suppress
 from typing import Protocol
 
-__all__ = ["Store", "StoreAway", "changes", "drain", "wait_for"]
-
 
 class StoreAway(Exception):  # noqa: N818  (a state, not an error)
     """The store cannot be reached, or does not answer, now; try again later."""

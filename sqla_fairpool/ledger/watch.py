@@ -31,19 +31,6 @@ from .errors import LedgerError
 from .rows import Gone, Left, Session, among
 from .store import Store
 
-__all__ = [
-    "Findings",
-    "Present",
-    "Sessions",
-    "Watch",
-    "identify",
-    "look",
-    "other_ledgers",
-    "sign_stands",
-    "still_there",
-    "unaccounted",
-]
-
 _log = logging.getLogger(__name__)
 
 #: Most characters of a reason that are written down.
