@@ -208,7 +208,7 @@ def _is_in_use(path: Path) -> bool:
     store = HostStore(path)
     try:
         store.open()
-        return any(member.alive for member in read(store).members)
+        return bool(read(store).living)
     except (StoreAway, RowBroken):
         return True
     except LedgerError:  # no member has ever joined

@@ -84,8 +84,6 @@ class Book:
         """The members that are expected to look, and why."""
         return read(DUE, self._rows.get(DUE), dict[str, str])
 
-    # -- figures ----------------------------------------------------------------
-
     @property
     def _known_meta(self) -> Meta:
         if self.meta is None:
@@ -143,8 +141,6 @@ class Book:
         limits = self.terms.limits(self.quarantined)
         return allocate(self.members, self.places, limits)
 
-    # -- writing ----------------------------------------------------------------
-
     def next_place(self) -> int:
         """Return a number that was never given."""
         return self._next("next_place")
@@ -168,8 +164,6 @@ class Book:
         else:
             self.gone[number] = gone
             self._rows[gone_key(number)] = gone.text
-
-    # -- coming and going -------------------------------------------------------
 
     def accepts(self, key: str, terms: Terms, server: str | None = None) -> bool:
         """Tell if `key` may join with these terms as things stand."""
@@ -361,8 +355,6 @@ class Book:
             self._rows[META] = self.meta.text
         self.texts, self.members, self.gone = {}, {}, {}
         self.places, self.due = {}, {}
-
-    # -- which members are told -------------------------------------------------------
 
     def tell(self, plan: Allocation | None = None) -> list[str]:
         """Write down which members are to look; return those that are to be rung.

@@ -14,14 +14,12 @@ Rules of this file:
 
 * A sign of life is a ``flock``, which the kernel releases when the last process that
   has the file open is gone: also after SIGKILL, not while it is stopped. A forked
-  child closes its copies at once: see :meth:`HostStore.after_fork`.
-* A sign appears locked: it is locked under another name first. It is not empty once
-  its process has a row.
+  child closes its copies at once. A sign appears locked: it is locked under another
+  name first. It is not empty once its process has a row.
 * Signs are given under the lock of the rows, so that a process that has that lock may
   remove what has no sign.
 * Whatever is here may be removed or replaced at any time. A process finds that out
-  when it looks (:meth:`HostStore.in_place`, and each transaction), keeps its sign of
-  life as long as that stands, and opens what is there.
+  when it looks, keeps its sign of life as long as that stands, and opens what is there.
 """
 
 from __future__ import annotations
@@ -36,7 +34,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import LedgerError
-from .host_file import LedgerFile, Replaced, is_at, no_fork, share
+from .host_file import (
+    LedgerFile,
+    Replaced,
+    close_copy,
+    is_at,
+    no_fork,
+    share,
+    unlock_and_close,
+)
 from .rows import member_key
 from .store import Store, StoreAway, drain, wait_for
 
@@ -56,7 +62,6 @@ _KINDS = _BELL, _FIGURES, _SIGN, _NEW_SIGN, _NEW_FIGURES = (
 
 # How often what is at the ledger's place may vanish while it is being opened.
 _ATTEMPTS = 50
-
 # What is written into a bell: another process rings, it is its own, another asks.
 _RING, _NUDGE, _ASK = b"r", b"n", b"a"
 
@@ -97,8 +102,6 @@ class HostStore(Store):
     def key(self) -> int:
         """The ledger's own number; 0 until it is opened."""
         return self._file.key
-
-    # -- opening and closing --------------------------------------------------------
 
     def open(self) -> None:
         self._check_process()
@@ -152,7 +155,8 @@ class HostStore(Store):
         self._mode, self._there = there.st_mode & 0o777, there
         bell, sign = self._beside(self.member, _BELL), self._beside(self.member, _SIGN)
         if not is_at(self._bell, bell):
-            self._bell = self._closed(self._bell)
+            old, self._bell = self._bell, None
+            unlock_and_close(old)
             bell.unlink(missing_ok=True)
             os.mkfifo(bell, self._mode)
             share(bell, self._mode, there)
@@ -160,7 +164,8 @@ class HostStore(Store):
                 # Both ends are ours: it is never at its end, and no write fails.
                 self._bell = os.open(bell, os.O_RDWR | os.O_NONBLOCK)
         if not is_at(self._sign, sign):
-            self._sign = self._closed(self._sign)
+            old, self._sign = self._sign, None
+            unlock_and_close(old)
             new = self._beside(self.member, _NEW_SIGN)
             with no_fork:
                 self._sign = os.open(new, os.O_RDWR | os.O_CREAT, self._mode)
@@ -171,7 +176,6 @@ class HostStore(Store):
             new.rename(sign)
 
     def _note_joining(self) -> None:
-        """Make the sign one of a member, see :meth:`strangers`."""
         assert self._sign is not None
         with self._translated():
             os.pwrite(self._sign, b"member\n", 0)
@@ -188,24 +192,15 @@ class HostStore(Store):
         with self._lock:
             if self._bell is not None or self._sign is not None:
                 self._unlink(self.member)
-            self._closed(self._bell)
-            self._closed(self._sign)
+            unlock_and_close(self._bell)
+            unlock_and_close(self._sign)
             self._file.close()
             self._begin()
 
-    @staticmethod
-    def _closed(handle: int | None) -> None:
-        """Close and unlock a file, whatever this process's children have open."""
-        if handle is not None:
-            with no_fork, suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_UN)
-                os.close(handle)
-
     def after_fork(self) -> None:
         # Runs in every child that Python forks, before its own code.
-        for handle in (h for h in (self._bell, self._sign) if h is not None):
-            with suppress(OSError):
-                os.close(handle)  # not unlocked: the parent has it open as well
+        close_copy(self._bell)
+        close_copy(self._sign)
         self._file.forget()
         self._begin()
 
@@ -220,8 +215,6 @@ class HostStore(Store):
         return is_at(self._sign, self._beside(self.member, _SIGN)) and is_at(
             self._bell, self._beside(self.member, _BELL)
         )
-
-    # -- rows --------------------------------------------------------------------------
 
     @contextmanager
     def transaction(self) -> Iterator[MutableMapping[str, str]]:
@@ -241,8 +234,6 @@ class HostStore(Store):
             except Replaced:
                 self.signed = False
                 raise
-
-    # -- signs of life ----------------------------------------------------------------
 
     def living(self, members: Collection[str]) -> set[str]:
         with self._translated():
@@ -294,7 +285,6 @@ class HostStore(Store):
         return living
 
     def _found(self, kind: str) -> set[str]:
-        """Return whose things of a kind lie in the directory."""
         try:
             names = os.listdir(self._members)
         except OSError:
@@ -308,8 +298,6 @@ class HostStore(Store):
         for kind in _KINDS:
             with suppress(OSError):
                 self._beside(member, kind).unlink()
-
-    # -- bells ------------------------------------------------------------------------
 
     def ring(self, members: Iterable[str]) -> None:
         self._write_into_bells(members, _RING)
@@ -342,8 +330,6 @@ class HostStore(Store):
         if (bell := self._bell) is not None:
             with suppress(OSError):  # full, or closed meanwhile
                 os.write(bell, _NUDGE)
-
-    # -- figures ----------------------------------------------------------------------
 
     def publish(self, text: str) -> None:
         new = self._beside(self.member, _NEW_FIGURES)

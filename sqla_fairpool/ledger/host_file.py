@@ -32,6 +32,7 @@ import uuid
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import quote
 
 from .errors import LedgerError
@@ -87,6 +88,22 @@ def is_at(handle: int | None, path: Path) -> bool:
         return False
 
 
+def unlock_and_close(handle: int | None) -> None:
+    """Close and unlock a file, whatever this process's children have open."""
+    if handle is not None:
+        with no_fork, suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+            os.close(handle)
+
+
+def close_copy(handle: int | None) -> None:
+    """Close a file in a forked child. Its parent, which has it open too, keeps it
+    locked."""
+    if handle is not None:
+        with suppress(OSError):
+            os.close(handle)
+
+
 def share(path: Path, mode: int, like: os.stat_result) -> None:
     """Give something that this process has made to those that share the ledger.
 
@@ -111,9 +128,6 @@ class LedgerFile:
         self.real = path
         #: The ledger's own number; 0 until it is opened.
         self.key = 0
-        self._begin()
-
-    def _begin(self) -> None:
         self.database: sqlite3.Connection | None = None
         # What the lock is on.
         self._handle: int | None = None
@@ -122,36 +136,36 @@ class LedgerFile:
         """Tell if the file that is open is the one at its path."""
         return is_at(self._handle, self._path)
 
-    # -- the lock -------------------------------------------------------------------
+    def _check_place(self) -> None:
+        """:raises Replaced: if the file is not the one at its path; it is closed."""
+        if not self.in_place():
+            self._replaced()
+
+    def _replaced(self) -> NoReturn:
+        self.close()
+        raise Replaced(
+            f"the ledger {self.name} was removed or replaced; what is there now is "
+            "joined"
+        )
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """:raises Replaced: if the file is not the one at its path."""
         handle = self._handle
         assert handle is not None
         try:
             self._lock(handle)
-            if not self.in_place():
-                raise self._replaced()
+            self._check_place()
             yield
         finally:
             if self._handle == handle:  # neither closed nor forked meanwhile
                 fcntl.flock(handle, fcntl.LOCK_UN)
-
-    def _replaced(self) -> Replaced:
-        self.close()
-        return Replaced(
-            f"the ledger {self.name} was removed or replaced; what is there now is "
-            f"joined"
-        )
 
     def _lock(self, handle: int) -> None:
         deadline = time.monotonic() + _PATIENCE
         pause = _FIRST
         while True:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise StoreAway(
@@ -161,8 +175,6 @@ class LedgerFile:
                 raise StoreAway(f"{self.name}: {error}") from None
             time.sleep(pause)
             pause = min(pause * 2, _LONGEST)
-
-    # -- opening and closing --------------------------------------------------------
 
     @contextmanager
     def opening(self) -> Iterator[os.stat_result]:
@@ -206,8 +218,7 @@ class LedgerFile:
         try:
             self._connect()
         except sqlite3.Error as error:
-            if not self.in_place():
-                raise self._replaced() from None
+            self._check_place()
             self._disconnect()
             if not repair or type(error) is not sqlite3.DatabaseError:
                 raise self._translated(error) from None
@@ -221,23 +232,19 @@ class LedgerFile:
         journal = Path(f"{self.real}-journal")
         if journal.exists() and not journal.is_file():
             raise LedgerError(f"{journal} is not a file: remove it")
+        # Never created by SQLite, which does not know of the lock.
+        uri = f"file:{quote(os.fsencode(self.real))}?mode=rw&nolock=1"
         with no_fork:
-            database = self.database = self._sqlite()
-            if not self.in_place():
-                raise self._replaced()  # SQLite has opened another, without its lock
+            database = self.database = sqlite3.connect(
+                uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False
+            )
+            self._check_place()  # else SQLite has opened another, without its lock
             database.execute("pragma journal_mode = truncate")
             database.execute("pragma synchronous = off")
             (found,) = database.execute("pragma quick_check(1)").fetchone()
             if found != "ok":
                 raise sqlite3.DatabaseError(" ".join(found.split()))
             self._make_tables(database, journal)
-
-    def _sqlite(self) -> sqlite3.Connection:
-        # Never created by SQLite, which does not know of the lock.
-        uri = f"file:{quote(os.fsencode(self.real))}?mode=rw&nolock=1"
-        return sqlite3.connect(
-            uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False
-        )
 
     def _make_tables(self, database: sqlite3.Connection, journal: Path) -> None:
         database.execute("begin")
@@ -258,22 +265,22 @@ class LedgerFile:
             there = os.stat(self.real)
             share(journal, there.st_mode & 0o777, there)
         if not tables:
-            database.execute(
-                "create table row (key text primary key, value text not null) "
-                "without rowid"
-            )
-            # What tells ledgers apart: the file may have another path in each
-            # container.
+            # The number tells ledgers apart: the path may differ in each container.
             key = uuid.uuid4().int & 0x7FFFFFFF
-            database.execute(f"pragma application_id = {key}")
-            database.execute(f"pragma user_version = {SCHEMA}")
+            for statement in (
+                "create table row (key text primary key, value text not null) "
+                "without rowid",
+                f"pragma application_id = {key}",
+                f"pragma user_version = {SCHEMA}",
+            ):
+                database.execute(statement)
         (self.key,) = database.execute("pragma application_id").fetchone()
         database.execute("commit")
 
     def _older(self) -> LedgerError:
         return LedgerError(
             f"the ledger {self.name} is of an older sqla_fairpool, which locks it "
-            f"otherwise: stop the processes that use it, then remove it"
+            "otherwise: stop the processes that use it, then remove it"
         )
 
     def _make_anew(self, error: sqlite3.Error) -> None:
@@ -282,8 +289,7 @@ class LedgerFile:
         kept = f"{self.real}.damaged"
         shutil.copy(self.real, kept)
         for suffix in ("-journal", "-wal", "-shm"):
-            with suppress(FileNotFoundError):
-                os.unlink(f"{self.real}{suffix}")
+            Path(f"{self.real}{suffix}").unlink(missing_ok=True)
         os.ftruncate(self._handle, 0)
         _log.warning(
             "the ledger %s was damaged (%s), and no member lives: it is made anew, and "
@@ -294,13 +300,9 @@ class LedgerFile:
         )
 
     def close(self) -> None:
-        """Close everything. Idempotent."""
         self._disconnect()
         handle, self._handle = self._handle, None
-        if handle is not None:
-            with no_fork, suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_UN)
-                os.close(handle)
+        unlock_and_close(handle)
 
     def _disconnect(self) -> None:
         database, self.database = self.database, None
@@ -317,16 +319,12 @@ class LedgerFile:
 
     def forget(self) -> None:
         """In a forked child: become closed, without the lock of the parent."""
-        if self._handle is not None:
-            # Closing does not unlock: the parent has it open as well.
-            with suppress(OSError):
-                os.close(self._handle)
-        if self.database is not None:
+        handle, self._handle = self._handle, None
+        close_copy(handle)
+        database, self.database = self.database, None
+        if database is not None:
             # To close it might roll the parent's transaction back: it is never freed.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.database))
-        self._begin()
-
-    # -- rows -----------------------------------------------------------------------
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(database))
 
     @contextmanager
     def transaction(self) -> Iterator[MutableMapping[str, str]]:
@@ -348,7 +346,7 @@ class LedgerFile:
                     database.execute("begin")
                     (key,) = database.execute("pragma application_id").fetchone()
                     if key != self.key:  # written over, in place
-                        raise self._replaced()
+                        self._replaced()
                     rows = dict(database.execute("select key, value from row"))
                 before = dict(rows)
                 yield rows
@@ -378,5 +376,5 @@ class LedgerFile:
             return StoreAway(f"{self.name}: {reason}")
         return LedgerError(
             f"the ledger {self.name} is no ledger, or damaged ({reason}); if no "
-            f"member lives, remove it"
+            "member lives, remove it"
         )

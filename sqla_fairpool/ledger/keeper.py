@@ -49,7 +49,6 @@ def describe_process() -> Mapping[str, Any]:
 class Keeper:
     """Keeps one pool's slots in a ledger.
 
-    :param store: where the ledger is.
     :param terms: the limits that all members have to share.
     :param local: the pool.
     :param sessions: asks the server which sessions there are.
@@ -114,8 +113,6 @@ class Keeper:
         # How often in a row that did not work, and when to try again.
         self._failures = 0
         self._retry_at = 0.0
-
-    # -- called by the pool -------------------------------------------------------
 
     @property
     def pressed(self) -> bool:
@@ -210,8 +207,6 @@ class Keeper:
         has = self.member.allotment
         return self.trouble is not None and has is not None and has.row.owned > 0
 
-    # -- the thread -----------------------------------------------------------------
-
     def _run(self) -> None:
         if not self._is_runner(threading.current_thread()):
             return
@@ -284,8 +279,6 @@ class Keeper:
             # Unlike the answer before, which is how it is told from that.
             self._answers += 1
             self._store.publish(dump({"answer": self._answers, **self._figures()}))
-
-    # -- trouble ----------------------------------------------------------------------
 
     def _fail(self, error: Exception, now: float) -> None:
         """The store is away, or something broke: keep what is owned, try again."""

@@ -101,8 +101,6 @@ class Membership:
             or self._guards
         )
 
-    # -- called by the keeper -------------------------------------------------------
-
     def rung(self, now: float) -> None:
         self._demand.rung(now)
 
@@ -176,8 +174,6 @@ class Membership:
             self._demand.allotment = self.number = None
             self.is_open = False
             self._store.close()
-
-    # -- transactions ---------------------------------------------------------------
 
     def _return_to_place(self) -> None:
         """Have the store open, and at the ledger's place."""
@@ -342,8 +338,6 @@ class Membership:
                 return
             if not self._settle(now, state, True):
                 return
-
-    # -- the others -----------------------------------------------------------------
 
     def _watch_others(self, now: float, patrol: bool = False) -> None:
         """Look for dead and stopped members, if it is for us to do that."""

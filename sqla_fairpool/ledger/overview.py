@@ -52,20 +52,16 @@ class ScraperRow(TagStats):
     processes: tuple[str, ...] = ()
 
 
-#: The names that the figures of a scraper have in JSON. Times are in seconds.
-_SCRAPER_IN_JSON = {
+#: The figures of a scraper in JSON, and what they are called here. Times: seconds.
+_IN_JSON = (
+    *("scraper", "status", "active", "connections", "limit", "fair_share", "waiting"),
+    *("longest_wait", "longest_hold", "idle_seconds", "checkouts", "timeouts"),
+)
+_OTHER_NAMES = {
     "scraper": "name",
-    "status": "status",
-    "active": "active",
-    "connections": "connections",
-    "limit": "limit",
-    "fair_share": "fair_share",
-    "waiting": "waiting",
     "longest_wait": "waiting_for",
     "longest_hold": "held_for",
     "idle_seconds": "idle_for",
-    "checkouts": "checkouts",
-    "timeouts": "timeouts",
 }
 
 
@@ -161,7 +157,7 @@ class Overview:
                 ),
             },
             "scrapers": [
-                {key: getattr(row, name) for key, name in _SCRAPER_IN_JSON.items()}
+                {key: getattr(row, _OTHER_NAMES.get(key, key)) for key in _IN_JSON}
                 | {"processes": list(row.processes)}
                 for row in self.scrapers
             ],
@@ -233,7 +229,7 @@ def compile_overview(
     for process, rows in parts:
         for row in rows:
             found.setdefault(row.name, []).append((process, row))
-    scrapers = _scrapers(found, limits, _labels(processes))
+    scrapers = _scrapers(found, limits)
     return Overview(
         ledger=ledger,
         limits=limits,
@@ -251,9 +247,7 @@ def compile_overview(
 
 
 def _scrapers(
-    found: Mapping[str, Sequence[tuple[ProcessRow, TagStats]]],
-    limits: Limits,
-    labels: Mapping[int, str],
+    found: Mapping[str, Sequence[tuple[ProcessRow, TagStats]]], limits: Limits
 ) -> tuple[ScraperRow, ...]:
     tags = [
         TagStats.merged(name, [row for _, row in found[name]]) for name in sorted(found)
@@ -269,34 +263,28 @@ def _scrapers(
     ]
     there = max(limits.capacity - limits.quarantined, 0)
     shares = policy.shares_of_tags(wanted, there)
+    several = len({process.host for rows in found.values() for process, _ in rows}) > 1
     scrapers = []
     for tag, ceiling, share in zip(tags, ceilings, shares, strict=True):
         processes = [process for process, _ in found[tag.name]]
-        figures = {name: getattr(tag, name) for name in _TOLD}
+        status = "active" if tag.active else "idle"
+        # A tag that is only registered has no process yet.
+        if processes and all(process.state != "answers" for process in processes):
+            status = "silent"
         row = ScraperRow(
-            **figures,
+            **{name: getattr(tag, name) for name in _TOLD},
             limit=ceiling,
             fair_share=share,
-            status=_status(tag, processes),
+            status=status,
             # A process with several engines is a member several times.
-            processes=tuple(dict.fromkeys(labels[id(p)] for p in processes)),
+            processes=tuple(
+                dict.fromkeys(
+                    f"{p.host}:{p.pid}" if several else f"{p.pid}" for p in processes
+                )
+            ),
         )
         scrapers.append(row)
     return tuple(scrapers)
-
-
-def _status(tag: TagStats, processes: Sequence[ProcessRow]) -> str:
-    # A tag that is only registered has no process yet.
-    if processes and all(process.state != "answers" for process in processes):
-        return "silent"
-    return "active" if tag.active else "idle"
-
-
-def _labels(processes: Sequence[ProcessRow]) -> dict[int, str]:
-    hosts = {process.host for process in processes}
-    return {
-        id(p): f"{p.pid}" if len(hosts) == 1 else f"{p.host}:{p.pid}" for p in processes
-    }
 
 
 def _warnings(

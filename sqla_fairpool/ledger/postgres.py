@@ -125,8 +125,6 @@ class PostgresStore(Store):
     def control_connections(self) -> int:
         return int(self._connection is not None)
 
-    # -- opening and closing --------------------------------------------------------
-
     def open(self) -> None:
         if self._is_open:
             return
@@ -215,8 +213,6 @@ class PostgresStore(Store):
         self._close_pipe()
         self._begin()
 
-    # -- statements --------------------------------------------------------------------
-
     @contextmanager
     def transaction(self) -> Iterator[MutableMapping[str, str]]:
         if not self._is_open:
@@ -304,8 +300,6 @@ class PostgresStore(Store):
         """
         self._is_open = self.signed = False
 
-    # -- signs of life ----------------------------------------------------------------
-
     def living(self, members: Collection[str]) -> set[str]:
         signs = {key for keys in self._signs().values() for key in keys}
         return {member for member in members if _key(member) in signs}
@@ -326,8 +320,6 @@ class PostgresStore(Store):
 
     def in_place(self) -> bool:
         return self._connection is not None
-
-    # -- bells ------------------------------------------------------------------------
 
     def ring(self, members: Iterable[str]) -> None:
         self._notify(map(_channel, members), "")

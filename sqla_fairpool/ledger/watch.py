@@ -6,8 +6,8 @@ settings), and every session of the server shows them to every other one, whiche
 database it is in. The functions here take a plain DBAPI cursor, so that they work
 behind each driver of SQLAlchemy's.
 
-A keeper watches while it goes short, or has put slots into quarantine. What it finds
-is only a finding: the book compares it with the rows as they are when it is applied.
+A keeper watches while it goes short, or has put slots into quarantine. The book
+compares what it finds with the rows as they are when that is applied.
 
 **A quarantine** ends session by session. The server is asked which sessions there are.
 A slot is kept for each session of the row that is there; and for each unposted slot
@@ -35,8 +35,6 @@ _log = logging.getLogger(__name__)
 
 #: Most characters of a reason that are written down.
 _REASON = 200
-
-# -- what the server says --------------------------------------------------------------
 
 #: First key of the advisory lock by which a pool shows which ledger it uses; the second
 #: is the ledger's number. For a warning only. Any number would do; this one is "pool".
@@ -127,9 +125,6 @@ def other_ledgers(cursor: Any, key: int) -> set[int]:
     return {int(row[0]) for row in cursor.fetchall()} - {key}
 
 
-# -- what follows for a quarantine -----------------------------------------------------
-
-
 def unaccounted(
     sessions: Collection[Session], accounted: Collection[Session]
 ) -> frozenset[Session]:
@@ -140,7 +135,7 @@ def unaccounted(
 def still_there(gone: Gone, present: Present, suspects: int) -> Left:
     """Return what is left of a quarantine, by what the server says.
 
-    :param suspects: sessions that may have its unposted slots.
+    :param suspects: how many sessions may have its unposted slots.
     """
     alive = tuple(among(gone.sessions, present.sessions))
     slots = len(alive) + min(gone.unposted, suspects)
@@ -161,10 +156,7 @@ class _Quarantine:
     def left(
         self, gone: Gone, present: Present | None, book: Book, now: float, limit: float
     ) -> Left:
-        """Return what is left of it.
-
-        :param limit: seconds until it is over, where the server cannot tell.
-        """
+        """Return what is left of it; after `limit`, where the server cannot tell."""
         is_over = now - self.since >= limit
         if present is None:
             over = is_over and now - self.seen_at >= limit
@@ -224,8 +216,7 @@ class Watch:
         """
         others = {key: text for key, text in book.texts.items() if key != me}
         living = self._store.living(list(others)) if others else set()
-        late = self._late(book, living, now)
-        pace = self._pace
+        late, pace = self._late(book, living, now), self._pace
         return Findings(
             dead={key: text for key, text in others.items() if key not in living},
             released=self._released(book, now),
@@ -279,7 +270,6 @@ class Watch:
         return {number: left for number, left in found.items() if left.is_less}
 
     def _ask(self, server: str | None) -> Present | None:
-        """Return what the server says, None if the members' server cannot be asked."""
         trouble = present = None
         try:
             if self._sessions is not None:
