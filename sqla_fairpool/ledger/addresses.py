@@ -74,15 +74,12 @@ def make_store(
     :raises sqlalchemy.exc.ArgumentError: for anything else.
     :raises LedgerError: if the default place is not safe.
     """
-    if ledger == "host":
+    if needs_database(ledger):
         if database is None:
-            raise BadOption(
-                "ledger", ledger, "a path, where no URL says which database"
-            )
-        return HostStore(default_path(database))
-    if ledger == "database":
-        if database is None:
-            raise BadOption("ledger", ledger, "a URL, where the pool has none")
+            needed = "a path, where no URL says which database"
+            raise BadOption("ledger", ledger, needed)
+        if ledger == "host":
+            return HostStore(default_path(database))
         return _in_database(ledger, database, observes)
     if "://" in ledger:
         try:
@@ -101,8 +98,9 @@ def make_store(
 
 
 def _in_database(ledger: str, url: URL, observes: bool) -> PostgresStore:
-    if url.get_backend_name() != "postgresql":
-        shown = f"{url.get_backend_name()}://..." if "://" in ledger else ledger
+    backend = url.get_backend_name()
+    if backend != "postgresql":
+        shown = f"{backend}://..." if "://" in ledger else ledger
         raise BadOption("ledger", shown, "a PostgreSQL database, or " + _ALLOWED)
     name = url.query.get("ledger", "default")
     return PostgresStore(with_threads_driver(url), str(name), observes=observes)

@@ -192,8 +192,7 @@ class Book:
         :param number: the one it had, if it was a member before. It takes back what is
           in quarantine for it.
         :param server: where its connections go to, if that is known.
-        :raises TermsDiffer: if a member has other terms.
-        :raises ServerDiffers: if a member's connections go elsewhere.
+        :raises LedgerError: if a member has other terms, or connections elsewhere.
         """
         if not self.accepts(key, terms, server):
             raise self._difference(terms, server)
@@ -224,7 +223,7 @@ class Book:
     def confirm(self, members: Collection[str]) -> None:
         """Let slots be handed out: no sign of life stood but those of `members`.
 
-        :param members: those that there were when the signs were looked at.
+        These are those that there were when the signs were looked at.
         """
         if self.members.keys() >= set(members):  # else these may be other rows
             self.meta = replace(self._known_meta, fresh=False)
@@ -324,10 +323,7 @@ class Book:
         self._write_gone(number, gone)
 
     def release(self, found: Mapping[int, Left]) -> None:
-        """Set slots free: the server sessions that had them are gone.
-
-        :param found: for each number, what is left of its quarantine.
-        """
+        """Set slots of these quarantines free: their server sessions are gone."""
         for number, (gone, sessions, slots) in found.items():
             if self.gone.get(number) == gone:
                 # With the stamp that it had: a keeper that watches it goes on.
@@ -341,9 +337,9 @@ class Book:
                 self.write(key, replace(self.members[key], stalled=True))
 
     def reset(self) -> None:
-        """Forget all members and quarantines. Numbers are not given again.
+        """Forget all members and quarantines, also those that cannot be read.
 
-        Rows that cannot be read are forgotten like the others.
+        Numbers are not given again.
         """
         try:
             # Who lives all the same is to be heard before slots are handed out.

@@ -32,14 +32,13 @@ class Local(Protocol):
         """Return the connections that are open, and what is wanted by tag.
 
         A connection counts as open from before it is opened until after it is closed,
-        detached ones included. One that was in use since the last call counts as in
-        use: else a moment between two checkouts would look like a fall of demand.
+        detached ones included. In use is the most since the last call: else a moment
+        between two checkouts would look like a fall of demand.
         """
         ...
 
     def sessions(self) -> Collection[Session]:
-        """Return the server sessions that exist now: each from before it is used for
-        anything but to learn that, until it has ended."""
+        """Return the server sessions, each from before it is used until its end."""
         ...
 
     def server(self) -> str | None:
@@ -49,15 +48,12 @@ class Local(Protocol):
     def lost(self) -> Sequence[Session | None]:
         """Return the sessions that cannot be told to have ended, None for unknown ones.
 
-        They are to be put into quarantine, and count as open until :meth:`buried`.
+        They count as open until they are in quarantine.
         """
         ...
 
     def buried(self, lost: Sequence[Session | None]) -> None:
-        """Forget what :meth:`lost` has returned: its slots are in quarantine now.
-
-        In one step with that, lower the allotment by their number.
-        """
+        """Forget `lost`, which is in quarantine now, and lower the allotment by it."""
 
     def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
         """Open a connection only while there are less than `slots` from now on.
@@ -91,7 +87,6 @@ class State(NamedTuple):
 
     @property
     def wants(self) -> bool:
-        """There is a reason to be a member."""
         return bool(self.open) or any(want.wants for want in self.tags.values())
 
 
@@ -111,7 +106,7 @@ class PoolSide:
 
     def __init__(self, local: Local) -> None:
         self.local = local
-        # None if it may open nothing until it is told anew.
+        # Slots, ceilings, other; None if it may open nothing until it is told anew.
         self._told: tuple[int, Mapping[str, int], int] | None = None
         self._peaks: dict[str, int] = {}
 
@@ -188,7 +183,7 @@ class Allotment:
     #: Tags under which it is asked to yield, and how many are asked of all members.
     asked: frozenset[str]
     turns: int
-    #: Members that go short, and members.
+    #: How many members go short, and how many there are.
     starved: int
     members: int
     gone: Mapping[int, Gone]
@@ -198,9 +193,8 @@ class Allotment:
     covered: bool
     #: The members, while there may be others that are in no row; or else None.
     fresh: frozenset[str] | None
-    #: Why it is expected to look again, if it is.
+    #: Why it is expected to look again, if it is; and the members to be rung.
     due: str | None
-    #: The members to be rung.
     bells: tuple[str, ...]
 
     @property
@@ -246,12 +240,9 @@ class Pace:
 
     def turn_length(self, asked: int) -> float:
         """Return how long a turn is when so many are asked to yield."""
-        return max(self.turn, asked / _TURNS)
-
-
-#: Slots that change hands per second in turns, which last longer where more are asked:
-#: each costs three transactions, of milliseconds where there are a thousand members.
-_TURNS = 50.0
+        # So that 50 slots change hands per second at most: each costs three
+        # transactions, of milliseconds where there are a thousand members.
+        return max(self.turn, asked / 50)
 
 
 class Demand:

@@ -90,9 +90,6 @@ def _with_one_of(url: URL, drivers: dict[str, dict[str, str]], what: str) -> URL
     )
 
 
-# -- libpq's keys, and asyncpg's -----------------------------------------------------
-
-
 def _keys(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
@@ -105,14 +102,13 @@ _IN_DSN = _keys(
     "application_name"
 )
 
-#: asyncpg has no such settings, and none of them makes a connection safer.
+#: asyncpg has no such settings, and none of them makes a connection safer: with any
+#: value, or with one of these. With another one they are refused.
 _LEFT_OUT = _keys(
     "keepalives keepalives_idle keepalives_interval keepalives_count "
     "tcp_user_timeout client_encoding fallback_application_name load_balance_hosts "
     "sslcompression sslsni"
 )
-
-#: The same for these, with such a value. With another one they are refused.
 _LEFT_OUT_WITH = {
     "channel_binding": ("disable", "prefer", "require"),
     "gssencmode": ("disable", "prefer"),
@@ -142,8 +138,7 @@ _ASYNCPGS = _NUMBERS.keys() - {"timeout", "connect_timeout"} | _DIALECTS
 def asyncpg_arguments(query: Mapping[str, str | tuple[str, ...]]) -> dict[str, Any]:
     """Return the arguments of ``asyncpg.connect`` for the keys of a URL that differ.
 
-    :raises sqlalchemy.exc.ArgumentError: for a key that is not known, or that cannot be
-      translated.
+    :raises sqlalchemy.exc.ArgumentError: for one that cannot be translated.
     """
     import asyncpg  # type: ignore[import-untyped]
 
@@ -165,8 +160,7 @@ def asyncpg_arguments(query: Mapping[str, str | tuple[str, ...]]) -> dict[str, A
         elif key in _IN_DSN:
             in_dsn[key] = value
         elif key in _LEFT_OUT or value in _LEFT_OUT_WITH.get(key, ()):
-            demanded = value == "require"
-            level = logging.WARNING if demanded else logging.INFO
+            level = logging.WARNING if value == "require" else logging.INFO
             _log.log(level, "asyncpg has no %s: %s=%s is left out", key, key, value)
         elif key not in own:
             raise BadOption(key, "...", "asyncpg has no such setting")
@@ -213,9 +207,6 @@ def with_libpq_keys(url: URL) -> URL:
         # libpq takes whole seconds only.
         query["connect_timeout"] = str(math.ceil(float(str(query.pop("timeout")))))
     return url.set(query=query)
-
-
-# -- databases in memory ---------------------------------------------------------------
 
 
 def has_private_memory(dialect: Any, url: URL) -> bool:

@@ -30,7 +30,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import quote
@@ -181,14 +181,13 @@ class LedgerFile:
         """Open what is at the path, created if need be; within, it is locked.
 
         :meth:`connect` comes next.
+
+        :raises Replaced: if another one was put there meanwhile.
         """
         try:
-            with ExitStack() as stack:
-                while self._handle is None:
-                    self._open()
-                    with suppress(Replaced):  # while we waited for its lock
-                        stack.enter_context(self._locked())
-                yield os.fstat(self._handle)
+            self._open()
+            with self._locked():
+                yield os.fstat(self._handle)  # type: ignore[arg-type]  # it is open
         except BaseException:
             self.close()
             raise

@@ -38,10 +38,7 @@ _ROUNDS = 3
 
 
 class Membership:
-    """One member, from before it joins until it has left. For one thread.
-
-    The parameters are those of :class:`.keeper.Keeper`.
-    """
+    """One member, from before it joins until it has left. For one thread."""
 
     def __init__(
         self,

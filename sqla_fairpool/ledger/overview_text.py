@@ -21,9 +21,6 @@ _LONGEST_NAME = 40
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
 
-# -- phrases ---------------------------------------------------------------------------
-
-
 def printable(text: str) -> str:
     r"""Return `text` with all characters escaped that are not just shown.
 
@@ -98,9 +95,6 @@ def summary(overview: Overview) -> list[str]:
     return found
 
 
-# -- the table -------------------------------------------------------------------------
-
-
 class Column(NamedTuple):
     """A column of the table of scrapers, here and in the monitor."""
 
@@ -160,9 +154,6 @@ def _table(rows: Sequence[ScraperRow]) -> list[str]:
             padded.append(space + text if column.is_number else text + space)
         lines.append("  ".join(padded).rstrip())
     return lines
-
-
-# -- the whole -------------------------------------------------------------------------
 
 
 def lines(overview: Overview, width: int | None = None) -> list[str]:

@@ -38,17 +38,13 @@ from .store import Store, StoreAway, drain, wait_for
 
 #: How long a transaction waits for another one, and for the server.
 _LOCK_TIMEOUT, _STATEMENT_TIMEOUT = "2s", "5s"
-
 #: What a notification says when its receiver is to publish.
 _ASK = "ask"
-
 #: First key of the locks for transactions (any number would do; this one is "fair"),
 #: and the second of the one for creating tables.
 _EXCLUSIVE, _CREATION = 0x66616972, 0
-
 #: SQLSTATEs for a table and for a schema that does not exist.
 _MISSING = frozenset({"42P01", "3F000"})
-
 # A level that a role may have by default would show the rows as they were before the
 # lock was there.
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
@@ -167,7 +163,7 @@ class PostgresStore(Store):
         if hasattr(driver, "add_notify_handler"):
             # psycopg gives those that come while a statement runs to nobody else.
             driver.add_notify_handler(
-                lambda n: inbox.append(Heard(n.channel, n.payload, n.pid))
+                lambda n: inbox.append((n.channel, n.payload, n.pid))
             )
 
     def _appear(self) -> None:
@@ -295,8 +291,7 @@ class PostgresStore(Store):
     def _miss_tables(self) -> None:
         """Be closed for transactions until :meth:`open` has found tables again.
 
-        The session goes on, and the sign of life stands: others may already be in new
-        tables, and must see that we live. But it covers no slot any more.
+        The session goes on, and the sign of life stands, but covers no slot any more.
         """
         self._is_open = self.signed = False
 
@@ -353,10 +348,10 @@ class PostgresStore(Store):
         except Exception as error:
             self._lost()
             raise StoreAway(f"{self.name}: {first_line(error)}") from error
-        self.asked = self.asked or any(one.payload == _ASK for one in heard)
+        self.asked = self.asked or any(what == _ASK for _, what, _ in heard)
         # What we said to all was not for us.
         own = connection.info.backend_pid
-        return any((one.channel, one.pid) != (self._everybody, own) for one in heard)
+        return any((c, pid) != (self._everybody, own) for c, _, pid in heard)
 
     def publish(self, text: str) -> None:
         self._tables.publish(self.member, text)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.engine import URL
@@ -173,8 +173,6 @@ class Tables:
         return {member: text for member, text in said.items() if member in members}
 
 
-# -- drivers: psycopg2 and psycopg -------------------------------------------------
-
 #: For libpq, unless the URL has others: a network that is cut is noticed within 10
 #: seconds, by probes or by what is sent and not acknowledged (milliseconds).
 _KEEPALIVES = {
@@ -204,12 +202,8 @@ def make_engine(url: URL) -> Engine:
     )
 
 
-class Heard(NamedTuple):
-    """A notification."""
-
-    channel: str
-    payload: str
-    pid: int
+#: A notification: channel, payload, and process of the sender.
+Heard = tuple[str, str, int]
 
 
 def notifications(connection: Any, inbox: list[Heard]) -> list[Heard]:
@@ -223,12 +217,12 @@ def notifications(connection: Any, inbox: list[Heard]) -> list[Heard]:
         connection.poll()
         if connection.closed:
             raise StoreAway("the server has closed the connection")
-        heard += [Heard(n.channel, n.payload, n.pid) for n in connection.notifies]
+        heard += [(n.channel, n.payload, n.pid) for n in connection.notifies]
         connection.notifies.clear()
         return heard
     connection.pgconn.consume_input()
     while (n := connection.pgconn.notifies()) is not None:
-        heard.append(Heard(n.relname.decode(), n.extra.decode(), n.be_pid))
+        heard.append((n.relname.decode(), n.extra.decode(), n.be_pid))
     return heard
 
 

@@ -122,9 +122,6 @@ def _checked(value: Any, allowed: tuple[type, ...]) -> Any:
     return value
 
 
-# -- what there is in the rows ---------------------------------------------------------
-
-
 class Session(NamedTuple):
     """A session at the database server: by its process, and when that began.
 

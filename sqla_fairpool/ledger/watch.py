@@ -195,8 +195,7 @@ class Findings(NamedTuple):
 class Watch:
     """What one keeper has seen of the others, and since when.
 
-    Its clock decides nothing that safety rests on, with one stated exception:
-    quarantines end by `reclaim_after` where the server cannot be asked.
+    Its clock decides nothing that safety rests on, but for `reclaim_after`.
     """
 
     def __init__(self, store: Store, sessions: Sessions | None, pace: Pace) -> None:
@@ -210,10 +209,7 @@ class Watch:
         self.unasked: str | None = None
 
     def look(self, book: Book, me: str, now: float) -> Findings:
-        """Look after the others. Asks the store and the server, in no transaction.
-
-        :param book: a copy of the rows.
-        """
+        """Look after the others, in no transaction: `book` is a copy of the rows."""
         others = {key: text for key, text in book.texts.items() if key != me}
         living = self._store.living(list(others)) if others else set()
         late, pace = self._late(book, living, now), self._pace
