@@ -107,11 +107,7 @@ def _in_database(ledger: str, url: URL, observes: bool) -> PostgresStore:
 
 
 def with_threads_driver(url: URL) -> URL:
-    """Return the URL of a PostgreSQL for psycopg2 or psycopg, without keys of ours.
-
-    Also for the database of an asyncio pool: what is not one of its tasks cannot use
-    its driver.
-    """
+    """Return the URL of a PostgreSQL for psycopg2 or psycopg, without keys of ours."""
     url = with_libpq_keys(url)
     keys = [key for key in url.query if key in ("ledger", "plugin")]
     keys += [key for key in url.query if key.startswith("fairpool_")]
@@ -127,8 +123,7 @@ def with_threads_driver(url: URL) -> URL:
 def default_path(database: URL) -> Path:
     """Return the default ledger's file for a database, by its host, port and name.
 
-    Never by user or password. The same for all processes of a user on this host. The
-    directory is this user's alone, which is checked: another one could have made it.
+    Never by user or password. The same for all processes of a user on this host.
     """
     parts = database_place(database)
     told = "-".join(filter(None, (re.sub(r"[^\w.]+", "_", part) for part in parts)))

@@ -130,8 +130,6 @@ def allocate(
 ) -> Allocation:
     """Divide the capacity among the members. See the head of this file.
 
-    :param places: the tags' places in the line of tags.
-
     Costs O(n log n) for n pairs of tag and member, and O(capacity * log n).
     """
     lines, active, locked = _lines(members)

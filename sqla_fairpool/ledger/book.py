@@ -40,11 +40,8 @@ from .rows import (
 class Book:
     """The rows of one transaction, understood, and all that may be done to them.
 
-    Rows are read when they are needed. Those that cannot be read are in :attr:`texts`,
-    and can be :meth:`reset`.
-
-    :param rows: what the store gave. Changes are written there at once.
-    :raises LedgerError: on use, if a later version has written them, or no member has.
+    Changes are written to the rows at once. They are read when they are needed; those
+    that cannot be read are in :attr:`texts`, and can be :meth:`reset`.
     """
 
     def __init__(self, rows: MutableMapping[str, str]) -> None:
@@ -109,10 +106,8 @@ class Book:
 
     @property
     def left(self) -> int:
-        """Slots that are neither owned nor in quarantine.
-
-        Not negative, even where the terms were lowered over a quarantine.
-        """
+        """Slots neither owned nor in quarantine."""
+        # The terms may have been lowered over a quarantine.
         return max(self.terms.capacity - self.owned - self.quarantined, 0)
 
     @property
@@ -142,7 +137,6 @@ class Book:
         return allocate(self.members, self.places, limits)
 
     def next_place(self) -> int:
-        """Return a number that was never given."""
         return self._next("next_place")
 
     def _next(self, counter: str) -> int:
@@ -189,9 +183,9 @@ class Book:
     ) -> int:
         """Add a member, unless it is one; return its number.
 
-        :param number: the one it had, if it was a member before. It takes back what is
-          in quarantine for it.
-        :param server: where its connections go to, if that is known.
+        With the number that it had, if it was a member before, it takes back what is in
+        quarantine for it.
+
         :raises LedgerError: if a member has other terms, or connections elsewhere.
         """
         if not self.accepts(key, terms, server):
@@ -221,22 +215,17 @@ class Book:
         return self._is_at(server)
 
     def confirm(self, members: Collection[str]) -> None:
-        """Let slots be handed out: no sign of life stood but those of `members`.
-
-        These are those that there were when the signs were looked at.
-        """
+        """Let slots be handed out: all signs of life were those of `members`."""
         if self.members.keys() >= set(members):  # else these may be other rows
             self.meta = replace(self._known_meta, fresh=False)
 
     def _is_anothers(self, number: int, key: str) -> bool:
-        """Tell if a ledger that was made anew has given the number to another."""
         gone = self.gone.get(number)
         return any(member.number == number for member in self.members.values()) or (
             gone is not None and gone.member != key
         )
 
     def _difference(self, terms: Terms, server: str | None) -> LedgerError:
-        """Return why a newcomer is not accepted."""
         whos = [member.who for member in self.members.values()]
         shown = ", ".join(f"{w.get('host', '?')}:{w.get('pid', '?')}" for w in whos[:4])
         more = f" and {len(whos) - 4} more" if len(whos) > 4 else ""
@@ -260,13 +249,7 @@ class Book:
         )
 
     def leave(self, key: str, open_: int, sessions: Collection[Session] = ()) -> None:
-        """Remove a member, and give back what it has closed.
-
-        As after `reap` and `release`, :meth:`tell` comes next.
-
-        :param open_: connections it leaves open; their slots go into quarantine.
-        :param sessions: those of them that are known.
-        """
+        """Remove a member; slots of what it leaves open go into quarantine."""
         member = self.members.get(key)
         if member is not None:
             known = self.in_quarantine.intersection(sessions)
@@ -276,8 +259,8 @@ class Book:
     def reap(self, texts: Mapping[str, str]) -> list[int]:
         """Put the slots of dead members into quarantine; return the numbers.
 
-        :param texts: their rows as they were before the signs of life were looked
-          at. A member whose row has changed since is not dead.
+        :param texts: their rows as they were before the signs of life were looked at. A
+          member whose row has changed since is not dead.
         """
         reaped = []
         for key, text in texts.items():
@@ -299,10 +282,8 @@ class Book:
     ) -> list[Session | None]:
         """Put slots of a living member into quarantine, under a number of its own.
 
-        :param lost: what may be open and is not in the member's hands: sessions, None
-          where it is not known which.
-        :return: those for which a slot is in quarantine now: all, or none while there
-          are not as many.
+        Return those of `lost` for which a slot is there now: all, or none while it owns
+        too few.
         """
         known = self.in_quarantine
         new = [session for session in lost if session not in known]
@@ -337,10 +318,7 @@ class Book:
                 self.write(key, replace(self.members[key], stalled=True))
 
     def reset(self) -> None:
-        """Forget all members and quarantines, also those that cannot be read.
-
-        Numbers are not given again.
-        """
+        """Forget all, also what cannot be read. Numbers are not given again."""
         try:
             # Who lives all the same is to be heard before slots are handed out.
             self.meta = self.meta and replace(self.meta, fresh=True)
@@ -353,10 +331,7 @@ class Book:
         self.places, self.due = {}, {}
 
     def tell(self, plan: Allocation | None = None) -> list[str]:
-        """Write down which members are to look; return those that are to be rung.
-
-        The last thing in every transaction that changes a row.
-        """
+        """Write down who is to look, last of all; return those that are to be rung."""
         if self.meta is None:
             return []
         plan = plan or self.allocation()

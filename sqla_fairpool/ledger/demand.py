@@ -31,9 +31,8 @@ class Local(Protocol):
     def demand(self) -> tuple[int, Tags]:
         """Return the connections that are open, and what is wanted by tag.
 
-        A connection counts as open from before it is opened until after it is closed,
-        detached ones included. In use is the most since the last call: else a moment
-        between two checkouts would look like a fall of demand.
+        A connection counts from before it is opened until after it is closed. In use is
+        the most since the last call: between two checkouts demand does not fall.
         """
         ...
 
@@ -46,21 +45,14 @@ class Local(Protocol):
         ...
 
     def lost(self) -> Sequence[Session | None]:
-        """Return the sessions that cannot be told to have ended, None for unknown ones.
-
-        They count as open until they are in quarantine.
-        """
+        """Return those whose end is not known; they count as open until buried."""
         ...
 
     def buried(self, lost: Sequence[Session | None]) -> None:
         """Forget `lost`, which is in quarantine now, and lower the allotment by it."""
 
     def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
-        """Open a connection only while there are less than `slots` from now on.
-
-        Until the first call, that is none. Nothing that is checked out is taken away.
-        The ceilings are by tag, `other` that of any tag not named.
-        """
+        """Open a connection only while there are less than `slots`, at first 0."""
 
     def close_surplus(self) -> None:
         """Close idle connections above the allotment."""
@@ -116,11 +108,7 @@ class PoolSide:
         return self._told[0] if self._told else 0
 
     def look(self) -> State:
-        """Return what it has and wants, with what was in use in this round.
-
-        The order matters: what is open is counted before, and what is lost in between
-        has to be seen as lost, not to be missed.
-        """
+        """Return what it has and wants, with what was in use in this round."""
         open_, wanted = self.local.demand()
         sessions = frozenset(self.local.sessions())
         lost = tuple(self.local.lost())
@@ -132,7 +120,6 @@ class PoolSide:
         return State(open_, condense(tags), sessions, lost, self.local.server())
 
     def forget_peaks(self) -> None:
-        """A new round begins."""
         self._peaks.clear()
 
     def tell(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
@@ -154,7 +141,6 @@ class PoolSide:
         self.local.close_surplus()
 
     def bury(self, lost: Sequence[Session | None]) -> None:
-        """Slots of lost connections are in quarantine."""
         self.local.buried(lost)
         if self._told is not None:
             self._told = max(self._told[0] - len(lost), 0), *self._told[1:]
@@ -262,7 +248,6 @@ class Demand:
 
     @property
     def known(self) -> Allotment:
-        """The allotment of a member."""
         assert self.allotment is not None
         return self.allotment
 
@@ -323,7 +308,6 @@ class Demand:
         return [t for t, s in self._had_since.items() if _over(s, self._turn, now)]
 
     def note(self, allotment: Allotment, now: float) -> None:
-        """Take note of a new allotment."""
         old = self.allotment.row.tags if self.allotment else {}
         self.allotment = allotment
         self._slack_since = self._gone_since = None

@@ -48,9 +48,6 @@ for _table in (_THREADS, _ASYNCIO):
 def for_threads(url: URL) -> URL:
     """Return the URL with a driver for threads: its own, if that is one.
 
-    A URL that names no driver gets one that is installed: what SQLAlchemy takes then
-    depends on its version.
-
     :raises sqlalchemy.exc.ArgumentError: if it names one of asyncio and no other is
       known or installed.
     """
@@ -65,8 +62,7 @@ def for_threads(url: URL) -> URL:
 def for_asyncio(url: URL) -> URL:
     """Return the URL with a driver for asyncio: its own, if that is one.
 
-    :raises sqlalchemy.exc.ArgumentError: if it names another and none is known or
-      installed.
+    :raises sqlalchemy.exc.ArgumentError: if none is known or installed.
     """
     if "+" in url.drivername:
         # psycopg's dialect has a twin.
@@ -178,8 +174,7 @@ def asyncpg_arguments(query: Mapping[str, str | tuple[str, ...]]) -> dict[str, A
 def translate_for_asyncpg(engine: Engine, url: URL) -> None:
     """Have an engine on asyncpg connect with libpq's keys in its URL.
 
-    The engine's URL stays as it was given, so that a ledger's own connection is as safe
-    as the engine's. The user's ``connect_args`` win.
+    The URL stays, so that a ledger's own connection is as safe. ``connect_args`` win.
     """
     arguments = asyncpg_arguments(url.query)
     known = _IN_DSN | _LEFT_OUT | _LEFT_OUT_WITH.keys() | _NUMBERS.keys()
@@ -214,8 +209,6 @@ def has_private_memory(dialect: Any, url: URL) -> bool:
 
     Such an engine needs one of SQLAlchemy's pools that have a single connection, or one
     for each thread. SQLite's shared-cache databases in memory need none.
-
-    :param dialect: a dialect, or its class.
     """
     if url.get_backend_name() != "sqlite":
         with warnings.catch_warnings():
@@ -229,10 +222,7 @@ def has_private_memory(dialect: Any, url: URL) -> bool:
 
 
 def warn_of_memory(what: str) -> None:
-    """Warn the user's line that makes an engine with private memory.
-
-    :param what: what is done about it, or was done wrong.
-    """
+    """Warn the user's line that makes an engine with private memory."""
     warnings.warn(
         f"{what}: each connection would have a database of its own, in memory; several "
         "connections need a file, or a shared cache (sqlite:///file:NAME"

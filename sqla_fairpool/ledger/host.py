@@ -67,10 +67,7 @@ _RING, _NUDGE, _ASK = b"r", b"n", b"a"
 
 
 class HostStore(Store):
-    """See the head of this file, and :class:`.store.Store` for the methods.
-
-    :param path: the SQLite file; it is created, its directory too.
-    """
+    """See the head of this file, and :class:`.store.Store` for the methods."""
 
     kind = "host"
     #: The kernel loses no sign, but the file may go away.
@@ -274,10 +271,7 @@ class HostStore(Store):
         return False
 
     def _remove_dead(self) -> set[str]:
-        """Remove what was left by processes that were killed; return the living.
-
-        The caller holds the lock of the rows: no sign is given meanwhile.
-        """
+        """Remove what the dead have left; return the living. The rows are locked."""
         living = {member for member in self._found(_SIGN) if self._lives(member)}
         for kind in _KINDS:
             for member in self._found(kind) - living:

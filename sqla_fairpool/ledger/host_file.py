@@ -105,10 +105,7 @@ def close_copy(handle: int | None) -> None:
 
 
 def share(path: Path, mode: int, like: os.stat_result) -> None:
-    """Give something that this process has made to those that share the ledger.
-
-    :param like: the ledger's file, whose group it gets; and whose owner, from root.
-    """
+    """Give what this process has made to the owner, from root, and group of `like`."""
     with suppress(OSError):  # it stays in a group of this user
         os.chown(path, like.st_uid if os.geteuid() == 0 else -1, like.st_gid)
     # Setting the mode would take back that a directory hands down its group.
@@ -116,10 +113,7 @@ def share(path: Path, mode: int, like: os.stat_result) -> None:
 
 
 class LedgerFile:
-    """See the head of this file. Not for several threads at once.
-
-    :param path: the SQLite file.
-    """
+    """See the head of this file. Not for several threads at once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -133,7 +127,6 @@ class LedgerFile:
         self._handle: int | None = None
 
     def in_place(self) -> bool:
-        """Tell if the file that is open is the one at its path."""
         return is_at(self._handle, self._path)
 
     def _check_place(self) -> None:
@@ -180,8 +173,6 @@ class LedgerFile:
     def opening(self) -> Iterator[os.stat_result]:
         """Open what is at the path, created if need be; within, it is locked.
 
-        :meth:`connect` comes next.
-
         :raises Replaced: if another one was put there meanwhile.
         """
         try:
@@ -208,12 +199,7 @@ class LedgerFile:
             raise LedgerError(f"the ledger {self.name} is not a file")
 
     def connect(self, *, repair: bool) -> None:
-        """Let SQLite open the file; make the tables, or check them.
-
-        :param repair: if the file is damaged, make it anew: no other process uses it.
-        :raises Replaced: if the file is not the one at its path any more.
-        :raises LedgerError: if it cannot be used as it is.
-        """
+        """Let SQLite open the file; make the tables, or check or `repair` them."""
         try:
             self._connect()
         except sqlite3.Error as error:
@@ -283,7 +269,6 @@ class LedgerFile:
         )
 
     def _make_anew(self, error: sqlite3.Error) -> None:
-        """Empty a damaged file, which keeps its owner and mode."""
         assert self._handle is not None
         kept = f"{self.real}.damaged"
         shutil.copy(self.real, kept)
@@ -327,10 +312,7 @@ class LedgerFile:
 
     @contextmanager
     def transaction(self) -> Iterator[MutableMapping[str, str]]:
-        """The rows, for this process alone; kept on leaving, undone by an exception.
-
-        :raises Replaced: if the file is not the one at its path; it is closed then.
-        """
+        """See :meth:`.store.Store.transaction`. A file that was replaced is closed."""
         database = self.database
         if database is None:
             raise StoreAway("the ledger is not open")

@@ -109,10 +109,7 @@ class LedgerReport:
 
 
 def read(store: Store) -> LedgerReport:
-    """Return what an open store holds.
-
-    :raises LedgerError: if no member has ever joined.
-    """
+    """Return what an open store holds; a LedgerError if no member has ever joined."""
     with store.transaction() as rows:
         book = Book(dict(rows))
     if book.meta is None:
@@ -156,7 +153,6 @@ class Inspector:
 
     @property
     def name(self) -> str:
-        """The ledger's name, for people."""
         return self._store.name
 
     def look(self, *, registered: Iterable[str] = ()) -> Overview:
@@ -197,7 +193,6 @@ class Inspector:
         )
 
     def close(self) -> None:
-        """Close the store."""
         self._store.close()
 
     def _ask(self, members: Collection[str]) -> dict[str, Mapping[str, Any]]:

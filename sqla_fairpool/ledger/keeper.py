@@ -122,10 +122,7 @@ class Keeper:
     def ring(self, tag: str | None = None) -> None:
         """Have the keeper look at the pool: a caller waits, or something was closed.
 
-        Never blocks; cheap when it is rung already, or when more waiting under `tag`
-        would change nothing. Starts the thread on first use.
-
-        :param tag: that of the caller that waits; None if that is not the reason.
+        Never blocks. Left out where one more that waits under `tag` changes nothing.
         """
         if self._rung or tag in self.member.vain:
             return
@@ -144,11 +141,9 @@ class Keeper:
     def post(self, done: Callable[[bool], None]) -> None:
         """Have the pool's state of now in the ledger. From any thread; never blocks.
 
-        :param done: called once, by the keeper's thread as a rule: True if the store
-          has it, the sessions included, and this process is a member that owns a slot
-          for each open connection; False if that cannot be now: the store is away, we
-          are refused, the keeper is closed. Must not raise. Not called in a forked
-          child.
+        :param done: called once, as a rule by the keeper's thread: True if the store
+          has it and this process owns a slot for each open connection, False if that
+          cannot be now. Must not raise. Not called in a forked child.
         """
         self._posts.append(done)
         self.ring()
@@ -226,7 +221,6 @@ class Keeper:
         self._answer_posts(False)
 
     def _sleep(self, seconds: float) -> bool:
-        """Return True if it was rung."""
         if self.member.is_open:
             try:
                 return self._store.wait(seconds)
@@ -239,10 +233,7 @@ class Keeper:
         return self._rung
 
     def step(self, now: float, rung: bool = False) -> float:
-        """Do one round; return when to do the next at the latest.
-
-        :param rung: the bell may have been rung by another process.
-        """
+        """Do one round; return when to do the next. Others may have `rung`."""
         if self._rung:
             self.member.rung(now)
         self._rung = False
@@ -273,7 +264,6 @@ class Keeper:
         return max(min(self.member.times(now)), now + _LEAST)
 
     def _publish(self) -> None:
-        """Answer to another process that has asked for our figures."""
         self._store.asked = False
         if self._figures is not None:
             # Unlike the answer before, which is how it is told from that.
@@ -294,10 +284,7 @@ class Keeper:
         self._retry_at = now + delay * (0.5 + 0.5 * self._chance())
 
     def _refuse(self, error: LedgerError, now: float) -> None:
-        """The operator has to mend something: grow no more, try again.
-
-        Callers that wait are told, unless there are slots here to wait for.
-        """
+        """The operator has to mend something: tell callers that have no slot."""
         trouble, self.trouble = self.trouble, str(error)
         self._retry_at = now + self._pace.beat
         allotment = self.member.allotment

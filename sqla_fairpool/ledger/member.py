@@ -109,11 +109,7 @@ class Membership:
         yield from self._demand.times(now)
 
     def round(self, now: float, rung: bool, asked: bool = False) -> None:
-        """See what is wanted here, and do what is to be done about that.
-
-        :param rung: the bell may have been rung by another process.
-        :param asked: bring the row up to date in any case.
-        """
+        """See what is wanted here, and act on that; post the row if `asked`."""
         self._pool.forget_peaks()
         if self.is_open or self.number is not None:
             self._return_to_place()
@@ -173,7 +169,6 @@ class Membership:
             self._store.close()
 
     def _return_to_place(self) -> None:
-        """Have the store open, and at the ledger's place."""
         if not self.is_open:
             self._open()
         elif self._store.watches_place and not self._store.in_place():
@@ -198,7 +193,7 @@ class Membership:
             yield rows
 
     def _join(self, now: float, state: State) -> None:
-        """Become a member, and get what there is, in one transaction as a rule."""
+        """Become a member, in one transaction as a rule."""
         key, dead = self._store.member, dict[str, str]()
         for looked in (False, True):
             with self._transaction() as rows:

@@ -136,9 +136,8 @@ class Overview:
     def jain(self) -> float | None:
         """Jain's index of what the scrapers have of their fair shares.
 
-        1.0 when each has its share, whatever that is; None while none wants any.
-        As in the index's definition, what counts is the part of the fair allocation
-        that each gets (Jain, Chiu and Hawe, DEC-TR-301, 1984).
+        1.0 when each has its share; None while none wants any. As in the definition
+        (Jain, Chiu and Hawe, DEC-TR-301, 1984), the part of the fair share counts.
         """
         parts = [
             row.connections / row.fair_share for row in self.scrapers if row.fair_share
@@ -183,8 +182,7 @@ def utc_now() -> str:
 def condensed(rows: Sequence[TagStats]) -> Sequence[TagStats]:
     """Return the rows that a process shows to others.
 
-    Of very many, which may come from user data, those that want most; the others are
-    summed up under the name of none.
+    Of very many those that want most; the others are summed up under the name of none.
     """
     if len(rows) <= _MAX_TAGS:
         return rows

@@ -68,10 +68,8 @@ _END_HOLDERS = (
 class PostgresStore(Store):
     """See the head of this file, and :class:`.store.Store` for the methods.
 
-    :param url: the database, with psycopg2 or psycopg as the driver.
-    :param ledger: which one, if there are several in the database.
-    :param observes: it is opened to look on, by a process that is no member: it gives
-      no sign of life, and does not count among those that may have connections.
+    :param observes: it is opened by a process that is no member: it gives no sign of
+      life, and does not count among those that may have connections.
     """
 
     kind = "postgresql"
@@ -109,7 +107,6 @@ class PostgresStore(Store):
 
     @property
     def key(self) -> int:
-        """The ledger's own number; 0 until it is opened."""
         return self._tables.number
 
     @property
@@ -184,7 +181,6 @@ class PostgresStore(Store):
         self._begin()
 
     def _drop(self) -> None:
-        """Close the control connection, whatever state it is in."""
         connection, self._connection = self._connection, None
         self._is_open, self._inbox = False, []
         if connection is not None:
@@ -283,16 +279,12 @@ class PostgresStore(Store):
             raise StoreAway(f"{self.name}: {first_line(error)}") from error
 
     def _lost(self) -> None:
-        """The session is over, and with it the sign of life."""
         if self._connection is not None:
             self.signed = False
         self._drop()
 
     def _miss_tables(self) -> None:
-        """Be closed for transactions until :meth:`open` has found tables again.
-
-        The session goes on, and the sign of life stands, but covers no slot any more.
-        """
+        """The session and its sign of life stand, which covers no slot any more."""
         self._is_open = self.signed = False
 
     def living(self, members: Collection[str]) -> set[str]:

@@ -78,12 +78,7 @@ _UNPUBLISH = "DELETE FROM fairpool_figures WHERE ledger = :ledger AND member = :
 
 
 class Tables:
-    """The tables as one ledger sees them. The caller sees to transactions.
-
-    :param ledger: its name there.
-    :param name: what it is called in errors.
-    :param run: executes a statement with values, or with a list of such.
-    """
+    """The tables as one ledger sees them. The caller sees to transactions."""
 
     def __init__(self, ledger: str, name: str, run: Callable[..., Any]) -> None:
         self._name = name
@@ -97,12 +92,7 @@ class Tables:
         return LedgerError(f"the ledger {self._name} cannot be used: {why}")
 
     def open(self) -> None:
-        """Find the tables or create them; have the session use them.
-
-        In a transaction, in which no other process does the same.
-
-        :raises LedgerError: if they cannot be used as they are.
-        """
+        """Find the tables or create them; have the session use them."""
         self._run("RESET search_path")
         schema = {"schema": self._find()}
         self._run(_USE, schema)
@@ -153,7 +143,6 @@ class Tables:
         return {key: value for _, key, value in found if key is not None}
 
     def write(self, before: Mapping[str, str], rows: Mapping[str, str]) -> None:
-        """Write what differs from `before`."""
         gone, changed = changes(before, rows)
         for key in gone:
             self._run(_DELETE, self._ledger | {"key": key})
@@ -188,7 +177,6 @@ _CONNECT_TIMEOUT = 5
 
 
 def make_engine(url: URL) -> Engine:
-    """Return what makes connections to the ledger's database."""
     keepalives = {k: v for k, v in _KEEPALIVES.items() if k not in url.query}
     return create_engine(
         url,
@@ -207,10 +195,7 @@ Heard = tuple[str, str, int]
 
 
 def notifications(connection: Any, inbox: list[Heard]) -> list[Heard]:
-    """Return the notifications that have come.
-
-    :raises Exception: what the driver raises if the connection is lost.
-    """
+    """Return the notifications that have come; raise if the connection is lost."""
     heard = list(inbox)
     inbox.clear()
     if hasattr(connection, "poll"):  # psycopg2
@@ -227,5 +212,4 @@ def notifications(connection: Any, inbox: list[Heard]) -> list[Heard]:
 
 
 def first_line(error: object) -> str:
-    """Return what an error says first."""
     return str(error).strip().partition("\n")[0]

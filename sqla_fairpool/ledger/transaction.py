@@ -15,7 +15,6 @@ from .rows import DUE, Member, Session, TagDemand, in_order, member_key, read
 
 
 def has_news(rows: Mapping[str, str], member: str, allotment: Allotment) -> bool:
-    """Tell if a member has to look beyond its allotment, at the price of two rows."""
     if rows.get(member_key(member)) != allotment.row.text:
         return True
     why = read(DUE, rows.get(DUE), dict[str, str]).get(member)
@@ -37,14 +36,12 @@ def settle(
 ) -> Allotment:
     """Post what a member wants, give back or take, and see which others are to be told.
 
-    :param state: what its pool has.
-    :param demand: what is to be posted.
+    :param state: what its pool has; `demand` is what is to be posted.
     :param allowed: what its pool may open until it is told anew. It does not give back
       below that now, nor below what is open.
     :param ready: tags under which it would yield if it is asked.
     :param keep: it does not need more than it has and what it claims.
     :param sign: write the row though nothing has changed: it answers.
-    :param unasked: why it could not ask the server.
     """
     before = book.members[key]
     sessions = in_order(state.sessions)

@@ -68,7 +68,6 @@ def identify(cursor: Any, backend_pid: int | None) -> tuple[str, Session]:
     """Return the server, and the session that a cursor is of.
 
     :param backend_pid: the server process as the driver knows it, None if it does not.
-    :raises LedgerError: if a pooler is in between.
     """
     cursor.execute(
         f"SELECT {_SERVER}, pid, {_BEGAN} FROM pg_stat_activity "
@@ -112,10 +111,7 @@ def sign_stands(cursor: Any, sign: int) -> bool:
 
 
 def other_ledgers(cursor: Any, key: int) -> set[int]:
-    """Show which ledger a session's database is used with; return others in use there.
-
-    :param key: the ledger's own number, a positive int4.
-    """
+    """Show which ledger a database is used with; return others there, by number."""
     cursor.execute(f"SELECT pg_advisory_lock_shared({_USES}, {key})")
     cursor.execute(
         "SELECT DISTINCT objid::bigint FROM pg_locks WHERE locktype = 'advisory' "
@@ -133,10 +129,7 @@ def unaccounted(
 
 
 def still_there(gone: Gone, present: Present, suspects: int) -> Left:
-    """Return what is left of a quarantine, by what the server says.
-
-    :param suspects: how many sessions may have its unposted slots.
-    """
+    """Return what is left of a quarantine; `suspects` may have its unposted slots."""
     alive = tuple(among(gone.sessions, present.sessions))
     slots = len(alive) + min(gone.unposted, suspects)
     # Where it had more open than slots were left for it, there are fewer slots.
