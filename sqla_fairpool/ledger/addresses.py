@@ -26,26 +26,19 @@ _ALLOWED = (
     "a file, with a / in it, 'database' (the pool's own, for any number of hosts), or "
     "the URL of a PostgreSQL database"
 )
-
 #: Drivers that a ledger can use.
 _DRIVERS = ("psycopg2", "psycopg")
-
 #: Where a server listens if the URL says nothing.
 _PORTS = {"postgresql": "5432", "mysql": "3306", "mssql": "1433", "oracle": "1521"}
-
 #: What stands for this host.
 _HERE = "localhost"
-
 #: Where a PostgreSQL server has its socket unless it was told otherwise.
 _SOCKETS = ("/run/postgresql", "/var/run/postgresql", "/tmp")
-
 #: Where directories for default ledgers are. Not what TMPDIR or XDG_RUNTIME_DIR say:
 #: they differ between cron, services and shells of one user.
 _TEMP = Path("/tmp")
-
 #: What gives names to addresses, before any server is asked.
 _HOSTS_FILE = Path("/etc/hosts")
-
 #: Other names of backends.
 _SAME = {"mariadb": "mysql", "postgres": "postgresql"}
 

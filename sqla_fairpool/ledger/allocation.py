@@ -190,10 +190,10 @@ def _divide_tag(found: Allocation, tag: str, line: list[_Place]) -> None:
     share, ceiling = found.shares[tag], found.ceilings[tag]
     claims, rooms, starved, asked = _divide_line(tuple(line), share, ceiling)
     for row, claim, room in zip(line, claims, rooms, strict=True):
+        found.limits[tag, row.member] = room
         if claim:
             found.claims[tag, row.member] = claim
             found.claimed[row.member] += claim
-        found.limits[tag, row.member] = room
     if starved:
         found.starved[tag] = starved
     found.asked.update((tag, member) for member in asked)

@@ -29,7 +29,6 @@ from .rows import (
     Session,
     Terms,
     dump,
-    gone_key,
     in_order,
     member_key,
     parse_member,
@@ -154,10 +153,10 @@ class Book:
 
     def _write_gone(self, number: int, gone: Gone | None) -> None:
         if gone is None:
-            del self.gone[number], self._rows[gone_key(number)]
+            del self.gone[number], self._rows[f"{GONE}{number}"]
         else:
             self.gone[number] = gone
-            self._rows[gone_key(number)] = gone.text
+            self._rows[f"{GONE}{number}"] = gone.text
 
     def accepts(self, key: str, terms: Terms, server: str | None = None) -> bool:
         """Tell if `key` may join with these terms as things stand."""

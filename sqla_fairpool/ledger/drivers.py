@@ -97,7 +97,6 @@ _IN_DSN = _keys(
     "ssl_min_protocol_version ssl_max_protocol_version dbname options "
     "application_name"
 )
-
 #: asyncpg has no such settings, and none of them makes a connection safer: with any
 #: value, or with one of these. With another one they are refused.
 _LEFT_OUT = _keys(
@@ -109,7 +108,6 @@ _LEFT_OUT_WITH = {
     "channel_binding": ("disable", "prefer", "require"),
     "gssencmode": ("disable", "prefer"),
 }
-
 #: asyncpg's own arguments that are numbers, which a URL has as texts only.
 _NUMBERS: dict[str, Callable[[str], float]] = {
     "timeout": float,
@@ -119,13 +117,11 @@ _NUMBERS: dict[str, Callable[[str], float]] = {
     "max_cacheable_statement_size": int,
     "connect_timeout": float,
 }
-
 #: SQLAlchemy's own keys in an asyncpg URL.
 _DIALECTS = _keys(
     "prepared_statement_cache_size prepared_statement_name_func async_fallback "
     "async_creator_fn"
 )
-
 #: asyncpg's and its dialect's keys that mean nothing to libpq: how statements are kept,
 #: and for how long the client waits for one.
 _ASYNCPGS = _NUMBERS.keys() - {"timeout", "connect_timeout"} | _DIALECTS

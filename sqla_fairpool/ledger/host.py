@@ -59,7 +59,6 @@ _KINDS = _BELL, _FIGURES, _SIGN, _NEW_SIGN, _NEW_FIGURES = (
     ".new",
     ".said",
 )
-
 # How often what is at the ledger's place may vanish while it is being opened.
 _ATTEMPTS = 50
 # What is written into a bell: another process rings, it is its own, another asks.

@@ -48,11 +48,9 @@ _log = logging.getLogger(__name__)
 #: How long a transaction waits for another one, which takes some 40 microseconds; a
 #: stopped process may be in the middle of one.
 _PATIENCE = 2.0
-
 #: Seconds between two attempts to get the lock: the first, and the longest. The first
 #: is about what a transaction takes, and the least that a system sleeps.
 _FIRST, _LONGEST = 50e-6, 2e-3
-
 #: Version of the file. Version 1 was in WAL mode, under SQLite's own locks.
 SCHEMA = 2
 

@@ -36,7 +36,6 @@ from .store import Store
 #: Seconds that members have for an answer. They take a millisecond or two; a process
 #: that computes in many threads lets its keeper wait for its turn.
 _PATIENCE = 1.0
-
 #: Seconds between two looks for answers: the first, and the longest.
 _FIRST, _LONGEST = 0.001, 0.02
 
@@ -141,10 +140,8 @@ class Inspector:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._store = store
-        self._patience = patience
-        self._clock = clock
-        self._sleep = sleep
+        self._store, self._patience = store, patience
+        self._clock, self._sleep = clock, sleep
         #: The server sessions that were in a row at the last look, and the number of
         #: the member, or the quarantine, whose row that was.
         self.sessions: Mapping[Session, int] = {}

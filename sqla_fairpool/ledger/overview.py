@@ -16,7 +16,6 @@ from ..stats import SHARED, TagStats
 
 #: Seconds after which a connection that is out is worth a warning.
 _LONG_HOLD = 60.0
-
 #: Tags that one process names.
 _MAX_TAGS = 256
 _REST = ""

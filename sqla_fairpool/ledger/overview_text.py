@@ -14,7 +14,6 @@ from .overview import Overview, ScraperRow
 
 #: Characters of the bar that shows the utilization.
 _BAR = 20
-
 #: Columns of a name in the table.
 _LONGEST_NAME = 40
 

@@ -34,7 +34,6 @@ _TABLES = {
     "fairpool_figures": "CREATE UNLOGGED TABLE fairpool_figures (ledger text NOT NULL, "
     "member text NOT NULL, value text NOT NULL, PRIMARY KEY (ledger, member))",
 }
-
 # Not by the rights of the role, of which another process may have others. By oid, which
 # rises: tables that are created later, elsewhere, change nothing.
 _FIND = """
@@ -171,7 +170,6 @@ _KEEPALIVES = {
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,
 }
-
 #: Seconds.
 _CONNECT_TIMEOUT = 5
 

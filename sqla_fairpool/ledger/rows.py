@@ -37,7 +37,6 @@ from .errors import LedgerError, RowBroken
 PROTOCOL = 2
 
 META, TAGS, DUE, MEMBER, GONE = "meta", "tags", "due", "member/", "gone/"
-
 #: Fields that rows of the protocol's first version do not have.
 _LATER = frozenset({"sessions", "unasked", "server", "fresh"})
 
@@ -46,10 +45,6 @@ _T = TypeVar("_T")
 
 def member_key(member: str) -> str:
     return MEMBER + member
-
-
-def gone_key(number: object) -> str:
-    return f"{GONE}{number}"
 
 
 def dump(value: object) -> str:

@@ -35,13 +35,11 @@ _log = logging.getLogger(__name__)
 
 #: Most characters of a reason that are written down.
 _REASON = 200
-
 #: First key of the advisory lock by which a pool shows which ledger it uses; the second
 #: is the ledger's number. For a warning only. Any number would do; this one is "pool".
 _USES = 0x706F6F6C
 
 _BEGAN = "(extract(epoch from backend_start) * 1000000)::bigint"
-
 # What tells a server from all others. A standby has its primary's number, and keeps it
 # when it is promoted.
 _SERVER = "(SELECT 'postgresql ' || system_identifier FROM pg_control_system())"
@@ -192,9 +190,7 @@ class Watch:
     """
 
     def __init__(self, store: Store, sessions: Sessions | None, pace: Pace) -> None:
-        self._store = store
-        self._sessions = sessions
-        self._pace = pace
+        self._store, self._sessions, self._pace = store, sessions, pace
         # Since when each has been expected to look, with the same row.
         self._expected: dict[str, tuple[tuple[str, str], float]] = {}
         self._gone: dict[int, _Quarantine] = {}
