@@ -19,10 +19,10 @@ from ..ledger.addresses import known_ledgers, make_store
 from ..ledger.book import Book
 from ..ledger.errors import LedgerError, RowBroken
 from ..ledger.host import HostStore
-from ..ledger.inspector import GoneReport, LedgerReport, MemberReport, read
+from ..ledger.inspector import LedgerReport, read
 from ..ledger.overview_text import printable
 from ..ledger.postgres import PostgresStore
-from ..ledger.rows import Left
+from ..ledger.rows import Gone, Left, Member
 from ..ledger.store import StoreAway
 from ..ledger.watch import Present, look, still_there, unaccounted
 from ..options import OPTIONS, hide_passwords
@@ -130,7 +130,7 @@ def _is_in_use(path: Path) -> bool:
     store = HostStore(path)
     try:
         store.open()
-        return any(member.alive for member in read(store).members)
+        return bool(read(store).living)
     except (StoreAway, RowBroken):
         return True  # it may be
     except LedgerError:  # no member has ever joined
@@ -175,15 +175,16 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _lines(report: LedgerReport) -> Iterator[str]:
+    book, terms = report.book, report.book.terms
     yield f"ledger {report.name}"
     yield (
-        f"{report.capacity} slots: {report.owned} owned by {len(report.members)} "
-        f"members, {report.quarantined} in quarantine, {report.free} free; "
-        f"at most {report.soft_limit} for each tag of several, {report.max_limit} alone"
+        f"{terms.capacity} slots: {book.owned} owned by {len(book.members)} "
+        f"members, {book.quarantined} in quarantine, {book.free} free; "
+        f"at most {terms.soft_limit} for each tag of several, {terms.max_limit} alone"
     )
     if report.control_connections:
         yield f"{report.control_connections} control connections beside them"
-    if report.fresh:
+    if book.is_fresh:
         yield (
             "nothing is handed out yet: the rows were made anew, and processes that "
             "had others before may live"
@@ -193,25 +194,28 @@ def _lines(report: LedgerReport) -> Iterator[str]:
             "the server cannot be asked for sessions, so that each quarantine takes "
             f"its stated time: {hide_passwords(report.unasked)}"
         )
-    for member in report.members:
-        state = (" STOPPED" if member.stalled else "") if member.alive else " DEAD"
-        yield f"  {_who(member)}{state}: {member.owned} slots"
-        for tag, line in member.tags.items():
+    for key, member in report.members:
+        state = " STOPPED" if member.stalled else ""
+        if key not in report.living:
+            state = " DEAD"
+        yield f"  {_who(member.number, member)}{state}: {member.owned} slots"
+        for tag, line in sorted(member.tags.items()):
             idle = "" if line.active else ", idle"
             yield (
                 f"    {tag!r} at most {line.limit}{idle}; last posted: "
                 f"{line.in_use} in use, {line.waiting} waiting"
             )
-    for gone in report.gone:
-        known = f"; {gone.sessions} sessions are known" if gone.sessions else ""
-        yield f"  {_who(gone)}: {gone.slots} in quarantine, {gone.why}{known}"
+    for number, gone in sorted(book.gone.items()):
+        several = len(gone.sessions)
+        known = f"; {several} sessions are known" if several else ""
+        yield f"  {_who(number, gone)}: {gone.slots} in quarantine, {gone.why}{known}"
 
 
-def _who(row: MemberReport | GoneReport) -> str:
+def _who(number: int, row: Member | Gone) -> str:
     keys = ("program", "host", "pid", "since")
     parts = {key: str(row.who.get(key, "?")) for key in keys}
     text = "{program} ({host}:{pid}, since {since})".format(**parts)
-    return f"#{row.number} {printable(text)}"
+    return f"#{number} {printable(text)}"
 
 
 def _reap(arguments: argparse.Namespace) -> int:
@@ -232,8 +236,7 @@ def _reap(arguments: argparse.Namespace) -> int:
             book = Book(rows)
             dead = book.reap({k: v for k, v in texts.items() if k not in living})
             view = Book(dict(rows))
-            if book.meta is not None:
-                book.tell(book.allocation())
+            book.tell()
         # After the dead were found: what they have opened before is seen now.
         present = ask()
         can_tell = present is not None and present.server == server
@@ -241,7 +244,7 @@ def _reap(arguments: argparse.Namespace) -> int:
         with store.transaction() as rows:
             book = Book(rows)
             book.release(found)
-            wake_ups = book.tell(book.allocation()) if book.meta is not None else []
+            wake_ups = book.tell()
         store.ring(wake_ups)
     freed = sum(left.gone.slots - left.slots for left in found.values())
     print(f"{len(dead)} dead found, {freed} slots freed")
@@ -357,9 +360,9 @@ def _wanted(arguments: argparse.Namespace) -> tuple[int, int]:
     if wanted is None:
         with _opened(find_store(arguments)[0]) as store:
             report = read(store)
-        wanted = report.capacity
+        wanted = report.book.terms.capacity
         if processes is None:
-            processes = sum(member.alive for member in report.members)
+            processes = len(report.living)
     if not processes:
         processes = wanted
         print(f"assuming {wanted} processes, as many as connections: see --processes")

@@ -27,10 +27,9 @@ from sqlalchemy import exc
 from sqlalchemy.util import greenlet_spawn
 
 from ..errors import CheckoutTimeout
-from ..ledger.demand import TagDemand
 from ..ledger.errors import LedgerError
 from ..ledger.keeper import Keeper
-from ..ledger.rows import Session
+from ..ledger.rows import Session, TagDemand
 from .core import PoolCore
 from .physical import PhysicalConnection
 from .transitions import Transitions

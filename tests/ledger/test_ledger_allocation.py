@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqla_fairpool.ledger.allocation import Limits, Line, allocate
+from sqla_fairpool.ledger.allocation import allocate
+from sqla_fairpool.ledger.rows import Limits
+from sqla_fairpool.ledger.rows import TagDemand as Line
 from sqla_fairpool.scheduling import policy
 
 TERMS = Limits(capacity=20, soft_limit=10, max_limit=15)

@@ -181,7 +181,7 @@ def elsewhere(world):
 
 def test_members_whose_connections_go_to_another_server_are_refused(world):
     a = world.member()
-    assert world.book.meta.server == read(a.store).server == "the server"
+    assert world.book.meta.server == read(a.store).book.server == "the server"
     b = elsewhere(world)
     ask(b, "b", 3)
     world.run(5.0)
@@ -245,7 +245,7 @@ def test_who_does_not_notice_that_the_rows_were_deleted_keeps_its_slots(world):
     ask(b, "b", 15)
     world.run(30.0, tick=0.01)
     assert used(b) == [0]
-    assert read(b.store).fresh
+    assert read(b.store).book.is_fresh
     a.stopped = False
     world.run(3.0)
     assert world.server.most <= 20
