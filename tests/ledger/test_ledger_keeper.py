@@ -279,19 +279,6 @@ def test_slots_of_a_stopped_process_are_not_used_and_the_others_share_the_rest(w
     assert not a.row.stalled
 
 
-def test_one_that_was_taken_for_dead_takes_its_slots_back(world):
-    a, b = world.members(a=20, b=20)
-    world.churn(0.5)
-    a.stopped = True
-    a.store.lose()
-    world.churn(5.0)
-    assert [*world.book.gone] == [1]
-    a.stopped = False
-    world.churn(2.0)
-    assert not world.book.gone
-    assert (a.row.number, used(a, b)) == (1, [10, 10])
-
-
 def test_a_quarantine_that_was_left_and_entered_again_is_another_one(world):
     key = world.member("a", 3).store.member
     book = Book(dict(world.host.rows))

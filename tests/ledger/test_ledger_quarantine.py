@@ -119,25 +119,6 @@ def test_slots_without_a_session_come_back_at_once(world):
     assert (world.quarantined, len(b.sessions)) == (2, 18)
 
 
-def test_a_session_that_was_not_posted_yet_keeps_its_slot(world):
-    a, b = world.member("a", 2), world.start()
-    a.pool.request("a")
-    while len(a.sessions) < 3:
-        a.step()  # it has the slot, and connects
-    assert a.pool.pending
-    a.kill()
-    a.server_notices(2)
-    ask(b, "b")
-    ask(b, "c")
-    world.run(3.0)
-    ((_, gone),) = world.book.gone.items()
-    assert (gone.slots, gone.sessions) == (1, ())
-    assert world.server.most <= 20
-    a.server_notices()
-    world.run(2.0)
-    assert world.quarantined == 0
-
-
 @pytest.mark.parametrize("leaves", [False, True])
 def test_a_strangers_session_counts_while_it_stays_and_for_a_stated_time(world, leaves):
     """One that comes in its place is nobody's of the dead: it came too late."""
