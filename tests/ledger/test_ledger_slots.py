@@ -26,11 +26,7 @@ from support.sessions import Sessions
 from support.stub import all_for_one
 from support.threads import PATIENCE, Caller, eventually, give
 
-from sqla_fairpool import (
-    AsyncAdaptedFairQueuePool,
-    CheckoutTimeout,
-    FairQueuePool,
-)
+from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
 from sqla_fairpool.ledger.errors import ServerDiffers
 from sqla_fairpool.pool import ledger_member, ledger_sessions
 
