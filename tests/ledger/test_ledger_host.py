@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -95,125 +96,93 @@ def test_nobody_waits_without_end_for_a_process_that_is_stopped(
 
 # -- forked children, and processes that are killed ------------------------------------
 
-FORKS = """
-import ctypes, os, signal, sys, traceback, warnings
-from sqla_fairpool.ledger.host import HostStore
-from sqla_fairpool.ledger.store import StoreAway
+FORKS = {"python": os.fork, "library, which tells nobody": ctypes.PyDLL(None).fork}
 
-warnings.simplefilter("ignore")  # newer Pythons warn of threads and fork together
-path, how = sys.argv[1:]
-fork = os.fork if how == "python" else ctypes.PyDLL(None).fork
 
-def forked(child):
-    "Run a function in a child; return its pid."
-    pid = fork()
+def forked(child, how="python"):
+    """Run a function in a child; return its pid."""
+    pid = FORKS[how]()
     if not pid:
-        status = 1
         try:
             child()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
+            os._exit(0)
         finally:
-            os._exit(status)
+            os._exit(1)
     return pid
 
-def killed(pid):
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
 
-def opened():
-    store = HostStore(path)
-    store.open()
-    return store
+def opens_the_ledger_anew(store, how):
+    mine = store.member
 
-def rows_of(store):
-    with store.transaction() as rows:
-        return dict(rows)
-
-reading, writing = os.pipe()
-"""
-
-OPENS_ANEW = """
-store = opened()
-mine = store.member
-
-def child():
-    try:
-        rows_of(store)
-    except StoreAway:
+    def child():
+        with contextlib.suppress(StoreAway):
+            rows_of(store)
         store.open()
-    with store.transaction() as rows:
-        rows[store.member] = "child"
+        write(store, **{store.member: "child"})
 
-assert os.waitpid(forked(child), 0)[1] == 0
-((member, _),) = rows_of(store).items()
-assert member != mine == store.member
-assert store.in_place()
-assert store.living([mine, member]) == {mine}
-"""
-KEEPS_NEITHER_THE_LOCK_NOR_THE_SIGN = """
-store, other = opened(), opened()
-mine = store.member
-with store.transaction() as rows:
-    rows["a"] = "1"
-    child = forked(signal.pause)
-assert rows_of(other) == {"a": "1"}
-assert other.living([mine]) == {mine}
-store.close()
-assert other.living([mine]) == set()
-killed(child)
-"""
-NEITHER_COMMITS_NOR_UNDOES_IT = """
-store, other = opened(), opened()
+    assert os.waitpid(forked(child, how), 0)[1] == 0
+    ((member, _),) = rows_of(store).items()
+    assert member != mine == store.member
+    assert store.in_place()
+    assert store.living([mine, member]) == {mine}
 
-def child():
-    try:
-        transaction.__exit__(None, None, None)
-    except StoreAway as error:
-        assert "closed in a transaction" in str(error)
-    else:
-        raise AssertionError
 
-transaction = store.transaction()
-rows = transaction.__enter__()
-rows["a"] = "1"
-assert os.waitpid(forked(child), 0)[1] == 0
-rows["b"] = "2"
-transaction.__exit__(None, None, None)
-assert rows_of(other) == {"a": "1", "b": "2"}
-"""
-LEAVES_THE_LOCK_WHEN_ITS_PARENT_IS_KILLED = """
-def parent():
-    store = opened()
+def keeps_neither_the_lock_nor_the_sign(store, how):
+    mine, other = store.member, HostStore(store.name)
+    other.open()
     with store.transaction() as rows:
         rows["a"] = "1"
-        child = forked(lambda: (os.write(writing, b"x"), signal.pause()))
-        os.write(writing, child.to_bytes(4, "big"))
-        signal.pause()
+        child = forked(signal.pause, how)
+    assert rows_of(other) == {"a": "1"}
+    assert other.living([mine]) == {mine}
+    store.close()
+    assert other.living([mine]) == set()
+    os.kill(child, signal.SIGKILL)
 
-pid = forked(parent)
-said = b""
-while len(said) < 5:
-    said += os.read(reading, 5)
-killed(pid)
-assert rows_of(opened()) == {}
-os.kill(int.from_bytes(said.replace(b"x", b""), "big"), signal.SIGKILL)
-"""
-#: What is tried, by forks of Python's and by those of a C library that tells nobody.
-BOTH = {"anew": OPENS_ANEW, "keeps": KEEPS_NEITHER_THE_LOCK_NOR_THE_SIGN}
-PYTHONS = {
-    "transaction": NEITHER_COMMITS_NOR_UNDOES_IT,
-    "orphan": LEAVES_THE_LOCK_WHEN_ITS_PARENT_IS_KILLED,
-}
+
+def neither_commits_nor_undoes_a_transaction(store, how):
+    transaction = store.transaction()
+    rows = transaction.__enter__()
+    rows["a"] = "1"
+
+    def child():
+        with pytest.raises(StoreAway, match="closed in a transaction"):
+            transaction.__exit__(None, None, None)
+
+    assert os.waitpid(forked(child, how), 0)[1] == 0
+    rows["b"] = "2"
+    transaction.__exit__(None, None, None)
+    assert rows_of(store) == {"a": "1", "b": "2"}
 
 
 @pytest.mark.parametrize(
-    ("how", "what"),
-    [*product(["python", "library"], BOTH), *product(["python"], PYTHONS)],
+    ("child", "how"),
+    [
+        *product([opens_the_ledger_anew, keeps_neither_the_lock_nor_the_sign], FORKS),
+        (neither_commits_nor_undoes_a_transaction, "python"),
+    ],
 )
-def test_child(path, how, what):
-    run("-c", FORKS + {**BOTH, **PYTHONS}[what], path, how)
+def test_forked_child(path, elsewhere, child, how):
+    elsewhere(path)(child, how)
+
+
+def fork_in_a_transaction(store, child):
+    with store.transaction() as rows:
+        rows["a"] = "1"
+        child.write_text(f"{forked(signal.pause)}\n")
+        signal.pause()
+
+
+def test_parent_killed_in_a_transaction_leaves_the_lock_to_others(
+    make, path, tmp_path, elsewhere
+):
+    """Its child lives on, and has had the file of the lock open."""
+    parent, child = elsewhere(path), tmp_path / "child"
+    parent.begin(fork_in_a_transaction, child)
+    eventually(lambda: child.exists() and child.read_text().endswith("\n"))
+    parent.kill()
+    assert rows_of(make()) == {}
+    os.kill(int(child.read_text()), signal.SIGKILL)
 
 
 def commit_and_be_killed(store):
