@@ -5,7 +5,6 @@ from __future__ import annotations
 import _thread
 import json
 import threading
-from contextlib import contextmanager
 
 import pytest
 from support.ledger import TERMS, World, ask, close_idle, free, used
@@ -409,30 +408,18 @@ def test_one_whose_row_was_reset_keeps_what_it_has_open(world):
 
 
 class BlockingStore(MemoryStore):
-    """One whose lock is a lock, and whose bell wakes a thread."""
+    """One whose bell wakes a thread."""
 
-    lock = threading.Lock()
-
-    def __init__(self, host, bells=None):
+    def __init__(self, host):
         super().__init__(host)
-        self.bells = {} if bells is None else bells
-        self.bells[self.member] = threading.Event()
-
-    @contextmanager
-    def transaction(self):
-        with self.lock, super().transaction() as rows:
-            yield rows
-
-    def ring(self, members):
-        for member in members:
-            self.bells[member].set()
+        self.bell = threading.Event()
 
     def nudge(self):
-        self.ring([self.member])
+        self.bell.set()
 
     def wait(self, seconds):
-        rung = self.bells[self.member].wait(seconds)
-        self.bells[self.member].clear()
+        rung = self.bell.wait(seconds)
+        self.bell.clear()
         return rung
 
 
@@ -458,16 +445,12 @@ def locked(lock, function):
 
 
 @pytest.fixture
-def pools():
-    """The pools of two processes, each with a keeper that has a thread."""
-    host, server, bells = Host(), Server(), {}
-    pools = [LockedPool(server, name) for name in "ab"]
-    for pool in pools:
-        store = BlockingStore(host, bells)
-        pool.keeper = Keeper(store, TERMS, pool, sessions=server.look)
-    yield pools
-    for pool in pools:
-        pool.keeper.close()
+def pool():
+    """One with a keeper that has a thread."""
+    pool = LockedPool(Server(), "a")
+    pool.keeper = Keeper(BlockingStore(Host()), TERMS, pool)
+    yield pool
+    pool.keeper.close()
 
 
 def runners():
@@ -475,33 +458,9 @@ def runners():
     return [t for t in threading.enumerate() if t.name == "sqla_fairpool-keeper"]
 
 
-def test_threads_hand_slots_to_each_other(pools):
-    a, b = pools
-    assert runners() == []  # before somebody rings
-    for _ in range(20):
-        a.request("a")
-    eventually(lambda: a.in_use["a"] == 15)
-    for _ in range(20):
-        b.request("b")
-    eventually(lambda: b.in_use["b"] == 5)
-    eventually(lambda: a.slots == 10)  # before, what is free goes to its own callers
-    for _ in range(5):
-        a.release("a")
-    eventually(lambda: b.in_use["b"] == 10)
-    assert a.at_server.most <= 20
-    assert len(runners()) == 2
-    a.waiting.clear()
-    for _ in range(10):
-        a.release("a")
-    a.keeper.close()
-    assert a.keeper.member.allotment is None
-    eventually(lambda: b.in_use["b"] >= 10)
-
-
 @pytest.mark.parametrize("how", ["before", "after"])
-def test_interrupt_while_the_thread_is_started(pools, monkeypatch, how):
+def test_interrupt_while_the_thread_is_started(pool, monkeypatch, how):
     """Before it is started, or after that: later there is one that does the work."""
-    a, _ = pools
     start = _thread.start_new_thread
 
     def interrupted(function, args):
@@ -512,41 +471,42 @@ def test_interrupt_while_the_thread_is_started(pools, monkeypatch, how):
     with monkeypatch.context() as patch:
         patch.setattr(_thread, "start_new_thread", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            a.request("a")
-    a.keeper.ring()
-    eventually(lambda: a.in_use["a"] == 1)
+            pool.request("a")
+    pool.keeper.ring()
+    eventually(lambda: pool.in_use["a"] == 1)
     eventually(lambda: len(runners()) == 1)
-    a.keeper.close()
+    pool.keeper.close()
     assert runners() == []
 
 
-def test_a_post_starts_the_thread_and_is_answered_by_it(pools):
-    keeper = pools[0].keeper
+def test_a_post_starts_the_thread_and_is_answered_by_it(pool):
     told, answers = threading.Event(), []
 
     def done(answer):
         answers.append((answer, threading.current_thread().name))
         told.set()
 
-    keeper.post(done)
+    assert runners() == []
+    pool.keeper.post(done)
     assert told.wait(PATIENCE)
     assert answers == [(True, "sqla_fairpool-keeper")]
-    keeper.close()
-    keeper.post(done)
+    pool.keeper.close()
+    pool.keeper.post(done)
     assert [answer for answer, _ in answers] == [True, False]
-    # It stays closed, as one does that had no thread.
-    for pool in pools:
-        pool.keeper.close()
-        pool.request("a")
-        assert (runners(), pool.in_use["a"]) == ([], 0)
 
 
-def test_where_no_thread_can_be_started_a_post_is_denied(pools, monkeypatch):
+def test_a_keeper_that_was_closed_stays_closed(pool):
+    pool.keeper.close()
+    pool.request("a")
+    assert (runners(), pool.in_use["a"]) == ([], 0)
+
+
+def test_where_no_thread_can_be_started_a_post_is_denied(pool, monkeypatch):
     def start(*_):
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(_thread, "start_new_thread", start)
     answers = []
     for _ in range(2):
-        pools[0].keeper.post(answers.append)
+        pool.keeper.post(answers.append)
     assert answers == [False, False]
