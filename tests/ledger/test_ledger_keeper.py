@@ -250,6 +250,16 @@ def test_what_was_closed_while_the_store_was_away_is_given_back_after(world):
     assert used(a, b) == [10, 10]
 
 
+@pytest.mark.parametrize("where", ["begin", "locked", "commit", "committed", "ring"])
+def test_a_failure_anywhere_is_made_good(world, where):
+    a, b = world.member("a", 15), world.start()
+    a.fails_at = b.fails_at = where
+    ask(b, "b", 10)
+    free(a, "a", 5)
+    world.run(5.0)
+    assert used(a, b) == [10, 10]
+
+
 def test_no_exception_leaves_the_keeper(world, caplog):
     a = world.start()
     ask(a, "a", 1)
@@ -276,6 +286,30 @@ def test_slots_of_a_stopped_process_are_not_used_and_the_others_share_the_rest(w
     world.churn(2.0)
     assert sorted(used(a, b, c)) == [6, 7, 7]
     assert not a.row.stalled
+
+
+def test_one_that_was_taken_for_dead_opens_nothing_before_it_has_seen_its_row(world):
+    """The server had nothing to keep its slots for: they are others' now."""
+    a, b = world.member("a", 15), world.start()
+    free(a, "a", 15)
+    close_idle(a)
+    assert (a.pool.slots, a.pool.open) == (15, 0)
+    a.stopped = True
+    a.store.lose()
+    ask(b, "b", 10)
+    ask(b, "c", 10)
+    world.run(4.0)
+    assert used(b) == [20]
+    a.stopped = False
+    points = 0
+    while a.row is None:
+        a.step(budget=points)  # wherever it is stopped on its way back
+        a.pool.request("a")
+        assert world.server.most <= 20
+        points = 1
+        world.now += 0.1  # it tries again after a while
+    world.run(1.0)
+    assert world.server.most <= 20
 
 
 def test_a_quarantine_that_was_left_and_entered_again_is_another_one(world):

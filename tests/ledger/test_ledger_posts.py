@@ -14,15 +14,22 @@ from sqla_fairpool.ledger.rows import Terms
 # -- posts -------------------------------------------------------------------------
 
 
+def step_until(process, point, answers):
+    """Stop a member at a point of its round; nobody is answered before that."""
+    before = [*answers]
+    process.step(budget=0)
+    while process.passed[-1] != point:
+        assert answers == before
+        process.step(budget=1)
+    assert answers == before
+
+
 def test_posts_are_acknowledged_together_after_the_commit(world):
     a, answers = world.member(), []
     transactions = world.host.transactions
     for _ in range(20):
         a.keeper.post(answers.append)
-    a.step(budget=0)
-    while a.passed[-1] != "committed":
-        assert answers == []
-        a.step(budget=1)
+    step_until(a, "committed", answers)
     a.step()
     assert answers == [True] * 20
     assert world.host.transactions - transactions == 1
@@ -44,6 +51,13 @@ def test_while_the_store_is_away_posts_are_denied_at_once(world):
     world.host.is_away = False
     world.run(6.0)
     assert posted(a) == [True]
+
+
+@pytest.mark.parametrize("where", ["begin", "locked", "commit", "committed"])
+def test_a_transaction_that_fails_denies_its_posts(world, where):
+    a = world.member()
+    a.fails_at = where
+    assert posted(a) == [False]
 
 
 def test_one_that_is_closed_or_refused_is_denied(world):
@@ -69,6 +83,19 @@ def test_one_that_owns_less_than_it_has_open_is_denied(world):
     assert posted(a) == [False]
     assert a.keeper.trouble is None
     assert a.pool.slots < a.pool.open == 15
+
+
+def test_after_a_lost_sign_nothing_is_acknowledged_before_the_row_is_seen(world):
+    a = world.member()
+    a.store.lose()
+    answers = posted(a)
+    assert (answers, a.pool.frozen) == ([False], True)
+    world.now += 0.2
+    a.keeper.post(answers.append)
+    step_until(a, "committed", answers)
+    assert a.pool.frozen
+    a.step()
+    assert (answers, a.pool.frozen) == ([False, True], False)
 
 
 def test_new_sessions_are_posted_though_nobody_asks_for_it(world):
