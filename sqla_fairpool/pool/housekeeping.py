@@ -2,7 +2,7 @@
 
 They are closed when they were not used for a while (``idle_connection_ttl``), closed or
 left behind when another pool takes over, and become fewer when the pool is made
-smaller. (For those that are opened ahead see :mod:`.opening_ahead`.)
+smaller. (For those that are opened ahead see :mod:`.opening`.)
 
 Rules of this file:
 

@@ -137,11 +137,13 @@ def _references_of_its_own() -> int:
 class PhysicalConnections:
     """The set of a pool's physical connections.
 
-    :param changed: called, without a lock, when one has ended.
+    :param changed: returns what is called, without a lock, when one has ended.
     :param may_block: closing may wait for the server, as a thread does.
     """
 
-    def __init__(self, changed: Callable[[], None], may_block: bool) -> None:
+    def __init__(
+        self, changed: Callable[[], Callable[[], None] | None], may_block: bool
+    ) -> None:
         self._changed = changed
         self._may_block = may_block
         #: Those that are lost are the ledger's to look after. None without one.
@@ -268,7 +270,9 @@ class PhysicalConnections:
             self._existing.discard(physical)
             if physical.socket is not None:
                 physical.socket.close()
-            self._changed()
+            changed = self._changed()
+            if changed is not None:
+                changed()
 
     def release(self, physical: PhysicalConnection) -> bool:
         """Let go of a connection that is not this pool's business any more."""
