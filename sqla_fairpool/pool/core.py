@@ -258,10 +258,8 @@ class PoolCore:
     def checkin(self, record: Record, generation: Generation) -> None:
         """Take a record back for the pool that opened it, also by the collector."""
         fair = record.fair
-        checkout = fair.checkout
-        tag_state = checkout.tag_state
-        scheduler = self.scheduler
-        waiting = scheduler.waiting
+        checkout, scheduler = fair.checkout, self.scheduler
+        tag_state, waiting = checkout.tag_state, scheduler.waiting
         if (
             waiting
             or checkout.warm
@@ -272,8 +270,7 @@ class PoolCore:
                 and not self.slots.is_over(fair.physical)
             )
         ):
-            keep = generation is self.housekeeping.owner
-            self._release(checkout, record, keep)
+            self._release(checkout, record, generation is self.housekeeping.owner)
             return
         now = self.clock()
         held = now - checkout.since
