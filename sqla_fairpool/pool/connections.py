@@ -162,10 +162,14 @@ class Slots:
         """Return how many connections are out, or idle and open."""
         return self._scheduler.in_use + self._connections.count_open()
 
+    def apart(self) -> list[PhysicalConnection]:
+        """Return the connections that no checkout pays for, nor lie in the pool."""
+        idle = {id(record) for record in list(self._connections.idle)}
+        return self.existing.apart(idle)
+
     def out_of_use(self) -> int:
         """Return how many slots no caller can have: no checkout pays for them."""
-        idle = {id(record) for record in list(self._connections.idle)}
-        return self.existing.apart(idle) + len(self.reserved)
+        return len(self.apart()) + len(self.reserved)
 
     def there(self) -> int:
         """Return how many connections there are."""

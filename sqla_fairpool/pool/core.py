@@ -52,7 +52,6 @@ class PoolCore:
 
     :param waiter_class: how callers sleep.
     :param use_lifo: hand out the record that came back last, not first.
-    :param clock: seconds on a steadily rising scale.
     :param member: the pool's side of a ledger, None without one.
     """
 
@@ -86,16 +85,13 @@ class PoolCore:
         )
         self.connections = Connections(self._use_lifo)
         existing = PhysicalConnections(
-            partial(_connection_ended, self.alive), self._waiter_class.may_block
+            weakref.WeakMethod(self.connection_ended), self._waiter_class.may_block
         )
+        shared = self.scheduler, self.connections, existing
         if self._member is None:
-            self.slots = Slots(
-                options.capacity, self.scheduler, self.connections, existing
-            )
+            self.slots = Slots(options.capacity, *shared)
         else:
-            self.slots = LedgerSlots(
-                self._member, self.lock, self.scheduler, self.connections, existing
-            )
+            self.slots = LedgerSlots(self._member, self.lock, *shared)
             self.scheduler.impose(0, {}, 0, self.clock())
         self.state = Transitions(
             options, self.here, self.lock, self.scheduler, self.connections, self.slots
@@ -116,7 +112,6 @@ class PoolCore:
 
     @property
     def options(self) -> PoolOptions:
-        """The options in force."""
         return self.state.options
 
     # -- checkout --------------------------------------------------------------------
@@ -126,10 +121,7 @@ class PoolCore:
     ) -> Record:
         """Return a record charged to `tag`, waiting for it if need be.
 
-        :param timeout: how long the caller's options let it wait, None if they do
-          not say.
-        :raises CheckoutTimeout: after the options' ``timeout``.
-        :raises TooManyWaiting: if the caller may not even wait.
+        :param timeout: what the caller's options say, None for the pool's.
         """
         housekeeping = self.housekeeping
         if housekeeping.owner is not opener.generation:
@@ -200,10 +192,7 @@ class PoolCore:
             raise
 
     def _request(self, begun: list[Checkout], tag: str, now: float) -> float:
-        """Ask for a slot; join the line if there is none. Returns the time.
-
-        Caller is in a section.
-        """
+        """Ask for a slot; join the line if there is none. Returns the time."""
         connections, state = self.connections, self.state
         if now >= self.housekeeping.next_visit:
             self.housekeeping.look_around(now)
@@ -265,15 +254,10 @@ class PoolCore:
     # -- checkin ---------------------------------------------------------------------
 
     def checkin(self, record: Record, generation: Generation) -> None:
-        """Take a record back, from its user or from the collector.
-
-        :param generation: the pool that opened it.
-        """
+        """Take a record back for the pool that opened it, also by the collector."""
         fair = record.fair
-        checkout = fair.checkout
-        tag_state = checkout.tag_state
-        scheduler = self.scheduler
-        waiting = scheduler.waiting
+        checkout, scheduler = fair.checkout, self.scheduler
+        tag_state, waiting = checkout.tag_state, scheduler.waiting
         if (
             waiting
             or checkout.warm
@@ -284,8 +268,7 @@ class PoolCore:
                 and not self.slots.is_over(fair.physical)
             )
         ):
-            keep = generation is self.housekeeping.owner
-            self._release(checkout, record, keep)
+            self._release(checkout, record, generation is self.housekeeping.owner)
             return
         now = self.clock()
         held = now - checkout.since
@@ -353,13 +336,6 @@ class PoolCore:
         self.state.recount(now)
         self.slots.recounted()
 
-    # -- figures ---------------------------------------------------------------------
-
-    def count_closure(self, reason: str) -> None:
-        """Count a connection that is closed."""
-        with self.lock.mutex:
-            self.closures[reason] += 1
-
     # -- fork ------------------------------------------------------------------------
 
     def after_fork(self) -> None:
@@ -394,12 +370,6 @@ class TracedCore(PoolCore):
         record = super().checkout(tag, opener, timeout)
         record.fair.checkout.stack = stack
         return record
-
-
-def _connection_ended(alive: weakref.ref[PoolCore]) -> None:
-    core = alive()
-    if core is not None:
-        core.connection_ended()
 
 
 _living: weakref.WeakSet[PoolCore] = weakref.WeakSet()

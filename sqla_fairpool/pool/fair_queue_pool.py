@@ -24,8 +24,8 @@ from ..tagging import blocks, context_tag
 from . import sqlalchemy_private
 from .checkout import Generation
 from .core import PoolCore, TracedCore
-from .events import await_url, observe, warn_of_private_memory, watch_dialect
-from .execution_options import make_request, requested
+from .events import await_url, observe, warn_of_private_memory
+from .execution_options import make_request, requested, watch_dialect
 from .ledger_member import LedgerMember
 from .ledger_sessions import join_ledger
 from .server_tag import tell_on_checkout

@@ -150,14 +150,6 @@ class Housekeeping:
             self._state.slots.existing.hang_up(physical)
 
     def _surplus(self, now: float) -> list[PhysicalConnection]:
-        state = self._state
-        state.drain(now)
-        idle = {id(record) for record in list(state.connections.idle)}
-        return [
-            physical
-            for physical in state.slots.existing
-            if (record := physical.record()) is not None
-            and not physical.opening
-            and id(record) not in idle
-            and record.fair.checkout.state is not GRANTED
-        ]
+        self._state.drain(now)
+        apart = self._state.slots.apart()
+        return [p for p in apart if p.record() is not None and not p.ending]

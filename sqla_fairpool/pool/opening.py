@@ -80,13 +80,9 @@ class Opening:
     def open_for_record(
         self, core: Core, invoke: Callable[[Any], Any], record: Any
     ) -> Any:
-        """Open a record's connection: its first one, or another.
+        """Open a record's connection: its first one (timed elsewhere), or another.
 
-        Those of new records are timed by :meth:`open`.
-
-        :param invoke: the pool's creator, made to take a record. It is what a record
-          calls (``Pool._invoke_creator``); nothing public is called before and after a
-          connection is opened.
+        :param invoke: the pool's creator, made to take a record.
         """
         fair: RecordState | None = getattr(record, "fair", None)  # None: a new record
         if fair is not None:
@@ -164,10 +160,7 @@ class Opening:
     # -- ahead -------------------------------------------------------------------------
 
     def warm_up(self, core: Core, opener: Opener) -> int:
-        """Open connections until there are `min_idle`; return how many were opened.
-
-        Those that are checked out count. Raises what opening raises.
-        """
+        """Open connections until there are `min_idle`; return how many were opened."""
         generation = opener.generation
         if self._housekeeping.owner is not generation:
             self._state.run(self._housekeeping.hand_over, generation)

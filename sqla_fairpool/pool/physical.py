@@ -134,51 +134,45 @@ def _references_of_its_own() -> int:
     return number
 
 
-class PhysicalConnections:
-    """The set of a pool's physical connections.
+class PhysicalConnections(set[PhysicalConnection]):
+    """Those of a pool. To iterate is to iterate over a copy.
 
-    :param changed: called, without a lock, when one has ended.
+    :param changed: returns what is called, without a lock, when one has ended.
     :param may_block: closing may wait for the server, as a thread does.
     """
 
-    def __init__(self, changed: Callable[[], None], may_block: bool) -> None:
+    def __init__(
+        self, changed: Callable[[], Callable[[], None] | None], may_block: bool
+    ) -> None:
+        super().__init__()
         self._changed = changed
         self._may_block = may_block
         #: Those that are lost are the ledger's to look after. None without one.
         self.on_lost: Callable[[], None] | None = None
         #: Errors after which it is known that no session has begun.
         self.failures: tuple[type[BaseException], ...] = (BaseException,)
-        self._existing: set[PhysicalConnection] = set()
 
     def __iter__(self) -> Iterator[PhysicalConnection]:
-        return iter(list(self._existing))
+        return iter(frozenset(self))
 
-    def __len__(self) -> int:
-        return len(self._existing)
-
-    def __contains__(self, physical: PhysicalConnection) -> bool:
-        return physical in self._existing
-
-    def apart(self, idle: Container[int]) -> int:
-        """Return how many have no slot: neither out nor idle.
-
-        Caller is in a section. O(connections).
+    def apart(self, idle: Container[int]) -> list[PhysicalConnection]:
+        """Return those that no checkout pays for, nor lie in the pool. O(connections).
 
         :param idle: ids of the records in the pool.
         """
-        number = 0
+        found = []
         for physical in self:
             record = physical.record()
-            number += (
+            if (
                 record is None
-                or bool(physical.ending)
-                or not (
-                    physical.opening
-                    or id(record) in idle
-                    or record.fair.checkout.state is GRANTED
+                or physical.ending
+                or (
+                    not (physical.opening or id(record) in idle)
+                    and record.fair.checkout.state is not GRANTED
                 )
-            )
-        return number
+            ):
+                found.append(physical)
+        return found
 
     def detached(self) -> int:
         """Return how many are open and have left the pool."""
@@ -193,10 +187,10 @@ class PhysicalConnections:
         If it is interrupted, the server may have begun a session, and ends it soon.
         """
         try:
-            self._existing.add(physical)
+            self.add(physical)
             yield
         except self.failures:
-            self._existing.discard(physical)
+            self.discard(physical)
             raise
         except BaseException:
             physical.ending = time.monotonic()
@@ -234,7 +228,7 @@ class PhysicalConnections:
         if line is None:
             self.ended(physical)
             return
-        if physical.ending or physical not in self._existing:
+        if physical.ending or physical not in self:
             return
         state = None
         try:
@@ -263,16 +257,17 @@ class PhysicalConnections:
 
     def ended(self, physical: PhysicalConnection) -> None:
         """Its session is over."""
-        if physical in self._existing:
-            self._existing.discard(physical)
+        if physical in self:
+            self.discard(physical)
             if physical.socket is not None:
                 physical.socket.close()
-            self._changed()
+            if (changed := self._changed()) is not None:
+                changed()
 
     def release(self, physical: PhysicalConnection) -> bool:
         """Let go of a connection that is not this pool's business any more."""
-        there = physical in self._existing
-        self._existing.discard(physical)
+        there = physical in self
+        self.discard(physical)
         return there
 
     def hang_up(self, physical: PhysicalConnection) -> None:
@@ -283,7 +278,7 @@ class PhysicalConnections:
 
     def _is_gone(self, physical: PhysicalConnection) -> None:
         """End it: no object refers to the driver's any more. Called by a finaliser."""
-        if physical in self._existing and not physical.ending:
+        if physical in self and not physical.ending:
             self.closed(physical, may_wait=False)
 
     def end_abandoned(self) -> None:
@@ -316,4 +311,4 @@ class PhysicalConnections:
             if physical.socket is not None:
                 physical.socket.close()
             silence(physical.driver)
-        self._existing = set()
+        self.clear()

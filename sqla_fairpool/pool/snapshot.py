@@ -17,7 +17,6 @@ from typing import Any, TypeAlias
 
 from ..scheduling import policy
 from ..scheduling.counters import BOUNDS, OTHER, Counters, Histogram
-from ..scheduling.ticket import TagState
 from ..stats import PoolStats, Summary, TagStats
 from .core import PoolCore
 
@@ -64,14 +63,10 @@ def snapshot(core: PoolCore, name: str = "") -> PoolStats:
     rows = (
         _row(*tag, share, now, unbooked.get(tag[0][0], ()))
         for tag, share in zip(copied, shares, strict=True)
-    )
-    tags = tuple(
-        row
-        for row in rows
         # Else: the default tag, when all its callers named another one later.
-        if row.active or row.connections or row.waiting or row.checkouts or row.timeouts
+        if any(tag[0][1:4]) or any(tag[0][5:7])
     )
-    return replace(pool, tags=tags)
+    return replace(pool, tags=tuple(rows))
 
 
 def _copy(
@@ -79,11 +74,10 @@ def _copy(
 ) -> tuple[PoolStats, list[_Copied], Mapping[str, list[Any]], float]:
     """Copy what :func:`snapshot` works with. Caller is in a section."""
     unbooked: dict[str, list[Any]] = defaultdict(list)
-    scheduler = core.scheduler
-    copied = [
-        (_figures(tag_state), scheduler.ceiling(tag_state), _since(tag_state))
-        for tag_state in scheduler.tag_states.values()
-    ]
+    copied = []
+    for state in core.scheduler.tag_states.values():
+        since = next(iter(state.waiters)).since if state.waiters else None
+        copied.append((_figures(state), core.scheduler.ceiling(state), since))
     for checkout in core.connections.granted():
         unbooked[checkout.tag_state.tag].append(_unbooked(checkout))
     return _pool(core, name), copied, unbooked, now
@@ -110,11 +104,6 @@ def _pool(core: PoolCore, name: str) -> PoolStats:
         min_idle=options.min_idle,
         closures=dict(core.closures),
     )
-
-
-def _since(tag_state: TagState) -> float | None:
-    """Return since when the first in a tag's line waits."""
-    return next(iter(tag_state.waiters)).since if tag_state.waiters else None
 
 
 def _row(
@@ -161,10 +150,7 @@ _counts = attrgetter(
 
 
 def metrics(core: PoolCore, name: str) -> PoolStats:
-    """Return the pool's figures, with a row for each tag that has counters. O(tags).
-
-    The rows have no fair shares and no times of this moment.
-    """
+    """Return the pool's figures, with a row for each tag that has counters. O(tags)."""
     pool, counters, live = core.lock.run(_copy_metrics, core, name)
     rows = []
     for tag, (counted, (wait, hold, create)) in sorted(counters.items()):
@@ -199,11 +185,7 @@ def _copy_metrics(
 
 
 def _live_by_counters(core: PoolCore) -> dict[str, list[int]]:
-    """Return what is now, summed up by the tags that have counters.
-
-    If it is active, its connections, limit and line, and checkouts that are not booked
-    yet. Caller is in a section.
-    """
+    """Return the tags with counters: active, connections, limit, line, not booked."""
     scheduler = core.scheduler
     live = {tag: [0, 0, 0, 0, 0] for tag in scheduler.tags.counters.by_tag}
     for tag_state in scheduler.tag_states.values():
@@ -220,10 +202,8 @@ def _live_by_counters(core: PoolCore) -> dict[str, list[int]]:
 
 def _histograms(counters: Counters) -> list[tuple[list[int], float, float]]:
     """Copy them: durations by size, their sum, the longest."""
-    return [
-        (h.counts[:], h.total, h.max)
-        for h in (counters.wait, counters.hold, counters.create)
-    ]
+    histograms = (getattr(counters, name) for name in _HISTOGRAMS)
+    return [(h.counts[:], h.total, h.max) for h in histograms]
 
 
 def _summary(
@@ -251,9 +231,8 @@ class Source:
 
     def keep_durations(self) -> None:
         """Have each duration kept from now on, until it is taken."""
-        core = self.core()
-        assert core is not None
-        core.lock.run(self._keep_durations, core)
+        if (core := self.core()) is not None:
+            core.lock.run(self._keep_durations, core)
 
     def _keep_durations(self, core: PoolCore, now: float) -> None:
         counters_by_tag = core.scheduler.tags.counters

@@ -123,7 +123,6 @@ class Transitions:
 
     @property
     def logger(self) -> Any:
-        """What an operator is to read is written there."""
         return self.event_log.logger
 
     def count_idle(self) -> tuple[int, int]:

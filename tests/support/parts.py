@@ -31,7 +31,7 @@ class Record:
         physical.opening = False
         self.fair = RecordState(physical, Checkout(CORE))
         if existing is not None and is_open:
-            existing._existing.add(physical)
+            existing.add(physical)
 
     def close(self):
         self.dbapi_connection = None
