@@ -6,7 +6,8 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ..ledger.host import HostStore
 from ..ledger.inspector import LedgerReport, read
 from ..ledger.overview_text import printable
 from ..ledger.postgres import PostgresStore
-from ..ledger.rows import Gone, Left, Member
+from ..ledger.rows import Left
 from ..ledger.store import StoreAway
 from ..ledger.watch import Present, look, still_there, unaccounted
 from ..options import OPTIONS, hide_passwords
@@ -33,6 +34,9 @@ AnyStore = HostStore | PostgresStore
 
 #: Monitors and commands, launchers included, for which `limit` leaves room.
 _TOOLS = 2
+
+#: What is said of a member, beside its number.
+_WHO = ("program", "host", "pid", "since")
 
 _EPILOG = """\
 examples:
@@ -165,8 +169,12 @@ def _opened(store: AnyStore) -> Iterator[AnyStore]:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    with _opened(find_store(arguments)[0]) as store:
+    meant, database = find_store(arguments)
+    with _opened(meant) as store:
         report = read(store)
+        if report.left() and report.book.server is not None:
+            with suppress(CommandError), _asking(database, store) as ask:
+                report = replace(report, present=ask())
     if arguments.json:
         print(json.dumps(report.as_dict(), indent=1))
     else:
@@ -195,27 +203,19 @@ def _lines(report: LedgerReport) -> Iterator[str]:
             f"its stated time: {hide_passwords(report.unasked)}"
         )
     for key, member in report.members:
-        state = " STOPPED" if member.stalled else ""
         if key not in report.living:
-            state = " DEAD"
-        yield f"  {_who(member.number, member)}{state}: {member.owned} slots"
+            continue
+        parts = {key: str(member.who.get(key, "?")) for key in _WHO}
+        text = "{program} ({host}:{pid}, since {since})".format(**parts)
+        state = " STOPPED" if member.stalled else ""
+        yield f"  #{member.number} {printable(text)}{state}: {member.owned} slots"
         for tag, line in sorted(member.tags.items()):
             idle = "" if line.active else ", idle"
             yield (
                 f"    {tag!r} at most {line.limit}{idle}; last posted: "
                 f"{line.in_use} in use, {line.waiting} waiting"
             )
-    for number, gone in sorted(book.gone.items()):
-        several = len(gone.sessions)
-        known = f"; {several} sessions are known" if several else ""
-        yield f"  {_who(number, gone)}: {gone.slots} in quarantine, {gone.why}{known}"
-
-
-def _who(number: int, row: Member | Gone) -> str:
-    keys = ("program", "host", "pid", "since")
-    parts = {key: str(row.who.get(key, "?")) for key in keys}
-    text = "{program} ({host}:{pid}, since {since})".format(**parts)
-    return f"#{number} {printable(text)}"
+    yield from (f"  #{row.number} {printable(str(row))}" for row in report.left())
 
 
 def _reap(arguments: argparse.Namespace) -> int:

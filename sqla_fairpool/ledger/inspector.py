@@ -22,6 +22,7 @@ from ..stats import TagStats
 from .book import Book
 from .errors import LedgerError
 from .overview import (
+    LeftRow,
     Limits,
     Overview,
     Part,
@@ -30,8 +31,9 @@ from .overview import (
     decode,
     utc_now,
 )
-from .rows import Member, Session
+from .rows import Gone, Member, Session, among
 from .store import Store
+from .watch import Present
 
 #: Seconds that members have for an answer. They take a millisecond or two; a process
 #: that computes in many threads lets its keeper wait for its turn.
@@ -51,6 +53,8 @@ class LedgerReport:
     book: Book
     targets: Mapping[str, int]
     living: Collection[str]
+    #: The sessions at the server, if it was asked.
+    present: Present | None = None
 
     @property
     def members(self) -> list[tuple[str, Member]]:
@@ -61,6 +65,28 @@ class LedgerReport:
     def unasked(self) -> str | None:
         """Why a member cannot ask the server what is to be freed of the quarantines."""
         return next((m.unasked for _, m in self.members if m.unasked), None)
+
+    def is_free(self, row: Member | Gone) -> bool:
+        """Tell if no session can have the slots of a row that nobody answers for."""
+        if self.book.server is None:  # nobody can ask it
+            return not self.living
+        present = self.present
+        return (
+            present is not None
+            and present.server == self.book.server
+            and not among(row.sessions, present.sessions)
+        )
+
+    def left(self) -> list[LeftRow]:
+        """Return the slots of dead members, and those in quarantine."""
+        return [
+            LeftRow(row.number, row.owned, _who(row), is_free=self.is_free(row))
+            for key, row in self.members
+            if key not in self.living
+        ] + [
+            LeftRow(number, gone.slots, _who(gone), gone.why, self.is_free(gone))
+            for number, gone in sorted(self.book.gone.items())
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as dicts, lists and numbers, ready for JSON."""
@@ -145,6 +171,8 @@ class Inspector:
         #: The server sessions that were in a row at the last look, and the number of
         #: the member, or the quarantine, whose row that was.
         self.sessions: Mapping[Session, int] = {}
+        #: At which server they are, once it is known.
+        self.server: str | None = None
         # Who did not answer, and what they had said before.
         self._silent: dict[str, str | None] = {}
 
@@ -165,10 +193,10 @@ class Inspector:
         # After the answers: sessions that they tell of are posted by then.
         report = read(self._store)
         book = report.book
+        self.server = book.server
         posted = [(gone.sessions, number) for number, gone in book.gone.items()]
         posted += [(row.sessions, row.number) for row in book.members.values()]
         self.sessions = {one: number for several, number in posted for one in several}
-        dead = [row.owned for key, row in report.members if key not in report.living]
         sizes = [figures["size"] for figures in said.values() if "size" in figures]
         return compile_overview(
             [
@@ -180,12 +208,10 @@ class Inspector:
                 capacity=book.terms.capacity,
                 soft_limit=book.terms.soft_limit,
                 max_limit=book.terms.max_limit,
-                # The slots of the dead are to be in quarantine in a moment.
-                quarantined=book.quarantined + sum(dead),
             ),
             ledger=report.name,
             registered=registered,
-            warnings=_quarantines(book),
+            left=report.left(),
             taken_at=utc_now(),
         )
 
@@ -249,7 +275,6 @@ def _posted(member: Member) -> list[TagStats]:
     ]
 
 
-def _quarantines(book: Book) -> Iterable[str]:
-    for _, gone in sorted(book.gone.items()):
-        host, pid, program = (gone.who.get(n, "?") for n in ("host", "pid", "program"))
-        yield f"{gone.slots} slots in quarantine: {program} ({host}:{pid}) {gone.why}"
+def _who(row: Member | Gone) -> str:
+    parts = {name: row.who.get(name, "?") for name in ("host", "pid", "program")}
+    return "{program} ({host}:{pid})".format(**parts)

@@ -7,8 +7,8 @@ here, over all of them, by the same rules that divide the connections.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from time import gmtime, strftime
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ _LONG_HOLD = 60.0
 #: Tags that one process names.
 _MAX_TAGS = 256
 _REST = ""
+_FREE = "are free for whoever comes next"
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +31,8 @@ class ProcessRow:
     pid: int | None
     program: str
     #: ``answers``; ``silent``: it lives, and does not answer (it is stopped, or very
-    #: busy), so its figures are those it posted last; ``dead``: its slots are to be
-    #: freed.
+    #: busy), so its figures are those it posted last; ``dead``: it has ended and not
+    #: left the ledger, see :class:`LeftRow`.
     state: str
     tags: tuple[str, ...] = ()
     #: Slots it owns: connections it may have open.
@@ -40,6 +41,31 @@ class ProcessRow:
     open: int | None = None
     #: Its number in the ledger; None without one.
     number: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LeftRow:
+    """Slots that a process which has ended, or a connection, has left behind."""
+
+    number: int
+    slots: int
+    #: ``program (host:pid)``
+    who: str
+    #: Why they are in quarantine; None if the process only did not leave the ledger.
+    why: str | None = None
+    #: No session at the server has them: a process that needs slots gets them.
+    is_free: bool = False
+
+    def __str__(self) -> str:
+        if self.is_free:
+            how = "has ended" if self.why in (None, "died") else self.why
+            return f"{self.who} {how}: its {self.slots} slots {_FREE}"
+        if self.why is not None:
+            return f"{self.slots} slots in quarantine: {self.who} {self.why}"
+        return (
+            f"{self.who} has ended without leaving: its {self.slots} slots are free "
+            "when the server has no session of it"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +132,8 @@ class Overview:
     warnings: tuple[str, ...] = ()
     #: When, UTC, in ISO 8601.
     taken_at: str = ""
+    #: What those have left behind that are gone.
+    left: tuple[LeftRow, ...] = ()
 
     @property
     def available(self) -> int:
@@ -146,6 +174,20 @@ class Overview:
         ]
         return policy.jain(parts) if parts else None
 
+    def with_sessions(self, numbers: Collection[int]) -> Overview:
+        """Return it with what the server says: only these members have sessions."""
+        left = tuple(
+            replace(row, is_free=row.is_free or row.number not in numbers)
+            for row in self.left
+        )
+        texts = {str(a): str(b) for a, b in zip(self.left, left, strict=True)}
+        return replace(
+            self,
+            left=left,
+            limits=replace(self.limits, quarantined=_kept(left)),
+            warnings=tuple(texts.get(text, text) for text in self.warnings),
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Return everything as dicts, lists and numbers, ready for JSON."""
         return {
@@ -174,6 +216,10 @@ class Overview:
 
     def _figures(self, names: str) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names.split()}
+
+
+def _kept(left: Iterable[LeftRow]) -> int:
+    return sum(row.slots for row in left if not row.is_free)
 
 
 def utc_now() -> str:
@@ -215,6 +261,7 @@ def compile_overview(
     *,
     ledger: str | None = None,
     registered: Iterable[str] = (),
+    left: Sequence[LeftRow] = (),
     warnings: Iterable[str] = (),
     taken_at: str = "",
 ) -> Overview:
@@ -224,6 +271,7 @@ def compile_overview(
     :param warnings: more of them, to stand before those that follow from the parts.
     """
     parts = list(parts)
+    limits = replace(limits, quarantined=limits.quarantined + _kept(left))
     processes = tuple(part.process for part in parts)
     found: dict[str, list[tuple[ProcessRow, TagStats]]] = {n: [] for n in registered}
     for process, rows in parts:
@@ -241,8 +289,9 @@ def compile_overview(
         strategy=policy.strategy(
             sum(row.active for row in scrapers), limits.soft_limit, limits.max_limit
         ),
-        warnings=(*warnings, *_warnings(scrapers, processes)),
+        warnings=(*warnings, *map(str, left), *_warnings(scrapers, processes)),
         taken_at=taken_at,
+        left=tuple(left),
     )
 
 
@@ -299,11 +348,9 @@ def _warnings(
     rows: Sequence[ScraperRow], processes: Sequence[ProcessRow]
 ) -> Iterable[str]:
     for process in processes:
-        who = f"{process.program} ({process.host}:{process.pid})"
         if process.state == "silent":
+            who = f"{process.program} ({process.host}:{process.pid})"
             yield f"{who} does not answer: it keeps its {process.slots} slots"
-        elif process.state == "dead":
-            yield f"{who} is dead: its {process.slots} slots are to be freed"
     for row in rows:
         if row.held_for is not None and row.held_for >= _LONG_HOLD:
             who = row.name or "a scraper of very many"

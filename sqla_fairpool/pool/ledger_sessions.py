@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
 import weakref
 from collections.abc import Callable, Collection
@@ -56,7 +55,6 @@ def join_ledger(
     member.keeper = Keeper(store, terms, member, sessions.look, figures=figures)
     member.can_lose_slots = store.can_lose_sign
     sessions.listen(core)
-    _keepers.add(member.keeper)
 
 
 def _figures(ref: weakref.ref[PoolCore]) -> dict[str, Any]:
@@ -179,13 +177,3 @@ def _backend_pid(dbapi_connection: Any) -> int | None:
         return int(driver.get_server_pid())
     pid = getattr(getattr(driver, "info", None), "backend_pid", None)
     return None if pid is None else int(pid)
-
-
-# Those that are to leave before the interpreter goes.
-_keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
-
-
-@atexit.register
-def _leave_all() -> None:
-    for keeper in list(_keepers):
-        keeper.close()
