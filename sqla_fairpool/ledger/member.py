@@ -202,6 +202,7 @@ class Membership:
                 texts = dict(book.texts)
             living = self.store.living(list(texts))
             dead = {key: text for key, text in texts.items() if key not in living}
+        _log.info("joined the ledger %s, member #%d", self.store.name, has.row.number)
         self._slow_at = now + self.pace.slow
         self._obey(has, now)
         if has.fresh is not None and not self._settle(now, self._pool.look(), True):

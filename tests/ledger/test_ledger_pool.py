@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import logging
+import shutil
 
 import pytest
 from sqlalchemy import create_engine
@@ -22,6 +25,7 @@ from support.threads import (
     take,
     wait_in_line,
 )
+from support.worlds import contract, world_of
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
 from sqla_fairpool.ledger.errors import LedgerError, TermsDiffer
@@ -393,6 +397,63 @@ def test_ledger_is_where_the_engine_the_plugin_or_the_environment_says(
     pool = StubServer().pool(ledger="host")  # without an engine there is no URL
     with pytest.raises(LedgerError, match="name a path as the ledger"):
         pool.connect()
+
+
+@pytest.fixture(params=["sqlite", "sqlite+aiosqlite"])
+def members(request, tmp_path):
+    """Make members of one ledger in a world of threads, or of tasks."""
+    world = world_of(f"sqlite:///{tmp_path}/x.db", request.param)
+    engines = []
+
+    def make(ledger=f"{tmp_path}/app.ledger", **options):
+        options = {"poolclass": world.pool_class, "ledger": ledger, **options}
+        engines.append(world.make(world.url, **options))
+        return engines[-1]
+
+    def close():
+        for engine in engines:
+            engine.dispose()
+            state.keeper(engine).close()
+
+    world.member, world.close = make, close
+    return world
+
+
+@pytest.fixture
+def lines(caplog):
+    """Return the lines of pool and ledger since the last call."""
+    caplog.set_level(logging.INFO)
+
+    def lines():
+        found = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return found
+
+    return lines
+
+
+@contract
+def test_path_without_its_directory_is_mistyped(members, tmp_path, lines):
+    path = tmp_path / "mistyped" / "deeper" / "app.ledger"
+    engine = members.member(str(path))
+    words = f"directory {path.parent} does not exist: make it, or mend the path of"
+    with pytest.raises(LedgerError, match=words):
+        engine.connect()
+    assert not path.parent.parent.exists()
+    path.parent.mkdir(parents=True)
+    while not answers(engine):  # it is tried again, once a second
+        members.sleep(0.02)
+    assert f"joined the ledger {path}, member #1" in lines()
+    # One that was there may vanish, and is made again.
+    shutil.rmtree(path.parent)
+    members.eventually(path.exists)
+
+
+def answers(engine):
+    with contextlib.suppress(LedgerError):
+        engine.connect().close()
+        return True
+    return False
 
 
 def test_tasks_share_with_threads(tmp_path, member):

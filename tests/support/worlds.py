@@ -190,7 +190,7 @@ def contract(test):
     @functools.wraps(test)
     def run(*args, **kw):
         arguments = signature.bind(*args, **kw).arguments
-        world = arguments.get("world") or arguments["tasks"]
+        world = next(a for a in arguments.values() if isinstance(a, Threads))
         world.run(lambda: test(**arguments))
 
     return run
