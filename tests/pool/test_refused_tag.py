@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from support import state
 from support.stub import StubError
 from support.threads import Caller, ensure_waiting
-from support.worlds import contract, holders, world_of
+from support.worlds import holders, world_of
 
 from sqla_fairpool import CheckoutTimeout, SelfDeadlock, TooManyWaiting
 from sqla_fairpool.pool.waiters import ThreadWaiter
@@ -95,7 +95,6 @@ OPTIONS = [
 @pytest.mark.parametrize(
     ("options", "look", "expected"), OPTIONS, ids=[next(iter(o[0])) for o in OPTIONS]
 )
-@contract
 def test_options_hold_after_a_refused_tag(world, options, look, expected):
     engine = world.engine(**ONE_EACH)
     with engine.connect().execution_options(scraper="mine", **options) as connection:
@@ -113,7 +112,6 @@ def test_options_hold_after_a_refused_tag(world, options, look, expected):
         assert holders(engine) == {"full": 1}
 
 
-@contract
 def test_options_of_the_refused_call_are_not_claimed(world):
     engine = world.engine(**ONE_EACH)
     more = {"isolation_level": "SERIALIZABLE", "stream_results": True}
@@ -128,7 +126,6 @@ def test_options_of_the_refused_call_are_not_claimed(world):
             assert is_autocommit(connection)
 
 
-@contract
 def test_refused_tag_of_an_engine_with_options(world):
     """Those of the engine hold as well, which SQLAlchemy applies only once."""
     engine = world.engine(**ONE_EACH)
@@ -157,7 +154,6 @@ def by_session(connection):
         (by_connection, {"pool_timeout": 30, "deadlock_timeout": 0.01}, SelfDeadlock),
     ],
 )
-@contract
 def test_every_refusal_leaves_the_options(world, set_tag, options, error):
     engine = world.engine(**{**ONE_EACH, **options})
     with autocommit(engine) as connection:
@@ -167,7 +163,6 @@ def test_every_refusal_leaves_the_options(world, set_tag, options, error):
             assert is_autocommit(connection)
 
 
-@contract
 def test_connection_that_cannot_be_had_again_raises_and_forgets_nothing(world):
     """Both the new tag and the old one are full: the next use says so."""
     engine = world.engine(**{**ONE_EACH, "pool_size": 3})
@@ -183,7 +178,6 @@ def test_connection_that_cannot_be_had_again_raises_and_forgets_nothing(world):
             assert is_autocommit(connection)
 
 
-@contract
 def test_options_hold_after_an_invalidation(world):
     """SQLAlchemy forgets them; a connection with a tag of its own does not."""
     engine = world.engine()
@@ -198,7 +192,6 @@ def tasks(request, postgres_url):
 
 
 @pytest.mark.postgres
-@contract
 def test_cancellation_while_waiting_refuses_in_the_same_way(tasks):
     engine = tasks.engine(**{**ONE_EACH, "pool_timeout": 30})
     with engine.execution_options(scraper="full").connect():

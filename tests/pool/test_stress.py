@@ -10,7 +10,6 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from support.state import assert_consistent, assert_quiet
 from support.stub import StubError
 from support.threads import Caller, connect, give, take
-from support.worlds import contract
 
 TAGS = ["a", "b", "c", "unknown"]
 
@@ -230,7 +229,6 @@ def test_random_operations_with_faults_in_many_threads(make_pool, server, overfl
     give(held)
 
 
-@contract
 def test_each_of_many_callers_is_served_equally(world):
     """100 callers on 10 connections: none is more than a little ahead.
 
