@@ -107,45 +107,36 @@ def test_it_is_said_only_when_a_connection_changes_hands(world, told):
     assert len(told) == 2
 
 
-def test_tag_set_on_the_connection_outlives_a_rollback(world):
+def test_name_is_that_of_every_connection_whichever_way_it_comes(world):
+    """Set late, before a rollback, in an old record, after a dispose."""
     engine = world.engine(server_tag=True)
+    tagged = engine.execution_options(scraper="a")
     with engine.connect() as connection:
         assert name_of(connection) == "unknown"
         connection.rollback()
         assert name_of(connection.execution_options(scraper="late")) == "late"
         connection.rollback()
         assert name_of(connection) == "late"
-
-
-def test_new_connection_in_an_old_record_or_after_dispose(world):
-    engine = world.engine(server_tag=True)
-    tagged = engine.execution_options(scraper="a")
     with tagged.connect() as connection:
         connection.invalidate()
         assert name_of(connection) == "a"
-    with tagged.connect() as connection:
         connection.invalidate()
-    with tagged.connect() as connection:
-        assert name_of(connection) == "a"
-    engine.dispose()
-    with tagged.connect() as connection:
-        assert name_of(connection) == "a"
+    for _ in range(2):
+        with tagged.connect() as connection:
+            assert name_of(connection) == "a"
+        engine.dispose()
 
 
 def test_dead_connection_is_replaced(world):
-    engine = world.engine(server_tag=True)
-    a, b = (engine.execution_options(scraper=tag) for tag in "ab")
-    with a.connect() as connection:
+    """At a checkout under another tag, and where it gets a tag of its own."""
+    engine = world.engine(server_tag=True, pool_size=1)
+    with engine.execution_options(scraper="a").connect() as connection:
         pid = pid_of(connection)
     terminate(engine, pid)
-    with b.connect() as connection:
+    opened = count_opened(engine)
+    with engine.execution_options(scraper="b").connect() as connection:
         assert name_of(connection) == "b"
         assert pid_of(connection) != pid
-
-
-def test_dead_connection_is_replaced_when_it_gets_a_tag_of_its_own(world):
-    engine = world.engine(server_tag=True, pool_size=1)
-    opened = count_opened(engine)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         terminate(engine, pid_of(connection))
         connection.execution_options(scraper="late")
@@ -156,15 +147,25 @@ def test_dead_connection_is_replaced_when_it_gets_a_tag_of_its_own(world):
         connection.execute(text("drop table server_tag_left"))  # it was committed
 
 
-def test_dead_connection_that_cannot_be_replaced_is_a_lost_one(world):
-    """The caller sees SQLAlchemy's error, and the tag that it had before."""
+def test_what_goes_wrong_in_telling_is_sqlalchemys_error(world, monkeypatch):
+    """The caller has the tag that it had before, of a lost connection too."""
     engine = world.engine(server_tag=True, pool_size=1)
     dbapi = engine.dialect.loaded_dbapi
 
     def refuse(*_):
         raise dbapi.OperationalError("the server is away")
 
+    def not_allowed(*_):
+        raise dbapi.ProgrammingError("not allowed")
+
     with engine.connect().execution_options(scraper="old") as connection:
+        with monkeypatch.context() as patch:
+            patch.setattr(server_tag, "_say", not_allowed)
+            with pytest.raises(DBAPIError, match="not allowed"):
+                connection.execution_options(scraper="new")
+        assert connection.get_execution_options() == {"scraper": "old"}
+        assert name_of(connection) == "old"
+        connection.rollback()
         terminate(engine, pid_of(connection))
         event.listen(engine, "do_connect", refuse)
         with pytest.raises(DBAPIError, match="the server is away"):
@@ -172,22 +173,6 @@ def test_dead_connection_that_cannot_be_replaced_is_a_lost_one(world):
         assert connection.invalidated
         assert connection.get_execution_options() == {"scraper": "old"}
         event.remove(engine, "do_connect", refuse)
-        assert name_of(connection) == "old"
-
-
-def test_what_goes_wrong_in_telling_is_sqlalchemys_error(world):
-    engine = world.engine(server_tag=True, pool_size=1)
-    dbapi = engine.dialect.loaded_dbapi
-    with engine.connect().execution_options(scraper="old") as connection:
-        with pytest.MonkeyPatch.context() as patch:
-
-            def refuse(*_):
-                raise dbapi.ProgrammingError("not allowed")
-
-            patch.setattr(server_tag, "_say", refuse)
-            with pytest.raises(DBAPIError, match="not allowed"):
-                connection.execution_options(scraper="new")
-        assert connection.get_execution_options() == {"scraper": "old"}
         assert name_of(connection) == "old"
 
 
