@@ -48,21 +48,20 @@ def test_caller_that_comes_back_does_not_overtake_the_waiter(world):
     assert world.server.opened == 1
 
 
-def test_freed_connection_goes_to_the_tag_that_holds_less(world):
+def test_who_is_next_and_which_tag_must_wait(world):
     pool = world.pool(pool_size=4, soft_limit=3, max_limit=4)
-    a, _ = world.take(pool, 3, "a"), world.take(pool, 1, "b")
-    world.wait_in_line(pool, "a")
+    a, b = world.take(pool, 3, "a"), world.take(pool, 1, "b")
+    (heavy,) = world.wait_in_line(pool, "a")
     (light,) = world.wait_in_line(pool, "b")
     a.pop().close()
-    light.result()
-    assert state.waiting(pool) == 1
-
-
-def test_tag_at_its_ceiling_waits_although_connections_are_free(world):
+    b.append(light.result())
+    assert state.waiting(pool) == 1, "the tag that holds less is served first"
+    give(a + b)
+    heavy.result()
     pool = world.pool(pool_size=4, soft_limit=1, max_limit=2)
     held = world.take(pool, 2, "a")
     (caller,) = world.wait_in_line(pool, "a")
-    with connect(pool, "b"):
+    with connect(pool, "b"):  # connections are free, for another tag
         assert pool.stats().tag("b").connections == 1
     held.pop().close()
     assert state.waiting(pool) == 1, "with two active tags the ceiling is 1"
@@ -269,29 +268,27 @@ def wait_by(pool, sleep):
     state.wait_with(pool, waiter)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, Interrupted])
-def test_exception_while_waiting_leaves_the_line(threads, error):
+def test_exception_while_waiting_leaves_the_line(threads, monkeypatch):
     pool = threads.pool(1, deadlock_timeout=None)
-    wait_by(pool, Mock(side_effect=error))
-    with connect(pool), pytest.raises(error):
-        connect(pool)
-    assert pool.stats().waiting == 0
+    with connect(pool):
+        for error in KeyboardInterrupt, Interrupted:
+            wait_by(pool, Mock(side_effect=error))
+            with pytest.raises(error):
+                connect(pool)
+            assert pool.stats().waiting == 0
+        # Also if it is interrupted in leaving, twice: it watches no more.
+        leave_line, interrupts = Transitions.leave_line, [Interrupted, Interrupted]
 
+        def leave(transitions, checkout):
+            if interrupts:
+                raise interrupts.pop()
+            leave_line(transitions, checkout)
 
-def test_watch_is_passed_on_though_its_owner_is_interrupted_in_leaving(
-    threads, monkeypatch
-):
-    pool, leave_line = threads.pool(1, timeout=0), Transitions.leave_line
-    interrupts = [Interrupted, Interrupted]
-
-    def leave(transitions, checkout):
-        if interrupts:
-            raise interrupts.pop()
-        leave_line(transitions, checkout)
-
-    monkeypatch.setattr(Transitions, "leave_line", leave)
-    with connect(pool), pytest.raises(Interrupted):
-        connect(pool)
+        monkeypatch.setattr(Transitions, "leave_line", leave)
+        state.wait_with(pool, ThreadWaiter)
+        pool.reconfigure(timeout=0)
+        with pytest.raises(Interrupted):
+            connect(pool)
     assert state.watcher(pool) is None
 
 
