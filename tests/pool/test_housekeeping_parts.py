@@ -66,14 +66,21 @@ def test_what_a_former_pool_has_left_is_not_for_the_next(parts):
     former, successor = parts.housekeeping.owner, Generation()
     record, out = parts.idle(), parts.out()
     out.fair.checkout.may_keep = successor.warmed_up = True
-    parts.housekeeping.hand_over(successor)
-    assert parts.housekeeping.owner is successor
-    assert former.left == [record] == list(parts.connections.left)
-    assert record.dbapi_connection is not None
+    for _ in range(2):
+        parts.housekeeping.hand_over(successor)
+        assert parts.housekeeping.owner is successor
+        assert former.left == [record] == list(parts.connections.left)
+        assert record.dbapi_connection is not None
     assert not out.fair.checkout.may_keep
     assert not successor.warmed_up
-    parts.housekeeping.hand_over(successor)
-    assert former.left == [record]
+    held = [out, parts.out(), parts.out()]
+    parts.housekeeping.make_room()
+    assert record.dbapi_connection is not None, "room is made only where it is needed"
+    held.append(parts.out())
+    parts.housekeeping.make_room()
+    assert record.dbapi_connection is None
+    assert parts.slots.there() == len(held)
+    parts.housekeeping.make_room()
 
 
 def test_what_a_disposed_pool_has_left_is_closed(parts):
@@ -83,19 +90,6 @@ def test_what_a_disposed_pool_has_left_is_closed(parts):
     assert record.dbapi_connection is None
     assert record.fair.close_reason == "disposed"
     assert not parts.connections.left
-
-
-def test_room_is_made_only_where_it_is_needed(parts):
-    record = parts.idle()
-    parts.housekeeping.hand_over(Generation())
-    held = [parts.out() for _ in range(3)]
-    parts.housekeeping.make_room()
-    assert record.dbapi_connection is not None
-    held.append(parts.out())
-    parts.housekeeping.make_room()
-    assert record.dbapi_connection is None
-    assert parts.slots.there() == len(held)
-    parts.housekeeping.make_room()
 
 
 def test_connections_are_opened_ahead_until_there_are_enough(parts):

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from unittest.mock import Mock, patch
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -246,7 +246,11 @@ class Comparison(RuleBasedStateMachine):
 
 
 TestComparison = Comparison.TestCase
-TestComparison.settings = settings(max_examples=100, stateful_step_count=40)
+TestComparison.settings = settings(
+    max_examples=100,
+    stateful_step_count=40,
+    phases=set(Phase) - {Phase.explain},  # which takes minutes
+)
 
 
 # -- what is not done at random --------------------------------------------------------
