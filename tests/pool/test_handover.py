@@ -89,7 +89,9 @@ def test_warm_connection_is_there_for_all_counts_as_idle_and_for_no_tag(threads,
 @pytest.mark.parametrize("method", ["append", "pop"])
 def test_waiter_that_comes_while_the_lock_is_not_taken_is_served_first(threads, method):
     """A checkin that has seen no waiter adds a record, or a checkout takes one."""
-    pool, callers = threads.pool(1), []
+    # No caller that waits looks around by itself.
+    times = {"idle_timeout": 1000.0, "reallocation_interval": 1000.0}
+    pool, callers = threads.pool(1, **times, deadlock_timeout=None), []
 
     def meet(name):
         if name == method and not callers:

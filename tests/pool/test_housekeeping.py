@@ -325,7 +325,8 @@ def test_bad_value_changes_nothing(make_pool, changes, message):
 
 def test_new_times_hold_for_active_tags_and_callers_that_wait(threads, clock):
     """The one that watches for the reallocation is woken to wait for the new one."""
-    times = {"idle_timeout": 1000.0, "deadlock_timeout": None}
+    times = {"idle_timeout": 1000.0, "reallocation_interval": 1000.0}
+    times |= {"deadlock_timeout": None}
     pool = threads.pool(pool_size=2, soft_limit=1, max_limit=2, **times)
     connect(pool, "b").close()
     threads.connect(pool, "a")
