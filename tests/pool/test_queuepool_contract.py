@@ -88,7 +88,9 @@ class Side:
 
     def do(self, action, *args):
         """Do something; return all that can be seen of what came of it."""
-        self.engine.pool.logger.addHandler(self.log)
+        logger = self.engine.pool.logger
+        logger.addHandler(self.log)
+        logger.propagate = False  # pytest keeps tracebacks, which have connections
         self.seen.clear()
         try:
             with self.tag:
@@ -99,7 +101,8 @@ class Side:
             result = type(error), type(error.__context__)
         gc.collect()  # a traceback may have a connection
         pool = self.engine.pool
-        pool.logger.removeHandler(self.log)
+        logger.removeHandler(self.log)
+        logger.propagate = True
         made = [(c.closed, c.rollbacks, c.commit.call_count) for c in self.made]
         figures = pool.checkedin(), pool.checkedout(), pool.overflow()
         status = pool.status().partition(" Waiting: ")[0]
