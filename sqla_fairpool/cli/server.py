@@ -35,9 +35,8 @@ LONG_IDLE = 60.0
 #: Bytes that PostgreSQL keeps of an application_name.
 _NAME_BYTES = 63
 
-# Superusers' and others' reserved slots are not for the role; neither are those that
-# other roles have now. The first comes with PostgreSQL 16. Of others' sessions a role
-# may see whose they are and in which database, and not what they are.
+# Reserved slots, some from PostgreSQL 16 on, are not for the role; neither are those
+# that other roles have now. Of those it may see whose they are and in which database.
 _ROOM = text(f"""
     SELECT current_setting('max_connections')::int AS max_connections,
         coalesce(current_setting('reserved_connections', true)::int, 0)
@@ -175,7 +174,6 @@ class Room:
     is_superuser: bool
     #: The role's own limit, None without one.
     limit: int | None
-    #: What tells the server from others.
     server: str | None = None
 
     def problems(self, wanted: int, of_role: int) -> Iterator[str]:
@@ -248,7 +246,6 @@ class ServerFigures:
     control: int = 0
     others: int = 0
     max_connections: int = 0
-    #: What tells the server from others.
     name: str | None = None
     #: Members use connections, and none of those is on this server.
     is_elsewhere: bool = False

@@ -17,6 +17,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..diagnosis.report import Elsewhere, Others
 from ..scheduling import policy
 from ..stats import TagStats
 from .book import Book
@@ -31,6 +32,7 @@ from .overview import (
     decode,
     utc_now,
 )
+from .overview_text import printable
 from .rows import Gone, Member, Session, among
 from .store import Store
 from .watch import Present
@@ -273,6 +275,37 @@ def _posted(member: Member) -> list[TagStats]:
         TagStats(tag, line.active, connections=in_use, waiting=line.wants - in_use)
         for (tag, line), in_use in zip(member.tags.items(), held, strict=True)
     ]
+
+
+def others(rows: Mapping[str, str], me: str) -> Others:
+    """Return what the rows of a ledger say of all processes but one, the largest first.
+
+    Nothing of what cannot be read.
+    """
+    try:
+        book = Book(dict(rows))
+        members = [row for key, row in book.members.items() if key != me]
+        gone = book.gone.values()
+    except LedgerError:
+        return Others()
+    found = []
+    for row in members:
+        stats = _posted(row)
+        found += [_elsewhere(row, s.connections, s.name) for s in stats]
+        unused = row.owned - sum(s.connections for s in stats)
+        found.append(_elsewhere(row, unused, state="unused"))
+    found += [_elsewhere(row, row.slots, state="in quarantine") for row in gone]
+    holders = [one for one in found if one.connections > 0]
+    holders.sort(key=lambda one: -one.connections)
+    active = {tag for row in members for tag, line in row.tags.items() if line.active}
+    return Others(tuple(holders), frozenset(active))
+
+
+def _elsewhere(
+    row: Member | Gone, number: int, tag: str | None = None, state: str = "in use"
+) -> Elsewhere:
+    host, program = (printable(str(row.who.get(n, "?"))) for n in ("host", "program"))
+    return Elsewhere(tag, number, program, host, row.who.get("pid"), state)
 
 
 def _who(row: Member | Gone) -> str:

@@ -257,6 +257,7 @@ class Keeper:
                 if self.member.transactions > transactions:
                     self.away_since = self.trouble = None
                     self._failures = 0
+                    self._local.read(self.member.rows, self._store.member)
         except LedgerError as error:
             self._refuse(error, now)
         except Exception as error:

@@ -54,6 +54,8 @@ class Membership:
         self._watch = Watch(self.store, sessions, self.pace)
         self.is_open = False
         self.transactions = 0
+        #: As they were in the last transaction. Nobody changes them any more.
+        self.rows: Mapping[str, str] = {}
         #: Others go short: the pool rings when a connection falls idle.
         self.pressed = False
         #: Tags of which it is known that more waiting changes nothing.
@@ -185,6 +187,7 @@ class Membership:
         self.transactions += 1
         with self.store.transaction() as rows:
             yield rows
+        self.rows = rows
 
     def _join(self, now: float, state: State) -> None:
         """Become a member, in one transaction as a rule."""

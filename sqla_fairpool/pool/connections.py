@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 from sqlalchemy import exc
 
+from ..diagnosis.report import Others
 from ..options import BadOption, PoolOptions
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import GRANTED
@@ -116,6 +118,7 @@ class Member(Protocol):
     def note_loop(self) -> None: ...
     def before_opening(self) -> None: ...
     def after_fork(self) -> None: ...
+    def others(self) -> Others: ...
 
 
 class Reservation:
@@ -223,9 +226,12 @@ class Slots:
     def refuse_other_terms(self, before: PoolOptions, options: PoolOptions) -> None:
         """Raise if options may not be changed so."""
 
-    def describe(self) -> tuple[int | None, str | None]:
-        """Return what a ledger allots, and why it is no more; None without one."""
-        return None, None
+    def describe(self) -> tuple[int | None, str | None, Callable[[], Others]]:
+        """Return what a ledger allots, and why it is no more; None without one.
+
+        And what returns what it tells of others, without the lock.
+        """
+        return None, None, Others
 
     def after_fork(self) -> None:
         """Begin anew in a forked child. No lock."""
@@ -284,8 +290,8 @@ class LedgerSlots(Slots):
             if value != agreed:
                 raise BadOption(name, value, f"{agreed}, as agreed with the ledger")
 
-    def describe(self) -> tuple[int | None, str | None]:
-        return self.allotted, self.member.trouble
+    def describe(self) -> tuple[int | None, str | None, Callable[[], Others]]:
+        return self.allotted, self.member.trouble, self.member.others
 
     def before_creating(self) -> None:
         self.member.note_loop()

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from sqlalchemy import make_url
 from support import documents
+from support.threads import eventually
 
 import sqla_fairpool
 from sqla_fairpool.options import OPTIONS
@@ -75,7 +76,7 @@ def test_session_that_is_ended_by_sigterm_leaves_no_server():
             if what == "child":
                 session.terminate()
     assert said["child"] == signal.SIGTERM
-    assert not psutil.pid_exists(said["server"])
+    eventually(lambda: not psutil.pid_exists(said["server"]), "the server's end")
 
 
 def blocks(text):
