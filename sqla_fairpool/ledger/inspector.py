@@ -182,8 +182,13 @@ class Inspector:
     def name(self) -> str:
         return self._store.name
 
-    def look(self, *, registered: Iterable[str] = ()) -> Overview:
+    def look(
+        self, *, registered: Iterable[str] = (), own: Limits | None = None
+    ) -> Overview:
         """Return the picture of this moment. See :func:`.compile_overview`.
+
+        :param own: the limits of the one who asks: while no member lives, those in the
+          ledger are of a former run, and who joins first sets others.
 
         :raises StoreAway: if the ledger cannot be reached now.
         :raises LedgerError: if it cannot be used, or has no member yet.
@@ -199,17 +204,18 @@ class Inspector:
         posted = [(gone.sessions, number) for number, gone in book.gone.items()]
         posted += [(row.sessions, row.number) for row in book.members.values()]
         self.sessions = {one: number for several, number in posted for one in several}
+        terms = book.terms
         sizes = [figures["size"] for figures in said.values() if "size" in figures]
         return compile_overview(
             [
                 self._part(key, row, key in report.living, said.get(key))
                 for key, row in report.members
             ],
-            Limits(
-                size=max(sizes, default=book.terms.capacity),
-                capacity=book.terms.capacity,
-                soft_limit=book.terms.soft_limit,
-                max_limit=book.terms.max_limit,
+            own
+            if own is not None and not report.living
+            else Limits(
+                max(sizes, default=terms.capacity),
+                *(terms.capacity, terms.soft_limit, terms.max_limit),
             ),
             ledger=report.name,
             registered=registered,

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from time import gmtime, strftime
 from typing import Any, NamedTuple
 
+from ..options import PoolOptions
 from ..scheduling import policy
 from ..stats import SHARED, TagStats
 
@@ -111,6 +112,12 @@ class Limits:
     max_limit: int
     #: Slots of processes that have died, which no other one may have yet.
     quarantined: int = 0
+
+    @classmethod
+    def of(cls, options: PoolOptions) -> Limits:
+        """Return those of one process's own pool."""
+        limits = options.capacity, options.soft_limit, options.max_limit
+        return cls(options.pool_size, *limits)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ import logging
 import weakref
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import event, exc
 from sqlalchemy.engine import URL
@@ -21,6 +21,7 @@ from ..ledger.overview import encode
 from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Session, Terms
 from ..ledger.watch import Present, identify, look, other_ledgers, sign_stands
+from ..stats import TagStats
 from .connections import TERMS
 from .core import PoolCore
 from .endings import SocketCopy
@@ -28,7 +29,10 @@ from .ledger_member import LedgerMember
 from .physical import PhysicalConnection, driver_of
 from .snapshot import snapshot
 
-__all__ = ["join_ledger"]
+if TYPE_CHECKING:
+    from .fair_queue_pool import FairQueuePool
+
+__all__ = ["announce", "join_ledger"]
 
 _log = logging.getLogger(__name__)
 
@@ -62,11 +66,23 @@ def _figures(ref: weakref.ref[PoolCore]) -> dict[str, Any]:
     core = ref()
     if core is None:
         return {}
+    tags = snapshot(core).tags
+    silent = set(core.announced).difference(row.name for row in tags)
     return {
         "size": core.options.pool_size,
         "open": core.lock.run(lambda now: core.slots.there()),
-        "tags": encode(snapshot(core).tags),
+        "tags": encode([*tags, *map(TagStats, sorted(silent))]),
     }
+
+
+def announce(pool: FairQueuePool, tags: Collection[str]) -> None:
+    """Have tags in the figures of all processes before any caller has asked."""
+    if not tags:
+        return
+    pool._core.announced.update(dict.fromkeys(tags))
+    member = getattr(pool._core.slots, "member", None)
+    if member is not None and member.keeper is not None:
+        member.keeper.post(lambda joined: None)
 
 
 class _Sessions:
