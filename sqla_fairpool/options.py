@@ -16,7 +16,7 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeAlias, cast
 
 from sqlalchemy import exc
@@ -219,6 +219,15 @@ def _option(*columns: Any, **more: Any) -> Any:
     return field(metadata={"option": Option(*columns, **more)})
 
 
+#: What the members of a ledger share.
+TERMS = (
+    "capacity",
+    "soft_limit",
+    "max_limit",
+    "idle_timeout",
+    "reallocation_interval",
+)
+
 _NO_LIMIT = ", which is no limit in QueuePool, would leave nothing to share)"
 
 
@@ -317,6 +326,13 @@ class PoolOptions:
         none="for no ledger",
         is_fixed=True,
     )
+    on_other_terms: str = _option(
+        "adopt",
+        _text("adopt or lead", lambda text: text in ("adopt", "lead")),
+        "where the ledger has other limits: `adopt` these, or `lead`, so that those of "
+        "the newest process are in force",
+        is_fixed=True,
+    )
     #: The limits that were not given, and so follow the capacity.
     defaulted: frozenset[str] = field()
 
@@ -354,6 +370,33 @@ class PoolOptions:
         names = ("soft_limit", "max_limit", "idle_timeout", "reallocation_interval")
         rules = {name: getattr(self, name) for name in names}
         return {"capacity": self.capacity, "max_waiting": self.max_waiting, **rules}
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """The limits that the members of a ledger share."""
+        return {name: getattr(self, name) for name in TERMS}
+
+    @classmethod
+    def of_terms(cls, terms: Mapping[str, Any]) -> PoolOptions:
+        """Return options with the limits of a ledger, and defaults else.
+
+        Limits that are the defaults for that capacity follow it when it is changed.
+        """
+        defaults = cls.parse(pool_size=terms["capacity"])
+        limits = ("soft_limit", "max_limit")
+        follow = [name for name in limits if terms[name] == getattr(defaults, name)]
+        return replace(defaults.with_terms(terms), defaulted=frozenset(follow))
+
+    def with_terms(self, terms: Mapping[str, Any]) -> PoolOptions:
+        """Return these options with the limits of a ledger."""
+        limits = dict(terms)
+        capacity = limits.pop("capacity")
+        overflow = min(self.max_overflow, capacity - 1)
+        size = capacity - overflow
+        idle = min(self.min_idle, size)
+        return replace(
+            self, pool_size=size, max_overflow=overflow, min_idle=idle, **limits
+        )
 
     def changed(self, changes: Mapping[str, Any]) -> PoolOptions:
         """Return these options with some changed; limits not given follow along.

@@ -234,6 +234,7 @@ class Inspector:
             slots=member.owned,
             open=None if said is None else said.get("open"),
             number=member.number,
+            asked=str(member.who.get("asked", "")),
         )
         return Part(process, figures)
 

@@ -40,6 +40,8 @@ class ProcessRow:
     open: int | None = None
     #: Its number in the ledger; None without one.
     number: int | None = None
+    #: Limits that it asked for when it joined, which are not those of the ledger.
+    asked: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +306,8 @@ def _warnings(
             yield f"{who} does not answer: it keeps its {process.slots} slots"
         elif process.state == "dead":
             yield f"{who} is dead: its {process.slots} slots are to be freed"
+        if process.asked:
+            yield f"{who} asked for {process.asked}: the ledger has other limits"
     for row in rows:
         if row.held_for is not None and row.held_for >= _LONG_HOLD:
             who = row.name or "a scraper of very many"

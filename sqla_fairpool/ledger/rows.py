@@ -38,7 +38,7 @@ PROTOCOL = 2
 
 META, TAGS, DUE, MEMBER, GONE = "meta", "tags", "due", "member/", "gone/"
 #: Fields that rows of the protocol's first version do not have.
-_LATER = frozenset({"sessions", "unasked", "server", "fresh"})
+_LATER = frozenset({"sessions", "unasked", "server", "fresh", "set_by"})
 
 _T = TypeVar("_T")
 
@@ -213,6 +213,8 @@ class Meta(_Row):
     #: The rows were made anew, and there may be members that are in no row of theirs.
     fresh: bool = False
     protocol: int = PROTOCOL
+    #: For people: who has set the terms, and since when they are in force.
+    set_by: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

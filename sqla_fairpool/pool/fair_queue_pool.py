@@ -84,6 +84,8 @@ class FairQueuePool(Pool):
     :param ledger: share the connections with all processes that name the same
       ledger: ``"host"``, a file at a place that follows from the database, or a path.
       Default None: this pool alone.
+    :param on_other_terms: where the ledger has other limits, ``"adopt"`` these (the
+      default), or ``"lead"``: have this pool's in force for all its processes.
     :param use_lifo: hand out the connection that came back last, so that the
       others fall idle. Default False, but True with `idle_connection_ttl`.
     :param \\**kw: ``recycle``, ``pre_ping``, ``reset_on_return``, ``echo``,
@@ -128,6 +130,7 @@ class FairQueuePool(Pool):
         ledger: str | None = None,
         use_lifo: bool = False,
         *,
+        on_other_terms: str = "adopt",
         _core: PoolCore | None = None,
         **kw: Any,
     ) -> None:
@@ -246,6 +249,9 @@ class FairQueuePool(Pool):
         lowered limit drains. Connections in the pool that are too many are closed.
         Limits that were never given follow the capacity. Callers that wait keep
         the time-out with which they came.
+
+        With a ledger, limits are the ledger's: those given are soon in force in all
+        its processes.
 
         :param changes: any of the options of this class but `tag_option`,
           `default_tag`, `leak_threshold`, `server_tag` and `use_lifo`; None as a
