@@ -274,7 +274,7 @@ def _scrapers(
         for tag in tags
     ]
     wanted = [
-        (tag.active, tag.connections, tag.waiting, ceiling)
+        policy.Party(tag.active, tag.connections, tag.waiting, ceiling)
         for tag, ceiling in zip(tags, ceilings, strict=True)
     ]
     there = max(limits.capacity - limits.quarantined, 0)

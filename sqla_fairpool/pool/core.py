@@ -173,7 +173,7 @@ class PoolCore:
         if (
             scheduler.waiting
             or now >= housekeeping.next_visit
-            or tag_state.in_use > scheduler.tags.common_ceiling
+            or tag_state.in_use > tag_state.safe_ceiling.value
             or not tag_state.prompt
         ):
             # The slot is not this tag's to keep any more, or there is work to do.

@@ -59,7 +59,10 @@ def snapshot(core: PoolCore, name: str = "") -> PoolStats:
     """Return the pool's figures, with a row for each tag. O(tags log tags)."""
     pool, copied, unbooked, now = core.lock.run(_copy, core, name)
     copied.sort()
-    wanted = [(*figures[1:4], limit) for figures, limit, _ in copied]
+    wanted = [
+        policy.Party(active, in_use, waiting, limit)
+        for (_, active, in_use, waiting, *_), limit, _ in copied
+    ]
     shares = policy.shares_of_tags(wanted, pool.capacity)
     rows = (
         _row(*tag, share, now, unbooked.get(tag[0][0], ()))

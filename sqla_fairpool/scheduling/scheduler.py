@@ -17,19 +17,23 @@ each of them, and the tests call it after every step):
 
 1. Conservation: the tags' `in_use` add up to the scheduler's `in_use`, which is
    the number of granted tickets.
-2. Bounds: `in_use <= capacity`; no grant lifts a tag above its ceiling. After a
-   ceiling has fallen, the excess drains.
-3. Work conservation: no tag below its ceiling waits while a slot is free.
+2. Bounds: `in_use <= capacity`; no grant lifts a tag above its ceiling, nor takes a
+   slot that is reserved for another tag. After a limit has changed, the excess drains.
+3. Work conservation: no tag below its ceiling waits while a slot is free that is not
+   reserved for another one. A tag that holds less than its reserve never waits, but
+   while an excess drains.
 4. Order: first in, first out inside a tag; a newcomer is not served past a
    waiter who could be.
 5. Fairness: of the tags that wait below their ceiling the one that holds least
-   per weight is next (`policy.rank`).
+   per weight is next, of those that hold equally little the one that has used the
+   fewest connection-seconds per weight lately (`policy.rank`, `usage`).
 6. Once: a ticket is granted once per request and released once per grant; a
    cancelled one leaves no trace.
 
 Costs: `request`, `release`, `cancel` and `move` are O(1) while no request waits and
 O(log waiting tags) otherwise, O(log tags) for a tag that is new or was idle;
-`tick` is O(log tags) for each tag whose idleness is due to be looked at.
+`tick` is O(log tags) for each tag whose idleness is due to be looked at. Any of them
+is O(tags log tags) once in 900 half-lives of usage.
 """
 
 from __future__ import annotations
@@ -38,9 +42,11 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
 from . import policy
+from .limits import TagLimits
 from .lines import Lines
 from .tags import Tags
 from .ticket import FREE, GRANTED, WAITING, LineFull, TagState, Ticket
+from .usage import Usage
 
 __all__ = ["Scheduler"]
 
@@ -58,7 +64,8 @@ class Scheduler:
     :param now: the time at which it starts.
     :param max_waiting: most requests that may wait, None for no limit.
     :param silent_tag: the tag for which only :meth:`activity` is activity.
-    :param weights: relative entitlement by tag, 1.0 where not given.
+    :param limits: of tags that have their own, see :class:`.limits.LimitsByTag`.
+    :param usage_half_life: seconds in which what a tag has used counts half.
     """
 
     def __init__(
@@ -72,7 +79,8 @@ class Scheduler:
         now: float,
         max_waiting: int | None = None,
         silent_tag: str | None = None,
-        weights: Mapping[str, float] | None = None,
+        limits: Mapping[str, TagLimits] | None = None,
+        usage_half_life: float = 10.0,
     ) -> None:
         self.capacity = capacity
         self.reallocation_interval = reallocation_interval
@@ -82,9 +90,12 @@ class Scheduler:
             max_limit=max_limit,
             idle_timeout=idle_timeout,
             silent_tag=silent_tag,
-            weights=weights or {},
+            capacity=capacity,
+            limits=limits or {},
         )
         self.in_use = 0
+        #: Slots reserved for tags that do not use them now.
+        self.kept_free = self.tags.limits.reserved
         self.waiting = 0
         #: When idleness is to be looked for next: the shell calls `tick` then.
         self.next_tick = now + reallocation_interval
@@ -95,6 +106,8 @@ class Scheduler:
         #: What was in use when the capacity last changed.
         self.drains_from = 0
         self.lines = Lines(self.tags)
+        self.usage = Usage(usage_half_life, now, self.tag_states)
+        self.usage.moved = self.lines.all_changed
         #: Returns the most slots that a tag may hold now.
         self.ceiling = self.tags.ceiling
 
@@ -115,15 +128,21 @@ class Scheduler:
         ticket.tag_state = tag_state
         ticket.since = now
         # No ticket is overtaken: with a slot free, all that wait are at their ceilings
-        # (promise 3); this tag is not, so none of them is of this tag.
-        if self.in_use < self.capacity and tag_state.in_use < self.ceiling(tag_state):
-            self._grant(ticket, now)
+        # (promise 3), or the slot is reserved for this tag alone; this tag is below its
+        # ceiling, so none of them is of this tag.
+        if (
+            self.in_use + self.kept_free < self.capacity
+            or self._free_for(tag_state) > 0
+        ) and tag_state.in_use < self.ceiling(tag_state):
+            self._grant(ticket, now, self.usage.scale(now))
             tag_state.counters.at_once += 1
             return True
         if self.max_waiting is not None and self.waiting >= self.max_waiting:
             raise LineFull
         self.arrivals += 1
         ticket.number = self.arrivals
+        if not tag_state.waiters:
+            self.usage.join_line(tag_state, now)
         if tag_state.waiters is None:
             tag_state.waiters = OrderedDict()
         # From here in one go, see the head of this file.
@@ -143,7 +162,7 @@ class Scheduler:
         if not tag_state.silent:
             self.tags.touch(tag_state, now)
         ticket.tag_state = tag_state
-        self._grant(ticket, now)
+        self._grant(ticket, now, self.usage.scale(now))
         self.drains_from = max(self.drains_from, self.in_use)
         if tag_state.waiters:
             self.lines.changed(tag_state)
@@ -168,15 +187,25 @@ class Scheduler:
         """
         tag_state = ticket.tag_state
         assert ticket.state is GRANTED, f"released a ticket that is {ticket.state}"
+        scale = self.usage.scale(now)
+        is_kept = tag_state.in_use <= tag_state.reserved
+        # From here in one go, see the head of this file.
         ticket.state = FREE
         self.in_use -= 1
+        self.kept_free += is_kept
         tag_state.in_use -= 1
+        tag_state.charged += scale
+        # What is lost from here on is a figure, and no slot.
+        if now - ticket.granted_at > ticket.held:
+            self.usage.was_unused(ticket, now, scale)
+        if not tag_state.in_use:
+            self.usage.forgive(tag_state, scale)
         ticket.book(tag_state)
         if not self.waiting:
             return _NO_GRANTS
         if tag_state.waiters:
             self.lines.changed(tag_state)
-        return self._dispatch(now)
+        return self._dispatch(now, scale)
 
     def cancel(self, ticket: Ticket) -> bool:
         """Take a waiting ticket out of its line, wherever it stands there.
@@ -230,25 +259,27 @@ class Scheduler:
         target = self.tags.get(tag, now)
         if not target.silent:
             self.tags.touch(target, now)
-        self._shift(source, -1)
+        scale = self.usage.scale(now)
+        self._shift(source, -1, scale)
         if not self._is_next(target):
-            self._shift(source, +1)
+            self._shift(source, +1, scale)
             return None
-        self._shift(target, +1)
+        self._shift(target, +1, scale)
         if source.silent:
             source.checkouts -= 1
         else:
             held = now - ticket.since
             ticket.held += held
             ticket.note(held)
+            self.usage.was_unused(ticket, now, scale)
             ticket.book(source)
         target.checkouts += 1
         if not target.silent:
             target.counters.checkouts += 1
         target.counters.at_once += 1
         ticket.tag_state = target
-        ticket.since = now
-        return self._dispatch(now)
+        ticket.since = ticket.granted_at = now
+        return self._dispatch(now, scale)
 
     def tick(self, now: float) -> Sequence[Ticket]:
         """Look for idle tags, if that is due; return who is granted by it."""
@@ -259,7 +290,7 @@ class Scheduler:
             # Ceilings have risen, for the one tag that is left and for the
             # silent tag; no other tag can be waiting.
             self.lines.all_changed()
-        return self._dispatch(now)
+        return self._dispatch(now, self.usage.scale(now))
 
     def set_capacity(self, capacity: int, now: float) -> Sequence[Ticket]:
         """Change how many slots there are; return who is granted by it.
@@ -268,7 +299,9 @@ class Scheduler:
         """
         self.capacity = capacity
         self.drains_from = self.in_use
-        return self._dispatch(now)
+        if not self.waiting:
+            return _NO_GRANTS
+        return self._dispatch(now, self.usage.scale(now))
 
     def reconfigure(
         self,
@@ -280,6 +313,8 @@ class Scheduler:
         reallocation_interval: float,
         max_waiting: int | None,
         now: float,
+        limits: Mapping[str, TagLimits] | None = None,
+        usage_half_life: float = 10.0,
     ) -> Sequence[Ticket]:
         """Change the rules' numbers; return who is granted by it. O(tags).
 
@@ -289,7 +324,11 @@ class Scheduler:
         self.max_waiting = max_waiting
         self.reallocation_interval = reallocation_interval
         self.next_tick = min(self.next_tick, now + reallocation_interval)
-        self.tags.reconfigure(soft_limit, max_limit, idle_timeout)
+        self.tags.reconfigure(
+            soft_limit, max_limit, idle_timeout, capacity, limits or {}
+        )
+        self.kept_free = self._reserved_unused()
+        self.usage.rebase(now, usage_half_life)
         self.lines.all_changed()
         return self.set_capacity(capacity, now)
 
@@ -315,9 +354,11 @@ class Scheduler:
         if not self.waiting or self.in_use > self.capacity:
             return False
         tag_state = ticket.tag_state
+        is_kept = tag_state.in_use <= tag_state.reserved
         if tag_state.waiters and tag_state.in_use <= self.ceiling(tag_state):
-            return True
-        return self.lines.next() is not None
+            return is_kept or self._free_for(tag_state) >= 0
+        waiting = self.lines.next()
+        return waiting is not None and self._free_for(waiting) + 1 - is_kept > 0
 
     def place(self, ticket: Ticket) -> int:
         """Return a waiting ticket's place in its line, from 1. O(place)."""
@@ -331,28 +372,48 @@ class Scheduler:
 
     # -- the parts of a transition -------------------------------------------
 
-    def _shift(self, tag_state: TagState, by: int) -> None:
+    def _free_for(self, tag_state: TagState) -> int:
+        """Return the slots that are free, but for those reserved for others.
+
+        Only if the tag has used up its own reserve; else, those that are free at all.
+        """
+        if tag_state.in_use < tag_state.reserved:
+            return self.capacity - self.in_use
+        return self.capacity - self.in_use - self.kept_free
+
+    def _reserved_unused(self) -> int:
+        used = (min(a.in_use, a.reserved) for a in self.tag_states.values())
+        return self.tags.limits.reserved - sum(used)
+
+    def _shift(self, tag_state: TagState, by: int, scale: float) -> None:
+        before = min(tag_state.in_use, tag_state.reserved)
         self.in_use += by
         tag_state.in_use += by
+        tag_state.charged -= by * scale
+        self.kept_free += before - min(tag_state.in_use, tag_state.reserved)
         tag_state.peak = max(tag_state.peak, tag_state.in_use)
         if tag_state.waiters:
             self.lines.changed(tag_state)
 
     def _is_next(self, newcomer: TagState) -> bool:
         """Tell if a request under `newcomer`, arriving now, would be granted."""
-        if (
-            newcomer.waiters
-            or self.in_use >= self.capacity
-            or newcomer.in_use >= self.ceiling(newcomer)
-        ):
+        free = self._free_for(newcomer)
+        if newcomer.waiters or free <= 0 or newcomer.in_use >= self.ceiling(newcomer):
             return False
         waiting = self.lines.next()
-        if waiting is None or self.in_use + 1 < self.capacity:
+        if waiting is None or free > 1 or self._free_for(waiting) <= 0:
             return True  # no other one, or a slot for each
-        rank = policy.rank(newcomer.in_use, newcomer.weight, self.arrivals + 1)
+        used = newcomer.charged + newcomer.lift
+        rank = policy.rank(
+            newcomer.in_use,
+            newcomer.weight,
+            used,
+            self.arrivals + 1,
+            newcomer.reserved,
+        )
         return rank < self.lines.rank(waiting)
 
-    def _dispatch(self, now: float) -> Sequence[Ticket]:
+    def _dispatch(self, now: float, scale: float) -> Sequence[Ticket]:
         """Grant free slots to those that are next, until none is left or none waits."""
         if not self.waiting:
             return _NO_GRANTS
@@ -360,6 +421,10 @@ class Scheduler:
         lines = self.lines
         while self.in_use < self.capacity and (tag_state := lines.next()) is not None:
             assert tag_state.waiters
+            if self.kept_free and self._free_for(tag_state) <= 0:
+                break  # those below their reserve are ranked first: none waits
+            if not tag_state.in_use and not tag_state.reserved:
+                self.usage.served(tag_state)
             ticket, _ = tag_state.waiters.popitem(last=False)
             self.waiting -= 1
             waited = now - ticket.since
@@ -367,19 +432,22 @@ class Scheduler:
             if waited > tag_state.wait_max:
                 tag_state.wait_max = waited
             tag_state.counters.wait.add(waited)
-            self._grant(ticket, now)
+            self._grant(ticket, now, scale)
             lines.head_left(tag_state)
             if not tag_state.silent:
                 tag_state.last_activity = now
             granted.append(ticket)
         return granted
 
-    def _grant(self, ticket: Ticket, now: float) -> None:
+    def _grant(self, ticket: Ticket, now: float, scale: float) -> None:
         tag_state = ticket.tag_state
-        ticket.since = now
+        ticket.since = ticket.granted_at = now
+        is_kept = tag_state.in_use < tag_state.reserved
         # From here in one go, see the head of this file.
         self.in_use += 1
+        self.kept_free -= is_kept
         tag_state.in_use += 1
+        tag_state.charged -= scale
         ticket.state = GRANTED
         # What is lost here is a figure, and no slot.
         tag_state.checkouts += 1
