@@ -46,6 +46,13 @@ class TagStats:
     fair_share: int = 0
     #: Callers that wait under it.
     waiting: int = 0
+    #: Its relative entitlement, its own maximum in the place of the rule for all, and
+    #: the slots that are kept for it.
+    weight: float = 1.0
+    max: int | None = None
+    reserved: int = 0
+    #: Connection-seconds that it has used lately: they decay, by ``usage_half_life``.
+    usage: float = 0.0
     #: Seconds since its last activity, None if it never had any.
     idle_for: float | None = None
     #: Seconds that the longest waiting caller has waited, None if none waits.
@@ -105,7 +112,8 @@ class PoolStats:
     capacity: int
     #: Slots in use: connections checked out, being opened or being closed.
     checked_out: int
-    #: Slots that could be granted now: capacity less checked_out.
+    #: Slots that could be granted to any tag now: capacity less checked_out, and less
+    #: what is reserved for tags that do not use it.
     available: int
     #: Open connections beyond ``size``.
     overflow: int

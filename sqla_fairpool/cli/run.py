@@ -99,6 +99,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         option, default = OPTIONS[name], getattr(defaults, name)
         what = {int: "N", float: "SECONDS"}.get(type(default), name.upper())
         none = f"; none {option.none}" if option.none else ""
+        none += "; @PATH for a file with it" if name == "tags" else ""
         text = f"{option.meaning}{none}; default: {option.variable}, or {default}"
         group.add_argument(_flag(name), metavar=what, help=text.replace("`", ""))
 
@@ -163,10 +164,20 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the pool's options that stand in the command line."""
     found = {name: getattr(arguments, name) for name in VARIABLES.values()}
     given = {n: OPTIONS[n].from_text(v) for n, v in found.items() if v is not None}
+    tags = given.get("tags")
+    if tags is not None and tags.startswith("@"):
+        given["tags"] = _contents(tags[1:], _flag("tags"))
     ledger = given.get("ledger")
     if ledger is not None:
         given["ledger"] = _absolute(ledger)
     return given
+
+
+def _contents(path: str, flag: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{flag}=@{path} cannot be read: {error}") from None
 
 
 def _checked(

@@ -8,7 +8,7 @@ found in :mod:`..tagging` and :mod:`.execution_options`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,7 +18,7 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import greenlet_spawn
 
-from ..options import PoolOptions, describe_changes
+from ..options import PoolOptions, TagLimits, describe_changes
 from ..stats import PoolStats
 from ..tagging import blocks, context_tag
 from . import sqlalchemy_private
@@ -64,6 +64,12 @@ class FairQueuePool(Pool):
       checkin) after which a tag is idle and does not count any more. Default 60.0.
     :param reallocation_interval: how often, in seconds, idle tags are looked for;
       callers that use the pool or wait in it do so. Default 30.0.
+    :param tags: :class:`.TagLimits` of tags that have their own, or dicts of its
+      fields, by the tag; a key that ends in ``*`` is for all tags that begin so, and
+      the longest one counts. Default None: all tags are alike.
+    :param usage_half_life: seconds after which what a tag has used counts half. Of
+      tags that hold equally much, the one that has used least per weight is next.
+      Default 10.0.
     :param max_waiting: most callers that may wait; one more gets
       :class:`.TooManyWaiting` at once. Default None, no limit.
     :param tag_option: the execution option that carries the tag. Default
@@ -128,6 +134,8 @@ class FairQueuePool(Pool):
         server_tag: bool = False,
         ledger: str | None = None,
         use_lifo: bool = False,
+        tags: Mapping[str, TagLimits] | None = None,
+        usage_half_life: float = 10.0,
         *,
         _core: PoolCore | None = None,
         **kw: Any,

@@ -119,8 +119,9 @@ class Housekeeping:
         state.connections.release_soon()
         state.slots.allotted += options.capacity - before.capacity
         # Slots that are out of use for a moment stay so.
-        rules = {**options.rules(), "capacity": state.slots.usable()}
-        granted = state.scheduler.reconfigure(**rules, now=now)
+        granted = state.scheduler.reconfigure(
+            **options.rules(), usable=state.slots.usable(), now=now
+        )
         state.deliver(granted)
         state.drain(now)
         self.plan(now)

@@ -39,6 +39,7 @@ _figures = attrgetter(
     "active",
     "in_use",
     "waiting",
+    "limits",
     "last_activity",
     "checkouts",
     "timeouts",
@@ -48,8 +49,8 @@ _figures = attrgetter(
     "hold_max",
 )
 
-#: Those figures, the tag's limit, and since when the first in its line waits.
-_Copied: TypeAlias = tuple[tuple[Any, ...], int, float | None]
+#: Those figures, the tag's limit, since when the first in its line waits, its usage.
+_Copied: TypeAlias = tuple[tuple[Any, ...], int, float | None, float]
 
 # Of a checkout that is out, what its tag has not booked yet.
 _unbooked = attrgetter("since", "again", "held", "held_max")
@@ -58,12 +59,13 @@ _unbooked = attrgetter("since", "again", "held", "held_max")
 def snapshot(core: PoolCore, name: str = "") -> PoolStats:
     """Return the pool's figures, with a row for each tag. O(tags log tags)."""
     pool, copied, unbooked, now = core.lock.run(_copy, core, name)
-    copied.sort()
+    copied.sort(key=lambda copy: copy[0][0])
     wanted = [
-        policy.Party(active, in_use, waiting, limit)
-        for (_, active, in_use, waiting, *_), limit, _ in copied
+        policy.Party(active, in_use, waiting, limit, own.weight, own.reserved)
+        for (_, active, in_use, waiting, own, *_), limit, _, _ in copied
     ]
-    shares = policy.shares_of_tags(wanted, pool.capacity)
+    others = core.scheduler.tags.limits.reserved - sum(tag.reserved for tag in wanted)
+    shares = policy.shares_of_tags(wanted, pool.capacity - others)
     rows = (
         _row(*tag, share, now, unbooked.get(tag[0][0], ()))
         for tag, share in zip(copied, shares, strict=True)
@@ -84,7 +86,12 @@ def _copy(
     unbooked: dict[str, list[Any]] = defaultdict(list)
     scheduler = core.scheduler
     copied = [
-        (_figures(tag_state), scheduler.ceiling(tag_state), _since(tag_state))
+        (
+            _figures(tag_state),
+            scheduler.ceiling(tag_state),
+            _since(tag_state),
+            scheduler.usage.seconds(tag_state, now),
+        )
         for tag_state in scheduler.tag_states.values()
     ]
     for checkout in core.connections.granted():
@@ -100,7 +107,7 @@ def _pool(core: PoolCore, name: str) -> PoolStats:
         size=options.pool_size,
         capacity=options.capacity,
         checked_out=scheduler.in_use,
-        available=options.capacity - scheduler.in_use,
+        available=max(options.capacity - scheduler.in_use - scheduler.kept_free, 0),
         overflow=max(scheduler.in_use + records - options.pool_size, 0),
         idle=idle,
         waiting=scheduler.waiting,
@@ -124,12 +131,13 @@ def _row(
     figures: tuple[Any, ...],
     limit: int,
     waiting_since: float | None,
+    usage: float,
     share: int,
     now: float,
     unbooked: Sequence[Any],
 ) -> TagStats:
-    tag, active, in_use, waiting, last_activity, checkouts, timeouts = figures[:7]
-    wait_total, wait_max, hold_total, hold_max = figures[7:]
+    tag, active, in_use, waiting, own, last_activity, checkouts, timeouts = figures[:8]
+    wait_total, wait_max, hold_total, hold_max = figures[8:]
     out_since = None
     for since, again, held, held_max in unbooked:
         checkouts += again
@@ -143,6 +151,10 @@ def _row(
         limit=limit,
         fair_share=share,
         waiting=waiting,
+        weight=own.weight,
+        max=own.max,
+        reserved=own.reserved,
+        usage=usage,
         idle_for=_age(last_activity, now),
         waiting_for=_age(waiting_since, now),
         held_for=_age(out_since, now),

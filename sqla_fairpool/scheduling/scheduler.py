@@ -198,7 +198,7 @@ class Scheduler:
         # What is lost from here on is a figure, and no slot.
         if now - ticket.granted_at > ticket.held:
             self.usage.was_unused(ticket, now, scale)
-        if not tag_state.in_use:
+        if not tag_state.in_use and tag_state.charged + tag_state.lift > scale:
             self.usage.forgive(tag_state, scale)
         ticket.book(tag_state)
         if not self.waiting:
@@ -315,11 +315,14 @@ class Scheduler:
         now: float,
         limits: Mapping[str, TagLimits] | None = None,
         usage_half_life: float = 10.0,
+        usable: int | None = None,
     ) -> Sequence[Ticket]:
         """Change the rules' numbers; return who is granted by it. O(tags).
 
         Nothing is taken away: what is in use above a lower limit drains. Who
         waits already goes on waiting, even if fewer may.
+
+        :param usable: how many slots there are now; None for the capacity.
         """
         self.max_waiting = max_waiting
         self.reallocation_interval = reallocation_interval
@@ -330,7 +333,7 @@ class Scheduler:
         self.kept_free = self._reserved_unused()
         self.usage.rebase(now, usage_half_life)
         self.lines.all_changed()
-        return self.set_capacity(capacity, now)
+        return self.set_capacity(capacity if usable is None else usable, now)
 
     def impose(
         self, capacity: int, ceilings: Mapping[str, int], other: int, now: float
@@ -424,7 +427,9 @@ class Scheduler:
             if self.kept_free and self._free_for(tag_state) <= 0:
                 break  # those below their reserve are ranked first: none waits
             if not tag_state.in_use and not tag_state.reserved:
-                self.usage.served(tag_state)
+                self.usage.level = (
+                    tag_state.charged + tag_state.lift
+                ) / tag_state.weight
             ticket, _ = tag_state.waiters.popitem(last=False)
             self.waiting -= 1
             waited = now - ticket.since

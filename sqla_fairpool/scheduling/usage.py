@@ -51,8 +51,8 @@ class Usage:
         self._mean_life = half_life / math.log(2)
         self._half_life_since = now
         self.landmark = now
-        #: What the tag that waited, held nothing and was served last had used, per
-        #: weight.
+        #: What the tag that was served last had used, per weight: of those that waited
+        #: and held nothing, and have no reserve.
         self.level = 0.0
         #: Called when the landmark has moved.
         self.moved: Callable[[], None] = lambda: None
@@ -95,13 +95,6 @@ class Usage:
         lead = self.level * tag_state.weight - used
         if lead > 0.0:
             tag_state.lift += lead
-
-    def served(self, tag_state: TagState) -> None:
-        """Note at which level a tag that holds nothing, nor has a reserve, is served.
-
-        Call it before the slot is charged.
-        """
-        self.level = (tag_state.charged + tag_state.lift) / tag_state.weight
 
     def was_unused(self, ticket: Ticket, now: float, scale: float) -> None:
         """Take back what was charged for a slot while its connection was kept warm.

@@ -25,6 +25,7 @@ VALUES = {
     "IDLE_TIMEOUT": "5.5",
     "REALLOCATION_INTERVAL": "2",
     "FAIRPOOL_LEDGER": "/run/app.ledger",
+    "FAIRPOOL_TAGS": '{"api": {"weight": 3}}',
 }
 
 
@@ -53,7 +54,9 @@ def test_nothing_set_is_the_host_ledger_and_the_pools_defaults(environment, ledg
     assert settings.database(None) is None
 
 
-@pytest.mark.parametrize("variable", sorted(set(VARIABLES) - {"FAIRPOOL_LEDGER"}))
+@pytest.mark.parametrize(
+    "variable", sorted(set(VARIABLES) - {"FAIRPOOL_LEDGER", "FAIRPOOL_TAGS"})
+)
 def test_bad_value_names_the_variable_unless_it_is_an_arguments(variable):
     settings = Settings.read({variable: "none"})
     with pytest.raises(ArgumentError, match=f"^{variable}='none' is not allowed: "):
@@ -62,6 +65,12 @@ def test_bad_value_names_the_variable_unless_it_is_an_arguments(variable):
     with pytest.raises(ArgumentError, match=f"^{name}=0 is not allowed"):
         settings.with_arguments({name: 0})
     settings.with_arguments({name: 10})
+
+
+def test_bad_limits_of_tags_name_the_variable():
+    settings = Settings.read({"FAIRPOOL_TAGS": '{"api": {"max": 0}}'})
+    with pytest.raises(ArgumentError, match=r"^FAIRPOOL_TAGS=\{'api': .*'max': 0"):
+        settings.with_arguments({})
 
 
 def test_limits_that_do_not_fit_each_other_name_the_variable():

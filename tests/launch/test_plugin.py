@@ -106,6 +106,7 @@ OTHERS = {
     "default_tag": "a",
     "ledger": "/run/a.ledger",
     "max_limit": "18",
+    "tags": '{"api": {"weight": 3}}',
 }
 VALUES = [(name, OTHERS.get(name, "1")) for name in OPTIONS]
 VALUES += [(name, "None") for name, option in OPTIONS.items() if option.none]

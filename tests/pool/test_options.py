@@ -32,6 +32,8 @@ def test_defaults_are_the_contract():
         max_limit=15,
         idle_timeout=60.0,
         reallocation_interval=30.0,
+        tags=None,
+        usage_half_life=10.0,
         max_waiting=None,
         tag_option="scraper",
         default_tag="unknown",
