@@ -440,6 +440,11 @@ class PoolOptions:
         known: dict[str, Any] = {}
         for name, option in OPTIONS.items():
             known[name] = option.read(name, given.pop(name, option.default), known)
+        tags = known["tags"] or {}
+        reserved = {key: one.reserved for key, one in tags.items() if one.reserved}
+        if reserved and known["ledger"] is not None:
+            allowed = "with a ledger, tags may have weight and max, but not reserved"
+            raise BadOption("tags", {"reserved": reserved}, allowed)
         return cls(**known, **given, defaulted=defaulted)
 
     @classmethod

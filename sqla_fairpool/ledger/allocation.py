@@ -34,6 +34,7 @@ from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 from ..scheduling import policy
+from ..scheduling.limits import LimitsByTag
 
 __all__ = ["STALLED", "TURN", "Allocation", "Limits", "Line", "Party", "allocate"]
 
@@ -79,6 +80,7 @@ class Limits(NamedTuple):
     capacity: int
     soft_limit: int
     max_limit: int
+    tags: LimitsByTag = LimitsByTag({})
 
 
 @dataclass(slots=True)
@@ -183,11 +185,15 @@ def allocate(
         return policy.ceiling(others, limits.soft_limit, limits.max_limit)
 
     found = Allocation(
-        ceilings={tag: ceiling(len(active - {tag})) for tag in order},
+        ceilings={
+            tag: limits.tags.of(tag).max or ceiling(len(active - {tag}))
+            for tag in order
+        },
         newcomer=ceiling(len(active)),
         claimed=dict.fromkeys(parties, 0),
     )
-    _divide_among_tags(found, order, lines, limits.capacity - locked)
+    weights = [limits.tags.of(tag).weight for tag in order]
+    _divide_among_tags(found, order, lines, limits.capacity - locked, weights)
     for tag in order:
         _divide_tag(found, tag, lines[tag])
     _ask_tags(found, order, lines)
@@ -221,14 +227,23 @@ def _lines(
 
 
 def _divide_among_tags(
-    found: Allocation, order: list[str], lines: dict[str, list[_Row]], capacity: int
+    found: Allocation,
+    order: list[str],
+    lines: dict[str, list[_Row]],
+    capacity: int,
+    weights: list[float],
 ) -> None:
     floors = [sum(row.fixed or 0 for row in lines[tag]) for tag in order]
     demands = [
         max(floor, min(sum(row.wants for row in lines[tag]), found.ceilings[tag]))
         for tag, floor in zip(order, floors, strict=True)
     ]
-    shares = policy.fair_shares(demands, max(capacity, 0), floors=floors)
+    shares = policy.fair_shares(
+        demands,
+        max(capacity, 0),
+        weights if set(weights) - {1.0} else None,
+        floors=floors,
+    )
     found.shares = dict(zip(order, shares, strict=True))
     found.unmet = sum(demands) - sum(shares)
 

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from typing_extensions import Self
 
+from ..scheduling.limits import LimitsByTag, TagLimits
 from .allocation import Limits, Line
 from .errors import LedgerError, RowBroken
 
@@ -122,7 +123,17 @@ def _sessions(values: Any) -> tuple[Session, ...]:
 
 
 def _terms(row: Any) -> Terms:
-    return Terms(**{name: _number(row[name]) for name in Terms.__slots__})
+    numbers = {name: _number(row[name]) for name in Terms.__slots__ if name != "tags"}
+    tags = _str(row.get("tags", ""))
+    limits_of_tags(tags)
+    return Terms(**numbers, tags=tags)
+
+
+@lru_cache(maxsize=16)
+def limits_of_tags(text: str) -> LimitsByTag:
+    """Return what :attr:`Terms.tags` says."""
+    given = json.loads(text) if text else {}
+    return LimitsByTag({tag: TagLimits(**own) for tag, own in given.items()})
 
 
 def _protocol(version: Any) -> int:
@@ -197,16 +208,28 @@ class Terms:
     max_limit: int
     idle_timeout: float
     reallocation_interval: float
+    #: The limits of tags that have their own, as JSON in one way of writing.
+    tags: str = ""
+
+    @staticmethod
+    def text_of(tags: Mapping[str, TagLimits] | None) -> str:
+        """Return what stands in `tags`."""
+        return json.dumps(tags, default=asdict, sort_keys=True) if tags else ""
 
     def limits(self, quarantined: int) -> Limits:
         """Return the numbers for the allocation."""
         slots = max(self.capacity - quarantined, 0)
-        return Limits(slots, self.soft_limit, self.max_limit)
+        tags = limits_of_tags(self.tags)
+        return Limits(slots, self.soft_limit, self.max_limit, tags)
 
     def differences(self, other: Terms) -> str:
         """Return ``capacity=20 soft_limit=10``: our side of what differs."""
         ours, theirs = asdict(self), asdict(other)
-        return " ".join(f"{k}={v:g}" for k, v in ours.items() if v != theirs[k])
+        return " ".join(
+            f"{k}={v or '{}'}" if isinstance(v, str) else f"{k}={v:g}"
+            for k, v in ours.items()
+            if v != theirs[k]
+        )
 
 
 @dataclass(frozen=True, slots=True)

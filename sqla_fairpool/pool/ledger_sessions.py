@@ -45,6 +45,7 @@ def terms_of(options: PoolOptions) -> Terms:
         max_limit=options.max_limit,
         idle_timeout=options.idle_timeout,
         reallocation_interval=options.reallocation_interval,
+        tags=Terms.text_of(options.tags),
     )
 
 

@@ -25,7 +25,7 @@ from .physical import PhysicalConnection, PhysicalConnections
 __all__ = ["LedgerSlots", "Member", "Reservation", "Slots"]
 
 #: With the capacity, what the members of a ledger agree on.
-TERMS = ("soft_limit", "max_limit", "idle_timeout", "reallocation_interval")
+TERMS = ("soft_limit", "max_limit", "idle_timeout", "reallocation_interval", "tags")
 
 
 class Member(Protocol):

@@ -76,7 +76,9 @@ class Tags:
     def ceiling(self, tag_state: TagState) -> int:
         """Return the most slots a tag may hold now."""
         if self.imposed is not None:
-            return self.imposed.get(tag_state.tag, self.imposed_other)
+            imposed = self.imposed.get(tag_state.tag, self.imposed_other)
+            most = tag_state.limits.max
+            return imposed if most is None else min(imposed, most)
         limits = tag_state.limits
         if limits is NO_LIMITS and tag_state.active:
             return self.common_ceiling.value
@@ -99,7 +101,7 @@ class Tags:
             if tag_state is None or tag_state.limits.max is None:
                 lowest = min(lowest, ceiling)
             else:
-                tag_state.safe_ceiling.value = ceiling
+                tag_state.safe_ceiling.value = min(ceiling, tag_state.limits.max)
         self.common_ceiling.value = lowest
 
     def _lowest_ceiling(self, others: int) -> int:
@@ -129,7 +131,8 @@ class Tags:
         if limits.max is None:
             return self.common_ceiling
         if self.imposed is not None:
-            return SafeCeiling(self.imposed.get(tag, self.imposed_other))
+            imposed = self.imposed.get(tag, self.imposed_other)
+            return SafeCeiling(min(imposed, limits.max))
         return SafeCeiling(min(limits.max, self._room(limits.reserved)))
 
     def reconfigure(

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from sqla_fairpool.ledger.allocation import Limits, Line, allocate
 from sqla_fairpool.scheduling import policy
+from sqla_fairpool.scheduling.limits import LimitsByTag, TagLimits
 
 TERMS = Limits(capacity=20, soft_limit=10, max_limit=15)
 
@@ -55,6 +56,20 @@ def test_four_scenarios(demands, expected):
     for n, (tag, wanted) in enumerate(demands.items()):
         parties[f"m{n}"] = Party(tags={tag: Line(0, wanted, wanted > 0, n + 1)})
     assert list(targets(parties).values()) == expected
+
+
+def test_weights_and_maxima_count_over_all_members():
+    tags = {"api": TagLimits(weight=3.0), "reports:*": TagLimits(max=2)}
+    limits = Limits(20, 20, 20, LimitsByTag(tags))
+    parties = {
+        "m0": wanting(1, api=9),
+        "m1": wanting(2, api=99, web=99),
+        "m2": wanting(3, **{"reports:a": 9, "jobs": 99}),
+        "m3": wanting(4, **{"reports:a": 9}),
+    }
+    found = allocate(parties, {"api": 1, "web": 2, "jobs": 3, "reports:a": 4}, limits)
+    assert found.shares["reports:a"] == found.ceilings["reports:a"] == 2
+    assert [found.shares[tag] for tag in ("api", "web", "jobs")] == [10, 4, 4]
 
 
 def test_a_tag_that_went_idle_leaves_only_what_it_still_holds():

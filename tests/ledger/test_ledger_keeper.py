@@ -6,6 +6,7 @@ import _thread
 import json
 import threading
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from support.ledger import TERMS, World, ask, close_idle, free, used
@@ -18,6 +19,7 @@ from sqla_fairpool.ledger.demand import Pace, TagDemand, condense
 from sqla_fairpool.ledger.errors import LedgerError, TermsDiffer
 from sqla_fairpool.ledger.keeper import Keeper
 from sqla_fairpool.ledger.rows import Left, Terms
+from sqla_fairpool.scheduling.limits import TagLimits
 
 
 class Churn:
@@ -518,6 +520,17 @@ def test_members_have_to_agree(world):
     )
     assert b.keeper.trouble == str(refusal)
     assert b.store.member not in world.host.alive
+
+
+def test_members_have_to_agree_on_the_limits_of_tags(world):
+    world.member("a", 1)
+    b = world.start(replace(TERMS, tags=Terms.text_of({"b": TagLimits(max=2)})))
+    ask(b, "b", 1)
+    world.run(0.1)
+    (refusal, *_) = b.pool.refusals
+    assert isinstance(refusal, TermsDiffer)
+    assert 'here tags={"b": {"max": 2' in str(refusal)
+    assert ", there tags={} (members" in str(refusal)
 
 
 def test_the_terms_of_the_dead_bind_nobody(world):

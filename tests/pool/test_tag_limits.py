@@ -109,3 +109,8 @@ def test_usage_is_in_the_figures(make_engine):
     engine = make_engine(3)
     connect(engine, "a").close()
     assert engine.pool.stats().tag("a").usage >= 0.0
+
+
+def test_nothing_can_be_reserved_with_a_ledger():
+    with pytest.raises(exc.ArgumentError, match=r"^tags=.*'health': 1.*ledger"):
+        PoolOptions.parse(tags={"health": {"reserved": 1}}, ledger="host")

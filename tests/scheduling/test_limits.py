@@ -149,3 +149,11 @@ def test_release_is_said_to_be_wanted_only_if_it_would_grant_another():
     web = script.requests("web", 3)
     assert not script.scheduler.wanted(kept)
     assert script.scheduler.wanted(web[0])
+
+
+def test_own_maximum_holds_where_ceilings_come_from_outside():
+    script = Script(limits={"a": TagLimits(max=2), "b": TagLimits(max=9)})
+    script.scheduler.impose(20, {"a": 8, "b": 4}, 6, 0.0)
+    for tag in "abc":
+        script.requests(tag, 12)
+    assert [script.held(tag) for tag in "abc"] == [2, 4, 6]
