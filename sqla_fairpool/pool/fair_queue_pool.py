@@ -19,6 +19,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import greenlet_spawn
 
 from ..options import PoolOptions, TagLimits, describe_changes
+from ..scheduling.explanation import Explanation, explain, facts_of
 from ..stats import PoolStats
 from ..tagging import blocks, context_tag
 from . import sqlalchemy_private
@@ -314,6 +315,15 @@ class FairQueuePool(Pool):
             f"connections: {self.checkedout()} Waiting: "
             f"{self._core.scheduler.waiting}"
         )
+
+    def explain(self, tag: str) -> Explanation:
+        """Return why a tag has what it has now, as data; ``print`` shows it as text.
+
+        Its ceiling and from which rule it comes, its fair share, its place in the line
+        of tags and who is before it, and what has to happen for it to get one more.
+        """
+        core = self._core
+        return explain(core.lock.run(partial(facts_of, core.scheduler), tag))
 
     def stats(self) -> PoolStats:
         """Return a snapshot of the pool and a row for each tag. O(tags log tags)."""

@@ -131,8 +131,7 @@ class Scheduler:
         # (promise 3), or the slot is reserved for this tag alone; this tag is below its
         # ceiling, so none of them is of this tag.
         if (
-            self.in_use + self.kept_free < self.capacity
-            or self._free_for(tag_state) > 0
+            self.in_use + self.kept_free < self.capacity or self.free_for(tag_state) > 0
         ) and tag_state.in_use < self.ceiling(tag_state):
             self._grant(ticket, now, self.usage.scale(now))
             tag_state.counters.at_once += 1
@@ -352,6 +351,15 @@ class Scheduler:
 
     # -- questions -----------------------------------------------------------
 
+    def free_for(self, tag_state: TagState) -> int:
+        """Return the slots that are free, but for those reserved for others.
+
+        Only if the tag has used up its own reserve; else, those that are free at all.
+        """
+        if tag_state.in_use < tag_state.reserved:
+            return self.capacity - self.in_use
+        return self.capacity - self.in_use - self.kept_free
+
     def wanted(self, ticket: Ticket) -> bool:
         """Tell if releasing this granted ticket would grant another one."""
         if not self.waiting or self.in_use > self.capacity:
@@ -359,9 +367,9 @@ class Scheduler:
         tag_state = ticket.tag_state
         is_kept = tag_state.in_use <= tag_state.reserved
         if tag_state.waiters and tag_state.in_use <= self.ceiling(tag_state):
-            return is_kept or self._free_for(tag_state) >= 0
+            return is_kept or self.free_for(tag_state) >= 0
         waiting = self.lines.next()
-        return waiting is not None and self._free_for(waiting) + 1 - is_kept > 0
+        return waiting is not None and self.free_for(waiting) + 1 - is_kept > 0
 
     def place(self, ticket: Ticket) -> int:
         """Return a waiting ticket's place in its line, from 1. O(place)."""
@@ -374,15 +382,6 @@ class Scheduler:
         return self.tag_states.get(tag_state.tag) is tag_state
 
     # -- the parts of a transition -------------------------------------------
-
-    def _free_for(self, tag_state: TagState) -> int:
-        """Return the slots that are free, but for those reserved for others.
-
-        Only if the tag has used up its own reserve; else, those that are free at all.
-        """
-        if tag_state.in_use < tag_state.reserved:
-            return self.capacity - self.in_use
-        return self.capacity - self.in_use - self.kept_free
 
     def _reserved_unused(self) -> int:
         used = (min(a.in_use, a.reserved) for a in self.tag_states.values())
@@ -400,11 +399,11 @@ class Scheduler:
 
     def _is_next(self, newcomer: TagState) -> bool:
         """Tell if a request under `newcomer`, arriving now, would be granted."""
-        free = self._free_for(newcomer)
+        free = self.free_for(newcomer)
         if newcomer.waiters or free <= 0 or newcomer.in_use >= self.ceiling(newcomer):
             return False
         waiting = self.lines.next()
-        if waiting is None or free > 1 or self._free_for(waiting) <= 0:
+        if waiting is None or free > 1 or self.free_for(waiting) <= 0:
             return True  # no other one, or a slot for each
         used = newcomer.charged + newcomer.lift
         rank = policy.rank(
@@ -424,7 +423,7 @@ class Scheduler:
         lines = self.lines
         while self.in_use < self.capacity and (tag_state := lines.next()) is not None:
             assert tag_state.waiters
-            if self.kept_free and self._free_for(tag_state) <= 0:
+            if self.kept_free and self.free_for(tag_state) <= 0:
                 break  # those below their reserve are ranked first: none waits
             if not tag_state.in_use and not tag_state.reserved:
                 self.usage.level = (

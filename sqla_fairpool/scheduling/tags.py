@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from . import policy
-from .counters import CountersByTag
+from .counters import Counters, CountersByTag
 from .heap import IndexedHeap
 from .limits import NO_LIMITS, LimitsByTag, TagLimits
 from .ticket import SafeCeiling, TagState
@@ -116,16 +116,15 @@ class Tags:
         if tag_state is None:
             if len(self.tag_states) >= _MAX_REMEMBERED:
                 self._forget_one(now)
-            limits = self.limits.of(tag)
-            tag_state = TagState(
-                tag,
-                limits,
-                tag == self.silent_tag,
-                self.counters.of(tag),
-                self._safe_ceiling(tag, limits),
-            )
+            tag_state = self.new_state(tag, self.counters.of(tag))
             self.tag_states[tag] = tag_state
         return tag_state
+
+    def new_state(self, tag: str, counters: Counters) -> TagState:
+        """Return what is known of a tag of which nothing is; keeps nothing of it."""
+        limits = self.limits.of(tag)
+        ceiling = self._safe_ceiling(tag, limits)
+        return TagState(tag, limits, tag == self.silent_tag, counters, ceiling)
 
     def _safe_ceiling(self, tag: str, limits: TagLimits) -> SafeCeiling:
         if limits.max is None:
