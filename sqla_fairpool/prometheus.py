@@ -94,6 +94,9 @@ _TAG_FIGURES = (
     (_Gauge, "tag_connections", "Connections the tag holds", "connections"),
     (_Gauge, "tag_connections_max", "Most the tag may hold now", "limit"),
     (_Gauge, "tag_pending_requests", "Callers that wait", "waiting"),
+    (_Gauge, "tag_weight", "Its relative entitlement", "weight"),
+    (_Gauge, "tag_connections_reserved", "Kept for the tag alone", "reserved"),
+    (_Gauge, "tag_usage_seconds", "Connection-seconds, decayed", "usage"),
     (_Counter, "checkouts", "Checkouts granted", "checkouts"),
     (
         _Counter,

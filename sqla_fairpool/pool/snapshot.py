@@ -183,7 +183,8 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
     pool, counters, live = core.lock.run(_copy_metrics, core, name)
     rows = []
     for tag, (counted, (wait, hold, create)) in sorted(counters.items()):
-        active, connections, limit, waiting, unbooked = live[tag]
+        active, connections, limit, waiting, unbooked, usage = live[tag]
+        own = core.scheduler.tags.limits.of(tag)
         checkouts, at_once, timeouts, refusals, deadlocks, failures = counted
         row = TagStats(
             name=tag,
@@ -191,6 +192,10 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
             connections=connections,
             limit=limit or core.options.max_limit,
             waiting=waiting,
+            weight=own.weight,
+            max=own.max,
+            reserved=own.reserved,
+            usage=usage,
             checkouts=checkouts + unbooked,
             timeouts=timeouts,
             wait_time=_summary(*wait, at_once=at_once + unbooked),
@@ -206,27 +211,30 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
 
 def _copy_metrics(
     core: PoolCore, name: str, now: float
-) -> tuple[PoolStats, dict[str, tuple[Any, Any]], dict[str, list[int]]]:
+) -> tuple[PoolStats, dict[str, tuple[Any, Any]], dict[str, list[Any]]]:
     """Copy what :func:`metrics` works with. Caller is in a section."""
     counters_by_tag = core.scheduler.tags.counters.by_tag
     counters = {tag: (_counts(m), _histograms(m)) for tag, m in counters_by_tag.items()}
-    return _pool(core, name), counters, _live_by_counters(core)
+    return _pool(core, name), counters, _live_by_counters(core, now)
 
 
-def _live_by_counters(core: PoolCore) -> dict[str, list[int]]:
+def _live_by_counters(core: PoolCore, now: float) -> dict[str, list[Any]]:
     """Return what is now, summed up by the tags that have counters.
 
-    If it is active, its connections, limit and line, and checkouts that are not booked
-    yet. Caller is in a section.
+    If it is active, its connections, limit and line, checkouts that are not booked
+    yet, and its usage. Caller is in a section.
     """
     scheduler = core.scheduler
-    live = {tag: [0, 0, 0, 0, 0] for tag in scheduler.tags.counters.by_tag}
+    live: dict[str, list[Any]] = {
+        tag: [0, 0, 0, 0, 0, 0.0] for tag in scheduler.tags.counters.by_tag
+    }
     for tag_state in scheduler.tag_states.values():
         figures = live[tag_state.tag if tag_state.tag in live else OTHER]
         figures[0] |= tag_state.active
         figures[1] += tag_state.in_use
         figures[2] = max(figures[2], scheduler.ceiling(tag_state))
         figures[3] += tag_state.waiting
+        figures[5] += scheduler.usage.seconds(tag_state, now)
     for checkout in core.connections.granted():
         tag = checkout.tag_state.tag
         live[tag if tag in live else OTHER][4] += checkout.again

@@ -333,7 +333,8 @@ def test_opentelemetry_follows_the_conventions(make_engine, reader, provider, cl
         if name.startswith("DB_CLIENT_CONNECTION_") and isinstance(value, str)
     }
     sizes = {"count", "max", "idle.max", "idle.min", "pending_requests", "timeouts"}
-    assert sizes <= set(found) <= conventions
+    own = {f"sqla_fairpool.tag.{name}" for name in ("weight", "reserved", "usage")}
+    assert sizes | own <= set(found) <= conventions | own
     pool = ("db.client.connection.pool.name", "main")
     used = (("db.client.connection.state", "used"), ("sqla_fairpool.tag", "a"))
     assert found["count"][(pool, *used)].value == 1

@@ -7,7 +7,7 @@ import math
 
 import pytest
 from sqlalchemy import create_engine, exc
-from support.threads import connect, wait_in_line
+from support.threads import Caller, connect, wait_in_line
 
 from sqla_fairpool import FairQueuePool, TagLimits
 from sqla_fairpool.options import PoolOptions
@@ -114,3 +114,22 @@ def test_usage_is_in_the_figures(make_engine):
 def test_nothing_can_be_reserved_with_a_ledger():
     with pytest.raises(exc.ArgumentError, match=r"^tags=.*'health': 1.*ledger"):
         PoolOptions.parse(tags={"health": {"reserved": 1}}, ledger="host")
+
+
+def test_time_out_says_what_the_tag_has_of_its_own(make_engine):
+    engine = make_engine(
+        4, tags={"a": {"max": 1, "weight": 2.5}, "b": {"reserved": 1}}, pool_timeout=0
+    )
+    with connect(engine, "a"), pytest.raises(exc.TimeoutError) as caught:
+        Caller(connect, engine, "a").result()
+    message = str(caught.value)
+    assert "ceiling=1 waiting=1 position=1 weight=2.5 max=1 usage=0.0s; pool" in message
+    assert "it may have 1 (max, its own)" in message
+
+
+def test_pool_explains_a_tag(make_engine):
+    engine = make_engine(4, tags={"a": {"max": 1}})
+    with connect(engine, "a"):
+        explanation = engine.pool.explain("a")
+    assert (explanation.connections, explanation.ceiling_rule) == (1, "max")
+    assert "its own maximum" in str(explanation)
