@@ -124,6 +124,18 @@ def _count(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
         yield tag.connections, {_STATE: "used", _TAG: tag.name}
 
 
+def _would_wait(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
+    for tag in pool.tags:
+        if tag.would_wait is not None:
+            yield tag.would_wait.count, {_TAG: tag.name}
+
+
+def _would_refuse(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
+    for tag in pool.tags:
+        if tag.would_refuse is not None:
+            yield tag.would_refuse, {_TAG: tag.name}
+
+
 #: Name, unit, help, and how the numbers are read.
 _FIGURES: tuple[tuple[str, str, str, _Read], ...] = (
     ("count", "{connection}", "Connections by state", _count),
@@ -138,4 +150,6 @@ _OWN_FIGURES: tuple[tuple[str, str, str, _Read], ...] = (
     ("weight", "1", "Relative entitlement of a tag", _by_tag("weight")),
     ("reserved", "{connection}", "Kept for a tag alone", _by_tag("reserved")),
     ("usage", "s", "Connection-seconds of a tag, decayed", _by_tag("usage")),
+    ("would_wait", "{request}", "Would have waited, in a dry run", _would_wait),
+    ("would_refuse", "{request}", "Would have been refused", _would_refuse),
 )

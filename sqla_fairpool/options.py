@@ -360,6 +360,13 @@ class PoolOptions:
         "seconds after which what a tag has used counts half; who has used least "
         "lately is next of those that hold equally much",
     )
+    enforce: bool = _option(
+        True,
+        read_switch,
+        "keep the rules; false for a dry run: callers are served in order of arrival, "
+        "and who would have waited or been refused is counted",
+        is_fixed=True,
+    )
     max_waiting: int | None = _option(
         None,
         whole(0),
@@ -445,6 +452,8 @@ class PoolOptions:
         if reserved and known["ledger"] is not None:
             allowed = "with a ledger, tags may have weight and max, but not reserved"
             raise BadOption("tags", {"reserved": reserved}, allowed)
+        if known["ledger"] is not None and not known["enforce"]:
+            raise BadOption("enforce", False, "with a ledger the rules are in force")
         return cls(**known, **given, defaulted=defaulted)
 
     @classmethod

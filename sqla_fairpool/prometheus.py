@@ -73,6 +73,7 @@ class FairPoolCollector(Collector):
         self._sources = [s for s in self._sources if s.core() is not None]
         yield from _of_pools(pools)
         yield from _of_tags(pools)
+        yield from _of_dry_runs(pools)
 
 
 _collectors: weakref.WeakKeyDictionary[CollectorRegistry, FairPoolCollector] = (
@@ -154,6 +155,25 @@ def _of_tags(pools: list[PoolStats]) -> Iterator[Metric]:
             summary: Summary = getattr(tag, attribute)
             histogram.add_metric(labels, _buckets(summary), summary.total)
         yield histogram
+
+
+def _of_dry_runs(pools: list[PoolStats]) -> Iterator[Metric]:
+    rows = [
+        ((pool.name, tag.name), tag.would_wait, tag.would_refuse)
+        for pool in pools
+        for tag in pool.tags
+        if tag.would_wait is not None
+    ]
+    if not rows:
+        return
+    text = "How long checkouts would have waited that had to by the rules"
+    waits = _family(HistogramMetricFamily, "would_wait_seconds", text, "tag")
+    text = "Checkouts that would have been refused"
+    refusals = _family(_Counter, "would_refuse", text, "tag")
+    for labels, would_wait, would_refuse in rows:
+        waits.add_metric(labels, _buckets(would_wait), would_wait.total)
+        refusals.add_metric(labels, would_refuse)
+    yield from (waits, refusals)
 
 
 def _family(kind: Any, name: str, text: str, *labels: str) -> Any:

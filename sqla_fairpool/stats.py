@@ -73,6 +73,10 @@ class TagStats:
     deadlocks: int | None = None
     #: Likewise: how long it took to open connections, and those that could not be.
     create_time: Summary | None = None
+    #: In a dry run (``enforce=False``), else None: how long checkouts would have waited
+    #: that had to by the rules, and how many would have been refused.
+    would_wait: Summary | None = None
+    would_refuse: int | None = None
     create_failures: int | None = None
 
     @classmethod
@@ -132,6 +136,8 @@ class PoolStats:
     name: str = ""
     #: ``min_idle``: connections kept ready.
     min_idle: int = 0
+    #: False in a dry run.
+    enforce: bool = True
     #: Connections closed, by reason.
     closures: Mapping[str, int] = field(default_factory=dict)
 
@@ -148,7 +154,7 @@ class PoolStats:
 
 def _plain(row: TagStats) -> dict[str, Any]:
     plain = asdict(row)
-    for name in ("wait_time", "hold_time", "create_time"):
+    for name in ("wait_time", "hold_time", "create_time", "would_wait"):
         summary: Summary | None = getattr(row, name)
         if summary is not None:
             del plain[name]["buckets"]  # infinity is no JSON

@@ -22,6 +22,7 @@ from functools import partial
 from typing import Any
 
 from ..options import PoolOptions
+from ..scheduling.dry_run import DryRunScheduler
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import FREE, LineFull
 from . import sqlalchemy_private
@@ -105,7 +106,7 @@ class PoolCore:
 
     def _begin(self, options: PoolOptions) -> None:
         """Make the parts, at first and in the child of a fork."""
-        self.scheduler = Scheduler(
+        self.scheduler = (Scheduler if options.enforce else DryRunScheduler)(
             **options.rules(), silent_tag=options.default_tag, now=self.clock()
         )
         self.connections = Connections(self._use_lifo)

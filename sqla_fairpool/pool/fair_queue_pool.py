@@ -71,6 +71,8 @@ class FairQueuePool(Pool):
     :param usage_half_life: seconds after which what a tag has used counts half. Of
       tags that hold equally much, the one that has used least per weight is next.
       Default 10.0.
+    :param enforce: False for a dry run: callers are served in order of arrival, as if
+      there were no tags, and what the rules would have done is counted. Default True.
     :param max_waiting: most callers that may wait; one more gets
       :class:`.TooManyWaiting` at once. Default None, no limit.
     :param tag_option: the execution option that carries the tag. Default
@@ -137,6 +139,7 @@ class FairQueuePool(Pool):
         use_lifo: bool = False,
         tags: Mapping[str, TagLimits] | None = None,
         usage_half_life: float = 10.0,
+        enforce: bool = True,
         *,
         _core: PoolCore | None = None,
         **kw: Any,
@@ -323,7 +326,7 @@ class FairQueuePool(Pool):
         of tags and who is before it, and what has to happen for it to get one more.
         """
         core = self._core
-        return explain(core.lock.run(partial(facts_of, core.scheduler), tag))
+        return explain(core.lock.run(partial(facts_of, core.scheduler.rules), tag))
 
     def stats(self) -> PoolStats:
         """Return a snapshot of the pool and a row for each tag. O(tags log tags)."""

@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 
 from ..scheduling import policy
 from ..scheduling.counters import BOUNDS, OTHER, Counters, Histogram
+from ..scheduling.limits import TagLimits
+from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import TagState
 from ..stats import PoolStats, Summary, TagStats
 from .core import PoolCore
@@ -39,7 +41,6 @@ _figures = attrgetter(
     "active",
     "in_use",
     "waiting",
-    "limits",
     "last_activity",
     "checkouts",
     "timeouts",
@@ -49,8 +50,18 @@ _figures = attrgetter(
     "hold_max",
 )
 
-#: Those figures, the tag's limit, since when the first in its line waits, its usage.
-_Copied: TypeAlias = tuple[tuple[Any, ...], int, float | None, float]
+#: Those figures, what the tag has of its own, its limit, since when the first in its
+#: line waits, its usage.
+_Copied: TypeAlias = tuple[tuple[Any, ...], TagLimits, int, float | None, float]
+
+
+def _by_rules(rules: Scheduler, tag: str) -> tuple[TagLimits, int]:
+    """Return what a tag has of its own, and its ceiling by the rules."""
+    state = rules.tag_states.get(tag) or rules.tags.new_state(tag, _NO_COUNTERS)
+    return state.limits, rules.ceiling(state)
+
+
+_NO_COUNTERS = Counters()
 
 # Of a checkout that is out, what its tag has not booked yet.
 _unbooked = attrgetter("since", "again", "held", "held_max")
@@ -62,14 +73,18 @@ def snapshot(core: PoolCore, name: str = "") -> PoolStats:
     copied.sort(key=lambda copy: copy[0][0])
     wanted = [
         policy.Party(active, in_use, waiting, limit, own.weight, own.reserved)
-        for (_, active, in_use, waiting, own, *_), limit, _, _ in copied
+        for (_, active, in_use, waiting, *_), own, limit, *_ in copied
     ]
-    others = core.scheduler.tags.limits.reserved - sum(tag.reserved for tag in wanted)
+    others = core.scheduler.rules.tags.limits.reserved - sum(
+        tag.reserved for tag in wanted
+    )
     shares = policy.shares_of_tags(wanted, pool.capacity - others)
-    rows = (
+    rows: Iterable[TagStats] = (
         _row(*tag, share, now, unbooked.get(tag[0][0], ()))
         for tag, share in zip(copied, shares, strict=True)
     )
+    if not pool.enforce:
+        rows = _with_would(core, rows)
     tags = tuple(
         row
         for row in rows
@@ -88,7 +103,7 @@ def _copy(
     copied = [
         (
             _figures(tag_state),
-            scheduler.ceiling(tag_state),
+            *_by_rules(scheduler.rules, tag_state.tag),
             _since(tag_state),
             scheduler.usage.seconds(tag_state, now),
         )
@@ -118,6 +133,7 @@ def _pool(core: PoolCore, name: str) -> PoolStats:
         tags=(),
         name=name,
         min_idle=options.min_idle,
+        enforce=options.enforce,
         closures=dict(core.closures),
     )
 
@@ -129,6 +145,7 @@ def _since(tag_state: TagState) -> float | None:
 
 def _row(
     figures: tuple[Any, ...],
+    own: TagLimits,
     limit: int,
     waiting_since: float | None,
     usage: float,
@@ -136,8 +153,8 @@ def _row(
     now: float,
     unbooked: Sequence[Any],
 ) -> TagStats:
-    tag, active, in_use, waiting, own, last_activity, checkouts, timeouts = figures[:8]
-    wait_total, wait_max, hold_total, hold_max = figures[8:]
+    tag, active, in_use, waiting, last_activity, checkouts, timeouts = figures[:7]
+    wait_total, wait_max, hold_total, hold_max = figures[7:]
     out_since = None
     for since, again, held, held_max in unbooked:
         checkouts += again
@@ -184,7 +201,7 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
     rows = []
     for tag, (counted, (wait, hold, create)) in sorted(counters.items()):
         active, connections, limit, waiting, unbooked, usage = live[tag]
-        own = core.scheduler.tags.limits.of(tag)
+        own = core.scheduler.rules.tags.limits.of(tag)
         checkouts, at_once, timeouts, refusals, deadlocks, failures = counted
         row = TagStats(
             name=tag,
@@ -206,7 +223,20 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
             create_failures=failures,
         )
         rows.append(row)
-    return replace(pool, tags=tuple(rows))
+    return replace(pool, tags=tuple(rows if pool.enforce else _with_would(core, rows)))
+
+
+def _with_would(core: PoolCore, rows: Iterable[TagStats]) -> Iterable[TagStats]:
+    """Add what the rules would have done, in a dry run."""
+    counted = core.lock.run(_copy_would, core)
+    for row in rows:
+        waits, refusals = counted.get(row.name, ([[0] * len(_BOUNDS), 0.0, 0.0], 0))
+        yield replace(row, would_wait=_summary(*waits), would_refuse=refusals)
+
+
+def _copy_would(core: PoolCore, now: float) -> dict[str, tuple[Any, int]]:
+    by_tag = core.scheduler.rules.tags.counters.by_tag
+    return {tag: (_histograms(c)[0], c.refusals) for tag, c in by_tag.items()}
 
 
 def _copy_metrics(

@@ -108,6 +108,8 @@ class Scheduler:
         self.lines = Lines(self.tags)
         self.usage = Usage(usage_half_life, now, self.tag_states)
         self.usage.moved = self.lines.all_changed
+        #: The scheduler by whose rules the limits and shares of tags are: this one.
+        self.rules = self
         #: Returns the most slots that a tag may hold now.
         self.ceiling = self.tags.ceiling
 

@@ -365,3 +365,17 @@ def test_opentelemetry_forgets_a_pool_that_is_gone(server, reader, provider):
     del engine
     gc.collect()
     assert points(reader) == {}
+
+
+def test_dry_run_is_counted_by_both_exporters(make_engine, registry, reader, provider):
+    engine = make_engine(4, enforce=False, tags={"a": {"max": 1}}, max_waiting=0)
+    register(engine, registry)
+    instrument(engine, provider)
+    tagged = engine.execution_options(scraper="a")
+    with tagged.connect(), tagged.connect():
+        pass
+    assert samples(registry, "would_refuse", tag="a") == {
+        "sqla_fairpool_would_refuse_total": 1
+    }
+    (point,) = points(reader)["sqla_fairpool.tag.would_refuse"].values()
+    assert point.value == 1

@@ -34,6 +34,7 @@ def test_defaults_are_the_contract():
         reallocation_interval=30.0,
         tags=None,
         usage_half_life=10.0,
+        enforce=True,
         max_waiting=None,
         tag_option="scraper",
         default_tag="unknown",

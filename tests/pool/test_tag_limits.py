@@ -133,3 +133,29 @@ def test_pool_explains_a_tag(make_engine):
         explanation = engine.pool.explain("a")
     assert (explanation.connections, explanation.ceiling_rule) == (1, "max")
     assert "its own maximum" in str(explanation)
+
+
+def test_dry_run_serves_all_and_counts_what_the_rules_would_have_done(make_engine):
+    engine = make_engine(4, enforce=False, tags={"a": {"max": 1}}, max_waiting=0)
+    held = [connect(engine, "a") for _ in range(3)]
+    stats = engine.pool.stats()
+    assert stats.enforce is False
+    for connection in held:
+        connection.close()
+    row = engine.pool.stats().tag("a")
+    assert (row.limit, row.max, row.would_refuse) == (1, 1, 2)
+    assert row.would_wait.count == 0
+    assert engine.pool.metrics().tag("a").would_refuse == 2
+    assert engine.pool.explain("a").ceiling == 1
+
+
+def test_pool_whose_rules_are_in_force_has_no_figures_of_a_dry_run(make_engine):
+    engine = make_engine(4)
+    connect(engine, "a").close()
+    row = engine.pool.stats().tag("a")
+    assert row.would_wait is row.would_refuse is None
+
+
+def test_ledger_has_no_dry_run():
+    with pytest.raises(exc.ArgumentError, match=r"^enforce=False is not allowed: with"):
+        PoolOptions.parse(enforce="no", ledger="host")
