@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 from ..scheduling import policy
 from ..scheduling.counters import BOUNDS, OTHER, Counters, Histogram
 from ..scheduling.limits import TagLimits
-from ..scheduling.scheduler import Scheduler
+from ..scheduling.state import SchedulerState
 from ..scheduling.ticket import TagState
 from ..stats import PoolStats, Summary, TagStats
 from .core import PoolCore
@@ -55,7 +55,7 @@ _figures = attrgetter(
 _Copied: TypeAlias = tuple[tuple[Any, ...], TagLimits, int, float | None, float]
 
 
-def _by_rules(rules: Scheduler, tag: str) -> tuple[TagLimits, int]:
+def _by_rules(rules: SchedulerState, tag: str) -> tuple[TagLimits, int]:
     """Return what a tag has of its own, and its ceiling by the rules."""
     state = rules.tag_states.get(tag) or rules.tags.new_state(tag, _NO_COUNTERS)
     return state.limits, rules.ceiling(state)

@@ -44,7 +44,7 @@ class DryRunScheduler(Scheduler):
         self.usage.moved = self.lines.all_changed
         # What is kept warm is used without the scheduler: the twins would hear nothing.
         self.tags.keeps_warm = False
-        self.rules = Scheduler(**options, now=now, silent_tag=silent_tag)
+        self.rules = self._rules = Scheduler(**options, now=now, silent_tag=silent_tag)
         self._twins: dict[Ticket, Ticket] = {}
         self._now = now
 
@@ -58,7 +58,7 @@ class DryRunScheduler(Scheduler):
     def admit(self, ticket: Ticket, tag: str, now: float) -> None:
         super().admit(ticket, tag, now)
         twin = self._twins[ticket] = Ticket()
-        self.rules.admit(twin, tag, now)
+        self._rules.admit(twin, tag, now)
 
     def vacate(self, ticket: Ticket, now: float) -> Sequence[Ticket]:
         granted = super().vacate(ticket, now)
@@ -75,7 +75,7 @@ class DryRunScheduler(Scheduler):
         super().activity(ticket, now)
         twin = self._twins.get(ticket)
         if twin is not None:
-            self.rules.activity(twin, now)
+            self._rules.activity(twin, now)
 
     def move(self, ticket: Ticket, tag: str, now: float) -> Sequence[Ticket] | None:
         granted = super().move(ticket, tag, now)
@@ -85,22 +85,22 @@ class DryRunScheduler(Scheduler):
         if (
             twin is None
             or twin.state is not GRANTED
-            or self.rules.move(twin, tag, now) is None
+            or self._rules.move(twin, tag, now) is None
         ):
             self._leave(ticket, now)
             self._enter(ticket, tag, now)
         return granted
 
     def tick(self, now: float) -> Sequence[Ticket]:
-        self.rules.tick(now)
+        self._rules.tick(now)
         return super().tick(now)
 
     def set_capacity(self, capacity: int, now: float) -> Sequence[Ticket]:
-        self.rules.set_capacity(capacity, now)
+        self._rules.set_capacity(capacity, now)
         return super().set_capacity(capacity, now)
 
     def reconfigure(self, *, now: float, **options: Any) -> Sequence[Ticket]:
-        self.rules.reconfigure(**options, now=now)
+        self._rules.reconfigure(**options, now=now)
         return super().reconfigure(**_without_rules(options), now=now)
 
     def impose(
@@ -115,9 +115,9 @@ class DryRunScheduler(Scheduler):
         self._now = now
         twin = Ticket()
         try:
-            self.rules.request(twin, tag, now)
+            self._rules.request(twin, tag, now)
         except LineFull:
-            self.rules.tags.counters.of(tag).refusals += 1
+            self._rules.tags.counters.of(tag).refusals += 1
         else:
             self._twins[ticket] = twin
 
@@ -127,10 +127,10 @@ class DryRunScheduler(Scheduler):
         twin = self._twins.pop(ticket, None)
         if twin is None:
             return
-        if self.rules.cancel(twin):
+        if self._rules.cancel(twin):
             twin.tag_state.counters.wait.add(now - twin.since)
         else:
-            self.rules.release(twin, now)
+            self._rules.release(twin, now)
 
     def _is_next(self, newcomer: TagState) -> bool:
         return self.in_use + self.waiting < self.capacity

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from . import policy
 from .counters import Counters
 from .limits import TagLimits
-from .scheduler import Scheduler
+from .state import SchedulerState
 from .ticket import TagState
 
 __all__ = ["Explanation", "Observed", "Rival", "explain", "facts_of"]
@@ -154,7 +154,7 @@ class Observed(NamedTuple):
     missing: int
 
 
-def facts_of(scheduler: Scheduler, tag: str, now: float) -> Observed:
+def facts_of(scheduler: SchedulerState, tag: str, now: float) -> Observed:
     """Copy what there is to know of a tag, which may be a new one. O(tags)."""
     tags = scheduler.tags
     states = dict(scheduler.tag_states)
@@ -170,7 +170,7 @@ def facts_of(scheduler: Scheduler, tag: str, now: float) -> Observed:
     )
 
 
-def _observed(scheduler: Scheduler, state: TagState, now: float) -> _Tag:
+def _observed(scheduler: SchedulerState, state: TagState, now: float) -> _Tag:
     ceiling = scheduler.ceiling(state)
     in_line = state.waiters and state.in_use < ceiling
     return _Tag(
