@@ -101,6 +101,7 @@ SHARED: dict[str, Callable[[Sequence[Any]], Any]] = {
     "idle_for": lambda times: min(_known(times), default=None),
     "waiting_for": lambda times: max(_known(times), default=None),
     "held_for": lambda times: max(_known(times), default=None),
+    "usage": sum,
     "checkouts": sum,
     "timeouts": sum,
 }

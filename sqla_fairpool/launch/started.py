@@ -29,6 +29,7 @@ from ..ledger.overview import (
 from ..ledger.store import StoreAway
 from ..options import OPTIONS
 from ..pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
+from ..scheduling.limits import LimitsByTag
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
@@ -120,7 +121,11 @@ class Started(Generic[_E]):
             open=stats.checked_out + stats.idle,
         )
         limits = Limits(
-            options.pool_size, options.capacity, options.soft_limit, options.max_limit
+            options.pool_size,
+            options.capacity,
+            options.soft_limit,
+            options.max_limit,
+            tags=LimitsByTag(options.tags or {}),
         )
         return compile_overview(
             [Part(process, rows)],

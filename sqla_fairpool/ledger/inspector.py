@@ -30,7 +30,7 @@ from .overview import (
     compile_overview,
     decode,
 )
-from .rows import Session
+from .rows import Session, limits_of_tags
 from .store import Store
 
 __all__ = ["GoneReport", "Inspector", "LedgerReport", "MemberReport", "read"]
@@ -97,6 +97,8 @@ class LedgerReport:
     unasked: str | None
     members: tuple[MemberReport, ...]
     gone: tuple[GoneReport, ...]
+    #: The limits of tags that have their own, as the terms have them.
+    tags: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as dicts, lists and numbers, ready for JSON."""
@@ -154,6 +156,7 @@ def _read(store: Store) -> tuple[LedgerReport, Book]:
             GoneReport(number, gone.slots, len(gone.sessions), gone.why, dict(gone.who))
             for number, gone in sorted(book.gone.items())
         ),
+        tags=book.terms.tags,
     )
     return report, book
 
@@ -284,6 +287,7 @@ def _limits(report: LedgerReport, said: Mapping[str, Mapping[str, Any]]) -> Limi
         capacity=report.capacity,
         soft_limit=report.soft_limit,
         max_limit=report.max_limit,
+        tags=limits_of_tags(report.tags),
         # Those of the dead are to be there in a moment.
         quarantined=report.quarantined
         + sum(member.owned for member in report.members if not member.alive),

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 from ..scheduling import policy
+from ..scheduling.limits import LimitsByTag
 from ..stats import SHARED, TagStats
 
 __all__ = [
@@ -77,6 +78,10 @@ _SCRAPER_IN_JSON = {
     "idle_seconds": "idle_for",
     "checkouts": "checkouts",
     "timeouts": "timeouts",
+    "weight": "weight",
+    "max": "max",
+    "reserved": "reserved",
+    "usage": "usage",
 }
 
 
@@ -98,6 +103,8 @@ class Limits:
     max_limit: int
     #: Slots of processes that have died, which no other one may have yet.
     quarantined: int = 0
+    #: Of tags that have their own.
+    tags: LimitsByTag = LimitsByTag({})  # noqa: RUF009  (it is not changed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +174,9 @@ class Overview:
             "ledger": self.ledger,
             "pool": {
                 **asdict(self.limits),
+                "tags": {
+                    tag: asdict(own) for tag, own in self.limits.tags.given.items()
+                },
                 "checked_out": self.checked_out,
                 "available": self.available,
                 "overflow": self.overflow,
@@ -269,22 +279,44 @@ def _scrapers(
         TagStats.merged(name, [row for _, row in found[name]]) for name in sorted(found)
     ]
     active = sum(tag.active for tag in tags)
+    own = [limits.tags.of(tag.name) for tag in tags]
+    room = limits.capacity - limits.tags.reserved
     ceilings = [
-        policy.ceiling(active - tag.active, limits.soft_limit, limits.max_limit)
-        for tag in tags
+        policy.own_ceiling(
+            policy.ceiling(active - tag.active, limits.soft_limit, limits.max_limit),
+            one.max,
+            one.reserved,
+            room + one.reserved,
+        )
+        for tag, one in zip(tags, own, strict=True)
     ]
     wanted = [
-        policy.Party(tag.active, tag.connections, tag.waiting, ceiling)
-        for tag, ceiling in zip(tags, ceilings, strict=True)
+        policy.Party(
+            tag.active,
+            tag.connections,
+            tag.waiting,
+            ceiling,
+            one.weight,
+            one.reserved,
+        )
+        for tag, ceiling, one in zip(tags, ceilings, own, strict=True)
     ]
-    there = max(limits.capacity - limits.quarantined, 0)
+    unknown = limits.tags.reserved - sum(one.reserved for one in own)
+    there = max(limits.capacity - limits.quarantined - unknown, 0)
     shares = policy.shares_of_tags(wanted, there)
     scrapers = []
-    for tag, ceiling, share in zip(tags, ceilings, shares, strict=True):
+    for tag, one, ceiling, share in zip(tags, own, ceilings, shares, strict=True):
         processes = [process for process, _ in found[tag.name]]
         figures = {one.name: getattr(tag, one.name) for one in fields(tag)}
         row = ScraperRow(
-            **{**figures, "limit": ceiling, "fair_share": share},
+            **{
+                **figures,
+                "limit": ceiling,
+                "fair_share": share,
+                "weight": one.weight,
+                "max": one.max,
+                "reserved": one.reserved,
+            },
             status=_status(tag, processes),
             # A process with several engines is a member several times.
             processes=tuple(dict.fromkeys(labels[id(p)] for p in processes)),
