@@ -16,7 +16,7 @@ from .limits import TagLimits
 from .state import SchedulerState
 from .ticket import TagState
 
-__all__ = ["Explanation", "Observed", "Rival", "explain", "facts_of"]
+__all__ = ["Explanation", "Observed", "Rival", "TagFacts", "explain", "facts_of"]
 
 #: Tags that are named as being before it.
 _RIVALS_NAMED = 5
@@ -130,7 +130,7 @@ class Explanation:
         return "one more: when a caller asks, and it is its turn"
 
 
-class _Tag(NamedTuple):
+class TagFacts(NamedTuple):
     """A tag as it is observed."""
 
     name: str
@@ -144,8 +144,8 @@ class _Tag(NamedTuple):
 class Observed(NamedTuple):
     """What was copied in one hold of the lock."""
 
-    tag: _Tag
-    others: Sequence[_Tag]
+    tag: TagFacts
+    others: Sequence[TagFacts]
     capacity: int
     reserved: int
     #: The limits of the rules; None if a ledger gives the ceilings.
@@ -170,10 +170,10 @@ def facts_of(scheduler: SchedulerState, tag: str, now: float) -> Observed:
     )
 
 
-def _observed(scheduler: SchedulerState, state: TagState, now: float) -> _Tag:
+def _observed(scheduler: SchedulerState, state: TagState, now: float) -> TagFacts:
     ceiling = scheduler.ceiling(state)
     in_line = state.waiters and state.in_use < ceiling
-    return _Tag(
+    return TagFacts(
         state.tag,
         policy.Party(
             state.active,
@@ -228,7 +228,7 @@ def explain(observed: Observed) -> Explanation:
     )
 
 
-def _rank(tag: _Tag) -> policy.Rank:
+def _rank(tag: TagFacts) -> policy.Rank:
     assert tag.rank is not None
     return tag.rank
 
