@@ -17,9 +17,8 @@ from sqlalchemy import exc
 
 from .harness.bench import Bench, Scenario
 from .harness.database import BenchError, Database, open_database, reason
-from .harness.figures import Figure
+from .harness.figures import TARGETS, Figure
 from .harness.findings import Report
-from .harness.targets import TARGETS
 from .report.machine import machine, versions
 from .report.page import page
 from .report.view import View
@@ -41,7 +40,6 @@ after Ctrl-C (what has been measured is written, and nothing else left behind).
 
 
 def make_argument_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command."""
     parser = argparse.ArgumentParser(
         prog="benchmarks",
         description="Measure FairQueuePool beside other pools, on a real PostgreSQL "
@@ -49,11 +47,12 @@ def make_argument_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-
-    def flag(name: str, text: str) -> None:
-        parser.add_argument(name, action="store_true", help=text)
-
-    flag("--short", "the short form, some two minutes")
+    for flag, what in {
+        "--short": "the short form, some two minutes",
+        "--list": "list the scenarios, and run none",
+        "--check": "exit with 1 if a target is not met",
+    }.items():
+        parser.add_argument(flag, action="store_true", help=what)
     parser.add_argument(
         "--url",
         help="use this PostgreSQL database, and not an embedded server; tables have "
@@ -62,9 +61,9 @@ def make_argument_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         type=Path,
-        default=Path("fairpool-bench"),
         metavar="PREFIX",
-        help="where the report goes, a path without a suffix (default: %(default)s)",
+        help="where the report goes, a path without a suffix; default: fairpool-bench, "
+        "and the names of the scenarios that --only has chosen",
     )
     parser.add_argument(
         "--only",
@@ -73,13 +72,10 @@ def make_argument_parser() -> argparse.ArgumentParser:
         metavar="SCENARIO",
         help="run this scenario; may be given several times (default: all)",
     )
-    flag("--list", "list the scenarios, and run none")
-    flag("--check", "exit with 1 if a target is not met")
     return parser
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the benchmarks, return the exit status."""
     arguments = make_argument_parser().parse_args(args)
     if arguments.list:
         for scenario in SCENARIOS:
@@ -99,7 +95,9 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace, scenarios: Sequence[Scenario]) -> Report:
     """Run the scenarios and write the report; of a part, if it is interrupted."""
-    html, data = _output_files(arguments.output)
+    only = [scenario.name for scenario in scenarios if arguments.only]
+    default = Path("-".join(["fairpool-bench", *only]))
+    html, data = _output_files(arguments.output or default)
     began = time.monotonic()
     targets = [TARGETS[key] for s in scenarios for key in s.targets]
     report = Report(_about(arguments, None), targets=targets)

@@ -9,9 +9,8 @@ import pytest
 
 from .harness.bench import Bench, Part
 from .harness.database import Database, open_database
-from .harness.figures import Figure
+from .harness.figures import TARGETS, Figure
 from .harness.findings import Report, Section
-from .harness.targets import TARGETS
 from .report.machine import machine, versions
 from .report.view import figures_lines
 
@@ -29,11 +28,7 @@ def database() -> Iterator[Database]:
 
 @pytest.fixture
 def measure(benchmark: Any, pytestconfig: pytest.Config, request: Any) -> Any:
-    """Run a measurement in its full form; enter its figures.
-
-    They go into the table, and to pytest-benchmark as ``extra_info``, so that
-    ``--benchmark-json`` carries them.
-    """
+    """Run a measurement in its full form; ``--benchmark-json`` has its figures."""
 
     def run(part: Part, needs_database: bool) -> None:
         found_database = request.getfixturevalue("database") if needs_database else None
@@ -43,8 +38,7 @@ def measure(benchmark: Any, pytestconfig: pytest.Config, request: Any) -> Any:
         )
         figures = Section("", "", "", found).of(Figure)
         pytestconfig.stash.setdefault(_FIGURES, []).extend(figures)
-        entries = [figure.as_dict() for figure in figures]
-        benchmark.extra_info["figures"] = entries
+        benchmark.extra_info["figures"] = [figure.as_dict() for figure in figures]
 
     return run
 

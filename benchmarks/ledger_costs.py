@@ -33,7 +33,6 @@ SPAWN = multiprocessing.get_context("spawn")
 
 
 def transact(ledger: str, seconds: float, ready: Any, counts: Any) -> None:
-    """Post one row again and again, among a hundred others."""
     store = make_store(ledger, None)
     store.open()
     ready.wait()
@@ -65,7 +64,6 @@ def one_slot(url: str, ledger: str) -> Any:
 
 
 def wait_for_slots(url: str, ledger: str, pipe: Any) -> None:
-    """Check out when told to; tell when that had succeeded."""
     engine = one_slot(url, ledger)
     while pipe.recv():
         pipe.send("waiting")
@@ -115,15 +113,12 @@ def idle_cost(ledger: str, seconds: float = 20.0) -> float:
 
 
 def tell(kind: str, url: str, new: Any) -> None:
-    """Measure and print; `new` makes a ledger of the kind."""
     rates = [f"{transactions_per_second(new(), n):,.0f}" for n in (1, 4, 8)]
     print(f"{kind}: transactions/s by 1, 4, 8 processes: {', '.join(rates)}")
-    found = hand_over_latency(url, new())
-    print(
-        f"{kind}: a slot freed there is used here after: median "
-        f"{statistics.median(found) * 1e3:.1f} ms, p95 "
-        f"{percentile(found, 95) * 1e3:.1f} ms"
-    )
+    found = [seconds * 1e3 for seconds in hand_over_latency(url, new())]
+    median, p95 = statistics.median(found), percentile(found, 95)
+    what = f"{kind}: a slot freed there is used here after"
+    print(f"{what}: median {median:.1f} ms, p95 {p95:.1f} ms")
     for threads in (1, 40):
         ratio = throughput_ratio(new(), threads)
         print(f"{kind}: alone, {threads} threads, beside none: {ratio:.3f}")

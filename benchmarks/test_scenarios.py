@@ -23,7 +23,6 @@ SLOW_SCENARIOS = {"shift", "alone", "bursts", "saturated", "peers"}
 
 
 def measurements() -> Iterator[Any]:
-    """Yield each measurement with the marks by which ``-m`` chooses."""
     for scenario in SCENARIOS:
         is_slow = scenario.name in SLOW_SCENARIOS
         for part in (*scenario.parts, *scenario.more):

@@ -2,8 +2,8 @@
 
 from .diagnosis.report import Diagnosis, Holding
 from .errors import CheckoutTimeout, SelfDeadlock, TooManyWaiting
-from .options import TagLimits
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
+from .scheduling.limits import TagLimits
 from .stats import PoolStats, Summary, TagStats
 from .tagging import set_tag, tag
 

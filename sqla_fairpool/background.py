@@ -13,8 +13,6 @@ import _thread
 import threading
 from collections.abc import Callable
 
-__all__ = ["start_thread"]
-
 #: Seconds that are waited for a sign of a helper: the system has to start a thread.
 _HEARD_WITHIN = 1.0
 
@@ -35,11 +33,11 @@ def start_thread(
       the interpreter's end, or if the system has no more threads.
     """
     heard, done = threading.Event(), threading.Event()
-    orders = [target]  # the thread that takes it starts it
+    order = threading.Lock()  # which is never released: one thread gets it
 
     def help_out() -> None:
         heard.set()  # first: the caller may hold a lock that is needed below
-        if _take(orders):
+        if order.acquire(blocking=False):
             try:
                 threading.Thread(target=target, name=name, daemon=True).start()
             except RuntimeError:
@@ -57,15 +55,7 @@ def start_thread(
             break
         except BaseException as error:
             interrupt = error
-    if not heard.is_set() and _take(orders):
+    if not heard.is_set() and order.acquire(blocking=False):
         failed()
     if interrupt is not None:
         raise interrupt
-
-
-def _take(orders: list[Callable[[], object]]) -> bool:
-    try:
-        orders.pop()
-    except IndexError:
-        return False
-    return True

@@ -12,45 +12,43 @@ The database and the limits come from the environment, see :mod:`.environment`, 
 :func:`startup_dynamic_pool` is given others. Scripts that name the same database share
 one budget: the ledger is ``host`` by default.
 
-====================================  ==================================================
-what happens                          what it does
-====================================  ==================================================
-a session before the start-up         starts from the environment
-start-up while it runs                nothing; with a URL or options that differ from
-                                      those in force, an error
-a session after the shut-down         an error; start-up begins anew
-shut-down twice, or before            nothing
-registering twice                     nothing
-a scraper that is not registered      is served like any other; it has a row in the
-                                      figures from its first session on
-a session without a name              has the tag of the ``with sqla_fairpool.tag(...)``
-                                      around it, the launcher's ``--scraper``, or else
-                                      ``unknown``, with one warning
-====================================  ==================================================
+The first session starts the pool. After a shut-down a session is an error, and a
+start-up begins anew. A start-up while it runs does nothing; with a URL or options that
+differ from those in force it is an error. A scraper that is not registered is served
+like any other, and has a row in the figures from its first session on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import warnings
-from contextlib import AbstractAsyncContextManager, AbstractContextManager
-from typing import TYPE_CHECKING, Any, TextIO, TypeVar
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeAlias
 
-from sqlalchemy import exc
-from sqlalchemy.engine import URL, Engine
+from sqlalchemy import create_engine, exc
+from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
 from .diagnosis.callers import users_level
 from .launch.environment import DATABASE, VARIABLES, Settings
-from .launch.started import TASKS, THREADS, Kind, Started, async_session, session
-from .ledger import overview_text
+from .ledger import overview, overview_text
+from .ledger.addresses import make_store
+from .ledger.drivers import for_asyncio, for_threads, translate_for_asyncpg
+from .ledger.errors import LedgerError
+from .ledger.inspector import Inspector
+from .ledger.keeper import describe_process
 from .ledger.overview import Overview
-from .options import PoolOptions, naming, validate_tag
+from .ledger.store import StoreAway
+from .options import OPTIONS, PoolOptions, naming, refuse_timeout, validate_tag
+from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
+from .scheduling.limits import LimitsByTag
 from .tagging import context_tag
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+    from sqlalchemy.ext.asyncio import AsyncSession
 
 __all__ = [
     "DynamicConnectionManager",
@@ -65,10 +63,115 @@ __all__ = [
     "startup_dynamic_pool",
 ]
 
-_E = TypeVar("_E", bound="Engine | AsyncEngine")
-
 #: The options if nothing is said.
 _DEFAULTS = PoolOptions.parse()
+
+_Url: TypeAlias = "str | URL | None"
+
+#: Engines with a tag that are kept; names may come from user data.
+_ENGINES = 256
+
+
+class Kind(NamedTuple):
+    """What differs between the pool for threads and that for tasks."""
+
+    startup: str
+    driver: Callable[[URL], URL]
+    engine: Callable[..., Any]
+
+
+class Started:
+    """A running pool, and what it was started with: ``create_engine``'s arguments."""
+
+    def __init__(self, engine: Any, url: URL, options: Mapping[str, Any]) -> None:
+        self.engine = engine
+        self._url, self._options = url, options
+        self.pool: FairQueuePool = engine.pool
+        option = self.pool.options.tag_option
+        #: Returns the engine that checks out under a tag.
+        self.tagged = lru_cache(maxsize=_ENGINES)(
+            lambda name: engine.execution_options(**{option: name})
+        )
+
+    def refuse_others(self, url: URL | None, options: Mapping[str, Any]) -> None:
+        """Raise if it would be another pool with these."""
+        differing = []
+        if url is not None and url != self._url:
+            differing.append("another URL")
+        for name, value in options.items():
+            if name in OPTIONS:
+                current = getattr(self.pool.options, name)
+                if str(value) != str(current):  # numbers may come as texts
+                    differing.append(f"{name}={value!r}, which is {current!r}")
+            elif value != self._options.get(name):
+                differing.append(f"another {name}")  # it may be a secret
+        if differing:
+            raise exc.InvalidRequestError(
+                "the dynamic pool runs already and cannot be started with "
+                f"{', '.join(differing)}: shut it down before"
+            )
+
+    def overview(self, registered: Iterable[str]) -> Overview:
+        """Return the figures of all that share the budget, or of this process alone."""
+        stats, own, warnings = self.pool.stats(), self.pool.options, []
+        if own.ledger is not None:
+            inspector = Inspector(make_store(own.ledger, self._url, observes=True))
+            try:
+                return inspector.look(registered=registered)
+            except StoreAway as error:
+                warnings = [f"the ledger is away: {error}"]
+            except LedgerError as error:
+                if stats.checked_out or stats.idle:  # else it has joined none
+                    warnings = [str(error)]
+            finally:
+                inspector.close()
+        rows, who = overview.condensed(stats.tags), {**describe_process()}
+        tags, there = tuple(row.name for row in rows), stats.checked_out + stats.idle
+        now = who.pop("since")
+        process = overview.ProcessRow(**who, state="answers", tags=tags, open=there)
+        return overview.compile_overview(
+            [overview.Part(process, rows)],
+            overview.Limits(
+                own.pool_size,
+                own.capacity,
+                own.soft_limit,
+                own.max_limit,
+                tags=LimitsByTag(own.tags or {}),
+            ),
+            registered=registered,
+            warnings=warnings,
+            taken_at=now,
+        )
+
+
+def _tasks_engine(url: URL, **options: Any) -> Any:
+    from sqlalchemy.ext.asyncio import create_async_engine  # needs greenlet
+
+    engine = create_async_engine(url, poolclass=AsyncAdaptedFairQueuePool, **options)
+    if url.get_driver_name() == "asyncpg":
+        translate_for_asyncpg(engine.sync_engine, url)
+    return engine
+
+
+THREADS = Kind("startup", for_threads, partial(create_engine, poolclass=FairQueuePool))
+TASKS = Kind("startup_async", for_asyncio, _tasks_engine)
+
+
+@contextlib.contextmanager
+def _session(engine: Any, **options: Any) -> Iterator[Session]:
+    # Closing rolls back what is not committed, and returns the connection.
+    with Session(engine, **options) as session:
+        yield session
+        session.commit()
+
+
+@contextlib.asynccontextmanager
+async def _async_session(engine: Any, **options: Any) -> AsyncIterator[AsyncSession]:
+    from sqlalchemy.ext.asyncio import AsyncSession
+
+    async with AsyncSession(engine, **options) as session:
+        yield session
+        await session.commit()
 
 
 class DynamicConnectionManager:
@@ -105,8 +208,8 @@ class DynamicConnectionManager:
         self._url = url
         self._options = options
         self._lock = threading.RLock()
-        self._running: dict[Kind[Any], Started[Any]] = {}
-        self._ended: set[Kind[Any]] = set()
+        self._running: dict[Kind, Started] = {}
+        self._ended: set[Kind] = set()
         self._scrapers: dict[str, None] = {}
         self._has_warned = False
 
@@ -138,22 +241,17 @@ class DynamicConnectionManager:
 
         Does nothing if it does not run.
         """
-        running = self._end(THREADS)
-        if running is not None:
+        if running := self._end(THREADS):
             running.engine.dispose()
 
     async def shutdown_async(self) -> None:
         """Close the connections in the pool of :meth:`get_async_session`."""
-        running = self._end(TASKS)
-        if running is not None:
+        if running := self._end(TASKS):
             await running.engine.dispose()
 
-    def _start(
-        self, kind: Kind[_E], url: str | URL | None, options: dict[str, Any]
-    ) -> Started[_E]:
+    def _start(self, kind: Kind, url: _Url, options: dict[str, Any]) -> Started:
         with self._lock:
-            running = self._running.get(kind)
-            if running is not None:
+            if running := self._running.get(kind):
                 given = None if url is None else self._database(kind, url)
                 running.refuse_others(given, options)
             else:
@@ -161,57 +259,52 @@ class DynamicConnectionManager:
                 self._ended.discard(kind)
             return running
 
-    def _make(
-        self, kind: Kind[_E], url: str | URL | None, arguments: dict[str, Any]
-    ) -> Started[_E]:
+    def _make(self, kind: Kind, url: _Url, arguments: dict[str, Any]) -> Started:
         settings = Settings.read()
         arguments = {**self._options, **arguments}
+        refuse_timeout(arguments)
         # What the class says otherwise than the pool itself would.
-        defaults, names = {}, {}
-        for attribute, option in _ATTRIBUTES.items():
-            if getattr(self, attribute) != getattr(_DEFAULTS, option):
-                defaults[option] = getattr(self, attribute)
-            if option not in settings.options and option not in arguments:
-                names[option] = attribute
+        defaults = {
+            option: getattr(self, attribute)
+            for option, attribute in _ATTRIBUTES.items()
+            if getattr(self, attribute) != getattr(_DEFAULTS, option)
+        }
+        said = {**settings.options, **arguments}
+        names = {o: name for o, name in _ATTRIBUTES.items() if o not in said}
         if settings.run is not None:
             defaults["default_tag"] = settings.run.scraper
-        database = self._database(kind, url, settings)
+        database = self._database(kind, url)
         with naming(names), settings.naming(arguments):
             options = settings.with_arguments(arguments, defaults)
-            engine = kind.engine(database, options)
+            engine = kind.engine(database, **options)
         return Started(engine, database, options)
 
-    def _database(
-        self, kind: Kind[_E], url: str | URL | None, settings: Settings | None = None
-    ) -> URL:
-        settings = settings or Settings.read()
-        found = settings.database(self._url if url is None else url, "url")
+    def _database(self, kind: Kind, url: _Url) -> URL:
+        found = Settings.read().database(self._url if url is None else url, "url")
         if found is None:
             raise exc.ArgumentError(
                 f"no database is named: set {DATABASE}, or start the pool with a URL"
             )
         return kind.driver(found)
 
-    def _end(self, kind: Kind[_E]) -> Started[_E] | None:
+    def _end(self, kind: Kind) -> Started | None:
         with self._lock:
-            running = self._running.pop(kind, None)
-            if running is not None:
+            if kind in self._running:
                 self._ended.add(kind)
-            return running
+            return self._running.pop(kind, None)
 
-    def _use(self, kind: Kind[_E]) -> Started[_E]:
+    def _use(self, kind: Kind) -> Started:
         """Return the running pool; start it if it was never started."""
         # Without the lock, as a rule, so that it is free when the process forks.
-        running = self._running.get(kind)
-        if running is None:
-            with self._lock:
-                if kind in self._ended:
-                    raise exc.InvalidRequestError(
-                        "the dynamic pool has been shut down: "
-                        f"{kind.startup}() starts it again"
-                    )
-                running = self._start(kind, None, {})
-        return running
+        if running := self._running.get(kind):
+            return running
+        with self._lock:
+            if kind in self._ended:
+                raise exc.InvalidRequestError(
+                    "the dynamic pool has been shut down: "
+                    f"{kind.startup}() starts it again"
+                )
+            return self._start(kind, None, {})
 
     # -- sessions -------------------------------------------------------------------
 
@@ -224,26 +317,28 @@ class DynamicConnectionManager:
 
     def get_session(
         self, name: str | None = None, **options: Any
-    ) -> AbstractContextManager[Session]:
+    ) -> contextlib.AbstractContextManager[Session]:
         """Return a session for a ``with`` block.
 
         It commits when the block ends, and rolls back when it ends by an error; its
         connection is returned in any case.
 
-        :param name: the scraper. See the head of this file for when it is missing.
+        :param name: the scraper. Without one the session has the tag of the ``with
+          sqla_fairpool.tag(...)`` around it, the launcher's ``--scraper``, or else
+          ``unknown``, with one warning.
         :param options: of :class:`sqlalchemy.orm.Session`.
         :raises sqlalchemy.exc.ArgumentError: if the name cannot be a tag.
         :raises sqlalchemy.exc.InvalidRequestError: after :meth:`shutdown`.
         """
-        return session(self._engine_for(self._use(THREADS), name), options)
+        return _session(self._engine_for(self._use(THREADS), name), **options)
 
     def get_async_session(
         self, name: str | None = None, **options: Any
-    ) -> AbstractAsyncContextManager[AsyncSession]:
+    ) -> contextlib.AbstractAsyncContextManager[AsyncSession]:
         """Return a session for an ``async with`` block. See :meth:`get_session`."""
-        return async_session(self._engine_for(self._use(TASKS), name), options)
+        return _async_session(self._engine_for(self._use(TASKS), name), **options)
 
-    def _engine_for(self, running: Started[_E], name: str | None) -> _E:
+    def _engine_for(self, running: Started, name: str | None) -> Any:
         if name is not None:
             return running.tagged(validate_tag(name, "scraper"))
         default = running.pool.options.default_tag
@@ -275,10 +370,7 @@ class DynamicConnectionManager:
         return self._overview().as_dict()
 
     def print_connection_stats(self, file: TextIO | None = None) -> None:
-        """Print them for people.
-
-        :param file: default: standard output.
-        """
+        """Print them for people, to a file or to standard output."""
         out = file or sys.stdout
         text = "\n".join(overview_text.lines(self._overview()))
         # A name may have characters that the output's encoding has not.
@@ -290,9 +382,9 @@ class DynamicConnectionManager:
         return (running or self._use(THREADS)).overview(self._scrapers)
 
 
-#: The pool's option that each class attribute stands for.
-_ATTRIBUTES = {"GLOBAL_POOL_SIZE": "pool_size"} | {
-    name: option
+#: The class attribute that stands for an option of the pool.
+_ATTRIBUTES = {"pool_size": "GLOBAL_POOL_SIZE"} | {
+    option: name
     for name, option in VARIABLES.items()
     if hasattr(DynamicConnectionManager, name)
 }

@@ -18,26 +18,11 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from sqlalchemy import exc
 
 from .scheduling.limits import TagLimits
-
-__all__ = [
-    "OPTIONS",
-    "BadOption",
-    "Option",
-    "PoolOptions",
-    "TagLimits",
-    "describe_changes",
-    "hide_passwords",
-    "naming",
-    "read_switch",
-    "validate_tag",
-    "validate_timeout",
-    "whole",
-]
 
 #: Bounds of times, in seconds. With a shorter one a waiting caller would do nothing but
 #: look at the clock; a longer one, some thirty years, no operating system can wait.
@@ -82,76 +67,77 @@ def naming(names: Mapping[str, str]) -> Iterator[None]:
         raise BadOption(names[bad.name], bad.value, bad.allowed) from None
 
 
+def refuse_timeout(arguments: Mapping[str, Any]) -> None:
+    """Refuse the pool's own name for what ``create_engine`` calls otherwise."""
+    if "timeout" in arguments:
+        raise BadOption(
+            "timeout", arguments["timeout"], "the argument's name is pool_timeout"
+        )
+
+
 # -- checks: from an option's name, a value and the options above it -------------------
 
 _Known: TypeAlias = Mapping[str, Any]
 _Check: TypeAlias = Callable[[str, Any, _Known], Any]
 
 
-def _integer(name: str, value: Any, least: int, most: float, bounds: str) -> int:
-    number = None
+def _between(
+    name: str,
+    value: Any,
+    read: Callable[[Any], Any],
+    least: float,
+    most: float,
+    of: str,
+) -> Any:
     try:
-        if isinstance(value, str):
-            number = int(value)
-        elif not isinstance(value, bool):
-            number = operator.index(value)
-    except (TypeError, ValueError):
-        pass
-    if number is None or not least <= number <= most:
-        raise BadOption(name, value, f"a whole number {bounds}")
+        number = math.nan if isinstance(value, bool) else read(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not least <= number <= most:  # nor is NaN
+        raise BadOption(name, value, of)
     return number
+
+
+def _integer(name: str, value: Any, least: int, most: float, bounds: str) -> Any:
+    read = int if isinstance(value, str) else operator.index
+    return _between(name, value, read, least, most, f"a whole number {bounds}")
 
 
 def whole(least: int, why: str = "") -> _Check:
     """Return a check for a whole number."""
-
-    def check(name: str, value: Any, known: _Known) -> int:
-        return _integer(name, value, least, math.inf, f"of at least {least}{why}")
-
-    return check
+    bounds = f"of at least {least}{why}"
+    return lambda name, value, known: _integer(name, value, least, math.inf, bounds)
 
 
 def _seconds(least: float) -> _Check:
-    def check(name: str, value: Any, known: _Known) -> float:
-        try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if not least <= number <= LONGEST_TIME:  # nor is NaN
-            allowed = f"seconds, at least {least:g} and at most {LONGEST_TIME:.0f}"
-            raise BadOption(name, value, allowed)
-        return number
-
-    return check
+    allowed = f"seconds, at least {least:g} and at most {LONGEST_TIME:.0f}"
+    return lambda name, value, known: _between(
+        name, value, float, least, LONGEST_TIME, allowed
+    )
 
 
 _time = _seconds(SHORTEST_TIME)
 
 
-def _max_limit(name: str, value: Any, known: _Known) -> int:
+def _max_limit(name: str, value: Any, known: _Known) -> Any:
     capacity = known["pool_size"] + known["max_overflow"]
-    if value is None:
-        value = -(-capacity * 3 // 4)
+    value = -(-capacity * 3 // 4) if value is None else value
     return _integer(name, value, 1, capacity, f"from 1 to the capacity, {capacity}")
 
 
-def _soft_limit(name: str, value: Any, known: _Known) -> int:
-    most: int = known["max_limit"]
-    capacity: int = known["pool_size"] + known["max_overflow"]
-    if value is not None:
-        origin = ""
-        if most == _max_limit(name, None, known):
-            origin = f" (by default three quarters of the capacity, {capacity})"
-        return _integer(name, value, 1, most, f"from 1 to max_limit, {most}{origin}")
-    half = -(-capacity // 2)
-    if half > most:
+def _soft_limit(name: str, value: Any, known: _Known) -> Any:
+    most, capacity = known["max_limit"], known["pool_size"] + known["max_overflow"]
+    half, bounds = -(-capacity // 2), f"from 1 to max_limit, {most}"
+    if value is None and half > most:
         allowed = f"soft_limit, by default half the capacity, is {half}; it must not "
         allowed += "be above max_limit, so give soft_limit as well"
         raise BadOption("max_limit", most, allowed)
-    return half
+    if most == _max_limit(name, None, known):
+        bounds += f" (by default three quarters of the capacity, {capacity})"
+    return _integer(name, half if value is None else value, 1, most, bounds)
 
 
-def _min_idle(name: str, value: Any, known: _Known) -> int:
+def _min_idle(name: str, value: Any, known: _Known) -> Any:
     size = known["pool_size"]
     return _integer(name, value, 0, size, f"from 0 to pool_size, {size}")
 
@@ -177,9 +163,7 @@ _tag = _text(
 
 def read_switch(name: str, value: Any, known: _Known) -> bool:
     """Return a yes or no, which may come as a word."""
-    if isinstance(value, bool):
-        return value
-    word = value.lower() if isinstance(value, str) else ""
+    word = str(value).lower() if isinstance(value, (bool, str)) else ""
     if word not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
         raise BadOption(name, value, "true or false")
     return word in ("true", "yes", "on", "1")
@@ -187,8 +171,7 @@ def read_switch(name: str, value: Any, known: _Known) -> bool:
 
 def validate_timeout(value: object, name: str) -> float:
     """Return the seconds that a checkout may wait."""
-    seconds: float = _seconds(0)(name, value, {})
-    return seconds
+    return cast(float, _seconds(0)(name, value, {}))
 
 
 def validate_tag(value: object, name: str = "tag") -> str:
@@ -196,8 +179,7 @@ def validate_tag(value: object, name: str = "tag") -> str:
 
     :param name: what to call it in the error, the option's name as a rule.
     """
-    tag: str = _tag(name, value, {})
-    return tag
+    return cast(str, _tag(name, value, {}))
 
 
 def _read_tags(name: str, value: Any, known: _Known) -> Mapping[str, TagLimits]:
@@ -284,13 +266,11 @@ class Option:
 
         :param known: the values of the options above it, on which bounds depend.
         """
-        if value is None and self.none:
-            return None
-        try:
+        if not self.none:
             return self.check(name, value, known)
+        try:
+            return None if value is None else self.check(name, value, known)
         except BadOption as bad:
-            if not self.none:
-                raise
             allowed = f"{bad.allowed}, or None {self.none}"
             raise BadOption(bad.name, bad.value, allowed) from None
 

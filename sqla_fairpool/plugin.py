@@ -7,6 +7,7 @@ SQLAlchemy finds the plugin by its entry point, ``fairpool`` in the group
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,15 +15,32 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL, CreateEnginePlugin, Dialect
 from sqlalchemy.pool import Pool
 
+from .diagnosis.callers import users_level
 from .ledger.drivers import has_private_memory, warn_of_memory
-from .options import OPTIONS, PoolOptions, naming, read_switch, validate_tag, whole
+from .options import (
+    OPTIONS,
+    PoolOptions,
+    hide_passwords,
+    naming,
+    read_switch,
+    refuse_timeout,
+    validate_tag,
+    whole,
+)
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 
-__all__ = ["PREFIX", "FairPoolPlugin"]
+__all__ = ["PREFIX", "SIZES", "FairPoolPlugin"]
 
 #: What each key of ours in a URL begins with.
 PREFIX = "fairpool_"
 
+#: The size of a pool, of which both go together.
+SIZES = ("pool_size", "max_overflow")
+
+#: What `create_engine` calls the arguments of a pool.
+_ARGUMENTS = {
+    name: f"pool_{name}" for name in ("timeout", "use_lifo", "recycle", "pre_ping")
+}
 
 #: Keys beside those of the options: arguments of the pool that it does not check.
 _OTHERS = {
@@ -44,8 +62,10 @@ class FairPoolPlugin(CreateEnginePlugin):
 
     The keys are the options of :class:`.FairQueuePool` with ``fairpool_`` before
     them, and ``fairpool_scraper`` for the engine's tag. They are taken out of the
-    URL before the driver sees it. A keyword argument of ``create_engine`` wins over
-    the URL; so an engine that is given a ``poolclass`` keeps it, as Alembic's
+    URL before the driver sees it. They win over keyword arguments of
+    ``create_engine``, with one warning that shows both: an application's ``pool_size``
+    was written for another pool. A size in the URL replaces the application's overflow
+    as well. But an engine that is given a ``poolclass`` keeps it, as Alembic's
     ``env.py`` gives its engine a ``NullPool``. An asyncio dialect gets
     :class:`.AsyncAdaptedFairQueuePool`. An engine for a database in memory keeps
     SQLAlchemy's pool, with a warning: each connection would have its own database.
@@ -59,17 +79,21 @@ class FairPoolPlugin(CreateEnginePlugin):
         found = {key: url.query[key] for key in url.query if key.startswith(PREFIX)}
         self._keys = list(found)
         self._options = _read(found)
+        refuse_timeout(kwargs)
         # The ledger is the one option that an engine takes from the environment: named
         # there, it is meant for all engines of a program.
         ledger = OPTIONS["ledger"]
-        if os.environ.get(ledger.variable):
-            value = ledger.from_text(os.environ[ledger.variable])
-            self._options.setdefault("ledger", value)
+        text = os.environ.get(ledger.variable)
+        self._defaults = {"ledger": ledger.from_text(text)} if text else {}
+        # What of the application is replaced, by our keys.
+        self._replaced: dict[str, str] = {}
         scraper = self._options.pop("scraper", None)
         if scraper is not None:
-            option = {**self._options, **kwargs}.get("tag_option") or "scraper"
+            option = {**kwargs, **self._options}.get("tag_option") or "scraper"
             given = kwargs.get("execution_options") or {}
-            kwargs["execution_options"] = {option: scraper, **given}
+            kwargs["execution_options"] = {**given, option: scraper}
+            if given.get(option, scraper) != scraper:
+                self._replaced[f"{option}={given[option]!r}"] = f"scraper={scraper!r}"
 
     def update_url(self, url: URL) -> URL:
         """Take our keys out of the URL."""
@@ -94,10 +118,33 @@ class FairPoolPlugin(CreateEnginePlugin):
         """Give the pool its options, unless it is not ours."""
         if not issubclass(pool_cls, FairQueuePool):
             return
-        from_url = {k: v for k, v in self._options.items() if k not in pool_args}
-        pool_args.update(from_url)
-        with naming({name: PREFIX + name for name in from_url}):
+        ours = dict(self._options)
+        if any(PREFIX + name in self._keys for name in SIZES):
+            # A size is told as a whole: the application's overflow is not added to it.
+            ours = {name: OPTIONS[name].default for name in SIZES} | ours
+        for name, value in ours.items():
+            given = pool_args.get(name, value)
+            if str(given) != str(value):  # numbers may come as texts
+                shown = f"{_ARGUMENTS.get(name, name)}={given!r}"
+                self._replaced[shown] = f"{name}={value}"
+        self._warn()
+        pool_args.update(ours)
+        for name, value in self._defaults.items():
+            pool_args.setdefault(name, value)
+        names = {"timeout": "pool_timeout"}
+        with naming({**names, **{name: PREFIX + name for name in self._options}}):
             PoolOptions.among(pool_args)
+
+    def _warn(self) -> None:
+        """Warn once of what of the application is replaced."""
+        if self._replaced:
+            ours = ", ".join(PREFIX + text for text in self._replaced.values())
+            text = f"{ours} in place of the application's {', '.join(self._replaced)}"
+            warnings.warn(
+                hide_passwords(f"the database URL sets {text}"),
+                exc.SAWarning,
+                stacklevel=users_level(),
+            )
 
 
 def _read(found: Mapping[str, str | tuple[str, ...]]) -> dict[str, Any]:

@@ -18,16 +18,10 @@ process serve a port of its own, or push a registry of its own to a gateway.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
+from prometheus_client import REGISTRY, CollectorRegistry, core
 from prometheus_client.registry import Collector
 
 from .pool.fair_queue_pool import metrics_source
@@ -67,13 +61,18 @@ class FairPoolCollector(Collector):
         if source.core() not in known:
             self._sources.append(source)
 
-    def collect(self) -> Iterable[Metric]:
+    def collect(self) -> Iterable[core.Metric]:
         """Return all series, as they are now."""
         pools = [pool for pool in (s.read() for s in self._sources) if pool]
         self._sources = [s for s in self._sources if s.core() is not None]
-        yield from _of_pools(pools)
-        yield from _of_tags(pools)
-        yield from _of_dry_runs(pools)
+        for (kind, *labels), figures in _FIGURES.items():
+            for name, text, rows in figures:
+                family = kind(_PREFIX + name, text, labels=("pool", *labels))
+                for pool in pools:
+                    for values, *row in rows(pool):
+                        family.add_metric((pool.name, *values), *row)
+                if family.samples or not name.startswith("would"):
+                    yield family
 
 
 _collectors: weakref.WeakKeyDictionary[CollectorRegistry, FairPoolCollector] = (
@@ -81,107 +80,102 @@ _collectors: weakref.WeakKeyDictionary[CollectorRegistry, FairPoolCollector] = (
 )
 
 
-_Gauge, _Counter = GaugeMetricFamily, CounterMetricFamily
+#: From a pool to rows: labels beside the pool's, and what `add_metric` takes.
+_Rows = Callable[[PoolStats], Iterable[tuple[Any, ...]]]
 
-#: Kind, name, help, attribute of :class:`.PoolStats`.
-_POOL_FIGURES = (
-    (_Gauge, "connections_max", "Most connections there may be", "capacity"),
-    (_Gauge, "pending_requests", "Callers that wait", "waiting"),
-)
 
-#: Kind, name, help, attribute of :class:`.TagStats`.
-_TAG_FIGURES = (
-    (_Gauge, "tag_active", "1 if the tag counts in the division", "active"),
-    (_Gauge, "tag_connections", "Connections the tag holds", "connections"),
-    (_Gauge, "tag_connections_max", "Most the tag may hold now", "limit"),
-    (_Gauge, "tag_pending_requests", "Callers that wait", "waiting"),
-    (_Gauge, "tag_weight", "Its relative entitlement", "weight"),
-    (_Gauge, "tag_connections_reserved", "Kept for the tag alone", "reserved"),
-    (_Gauge, "tag_usage_seconds", "Connection-seconds, decayed", "usage"),
-    (_Counter, "checkouts", "Checkouts granted", "checkouts"),
-    (
-        _Counter,
-        "connect_failures",
-        "Connections that could not be opened",
-        "create_failures",
-    ),
-)
+def _pool(attribute: str) -> _Rows:
+    return lambda pool: [((), getattr(pool, attribute))]
 
-#: Name, help, attribute of :class:`.TagStats`.
-_TAG_HISTOGRAMS = (
-    ("wait_seconds", "Until a checkout had its slot", "wait_time"),
-    ("hold_seconds", "Until a connection came back", "hold_time"),
-    ("connect_seconds", "To open a connection", "create_time"),
-)
+
+def _tag(attribute: str) -> _Rows:
+    return lambda pool: [((tag.name,), getattr(tag, attribute)) for tag in pool.tags]
+
+
+def _would_refuse(pool: PoolStats) -> Iterable[tuple[Any, ...]]:
+    return [
+        ((tag.name,), tag.would_refuse)
+        for tag in pool.tags
+        if tag.would_refuse is not None
+    ]
+
+
+def _histogram(attribute: str) -> _Rows:
+    def rows(pool: PoolStats) -> Iterator[tuple[Any, ...]]:
+        for tag in pool.tags:
+            summary: Summary | None = getattr(tag, attribute)
+            if summary is None:  # not in a dry run
+                continue
+            # repr of infinity is "inf", and Prometheus has "+Inf".
+            buckets = [(repr(b).replace("inf", "+Inf"), n) for b, n in summary.buckets]
+            yield (tag.name,), buckets, summary.total
+
+    return rows
+
+
+def _connections(pool: PoolStats) -> Iterable[tuple[Any, ...]]:
+    return (("used",), pool.checked_out), (("idle",), pool.idle)
+
+
+def _closures(pool: PoolStats) -> Iterable[tuple[Any, ...]]:
+    return [((reason,), count) for reason, count in sorted(pool.closures.items())]
+
 
 #: The reason of a failed checkout, and its counter of :class:`.TagStats`.
 _FAILURES = {"timeout": "timeouts", "refused": "refusals", "deadlock": "deadlocks"}
 
 
-def _of_pools(pools: list[PoolStats]) -> Iterator[Metric]:
-    text = "Connections that are used, or idle in the pool"
-    connections = _family(_Gauge, "connections", text, "state")
-    text = "Connections closed, by reason"
-    closures = _family(_Counter, "connections_closed", text, "reason")
-    for pool in pools:
-        connections.add_metric((pool.name, "used"), pool.checked_out)
-        connections.add_metric((pool.name, "idle"), pool.idle)
-        for reason, count in sorted(pool.closures.items()):
-            closures.add_metric((pool.name, reason), count)
-    yield from (connections, closures)
-    for kind, name, text, attribute in _POOL_FIGURES:
-        family = _family(kind, name, text)
-        for pool in pools:
-            family.add_metric((pool.name,), getattr(pool, attribute))
-        yield family
-
-
-def _of_tags(pools: list[PoolStats]) -> Iterator[Metric]:
-    rows = [((pool.name, tag.name), tag) for pool in pools for tag in pool.tags]
-    for kind, name, text, attribute in _TAG_FIGURES:
-        family = _family(kind, name, text, "tag")
-        for labels, tag in rows:
-            family.add_metric(labels, getattr(tag, attribute))
-        yield family
-    text = "Checkouts that gave up: timeout, refused (max_waiting), deadlock"
-    failures = _family(_Counter, "checkout_failures", text, "tag", "reason")
-    for labels, tag in rows:
+def _failures(pool: PoolStats) -> Iterator[tuple[Any, ...]]:
+    for tag in pool.tags:
         for reason, attribute in _FAILURES.items():
-            failures.add_metric((*labels, reason), getattr(tag, attribute))
-    yield failures
-    for name, text, attribute in _TAG_HISTOGRAMS:
-        histogram = _family(HistogramMetricFamily, name, text, "tag")
-        for labels, tag in rows:
-            summary: Summary = getattr(tag, attribute)
-            histogram.add_metric(labels, _buckets(summary), summary.total)
-        yield histogram
+            yield (tag.name, reason), getattr(tag, attribute)
 
 
-def _of_dry_runs(pools: list[PoolStats]) -> Iterator[Metric]:
-    rows = [
-        ((pool.name, tag.name), tag.would_wait, tag.would_refuse)
-        for pool in pools
-        for tag in pool.tags
-        if tag.would_wait is not None
-    ]
-    if not rows:
-        return
-    text = "How long checkouts would have waited that had to by the rules"
-    waits = _family(HistogramMetricFamily, "would_wait_seconds", text, "tag")
-    text = "Checkouts that would have been refused"
-    refusals = _family(_Counter, "would_refuse", text, "tag")
-    for labels, would_wait, would_refuse in rows:
-        waits.add_metric(labels, _buckets(would_wait), would_wait.total)
-        refusals.add_metric(labels, would_refuse)
-    yield from (waits, refusals)
-
-
-def _family(kind: Any, name: str, text: str, *labels: str) -> Any:
-    return kind(_PREFIX + name, text, labels=("pool", *labels))
-
-
-def _buckets(summary: Summary) -> list[tuple[str, int]]:
-    return [
-        ("+Inf" if bound == float("inf") else repr(bound), count)
-        for bound, count in summary.buckets
-    ]
+#: For each kind and its labels beside the pool's: name, help, and the rows.
+_FIGURES: dict[tuple[Any, ...], tuple[tuple[str, str, _Rows], ...]] = {
+    (core.GaugeMetricFamily, "state"): (
+        ("connections", "Connections that are used, or idle in the pool", _connections),
+    ),
+    (core.CounterMetricFamily, "reason"): (
+        ("connections_closed", "Connections closed, by reason", _closures),
+    ),
+    (core.GaugeMetricFamily,): (
+        ("connections_max", "Most connections there may be", _pool("capacity")),
+        ("pending_requests", "Callers that wait", _pool("waiting")),
+    ),
+    (core.GaugeMetricFamily, "tag"): (
+        ("tag_active", "1 if the tag counts in the division", _tag("active")),
+        ("tag_connections", "Connections the tag holds", _tag("connections")),
+        ("tag_connections_max", "Most the tag may hold now", _tag("limit")),
+        ("tag_pending_requests", "Callers that wait", _tag("waiting")),
+        ("tag_weight", "Its relative entitlement", _tag("weight")),
+        ("tag_connections_reserved", "Kept for the tag alone", _tag("reserved")),
+        ("tag_usage_seconds", "Connection-seconds, decayed", _tag("usage")),
+    ),
+    (core.CounterMetricFamily, "tag"): (
+        ("checkouts", "Checkouts granted", _tag("checkouts")),
+        (
+            "connect_failures",
+            "Connections that could not be opened",
+            _tag("create_failures"),
+        ),
+        ("would_refuse", "Checkouts that would have been refused", _would_refuse),
+    ),
+    (core.CounterMetricFamily, "tag", "reason"): (
+        (
+            "checkout_failures",
+            "Checkouts that gave up: timeout, refused (max_waiting), deadlock",
+            _failures,
+        ),
+    ),
+    (core.HistogramMetricFamily, "tag"): (
+        ("wait_seconds", "Until a checkout had its slot", _histogram("wait_time")),
+        ("hold_seconds", "Until a connection came back", _histogram("hold_time")),
+        ("connect_seconds", "To open a connection", _histogram("create_time")),
+        (
+            "would_wait_seconds",
+            "How long checkouts would have waited by the rules, in a dry run",
+            _histogram("would_wait"),
+        ),
+    ),
+}

@@ -31,14 +31,7 @@ from sqlalchemy import exc
 
 from .options import validate_tag, validate_timeout
 
-__all__ = [
-    "blocks",
-    "context_tag",
-    "context_timeout",
-    "outside_of_blocks",
-    "set_tag",
-    "tag",
-]
+__all__ = ["set_tag", "tag"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 
@@ -27,6 +28,19 @@ settings.register_profile(
 )
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+def pytest_configure():
+    """Have SIGTERM end the session as Ctrl-C does, so that no server is left behind."""
+    session = os.getpid()
+
+    def end(number, frame):
+        if os.getpid() == session:
+            raise KeyboardInterrupt("SIGTERM")
+        signal.signal(number, signal.SIG_DFL)  # a forked child
+        os.kill(os.getpid(), number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 @pytest.fixture

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .database import BenchError, Database
-from .figures import Figure, interleave, pairwise
+from .figures import Figure, figure, interleave, pairwise
 from .findings import Bar, Bars, Distribution, Distributions, Finding
-from .targets import figure
 
 _T = TypeVar("_T")
 
@@ -24,18 +26,15 @@ class Runs(dict[Any, list[Any]]):
     """By the contender's name, the results of its rounds. The first one is ours."""
 
     def of(self, name: Any, metric: Metric = float) -> list[float]:
-        """Return the metric of a contender's rounds."""
         compute = attrgetter(metric) if isinstance(metric, str) else metric
         return [compute(result) for result in self[name]]
 
     def each(self, metric: Metric = float) -> dict[Any, list[float]]:
-        """Return the metric of all contenders' rounds."""
         return {name: self.of(name, metric) for name in self}
 
     def value(
         self, key: str, metric: Metric = float, name: Any = None, remark: str = ""
     ) -> Figure:
-        """Return a figure of one contender, of ours by default."""
         name = next(iter(self)) if name is None else name
         return figure(key, self.of(name, metric), remark=remark)
 
@@ -48,12 +47,7 @@ class Runs(dict[Any, list[Any]]):
         beside: str = "",
         remark: str = "",
     ) -> Figure:
-        """Return a figure of one contender over another, round by round.
-
-        :param over: the other; the second one by default.
-        :param of: the one; the first by default.
-        :param beside: what the other is called, if not by its name.
-        """
+        """Return a figure of one contender over another, round by round."""
         names = list(self)
         of = names[0] if of is None else of
         over = names[1] if over is None else over
@@ -68,7 +62,6 @@ class Runs(dict[Any, list[Any]]):
         remarks: Mapping[str, str] | None = None,
         level: tuple[float, str] | None = None,
     ) -> Bars:
-        """Return a plot of the medians, with the middle half of the rounds."""
         bars = []
         for name, values in self.each(metric).items():
             found = Figure("", "", values)
@@ -82,17 +75,12 @@ class Runs(dict[Any, list[Any]]):
         of: Metric | Callable[[Any], Sequence[float]] = "all_waits",
         remark: Callable[[Sequence[Any]], str] = lambda outcomes: "",
     ) -> Distributions:
-        """Return a plot of all waits of the contenders."""
         get = attrgetter(of) if isinstance(of, str) else of
-        return Distributions(
-            title,
-            tuple(
-                Distribution.of(
-                    name, [x for each in found for x in get(each)], remark(found)
-                )
-                for name, found in self.items()
-            ),
-        )
+        rows = []
+        for name, found in self.items():
+            waits = [wait for each in found for wait in get(each)]
+            rows.append(Distribution.of(name, waits, remark(found)))
+        return Distributions(title, rows)
 
     def medians(self, metric: Metric, form: str, others: bool = False) -> str:
         """Say what the medians are; of all but ours, if `others`."""
@@ -101,12 +89,7 @@ class Runs(dict[Any, list[Any]]):
 
 
 class Bench:
-    """One run of the benchmarks.
-
-    :param short: measure a part of it, and in fewer rounds.
-    :param database: None if only what needs none is to be run.
-    :param on_step: told what is measured next.
-    """
+    """One run of the benchmarks."""
 
     def __init__(
         self,
@@ -121,28 +104,21 @@ class Bench:
 
     @property
     def database(self) -> Database:
-        """The database.
-
-        :raises BenchError: if there is none.
-        """
         if self._database is None:
             raise BenchError("this measurement needs a database")
         return self._database
 
     def pick(self, full: _T, short: _T) -> _T:
-        """Return what fits the form of the run."""
         return short if self.short else full
 
     def interleave(
         self, what: str, contenders: Mapping[Any, Callable[[], Any]], rounds: int
     ) -> Runs:
         """Run the contenders in turn, telling of each turn."""
-        turns = 0
+        turns = count()
 
         def turn(name: Any, run: Callable[[], Any]) -> Any:
-            nonlocal turns
-            number = turns // len(contenders) + 1
-            turns += 1
+            number = next(turns) // len(contenders) + 1
             self._on_step(f"{what}: {name}, {number} of {rounds}")
             return run()
 
@@ -150,14 +126,21 @@ class Bench:
         return Runs(interleave(told, rounds))
 
 
+#: By the scenarios' names: their titles, and what is done, in a paragraph.
+TEXTS: dict[str, tuple[str, str]] = {
+    name: (title, " ".join(text.split()))
+    for name, title, text in re.findall(
+        r"## (\w+): (.+)\n\n((?:.+\n)+)",
+        (Path(__file__).parents[1] / "scenarios" / "texts.md").read_text("utf-8"),
+    )
+}
+
 #: A measurement: a generator of what it finds. It cleans up after itself.
 Part = Callable[[Bench], Iterator[Finding]]
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """Measurements that are told of in one section of the report."""
-
     name: str
     title: str
     #: What is done, in a paragraph.
@@ -171,6 +154,5 @@ class Scenario:
     sessions: int = 0
 
     def run(self, bench: Bench) -> list[Finding]:
-        """Make the measurements of the bench's form."""
         parts = self.parts if bench.short else self.parts + self.more
         return [found for part in parts for found in part(bench)]

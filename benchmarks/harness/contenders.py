@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,8 +31,6 @@ _SETTINGS = {"application_name": APPLICATION_NAME}
 
 @dataclass(frozen=True)
 class Setup:
-    """What all contenders are given."""
-
     database: Database
     #: Connections.
     size: int
@@ -48,8 +46,6 @@ Connects = Callable[[str], Callable[[], Any]]
 
 @dataclass(frozen=True)
 class Contender:
-    """A pool, for threads or for tasks."""
-
     name: str
     #: Given a setup, a context manager, or an asynchronous one, of `Connects`.
     open: Callable[[Setup], Any]
@@ -98,13 +94,10 @@ def _semaphores(setup: Setup) -> Iterator[Connects]:
             semaphore.release()
             raise
 
-        def leave() -> None:
-            try:
-                connection.close()
-            finally:
-                semaphore.release()
-
-        return _Held(leave)
+        stack = ExitStack()
+        stack.callback(semaphore.release)
+        stack.callback(connection.close)
+        return _Held(stack.close)
 
     with _engine(setup, QueuePool) as connects:
         yield lambda tag: partial(

@@ -48,22 +48,18 @@ class Outcome:
 
     @property
     def served(self) -> list[int]:
-        """Checkouts of each caller."""
         return [len(waits) for waits in self.waits]
 
     @property
     def throughput(self) -> float:
-        """Checkouts per second."""
         return sum(self.served) / self.seconds
 
     @property
     def fairness(self) -> float:
-        """Jain's index over the callers' checkouts."""
         return jain(self.served)
 
     @property
     def never_served(self) -> int:
-        """Callers that got no connection at all."""
         return self.served.count(0)
 
     @property
@@ -78,16 +74,13 @@ class Outcome:
 
     @property
     def longest_wait(self) -> float:
-        """The longest of all waits."""
         return max(self.all_waits)
 
     @property
     def spread(self) -> float:
-        """p99 over p50 of all waits."""
         return self.wait(99) / max(self.wait(50), 1e-6)
 
     def wait(self, percent: float) -> float:
-        """Return a percentile of all waits."""
         return percentile(self.all_waits, percent)
 
     @property
@@ -112,7 +105,6 @@ class _Record:
         return time.perf_counter(), list(map(len, self.waits)), list(self.given_up)
 
     def outcome(self, mark: tuple[float, list[int], list[int]]) -> Outcome:
-        """Return what happened since the mark."""
         (began, first, gave_up), (ended, last, given_up) = mark, self.mark()
         return Outcome(
             ended - began,
@@ -136,7 +128,6 @@ class Threads:
         self.threads: list[threading.Thread] = []
 
     def start(self, works: Iterable[Callable[[], object]]) -> None:
-        """Start threads, which begin their work together."""
         go = threading.Event()
         try:
             for work in works:
@@ -177,10 +168,7 @@ def in_threads(
     settle: float = 0.2,
     late: Sequence[Caller] = (),
 ) -> Outcome:
-    """Let callers work, each in a thread; measure once they have settled.
-
-    :param late: callers that join when the others have settled.
-    """
+    """Let callers work, each in a thread; measure once they have settled."""
     record = _Record(len(callers) + len(late))
     works = [partial(_call, record, n, c) for n, c in enumerate([*callers, *late])]
     with working() as threads:

@@ -28,17 +28,12 @@ class BenchError(Exception):
 
 @dataclass(frozen=True)
 class Database:
-    """A database that the benchmarks may use.
-
-    :param url: with the driver psycopg2.
-    :param about: what the report says of the server.
-    """
+    """A database that the benchmarks may use."""
 
     url: URL
     about: dict[str, Any] | None = None
 
     def engine(self, poolclass: type[Pool], **options: Any) -> Engine:
-        """Return an engine on it."""
         arguments = {"application_name": APPLICATION_NAME}
         return create_engine(
             self.url, connect_args=arguments, poolclass=poolclass, **options
@@ -53,13 +48,9 @@ class Database:
 
 @contextmanager
 def open_database(url: str | None = None, sessions: int = 0) -> Iterator[Database]:
-    """Yield the database at `url`; without one, an embedded server's.
-
-    :param sessions: how many sessions are going to be needed at a time.
-    :raises BenchError: if it cannot be reached or has no room for them.
-    """
+    """Yield the database at `url`; without one, an embedded server's."""
     with ExitStack() as stack:
-        where = _parse(stack.enter_context(_embedded()) if url is None else url)
+        where = _parse(_embedded(stack) if url is None else url)
         hidden = where.difference_update_query(["password", "sslpassword"])
         shown = "embedded" if url is None else hidden.render_as_string()
         try:
@@ -97,23 +88,21 @@ def _parse(url: str) -> URL:
         raise BenchError(
             "--url is not a database URL, like postgresql://user@host/database"
         ) from None
-    name = parsed.drivername
-    if not name.startswith("postgres"):
+    if not parsed.drivername.startswith("postgres"):
+        name = parsed.drivername
         raise BenchError(f"--url: the benchmarks need PostgreSQL, not {name!r}")
     return parsed.set(drivername="postgresql+psycopg2")
 
 
-@contextmanager
-def _embedded() -> Iterator[str]:
-    with ExitStack() as stack:
-        with _uninterrupted():  # a start that was left half-way is hard to undo
-            server = EmbeddedServer()
-            stack.callback(_uninterrupted()(server.stop))
-            try:
-                server.start()
-            except Exception as error:
-                raise BenchError(str(error)) from error
-        yield server.url
+def _embedded(stack: ExitStack) -> str:
+    with _uninterrupted():  # a start that was left half-way is hard to undo
+        server = EmbeddedServer()
+        stack.callback(_uninterrupted()(server.stop))
+        try:
+            server.start()
+        except Exception as error:
+            raise BenchError(str(error)) from error
+    return server.url
 
 
 @contextmanager

@@ -5,10 +5,12 @@ Rules of this file: numbers in, numbers and text out. It knows no pool and no cl
 
 from __future__ import annotations
 
+import csv
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 _T = TypeVar("_T")
@@ -44,14 +46,11 @@ def interleave(
 
 
 def pairwise(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Return the ratios of what was measured in the same round."""
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a figure should be."""
-
     what: str
     beside: str
     bound: float
@@ -59,7 +58,6 @@ class Target:
     at_most: bool
 
     def met(self, value: float) -> bool:
-        """Tell if a figure is as it should be."""
         return value <= self.bound if self.at_most else value >= self.bound
 
     def __str__(self) -> str:
@@ -79,17 +77,14 @@ class Figure:
 
     @property
     def median(self) -> float:
-        """The median of the rounds."""
         return statistics.median(self.values)
 
     @property
     def spread(self) -> tuple[float, float]:
-        """The middle half of the rounds lies between these."""
         return percentile(self.values, 25), percentile(self.values, 75)
 
     @property
     def verdict(self) -> str:
-        """Whether the target is met; nothing if there is none."""
         if self.target is None:
             return ""
         if not self.values:
@@ -97,7 +92,6 @@ class Figure:
         return "met" if self.target.met(self.median) else "NOT MET"
 
     def as_dict(self) -> dict[str, object]:
-        """Return it for JSON."""
         return {
             "what": self.what,
             "beside": self.beside,
@@ -108,3 +102,29 @@ class Figure:
             "verdict": self.verdict,
             "remark": self.remark,
         }
+
+
+# -- what the figures should be --------------------------------------------------------
+
+
+def _targets() -> Iterator[tuple[str, Target]]:
+    file = Path(__file__).with_name("targets.csv")
+    for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()):
+        sign, bound = row["target"].split()
+        target = Target(row["what"], row["beside"], float(bound), sign == "<=")
+        yield row["name"], target
+
+
+#: By the name under which a measurement reports them: the design's targets, and those
+#: of the description.
+TARGETS = dict(_targets())
+
+
+def figure(
+    key: str, values: Sequence[float], beside: str = "-", remark: str = ""
+) -> Figure:
+    """Return a figure: for the target of this name, or else what `key` says itself."""
+    if key in TARGETS:
+        target = TARGETS[key]
+        return Figure(target.what, target.beside, tuple(values), target, remark)
+    return Figure(key, beside, tuple(values), remark=remark)

@@ -20,8 +20,6 @@ SCHEMA = 2
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a plot."""
-
     name: str
     points: Sequence[tuple[float, float]]
     #: Decides the colour (``a``, ``b``, ``c``: scrapers); by default the name does.
@@ -30,8 +28,6 @@ class Series:
 
 @dataclass(frozen=True)
 class Lines:
-    """Lines over an axis."""
-
     title: str
     x: str
     y: str
@@ -64,8 +60,6 @@ class Bar:
 
 @dataclass(frozen=True)
 class Bars:
-    """Bars from zero, one below the other."""
-
     title: str
     unit: str
     bars: Sequence[Bar]
@@ -93,7 +87,6 @@ class Distribution:
 
     @classmethod
     def of(cls, name: str, seconds: Iterable[float], remark: str = "") -> Distribution:
-        """Sum up `seconds`; what is less than a microsecond counts as one."""
         values = [max(value, 1e-6) for value in seconds]
         classes = Counter(math.floor(math.log10(v) * PER_DECADE) for v in values)
         histogram = [(10.0 ** (n / PER_DECADE), classes[n]) for n in sorted(classes)]
@@ -103,8 +96,6 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Distributions:
-    """Distributions of times, one below the other, on a logarithmic axis."""
-
     title: str
     rows: Sequence[Distribution]
 
@@ -114,8 +105,6 @@ Plot: TypeAlias = Lines | Bars | Distributions
 
 @dataclass(frozen=True)
 class Table:
-    """A table; cells are texts or numbers."""
-
     title: str
     headings: Sequence[str]
     rows: Sequence[Sequence[str | float]]
@@ -136,11 +125,9 @@ class Section:
     seconds: float = 0.0
 
     def of(self, *kinds: type) -> list[Any]:
-        """Return what was found of these types."""
         return [found for found in self.findings if isinstance(found, kinds)]
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
         plots = self.of(Lines, Bars, Distributions)
         return {
             "name": self.name,
@@ -156,8 +143,6 @@ class Section:
 
 @dataclass
 class Report:
-    """One run of the command."""
-
     #: Machine, versions, server and options.
     about: Mapping[str, Any]
     sections: list[Section] = field(default_factory=list)
@@ -176,16 +161,13 @@ class Report:
 
     @property
     def met(self) -> int:
-        """How many of the figures are as they should be."""
         return sum(figure.verdict == "met" for figure in self.figures)
 
     @property
     def ok(self) -> bool:
-        """All targets have been measured and are met."""
         return self.met == len(self.figures)
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
         return {
             "schema": SCHEMA,
             "about": dict(self.about),

@@ -23,9 +23,6 @@ from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
 class NullConnection:
     """A DBAPI connection to nothing. A checkin calls its ``rollback``."""
 
-    def cursor(self) -> Any:
-        raise NotImplementedError("no statement is executed here")
-
     def commit(self) -> None:
         pass
 
@@ -36,24 +33,22 @@ class NullConnection:
         pass
 
 
-def _connect(*args: Any, **kw: Any) -> NullConnection:
-    return NullConnection()
-
-
 class NullError(Exception):
     """The base of the DBAPI's errors, none of which ever happens."""
 
 
 class NullDialect(DefaultDialect):
-    """A dialect that asks its database nothing."""
-
     name = "null"
     driver = "null"
     supports_statement_cache = True
 
     @classmethod
     def import_dbapi(cls) -> Any:
-        return SimpleNamespace(paramstyle="qmark", Error=NullError, connect=_connect)
+        return SimpleNamespace(
+            paramstyle="qmark",
+            Error=NullError,
+            connect=lambda *args, **kw: NullConnection(),
+        )
 
     def initialize(self, connection: Connection) -> None:
         pass  # there is no version or isolation level to be found out
@@ -92,9 +87,6 @@ class FloorPool(Pool):
 
     def recreate(self) -> FloorPool:
         return type(self)(self._creator, dialect=self._dialect)
-
-    def status(self) -> str:
-        return f"Connections in pool: {len(self._idle)}"
 
 
 class HandoffPool(FloorPool):
@@ -145,7 +137,6 @@ _PATIENCE = 300.0
 
 
 def fair_engine(size: int = 20, **options: Any) -> Engine:
-    """Return an engine with our pool of `size` connections."""
     options = {"pool_size": size, "pool_timeout": _PATIENCE, **options}
     return _engine(FairQueuePool, **options)
 
@@ -157,12 +148,10 @@ def queue_engine(size: int = 20, **options: Any) -> Engine:
 
 
 def handoff_engine(size: int = 20) -> Engine:
-    """Return an engine with the bare line."""
     return _engine(HandoffPool, pool_size=size)
 
 
 def floor_engine() -> Engine:
-    """Return an engine with the bare deque."""
     return _engine(FloorPool)
 
 
@@ -178,10 +167,8 @@ def fixed(pool: type[Pool], size: int) -> dict[str, Any]:
 
 
 def open_all(engine: Engine) -> None:
-    """Have the engine's pool open its connections."""
     if isinstance(engine.pool, FairQueuePool):
-        engine.pool.warm_up()
+        engine.pool.warm_up()  # a tag may not have all
         return
-    connections = [engine.connect() for _ in range(engine.pool.size())]
-    for connection in connections:
+    for connection in [engine.connect() for _ in range(engine.pool.size())]:
         connection.close()

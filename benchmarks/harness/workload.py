@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 from sqlalchemy import Connection, Engine, text
@@ -82,12 +81,8 @@ Work = Callable[[Connection, str, float], None]
 def work_on(database: Database, scrapers: Sequence[str]) -> Iterator[Work]:
     """Create the scrapers' table, yield their work, drop the table."""
     table = f"sqla_fairpool_bench_{secrets.token_hex(4)}"
-    engine = database.engine(NullPool)
-    values = {
-        "scrapers": list(scrapers),
-        "count": len(scrapers),
-        "rows": _ROWS * len(scrapers),
-    }
+    engine, count = database.engine(NullPool), len(scrapers)
+    values = {"scrapers": list(scrapers), "count": count, "rows": _ROWS * count}
     fetch, write = (text(s.format(table=table)) for s in (_FETCH, _WRITE_BACK))
     service = text(_SERVICE)
 
@@ -100,8 +95,8 @@ def work_on(database: Database, scrapers: Sequence[str]) -> Iterator[Work]:
 
     try:
         with engine.begin() as connection:
-            connection.execute(text(_CREATE.format(table=table)))
-            connection.execute(text(_INDEX.format(table=table)))
+            for statement in (_CREATE, _INDEX):
+                connection.execute(text(statement.format(table=table)))
             connection.execute(text(_FILL.format(table=table)), values)
         yield work
     finally:
@@ -122,11 +117,7 @@ def backlog(count: int, service: float, seed: int) -> list[Job]:
 def bursts(
     seconds: float, demand: float, most: int, service: float, seed: int
 ) -> list[Job]:
-    """Return workflows that come in bursts, at random moments, each all at once.
-
-    :param demand: connections that they keep busy on average.
-    :param most: workflows of the largest burst; the smallest has a third of that.
-    """
+    """Return workflows that come in bursts, at random moments, each all at once."""
     chance = random.Random(seed)
     least = max(most // 3, 1)
     rate = demand / service / ((least + most) / 2)
@@ -175,8 +166,6 @@ Tasks = Mapping[Scraper, Iterable[Job]]
 
 @dataclass
 class Outcome:
-    """What happened in one run."""
-
     #: Until the last workflow was done.
     seconds: float = 0.0
     #: Of each scraper's workflows, from due to done.
@@ -190,46 +179,30 @@ class Outcome:
     def changes(self) -> dict[str, list[tuple[float, int]]]:
         """`held` without the moments at which it was what it was before."""
         looks = list(zip(*self.held.values(), strict=False))
-        kept = [
-            now
-            for before, now in pairwise(looks)
-            if [n for _, n in before] != [n for _, n in now]
-        ]
-        ends = looks[:1], kept, looks[-1:]
-        return {
-            name: [look[place] for part in ends for look in part]
-            for place, name in enumerate(self.held)
-        }
+        held = [[n for _, n in look] for look in looks]
+        kept = [now for n, now in enumerate(looks[1:]) if held[n] != held[n + 1]]
+        kept = [*looks[:1], *kept, *looks[-1:]]
+        return {name: [look[n] for look in kept] for n, name in enumerate(self.held)}
 
     @property
     def all_latencies(self) -> list[float]:
-        """All scrapers' latencies."""
         return [value for values in self.latencies.values() for value in values]
 
     @property
     def throughput(self) -> float:
-        """Workflows per second."""
         return len(self.all_latencies) / self.seconds
 
     @property
     def mean(self) -> float:
-        """Mean latency."""
         return statistics.fmean(self.all_latencies)
 
     @property
     def p95(self) -> float:
-        """95th percentile of the latencies."""
         return percentile(self.all_latencies, 95)
 
 
 def run(work: Work, tasks: Tasks, limit: float = 60.0, every: float = 0.01) -> Outcome:
-    """Let the scrapers do their workflows; return when all are done.
-
-    :param tasks: each one's workflows, the first due first. A list or another
-      collection whose iterator several threads may call.
-    :param limit: seconds after which no workflow is begun any more.
-    :param every: seconds between two looks at what the scrapers hold.
-    """
+    """Let the scrapers do their workflows; return when all are done."""
     outcome, ends = Outcome(), list[float]()
     cpu = time.process_time()
 
@@ -286,8 +259,6 @@ _PATIENCE = 120.0
 
 @dataclass(frozen=True)
 class World:
-    """Scrapers and their connections, all of which are open."""
-
     name: str
     connections: int
     scrapers: dict[str, Scraper]

@@ -28,8 +28,18 @@ def machine() -> dict[str, Any]:
     }
 
 
+def busy(about: Mapping[str, Any]) -> str:
+    """Return what to say beside verdicts if the machine was not idle before the run."""
+    try:
+        load, cores = float(about["machine"]["load"]), about["machine"]["cores"]
+    except (KeyError, ValueError):
+        return ""
+    if load <= cores / 4:
+        return ""
+    return f"measured on a busy machine, load {load:g} on {cores} cores: look again"
+
+
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that are installed."""
     known = {platform.python_implementation(): platform.python_version()}
     for name in _PACKAGES.split():
         try:
@@ -40,7 +50,6 @@ def versions() -> dict[str, str]:
 
 
 def summary(about: Mapping[str, Any]) -> str:
-    """Say in a line where and with what the run was made."""
     where = about["machine"]
     known = ", ".join(f"{name} {found}" for name, found in about["versions"].items())
     return (

@@ -10,14 +10,13 @@ from markupsafe import Markup
 
 from ..harness.figures import Figure
 from ..harness.findings import Bars, Distributions, Lines, Report, Table
-from .machine import summary
+from .machine import busy, summary
 from .plots import draw, nice_number
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def page(report: Report) -> str:
-    """Return the whole HTML document."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -32,5 +31,6 @@ def page(report: Report) -> str:
     }
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     about = json.dumps(report.about, indent=2, ensure_ascii=False)
-    text = template.render(report=report, summary=summary(report.about), about=about)
+    known = {"summary": summary(report.about), "busy": busy(report.about)}
+    text = template.render(report=report, about=about, **known)
     return text.lstrip() + "\n"

@@ -68,19 +68,15 @@ def seconds_text(seconds: float) -> str:
 
 
 def draw(plot: Plot) -> str:
-    """Return the plot as an ``<svg>`` element."""
     with style.context(_STYLE):
         figure = Figure(layout="constrained")
         axes, file = figure.add_subplot(), io.StringIO()
         if isinstance(plot, Lines):
-            height = 4.0
-            _lines(plot, axes)
+            height = _lines(plot, axes)
         elif isinstance(plot, Bars):
-            height = 0.7 + 0.42 * len(plot.bars)
-            _bars(plot, axes)
+            height = _bars(plot, axes)
         else:
-            height = 0.8 + 0.62 * len(plot.rows)
-            _distributions(plot, axes)
+            height = _distributions(plot, axes)
         figure.set_size_inches(7.6, height)
         none = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=none)
@@ -112,7 +108,8 @@ def _numbers(axis: Any, text: Callable[[float], str]) -> None:
 # -- lines ----------------------------------------------------------------------------
 
 
-def _lines(plot: Lines, axes: Axes) -> None:
+def _lines(plot: Lines, axes: Axes) -> float:
+    """Draw, and return the height; likewise for the other kinds."""
     axes.set(xlabel=plot.x, ylabel=plot.y)
     axes.grid(axis="y")
     if plot.log_x:
@@ -137,6 +134,7 @@ def _lines(plot: Lines, axes: Axes) -> None:
     _numbers(axes.yaxis, nice_number)
     if plot.series:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(plot.series))
+    return 4.0
 
 
 def _stack(plot: Lines, axes: Axes) -> None:
@@ -174,14 +172,10 @@ def _names(axes: Axes, names: list[str]) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     for label, name in zip(axes.get_yticklabels(), names, strict=True):
-        label.set_fontweight(_weight(name))
+        label.set_fontweight("bold" if role_of(name) == "ours" else "normal")
 
 
-def _weight(name: str) -> str:
-    return "bold" if role_of(name) == "ours" else "normal"
-
-
-def _bars(plot: Bars, axes: Axes) -> None:
+def _bars(plot: Bars, axes: Axes) -> float:
     axes.xaxis.set_label_position("top")
     axes.set_xlabel(plot.unit, loc="left", fontsize=9)
     axes.spines["bottom"].set_visible(False)
@@ -195,16 +189,17 @@ def _bars(plot: Bars, axes: Axes) -> None:
             axes.plot(ends, [number] * 2, "|-", color=ink, linewidth=1.2)
         text = nice_number(bar.value) + (f", {bar.remark}" if bar.remark else "")
         at = (max(bar.value, bar.high), number)
-        _note(axes, text, at, fontweight=_weight(bar.name), **look)
+        _note(axes, text, at, **look)
     _names(axes, [bar.name for bar in plot.bars])
     axes.set_xlim(0)
     if plot.level is not None:
         value, text = plot.level
         axes.axvline(value, color=_COLOURS["soft"], linestyle="--", linewidth=1)
         axes.set_xticks([value], [text], fontsize=9)
+    return 0.7 + 0.42 * len(plot.bars)
 
 
-def _distributions(plot: Distributions, axes: Axes) -> None:
+def _distributions(plot: Distributions, axes: Axes) -> float:
     axes.set_xscale("log")
     legend = "| median    ◆ p99    ● longest"
     axes.set_title(legend, loc="left", fontsize=9, color=_COLOURS["soft"])
@@ -218,6 +213,7 @@ def _distributions(plot: Distributions, axes: Axes) -> None:
     axes.xaxis.set_major_locator(LogLocator(10, numticks=12))
     axes.xaxis.set_minor_locator(NullLocator())
     _numbers(axes.xaxis, seconds_text)
+    return 0.8 + 0.62 * len(plot.rows)
 
 
 def _distribution(row: Distribution, base: float, axes: Axes) -> None:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from ..harness.figures import Figure
 from ..harness.findings import Report
+from .machine import busy
 from .plots import nice_number
 
 #: Seconds between two lines, where there is no terminal.
@@ -25,15 +26,12 @@ _LINE_EVERY = 2.0
 
 
 class View:
-    """Progress on standard output: in a terminal a line that changes, else some lines.
-
-    :param scenarios: how many there will be.
-    """
+    """Progress on standard output: a line that changes, or lines in a file."""
 
     def __init__(self, scenarios: int) -> None:
         self._scenarios, self._number, self._next_line = scenarios, 0, 0.0
         # Told everything, or FORCE_COLOR and its like would be heeded in a file.
-        plain = {"force_terminal": False, "color_system": None, "width": 100}
+        plain = {"force_terminal": False, "color_system": None, "width": 80}
         is_live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
         self._console = Console(file=sys.stdout, **({} if is_live else plain))
         self._status = Status("", console=self._console)
@@ -43,66 +41,62 @@ class View:
         self.close = self._status.stop
 
     def note(self, text: str) -> None:
-        """Show a line."""
         self._console.print(text, highlight=False, markup=False)
 
     def section(self, title: str) -> None:
-        """A scenario begins."""
         self._number += 1
         self.note(f"[{self._number}/{self._scenarios}] {title}")
 
     def step(self, text: str) -> None:
-        """A measurement begins."""
         self._status.update(Text(text))
         if time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + _LINE_EVERY
             self.note(f"      {text}")
 
     def found(self, figures: Sequence[Figure]) -> None:
-        """A scenario, or all, has ended."""
         if figures:
             self._console.print(figures_table(figures))
 
     def report(self, report: Report, files: Sequence[Path]) -> None:
-        """Show the targets, and where the report is."""
         self.found(report.figures)
         if report.figures:
-            self.note(f"{report.met} of {len(report.figures)} targets met.")
+            said = busy(report.about)
+            met = f"{report.met} of {len(report.figures)} targets met"
+            self.note(f"{met}, {said}." if said else f"{met}.")
         paths = " and ".join(str(file) for file in files)
         self.note(f"{report.seconds:.0f} s in all. The report: {paths}")
 
 
 def figures_table(figures: Sequence[Figure], remarks: bool = False) -> Table:
-    """Return the table of the figures.
-
-    :param remarks: show them, below the figure that they belong to.
-    """
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for number, heading in enumerate(
-        ("what", "beside", "target", "median", "middle half", "")
-    ):
-        table.add_column(heading, justify="left" if number < 2 else "right")
+    """Return the table of the figures, for eighty columns."""
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        caption="x: times what it was measured beside; else an index, or as it says",
+    )
+    table.add_column("what")
+    for heading in ("target", "median", "middle half", ""):
+        table.add_column(heading, justify="right", no_wrap=True)
     for figure in figures:
-        median = spread = ""
+        is_ratio = figure.beside not in ("", "-")
+        what = f"{figure.what}, beside {figure.beside}" if is_ratio else figure.what
+        target = median = spread = ""
+        if figure.target is not None:
+            better = "less" if figure.target.at_most else "more"
+            target = f"{figure.target.bound:.2f} or {better}"
         if figure.values:
             low, high = map(nice_number, figure.spread)
-            median = f"{figure.median:.3f}"
-            spread = f"{low} .. {high}" if low != high else ""
+            median = f"{figure.median:.3f}{' x' if is_ratio else '  '}"
+            spread = f"{low}..{high}" if low != high else ""
         style = {"met": "green", "NOT MET": "bold red"}.get(figure.verdict, "")
         remark = f"\n  {figure.remark}" if remarks and figure.remark else ""
-        table.add_row(
-            Text(figure.what + remark),
-            figure.beside,
-            str(figure.target or ""),
-            median,
-            spread,
-            Text(figure.verdict, style=style),
-        )
+        verdict = Text(figure.verdict, style=style)
+        table.add_row(Text(what + remark), target, median, spread, verdict)
     return table
 
 
 def figures_lines(figures: Sequence[Figure], width: int) -> list[str]:
-    """Return the table with its remarks as lines of plain text."""
     console = Console(file=io.StringIO(), width=width, color_system=None)
     with console.capture() as captured:
         console.print(figures_table(figures, remarks=True))

@@ -5,23 +5,18 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from ..harness.bench import Bench, Scenario
+from ..harness.bench import TEXTS, Bench, Scenario
 from ..harness.findings import Section
 from . import contention, uncontended
+from .contention import STYLES
 from .generator import GENERATOR
 from .peers import PEERS
 from .scale import SCALE
-from .shift import SHIFT
-from .static import ALONE, BURSTS, SATURATED
-from .styles import STYLES
+from .static import ALONE, BURSTS, SATURATED, SHIFT
 
 POOL = Scenario(
     "pool",
-    "The pool alone",
-    "What a checkout and a checkin cost, and what happens when there are more threads "
-    "than connections, on a DBAPI that does nothing: all that is left is SQLAlchemy "
-    "and the pool. Beside QueuePool, the floor (a deque without limit or lock: nothing "
-    "can cost less) and a bare hand-off (a lock and one line: the price of order).",
+    *TEXTS["pool"],
     (
         uncontended.uncontended_tag_on_engine,
         contention.with_hold,
@@ -57,7 +52,6 @@ SCENARIOS: tuple[Scenario, ...] = (
 
 
 def play(bench: Bench, scenario: Scenario) -> Section:
-    """Run a scenario."""
     began = time.monotonic()
     found = scenario.run(bench)
     took = time.monotonic() - began

@@ -8,6 +8,7 @@ for newcomers, by design, and be a comparison of fifteen with twenty.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +18,10 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from ..harness.bench import Bench, Runs
-from ..harness.crowd import Caller, Outcome, in_threads
-from ..harness.figures import percentile
+from ..harness.bench import TEXTS, Bench, Runs, Scenario
+from ..harness.contenders import TASKS, Contender, Setup
+from ..harness.crowd import Caller, Outcome, in_tasks, in_threads
+from ..harness.figures import figure, percentile
 from ..harness.findings import Finding, Lines, Series
 from ..harness.pools import fair_engine, handoff_engine, queue_engine
 
@@ -28,7 +30,7 @@ _HOLD = 0.005
 PEERS: dict[str, Callable[[], Engine]] = {
     "FairQueuePool": fair_engine,
     "QueuePool": queue_engine,
-    "bare hand-off": handoff_engine,
+    (BARE := "bare hand-off"): handoff_engine,
 }
 
 
@@ -57,32 +59,32 @@ def on_one_tag(
 
 
 def _told(outcomes: Sequence[Outcome]) -> str:
-    """Say how a pool's threads fared, in its median round."""
     rate = statistics.median(outcome.throughput for outcome in outcomes)
     fairness = statistics.median(outcome.fairness for outcome in outcomes)
     longest = max(outcome.longest_wait for outcome in outcomes)
-    starved = max(outcome.never_served for outcome in outcomes)
-    return (
-        f"{rate:,.0f}/s, Jain {fairness:.3f}, never served {starved}, "
-        f"longest wait {longest * 1000:,.0f} ms"
-    )
+    told = f"{rate:,.0f}/s, Jain {fairness:.3f}, longest wait {longest * 1e3:,.0f} ms"
+    return f"{told} {_never_served(outcomes)}"
 
 
 def _both(runs: Runs) -> str:
     return "; ".join(f"{n}: {_told(runs[n])}" for n in list(PEERS)[:2])
 
 
-def with_hold(bench: Bench) -> Iterator[Finding]:
-    """200 threads on 20 connections."""
-    seconds = bench.pick(1.0, 0.4)
+def _compared(
+    bench: Bench, what: str, threads: int, hold: float, seconds: float, rounds: int
+) -> Runs:
     contenders = {
-        name: partial(_under_tags, make, "abc", 200, _HOLD, seconds)
+        name: partial(_under_tags, make, "abc", threads, hold, seconds)
         for name, make in PEERS.items()
     }
-    runs = bench.interleave("200 threads, 5 ms hold", contenders, bench.pick(7, 3))
-    bare = "bare hand-off"
+    return bench.interleave(what, contenders, rounds)
+
+
+def with_hold(bench: Bench) -> Iterator[Finding]:
+    seconds, rounds = bench.pick((1.0, 7), (0.4, 3))
+    runs = _compared(bench, "200 threads, 5 ms hold", 200, _HOLD, seconds, rounds)
     yield runs.ratio("hold", "throughput", remark=_both(runs))
-    yield runs.ratio(f"a {bare}: the same, throughput", "throughput", of=bare)
+    yield runs.ratio(f"a {BARE}: the same, throughput", "throughput", of=BARE)
     yield runs.value("fair 200", "fairness")
     yield runs.value("QueuePool: the same", "fairness", "QueuePool")
 
@@ -105,12 +107,7 @@ def _one_core() -> Iterator[bool]:
 
 
 def _without_hold(bench: Bench, what: str) -> Runs:
-    seconds = bench.pick(0.4, 0.2)
-    contenders = {
-        name: partial(_under_tags, make, "abc", 40, 0.0, seconds)
-        for name, make in PEERS.items()
-    }
-    return bench.interleave(what, contenders, bench.pick(9, 5))
+    return _compared(bench, what, 40, 0.0, *bench.pick((0.4, 9), (0.2, 5)))
 
 
 def without_hold(bench: Bench) -> Iterator[Finding]:
@@ -125,15 +122,14 @@ def without_hold(bench: Bench) -> Iterator[Finding]:
         runs = _without_hold(bench, "40 threads, no hold")
     remark = f"{'on one core; ' if pinned else ''}{_both(runs)}"
     yield runs.ratio("no hold", "throughput", remark=remark)
-    yield runs.ratio("the same", "throughput", over="bare hand-off")
+    yield runs.ratio("the same", "throughput", over=BARE)
 
 
 def without_hold_on_all_cores(bench: Bench) -> Iterator[Finding]:
-    """The same as it comes, see above."""
     runs = _without_hold(bench, "40 threads, all cores")
-    what, bare = "the same, on all cores", "bare hand-off"
+    what = "the same, on all cores"
     yield runs.ratio(what, "throughput", remark=_both(runs))
-    yield runs.ratio(f"a {bare}: {what}", "throughput", of=bare)
+    yield runs.ratio(f"a {BARE}: {what}", "throughput", of=BARE)
 
 
 def issue_7679(bench: Bench) -> Iterator[Finding]:
@@ -195,16 +191,12 @@ def _beside_a_flood(
 
 
 def _told_of_light(outcomes: Sequence[Outcome]) -> str:
-    """Say how the quiet thread fared."""
     served = sum(outcome.served[-1] for outcome in outcomes)
     flood = sum(sum(outcome.served) for outcome in outcomes) - served
-    seconds = sum(outcome.seconds for outcome in outcomes)
     waits = [wait for outcome in outcomes for wait in outcome.last_waits]
-    median = f", median wait {percentile(waits, 50) * 1000:.2f} ms" if served else ""
-    return (
-        f"served {served} times (the flood {flood:,}) in {seconds:.1f} s{median}, "
-        f"longest wait {max(waits) * 1000:,.1f} ms"
-    )
+    told = f"served {served} times (the flood {flood:,}), median wait "
+    told += f"{percentile(waits, 50) * 1000:.2f} ms"
+    return f"{told}, longest {max(waits) * 1000:,.1f} ms"
 
 
 def starved(outcomes: Sequence[Outcome]) -> str:
@@ -213,14 +205,15 @@ def starved(outcomes: Sequence[Outcome]) -> str:
 
 
 def light_tag(bench: Bench, key: str = "light") -> Iterator[Finding]:
-    """Measure one of `LIGHT_CASES`."""
     connects, options = LIGHT_CASES[key]
     seconds = bench.pick(1.5, 0.5)
+    makes = {
+        "FairQueuePool": partial(fair_engine, **options),
+        "QueuePool": queue_engine,
+    }
     contenders = {
-        "FairQueuePool": partial(
-            _beside_a_flood, partial(fair_engine, **options), connects, seconds
-        ),
-        "QueuePool": partial(_beside_a_flood, queue_engine, connects, seconds),
+        name: partial(_beside_a_flood, make, connects, seconds)
+        for name, make in makes.items()
     }
     runs = bench.interleave(key, contenders, bench.pick(3, 2))
     ours, theirs = map(_told_of_light, runs.values())
@@ -230,3 +223,76 @@ def light_tag(bench: Bench, key: str = "light") -> Iterator[Finding]:
     if key == "light":
         title = "Waits of one quiet thread beside a flood of 200"
         yield runs.waits(title, "last_waits", starved)
+
+
+# -- the peers' own benchmarks, in their style: what is measured, and with which numbers
+
+
+def _never_served(outcomes: Sequence[Outcome]) -> str:
+    never = max(outcome.never_served for outcome in outcomes)
+    return f"{never} never served" if never else ""
+
+
+def pg_doorman(bench: Bench) -> Iterator[Finding]:
+    """500 clients on 40 connections: p99 over p50, as in pg_doorman's documentation.
+
+    It has 1.08 for itself, 1.23 for PgBouncer and 25.5 for Odyssey, measured with
+    pgbench against a proxy. Here it is threads and a hold of 5 ms, and what is
+    compared is the same: how far the unlucky are from the usual.
+    """
+    contenders = on_one_tag(40, 500, 0.005, bench.pick(3.0, 0.8))
+    runs = bench.interleave("pg_doorman's spread", contenders, bench.pick(5, 2))
+    yield runs.value("spread", "spread")
+    yield runs.value("QueuePool: the same", "spread", "QueuePool")
+    title = "Waits of 500 clients on 40 connections (pg_doorman's benchmark)"
+    yield runs.waits(title, remark=_never_served)
+
+
+def hikaricp(bench: Bench) -> Iterator[Finding]:
+    """32 threads on 16 connections, nothing held: HikariCP's connection cycle.
+
+    Its figures are cycles per millisecond; its users' issue 1232 adds p99.9.
+    """
+    contenders = on_one_tag(16, 32, 0.0, bench.pick(1.0, 0.4))
+    what = "HikariCP's connection cycle"
+    runs = bench.interleave(what, contenders, bench.pick(7, 3))
+    remark = runs.medians(lambda outcome: outcome.throughput / 1000, ",.1f")
+    name = "32 threads on 16 connections, no hold"
+    yield runs.ratio(f"{name}: cycles", "throughput", remark=f"per ms: {remark}")
+    yield runs.ratio(f"{name}: p99.9 wait", lambda outcome: outcome.wait(99.9))
+    title = "Waits of 32 threads on 16 connections, no hold (HikariCP's benchmark)"
+    yield runs.waits(title, remark=_never_served)
+
+
+async def _hundred_tasks(bench: Bench, peer: Contender) -> Outcome:
+    async with peer.open(Setup(bench.database, 10, 1)) as connects:
+        callers = [Caller(connects("a"), 0.2)] * 100
+        return await in_tasks(callers, 8.0, settle=0.5)
+
+
+def asyncpg_1247(bench: Bench) -> Iterator[Finding]:
+    """100 tasks on 10 connections, 200 ms hold: asyncpg's issue 1247.
+
+    A fair pool serves each task every two seconds.
+    """
+
+    def run(peer: Contender) -> Outcome:
+        return asyncio.run(_hundred_tasks(bench, peer))
+
+    peers = {peer.name: partial(run, peer) for peer in TASKS}
+    runs = bench.interleave("asyncpg's issue 1247", peers, 1)
+    case = "100 tasks on 10 connections, 200 ms hold"
+    for name, longest in runs.each("longest_wait").items():
+        yield figure(f"{case}: longest wait, s, {name}", longest)
+    title = f"Waits of {case} (asyncpg's issue 1247)"
+    yield runs.waits(title, remark=_never_served)
+
+
+STYLES = Scenario(
+    "styles",
+    *TEXTS["styles"],
+    (issue_7679, pg_doorman, hikaricp),
+    ("fair 7679", "spread"),
+    more=(asyncpg_1247,),
+    sessions=12,
+)

@@ -9,43 +9,31 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
-from ..harness.bench import Bench, Scenario
+from ..harness.bench import TEXTS, Bench, Scenario
 from ..harness.crowd import Caller, Outcome, in_tasks, in_threads
+from ..harness.figures import figure
 from ..harness.findings import Finding
-from ..harness.pools import queue_engine
-from ..harness.targets import figure
+from ..harness.pools import NullConnection, queue_engine
 
 
 class _Nothing:
-    """A connection that is none."""
-
-    def close(self) -> None:
-        pass
-
-
-class _NothingAsync:
-    """The same for tasks."""
-
     async def close(self) -> None:
         pass
 
 
-_NOTHING, _NOTHING_ASYNC = _Nothing(), _NothingAsync()
+_NOTHING = NullConnection()
 
 
-async def _connect() -> Any:
-    return _NOTHING_ASYNC
+async def _connect() -> _Nothing:
+    return _Nothing()
 
 
 def alone_in_threads(callers: int, hold: float, seconds: float) -> Outcome:
-    """Let threads take turns with nothing at all."""
     return in_threads([Caller(lambda: _NOTHING, hold)] * callers, seconds, 0.05)
 
 
 def alone_in_tasks(callers: int, hold: float, seconds: float) -> Outcome:
-    """Let tasks take turns with nothing at all."""
     return asyncio.run(in_tasks([Caller(_connect, hold)] * callers, seconds, 0.05))
 
 
@@ -98,10 +86,7 @@ def sleepers(bench: Bench) -> Iterator[Finding]:
 
 GENERATOR = Scenario(
     "generator",
-    "What the measuring costs",
-    "The crowds that ask the pools for connections, asking for nothing: what they cost "
-    "themselves, and how many turns ten callers make in which there is no pool. What "
-    "the scrapers' process needed is told with their figures above.",
+    *TEXTS["generator"],
     (headroom, sleepers),
     ("generator: cost",),
 )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from typing import Any
 
 from sqla_fairpool.scheduling.policy import jain
 
-from ..harness.bench import Bench, Metric, Runs, Scenario
+from ..harness.bench import TEXTS, Bench, Metric, Runs, Scenario
 from ..harness.contenders import TASKS, THREADS, Contender, Setup
 from ..harness.crowd import Caller, Outcome, in_tasks, in_threads
 from ..harness.figures import Figure, percentile
@@ -43,8 +42,6 @@ _SETTLE = 0.12
 
 @dataclass(frozen=True)
 class Work:
-    """What a contender is given to do."""
-
     name: str
     #: Callers under each tag.
     callers: tuple[int, ...]
@@ -56,14 +53,11 @@ class Work:
     impatient: bool = False
 
     def crowd(self, connects: Any, **more: Any) -> tuple[list[Caller], list[Caller]]:
-        """Return the callers, and those that come later."""
-        callers = [
-            Caller(connects(f"tag{n}"), self.hold, **more)
-            for n, number in enumerate(self.callers)
-            for _ in range(number)
-        ]
-        light = Caller(connects("light"), HOLD, pause=HOLD) if self.with_light else None
-        return callers, [light] if light else []
+        callers = []
+        for n, number in enumerate(self.callers):
+            callers += [Caller(connects(f"tag{n}"), self.hold, **more)] * number
+        light = Caller(connects("light"), HOLD, pause=HOLD)
+        return callers, [light] * self.with_light
 
 
 def _in_threads(bench: Bench, peer: Contender, work: Work) -> Outcome:
@@ -84,45 +78,20 @@ def _in_tasks(bench: Bench, peer: Contender, work: Work) -> Outcome:
     return asyncio.run(run())
 
 
-_CYCLES = 500
-
-
-def _cycle_in_thread(bench: Bench, peer: Contender) -> float:
-    """Return the microseconds of a cycle: wall clock, so with the server's."""
-    with peer.open(Setup(bench.database, SIZE, 5)) as connects:
-        connect = connects("tag0")
-        for cycles in (20, _CYCLES):  # first to warm up
-            began = time.perf_counter()
-            for _ in range(cycles):
-                connect().close()
-        return (time.perf_counter() - began) / _CYCLES * 1e6
-
-
-def _cycle_in_task(bench: Bench, peer: Contender) -> float:
-    async def run() -> float:
-        async with peer.open(Setup(bench.database, SIZE, 5)) as connects:
-            connect = connects("tag0")
-            for cycles in (20, _CYCLES):
-                began = time.perf_counter()
-                for _ in range(cycles):
-                    await (await connect()).close()
-            return (time.perf_counter() - began) / _CYCLES * 1e6
-
-    return asyncio.run(run())
-
-
 # -- what is computed -----------------------------------------------------------------
 
 
 def over_tags(outcome: Outcome) -> float:
-    """Return Jain's index over what each of the uneven tags got."""
     served = iter(outcome.served)
     return jain([sum(islice(served, callers)) for callers in UNEVEN])
 
 
 def light_p99(outcome: Outcome) -> float:
-    """Return the p99 of the light tag's waits, in milliseconds."""
     return percentile(outcome.last_waits, 99) * 1e3
+
+
+def cycle_time(outcome: Outcome) -> float:
+    return 1e6 / outcome.throughput
 
 
 def _lost(outcome: Outcome) -> float:
@@ -163,10 +132,9 @@ class _Side:
         self._name, self._peers, self._work, self._bench = name, peers, work, bench
         self._columns: dict[str, dict[str, float]] = {}
 
-    def measure(self, cycle: Callable[[Bench, Any], float]) -> Iterator[Finding]:
-        """Make all measurements of the bench's form."""
+    def measure(self) -> Iterator[Finding]:
         seconds = self._bench.pick(1.5, 0.25)
-        yield from self._uncontended(cycle)
+        yield from self._uncontended()
         for hold in self._bench.pick((0.0, 0.001, HOLD, 0.05), (HOLD,)):
             yield from self._hold(hold, 3.0 if hold > HOLD else max(seconds, 0.55))
         yield from self._tags(seconds)
@@ -176,11 +144,11 @@ class _Side:
             yield from self._alone(seconds)
         yield from self._tables()
 
-    def _run(self, work: Work) -> Runs:
+    def _run(self, work: Work, rounds: tuple[int, int] = (5, 2)) -> Runs:
         run = partial(self._work, self._bench)
         contenders = {peer.name: partial(run, peer, work) for peer in self._peers}
         what = f"{self._name}, {work.name}"
-        return self._bench.interleave(what, contenders, self._bench.pick(5, 2))
+        return self._bench.interleave(what, contenders, self._bench.pick(*rounds))
 
     def _column(self, heading: str, runs: Runs, metric: Metric = float) -> None:
         each = runs.each(metric)
@@ -196,14 +164,13 @@ class _Side:
         yield runs.ratio(f"{self._name}: {what}", "throughput")
         yield runs.bars(title, "checkouts per second", "throughput", **more)
 
-    def _uncontended(self, cycle: Callable[[Bench, Any], float]) -> Iterator[Finding]:
-        contenders = {p.name: partial(cycle, self._bench, p) for p in self._peers}
-        what = f"{self._name}, uncontended"
-        runs = self._bench.interleave(what, contenders, self._bench.pick(9, 3))
-        self._column("uncontended, µs", runs)
+    def _uncontended(self) -> Iterator[Finding]:
+        """One caller, and the time of its cycle on the wall clock."""
+        runs = self._run(Work("uncontended", (1,), 0.1, 0.0), (9, 3))
+        self._column("uncontended, µs", runs, cycle_time)
         title = f"Uncontended checkout and checkin, {self._name}"
-        yield runs.ratio(f"{self._name}: uncontended, time")
-        yield runs.bars(title, "µs, less is better")
+        yield runs.ratio(f"{self._name}: uncontended, time", cycle_time)
+        yield runs.bars(title, "µs, less is better", cycle_time)
 
     def _hold(self, hold: float, seconds: float) -> Iterator[Finding]:
         """Five tags, each with as many callers."""
@@ -222,7 +189,6 @@ class _Side:
         yield runs.waits(title, remark=_never_served)
 
     def _tags(self, seconds: float) -> Iterator[Finding]:
-        """Five tags, of which some are louder than others."""
         runs = self._run(Work("loud and quiet tags", UNEVEN, seconds))
         self._column("Jain, tags", runs, over_tags)
         title = f"Fairness over five tags with 50, 30, 16, 8 and 6 {self._name}"
@@ -242,14 +208,12 @@ class _Side:
         yield runs.waits(title, "last_waits", starved)
 
     def _alone(self, seconds: float) -> Iterator[Finding]:
-        """One of five tags, the others having no callers."""
         runs = self._run(Work("one tag alone", (40,), seconds))
         title = f"One tag alone, 40 {self._name}: throughput"
         yield from self._throughput(runs, "one tag alone", title)
         yield _ALONE
 
     def _giving_up(self, seconds: float) -> Iterator[Finding]:
-        """Every second caller gives up."""
         runs = self._run(Work("giving up", EVEN, seconds, impatient=True))
         self._column("giving up, per s", runs, "throughput")
         self._column("given up per served", runs, _lost)
@@ -268,25 +232,16 @@ class _Side:
 
 
 def threads(bench: Bench) -> Iterator[Finding]:
-    """The pools for threads."""
-    return _Side("threads", THREADS, _in_threads, bench).measure(_cycle_in_thread)
+    return _Side("threads", THREADS, _in_threads, bench).measure()
 
 
 def tasks(bench: Bench) -> Iterator[Finding]:
-    """The pools for asyncio tasks."""
-    return _Side("tasks", TASKS, _in_tasks, bench).measure(_cycle_in_task)
+    return _Side("tasks", TASKS, _in_tasks, bench).measure()
 
 
 PEERS = Scenario(
     "peers",
-    "Against the peers",
-    f"The pools that people would use instead, each as its documentation recommends "
-    f"(see the tables), with {SIZE} connections to the same PostgreSQL and {CALLERS} "
-    "callers, so that ten wait for each connection. A caller checks out, sleeps for as "
-    "long as it holds the connection, returns it, and comes again at once; on the "
-    "server nothing is done, because the pools are what is measured. Waits that had "
-    "not ended count with what they had lasted. Threads and asyncio tasks are compared "
-    "apart.",
+    *TEXTS["peers"],
     (threads, tasks),
     tuple(
         f"{side}: {key}"

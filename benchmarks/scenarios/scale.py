@@ -21,13 +21,16 @@ from sqla_fairpool import AsyncAdaptedFairQueuePool
 from sqla_fairpool.scheduling.scheduler import Scheduler
 from sqla_fairpool.scheduling.ticket import Ticket
 
-from ..harness.bench import Bench, Runs, Scenario
+from ..harness.bench import TEXTS, Bench, Runs, Scenario
+from ..harness.figures import figure
 from ..harness.findings import Bar, Bars, Finding, Lines, Series
 from ..harness.pools import fair_engine, queue_engine
-from ..harness.targets import figure
 from .uncontended import timed
 
 FEW, MANY = 10, 10_000
+
+#: How many there are, in the full form and in the short one.
+_POWERS = (1, 3, 10, 30, 100, 300, 1000, 3000, MANY), (1, FEW, 100, 1000, MANY)
 
 #: Steps of a round of some 5 ms: most rounds fall between two disturbances.
 _STEPS = 500
@@ -43,7 +46,6 @@ Connect = Callable[[], Any]
 
 
 def make_scheduler(capacity: int = 20) -> Scheduler:
-    """Return a scheduler with the pool's default limits."""
     return Scheduler(
         capacity=capacity,
         soft_limit=-(-capacity // 2),
@@ -51,12 +53,6 @@ def make_scheduler(capacity: int = 20) -> Scheduler:
         idle_timeout=60.0,
         reallocation_interval=30.0,
         now=0.0,
-    )
-
-
-def _powers(bench: Bench) -> tuple[int, ...]:
-    return bench.pick(
-        (1, 3, 10, 30, 100, 300, 1000, 3000, MANY), (1, FEW, 100, 1000, MANY)
     )
 
 
@@ -88,7 +84,6 @@ def _tagged(engine: Engine, number: int) -> list[Connect]:
 
 
 def _random_walk(connects: list[Connect]) -> Callable[[], float]:
-    """Time checkouts and checkins, each under a tag chosen at random."""
     chosen = cycle(random.Random(7).choices(connects, k=2 * MANY))
     return timed(lambda: next(chosen)().close(), _STEPS)
 
@@ -102,7 +97,7 @@ def random_tags(bench: Bench) -> Iterator[Finding]:
     """
     contenders = {
         (name, number): _random_walk(_tagged(make(), number))
-        for number in _powers(bench)
+        for number in bench.pick(*_POWERS)
         for name, make in _PEERS.items()
     }
     runs = _interleave(bench, "random tags", contenders)
@@ -120,11 +115,8 @@ def random_tags(bench: Bench) -> Iterator[Finding]:
 
 def one_tag_of_many(bench: Bench) -> Iterator[Finding]:
     """The usual case: the same tag again, with all the others known and active."""
-    contenders = {
-        number: _random_walk(_tagged(fair_engine(), number)[:1])
-        for number in (MANY, FEW)
-    }
-    runs = _interleave(bench, "one tag of many", contenders)
+    walks = {n: _random_walk(_tagged(fair_engine(), n)[:1]) for n in (MANY, FEW)}
+    runs = _interleave(bench, "one tag of many", walks)
     what = "one tag's checkout + checkin among 10,000 active tags, time"
     yield runs.ratio(what, beside="10 tags")
 
@@ -167,7 +159,7 @@ def many_waiters(bench: Bench) -> Iterator[Finding]:
     """Under ten tags, however many they are; and each under a tag of its own."""
     ten, own = _ROLES
     contenders = {}
-    for n in _powers(bench):
+    for n in bench.pick(*_POWERS):
         contenders[ten, n] = _turnover(n, 10)
         contenders[own, n] = _turnover(n, 2 * n + 20)
     runs = _interleave(bench, "waiters", contenders)
@@ -186,14 +178,12 @@ def many_waiters(bench: Bench) -> Iterator[Finding]:
 
 
 def _crowded(make: Callable[..., Engine], size: int) -> Callable[[], float]:
-    """Time checkouts and checkins on a pool of which half is out."""
     engine = make(size).execution_options(scraper="a")
     held = [engine.connect() for _ in range(size // 2)]
     return timed(lambda held=held: engine.connect().close(), _STEPS)
 
 
 def pools_of_many_sizes(bench: Bench) -> Iterator[Finding]:
-    """From 5 to 1,000 connections, half of which are out."""
     sizes = bench.pick((5, 10, 20, 50, 100, 200, 500, 1000), (5, 20, 100, 1000))
     contenders = {
         (name, size): _crowded(make, size)
@@ -226,22 +216,18 @@ def _traced() -> Iterator[None]:
 
 
 def memory_of_a_tag(bench: Bench) -> Iterator[Finding]:
-    """The pool's own memory for a tag that is active and has one warm connection."""
-    number = 5000
-    engine = fair_engine()
-    tags = [f"tag{n}" for n in range(number)]
-    connects = [engine.execution_options(scraper=tag).connect for tag in tags]
+    engine, number = fair_engine(), 5000
+    tagged = [engine.execution_options(scraper=f"tag{n}") for n in range(number)]
     engine.connect().close()
     with _traced():
-        for connect in connects:
-            connect().close()
+        for one in tagged:
+            one.connect().close()
         gc.collect()
         each = tracemalloc.get_traced_memory()[0] / number
     yield figure("memory of an active tag, bytes", (each,))
 
 
 async def _line(pool: type[Pool], waiters: int, **options: int) -> float:
-    """Return the bytes for each of so many tasks that wait for a connection."""
     engine = create_async_engine(
         "null+async://", poolclass=pool, pool_size=4, pool_timeout=600, **options
     )
@@ -265,13 +251,11 @@ async def _line(pool: type[Pool], waiters: int, **options: int) -> float:
 
 def memory_of_a_waiter(bench: Bench) -> Iterator[Finding]:
     """A task that waits: all its memory, greenlet included, with either pool."""
-    ours = _line(AsyncAdaptedFairQueuePool, 2000, soft_limit=4, max_limit=4)
-    sizes = {
-        "AsyncAdaptedFairQueuePool": asyncio.run(ours),
-        "AsyncAdaptedQueuePool": asyncio.run(
-            _line(AsyncAdaptedQueuePool, 2000, max_overflow=0)
-        ),
+    options: dict[type[Pool], dict[str, int]] = {
+        AsyncAdaptedFairQueuePool: {"soft_limit": 4, "max_limit": 4},
+        AsyncAdaptedQueuePool: {"max_overflow": 0},
     }
+    sizes = {p.__name__: asyncio.run(_line(p, 2000, **options[p])) for p in options}
     fair, queue = sizes.values()
     yield figure(
         "memory of a task that waits for a connection",
@@ -306,10 +290,7 @@ def memory_under_a_million_tags(bench: Bench) -> Iterator[Finding]:
 
 SCALE = Scenario(
     "scale",
-    "Many tags, many waiters, large pools",
-    "What a step costs as there are more of everything, and how much memory a tag and "
-    "a waiter take. On a DBAPI that does nothing; the waiters' curves drive the "
-    "scheduler as the pool drives it, without ten thousand threads.",
+    *TEXTS["scale"],
     (
         random_tags,
         many_waiters,

@@ -2,7 +2,8 @@
 
 The static world is what there was before: a ``QueuePool`` of ten connections for
 each of three scrapers, thirty in all. The dynamic one is a ``FairQueuePool`` of
-twenty with its default limits.
+twenty with its default limits. How connections move in it when scrapers come and go,
+and how long that takes, is measured as well.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import count
 
-from ..harness.bench import Bench, Runs, Scenario
+from ..harness.bench import TEXTS, Bench, Runs, Scenario
+from ..harness.figures import figure
 from ..harness.findings import Finding, Lines, Series
 from ..harness.workload import (
     FAIR,
@@ -27,6 +29,7 @@ from ..harness.workload import (
     bursts,
     fair_world,
     run,
+    shift,
     static_world,
     work_on,
 )
@@ -36,6 +39,11 @@ SERVICE = 0.05
 
 #: The jobs of each scraper in round number so-and-so.
 Demand = Callable[[int], Mapping[str, Sequence[Job]]]
+
+
+def _demand(names: Sequence[str], jobs: Callable[[int], list[Job]]) -> Demand:
+    """Return what gives each scraper jobs by a seed of its own."""
+    return lambda number: {name: jobs(100 * number + n) for n, name in enumerate(names)}
 
 
 def _compare(
@@ -63,7 +71,6 @@ def _compare(
 def _over_time(
     title: str, outcome: Outcome, total: int, top: float = 33, end: float = 0.0
 ) -> Lines:
-    """Return a plot of what the scrapers held, one on top of the other."""
     series = [
         Series(name, points, role)
         for (name, points), role in zip(outcome.changes.items(), "abc", strict=False)
@@ -87,35 +94,25 @@ def _client(runs: Runs) -> str:
 
 def unused(outcome: Outcome, connections: int) -> float:
     """Return the connections that nobody held, as a rule, in the middle of the run."""
-    middle = [
-        held
-        for at, held in outcome.held[NAMES[0]]
-        if 0.2 * outcome.seconds < at < 0.8 * outcome.seconds
-    ]
+    begin, end = 0.2 * outcome.seconds, 0.8 * outcome.seconds
+    middle = [held for at, held in outcome.held[NAMES[0]] if begin < at < end]
     return connections - statistics.median(middle)
 
 
 def one_active(bench: Bench) -> Iterator[Finding]:
-    """One scraper has a backlog, the others rest."""
     workflows = bench.pick(300, 180)
-
-    def demand(number: int) -> Mapping[str, Sequence[Job]]:
-        return {NAMES[0]: backlog(workflows, SERVICE, number)}
-
+    demand = _demand(NAMES[:1], lambda seed: backlog(workflows, SERVICE, seed))
     database = bench.database
     worlds = [fair_world(database, threads=40), static_world(database, threads=40)]
     rounds = bench.pick(12, 5)
     runs, (fair, static) = _compare(bench, "one active scraper", worlds, demand, rounds)
-    free = Runs(
-        {
-            w.name: [unused(outcome, w.connections) for outcome in runs[w.name]]
-            for w in (fair, static)
-        }
-    )
+    free = Runs()
+    for world in (fair, static):
+        left = partial(unused, connections=world.connections)
+        free[world.name] = [left(outcome) for outcome in runs[world.name]]
     now, before = (statistics.median(values) for values in free.values())
-    remark = (
-        f"{before:g} of {static.connections} before, {now:g} of {fair.connections} now"
-    )
+    remark = f"{before:g} of {static.connections} before, "
+    remark += f"{now:g} of {fair.connections} now"
     yield runs.ratio("alone: throughput", "throughput")
     yield runs.ratio("alone: latency", "mean")
     yield free.ratio("alone: unused", remark=remark)
@@ -131,13 +128,7 @@ def one_active(bench: Bench) -> Iterator[Finding]:
 
 ALONE = Scenario(
     "alone",
-    "One active scraper",
-    "One of three scrapers has a backlog of workflows, all due at once, and the "
-    "others rest. A workflow fetches a batch with FOR UPDATE SKIP LOCKED, has the "
-    "server work for 50 ms on average, writes the batch back and commits; its latency "
-    "is counted from when it was due. Beside each other: three QueuePools of 10 (30 "
-    "connections, of which this scraper may use 10), and one FairQueuePool of 20, with "
-    "its default options.",
+    *TEXTS["alone"],
     (one_active,),
     ("alone: throughput", "alone: latency", "alone: unused"),
     sessions=52,
@@ -157,13 +148,8 @@ _LIFTED_NAME = f"{FAIR}, lifted"
 
 
 def _bursty(seconds: float, demand: float) -> Demand:
-    def jobs(number: int) -> Mapping[str, Sequence[Job]]:
-        return {
-            name: bursts(seconds, demand / 3, _BURST, SERVICE, 100 * number + n)
-            for n, name in enumerate(NAMES)
-        }
-
-    return jobs
+    each = demand / 3
+    return _demand(NAMES, lambda seed: bursts(seconds, each, _BURST, SERVICE, seed))
 
 
 def _compare_bursts(
@@ -179,7 +165,6 @@ def _compare_bursts(
 
 
 def bursty(bench: Bench) -> Iterator[Finding]:
-    """All three have bursts, at times of their own."""
     demand = _bursty(bench.pick(5.0, 1.6), _DEMAND)
     rounds = bench.pick(9, 3)
     runs, worlds = _compare_bursts(bench, "three bursty scrapers", demand, rounds)
@@ -213,14 +198,7 @@ def by_demand(bench: Bench) -> Iterator[Finding]:
 
 BURSTS = Scenario(
     "bursts",
-    "Three bursty scrapers, a third fewer connections",
-    "All three scrapers get workflows in bursts of 5 to 15 at random moments, so many "
-    "that ten connections are busy on average. Beside each other, with the same "
-    "workflows due at the same moments: three QueuePools of 10 (30 connections), one "
-    "FairQueuePool of 20 with its default limits, under which a scraper never gets "
-    "more than ten beside others, and the same with soft_limit and max_limit at 20, "
-    "under which it may have what nobody else wants. The pool's times are a hundredth "
-    "of the default ones, as the bursts are.",
+    *TEXTS["bursts"],
     (bursty,),
     (
         "bursts: throughput",
@@ -237,21 +215,11 @@ BURSTS = Scenario(
 
 
 def saturated(bench: Bench) -> Iterator[Finding]:
-    """All three want everything: fewer connections do less."""
     workflows = bench.pick(160, 80)
-
-    def demand(number: int) -> Mapping[str, Sequence[Job]]:
-        return {
-            name: backlog(workflows, SERVICE, 100 * number + n)
-            for n, name in enumerate(NAMES)
-        }
-
+    demand = _demand(NAMES, lambda seed: backlog(workflows, SERVICE, seed))
     database, rounds = bench.database, bench.pick(9, 3)
-    worlds = [
-        fair_world(database),
-        static_world(database),
-        static_world(database, (7, 7, 6)),
-    ]
+    worlds = [fair_world(database), static_world(database)]
+    worlds.append(static_world(database, (7, 7, 6)))
     what = "three saturated scrapers"
     runs, opened = _compare(bench, what, worlds, demand, rounds)
     what = "three saturated scrapers on 20 connections"
@@ -259,13 +227,9 @@ def saturated(bench: Bench) -> Iterator[Finding]:
     less = "a third fewer connections do up to a third less"
     yield runs.ratio(rate, "throughput", beside=three, remark=less)
     yield runs.ratio(f"{what}: p95 latency", "p95", beside=three)
-    yield runs.ratio(
-        rate,
-        "throughput",
-        over=opened[2].name,
-        beside="three QueuePools of 7, 7 and 6",
-        remark="the same number of connections; the scraper with 6 is ready last",
-    )
+    same = "three QueuePools of 7, 7 and 6"
+    less = "the same number of connections; the scraper with 6 is ready last"
+    yield runs.ratio(rate, "throughput", opened[2].name, beside=same, remark=less)
     yield _over_time(f"{FAIR}: 7, 7 and 6", runs[FAIR][0], 20, top=22)
     yield runs.bars("Workflows per second, all saturated", "per second", "throughput")
     yield _client(runs)
@@ -273,10 +237,99 @@ def saturated(bench: Bench) -> Iterator[Finding]:
 
 SATURATED = Scenario(
     "saturated",
-    "When all of them are saturated",
-    "The honest other half: if all three have a backlog all the time, nothing is left "
-    "to share. Twenty connections do what twenty can, and thirty do half as much "
-    "again. What the pool still does is to divide evenly.",
+    *TEXTS["saturated"],
     (saturated,),
     sessions=72,
+)
+
+
+# -- scrapers come and go -----------------------------------------------------------
+
+#: Seconds from one change to the next; longer than it takes to be found idle.
+SCENE = 1.1
+
+#: From which scene to which each scraper works: alone, two, three, two, alone.
+_SCENES = {"layer1_5": (0, 5), "layer2": (2, 3), "layer3": (1, 4)}
+
+_CHANGES = ("layer3 comes", "layer2 comes", "layer2 goes", "layer3 goes")
+
+
+def _play(world: World, bench: Bench) -> Outcome:
+    with work_on(bench.database, NAMES) as work:
+        tasks = {
+            world.scrapers[name]: shift(begin * SCENE, end * SCENE, SERVICE)
+            for name, (begin, end) in _SCENES.items()
+        }
+        return run(work, tasks, every=0.002)
+
+
+def _story(title: str, outcome: Outcome) -> Lines:
+    held = outcome.changes
+    series = [Series(n, held[n], role) for n, role in zip(NAMES, "abc", strict=True)]
+    marks = [(n * SCENE, text) for n, text in enumerate(_CHANGES, 1)]
+    axes = {"x": "seconds", "y": "connections held", "y_top": 17.0}
+    return Lines(title, series=series, marks=marks, steps=True, **axes)
+
+
+def _first(
+    outcome: Outcome, after: float, enough: Callable[[dict[str, int]], bool]
+) -> float:
+    """Return the moment from `after` on at which it was first seen to be `enough`."""
+    for number, (at, _) in enumerate(outcome.held[NAMES[-1]]):
+        held = {name: outcome.held[name][number][1] for name in NAMES}
+        if at >= after and enough(held):
+            return at
+    return outcome.seconds
+
+
+def times(outcome: Outcome) -> dict[str, float]:
+    came = 1 * SCENE
+    gone = _first(outcome, 3 * SCENE, lambda held: not held["layer2"])
+    alone = _first(outcome, 4 * SCENE, lambda held: not held["layer3"])
+    all_twenty = _first(
+        outcome, gone, lambda held: held["layer1_5"] + held["layer3"] >= 20
+    )
+    return {
+        "first": _first(outcome, came, lambda held: held["layer3"] > 0) - came,
+        "full": _first(outcome, came, lambda held: held["layer3"] >= 10) - came,
+        "freed": all_twenty - gone,
+        "idle": _first(outcome, alone, lambda held: held["layer1_5"] >= 15) - alone,
+    }
+
+
+def coming_and_going(bench: Bench) -> Iterator[Finding]:
+    with static_world(bench.database) as static:
+        contenders = {static.name: lambda: _play(static, bench)}
+        before = bench.interleave("story", contenders, 1)[static.name][0]
+
+    def shared() -> Outcome:
+        # A new pool for each: one that remembers has no scraper that is alone.
+        with fair_world(bench.database, **SCALED) as world:
+            return _play(world, bench)
+
+    outcomes = bench.interleave("story", {FAIR: shared}, bench.pick(5, 1))[FAIR]
+    took = [times(outcome) for outcome in outcomes]
+    idle, interval = SCALED["idle_timeout"], SCALED["reallocation_interval"]
+
+    def ratios(key: str, unit: float = SERVICE) -> list[float]:
+        return [max(each[key], 0.0) / unit for each in took]
+
+    workflow, remark = "a workflow", "what others hold is not taken away, it drains"
+    full = "a scraper wakes up: until it has its full share, ten"
+    freed = "a scraper stops: from its last checkin until the others have all twenty"
+    yield figure("shift: wake", ratios("first"))
+    yield figure(full, ratios("full"), workflow, remark)
+    yield figure(freed, ratios("freed"), workflow)
+    remark = f"idle_timeout {idle} s, reallocation_interval {interval} s"
+    yield figure("shift: idle", ratios("idle", idle + interval), remark=remark)
+    yield _story(f"{FAIR}: 15, then 10 and 10, then 7, 7 and 6", outcomes[0])
+    yield _story(f"{static.name}: ten, whichever others are there", before)
+
+
+SHIFT = Scenario(
+    "shift",
+    *TEXTS["shift"],
+    (coming_and_going,),
+    ("shift: wake", "shift: idle"),
+    sessions=52,
 )

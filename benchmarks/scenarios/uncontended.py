@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Engine, text
@@ -18,9 +19,9 @@ from sqlalchemy.pool import NullPool, QueuePool
 from sqla_fairpool import FairQueuePool
 
 from ..harness.bench import Bench, Runs
+from ..harness.figures import figure
 from ..harness.findings import Finding
 from ..harness.pools import fair_engine, floor_engine, queue_engine
-from ..harness.targets import figure
 
 #: In a round of some 2 ms: most of them fall between two disturbances.
 CYCLES = 250
@@ -35,40 +36,28 @@ Cycle = Callable[[], object]
 
 
 def by_engine(engine: Engine) -> Cycle:
-    """One cycle, the tag being the engine's option."""
     connect = engine.execution_options(scraper="a").connect
     return lambda: connect().close()
 
 
 def by_connection(engine: Engine) -> Cycle:
-    """One cycle, the tag being set on the connection."""
     connect = engine.connect
     return lambda: connect().execution_options(scraper="a").close()
 
 
 def untagged(engine: Engine) -> Cycle:
-    """One cycle without a tag."""
-    connect = engine.connect
-    return lambda: connect().close()
+    return lambda: engine.connect().close()
 
 
 def alternating(engine: Engine) -> Cycle:
-    """Two cycles, under one tag and under another."""
     first = engine.execution_options(scraper="a").connect
     second = engine.execution_options(scraper="b").connect
-
-    def cycle() -> None:
-        first().close()
-        second().close()
-
-    return cycle
+    return lambda: (first().close(), second().close())
 
 
 def timed(
     cycle: Cycle, cycles: int = CYCLES, clock: Callable[[], float] = time.thread_time
 ) -> Callable[[], float]:
-    """Return what runs `cycle` many times and returns the microseconds of each."""
-
     def run() -> float:
         began = clock()
         for _ in range(cycles):
@@ -87,7 +76,6 @@ def added(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def uncontended_tag_on_engine(bench: Bench) -> Iterator[Finding]:
-    """The usual way."""
     contenders = {name: timed(by_engine(make())) for name, make in PEERS.items()}
     runs = bench.interleave("uncontended", contenders, bench.pick(400, 200))
     best = ", ".join(f"{name} {min(each):.2f}" for name, each in runs.items())
@@ -98,7 +86,6 @@ def uncontended_tag_on_engine(bench: Bench) -> Iterator[Finding]:
 
 
 def uncontended_other_tags(bench: Bench) -> Iterator[Finding]:
-    """Set on the connection, absent, and two in turn."""
     for what, way in {
         "the same, tag set on the connection": by_connection,
         "the same, no tag": untagged,
@@ -114,7 +101,6 @@ def uncontended_other_tags(bench: Bench) -> Iterator[Finding]:
 
 
 def settings_of_diagnosis(bench: Bench) -> Iterator[Finding]:
-    """A checkout with each setting, beside one without."""
     settings: dict[str, dict[str, Any]] = {
         "deadlock_timeout=None": {"deadlock_timeout": None},
         "leak_threshold=60": {"leak_threshold": 60},
@@ -133,9 +119,8 @@ def settings_and_figures(bench: Bench) -> Iterator[Finding]:
     engine = fair_engine()
     for n in range(100):
         engine.execution_options(scraper=f"tag{n}").connect().close()
-    looks = {
-        name: timed(getattr(engine.pool, name), 10) for name in ("stats", "metrics")
-    }
+    names = ("stats", "metrics")
+    looks = {name: timed(getattr(engine.pool, name), 10) for name in names}
     runs = bench.interleave("figures", looks, 30)
     for name, each in runs.items():
         yield figure(f"pool.{name}() with 100 tags, µs", each, beside="")
@@ -143,17 +128,15 @@ def settings_and_figures(bench: Bench) -> Iterator[Finding]:
 
 def settings_server_tag(bench: Bench) -> Iterator[Finding]:
     """A connection that changes hands each time, which is the worst case."""
-    make = bench.database.engine
+    make = partial(bench.database.engine, pool_size=1)
     engines = {
-        "server_tag": make(FairQueuePool, pool_size=1, server_tag=True),
-        "without": make(FairQueuePool, pool_size=1, server_tag=False),
-        "QueuePool": make(QueuePool, pool_size=1),
+        "server_tag": make(FairQueuePool, server_tag=True),
+        "without": make(FairQueuePool),
+        "QueuePool": make(QueuePool),
     }
     # Enough changes in a round to see a round trip, some 50 µs.
-    contenders = {
-        name: timed(alternating(engine), 10, time.perf_counter)
-        for name, engine in engines.items()
-    }
+    clock = time.perf_counter
+    contenders = {n: timed(alternating(e), 10, clock) for n, e in engines.items()}
     runs = bench.interleave("server_tag", contenders, 100)
     for engine in engines.values():
         engine.dispose()
@@ -176,7 +159,6 @@ def _selects(connection: Any) -> Callable[[], float]:
 def _statements(
     bench: Bench, what: str, rounds: int, flip: bool = False, **options: Any
 ) -> Runs:
-    """Return the times with our pool and with QueuePool, in turns."""
     engines = [make(1, **options) for make in (fair_engine, queue_engine)]
     tagged = [engine.execution_options(scraper="a") for engine in engines]
     with tagged[0].connect() as ours, tagged[1].connect() as theirs:

@@ -28,6 +28,7 @@ __all__ = [
     "CommandError",
     "main",
     "make_argument_parser",
+    "one_line",
 ]
 
 _PROGRAM = "sqla-fairpool"
@@ -57,17 +58,26 @@ class CommandError(Exception):
     """A command cannot do its work; the text, on one line, says why.
 
     :param status: what the program exits with.
+    :param items: what the text speaks of, each to be shown on a line of its own.
     """
 
-    def __init__(self, text: str, status: int = EXIT_CANNOT_RUN) -> None:
+    def __init__(
+        self, text: str, status: int = EXIT_CANNOT_RUN, items: Sequence[str] = ()
+    ) -> None:
         super().__init__(text)
         self.status = status
+        self.items = items
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         # It quotes what it did not understand, which may be a URL.
         super().error(hide_passwords(message))
+
+
+def one_line(error: object) -> str:
+    """Return what an error says, without line ends."""
+    return " ".join(str(error).split())
 
 
 def make_argument_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -79,9 +89,11 @@ def make_argument_parser(command: str | None = None) -> argparse.ArgumentParser:
         prog=_PROGRAM,
         description="Share the connections of a SQLAlchemy pool fairly among tags.",
     )
-    parser.add_argument(
-        "--version", action="version", version=f"{_PROGRAM} {_version()}"
-    )
+    try:
+        found = version(_PROGRAM)
+    except PackageNotFoundError:
+        found = "(not installed)"
+    parser.add_argument("--version", action="version", version=f"{_PROGRAM} {found}")
     commands = parser.add_subparsers(
         title="commands", dest="command", metavar="command", required=True
     )
@@ -98,28 +110,29 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     args = sys.argv[1:] if args is None else args
     command = args[0] if args and args[0] in _COMMANDS else None
-    arguments = make_argument_parser(command).parse_args(args)
+    program = f"{_PROGRAM} {command}" if command else _PROGRAM
     try:
-        status: int = arguments.run(arguments)
-        sys.stdout.flush()
-        return status
+        try:
+            arguments = make_argument_parser(command).parse_args(args)
+            status: int = arguments.run(arguments)
+            return status
+        finally:
+            sys.stdout.flush()
     except CommandError as error:
-        text = hide_passwords(" ".join(str(error).split()))
-        print(f"{_PROGRAM} {arguments.command}: {text}", file=sys.stderr)
+        print(f"{program}: {hide_passwords(one_line(error))}", file=sys.stderr)
+        for item in error.items:
+            print(f"  {item}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt as error:
         with contextlib.suppress(OSError):  # the terminal may have gone
-            print(f"{_PROGRAM} {arguments.command}: interrupted", file=sys.stderr)
+            print(f"{program}: interrupted", file=sys.stderr)
         return EXIT_SIGNAL + (error.args[0] if error.args else signal.SIGINT)
-    except BrokenPipeError:
-        # The reader has gone, as in `sqla-fairpool demo | head`. What is left in
-        # the buffer would raise again when the interpreter flushes it.
+    except OSError as error:
+        # What is left in the buffer would raise again when the interpreter flushes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_SIGNAL + getattr(signal, "SIGPIPE", 13)
-
-
-def _version() -> str:
-    try:
-        return version(_PROGRAM)
-    except PackageNotFoundError:
-        return "(not installed)"
+        if isinstance(error, BrokenPipeError):
+            # The reader has gone, as in `sqla-fairpool demo | head`.
+            return EXIT_SIGNAL + getattr(signal, "SIGPIPE", 13)
+        what = error.filename or "the output cannot be written"
+        print(f"{program}: {what}: {error.strerror or error}", file=sys.stderr)
+        return EXIT_CANNOT_RUN

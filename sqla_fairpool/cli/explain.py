@@ -21,7 +21,8 @@ from ..scheduling.explanation import Explanation, Observed, TagFacts, explain
 from ..scheduling.limits import TagLimits
 from ..stats import TagStats
 from . import EXIT_OK, CommandError
-from .poller import make_poller
+from .ledger import add_places, find_store
+from .poller import Poller
 
 __all__ = ["add_command", "explain_tag"]
 
@@ -36,12 +37,7 @@ def add_command(commands: argparse._SubParsersAction[Any]) -> None:
     )
     parser.add_argument("tag", metavar="TAG", help="the tag, a scraper's name")
     parser.add_argument("--json", action="store_true", help="the facts as JSON")
-    parser.add_argument(
-        "--ledger", help="default: the environment's FAIRPOOL_LEDGER, or host"
-    )
-    parser.add_argument(
-        "--url", help="the database of the pools (default: DATABASE_URL)"
-    )
+    add_places(parser)
     parser.set_defaults(run=_run)
 
 
@@ -53,7 +49,7 @@ def _run(arguments: argparse.Namespace) -> int:
     # A name may have characters that the output's encoding has not.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
-    poller = make_poller(arguments)
+    poller = Poller(find_store(arguments)[0], None)
     try:
         picture = poller.start().result()
     finally:

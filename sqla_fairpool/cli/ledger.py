@@ -1,4 +1,4 @@
-"""``sqla-fairpool ledger``: what an operator does with a ledger."""
+"""``sqla-fairpool ledger``: which one is meant, and what an operator does with it."""
 
 from __future__ import annotations
 
@@ -7,40 +7,43 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import exc, text
 from sqlalchemy.engine import URL
 
-from ..launch.environment import DATABASE, LEDGER
-from ..ledger.addresses import make_store
+from ..launch.environment import DATABASE, LEDGER, Settings
+from ..ledger.addresses import known_ledgers, make_store
 from ..ledger.book import Book
 from ..ledger.errors import LedgerError, RowBroken
 from ..ledger.host import HostStore
-from ..ledger.inspector import GoneReport, LedgerReport, MemberReport, read
+from ..ledger.inspector import LedgerReport, read
+from ..ledger.overview_text import printable
 from ..ledger.postgres import PostgresStore
-from ..ledger.rows import Left
+from ..ledger.rows import Gone, Left, Member
 from ..ledger.store import StoreAway
 from ..ledger.watch import Present, look, still_there, unaccounted
-from ..options import hide_passwords
+from ..options import OPTIONS, hide_passwords
 from . import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
-from .budget import Need, ask_room, connected, given_url, need
+from .server import ask_room, connected, given_url, missing_driver, need
 
-__all__ = ["add_command"]
-
-_Store = HostStore | PostgresStore
+AnyStore = HostStore | PostgresStore
 
 #: Monitors and commands, launchers included, for which `limit` leaves room.
 _TOOLS = 2
 
 _EPILOG = """\
 examples:
+  sqla-fairpool ledger show                                    the one in use
   sqla-fairpool ledger show --url postgresql://app@db/app      its default ledger
   sqla-fairpool ledger show --ledger /run/scrapers/app.ledger
   sqla-fairpool ledger reap --ledger database --url postgresql://app@db/app
   sqla-fairpool ledger limit --url postgresql://app@db/app --processes 8
 
 The environment's FAIRPOOL_LEDGER and DATABASE_URL stand in for --ledger and --url.
+Without any of them, and with one ledger in use on this host, that one is meant.
 """
 
 
@@ -54,66 +57,100 @@ def add_command(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", metavar="action", required=True)
-    places = argparse.ArgumentParser(add_help=False)
-    places.add_argument("--ledger", default=os.environ.get(LEDGER, "host"))
-    places.add_argument("--url", default=os.environ.get(DATABASE))
-
-    def add(name: str, run: Callable[..., int], text: str) -> argparse.ArgumentParser:
-        action: argparse.ArgumentParser = actions.add_parser(
-            name, help=text, parents=[places]
-        )
+    for run, what in _ACTIONS.items():
+        name = run.__name__.strip("_")
+        action = actions.add_parser(name, help=what, description=what.capitalize())
         action.set_defaults(run=run)
-        return action
+        add_places(action)
+        for flag, dest, kind, meaning in _FLAGS.get(name, ()):
+            more = {"type": kind} if kind else {"action": "store_true"}
+            action.add_argument(flag, dest=dest, help=meaning, **more)
 
-    show = add("show", _show, "who owns what, and what is in quarantine")
-    show.add_argument("--json", action="store_true", help="for programs")
-    add(
-        "reap",
-        _reap,
-        "free what lost members have left; by the pools' --url, with their role",
+
+def add_places(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which ledger is meant, see :func:`find_store`."""
+    parser.add_argument(
+        "--ledger",
+        help="a path, 'host' (this host's file for the database of --url), 'database' "
+        "(in that database), or a PostgreSQL's URL; default: FAIRPOOL_LEDGER of the "
+        "environment, or host",
     )
-    reset = add("reset", _reset, "forget all members; refused while one lives")
-    reset.add_argument("--yes", action="store_true", help="do not ask")
-    limit = add(
-        "limit", _limit, "check the budget against the server, and hold it there"
+    parser.add_argument(
+        "--url",
+        help="the database of the pools, whose server is asked for its sessions; "
+        "default: DATABASE_URL of the environment",
     )
-    limit.add_argument(
-        "--connections",
-        type=int,
-        help="those of the pools in all processes; default: the ledger's capacity",
-    )
-    limit.add_argument(
-        "--processes",
-        type=int,
-        help="most processes at one time, each of which needs connections beside "
-        "those; default: the members that live, or else as many as connections",
-    )
-    limit.add_argument("--run", action="store_true", dest="execute", help="set it")
 
 
-# -- the ledger ------------------------------------------------------------------------
+# -- which ledger ----------------------------------------------------------------------
 
 
-def _url(arguments: argparse.Namespace) -> URL | None:
-    given = arguments.url
-    return None if given is None else given_url(given, postgresql=False)
+def find_store(arguments: argparse.Namespace) -> tuple[AnyStore, URL | None]:
+    """Return the ledger, closed, and the pools' database if it is known.
 
-
-def _store(arguments: argparse.Namespace) -> _Store:
+    It is what arguments and environment name, or else this user's only one.
+    """
+    named = {"ledger": arguments.ledger} if arguments.ledger else {}
+    given = {name: OPTIONS[name].from_text(text) for name, text in named.items()}
     try:
-        return make_store(arguments.ledger, _url(arguments), observes=True)
+        settings = Settings.read()
+        ledger = settings.with_arguments(given)["ledger"]
+        database = settings.database(arguments.url, "--url")
+        if ledger == "host" and database is None:
+            ledger = _only_ledger()
+        if ledger is None:
+            raise CommandError(
+                f"there is no ledger to look at ({LEDGER} says so, or the system has "
+                "no default one): give --ledger"
+            )
+        with settings.naming(given):
+            return make_store(ledger, database, observes=True), database
     except (exc.ArgumentError, LedgerError) as error:
         raise CommandError(str(error)) from None
+    except ImportError as error:
+        raise missing_driver(error) from None
+
+
+def _only_ledger() -> str:
+    paths = known_ledgers()
+    if not paths:
+        raise CommandError(
+            f"no process has used a ledger here yet, and no {DATABASE} says which "
+            "one to wait for: give --url or --ledger PATH"
+        )
+    # Files that are left from earlier do not count, beside one that is in use.
+    paths = [path for path in paths if _is_in_use(path)] or paths
+    if len(paths) > 1:
+        text = f"there are {len(paths)} ledgers, give --url or --ledger PATH:"
+        raise CommandError(text, items=[str(path) for path in paths])
+    return str(paths[0])
+
+
+def _is_in_use(path: Path) -> bool:
+    store = HostStore(path)
+    try:
+        store.open()
+        return bool(read(store).living)
+    except (StoreAway, RowBroken):
+        return True  # it may be
+    except LedgerError:  # no member has ever joined
+        return False
+    finally:
+        store.close()
+
+
+def require_file(store: AnyStore) -> None:
+    """Raise `LedgerError` if the ledger's file is not there: it would be created."""
+    if isinstance(store, HostStore) and not os.path.exists(store.name):
+        raise LedgerError(
+            f"there is no ledger at {store.name}: no process has used it yet"
+        )
 
 
 @contextmanager
-def _opened(arguments: argparse.Namespace) -> Iterator[_Store]:
-    store = _store(arguments)
-    if isinstance(store, HostStore) and not os.path.exists(store.name):
-        raise CommandError(
-            f"there is no ledger at {store.name}: no process has used it yet"
-        )
+def _opened(store: AnyStore) -> Iterator[AnyStore]:
     try:
+        require_file(store)
         store.open()
         yield store
     except RowBroken as error:
@@ -124,8 +161,11 @@ def _opened(arguments: argparse.Namespace) -> Iterator[_Store]:
         store.close()
 
 
+# -- show, reap, reset -----------------------------------------------------------------
+
+
 def _show(arguments: argparse.Namespace) -> int:
-    with _opened(arguments) as store:
+    with _opened(find_store(arguments)[0]) as store:
         report = read(store)
     if arguments.json:
         print(json.dumps(report.as_dict(), indent=1))
@@ -135,15 +175,16 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _lines(report: LedgerReport) -> Iterator[str]:
+    book, terms = report.book, report.book.terms
     yield f"ledger {report.name}"
     yield (
-        f"{report.capacity} slots: {report.owned} owned by {len(report.members)} "
-        f"members, {report.quarantined} in quarantine, {report.free} free; "
-        f"at most {report.soft_limit} for each tag of several, {report.max_limit} alone"
+        f"{terms.capacity} slots: {book.owned} owned by {len(book.members)} "
+        f"members, {book.quarantined} in quarantine, {book.free} free; "
+        f"at most {terms.soft_limit} for each tag of several, {terms.max_limit} alone"
     )
     if report.control_connections:
         yield f"{report.control_connections} control connections beside them"
-    if report.fresh:
+    if book.is_fresh:
         yield (
             "nothing is handed out yet: the rows were made anew, and processes that "
             "had others before may live"
@@ -153,32 +194,34 @@ def _lines(report: LedgerReport) -> Iterator[str]:
             "the server cannot be asked for sessions, so that each quarantine takes "
             f"its stated time: {hide_passwords(report.unasked)}"
         )
-    for member in report.members:
-        state = "" if member.alive else " DEAD"
-        if member.alive and member.stalled:
-            state = " STOPPED"
-        yield f"  {_who(member)}{state}: {member.owned} slots"
-        for tag, line in member.tags.items():
+    for key, member in report.members:
+        state = " STOPPED" if member.stalled else ""
+        if key not in report.living:
+            state = " DEAD"
+        yield f"  {_who(member.number, member)}{state}: {member.owned} slots"
+        for tag, line in sorted(member.tags.items()):
             idle = "" if line.active else ", idle"
             yield (
                 f"    {tag!r} at most {line.limit}{idle}; last posted: "
                 f"{line.in_use} in use, {line.waiting} waiting"
             )
-    for gone in report.gone:
-        known = f"; {gone.sessions} sessions are known" if gone.sessions else ""
-        yield f"  {_who(gone)}: {gone.slots} in quarantine, {gone.why}{known}"
+    for number, gone in sorted(book.gone.items()):
+        several = len(gone.sessions)
+        known = f"; {several} sessions are known" if several else ""
+        yield f"  {_who(number, gone)}: {gone.slots} in quarantine, {gone.why}{known}"
 
 
-def _who(row: MemberReport | GoneReport) -> str:
+def _who(number: int, row: Member | Gone) -> str:
     keys = ("program", "host", "pid", "since")
     parts = {key: str(row.who.get(key, "?")) for key in keys}
     text = "{program} ({host}:{pid}, since {since})".format(**parts)
-    return f"#{row.number} {text.encode('unicode_escape').decode()}"
+    return f"#{number} {printable(text)}"
 
 
 def _reap(arguments: argparse.Namespace) -> int:
     """Do what the next keeper that goes short would do."""
-    with _opened(arguments) as store, _asking(arguments, store) as ask:
+    meant, database = find_store(arguments)
+    with _opened(meant) as store, _asking(database, store) as ask:
         with store.transaction() as rows:
             book = Book(rows)
             texts, server = dict(book.texts), book.server
@@ -193,8 +236,7 @@ def _reap(arguments: argparse.Namespace) -> int:
             book = Book(rows)
             dead = book.reap({k: v for k, v in texts.items() if k not in living})
             view = Book(dict(rows))
-            if book.meta is not None:
-                book.tell(book.allocation())
+            book.tell()
         # After the dead were found: what they have opened before is seen now.
         present = ask()
         can_tell = present is not None and present.server == server
@@ -202,25 +244,23 @@ def _reap(arguments: argparse.Namespace) -> int:
         with store.transaction() as rows:
             book = Book(rows)
             book.release(found)
-            wake_ups = book.tell(book.allocation()) if book.meta is not None else []
+            wake_ups = book.tell()
         store.ring(wake_ups)
     freed = sum(left.gone.slots - left.slots for left in found.values())
     print(f"{len(dead)} dead found, {freed} slots freed")
     kept = sum(gone.slots for gone in view.gone.values()) - freed
     if kept:
-        if present is None:
-            reason = "without --url of a PostgreSQL the server cannot be asked"
-        elif can_tell:
+        reason = "no member has said on which server its sessions are"
+        if can_tell:
             reason = "their sessions live on the server"
-        else:
-            reason = "no member has said on which server its sessions are"
+        elif present is None:
+            reason = "without --url of a PostgreSQL the server cannot be asked"
         print(f"{kept} slots stay in quarantine: {reason}")
         return EXIT_NOT_AS_EXPECTED
     return EXIT_OK
 
 
 def _less(view: Book, present: Present) -> dict[int, Left]:
-    """Return the quarantines of which less is left, by what the server says."""
     suspects = len(unaccounted(present.peers, view.accounted))
     found = {n: still_there(gone, present, suspects) for n, gone in view.gone.items()}
     return {number: left for number, left in found.items() if left.is_less}
@@ -228,20 +268,19 @@ def _less(view: Book, present: Present) -> dict[int, Left]:
 
 @contextmanager
 def _asking(
-    arguments: argparse.Namespace, store: _Store
+    database: URL | None, store: AnyStore
 ) -> Iterator[Callable[[], Present | None]]:
     """What asks the server for its sessions, and returns None if it cannot be asked."""
-    url = _url(arguments)
-    if url is None and isinstance(store, PostgresStore):
-        yield store.look
+    if database is None or database.get_backend_name() != "postgresql":
+        if database is None and isinstance(store, PostgresStore):
+            yield store.look
+        else:
+            yield lambda: None
         return
-    if url is None or url.get_backend_name() != "postgresql":
-        yield lambda: None
-        return
-    with connected(url) as connection:
+    with connected(database) as connection:
         cursor = connection.connection.cursor()
         try:
-            yield lambda: look(cursor)
+            yield partial(look, cursor)
         except connection.dialect.loaded_dbapi.Error as error:
             raise CommandError(f"the server cannot be asked: {error}") from None
         finally:
@@ -250,16 +289,13 @@ def _asking(
 
 def _reset(arguments: argparse.Namespace) -> int:
     """Forget all members. The rows may be broken: only their keys are looked at."""
-    with _opened(arguments) as store:
+    with _opened(find_store(arguments)[0]) as store:
         with store.transaction() as rows:
             members = list(Book(rows).texts)
             number = len(rows)
         _require_no_member(store, members)
-        question = (
-            f"forget {len(members)} members, and all {number} rows of {store.name}? "
-            "[y/N] "
-        )
-        if not arguments.yes and input(question).strip().lower() not in ("y", "yes"):
+        what = f"{len(members)} members, and all {number} rows of {store.name}"
+        if not arguments.yes and not _agreed(f"forget {what}? [y/N] "):
             print("nothing done")
             return EXIT_NOT_AS_EXPECTED
         with store.transaction() as rows:
@@ -270,7 +306,15 @@ def _reset(arguments: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _require_no_member(store: _Store, members: Collection[str]) -> None:
+def _agreed(question: str) -> bool:
+    try:
+        return input(question).strip().lower() in ("y", "yes")
+    except EOFError:  # there is nobody to answer
+        print()
+        return False
+
+
+def _require_no_member(store: AnyStore, members: Collection[str]) -> None:
     """Refuse while a member lives, in a row or without one."""
     alive = len(store.living(members)) + store.strangers(members)
     if alive:
@@ -280,12 +324,16 @@ def _require_no_member(store: _Store, members: Collection[str]) -> None:
         )
 
 
-# -- the server ------------------------------------------------------------------------
+# -- limit -----------------------------------------------------------------------------
 
 
 def _limit(arguments: argparse.Namespace) -> int:
-    url = given_url(arguments.url or "")
-    needed = _need(arguments, url)
+    url = given_url(arguments.url or os.environ.get(DATABASE) or "")
+    wanted, processes = _wanted(arguments)
+    ledger = arguments.ledger or os.environ.get(LEDGER) or "host"
+    if ledger.lower() != "none":
+        find_store(arguments)  # it may be wrong
+    needed = need(wanted, processes, url, ledger, _TOOLS)
     print(needed)
     with connected(url) as connection:
         room = ask_room(connection)
@@ -302,23 +350,50 @@ def _limit(arguments: argparse.Namespace) -> int:
     return EXIT_NOT_AS_EXPECTED if problems else EXIT_OK
 
 
-def _need(arguments: argparse.Namespace, url: URL) -> Need:
-    """Return what is needed, by the arguments or else by the ledger."""
+def _wanted(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Return connections and processes, by the arguments or else by the ledger."""
     for name in ("connections", "processes"):
         given = getattr(arguments, name)
         if given is not None and given < 1:
             raise CommandError(f"--{name}: {given} is not a number of at least 1")
     wanted, processes = arguments.connections, arguments.processes
     if wanted is None:
-        with _opened(arguments) as store:
+        with _opened(find_store(arguments)[0]) as store:
             report = read(store)
-        wanted = report.capacity
+        wanted = report.book.terms.capacity
         if processes is None:
-            processes = sum(member.alive for member in report.members)
+            processes = len(report.living)
     if not processes:
         processes = wanted
         print(f"assuming {wanted} processes, as many as connections: see --processes")
-    ledger = None if arguments.ledger.lower() == "none" else arguments.ledger
-    if ledger is not None:
-        _store(arguments)
-    return need(wanted, processes, url, ledger, _TOOLS)
+    return wanted, processes
+
+
+_ACTIONS = {
+    _show: "who owns what, and what is in quarantine",
+    _reap: "free what lost members have left; by the pools' --url, with their role",
+    _reset: "forget all members; refused while one lives",
+    _limit: "check the budget against the server, and hold it there",
+}
+
+#: By action: the flag, where its value goes, the value's type, and what it means.
+_FLAGS: dict[str, list[tuple[str, str, Any, str]]] = {
+    "show": [("--json", "json", None, "for programs")],
+    "reset": [("--yes", "yes", None, "do not ask")],
+    "limit": [
+        (
+            "--connections",
+            "connections",
+            int,
+            "those of the pools in all processes; default: the ledger's capacity",
+        ),
+        (
+            "--processes",
+            "processes",
+            int,
+            "most processes at one time, each of which needs connections beside "
+            "those; default: the members that live, or else as many as connections",
+        ),
+        ("--run", "execute", None, "set it"),
+    ],
+}

@@ -19,9 +19,8 @@ from typing import Any
 
 from ..ledger.overview_text import lines, printable
 from . import EXIT_OK, CommandError
-from .poller import Picture, Poller, make_poller
-
-__all__ = ["add_command"]
+from .ledger import add_places, find_store
+from .poller import Picture, Poller
 
 #: Seconds from one look to the next.
 _INTERVAL = 5.0
@@ -37,10 +36,16 @@ examples:
   watch sqla-fairpool monitor --once
   sqla-fairpool monitor 60 --json >> pool.jsonl
 
-keys: q quit, p pause, s sort, + and - interval, arrows scroll
+keys: q quit, p pause, s sort, + and - interval; up and down choose a scraper, d or
+Enter shows it in detail, Esc all of them again; left and right scroll
+
+The column server is what the server sees of a scraper: sessions at work, of all; "-"
+where it has none, "?" where the role may not see what they do.
+
+exit status: 0 after q or --once, 2 if nothing can be shown, 130 after Ctrl-C.
 
 The environment's FAIRPOOL_LEDGER and DATABASE_URL stand in for --ledger and --url.
-Without any of them, and with one ledger on this host, that one is shown.
+Without any of them, and with one ledger in use on this host, that one is shown.
 """
 
 
@@ -69,21 +74,11 @@ def add_command(commands: Any) -> None:
         description="Tell once who has the connections, as monitor --once does.",
     )
     stats.set_defaults(once=True, seconds=_INTERVAL)
+    what = "for programs: one JSON document per look, each on a line if not once"
     for command in (parser, stats):
         command.set_defaults(run=run)
-        command.add_argument(
-            "--json",
-            action="store_true",
-            help="for programs: one JSON document per look, each on a line if not once",
-        )
-        command.add_argument(
-            "--ledger", help="default: the environment's FAIRPOOL_LEDGER, or host"
-        )
-        command.add_argument(
-            "--url",
-            help="the database of the pools; a PostgreSQL is asked what it sees "
-            "(default: the environment's DATABASE_URL)",
-        )
+        command.add_argument("--json", action="store_true", help=what)
+        add_places(command)
 
 
 def _seconds(value: str) -> float:
@@ -111,12 +106,16 @@ def run(arguments: argparse.Namespace) -> int:
     # A name may have characters that the output's encoding has not.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
-    poller = make_poller(arguments)
+    store, database = find_store(arguments)
+    is_asked = database is not None and (
+        arguments.url is not None or database.get_backend_name() == "postgresql"
+    )
+    poller = Poller(store, database if is_asked else None)
     try:
         if is_live:
             from .monitor_app import Monitor  # the import takes half a second
 
-            app = Monitor(poller.start, arguments.seconds, poller.name)
+            app = Monitor(poller.start, arguments.seconds, store.name)
             return app.run_until_quit()
         return _print(poller, arguments.seconds, arguments.once, arguments.json)
     finally:
@@ -124,10 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _has_terminal() -> bool:
-    """Tell if there is a terminal to draw on and to read keys from.
-
-    Textual draws on standard error.
-    """
+    """Tell if there is a terminal; Textual draws on standard error."""
     streams = (sys.stdin, sys.stdout, sys.stderr)
     return os.environ.get("TERM") not in ("dumb", "unknown") and all(
         stream is not None and stream.isatty() for stream in streams

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, ClassVar
 
@@ -22,16 +22,16 @@ from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import Horizontal, VerticalScroll
+from textual.renderables.bar import Bar
 from textual.renderables.sparkline import Sparkline
+from textual.scrollbar import ScrollBarRender
 from textual.widgets import DataTable, Footer, ProgressBar, Static
 
 from ..ledger import overview_text as texts
 from ..ledger.overview import Overview, ScraperRow
 from . import EXIT_OK, EXIT_SIGNAL
 from .poller import Picture
-from .server_view import Sessions
-
-__all__ = ["Monitor"]
+from .server import Sessions
 
 #: Looks that are kept for the history, and how many of them share a cell.
 _LOOKS, _PER_CELL = 60, 3
@@ -50,13 +50,30 @@ _GRACE = 5
 
 _STATUS = {"active": "green", "idle": "yellow", "silent": "bold red"}
 
-#: The orders of the rows. Ties are broken by name.
+#: The orders of the rows, by the headings of their columns; ties are by name.
 _ORDERS: dict[str, Callable[[ScraperRow], tuple[float, ...]]] = {
-    "name": lambda row: (),
+    "scraper": lambda row: (),
     "connections": lambda row: (-row.connections,),
     "waiting": lambda row: (-row.waiting, -(row.waiting_for or 0.0)),
     "idle": lambda row: (-(row.idle_for or -1.0),),
 }
+
+#: What the detail view shows of a scraper, in all and of each process.
+_DETAILS: dict[str, Callable[[Any], str]] = {
+    "connections": lambda row: str(row.connections),
+    "longest hold": lambda row: texts.seconds_text(row.held_for),
+    "waiting": lambda row: str(row.waiting),
+    "longest wait": lambda row: texts.seconds_text(row.waiting_for),
+    "checkouts": lambda row: f"{row.checkouts:,}",
+    "time-outs": lambda row: f"{row.timeouts:,}",
+}
+
+
+def use_ascii() -> None:
+    """Have Textual draw bars in this process with nothing but ASCII's characters."""
+    Bar.HALF_BAR_LEFT = Bar.BAR = Bar.HALF_BAR_RIGHT = "="
+    Sparkline.BARS = "_.:-=+*#"
+    ScrollBarRender.VERTICAL_BARS = ScrollBarRender.HORIZONTAL_BARS = [" "] * 8
 
 
 class Monitor(App[None]):
@@ -65,17 +82,19 @@ class Monitor(App[None]):
     :param look: starts a look, in the background.
     :param interval: seconds from one look to the next.
     :param name: the ledger's.
-    :param clock: seconds.
     """
 
     ENABLE_COMMAND_PALETTE = False
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("q", "quit", "Quit"),
-        Binding("Q,ctrl+c,ctrl+d", "quit", show=False, priority=True),
+        Binding("Q,ctrl+d", "quit", show=False, priority=True),
+        Binding("ctrl+c", "interrupt", show=False, priority=True),
         Binding("p,space", "pause", "Pause"),
         Binding("s", "sort", "Sort"),
         Binding("plus,equals_sign", "interval(1)", "Interval", key_display="+/-"),
         Binding("minus,underscore", "interval(-1)", show=False),
+        Binding("d", "detail", "Detail"),
+        Binding("escape", "leave", show=False),
         Binding("ctrl+z", "suspend_process", show=False, priority=True),
     ]
     VERTICAL_BREAKPOINTS = [(0, "-low"), (16, "-high")]  # noqa: RUF012
@@ -84,7 +103,7 @@ class Monitor(App[None]):
     Horizontal > Static { width: auto; }
     ProgressBar, Bar { width: 1fr; max-width: 40; }
     DataTable { height: 1fr; min-height: 3; }
-    .datatable--fixed { background: transparent; }
+    DataTable > .datatable--fixed { background: transparent; }
     #warnings { height: auto; max-height: 30%; }
     .paused { text-style: reverse; }
     .-high #figures, .-high #said { margin-bottom: 1; }
@@ -102,7 +121,9 @@ class Monitor(App[None]):
         self.theme = "ansi-dark"  # the terminal's own colours
         self.interval = interval
         self.is_paused = False
-        self.order = "name"
+        self.order = "scraper"
+        #: The scraper that is shown in detail, None for the table of all.
+        self.detail: str | None = None
         self.picture = Picture()
         #: The connections of the scrapers at the last looks.
         self.history: deque[dict[str, int]] = deque([{}] * _LOOKS, maxlen=_LOOKS)
@@ -112,6 +133,13 @@ class Monitor(App[None]):
         self._answer: Future[Picture] | None = None
         self._asked_at = self._due = clock()
         self._troubles = Text()
+        try:
+            self._marks = "▲▼"
+            # What Textual draws on.
+            self._marks.encode(getattr(sys.__stderr__, "encoding", None) or "utf-8")
+        except UnicodeEncodeError:
+            self._marks = "^v"
+            use_ascii()
 
     def run_until_quit(self) -> int:
         """Return the exit status, after a key or a signal has ended it."""
@@ -126,7 +154,7 @@ class Monitor(App[None]):
         def end(signum: int, frame: object) -> None:
             # Textual hangs when its terminal has gone: then the alarm ends it.
             signal.alarm(_GRACE)
-            status = EXIT_OK if signum == signal.SIGINT else EXIT_SIGNAL + signum
+            status = EXIT_SIGNAL + signum
             loop.call_soon_threadsafe(lambda: self.exit(return_code=status))
 
         outer = {}
@@ -148,7 +176,7 @@ class Monitor(App[None]):
             yield ProgressBar(show_eta=False, show_percentage=False)
             yield Static(id="use")
         yield Static(id="figures")
-        yield DataTable(cursor_type="none", fixed_columns=1)
+        yield DataTable(cursor_type="row", fixed_columns=1)
         yield Static(id="said", markup=False)
         with VerticalScroll(id="warnings"):
             yield Static(id="troubles")
@@ -184,6 +212,10 @@ class Monitor(App[None]):
 
     # -- keys --------------------------------------------------------------------------
 
+    def action_interrupt(self) -> None:
+        """End as every command does after Ctrl-C."""
+        self.exit(return_code=EXIT_SIGNAL + signal.SIGINT)
+
     def action_pause(self) -> None:
         """Look no more, or again: then at once."""
         self.is_paused = not self.is_paused
@@ -202,6 +234,21 @@ class Monitor(App[None]):
         if steps:
             self.interval = min(steps, key=lambda s: abs(s - self.interval))
         self._due = self._asked_at + self.interval
+        self._show()
+
+    def action_detail(self) -> None:
+        """Show the scraper under the cursor in detail, or all of them again."""
+        is_table = self.detail is None
+        self.detail = self._under_cursor() if is_table else None
+        self._show()
+
+    def on_data_table_row_selected(self) -> None:
+        """Take Enter as ``d``."""
+        self.action_detail()
+
+    def action_leave(self) -> None:
+        """Show all scrapers again."""
+        self.detail = None
         self._show()
 
     # -- what is shown -----------------------------------------------------------------
@@ -228,25 +275,41 @@ class Monitor(App[None]):
         if self.picture.server is not None:
             said.append(str(self.picture.server))
         self._say("said", "\n".join(said))
-        self._show_table(overview)
-
-    def _show_table(self, overview: Overview) -> None:
-        """Fill the table; it stays where the user has scrolled it."""
-        table: DataTable[Any] = self.query_one(DataTable)
-        x, y = table.scroll_offset
-        table.clear(columns=True)
         order = _ORDERS[self.order]
-        for row in sorted(overview.scrapers, key=lambda r: (*order(r), r.name)):
-            cells = self._cells(row, overview.limits.capacity)
+        rows = sorted(overview.scrapers, key=order)  # those came by name
+        shown = [row for row in rows if row.name == self.detail]
+        if shown:
+            self._fill(self._details(shown[0]))
+        else:
+            self.detail = None
+            self._fill((row.name, self._cells(row, overview)) for row in rows)
+
+    def _under_cursor(self) -> str | None:
+        table = self.query_one(DataTable)
+        if not table.row_count:
+            return None
+        return table.ordered_rows[table.cursor_row].key.value
+
+    def _fill(self, rows: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        """Fill the table; it stays where it is scrolled to, the cursor on its row."""
+        table: DataTable[Any] = self.query_one(DataTable)
+        (x, y), chosen = table.scroll_offset, self._under_cursor()
+        table.clear(columns=True)
+        for name, cells in rows:
             if not table.columns:
                 for heading, cell in cells.items():
-                    label = Text(heading, justify=getattr(cell, "justify", None))
+                    mark = self._marks[self.order != "scraper"]
+                    text = heading + (mark if heading == self.order else "")
+                    label = Text(text, justify=getattr(cell, "justify", None))
                     width = _LOOKS // _PER_CELL if heading == "history" else None
                     table.add_column(label, width=width)
-            table.add_row(*cells.values())
+            table.add_row(*cells.values(), key=name)
+        names = [row.key.value for row in table.ordered_rows]
+        if chosen in names:
+            table.move_cursor(row=names.index(chosen), scroll=False)
         table.scroll_to(x, y, animate=False)
 
-    def _cells(self, row: ScraperRow, capacity: int) -> dict[str, Any]:
+    def _cells(self, row: ScraperRow, overview: Overview) -> dict[str, Any]:
         """Return the cells of a scraper by their headings."""
         cells: dict[str, Any] = {}
         for column in texts.COLUMNS:
@@ -264,9 +327,21 @@ class Monitor(App[None]):
             style = "yellow" if seen.idle_in_transaction else ""
             cells["server"] = Text(text, style, justify="right")
         samples = [look.get(row.name, 0) for look in self.history]
-        cells["history"] = _blocks(samples, capacity)
+        cells["history"] = _blocks(samples, overview.limits.capacity)
         cells["processes"] = cells.pop("processes")  # the last one
         return cells
+
+    def _details(self, row: ScraperRow) -> Iterable[tuple[str, dict[str, Any]]]:
+        """Yield the rows of the detail view: the scraper, and each of its processes."""
+        rows: list[tuple[str, str, Any]] = [(texts.scraper_text(row), row.status, row)]
+        for process, figures in row.parts:
+            who = f"  {process.program} ({process.host}:{process.pid})"
+            rows.append((texts.printable(who), process.state, figures))
+        for number, (name, state, figures) in enumerate(rows):
+            cells = {"scraper, processes": Text(name), "status": Text(state)}
+            for heading, text in _DETAILS.items():
+                cells[heading] = Text(text(figures), justify="right")
+            yield str(number) if number else row.name, cells
 
     def _show_troubles(self, now: float) -> None:
         """Show what is wrong: first with the looks, then what they have found."""

@@ -1,4 +1,4 @@
-"""Looking at a ledger and its server again and again, whatever becomes of them.
+"""Looking again and again, whatever becomes of the ledger and of its server.
 
 A server that does not answer can hold a driver for minutes, inside C code, where no
 signal is handled. So everything that asks one runs in a daemon thread, see
@@ -8,34 +8,24 @@ are of no use: their threads are joined when the program ends.
 
 from __future__ import annotations
 
-import argparse
-import os
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
-from sqlalchemy import exc
 from sqlalchemy.engine import URL
 
-from ..launch.environment import DATABASE, LEDGER, Settings
-from ..ledger.addresses import known_ledgers, make_store
-from ..ledger.errors import LedgerError, RowBroken
-from ..ledger.host import HostStore
-from ..ledger.inspector import Inspector, read
+from ..ledger.errors import LedgerError
+from ..ledger.inspector import Inspector
 from ..ledger.overview import Overview
 from ..ledger.overview_text import printable, seconds_text
-from ..ledger.postgres import PostgresStore
 from ..ledger.store import StoreAway
 from ..options import hide_passwords
-from . import CommandError
-from .budget import missing_driver
-from .server_view import ServerFigures, ServerView
-
-__all__ = ["Picture", "Poller", "make_poller", "in_background"]
+from . import one_line
+from .ledger import AnyStore, require_file
+from .server import ServerFigures, ServerView
 
 _T = TypeVar("_T")
 
@@ -80,19 +70,16 @@ class Picture:
 class Poller:
     """Looks again and again, also after the ledger or its server was away.
 
-    :param store: the ledger.
     :param server: the URL of the server that is asked as well, if one is.
-    :param clock: seconds.
     """
 
     def __init__(
         self,
-        store: HostStore | PostgresStore,
+        store: AnyStore,
         server: URL | None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.name = store.name
-        self._is_file = isinstance(store, HostStore)
+        self._store = store
         self._inspector = Inspector(store)
         self._view = None if server is None else ServerView(server)
         self._clock = clock
@@ -111,14 +98,11 @@ class Poller:
         """Return the picture of this moment, or the last one and what is wrong."""
         last = self._last
         try:
-            if self._is_file and not os.path.exists(self.name):  # it would be created
-                raise LedgerError(
-                    f"there is no ledger at {self.name}: no process has used it yet"
-                )
+            require_file(self._store)
             overview = self._inspector.look()
         except (StoreAway, LedgerError) as error:
             self._inspector.close()  # the next look opens it again
-            text = printable(hide_passwords(" ".join(str(error).split())))
+            text = printable(hide_passwords(one_line(error)))
             if isinstance(error, StoreAway):
                 text = f"the ledger is away: {text}"
             self._last = Picture(last.overview, last.server, last.seen_at, text)
@@ -136,9 +120,8 @@ class Poller:
             return None
         if self._asking is None or self._asking.done():
             self._asked_at = self._clock()
-            self._asking = in_background(
-                self._view.look, overview, self._inspector.sessions
-            )
+            sessions = self._inspector.sessions
+            self._asking = in_background(self._view.look, overview, sessions)
         wait([self._asking], _PATIENCE)
         if not self._asking.done():
             silent = seconds_text(int(self._clock() - self._asked_at))
@@ -151,67 +134,3 @@ class Poller:
             wait([in_background(self._inspector.close)], _PATIENCE)
         if self._view is not None and (self._asking is None or self._asking.done()):
             wait([in_background(self._view.close)], _PATIENCE)
-
-
-# -- what is looked at -----------------------------------------------------------------
-
-
-def make_poller(arguments: argparse.Namespace) -> Poller:
-    """Return a poller of what the arguments and the environment name.
-
-    :raises CommandError: if that is nothing, or something is wrong with it.
-    """
-    given = {} if arguments.ledger is None else {"ledger": arguments.ledger}
-    try:
-        settings = Settings.read()
-        ledger = settings.with_arguments(given)["ledger"]
-        database = settings.database(arguments.url, "--url")
-        if ledger == "host" and database is None:
-            ledger = _only_ledger()
-        if ledger is None:
-            raise CommandError(
-                f"there is no ledger to look at ({LEDGER} says so, or the system has "
-                "no default one): give --ledger"
-            )
-        with settings.naming(given):
-            store = make_store(ledger, database, observes=True)
-    except (exc.ArgumentError, LedgerError) as error:
-        raise CommandError(str(error)) from None
-    except ImportError as error:
-        raise missing_driver(error) from None
-    is_asked = database is not None and (
-        arguments.url is not None or database.get_backend_name() == "postgresql"
-    )
-    return Poller(store, database if is_asked else None)
-
-
-def _only_ledger() -> str:
-    """Return the host ledger that is meant when no URL says which database."""
-    paths = known_ledgers()
-    if not paths:
-        raise CommandError(
-            f"no process has used a ledger here yet, and no {DATABASE} says which "
-            "one to wait for: give --url or --ledger PATH"
-        )
-    # Files that are left from earlier do not count, beside one that is in use.
-    paths = [path for path in paths if _is_in_use(path)] or paths
-    if len(paths) > 1:
-        found = ", ".join(str(path) for path in paths)
-        raise CommandError(
-            f"there are {len(paths)} ledgers, {found}: give --url or --ledger PATH"
-        )
-    return str(paths[0])
-
-
-def _is_in_use(path: Path) -> bool:
-    """Tell if a member of a host ledger lives, or may live."""
-    store = HostStore(path)
-    try:
-        store.open()
-        return any(member.alive for member in read(store).members)
-    except (StoreAway, RowBroken):
-        return True
-    except LedgerError:  # no member has ever joined
-        return False
-    finally:
-        store.close()

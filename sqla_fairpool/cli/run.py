@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -29,18 +31,18 @@ from ..ledger.addresses import (
 )
 from ..ledger.errors import LedgerError
 from ..options import OPTIONS, PoolOptions, hide_passwords, naming, validate_tag
-from . import EXIT_SIGNAL, CommandError
-from .budget import ask_room, connected, missing_driver, need
-
-__all__ = ["add_command"]
+from . import EXIT_SIGNAL, CommandError, one_line
+from .server import ask_room, connected, missing_driver, need
 
 _EPILOG = """\
 examples:
   DATABASE_URL=postgresql://app@db/app sqla-fairpool run scrapers/layer3.py --all
   sqla-fairpool run --scraper layer3 --pool-size 30 -m scrapers.layer3 --all
+  sqla-fairpool run --scraper news scrapy crawl news
   sqla-fairpool run --url postgresql://app@db/app --strict -v scrapers/layer3.py
 
-Options of this command come before SCRIPT; all that follows it is the script's. Several
+Options of this command come before SCRIPT; all that follows it is the script's. A
+COMMAND is a Python program on PATH, if there is no file of that name here. Several
 scripts share one budget as long as they have the same options and the same ledger.
 """
 
@@ -53,7 +55,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "run",
         help="run an unchanged script on the shared pool",
-        usage="%(prog)s [options] (SCRIPT | -m MODULE) [ARGS...]",
+        usage="%(prog)s [options] (SCRIPT | COMMAND | -m MODULE) [ARGS...]",
         description="Run an unchanged Python script, whose SQLAlchemy engines share "
         "their\nconnections with those of other such scripts.",
         epilog=_EPILOG,
@@ -141,8 +143,9 @@ def _run(arguments: argparse.Namespace) -> int:
     _check_budget(url, pool, arguments.strict, run.verbose)
     environment[RUN] = run.text
     environment["PYTHONPATH"] = _python_path(environment.get("PYTHONPATH"))
-    flag = ["-m"] if arguments.module else []
-    return _start([sys.executable, *flag, *program], environment)
+    if arguments.module:
+        return _start([sys.executable, "-m", *program], environment)
+    return _start([*_command(program[0]), *program[1:]], environment)
 
 
 # -- what the script's process is told -------------------------------------------------
@@ -151,7 +154,6 @@ def _run(arguments: argparse.Namespace) -> int:
 def _database(
     settings: Settings, given: str | None
 ) -> tuple[URL | None, tuple[str, ...] | None]:
-    """Return the URL of the database that is meant, and its place; None if unknown."""
     url = settings.database(given, "--url")
     place = None if url is None else database_place(url)
     above = settings.run
@@ -161,14 +163,12 @@ def _database(
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the pool's options that stand in the command line."""
     found = {name: getattr(arguments, name) for name in VARIABLES.values()}
     given = {n: OPTIONS[n].from_text(v) for n, v in found.items() if v is not None}
     tags = given.get("tags")
     if tags is not None and tags.startswith("@"):
         given["tags"] = _contents(tags[1:], _flag("tags"))
-    ledger = given.get("ledger")
-    if ledger is not None:
+    if ledger := given.get("ledger"):
         given["ledger"] = _absolute(ledger)
     return given
 
@@ -183,10 +183,7 @@ def _contents(path: str, flag: str) -> str:
 def _checked(
     settings: Settings, given: Mapping[str, Any], url: URL | None
 ) -> PoolOptions:
-    """Return the options that the script's pools will have.
-
-    :raises sqlalchemy.exc.ArgumentError: for a bad value, naming it as it was given.
-    """
+    """Return the options of the script's pools; errors name them as they were given."""
     with naming({name: _flag(name) for name in given}):
         options = settings.with_arguments(given)
         ledger = options["ledger"]
@@ -197,7 +194,6 @@ def _checked(
 
 
 def _tag(arguments: argparse.Namespace, name: str) -> str:
-    """Return the tag that was given, or what follows from the script's name."""
     if arguments.scraper is not None:
         return validate_tag(arguments.scraper, "--scraper")
     if not arguments.module:
@@ -220,7 +216,6 @@ def _absolute(ledger: str) -> str:
 
 
 def _python_path(given: str | None) -> str:
-    """Return PYTHONPATH with the hook in front, once."""
     others = given.split(os.pathsep) if given else []
     return os.pathsep.join([_HOOK, *(entry for entry in others if entry != _HOOK)])
 
@@ -248,18 +243,46 @@ def _check_budget(
         if problem:
             problem += f"; {needed}; lower --pool-size, or raise the server's limit"
     except CommandError as error:
-        problem = (
-            f"whether {needed.total} connections fit could not be checked: {error}"
-        )
+        fit = f"whether {needed.total} connections fit"
+        problem = f"{fit} could not be checked: {error}"
     if problem and strict:
         raise CommandError(problem)
     if problem:
-        say(f"warning: {hide_passwords(' '.join(problem.split()))}")
+        say(f"warning: {hide_passwords(one_line(problem))}")
     elif verbose:
         say(f"{needed.total} connections fit {show_place(database_place(url))}")
 
 
 # -- the start -------------------------------------------------------------------------
+
+#: How a Python program on PATH begins; the second way is for interpreters whose paths
+#: are too long for the first, or have blanks in them.
+_SHEBANG = re.compile(
+    rb"#! ?(?:\S*/env (?:-S )?)?(\S*python[\w.-]*)"
+    rb"|#! ?/bin/sh\n'''exec' [\"']?([^\"'\n]*python[\w.-]*)"
+)
+
+
+def _command(script: str) -> list[str]:
+    """Return what starts a script: a file, or else a Python program on PATH.
+
+    The latter with its own interpreter, as the shell would.
+    """
+    found = None
+    if not (os.path.exists(script) or os.path.dirname(script) or script == "-"):
+        found = shutil.which(script)
+    if found is None:
+        return [sys.executable, script]  # which says what is wrong
+    if os.name == "nt":  # there it is a zip archive behind a start program
+        return [sys.executable, found]
+    with open(found, "rb") as file:
+        match = _SHEBANG.match(file.read(1024))
+    if match is None:
+        raise CommandError(
+            f"{found} is no Python program: name the module that it starts, by -m"
+        )
+    interpreter = os.fsdecode(match[1] or match[2])
+    return [shutil.which(interpreter) or interpreter, found]
 
 
 def _start(command: list[str], environment: Mapping[str, str]) -> int:

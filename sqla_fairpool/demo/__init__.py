@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from ..cli import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
-from .signals import Signals
+from .server import Signals
 
 __all__ = ["add_command"]
 
@@ -24,7 +24,6 @@ demo could not run, 130 after Ctrl-C (which leaves nothing behind).
 
 
 def add_command(commands: Any) -> None:
-    """Add the sub-command's parser to the program's."""
     parser = commands.add_parser(
         "demo",
         help="watch three scrapers share 20 connections of a real PostgreSQL",
@@ -39,9 +38,8 @@ def add_command(commands: Any) -> None:
         help="use this PostgreSQL database, and not an embedded server; the demo "
         "writes nothing to it",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON document, nothing else"
-    )
+    what = "print one JSON document, nothing else"
+    parser.add_argument("--json", action="store_true", help=what)
     parser.add_argument(
         "--seconds-per-scenario",
         type=number,
@@ -62,11 +60,6 @@ def number(value: str) -> float:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the demo, return the exit status.
-
-    :raises CommandError: if it cannot.
-    :raises KeyboardInterrupt: after a signal, when everything is put in order.
-    """
     # Signals are noted during the imports: C modules have swallowed a
     # KeyboardInterrupt that came in the middle of theirs.
     with Signals() as signals:

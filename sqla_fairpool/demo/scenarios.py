@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from math import inf
 from secrets import token_hex
 from statistics import median_low
@@ -19,9 +18,8 @@ from sqlalchemy import Connection, Engine, QueuePool, create_engine, text
 
 from .. import FairQueuePool
 from ..cli import CommandError
-from ..cli.budget import connected, given_url
-from .server import EmbeddedServer
-from .signals import Signals
+from ..cli.server import connected, given_url
+from .server import EmbeddedServer, Signals
 from .view import Verdict, View, counts_text
 
 __all__ = ["SCENARIOS", "Sample", "judge", "play"]
@@ -75,8 +73,8 @@ def judge(
                 problems.append(f"{side}: {tag} had {most}, its ceiling is {limit}")
     for active in {sample.active for sample in samples} - {running}:
         problems.append(f"pool: active was {', '.join(sorted(active))}")
-    every = (*before, *samples)
-    in_all = max((max(sum(s.pool.values()), s.sessions) for s in every), default=0)
+    sums = [max(sum(s.pool.values()), s.sessions) for s in (*before, *samples)]
+    in_all = max(sums, default=0)
     if in_all > 20:
         problems.append(f"{in_all} in all, the capacity is 20")
     return Verdict(scenario, expected, **medians, problems=problems)
@@ -113,7 +111,7 @@ _ACTIVITY = text("""
 #: The pools of the scenarios, where layer2 is idle soon, and of the comparison. In it
 #: the second one shows what the reserve of the first costs: by default a scraper may
 #: have half while another is active.
-_SIZE = {"pool_size": 20, "max_overflow": 0}
+_SIZE = {"pool_size": 20, "max_overflow": 0, "pool_timeout": None}
 _FAIR = {"poolclass": FairQueuePool, **_SIZE}
 _SCENARIOS_POOL = {**_FAIR, "idle_timeout": 1.0, "reallocation_interval": 0.25}
 _POOLS: Mapping[str, Mapping[str, Any]] = {
@@ -135,23 +133,15 @@ class _Worker(threading.Thread):
         self.failure: Exception | None = None
         #: When its last wait began, unless that has ended.
         self.since = inf
-        self.reset()
-        self.start()
-
-    def reset(self) -> None:
-        """Begin to count checkouts anew, and the seconds of the longest wait."""
         self.checkouts, self.longest = 0, 0.0
-
-    def wait_until(self, now: float) -> float:
-        """Return the longest wait, also if it is the one that has not ended."""
-        return max(self.longest, now - self.since)
+        self.start()
 
     def run(self) -> None:
         try:
             while not self.stopping:
                 self.since = time.monotonic()
                 with self._engine.begin() as connection:
-                    self.longest = self.wait_until(time.monotonic())
+                    self.longest = max(self.longest, time.monotonic() - self.since)
                     self.since = inf
                     self.checkouts += 1
                     connection.execute(self._statement)
@@ -160,11 +150,7 @@ class _Worker(threading.Thread):
 
 
 def play(url: str | None, as_json: bool, seconds: float, signals: Signals) -> bool:
-    """Play all scenarios and compare the pools; return whether all is as expected.
-
-    :param url: the database; default: one of an embedded server.
-    :param seconds: how long each step is observed.
-    """
+    """Play all scenarios and compare the pools; return whether all is as expected."""
     with ExitStack() as stack:
         view = View(len(SCENARIOS) + len(_POOLS), as_json)
         stack.enter_context(view.live)
@@ -185,19 +171,17 @@ def play(url: str | None, as_json: bool, seconds: float, signals: Signals) -> bo
     return view.report()
 
 
-@dataclass
 class _Demo:
-    """One run on a database."""
+    """One run on a database; the connection is outside of the pools, in autocommit."""
 
-    #: A connection outside of the pools, in autocommit.
-    connection: Connection
-    view: View
-    #: How long each step is observed.
-    seconds: float
-    signals: Signals
-    #: What the pools' sessions are named.
-    name: str = field(default_factory=lambda: f"fairpool demo {token_hex(4)}")
-    workers: dict[str, list[_Worker]] = field(default_factory=dict)
+    def __init__(
+        self, connection: Connection, view: View, seconds: float, signals: Signals
+    ) -> None:
+        self.connection, self.view = connection, view
+        self.seconds, self.signals = seconds, signals
+        #: What the pools' sessions are named.
+        self.name = f"fairpool demo {token_hex(4)}"
+        self.workers: dict[str, list[_Worker]] = {}
 
     def run(self) -> None:
         url = self.connection.engine.url
@@ -215,7 +199,7 @@ class _Demo:
     def _engine(self, options: Mapping[str, Any]) -> Iterator[Engine]:
         """Yield an engine; end its scrapers and sessions after the block."""
         url, name = self.connection.engine.url, {"application_name": self.name}
-        engine = create_engine(url, connect_args=name, pool_timeout=None, **options)
+        engine = create_engine(url, connect_args=name, **options)
         try:
             yield engine
         finally:
@@ -246,23 +230,24 @@ class _Demo:
     def _compare(self, engine: Engine, pool: str) -> None:
         self._start(engine, "heavy", 60, 0.05)
         self._start(engine, "light", 1, 0.01)
-        for _ in self._moments(0.5):
-            pass  # until all connections are open
-        for worker in (*self.workers["heavy"], *self.workers["light"]):
-            worker.reset()
-        for _ in self._moments(self.seconds):
-            pass
+        for seconds in (0.5, self.seconds):  # first until all connections are open
+            for workers in self.workers.values():
+                for worker in workers:
+                    worker.checkouts, worker.longest = 0, 0.0
+            for _ in self._moments(seconds):
+                pass
         now = time.monotonic()
         for tag in ("light", "heavy"):
-            workers = self.workers[tag]
+            checkouts = [worker.checkouts for worker in self.workers[tag]]
+            # Also those that have not ended.
+            waits = [max(w.longest, now - w.since) for w in self.workers[tag]]
             row = {
                 "pool": pool,
                 "scraper": tag,
-                "checkouts_per_second": sum(w.checkouts for w in workers)
-                / self.seconds,
-                "longest_wait": max(worker.wait_until(now) for worker in workers),
-                "threads": len(workers),
-                "never_served": sum(not worker.checkouts for worker in workers),
+                "checkouts_per_second": sum(checkouts) / self.seconds,
+                "longest_wait": max(waits),
+                "threads": len(waits),
+                "never_served": checkouts.count(0),
             }
             self.view.comparison.append(row)
 

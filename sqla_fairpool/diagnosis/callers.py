@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 import sysconfig
 import threading
@@ -17,21 +18,6 @@ from types import CodeType, FrameType
 from typing import Any, TypeAlias
 
 import sqlalchemy
-
-__all__ = [
-    "Caller",
-    "Location",
-    "TaskHere",
-    "ThreadHere",
-    "describe_caller",
-    "describe_location",
-    "describe_stack",
-    "frames_of",
-    "has_ended",
-    "locations",
-    "users_level",
-    "users_location",
-]
 
 #: A weak reference to a :class:`threading.Thread` or an :class:`asyncio.Task`.
 Caller: TypeAlias = "weakref.ref[Any]"
@@ -56,9 +42,10 @@ class ThreadHere(threading.local):
     """The current thread. An instance serves all threads."""
 
     def __init__(self) -> None:
-        thread = threading.current_thread()
-        self.caller: Caller | None = _Thread(thread)
-        setattr(self.caller, "name", thread.name)  # noqa: B010
+        reference = _Thread(threading.current_thread())
+        reference.name = threading.current_thread().name
+        hash(reference)  # of a dead one it is known only if it was asked for before
+        self.caller: Caller | None = reference
 
     def frames(self) -> Iterator[FrameType]:
         """Yield the frames that led to the caller of this method, innermost first."""
@@ -75,20 +62,21 @@ class TaskHere:
             task = asyncio.current_task()
         except RuntimeError:
             return None  # no loop is running here
-        # The same object for the same task, for as long as it is referred to.
-        return None if task is None else weakref.ref(task)
+        # The same reference for the same task, for as long as that is referred to.
+        if task is None:
+            return None
+        reference = weakref.ref(task)
+        hash(reference)  # as that of a thread
+        return reference
 
     def frames(self) -> Iterator[FrameType]:
-        """Yield the frames that led to the caller of this method, innermost first.
-
-        SQLAlchemy runs its synchronous code in a greenlet below the coroutine.
-        """
+        """Yield the frames that led to the caller of this method, innermost first."""
         from greenlet import getcurrent
 
         yield from _up(sys._getframe(1))
+        # SQLAlchemy runs its synchronous code in a greenlet below the coroutine.
         parent = getcurrent().parent
-        if parent is not None:
-            yield from _up(parent.gr_frame)
+        yield from _up(parent.gr_frame if parent else None)
 
 
 def has_ended(caller: Caller | None) -> bool:
@@ -111,9 +99,7 @@ def describe_caller(caller: Caller | None) -> str:
     if isinstance(caller, _Thread):
         return f"thread {caller.name!r}{ended}"
     task = caller()
-    return (
-        "a task that has ended" if task is None else f"task {task.get_name()!r}{ended}"
-    )
+    return f"task {task.get_name()!r}{ended}" if task else "a task that has ended"
 
 
 # -- where ----------------------------------------------------------------------------
@@ -132,11 +118,11 @@ def frames_of(caller: Caller | None) -> list[FrameType]:
         return []  # another thread may have its number by now
     if isinstance(caller, _Thread):
         return list(_up(sys._current_frames().get(referent.ident or 0)))
-    frames, coroutine = [], referent.get_coro()
+    coroutine, frames = referent.get_coro(), list[Any]()
     while coroutine is not None:
-        frames.append(getattr(coroutine, "cr_frame", None))
+        frames.insert(0, getattr(coroutine, "cr_frame", None))
         coroutine = getattr(coroutine, "cr_await", None)
-    return [frame for frame in reversed(frames) if frame is not None]
+    return list(filter(None, frames))
 
 
 def locations(frames: Iterable[FrameType]) -> tuple[Location, ...]:
@@ -147,55 +133,65 @@ def locations(frames: Iterable[FrameType]) -> tuple[Location, ...]:
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _SQLALCHEMY = os.path.dirname(os.path.abspath(sqlalchemy.__file__)) + os.sep
 _LIBRARY = sysconfig.get_path("stdlib") + os.sep
-_INSTALLED = ("site-packages", "dist-packages")
+_SCRIPTS = sysconfig.get_path("scripts") + os.sep
+_PACKAGES = ("site-packages", "dist-packages")
+# Code without a file that libraries make: SQLAlchemy's and attrs' say "generated".
+_MADE = re.compile(r"<(frozen |string>|.*(generated|sqlalchemy\.))")
+
+#: The ranks of code, the user's first.
+_OWN, _PROMPT, _COMMAND, _INSTALLED, _OTHER = range(5)
 
 
-def _is_users(code: CodeType) -> bool:
-    """Tell if code is neither ours, SQLAlchemy's nor the standard library's."""
+def _rank(code: CodeType) -> int:
+    """Tell whose code it is: what a message shows is of the lowest rank there is."""
     name = code.co_filename
-    # The second are functions that SQLAlchemy generates, as a decorator's.
-    if name.startswith("<frozen ") or (name[0] == "<" and "sqlalchemy." in name):
-        return False
     if name.startswith((_HERE, _SQLALCHEMY)):
-        return False
-    return not name.startswith(_LIBRARY) or any(part in name for part in _INSTALLED)
+        return _OTHER
+    if any(part in name for part in _PACKAGES) or name.startswith(_SCRIPTS):
+        return _INSTALLED
+    if name.startswith(_LIBRARY):
+        return _OTHER
+    if not name.startswith("<"):
+        return _OWN
+    if name == "<string>" and code.co_name == "<module>":
+        return _COMMAND  # python -c; a function of that "file" may be a generated one
+    return _OTHER if _MADE.match(name) else _PROMPT
 
 
-def users_location(stack: Sequence[Location]) -> Location | None:
-    """Return the innermost location in the user's code, None without a stack."""
-    users = (location for location in stack if _is_users(location[0]))
-    return next(users, stack[0] if stack else None)
+def _users_location(stack: Sequence[Location]) -> Location | None:
+    """Return the innermost location in the user's own code, None without a stack.
+
+    Where all code is installed, the innermost of that.
+    """
+    return min(stack, key=lambda location: _rank(location[0]), default=None)
 
 
 def users_level() -> int:
     """Return the ``stacklevel`` with which a warning names the user's line."""
-    for level, frame in enumerate(_up(sys._getframe(1)), 1):
-        generated = frame.f_code.co_filename.startswith("<")  # SQLAlchemy's wrappers
-        if _is_users(frame.f_code) and not generated:
-            return level
-    return 1
+    ranks = [_rank(frame.f_code) for frame in _up(sys._getframe(1))]
+    return 1 + ranks.index(min(ranks))
 
 
 def _line_of(location: Location) -> int:
     code, offset = location
-    line = code.co_firstlineno
-    for start, end, number in code.co_lines():
-        if start <= offset < end and number is not None:
-            line = number
-    return line
+    lines = [line for start, end, line in code.co_lines() if start <= offset < end]
+    return next(filter(None, lines), code.co_firstlineno)
 
 
 #: Parts of a path that are shown; enough to know the file, short enough for a line.
 _PARTS_SHOWN = 3
 
 
-def describe_location(location: Location | None) -> str | None:
-    """Return ``scrapers/layer2/fetch.py:41 in parse``."""
+def describe_location(stack: Sequence[Location]) -> str | None:
+    """Return ``scrapers/layer2/fetch.py:41 in parse``, the innermost user's code.
+
+    None without a stack.
+    """
+    location = _users_location(stack)
     if location is None:
         return None
     code = location[0]
-    parts = code.co_filename.replace(os.sep, "/").split("/")
-    path = "/".join(parts[-_PARTS_SHOWN:])
+    path = "/".join(code.co_filename.replace(os.sep, "/").split("/")[-_PARTS_SHOWN:])
     return f"{path}:{_line_of(location)} in {code.co_name}"
 
 
@@ -204,13 +200,11 @@ def describe_stack(stack: Sequence[Location]) -> str:
 
     Empty without a stack.
     """
-    last = users_location(stack)
+    last = _users_location(stack)
     if last is None:
         return ""
-    users = list(stack)[stack.index(last) :]
-    lines = [
-        f'\n  File "{location[0].co_filename}", line {_line_of(location)}, in '
-        f"{location[0].co_name}"
-        for location in reversed(users)
-    ]
-    return "\nchecked out at (most recent call last):" + "".join(lines)
+    text = "\nchecked out at (most recent call last):"
+    for location in reversed(stack[stack.index(last) :]):
+        code, line = location[0], _line_of(location)
+        text += f'\n  File "{code.co_filename}", line {line}, in {code.co_name}'
+    return text

@@ -8,8 +8,7 @@ The pool is known by the protocols here alone; it imports this folder, not the r
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from types import FrameType
 from typing import Any, NamedTuple, Protocol, cast
@@ -27,11 +26,8 @@ from .callers import (
     frames_of,
     has_ended,
     locations,
-    users_location,
 )
 from .report import Diagnosis, Holding
-
-__all__ = ["Capture", "Checkout", "Out", "Pool", "capture"]
 
 #: Holders whose present location in the code is looked up: that takes time, and a
 #: message names no more.
@@ -72,19 +68,16 @@ class Out(NamedTuple):
     holder: Caller | None
     stack: tuple[Location, ...]
     #: It is being opened, the first one of the checkout or another one.
-    opening: bool
+    opening: bool = False
     #: No caller has it, and none opens it: it is about to be handed out; or it was
     #: dropped, and is being reset before it comes back, as slowly as the database does.
-    unclaimed: bool
+    unclaimed: bool = False
 
     @classmethod
-    def of(
-        cls, checkout: Checkout, *, opening: bool = False, unclaimed: bool = False
-    ) -> Out:
+    def of(cls, checkout: Checkout, **state: bool) -> Out:
         """Copy a checkout. Caller is in a section."""
         tag, since, used = checkout.tag_state.tag, checkout.since, checkout.used
-        holder, stack = checkout.holder, checkout.stack
-        return cls(checkout, tag, since, used, holder, stack, opening, unclaimed)
+        return cls(checkout, tag, since, used, checkout.holder, checkout.stack, **state)
 
     def as_holding(
         self,
@@ -94,11 +87,10 @@ class Out(NamedTuple):
         *,
         look_up: bool = True,
     ) -> Holding:
-        """Return the facts. Without the lock.
+        """Return the facts, without the lock; if `look_up`, where the holder is now.
 
         :param asking: the caller that has waited in vain.
         :param waiting: all callers that wait.
-        :param look_up: find out where the holder is now.
         """
         own = self.holder is not None and self.holder is asking
         frames = frames_of(self.holder) if look_up and not own else []
@@ -107,8 +99,8 @@ class Out(NamedTuple):
             tag=self.tag,
             age=max(now - self.since, 0.0),
             caller=describe_caller(self.holder),
-            taken_at=describe_location(users_location(self.stack)),
-            now_at=describe_location(users_location(locations(frames))),
+            taken_at=describe_location(self.stack),
+            now_at=describe_location(locations(frames)),
             statement_age=max(now - self.used, 0.0) if is_used else None,
             opening=self.opening,
             own=own,
@@ -118,13 +110,14 @@ class Out(NamedTuple):
 
 
 class Pool(Protocol):
-    """What is read of a pool. All is called in a section of its lock, but `section`."""
+    """What is read of a pool. All is called in a section of its lock, but `run`."""
 
     @property
     def logger(self) -> Any: ...
 
-    #: Hold the lock; gives the time.
-    def section(self) -> AbstractContextManager[float]: ...
+    #: Calls a function in a section, with the time.
+    @property
+    def run(self) -> Callable[..., Any]: ...
 
     @property
     def options(self) -> PoolOptions: ...
@@ -155,15 +148,12 @@ class Capture(NamedTuple):
     waiting: Collection[Caller | None]
 
     def diagnose(self, frames: Iterable[FrameType]) -> Diagnosis:
-        """Return the facts. Without the lock.
-
-        :param frames: those of the caller that waited.
-        """
+        """Return the facts, without the lock; `frames` are the waiting caller's."""
         holdings = [
             out.as_holding(self.now, self.caller, self.waiting, look_up=n < _LOOKED_UP)
             for n, out in enumerate(sorted(self.out, key=lambda out: out.since))
         ]
-        asked_at = describe_location(users_location(locations(frames)))
+        asked_at = describe_location(locations(frames))
         return replace(self.figures, holdings=tuple(holdings), asked_at=asked_at)
 
 

@@ -20,14 +20,11 @@ from __future__ import annotations
 import gc
 import math
 import threading
-from collections.abc import Sequence
 
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import WAITING, TagState
 from .callers import TaskHere
-from .capture import Checkout, Out, Pool
-
-__all__ = ["collect", "holds_another", "is_stuck"]
+from .capture import Checkout, Pool
 
 
 def holds_another(pool: Pool, checkout: Checkout) -> bool:
@@ -58,10 +55,8 @@ def is_stuck(pool: Pool, checkout: Checkout, deadline: float) -> bool:
     if checkout.state is not WAITING or scheduler.capacity != pool.options.capacity:
         return False  # granted; or a slot is out of use for a moment
     out = pool.checkouts_out()
-    if len(out) < scheduler.in_use:
-        return False  # a slot is with no caller
-    if any(other.unclaimed for other in out):
-        return False  # a connection comes back, or is about to be handed out
+    if len(out) < scheduler.in_use or any(other.unclaimed for other in out):
+        return False  # a slot is with no caller, or a connection on its way
     if not any(other.holder is checkout.holder for other in out):
         return False
     if _may_rise(scheduler, checkout.tag_state, deadline):
@@ -69,16 +64,17 @@ def is_stuck(pool: Pool, checkout: Checkout, deadline: float) -> bool:
     # One for each caller, the newest: a signal handler may wait during a wait.
     waiting = sorted(pool.checkouts_waiting(), key=lambda other: other.number)
     stuck = {other.holder: other for other in waiting if other.holder is not None}
-    while True:
-        able = [
-            caller
-            for caller, theirs in stuck.items()
-            if any(o.holder not in stuck for o in _helpful(scheduler, theirs, out))
-        ]
-        if not able:
-            return checkout.holder in stuck
+
+    def can_go_on(waiting: Checkout) -> bool:
+        tag, state = waiting.tag_state.tag, waiting.tag_state
+        own_only = state.in_use >= scheduler.ceiling(state)  # others' would not help
+        helpful = [o for o in out if o.tag == tag] if own_only else out
+        return any(other.holder not in stuck for other in helpful)
+
+    while able := [caller for caller, own in stuck.items() if can_go_on(own)]:
         for caller in able:
             del stuck[caller]
+    return checkout.holder in stuck
 
 
 def collect() -> bool:
@@ -93,16 +89,6 @@ def collect() -> bool:
     cycle.append(cycle)
     del cycle
     return gc.collect() > 0
-
-
-def _helpful(
-    scheduler: Scheduler, waiting: Checkout, out: Sequence[Out]
-) -> Sequence[Out]:
-    """Return those that are out whose return would help a waiting one."""
-    tag_state = waiting.tag_state
-    if tag_state.in_use >= scheduler.ceiling(tag_state):
-        return [other for other in out if other.tag == tag_state.tag]
-    return out
 
 
 def _may_rise(scheduler: Scheduler, tag_state: TagState, deadline: float) -> bool:

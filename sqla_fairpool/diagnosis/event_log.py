@@ -1,34 +1,43 @@
-"""What an operator reads in the log: one line when something has changed.
+"""What an operator reads in the log: what has changed, and what is out for too long.
 
 A tag has become active or idle, and with it the others' limits; the pool is exhausted,
-or is not any more. Tags are printable by definition (:func:`.options.validate_tag`)
-and shown as Python shows strings, so that no line can be forged.
+or is not any more; with ``leak_threshold``, a connection does not come back. Tags are
+printable by definition (:func:`.options.validate_tag`) and shown as Python shows
+strings, so that no line can be forged.
 
-Rule of this file: everything is called under the pool's lock, and nothing is logged
-before it is released. Logging takes locks of its own, and a thread that holds one of
-those may be in a finaliser that waits for the pool's.
+Rule of this file: nothing is logged under the pool's lock. Logging takes locks of its
+own, and a thread that holds one of those may be in a finaliser that waits for the
+pool's.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from ..background import start_thread
+from .callers import describe_stack
+from .capture import Checkout, Out, Pool
 from .report import describe_holders, duration
-
-__all__ = ["EventLog"]
 
 #: Seconds without a waiting caller after which an exhaustion is over. A pool that works
 #: at its limit runs empty many times a second, and that is one exhaustion.
 _OVER_AFTER = 5.0
 
+#: Looks for leaks within one threshold, and the longest time between two. A look costs
+#: some microseconds; a leak is reported that much late at most.
+_LOOKS = 4
+_LONGEST_PAUSE = 1.0
+
 
 class EventLog:
-    """Writes to a pool's logger, and remembers what it has written.
+    """Writes to a pool's logger. All is called under the pool's lock.
 
     :param later: takes what is to be done after the lock.
     """
@@ -63,29 +72,91 @@ class EventLog:
         """Log that a caller has to wait because all slots are in use."""
         self._since = self._last = now
         self.next_look = now + _OVER_AFTER
-        self._log(
-            "Pool exhausted: tag %r has to wait, all %d connections are in use; %s",
-            tag,
-            capacity,
-            describe_holders(holders),
-        )
+        held = describe_holders(holders)
+        text = "Pool exhausted: tag %r has to wait, all %d connections are in use; %s"
+        self._log(text, tag, capacity, held)
 
     def look(self, now: float, waiting: int, waits: int) -> None:
-        """Look if the exhaustion is over, and log it.
-
-        :param waiting: how many callers wait now.
-        :param waits: how many have had to wait, in all.
-        """
+        """Look if the exhaustion is over: how many wait now, and have had to in all."""
         self.next_look = now + _OVER_AFTER
         if waiting or waits != self._waits:
             self._last = now
             self._waits = waits
         elif now - self._last >= _OVER_AFTER:
-            self._log(
-                "Pool no longer exhausted: no caller waits any more, after %s",
-                duration(self._last - self._since),
-            )
+            lasted = duration(self._last - self._since)
+            text = "Pool no longer exhausted: no caller waits any more, after %s"
+            self._log(text, lasted)
             self._since = self.next_look = math.inf
 
     def _log(self, text: str, *values: object) -> None:
-        self._later.append(partial(self.logger.info, text, *values))
+        # Not isEnabledFor(), which takes a lock of logging's.
+        if self.logger.getEffectiveLevel() <= logging.INFO:
+            self._later.append(partial(self.logger.info, text, *values))
+
+
+class LeakWatch:
+    """Reports what is out for `threshold` seconds, once for each checkout.
+
+    A daemon thread looks, because a pool may never be called again once all its
+    connections have leaked. Nothing is ever taken away.
+    """
+
+    def __init__(self, pool: Pool, threshold: float) -> None:
+        self._pool = weakref.ref(pool)
+        self._threshold = threshold
+        # The thread: the first that is entered is it. An interrupt in the middle of
+        # starting one leaves no entry.
+        self._runner: dict[str, threading.Thread] = {}
+
+    def start(self) -> None:
+        """Have a thread look from now on, if there is none yet."""
+        if not self._runner:
+            pause = min(self._threshold / _LOOKS, _LONGEST_PAUSE)
+            watch = partial(_watch, weakref.ref(self), pause)
+            start_thread(watch, "sqla_fairpool leak_threshold")
+
+    def is_runner(self) -> bool:
+        """Tell if this thread is the one that looks; no other does."""
+        this = threading.current_thread()
+        return self._runner.setdefault("runner", this) is this
+
+    def look(self) -> None:
+        """Report what is out for too long and was not reported yet."""
+        pool = self._pool()
+        if pool is None:
+            return
+        text = "Connection out for %s, longer than leak_threshold %s: %s%s"
+        limit = duration(self._threshold)
+        for out, now in pool.run(self._late, pool):
+            holding, stack = out.as_holding(now), describe_stack(out.stack)
+            pool.logger.warning(text, duration(holding.age), limit, holding, stack)
+
+    def _late(self, pool: Pool, now: float) -> list[tuple[Out, float]]:
+        late = []
+        for out in pool.checkouts_out():
+            if now - out.since >= self._threshold and not out.checkout.reported:
+                out.checkout.reported = True
+                out.checkout.may_keep = False  # its return is to be noticed
+                late.append((out, now))
+        return late
+
+    def returned(self, checkout: Checkout, now: float) -> Callable[[], None]:
+        """Return what logs that a reported connection has come back."""
+        pool = self._pool()
+        assert pool is not None
+        checkout.reported = False
+        logger, out = pool.logger, Out.of(checkout)
+
+        def log() -> None:
+            holding = out.as_holding(now, look_up=False)
+            logger.warning("Connection back that was out for too long: %s", holding)
+
+        return log
+
+
+def _watch(ref: weakref.ref[LeakWatch], pause: float) -> None:
+    never = threading.Event()
+    while (watch := ref()) is not None and watch.is_runner():
+        watch.look()
+        del watch
+        never.wait(pause)

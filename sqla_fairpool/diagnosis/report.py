@@ -5,10 +5,9 @@ Pure: from what was copied of the pool under its lock to what an operator reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-
-__all__ = ["Diagnosis", "Holding", "describe_holders", "duration"]
 
 #: Holders named in a message; the others are summed up. Six fit on a line.
 _HOLDERS_NAMED = 6
@@ -55,20 +54,17 @@ class Holding:
         return self.age if self.statement_age is None else self.statement_age
 
     def __str__(self) -> str:
-        parts = [f"{self.tag!r} for {duration(self.age)} by {self.caller}"]
-        if self.taken_at is not None:
-            parts.append(f"taken at {self.taken_at}")
-        if self.opening:
-            parts.append("still connecting")
-        elif self.statement_age is None:
-            parts.append("no statement yet")
-        else:
-            parts.append(f"last statement {duration(self.statement_age)} ago")
-        if self.waits and not self.own:
-            parts.append("waits for one more")
-        if self.now_at is not None and not self.own:
-            parts.append(f"now at {self.now_at}")
-        return ", ".join(parts)
+        statement = "no statement yet"
+        if self.statement_age is not None:
+            statement = f"last statement {duration(self.statement_age)} ago"
+        parts = (
+            f"{self.tag!r} for {duration(self.age)} by {self.caller}",
+            self.taken_at and f"taken at {self.taken_at}",
+            "still connecting" if self.opening else statement,
+            "waits for one more" if self.waits and not self.own else None,
+            f"now at {self.now_at}" if self.now_at and not self.own else None,
+        )
+        return ", ".join(filter(None, parts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +106,8 @@ class Diagnosis:
 
     def __str__(self) -> str:
         oldest = "; ".join(map(str, self.oldest[:_OLDEST_NAMED]))
-        parts = [
-            self.figures,
-            oldest and f"oldest: {oldest}",
-            self.asked_at and f"asked for at {self.asked_at}",
-        ]
-        return "; ".join(filter(None, parts))
+        text = f"{self.figures}; oldest: {oldest}" if oldest else self.figures
+        return f"{text}; asked for at {self.asked_at}" if self.asked_at else text
 
     @property
     def figures(self) -> str:
@@ -172,135 +164,125 @@ class Diagnosis:
         What others have done wrong comes before what is the caller's own, unless no
         other caller could have helped.
         """
-        held = self.oldest
-        sentences = (say(self, held) for say in _ADVICE)
-        return next(sentence for sentence in sentences if sentence is not None)
+        return next(text for fits in _ADVICE for text in fits(self, self.oldest))
 
 
-def _only_nested(case: Diagnosis, held: Sequence[Holding]) -> str | None:
+# -- one sentence of advice: each yields its own if that fits the case -----------------
+
+
+def _only_nested(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
     alone = all(h.own or h.waits for h in held) and not case.without_caller
-    goes_short = case.goes_short and not case.at_ceiling
-    return _nested(case, case.holdings) if alone and not goes_short else None
+    if alone and (case.at_ceiling or not case.goes_short):
+        yield from _nested(case, case.holdings)
 
 
-def _nested(case: Diagnosis, held: Sequence[Holding]) -> str | None:
-    own = next((h for h in held if h.own), None)
-    if own is None:
-        return None
-    where = f" at {own.taken_at}" if own.taken_at else ""
-    return (
-        f"the caller itself holds a connection of {own.tag!r}, taken{where} "
-        f"{duration(own.age)} ago, and waits for one more: return the first before, "
-        "or pass it on"
-    )
+def _nested(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
+    for own in [h for h in held if h.own][:1]:
+        yield (
+            f"the caller itself holds a connection of {own.tag!r}, "
+            f"taken{_taken_at(own)} {duration(own.age)} ago, and waits for one more: "
+            "return the first before, or pass it on"
+        )
 
 
-def _no_ledger(case: Diagnosis, held: Sequence[Holding]) -> str | None:
-    if case.ledger_trouble is None:
-        return None
-    return (
-        f"without the ledger, no more than {case.allotted} connections may be open "
-        f"here: {case.ledger_trouble}"
-    )
+def _no_ledger(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
+    if case.ledger_trouble is not None:
+        yield (
+            f"without the ledger, no more than {case.allotted} connections may be open "
+            f"here: {case.ledger_trouble}"
+        )
 
 
-def _other_processes(case: Diagnosis, held: Sequence[Holding]) -> str | None:
-    if not case.goes_short:
-        return None
-    return (
-        f"the ledger lets this process have {case.allotted} of {case.capacity} "
-        "connections now, the others are other processes': sqla-fairpool monitor "
-        "shows whose"
-    )
+def _other_processes(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
+    if case.goes_short:
+        yield (
+            f"the ledger lets this process have {case.allotted} of {case.capacity} "
+            "connections now, the others are other processes': sqla-fairpool monitor "
+            "shows whose"
+        )
 
 
-def _connecting(case: Diagnosis, held: Sequence[Holding]) -> str | None:
+def _connecting(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
     opening = [h for h in held if h.opening and h.age >= case.waited / 2]
-    if not _are_most(opening, held):
-        return None
-    return (
-        f"{len(opening)} of {len(held)} connections are being opened, the first for "
-        f"{duration(opening[0].age)}: the database does not answer"
-    )
+    if _are_most(opening, held):
+        yield (
+            f"{len(opening)} of {len(held)} connections are being opened, the first "
+            f"for {duration(opening[0].age)}: the database does not answer"
+        )
 
 
-def _are_most(some: Sequence[Holding], held: Sequence[Holding]) -> bool:
-    """Tell if they are half, or more, of what others than the caller hold."""
-    return bool(some) and 2 * len(some) >= sum(not h.own for h in held)
+def _without_caller(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
+    number = case.without_caller
+    if number and number >= sum(not h.own for h in held):
+        yield (
+            f"{number} of {number + len(held)} connections are with no caller: they "
+            "are being closed, opened ahead or handed over, and the database is slow "
+            "to answer; if this lasts, the pool has lost them"
+        )
 
 
-def _without_caller(case: Diagnosis, held: Sequence[Holding]) -> str | None:
-    others = sum(not h.own for h in held)
-    if not case.without_caller or case.without_caller < others:
-        return None
-    number, total = case.without_caller, case.without_caller + len(held)
-    return (
-        f"{number} of {total} connections are with no caller: they are being closed, "
-        "opened ahead or handed over, and the database is slow to answer; if this "
-        "lasts, the pool has lost them"
-    )
-
-
-def _leaked(case: Diagnosis, held: Sequence[Holding]) -> str | None:
+def _leaked(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
     held = [h for h in held if not h.own]
     old = [h for h in held if h.abandoned or h.age >= _OLD * max(case.waited, _QUIET)]
     if not old or (2 * len(old) > len(held) > 2 and not old[0].abandoned):
-        return None  # when most are old, it is how they work
+        return  # when most are old, it is how they work
     first = old[0]
-    where = f", taken at {first.taken_at}" if first.taken_at else ""
+    where = f", taken{_taken_at(first)}" if first.taken_at else ""
     how = "" if first.taken_at else "; leak_threshold would tell where it was taken"
-    return (
+    yield (
         f"a connection of {first.tag!r} is out for {duration(first.age)} "
         f"({first.caller}{where}): it may never come back{how}"
     )
 
 
-def _idle_holder(case: Diagnosis, held: Sequence[Holding]) -> str | None:
-    quiet = [
-        h
-        for h in held
-        if not (h.own or h.opening or h.abandoned) and h.quiet_for >= _QUIET
-    ]
+def _idle_holder(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
+    idle = [h for h in held if not (h.own or h.opening or h.abandoned)]
+    quiet = [h for h in idle if h.quiet_for >= _QUIET]
     if not _are_most(quiet, held):
-        return None
-    by_tag: dict[str, list[Holding]] = {}
-    for holding in quiet:
-        by_tag.setdefault(holding.tag, []).append(holding)
-    tag, most = max(by_tag.items(), key=lambda item: len(item[1]))
-    since = min(h.quiet_for for h in most)
+        return
+    tag = Counter(h.tag for h in quiet).most_common(1)[0][0]
+    most = [h for h in quiet if h.tag == tag]
     first = next((h for h in most if h.now_at or h.taken_at), most[0])
-    where = f" (one was taken at {first.taken_at})" if first.taken_at else ""
+    where = f" (one was taken{_taken_at(first)})" if first.taken_at else ""
     if first.now_at:
         where = f" ({first.caller} is at {first.now_at})"
-    return (
+    yield (
         f"{tag!r} keeps {len(most)} of {len(held)} connections unused, the last "
-        f"statement was {duration(since)} ago{where}: end the transaction and close "
-        "before waiting for something else"
+        f"statement was {duration(min(h.quiet_for for h in most))} ago{where}: end the "
+        "transaction and close before waiting for something else"
     )
 
 
-def _ceiling(case: Diagnosis, held: Sequence[Holding]) -> str | None:
-    if not case.at_ceiling or case.pool_in_use >= case.capacity:
-        return None
-    why = f"alone it may have {case.ceiling} (max_limit)"
-    if case.active_tags > 1:
-        why = f"of {case.active_tags} active tags each may have {case.ceiling} "
-        why += "(soft_limit)"
-    if case.max == case.ceiling:
-        why = f"it may have {case.max} (max, its own)"
-    elif case.kept_free:
-        why += f", and {case.kept_free} of these are reserved for others"
-    return (
-        f"tag {case.tag!r} is at its ceiling while the pool has "
-        f"{case.capacity - case.pool_in_use} free: {why}"
-    )
+def _ceiling(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
+    if case.at_ceiling and case.pool_in_use < case.capacity:
+        why = f"alone it may have {case.ceiling} (max_limit)"
+        if case.active_tags > 1:
+            why = f"of {case.active_tags} active tags each may have {case.ceiling} "
+            why += "(soft_limit)"
+        if case.max == case.ceiling:
+            why = f"it may have {case.max} (max, its own)"
+        elif case.kept_free:
+            why += f", and {case.kept_free} of these are reserved for others"
+        yield (
+            f"tag {case.tag!r} is at its ceiling while the pool has "
+            f"{case.capacity - case.pool_in_use} free: {why}"
+        )
 
 
-def _flood(case: Diagnosis, held: Sequence[Holding]) -> str:
-    return (
+def _flood(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
+    yield (
         f"all {case.capacity} connections are at work and {case.waiting} wait under "
         f"{case.tag!r} alone: hold them for shorter, or give the pool more"
     )
+
+
+def _taken_at(holding: Holding) -> str:
+    return f" at {holding.taken_at}" if holding.taken_at else ""
+
+
+def _are_most(some: Sequence[Holding], held: Sequence[Holding]) -> bool:
+    """Tell if they are half, or more, of what others than the caller hold."""
+    return bool(some) and 2 * len(some) >= sum(not h.own for h in held)
 
 
 #: What an advice may be about; the first that fits is given. The last one always does.
@@ -320,10 +302,8 @@ _ADVICE = (
 
 def duration(seconds: float) -> str:
     """Return ``0.25s``, ``41s`` or ``12m05s``."""
-    if seconds < 10:
-        return f"{seconds:.2f}s"
     if seconds < 60:
-        return f"{seconds:.0f}s"
+        return f"{seconds:.2f}s" if seconds < 10 else f"{seconds:.0f}s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
@@ -331,11 +311,8 @@ def duration(seconds: float) -> str:
 
 def describe_holders(holders: Sequence[tuple[str, int]]) -> str:
     """Return ``held by web=12 jobs=6``, the largest holders first."""
-    if not holders:
-        return "held by no tag"
     ordered = sorted(holders, key=lambda holder: (-holder[1], holder[0]))
     named = [f"{tag}={in_use}" for tag, in_use in ordered[:_HOLDERS_NAMED]]
-    rest = ordered[_HOLDERS_NAMED:]
-    if rest:
+    if rest := ordered[_HOLDERS_NAMED:]:
         named.append(f"and {len(rest)} more tags={sum(n for _, n in rest)}")
-    return "held by " + " ".join(named)
+    return "held by " + (" ".join(named) or "no tag")

@@ -19,8 +19,6 @@ from ..options import PoolOptions, hide_passwords
 from ..pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 from .environment import RUN, Run, Settings
 
-__all__ = ["adopt", "engine_arguments", "say", "show_place"]
-
 #: What a script says of its own pool's size, which is not a matter of one script.
 _SIZES = ("pool_size", "max_overflow")
 
@@ -46,7 +44,6 @@ def adopt(run: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, 
     """Return the keyword arguments for ``create_engine`` in the place of `kwargs`.
 
     :param run: what the launcher was told, as it stands in the environment.
-    :param args: the positional arguments.
     :raises sqlalchemy.exc.ArgumentError: for a bad setting, naming its variable.
     """
     url = args[0] if args else kwargs.get("url")
@@ -70,28 +67,24 @@ def _settings(run: str) -> tuple[Run, dict[str, Any]] | None:
 def engine_arguments(
     run: Run, options: Mapping[str, Any], url: str | URL, given: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the keyword arguments for an engine's ``create_engine``.
-
-    :param options: of the pool, checked.
-    :param given: the script's.
-    """
+    """Return the keyword arguments for ``create_engine``; `given` are the script's."""
     try:
         url = make_url(url)
         dialect = url.get_dialect(bool(given.get("_is_async")))
     except Exception:
         return given  # create_engine will say what is wrong
-    place = database_place(url)
-    reason = _reason(run, url, place, dialect, given)
-    # Engines of this package, a ledger's say, are left alone in silence.
-    arguments = given.get("connect_args") or {}
-    is_ours = str(arguments.get("application_name", "")).startswith(_OURS)
+    engine = f"engine for {show_place(database_place(url))}"
+    reason = _reason(run, url, dialect, given)
     if reason is not None:
+        # Engines of this package, a ledger's say, are left alone in silence.
+        arguments = given.get("connect_args") or {}
+        is_ours = str(arguments.get("application_name", "")).startswith(_OURS)
         if run.verbose and not is_ours:
-            say(f"engine for {show_place(place)} left alone: {reason}")
+            say(f"{engine} left alone: {reason}")
         return given
     options = {**options, "default_tag": run.scraper}
     if run.verbose:
-        say(f"engine for {show_place(place)}: {_summary(options, given)}")
+        say(f"{engine}: {_summary(options, given)}")
     # SQLAlchemy tells the pool of such an engine no URL.
     if not given.get("_initialize", True):
         options["ledger"] = _ledger_of(options["ledger"], url)
@@ -101,40 +94,34 @@ def engine_arguments(
 
 
 def _reason(
-    run: Run,
-    url: URL,
-    place: tuple[str, ...],
-    dialect: type[Dialect],
-    given: Mapping[str, Any],
+    run: Run, url: URL, dialect: type[Dialect], given: Mapping[str, Any]
 ) -> str | None:
     """Return why an engine does not get the pool, None if it does."""
-    poolclass = given.get("poolclass")
-    if poolclass is not None:
-        name = getattr(poolclass, "__name__", poolclass)
-        return f"it has a pool class of its own, {name}"
-    if given.get("pool") is not None:
-        return "it has a pool of its own"
-    if run.database is not None and run.database != place:
-        return f"its database is not {show_place(run.database)}"
-    named = given.get("plugins") or ()
-    if "fairpool" in (*url.normalized_query.get("plugin", ()), *named):
-        return "its plugin fairpool sees to it"
-    if "strategy" in given:
-        return "it is a mock"
-    if has_private_memory(dialect, url):
-        return "other connections would have other databases in memory"
-    return None
+    poolclass, place = given.get("poolclass"), database_place(url)
+    name = getattr(poolclass, "__name__", poolclass)
+    meant = run.database or place
+    plugins = {*url.normalized_query.get("plugin", ()), *(given.get("plugins") or ())}
+    reasons = {
+        f"it has a pool class of its own, {name}": poolclass is not None,
+        "it has a pool of its own": given.get("pool") is not None,
+        f"its database is not {show_place(meant)}": meant != place,
+        "its plugin fairpool sees to it": "fairpool" in plugins,
+        "other connections would have other databases in memory": (
+            has_private_memory(dialect, url)
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
 def _summary(options: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     ledger = options["ledger"]
     where = "no ledger" if ledger is None else f"ledger {hide_passwords(ledger)}"
     text = f"fair pool, tag {options['default_tag']!r}, {where}"
-    replaced = [f"{name}={given[name]!r}" for name in _SIZES if name in given]
-    if not replaced:
-        return text
-    size = PoolOptions.among(options).pool_size
-    return f"{text}; pool_size={size} in place of the script's {', '.join(replaced)}"
+    replaced = ", ".join(f"{name}={given[name]!r}" for name in _SIZES if name in given)
+    if replaced:
+        size = PoolOptions.among(options).pool_size
+        text += f"; pool_size={size} in place of the script's {replaced}"
+    return text
 
 
 def _ledger_of(ledger: str | None, database: URL) -> str | None:

@@ -19,8 +19,6 @@ from sqlalchemy.engine import URL, make_url
 from ..ledger.addresses import default_ledger
 from ..options import OPTIONS, BadOption, PoolOptions, naming
 
-__all__ = ["DATABASE", "LEDGER", "RUN", "VARIABLES", "Run", "Settings", "parse_url"]
-
 #: The pool's options by their variables.
 VARIABLES = {one.variable: name for name, one in OPTIONS.items() if one.variable}
 
@@ -53,13 +51,11 @@ class Run:
     @classmethod
     def of(cls, environment: Mapping[str, str]) -> Run | None:
         """Return what the launcher of this process was told, None without one."""
-        text = environment.get(RUN)
-        if not text:
+        if not environment.get(RUN):
             return None
-        row = json.loads(text)
-        place = row["database"]
-        row["database"] = None if place is None else tuple(place)
-        return cls(**row)
+        row = json.loads(environment[RUN])
+        place = row.pop("database")
+        return cls(database=place and tuple(place), **row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +63,19 @@ class Settings:
     """What the environment tells scripts."""
 
     url: str | None
-    #: Options of the pool, as texts.
+    #: Options of the pool, as texts, and the variables that they come from.
     options: Mapping[str, Any]
-    #: The variables that these options come from.
     names: Mapping[str, str]
     #: What the launcher was told, None without one.
     run: Run | None = None
 
     @classmethod
     def read(cls, environment: Mapping[str, str] | None = None) -> Settings:
-        """Read the environment; what is empty counts as not set.
+        """Read the environment, by default the process's.
 
-        What the launcher was told wins over what it found there.
-
-        :param environment: default: the process's.
+        What is empty counts as not set; what the launcher was told wins.
         """
-        if environment is None:
-            environment = os.environ
+        environment = os.environ if environment is None else environment
         run = Run.of(environment)
         told = {} if run is None else run.options
         options, names = dict(told), {}
@@ -120,9 +112,9 @@ class Settings:
         :param where: what to call the argument in an error.
         :raises sqlalchemy.exc.ArgumentError: if it is not a URL. Shows nothing of it.
         """
-        if url is not None:
-            return parse_url(url, where)
-        return None if self.url is None else parse_url(self.url, DATABASE)
+        if url is None:
+            url, where = self.url, DATABASE
+        return None if url is None else parse_url(url, where)
 
 
 def parse_url(url: str | URL, where: str) -> URL:

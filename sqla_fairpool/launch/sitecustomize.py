@@ -7,9 +7,8 @@ first engine, nothing else of this package is imported, nor is SQLAlchemy.
 Rules of this file:
 
 * It also runs in children with another interpreter, where this package is not installed
-  and which may be old: only syntax of Python 2.7 (so types stand in comments, and there
-  is no ``annotations`` from ``__future__``), and an error in here leaves the script as
-  it would be without.
+  and which may be old: only syntax of Python 2.7, so no types, and an error in here
+  leaves the script as it would be without.
 * It leaves no trace where a script may look: its directory is taken out of
   ``sys.path``, and another ``sitecustomize``, which it has hidden, is imported.
 
@@ -22,22 +21,18 @@ this directory), a child without ``PYTHONPATH`` and ``FAIRPOOL_RUN``.
 import os
 import sys
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:  # typing costs a script that never uses it some milliseconds
-    from collections.abc import Callable  # noqa: F401
-    from typing import Any  # noqa: F401
-
 _DIRECTORY = os.path.dirname(__file__)
 
 #: What the launcher was told, kept now: the script's environment is the script's.
 _RUN = os.environ.get("FAIRPOOL_RUN", "")
 
-#: The module that has create_engine; SQLAlchemy's packages copy the name from there.
-_MODULE = "sqlalchemy.engine.create"
+#: The module whose class :class:`URL` hands an engine's keyword arguments to plugins.
+#: create_engine calls that method before all else. A private name; but its copies need
+#: not be found, and unlike a wrapper of create_engine it is in no script's traceback.
+_MODULE, _METHOD = "sqlalchemy.engine.url", "_instantiate_plugins"
 
 
 def _say(text):
-    # type: (str) -> None
     if '"verbose": true' not in _RUN:
         return
     try:
@@ -48,16 +43,14 @@ def _say(text):
 
 # -- what create_engine is given -------------------------------------------------------
 
-_adopt = None  # type: Callable[..., dict[str, Any]] | None
+_adopt = None
 
 
 def _leave_alone(run, args, kwargs):
-    # type: (str, tuple[Any, ...], dict[str, Any]) -> dict[str, Any]
     return kwargs
 
 
 def _find():
-    # type: () -> Callable[..., dict[str, Any]]
     """Import what chooses an engine's arguments."""
     version = sys.modules["sqlalchemy"].__version__
     if version.startswith(("0.", "1.")):
@@ -78,7 +71,6 @@ def _find():
 
 
 def _arguments(args, kwargs):
-    # type: (tuple[Any, ...], dict[str, Any]) -> dict[str, Any]
     """Return the keyword arguments that create_engine gets for those given."""
     global _adopt
     if _adopt is None:
@@ -90,57 +82,37 @@ def _arguments(args, kwargs):
     return _adopt(_RUN, args, kwargs)
 
 
-def _wrapped(module):
-    # type: (Any) -> Any
-    """Return a create_engine that asks before it goes on."""
-    import functools
-    import types
+def _wrap(module):
+    """Have create_engine ask before it goes on, if this is the SQLAlchemy we know."""
+    original = getattr(getattr(module, "URL", None), _METHOD, None)
+    if original is None:
+        _say("engines are left alone: this SQLAlchemy has no URL." + _METHOD)
+        return
 
-    original, arguments = module.create_engine, _arguments
+    def instantiate_plugins(url, kwargs):
+        return original(url, _arguments((url,), kwargs))
 
-    def create_engine(*args, **kwargs):
-        # type: (Any, Any) -> Any
-        return original(*args, **arguments(args, kwargs))
-
-    # With the module's globals: SQLAlchemy blames its warnings on the first caller
-    # outside of its modules, which is to be the script.
-    function = types.FunctionType(
-        create_engine.__code__,
-        vars(module),
-        "create_engine",
-        None,
-        create_engine.__closure__,
-    )
-    return functools.wraps(original)(function)
+    setattr(module.URL, _METHOD, instantiate_plugins)
 
 
 # -- the moment it is imported ---------------------------------------------------------
 
 
-class _Loader(object):  # noqa: UP004
-    """Loads the module as its own loader does, and then wraps."""
+def _wrap_when_loaded(loader):
+    """Have a loader wrap the module that it loads next."""
 
-    def __init__(self, loader):
-        # type: (Any) -> None
-        self._loader = loader
+    def exec_module(module):
+        del loader.exec_module
+        loader.exec_module(module)
+        _wrap(module)
 
-    def create_module(self, spec):
-        # type: (Any) -> Any
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module):
-        # type: (Any) -> None
-        module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        if hasattr(module, "create_engine"):
-            module.create_engine = _wrapped(module)
+    loader.exec_module = exec_module
 
 
-class _Finder(object):  # noqa: UP004
+class _Finder:
     """Stands first among the finders, and finds that one module with the others."""
 
     def find_spec(self, name, path=None, target=None):
-        # type: (str, Any, Any) -> Any
         if name != _MODULE:
             return None
         for finder in sys.meta_path:
@@ -150,30 +122,17 @@ class _Finder(object):  # noqa: UP004
             spec = find_spec(name, path, target)
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):
-                    spec.loader = _Loader(spec.loader)
+                    _wrap_when_loaded(spec.loader)
                 return spec
         return None
 
 
-def _wrap_everywhere(module):
-    # type: (Any) -> None
-    """Wrap what has been imported already, by a ``.pth`` file say."""
-    original = module.create_engine
-    wrapped = _wrapped(module)
-    for other in list(sys.modules.values()):
-        names = getattr(other, "__dict__", None) or {}
-        for name in [name for name, value in names.items() if value is original]:
-            setattr(other, name, wrapped)
-
-
 def _begin():
-    # type: () -> None
     sys.path[:] = [entry for entry in sys.path if entry != _DIRECTORY]
     sys.path_importer_cache.pop(_DIRECTORY, None)
     if _RUN and sys.version_info >= (3, 6):
-        module = sys.modules.get(_MODULE)
-        if hasattr(module, "create_engine"):
-            _wrap_everywhere(module)
+        if _MODULE in sys.modules:  # by a .pth file, say
+            _wrap(sys.modules[_MODULE])
         sys.meta_path.insert(0, _Finder())
     # The one that this has hidden, with what it raises. If there is none, there has to
     # be one nevertheless: the import system takes it from here.

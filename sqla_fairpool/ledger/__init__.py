@@ -7,25 +7,16 @@ Three parts, which meet in small interfaces only:
 * the *book* (:mod:`.book`, :mod:`.allocation`): what the rows mean and which member
   may change what. Pure: no I/O, no clock, no thread;
 * the *keeper* (:mod:`.keeper`): one background thread in each process, with the store
-  and the book on one side and the pool on the other.
+  and the book on one side and the pool, as a :class:`.demand.Local`, on the other.
 
-None of them knows the pool: it calls :meth:`.keeper.Keeper.ring`, and is called as a
-:class:`.demand.Local`. The rest of this is the protocol. A transaction either happens
-or does not.
-
-**A slot** is the right to have one connection open. Of the N slots each is
-
-=============  =======================================================================
-free           counted in no row: N less all the others
-owned          counted in the row of one member, `owned`
-quarantined    counted in a row ``gone/<number>``: no member answers for it, but a
-               server session may still be open
-=============  =======================================================================
-
+The rest of this is the protocol. A transaction either happens or does not. **A slot**
+is the right to have one connection open. Of the N slots each is *free*: counted in no
+row; *owned*: counted in the row of one member; or *quarantined*, in a row
+``gone/<number>``: no member answers for it, but a server session may still be open.
 **A session** is what a connection is at the server: a process there and when it began.
 A member writes each into its row before the connection is used, and takes it out after
-the session has ended. So a slot of a member that is gone is held by a session that is
-known, or *unposted*: by one that was opened a moment before, or by none.
+the session has ended. A slot of a member that is gone may be *unposted*: held by a
+session that was opened a moment before, or by none.
 
 ============================  ==========================================================
 transition                    by which member, and when
@@ -50,43 +41,31 @@ anything -> free              `reset`: an operator, while no member lives
 
 So a member never has more connections open than slots are kept for it, whenever it
 stops: the number that its pool may open is raised *after* the row, and lowered *before*
-it. If a member is gone for good
-
-* before its transaction is committed, or in it: nothing of it has happened;
-* after it took slots, or told its pool to shrink: all its slots are reaped;
-* after it gave back, before it rang the member that waits for that: that one looks on
-  its beat, finds itself in the row ``due``, and takes;
-* between `reap` and `release`: the quarantine is in the rows, any member goes on;
-* after a connection was opened, before its session was posted: its slot is unposted.
-
-A member that only *stops* (SIGSTOP, a debugger, a suspended machine) keeps its sign of
-life, so its slots; it goes on from where it stood. Others may write into its row that
-it is `stalled`: then its demand counts no more, and nothing else changes. A forked
-child is another process with an id of its own, and owns nothing. A commit of which the
-answer was lost does no harm: what counts is the row, which is read at the next look.
+it. A commit of which the answer was lost does no harm: what counts is the row, which is
+read at the next look. A member that only stops (SIGSTOP) keeps its sign of life, so its
+slots. Others may write into its row that it is `stalled`: then its demand counts no
+more. A forked child is another process, and owns nothing.
 
 A sign of life can be *lost* while its process lives, where it depends on a connection.
-Then the slots of a living member go into quarantine, and are free once the server knows
-no session of it. So a pool uses a new connection only after its keeper has said that
-the session is in the row, and that the row covers all that is open. And a keeper lets
-its pool open nothing from before it makes a new sign until it has seen its row: it
-takes its quarantine back, or takes free slots for what is open, before anything else.
+So a pool uses a new connection only after its keeper has said that the session is in
+the row, and that the row covers all that is open. And a keeper lets its pool open
+nothing from before it makes a new sign until it has seen its row: it takes its
+quarantine back, or takes free slots for what is open, before anything else.
 
-The rows can be *lost* while members live: the file is deleted, the tables are dropped.
-Rows that are made anew are `fresh`: they hand out no slot while there is a sign of life
-that belongs to no member. That is one of the rows before, whose connections are open;
-it finds out, joins, and takes slots for what it has open. The rows can be *older* than
-what a member knows, if a copy was restored. Then it takes free slots for what it has
-open, and opens nothing while it has fewer.
+The rows can be lost, too: the file is deleted, the tables are dropped. Rows that are
+made anew are `fresh`: they hand out no slot while there is a sign of life that belongs
+to no member. That is one of the rows before, which finds out, and joins with what it
+has open. If the rows are *older* than what a member knows (a copy was restored), it
+takes free slots for what it has open, and opens nothing while it has fewer.
 
-**Which members are told.** Each transaction computes the allocation for all members
-(:mod:`.allocation`) and writes down, in the row ``due``, which of them are expected to
-look, and why: ``give``, the target is below what it owns; ``take``, there are free
-slots for it; ``limit``, a ceiling that binds it has changed; ``turn``, it is asked to
-yield its place in a line; ``press``, others go short, so what it does not use has to be
-given up at once. Those whose entry is new are rung. A bell may be lost: the row is not.
+Each transaction computes the allocation for all members and writes down, in the row
+``due``, which of them are expected to look, and why: ``give``, the target is below what
+it owns; ``take``, there are free slots for it; ``limit``, a ceiling that binds it has
+changed; ``turn``, it is asked to yield its place in a line; ``press``, others go short,
+so what it does not use has to be given up at once. Those whose entry is new are rung. A
+bell may be lost: the row is not.
 
-**Terms.** All members have the same numbers, and their connections go to one server. A
-newcomer with other terms, or another server, is refused unless no other member lives;
-then its own are in force. So are members of a later version by those of an earlier one.
+All members have the same terms, and their connections go to one server. A newcomer with
+others is refused unless no other member lives; then its own are in force. So are
+members of a later version by those of an earlier one.
 """

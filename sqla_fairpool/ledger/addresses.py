@@ -21,41 +21,24 @@ from .errors import LedgerError
 from .host import HostStore
 from .postgres import PostgresStore
 
-__all__ = [
-    "database_place",
-    "default_ledger",
-    "default_path",
-    "known_ledgers",
-    "make_store",
-    "needs_database",
-    "with_threads_driver",
-]
-
 _ALLOWED = (
     "'host' (a file at a default place, for the processes of this host), the path of "
     "a file, with a / in it, 'database' (the pool's own, for any number of hosts), or "
     "the URL of a PostgreSQL database"
 )
-
 #: Drivers that a ledger can use.
 _DRIVERS = ("psycopg2", "psycopg")
-
 #: Where a server listens if the URL says nothing.
 _PORTS = {"postgresql": "5432", "mysql": "3306", "mssql": "1433", "oracle": "1521"}
-
 #: What stands for this host.
 _HERE = "localhost"
-
 #: Where a PostgreSQL server has its socket unless it was told otherwise.
 _SOCKETS = ("/run/postgresql", "/var/run/postgresql", "/tmp")
-
 #: Where directories for default ledgers are. Not what TMPDIR or XDG_RUNTIME_DIR say:
 #: they differ between cron, services and shells of one user.
 _TEMP = Path("/tmp")
-
 #: What gives names to addresses, before any server is asked.
 _HOSTS_FILE = Path("/etc/hosts")
-
 #: Other names of backends.
 _SAME = {"mariadb": "mysql", "postgres": "postgresql"}
 
@@ -84,15 +67,12 @@ def make_store(
     :raises sqlalchemy.exc.ArgumentError: for anything else.
     :raises LedgerError: if the default place is not safe.
     """
-    if ledger == "host":
+    if needs_database(ledger):
         if database is None:
-            raise BadOption(
-                "ledger", ledger, "a path, where no URL says which database"
-            )
-        return HostStore(default_path(database))
-    if ledger == "database":
-        if database is None:
-            raise BadOption("ledger", ledger, "a URL, where the pool has none")
+            needed = "a path, where no URL says which database"
+            raise BadOption("ledger", ledger, needed)
+        if ledger == "host":
+            return HostStore(default_path(database))
         return _in_database(ledger, database, observes)
     if "://" in ledger:
         try:
@@ -111,19 +91,16 @@ def make_store(
 
 
 def _in_database(ledger: str, url: URL, observes: bool) -> PostgresStore:
-    if url.get_backend_name() != "postgresql":
-        shown = f"{url.get_backend_name()}://..." if "://" in ledger else ledger
+    backend = url.get_backend_name()
+    if backend != "postgresql":
+        shown = f"{backend}://..." if "://" in ledger else ledger
         raise BadOption("ledger", shown, "a PostgreSQL database, or " + _ALLOWED)
     name = url.query.get("ledger", "default")
     return PostgresStore(with_threads_driver(url), str(name), observes=observes)
 
 
 def with_threads_driver(url: URL) -> URL:
-    """Return the URL of a PostgreSQL for psycopg2 or psycopg, without keys of ours.
-
-    Also for the database of an asyncio pool: what is not one of its tasks cannot use
-    its driver.
-    """
+    """Return the URL of a PostgreSQL for psycopg2 or psycopg, without keys of ours."""
     url = with_libpq_keys(url)
     keys = [key for key in url.query if key in ("ledger", "plugin")]
     keys += [key for key in url.query if key.startswith("fairpool_")]
@@ -139,8 +116,7 @@ def with_threads_driver(url: URL) -> URL:
 def default_path(database: URL) -> Path:
     """Return the default ledger's file for a database, by its host, port and name.
 
-    Never by user or password. The same for all processes of a user on this host. The
-    directory is this user's alone, which is checked: another one could have made it.
+    Never by user or password. The same for all processes of a user on this host.
     """
     parts = database_place(database)
     told = "-".join(filter(None, (re.sub(r"[^\w.]+", "_", part) for part in parts)))

@@ -28,27 +28,19 @@ from .rows import (
     Meta,
     Session,
     Terms,
-    counts,
     dump,
-    gone_key,
     in_order,
     member_key,
     parse_member,
     read,
-    words,
 )
-
-__all__ = ["Book"]
 
 
 class Book:
     """The rows of one transaction, understood, and all that may be done to them.
 
-    Rows are read when they are needed. Those that cannot be read are in :attr:`texts`,
-    and can be :meth:`reset`.
-
-    :param rows: what the store gave. Changes are written there at once.
-    :raises LedgerError: on use, if a later version has written them, or no member has.
+    Changes are written to the rows at once. They are read when they are needed; those
+    that cannot be read are in :attr:`texts`, and can be :meth:`reset`.
     """
 
     def __init__(self, rows: MutableMapping[str, str]) -> None:
@@ -64,7 +56,7 @@ class Book:
     @cached_property
     def meta(self) -> Meta | None:
         text = self._rows.get(META)
-        return None if text is None else read(META, text, Meta.parse)
+        return None if text is None else read(META, text, Meta)
 
     @cached_property
     def members(self) -> dict[str, Member]:
@@ -74,23 +66,19 @@ class Book:
     def gone(self) -> dict[int, Gone]:
         """What is in quarantine, by number."""
         return {
-            read(GONE + number, dump(number), int): read(
-                GONE + number, text, Gone.parse
-            )
+            read(GONE + number, number, int): read(GONE + number, text, Gone)
             for number, text in self._texts(GONE)
         }
 
     @cached_property
     def places(self) -> dict[str, int]:
         """The tags' places in the line of tags."""
-        return read(TAGS, self._rows.get(TAGS), counts)
+        return read(TAGS, self._rows.get(TAGS), dict[str, int])
 
     @cached_property
     def due(self) -> dict[str, str]:
         """The members that are expected to look, and why."""
-        return read(DUE, self._rows.get(DUE), words)
-
-    # -- figures ----------------------------------------------------------------
+        return read(DUE, self._rows.get(DUE), dict[str, str])
 
     @property
     def _known_meta(self) -> Meta:
@@ -100,7 +88,6 @@ class Book:
 
     @property
     def terms(self) -> Terms:
-        """The terms in force."""
         return self._known_meta.terms
 
     @property
@@ -118,15 +105,13 @@ class Book:
 
     @property
     def left(self) -> int:
-        """Slots that are neither owned nor in quarantine.
-
-        Not negative, even where the terms were lowered over a quarantine.
-        """
+        """Slots neither owned nor in quarantine."""
+        # The terms may have been lowered over a quarantine.
         return max(self.terms.capacity - self.owned - self.quarantined, 0)
 
     @property
     def is_fresh(self) -> bool:
-        """Tell if there may be members of other rows, that were here before these."""
+        """There may be members of other rows, that were here before these."""
         return self._known_meta.fresh
 
     @property
@@ -150,17 +135,14 @@ class Book:
         limits = self.terms.limits(self.quarantined)
         return allocate(self.members, self.places, limits)
 
-    def grants(self, plan: Allocation) -> dict[str, int]:
-        """Return how many free slots each member below its target is to take."""
-        return plan.grants(self.members, self.free)
-
-    # -- writing ----------------------------------------------------------------
-
     def next_place(self) -> int:
-        """Return a number that was never given."""
+        return self._next("next_place")
+
+    def _next(self, counter: str) -> int:
         meta = self._known_meta
-        self.meta = replace(meta, next_place=meta.next_place + 1)
-        return meta.next_place
+        number: int = getattr(meta, counter)
+        self.meta = replace(meta, **{counter: number + 1})  # type: ignore[arg-type]
+        return number
 
     def write(self, key: str, member: Member) -> None:
         """Write a member's row, if it is another one now."""
@@ -171,20 +153,21 @@ class Book:
 
     def _write_gone(self, number: int, gone: Gone | None) -> None:
         if gone is None:
-            del self.gone[number], self._rows[gone_key(number)]
+            del self.gone[number], self._rows[f"{GONE}{number}"]
         else:
             self.gone[number] = gone
-            self._rows[gone_key(number)] = gone.text
-
-    # -- coming and going -------------------------------------------------------
+            self._rows[f"{GONE}{number}"] = gone.text
 
     def accepts(self, key: str, terms: Terms, server: str | None = None) -> bool:
         """Tell if `key` may join with these terms as things stand."""
-        return not self.members.keys() - {key} or (
+        return self._is_alone(key) or (
             self._known_meta.protocol == PROTOCOL
             and self.terms == terms
             and self._is_at(server)
         )
+
+    def _is_alone(self, key: str) -> bool:
+        return not self.members.keys() - {key}
 
     def _is_at(self, server: str | None) -> bool:
         return server is None or self._known_meta.server in (None, server)
@@ -199,11 +182,10 @@ class Book:
     ) -> int:
         """Add a member, unless it is one; return its number.
 
-        :param number: the one it had, if it was a member before. It takes back what is
-          in quarantine for it.
-        :param server: where its connections go to, if that is known.
-        :raises TermsDiffer: if a member has other terms.
-        :raises ServerDiffers: if a member's connections go elsewhere.
+        With the number that it had, if it was a member before, it takes back what is in
+        quarantine for it.
+
+        :raises LedgerError: if a member has other terms, or connections elsewhere.
         """
         if not self.accepts(key, terms, server):
             raise self._difference(terms, server)
@@ -227,34 +209,26 @@ class Book:
     def note_server(self, key: str, server: str | None) -> bool:
         """Note where a member's connections go to; tell if they may go there."""
         meta = self._known_meta
-        if server is not None and (
-            meta.server is None or not self.members.keys() - {key}
-        ):
+        if server is not None and (meta.server is None or self._is_alone(key)):
             self.meta = replace(meta, server=server)
         return self._is_at(server)
 
     def confirm(self, members: Collection[str]) -> None:
-        """Let slots be handed out: no sign of life stood but those of `members`.
-
-        :param members: those that there were when the signs were looked at.
-        """
+        """Let slots be handed out: all signs of life were those of `members`."""
         if self.members.keys() >= set(members):  # else these may be other rows
             self.meta = replace(self._known_meta, fresh=False)
 
     def _is_anothers(self, number: int, key: str) -> bool:
-        """Tell if a ledger that was made anew has given the number to another."""
         gone = self.gone.get(number)
         return any(member.number == number for member in self.members.values()) or (
             gone is not None and gone.member != key
         )
 
     def _difference(self, terms: Terms, server: str | None) -> LedgerError:
-        """Return what is wrong with the terms or the server of a newcomer."""
         whos = [member.who for member in self.members.values()]
         shown = ", ".join(f"{w.get('host', '?')}:{w.get('pid', '?')}" for w in whos[:4])
         more = f" and {len(whos) - 4} more" if len(whos) > 4 else ""
-        members = f"(members: {shown}{more})"
-        meta = self._known_meta
+        meta, members = self._known_meta, f"(members: {shown}{more})"
         if meta.protocol != PROTOCOL:
             return LedgerError(
                 f"an older version of sqla_fairpool uses the ledger (protocol version "
@@ -274,25 +248,18 @@ class Book:
         )
 
     def leave(self, key: str, open_: int, sessions: Collection[Session] = ()) -> None:
-        """Remove a member, and give back what it has closed.
-
-        As after `reap` and `release`, :meth:`tell` comes next.
-
-        :param open_: connections it leaves open; their slots go into quarantine.
-        :param sessions: those of them that are known.
-        """
+        """Remove a member; slots of what it leaves open go into quarantine."""
         member = self.members.get(key)
         if member is not None:
             known = self.in_quarantine.intersection(sessions)
             slots = min(open_ - len(known), member.owned)
-            sessions = set(sessions) - known
-            self._bury(key, "left connections open", slots, sessions)
+            self._bury(key, "left connections open", slots, set(sessions) - known)
 
     def reap(self, texts: Mapping[str, str]) -> list[int]:
         """Put the slots of dead members into quarantine; return the numbers.
 
-        :param texts: their rows as they were before the signs of life were looked
-          at. A member whose row has changed since is not dead.
+        :param texts: their rows as they were before the signs of life were looked at. A
+          member whose row has changed since is not dead.
         """
         reaped = []
         for key, text in texts.items():
@@ -305,19 +272,17 @@ class Book:
     def _bury(
         self, key: str, why: str, slots: int, sessions: Collection[Session]
     ) -> None:
-        member = self.members.pop(key)
-        del self._rows[member_key(key)], self.texts[key]
-        self._keep(member.number, key, member, why, slots, sessions)
+        if slots:
+            self._keep(self.members[key].number, key, why, slots, sessions)
+        del self.members[key], self._rows[member_key(key)], self.texts[key]
 
     def quarantine(
         self, key: str, lost: Sequence[Session | None], why: str = "lost connections"
     ) -> list[Session | None]:
         """Put slots of a living member into quarantine, under a number of its own.
 
-        :param lost: what may be open and is not in the member's hands: sessions, None
-          where it is not known which.
-        :return: those for which a slot is in quarantine now: all, or none while there
-          are not as many.
+        Return those of `lost` for which a slot is there now: all, or none while it owns
+        too few.
         """
         known = self.in_quarantine
         new = [session for session in lost if session not in known]
@@ -325,32 +290,20 @@ class Book:
         if member.owned < len(new):
             return []
         if new:
-            meta = self._known_meta
-            self.meta = replace(meta, next_number=meta.next_number + 1)
             sessions = [session for session in new if session is not None]
-            self._keep(meta.next_number, key, member, why, len(new), sessions)
+            self._keep(self._next("next_number"), key, why, len(new), sessions)
             self.members[key] = replace(member, owned=member.owned - len(new))
         return list(lost)
 
     def _keep(
-        self,
-        number: int,
-        key: str,
-        member: Member,
-        why: str,
-        slots: int,
-        sessions: Collection[Session],
+        self, number: int, key: str, why: str, slots: int, sessions: Collection[Session]
     ) -> None:
-        if slots:
-            stamp, sessions = self.next_place(), in_order(sessions)
-            gone = Gone(slots, why, member.who, key, stamp, sessions)
-            self._write_gone(number, gone)
+        who, stamp = self.members[key].who, self.next_place()
+        gone = Gone(slots, why, who, key, stamp, in_order(sessions))
+        self._write_gone(number, gone)
 
     def release(self, found: Mapping[int, Left]) -> None:
-        """Set slots free: the server sessions that had them are gone.
-
-        :param found: for each number, what is left of its quarantine.
-        """
+        """Set slots of these quarantines free: their server sessions are gone."""
         for number, (gone, sessions, slots) in found.items():
             if self.gone.get(number) == gone:
                 # With the stamp that it had: a keeper that watches it goes on.
@@ -364,10 +317,7 @@ class Book:
                 self.write(key, replace(self.members[key], stalled=True))
 
     def reset(self) -> None:
-        """Forget all members and quarantines. Numbers are not given again.
-
-        Rows that cannot be read are forgotten like the others.
-        """
+        """Forget all, also what cannot be read. Numbers are not given again."""
         try:
             # Who lives all the same is to be heard before slots are handed out.
             self.meta = self.meta and replace(self.meta, fresh=True)
@@ -379,13 +329,11 @@ class Book:
         self.texts, self.members, self.gone = {}, {}, {}
         self.places, self.due = {}, {}
 
-    # -- which members are told -------------------------------------------------------
-
-    def tell(self, plan: Allocation) -> list[str]:
-        """Write down which members are to look; return those that are to be rung.
-
-        The last thing in every transaction that changes a row.
-        """
+    def tell(self, plan: Allocation | None = None) -> list[str]:
+        """Write down who is to look, last of all; return those that are to be rung."""
+        if self.meta is None:
+            return []
+        plan = plan or self.allocation()
         due = plan.due(self.members, self.free)
         bells = [
             key for key, why in due.items() if why not in (self.due.get(key), STALLED)

@@ -12,31 +12,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from .allocation import Line
 from .errors import LedgerError
-from .rows import Gone, Member, Session
-
-__all__ = ["Allotment", "Demand", "Local", "Pace", "PoolSide", "State", "TagDemand"]
+from .rows import Gone, Member, Session, TagDemand
 
 #: Tags of one process in its row. Tags may be made from user data; those beyond are
 #: summed up under the name of none.
 _MAX_TAGS = 256
 _REST = ""
-
-
-class TagDemand(NamedTuple):
-    """What a process wants under one tag, now."""
-
-    #: The most at once since this was asked last.
-    in_use: int = 0
-    waiting: int = 0
-    active: bool = False
-
-    @property
-    def wants(self) -> int:
-        """Its demand."""
-        return self.in_use + self.waiting
-
 
 _NOTHING = TagDemand()
 
@@ -49,15 +31,13 @@ class Local(Protocol):
     def demand(self) -> tuple[int, Tags]:
         """Return the connections that are open, and what is wanted by tag.
 
-        A connection counts as open from before it is opened until after it is closed,
-        detached ones included. One that was in use since the last call counts as in
-        use: else a moment between two checkouts would look like a fall of demand.
+        A connection counts from before it is opened until after it is closed. In use is
+        the most since the last call: between two checkouts demand does not fall.
         """
         ...
 
     def sessions(self) -> Collection[Session]:
-        """Return the server sessions that exist now: each from before it is used for
-        anything but to learn that, until it has ended."""
+        """Return the server sessions, each from before it is used until its end."""
         ...
 
     def server(self) -> str | None:
@@ -65,24 +45,14 @@ class Local(Protocol):
         ...
 
     def lost(self) -> Sequence[Session | None]:
-        """Return the sessions that cannot be told to have ended, None for unknown ones.
-
-        They are to be put into quarantine, and count as open until :meth:`buried`.
-        """
+        """Return those whose end is not known; they count as open until buried."""
         ...
 
     def buried(self, lost: Sequence[Session | None]) -> None:
-        """Forget what :meth:`lost` has returned: its slots are in quarantine now.
-
-        In one step with that, lower the allotment by their number.
-        """
+        """Forget `lost`, which is in quarantine now, and lower the allotment by it."""
 
     def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
-        """Open a connection only while there are less than `slots` from now on.
-
-        Until the first call, that is none. Nothing that is checked out is taken away.
-        The ceilings are by tag, `other` that of any tag not named.
-        """
+        """Open a connection only while there are less than `slots`, at first 0."""
 
     def close_surplus(self) -> None:
         """Close idle connections above the allotment."""
@@ -109,33 +79,18 @@ class State(NamedTuple):
 
     @property
     def wants(self) -> bool:
-        """Tell if there is a reason to be a member."""
         return bool(self.open) or any(want.wants for want in self.tags.values())
-
-    @classmethod
-    def of(cls, local: Local) -> State:
-        """Look at a pool.
-
-        The order matters: what is open is counted before, and what is lost in between
-        has to be seen as lost, not to be missed.
-        """
-        open_, tags = local.demand()
-        sessions = frozenset(local.sessions())
-        lost = tuple(local.lost())
-        return cls(open_, tags, sessions - frozenset(lost), lost, local.server())
 
 
 def condense(demand: Tags) -> Tags:
     """Return the demand with a bounded number of tags."""
     if len(demand) <= _MAX_TAGS:
         return demand
-    by_wants = sorted(demand, key=lambda tag: (-demand[tag].wants, tag))
-    in_use, waiting, active = zip(
-        *(demand[t] for t in by_wants[_MAX_TAGS:]), strict=True
-    )
-    named = {tag: demand[tag] for tag in by_wants[:_MAX_TAGS]}
-    named[_REST] = TagDemand(sum(in_use), sum(waiting), any(active))
-    return named
+    ordered = sorted(demand, key=lambda tag: (-demand[tag].wants, tag))
+    named = {tag: demand[tag] for tag in ordered[:_MAX_TAGS]}
+    rest = [demand[tag] for tag in ordered[_MAX_TAGS:]]
+    in_use, waiting = sum(d.in_use for d in rest), sum(d.waiting for d in rest)
+    return {**named, _REST: TagDemand(in_use, waiting, any(d.active for d in rest))}
 
 
 class PoolSide:
@@ -143,7 +98,7 @@ class PoolSide:
 
     def __init__(self, local: Local) -> None:
         self.local = local
-        # None if it may open nothing until it is told anew.
+        # Slots, ceilings, other; None if it may open nothing until it is told anew.
         self._told: tuple[int, Mapping[str, int], int] | None = None
         self._peaks: dict[str, int] = {}
 
@@ -154,14 +109,17 @@ class PoolSide:
 
     def look(self) -> State:
         """Return what it has and wants, with what was in use in this round."""
-        state, peaks = State.of(self.local), self._peaks
-        for tag, want in state.tags.items():
+        open_, wanted = self.local.demand()
+        sessions = frozenset(self.local.sessions())
+        lost = tuple(self.local.lost())
+        tags, peaks = {}, self._peaks
+        for tag, want in wanted.items():
             peaks[tag] = max(peaks.get(tag, 0), want.in_use)
-        tags = {t: want._replace(in_use=peaks[t]) for t, want in state.tags.items()}
-        return state._replace(tags=condense(tags))
+            tags[tag] = want._replace(in_use=peaks[tag])
+        sessions -= frozenset(lost)
+        return State(open_, condense(tags), sessions, lost, self.local.server())
 
     def forget_peaks(self) -> None:
-        """A new round begins."""
         self._peaks.clear()
 
     def tell(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
@@ -179,16 +137,13 @@ class PoolSide:
 
     def close(self) -> None:
         """Have it open nothing, and close what is idle."""
-        _, ceilings, other = self._told or (0, {}, 0)
-        self.tell(0, ceilings, other)
+        self.tell(0, *(self._told or (0, {}, 0))[1:])
         self.local.close_surplus()
 
     def bury(self, lost: Sequence[Session | None]) -> None:
-        """Slots of lost connections are in quarantine."""
         self.local.buried(lost)
         if self._told is not None:
-            slots, ceilings, other = self._told
-            self._told = max(slots - len(lost), 0), ceilings, other
+            self._told = max(self._told[0] - len(lost), 0), *self._told[1:]
 
     def freeze(self) -> None:
         """Have it open nothing until it is told anew."""
@@ -214,7 +169,7 @@ class Allotment:
     #: Tags under which it is asked to yield, and how many are asked of all members.
     asked: frozenset[str]
     turns: int
-    #: Members that go short, and members.
+    #: How many members go short, and how many there are.
     starved: int
     members: int
     gone: Mapping[int, Gone]
@@ -224,9 +179,8 @@ class Allotment:
     covered: bool
     #: The members, while there may be others that are in no row; or else None.
     fresh: frozenset[str] | None
-    #: Why it is expected to look again, if it is.
+    #: Why it is expected to look again, if it is; and the members to be rung.
     due: str | None
-    #: The members to be rung.
     bells: tuple[str, ...]
 
     @property
@@ -272,12 +226,9 @@ class Pace:
 
     def turn_length(self, asked: int) -> float:
         """Return how long a turn is when so many are asked to yield."""
-        return max(self.turn, asked / _TURNS)
-
-
-#: Slots that change hands per second in turns, which last longer where more are asked:
-#: each costs three transactions, of milliseconds where there are a thousand members.
-_TURNS = 50.0
+        # So that 50 slots change hands per second at most: each costs three
+        # transactions, of milliseconds where there are a thousand members.
+        return max(self.turn, asked / 50)
 
 
 class Demand:
@@ -297,7 +248,6 @@ class Demand:
 
     @property
     def known(self) -> Allotment:
-        """The allotment of a member."""
         assert self.allotment is not None
         return self.allotment
 
@@ -326,7 +276,7 @@ class Demand:
         """Tell if more is wanted than posted, and what was posted is the limit."""
         if not want.waiting:
             return False
-        line, claim = self.known.row.tags.get(tag, Line()), self.known.claims.get(tag)
+        line, claim = self.known.row.tags.get(tag, _NOTHING), self.known.claims.get(tag)
         if claim:
             return want.wants > line.wants and claim >= line.wants
         return not line.waiting
@@ -335,10 +285,7 @@ class Demand:
         return _over(self._slack_since, self._pace.linger, now)
 
     def steady(self, tags: Tags, now: float) -> Tags:
-        """Return the demand as it is to be posted, for whatever reason it is.
-
-        What has only just fallen is posted as it was.
-        """
+        """Return the demand to be posted: what has only just fallen is as it was."""
         if self._is_slack(now):
             return tags
         steady = dict(tags)
@@ -361,7 +308,6 @@ class Demand:
         return [t for t, s in self._had_since.items() if _over(s, self._turn, now)]
 
     def note(self, allotment: Allotment, now: float) -> None:
-        """Take note of a new allotment."""
         old = self.allotment.row.tags if self.allotment else {}
         self.allotment = allotment
         self._slack_since = self._gone_since = None
@@ -391,9 +337,7 @@ class Demand:
 
 def _since(since: float | None, is_so: bool, now: float) -> float | None:
     """Return since when it is so, None if it is not."""
-    if not is_so:
-        return None
-    return now if since is None else since
+    return (now if since is None else since) if is_so else None
 
 
 def _over(since: float | None, seconds: float, now: float) -> bool:

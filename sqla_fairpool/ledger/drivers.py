@@ -28,16 +28,6 @@ from sqlalchemy.pool import SingletonThreadPool, StaticPool
 from ..diagnosis.callers import users_level
 from ..options import BadOption
 
-__all__ = [
-    "asyncpg_arguments",
-    "for_asyncio",
-    "for_threads",
-    "has_private_memory",
-    "translate_for_asyncpg",
-    "warn_of_memory",
-    "with_libpq_keys",
-]
-
 _log = logging.getLogger(__name__)
 
 # By backend: SQLAlchemy's name of a driver and its module, those preferred first.
@@ -58,9 +48,6 @@ for _table in (_THREADS, _ASYNCIO):
 def for_threads(url: URL) -> URL:
     """Return the URL with a driver for threads: its own, if that is one.
 
-    A URL that names no driver gets one that is installed: what SQLAlchemy takes then
-    depends on its version.
-
     :raises sqlalchemy.exc.ArgumentError: if it names one of asyncio and no other is
       known or installed.
     """
@@ -75,8 +62,7 @@ def for_threads(url: URL) -> URL:
 def for_asyncio(url: URL) -> URL:
     """Return the URL with a driver for asyncio: its own, if that is one.
 
-    :raises sqlalchemy.exc.ArgumentError: if it names another and none is known or
-      installed.
+    :raises sqlalchemy.exc.ArgumentError: if none is known or installed.
     """
     if "+" in url.drivername:
         # psycopg's dialect has a twin.
@@ -100,9 +86,6 @@ def _with_one_of(url: URL, drivers: dict[str, dict[str, str]], what: str) -> URL
     )
 
 
-# -- libpq's keys, and asyncpg's -----------------------------------------------------
-
-
 def _keys(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
@@ -114,20 +97,17 @@ _IN_DSN = _keys(
     "ssl_min_protocol_version ssl_max_protocol_version dbname options "
     "application_name"
 )
-
-#: asyncpg has no such settings, and none of them makes a connection safer.
+#: asyncpg has no such settings, and none of them makes a connection safer: with any
+#: value, or with one of these. With another one they are refused.
 _LEFT_OUT = _keys(
     "keepalives keepalives_idle keepalives_interval keepalives_count "
     "tcp_user_timeout client_encoding fallback_application_name load_balance_hosts "
     "sslcompression sslsni"
 )
-
-#: The same for these, with such a value. With another one they are refused.
 _LEFT_OUT_WITH = {
     "channel_binding": ("disable", "prefer", "require"),
     "gssencmode": ("disable", "prefer"),
 }
-
 #: asyncpg's own arguments that are numbers, which a URL has as texts only.
 _NUMBERS: dict[str, Callable[[str], float]] = {
     "timeout": float,
@@ -137,13 +117,11 @@ _NUMBERS: dict[str, Callable[[str], float]] = {
     "max_cacheable_statement_size": int,
     "connect_timeout": float,
 }
-
 #: SQLAlchemy's own keys in an asyncpg URL.
 _DIALECTS = _keys(
     "prepared_statement_cache_size prepared_statement_name_func async_fallback "
     "async_creator_fn"
 )
-
 #: asyncpg's and its dialect's keys that mean nothing to libpq: how statements are kept,
 #: and for how long the client waits for one.
 _ASYNCPGS = _NUMBERS.keys() - {"timeout", "connect_timeout"} | _DIALECTS
@@ -152,8 +130,7 @@ _ASYNCPGS = _NUMBERS.keys() - {"timeout", "connect_timeout"} | _DIALECTS
 def asyncpg_arguments(query: Mapping[str, str | tuple[str, ...]]) -> dict[str, Any]:
     """Return the arguments of ``asyncpg.connect`` for the keys of a URL that differ.
 
-    :raises sqlalchemy.exc.ArgumentError: for a key that is not known, or that cannot be
-      translated.
+    :raises sqlalchemy.exc.ArgumentError: for one that cannot be translated.
     """
     import asyncpg  # type: ignore[import-untyped]
 
@@ -175,8 +152,7 @@ def asyncpg_arguments(query: Mapping[str, str | tuple[str, ...]]) -> dict[str, A
         elif key in _IN_DSN:
             in_dsn[key] = value
         elif key in _LEFT_OUT or value in _LEFT_OUT_WITH.get(key, ()):
-            demanded = value == "require"
-            level = logging.WARNING if demanded else logging.INFO
+            level = logging.WARNING if value == "require" else logging.INFO
             _log.log(level, "asyncpg has no %s: %s=%s is left out", key, key, value)
         elif key not in own:
             raise BadOption(key, "...", "asyncpg has no such setting")
@@ -194,8 +170,7 @@ def asyncpg_arguments(query: Mapping[str, str | tuple[str, ...]]) -> dict[str, A
 def translate_for_asyncpg(engine: Engine, url: URL) -> None:
     """Have an engine on asyncpg connect with libpq's keys in its URL.
 
-    The engine's URL stays as it was given, so that a ledger's own connection is as safe
-    as the engine's. The user's ``connect_args`` win.
+    The URL stays, so that a ledger's own connection is as safe. ``connect_args`` win.
     """
     arguments = asyncpg_arguments(url.query)
     known = _IN_DSN | _LEFT_OUT | _LEFT_OUT_WITH.keys() | _NUMBERS.keys()
@@ -225,16 +200,11 @@ def with_libpq_keys(url: URL) -> URL:
     return url.set(query=query)
 
 
-# -- databases in memory ---------------------------------------------------------------
-
-
 def has_private_memory(dialect: Any, url: URL) -> bool:
     """Tell if each connection would have a database of its own, in memory.
 
     Such an engine needs one of SQLAlchemy's pools that have a single connection, or one
     for each thread. SQLite's shared-cache databases in memory need none.
-
-    :param dialect: a dialect, or its class.
     """
     if url.get_backend_name() != "sqlite":
         with warnings.catch_warnings():
@@ -248,10 +218,7 @@ def has_private_memory(dialect: Any, url: URL) -> bool:
 
 
 def warn_of_memory(what: str) -> None:
-    """Warn the user's line that makes an engine with private memory.
-
-    :param what: what is done about it, or was done wrong.
-    """
+    """Warn the user's line that makes an engine with private memory."""
     warnings.warn(
         f"{what}: each connection would have a database of its own, in memory; several "
         "connections need a file, or a shared cache (sqlite:///file:NAME"

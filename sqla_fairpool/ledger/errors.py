@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from sqlalchemy import exc
 
-__all__ = ["LedgerError", "RowBroken", "ServerDiffers", "TermsDiffer"]
-
 
 class LedgerError(exc.InvalidRequestError):
     """The ledger cannot be used as it is configured; trying again does not help."""

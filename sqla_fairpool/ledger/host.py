@@ -14,62 +14,65 @@ Rules of this file:
 
 * A sign of life is a ``flock``, which the kernel releases when the last process that
   has the file open is gone: also after SIGKILL, not while it is stopped. A forked
-  child closes its copies at once: see :meth:`HostStore.after_fork`.
-* A sign appears locked: it is locked under another name first. It is not empty once
-  its process has a row.
+  child closes its copies at once. A sign appears locked: it is locked under another
+  name first. It is not empty once its process has a row.
 * Signs are given under the lock of the rows, so that a process that has that lock may
   remove what has no sign.
 * Whatever is here may be removed or replaced at any time. A process finds that out
-  when it looks (:meth:`HostStore.in_place`, and each transaction), keeps its sign of
-  life as long as that stands, and opens what is there.
+  when it looks, keeps its sign of life as long as that stands, and opens what is there.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 import threading
 import uuid
 import weakref
 from collections.abc import Collection, Iterable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import LedgerError
-from .host_file import LedgerFile, Replaced, is_at, no_fork, share
+from .host_file import (
+    LedgerFile,
+    Replaced,
+    close_copy,
+    is_at,
+    no_fork,
+    share,
+    unlock_and_close,
+)
 from .rows import member_key
-from .store import Store, StoreAway, drain, wait_for
+from .store import Store, StoreAway, drain, notify, wait_for
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["HostStore"]
-
-_SIGN, _BELL, _FIGURES = ".sign", ".bell", ".figures"
-
-# Under these names, a sign and figures are made.
-_NEW_SIGN, _NEW_FIGURES = ".new", ".said"
-
+# Under the last two names, a sign and figures are made.
+_KINDS = _BELL, _FIGURES, _SIGN, _NEW_SIGN, _NEW_FIGURES = (
+    ".bell",
+    ".figures",
+    ".sign",
+    ".new",
+    ".said",
+)
 # How often what is at the ledger's place may vanish while it is being opened.
 _ATTEMPTS = 50
-
 # What is written into a bell: another process rings, it is its own, another asks.
 _RING, _NUDGE, _ASK = b"r", b"n", b"a"
 
 
 class HostStore(Store):
-    """See the head of this file, and :class:`.store.Store` for the methods.
-
-    :param path: the SQLite file; it is created, its directory too.
-    """
+    """See the head of this file, and :class:`.store.Store` for the methods."""
 
     kind = "host"
     #: The kernel loses no sign, but the file may go away.
     can_lose_sign = False
     watches_place = True
+    control_connections = 0
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path).absolute()
@@ -92,15 +95,9 @@ class HostStore(Store):
         self._process = os.getpid()
 
     @property
-    def control_connections(self) -> int:
-        return 0
-
-    @property
     def key(self) -> int:
         """The ledger's own number; 0 until it is opened."""
         return self._file.key
-
-    # -- opening and closing --------------------------------------------------------
 
     def open(self) -> None:
         self._check_process()
@@ -122,9 +119,8 @@ class HostStore(Store):
                         if not left:
                             raise
             except OSError as error:
-                raise LedgerError(
-                    f"the ledger {self.name} cannot be used: {error}"
-                ) from None
+                why = f"the ledger {self.name} cannot be used: {error}"
+                raise LedgerError(why) from None
             self.signed = True
 
     def _open_what_is_there(self) -> None:
@@ -153,9 +149,10 @@ class HostStore(Store):
     def _give_sign(self, there: os.stat_result) -> None:
         """Make the sign of life and the bell, unless they are in place."""
         self._mode, self._there = there.st_mode & 0o777, there
-        bell, sign = (self._beside(self.member, kind) for kind in (_BELL, _SIGN))
+        bell, sign = self._beside(self.member, _BELL), self._beside(self.member, _SIGN)
         if not is_at(self._bell, bell):
-            self._bell = self._closed(self._bell)
+            old, self._bell = self._bell, None
+            unlock_and_close(old)
             bell.unlink(missing_ok=True)
             os.mkfifo(bell, self._mode)
             share(bell, self._mode, there)
@@ -163,7 +160,8 @@ class HostStore(Store):
                 # Both ends are ours: it is never at its end, and no write fails.
                 self._bell = os.open(bell, os.O_RDWR | os.O_NONBLOCK)
         if not is_at(self._sign, sign):
-            self._sign = self._closed(self._sign)
+            old, self._sign = self._sign, None
+            unlock_and_close(old)
             new = self._beside(self.member, _NEW_SIGN)
             with no_fork:
                 self._sign = os.open(new, os.O_RDWR | os.O_CREAT, self._mode)
@@ -174,38 +172,31 @@ class HostStore(Store):
             new.rename(sign)
 
     def _note_joining(self) -> None:
-        """Make the sign one of a member, see :meth:`strangers`."""
         assert self._sign is not None
-        try:
+        with self._translated():
             os.pwrite(self._sign, b"member\n", 0)
+        self._has_joined = True
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise StoreAway(f"{self.name}: {error}") from error
-        self._has_joined = True
 
     def close(self) -> None:
         with self._lock:
             if self._bell is not None or self._sign is not None:
                 self._unlink(self.member)
-            for handle in (self._bell, self._sign):
-                self._closed(handle)
+            unlock_and_close(self._bell)
+            unlock_and_close(self._sign)
             self._file.close()
             self._begin()
 
-    @staticmethod
-    def _closed(handle: int | None) -> None:
-        """Close and unlock a file, whatever this process's children have open."""
-        if handle is not None:
-            with no_fork, contextlib.suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_UN)
-                os.close(handle)
-
     def after_fork(self) -> None:
         # Runs in every child that Python forks, before its own code.
-        for handle in (self._bell, self._sign):
-            if handle is not None:
-                # Closing does not unlock: the parent has the files open as well.
-                with contextlib.suppress(OSError):
-                    os.close(handle)
+        close_copy(self._bell)
+        close_copy(self._sign)
         self._file.forget()
         self._begin()
 
@@ -220,8 +211,6 @@ class HostStore(Store):
         return is_at(self._sign, self._beside(self.member, _SIGN)) and is_at(
             self._bell, self._beside(self.member, _BELL)
         )
-
-    # -- rows --------------------------------------------------------------------------
 
     @contextmanager
     def transaction(self) -> Iterator[MutableMapping[str, str]]:
@@ -242,13 +231,9 @@ class HostStore(Store):
                 self.signed = False
                 raise
 
-    # -- signs of life ----------------------------------------------------------------
-
     def living(self, members: Collection[str]) -> set[str]:
-        try:
+        with self._translated():
             living = {member for member in members if self._lives(member)}
-        except OSError as error:
-            raise StoreAway(f"{self.name}: {error}") from error
         if len(living) < len(members) and not self._has_sign():
             # With this process's sign theirs may have been removed.
             raise StoreAway(f"the signs of life in {self._members} were removed")
@@ -259,7 +244,7 @@ class HostStore(Store):
         return len(self.living({member for member in signs if self._had_row(member)}))
 
     def _had_row(self, member: str) -> bool:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             return self._beside(member, _SIGN).stat().st_size > 0
         return False
 
@@ -285,18 +270,14 @@ class HostStore(Store):
         return False
 
     def _remove_dead(self) -> set[str]:
-        """Remove what was left by processes that were killed; return the living.
-
-        The caller holds the lock of the rows: no sign is given meanwhile.
-        """
+        """Remove what the dead have left; return the living. The rows are locked."""
         living = {member for member in self._found(_SIGN) if self._lives(member)}
-        for kind in (_BELL, _FIGURES, _NEW_SIGN, _NEW_FIGURES):
+        for kind in _KINDS:
             for member in self._found(kind) - living:
                 self._unlink(member)
         return living
 
     def _found(self, kind: str) -> set[str]:
-        """Return whose things of a kind lie in the directory."""
         try:
             names = os.listdir(self._members)
         except OSError:
@@ -307,11 +288,9 @@ class HostStore(Store):
         return self._members / f"{member}{kind}"
 
     def _unlink(self, member: str) -> None:
-        for kind in (_BELL, _FIGURES, _NEW_FIGURES, _NEW_SIGN, _SIGN):
-            with contextlib.suppress(OSError):
+        for kind in _KINDS:
+            with suppress(OSError):
                 self._beside(member, kind).unlink()
-
-    # -- bells ------------------------------------------------------------------------
 
     def ring(self, members: Iterable[str]) -> None:
         self._write_into_bells(members, _RING)
@@ -324,48 +303,37 @@ class HostStore(Store):
 
     def _write_into_bells(self, members: Iterable[str], what: bytes) -> None:
         for member in members:
-            try:
+            with suppress(OSError):  # gone, or going; or full: it rings already
                 bell = os.open(self._beside(member, _BELL), os.O_WRONLY | os.O_NONBLOCK)
-            except OSError:
-                continue  # gone, or going
-            try:
-                os.write(bell, what)
-            except OSError:
-                pass  # full: it rings already
-            finally:
-                os.close(bell)
+                try:
+                    notify(bell, what)
+                finally:
+                    os.close(bell)
 
     def wait(self, seconds: float | None) -> bool:
         if (bell := self._bell) is None:
             raise StoreAway("the ledger is not open")
         if not wait_for([bell], seconds):
             return False
-        try:
+        with self._translated():  # closed meanwhile
             self.asked = _ASK in drain(bell) or self.asked
-        except OSError:  # closed meanwhile
-            raise StoreAway("the ledger is not open") from None
         return True
 
     def nudge(self) -> None:
         if (bell := self._bell) is not None:
-            with contextlib.suppress(OSError):  # full, or closed meanwhile
-                os.write(bell, _NUDGE)
-
-    # -- figures ----------------------------------------------------------------------
+            notify(bell, _NUDGE)
 
     def publish(self, text: str) -> None:
         new = self._beside(self.member, _NEW_FIGURES)
-        try:
+        with self._translated():
             new.write_text(text, encoding="utf-8")
             share(new, self._mode, self._there)
             new.rename(self._beside(self.member, _FIGURES))  # whole, or not at all
-        except OSError as error:
-            raise StoreAway(f"{self.name}: {error}") from error
 
     def published(self, members: Collection[str]) -> dict[str, str]:
         found = {}
         for member in members:
-            with contextlib.suppress(OSError, ValueError):
+            with suppress(OSError, ValueError):
                 figures = _open_regular(self._beside(member, _FIGURES))
                 if figures is not None:
                     with open(figures, encoding="utf-8") as file:

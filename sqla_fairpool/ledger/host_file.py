@@ -30,8 +30,9 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, MutableMapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NoReturn
 from urllib.parse import quote
 
 from .errors import LedgerError
@@ -42,18 +43,14 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LedgerFile", "Replaced", "is_at", "no_fork", "share"]
-
 _log = logging.getLogger(__name__)
 
 #: How long a transaction waits for another one, which takes some 40 microseconds; a
 #: stopped process may be in the middle of one.
 _PATIENCE = 2.0
-
 #: Seconds between two attempts to get the lock: the first, and the longest. The first
 #: is about what a transaction takes, and the least that a system sleeps.
 _FIRST, _LONGEST = 50e-6, 2e-3
-
 #: Version of the file. Version 1 was in WAL mode, under SQLite's own locks.
 SCHEMA = 2
 
@@ -89,11 +86,24 @@ def is_at(handle: int | None, path: Path) -> bool:
         return False
 
 
-def share(path: Path, mode: int, like: os.stat_result) -> None:
-    """Give something that this process has made to those that share the ledger.
+def unlock_and_close(handle: int | None) -> None:
+    """Close and unlock a file, whatever this process's children have open."""
+    if handle is not None:
+        with no_fork, suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+            os.close(handle)
 
-    :param like: the ledger's file, whose group it gets; and whose owner, from root.
-    """
+
+def close_copy(handle: int | None) -> None:
+    """Close a file in a forked child. Its parent, which has it open too, keeps it
+    locked."""
+    if handle is not None:
+        with suppress(OSError):
+            os.close(handle)
+
+
+def share(path: Path, mode: int, like: os.stat_result) -> None:
+    """Give what this process has made to the owner, from root, and group of `like`."""
     with suppress(OSError):  # it stays in a group of this user
         os.chown(path, like.st_uid if os.geteuid() == 0 else -1, like.st_gid)
     # Setting the mode would take back that a directory hands down its group.
@@ -101,10 +111,7 @@ def share(path: Path, mode: int, like: os.stat_result) -> None:
 
 
 class LedgerFile:
-    """See the head of this file. Not for several threads at once.
-
-    :param path: the SQLite file.
-    """
+    """See the head of this file. Not for several threads at once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -113,47 +120,43 @@ class LedgerFile:
         self.real = path
         #: The ledger's own number; 0 until it is opened.
         self.key = 0
-        self._begin()
-
-    def _begin(self) -> None:
         self.database: sqlite3.Connection | None = None
         # What the lock is on.
         self._handle: int | None = None
 
     def in_place(self) -> bool:
-        """Tell if the file that is open is the one at its path."""
         return is_at(self._handle, self._path)
 
-    # -- the lock -------------------------------------------------------------------
+    def _check_place(self) -> None:
+        """:raises Replaced: if the file is not the one at its path; it is closed."""
+        if not self.in_place():
+            self._replaced()
+
+    def _replaced(self) -> NoReturn:
+        self.close()
+        raise Replaced(
+            f"the ledger {self.name} was removed or replaced; what is there now is "
+            "joined"
+        )
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """:raises Replaced: if the file is not the one at its path."""
         handle = self._handle
         assert handle is not None
         try:
             self._lock(handle)
-            if not self.in_place():
-                raise self._replaced()
+            self._check_place()
             yield
         finally:
             if self._handle == handle:  # neither closed nor forked meanwhile
                 fcntl.flock(handle, fcntl.LOCK_UN)
-
-    def _replaced(self) -> Replaced:
-        self.close()
-        return Replaced(
-            f"the ledger {self.name} was removed or replaced; what is there now is "
-            f"joined"
-        )
 
     def _lock(self, handle: int) -> None:
         deadline = time.monotonic() + _PATIENCE
         pause = _FIRST
         while True:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise StoreAway(
@@ -164,21 +167,16 @@ class LedgerFile:
             time.sleep(pause)
             pause = min(pause * 2, _LONGEST)
 
-    # -- opening and closing --------------------------------------------------------
-
     @contextmanager
     def opening(self) -> Iterator[os.stat_result]:
         """Open what is at the path, created if need be; within, it is locked.
 
-        :meth:`connect` comes next.
+        :raises Replaced: if another one was put there meanwhile.
         """
         try:
-            with ExitStack() as stack:
-                while self._handle is None:
-                    self._open()
-                    with suppress(Replaced):  # while we waited for its lock
-                        stack.enter_context(self._locked())
-                yield os.fstat(self._handle)
+            self._open()
+            with self._locked():
+                yield os.fstat(self._handle)  # type: ignore[arg-type]  # it is open
         except BaseException:
             self.close()
             raise
@@ -199,17 +197,11 @@ class LedgerFile:
             raise LedgerError(f"the ledger {self.name} is not a file")
 
     def connect(self, *, repair: bool) -> None:
-        """Let SQLite open the file; make the tables, or check them.
-
-        :param repair: if the file is damaged, make it anew: no other process uses it.
-        :raises Replaced: if the file is not the one at its path any more.
-        :raises LedgerError: if it cannot be used as it is.
-        """
+        """Let SQLite open the file; make the tables, or check or `repair` them."""
         try:
             self._connect()
         except sqlite3.Error as error:
-            if not self.in_place():
-                raise self._replaced() from None
+            self._check_place()
             self._disconnect()
             if not repair or type(error) is not sqlite3.DatabaseError:
                 raise self._translated(error) from None
@@ -223,23 +215,19 @@ class LedgerFile:
         journal = Path(f"{self.real}-journal")
         if journal.exists() and not journal.is_file():
             raise LedgerError(f"{journal} is not a file: remove it")
+        # Never created by SQLite, which does not know of the lock.
+        uri = f"file:{quote(os.fsencode(self.real))}?mode=rw&nolock=1"
         with no_fork:
-            database = self.database = self._sqlite()
-            if not self.in_place():
-                raise self._replaced()  # SQLite has opened another, without its lock
+            database = self.database = sqlite3.connect(
+                uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False
+            )
+            self._check_place()  # else SQLite has opened another, without its lock
             database.execute("pragma journal_mode = truncate")
             database.execute("pragma synchronous = off")
             (found,) = database.execute("pragma quick_check(1)").fetchone()
             if found != "ok":
                 raise sqlite3.DatabaseError(" ".join(found.split()))
             self._make_tables(database, journal)
-
-    def _sqlite(self) -> sqlite3.Connection:
-        # Never created by SQLite, which does not know of the lock.
-        uri = f"file:{quote(os.fsencode(self.real))}?mode=rw&nolock=1"
-        return sqlite3.connect(
-            uri, uri=True, timeout=0, isolation_level=None, check_same_thread=False
-        )
 
     def _make_tables(self, database: sqlite3.Connection, journal: Path) -> None:
         database.execute("begin")
@@ -260,32 +248,30 @@ class LedgerFile:
             there = os.stat(self.real)
             share(journal, there.st_mode & 0o777, there)
         if not tables:
-            database.execute(
-                "create table row (key text primary key, value text not null) "
-                "without rowid"
-            )
-            # What tells ledgers apart: the file may have another path in each
-            # container.
+            # The number tells ledgers apart: the path may differ in each container.
             key = uuid.uuid4().int & 0x7FFFFFFF
-            database.execute(f"pragma application_id = {key}")
-            database.execute(f"pragma user_version = {SCHEMA}")
+            for statement in (
+                "create table row (key text primary key, value text not null) "
+                "without rowid",
+                f"pragma application_id = {key}",
+                f"pragma user_version = {SCHEMA}",
+            ):
+                database.execute(statement)
         (self.key,) = database.execute("pragma application_id").fetchone()
         database.execute("commit")
 
     def _older(self) -> LedgerError:
         return LedgerError(
             f"the ledger {self.name} is of an older sqla_fairpool, which locks it "
-            f"otherwise: stop the processes that use it, then remove it"
+            "otherwise: stop the processes that use it, then remove it"
         )
 
     def _make_anew(self, error: sqlite3.Error) -> None:
-        """Empty a damaged file, which keeps its owner and mode."""
         assert self._handle is not None
         kept = f"{self.real}.damaged"
         shutil.copy(self.real, kept)
         for suffix in ("-journal", "-wal", "-shm"):
-            with suppress(FileNotFoundError):
-                os.unlink(f"{self.real}{suffix}")
+            Path(f"{self.real}{suffix}").unlink(missing_ok=True)
         os.ftruncate(self._handle, 0)
         _log.warning(
             "the ledger %s was damaged (%s), and no member lives: it is made anew, and "
@@ -296,13 +282,9 @@ class LedgerFile:
         )
 
     def close(self) -> None:
-        """Close everything. Idempotent."""
         self._disconnect()
         handle, self._handle = self._handle, None
-        if handle is not None:
-            with no_fork, suppress(OSError):
-                fcntl.flock(handle, fcntl.LOCK_UN)
-                os.close(handle)
+        unlock_and_close(handle)
 
     def _disconnect(self) -> None:
         database, self.database = self.database, None
@@ -319,23 +301,16 @@ class LedgerFile:
 
     def forget(self) -> None:
         """In a forked child: become closed, without the lock of the parent."""
-        if self._handle is not None:
-            # Closing does not unlock: the parent has it open as well.
-            with suppress(OSError):
-                os.close(self._handle)
-        if self.database is not None:
+        handle, self._handle = self._handle, None
+        close_copy(handle)
+        database, self.database = self.database, None
+        if database is not None:
             # To close it might roll the parent's transaction back: it is never freed.
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.database))
-        self._begin()
-
-    # -- rows -----------------------------------------------------------------------
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(database))
 
     @contextmanager
     def transaction(self) -> Iterator[MutableMapping[str, str]]:
-        """The rows, for this process alone; kept on leaving, undone by an exception.
-
-        :raises Replaced: if the file is not the one at its path; it is closed then.
-        """
+        """See :meth:`.store.Store.transaction`. A file that was replaced is closed."""
         database = self.database
         if database is None:
             raise StoreAway("the ledger is not open")
@@ -350,7 +325,7 @@ class LedgerFile:
                     database.execute("begin")
                     (key,) = database.execute("pragma application_id").fetchone()
                     if key != self.key:  # written over, in place
-                        raise self._replaced()
+                        self._replaced()
                     rows = dict(database.execute("select key, value from row"))
                 before = dict(rows)
                 yield rows
@@ -380,5 +355,5 @@ class LedgerFile:
             return StoreAway(f"{self.name}: {reason}")
         return LedgerError(
             f"the ledger {self.name} is no ledger, or damaged ({reason}); if no "
-            f"member lives, remove it"
+            "member lives, remove it"
         )

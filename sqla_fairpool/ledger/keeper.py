@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from ..background import start_thread
@@ -28,8 +29,6 @@ from .member import Membership
 from .rows import Terms, dump
 from .store import Store, StoreAway
 from .watch import Sessions
-
-__all__ = ["Keeper", "Pace", "describe_process"]
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +49,6 @@ def describe_process() -> Mapping[str, Any]:
 class Keeper:
     """Keeps one pool's slots in a ledger.
 
-    :param store: where the ledger is.
     :param terms: the limits that all members have to share.
     :param local: the pool.
     :param sessions: asks the server which sessions there are.
@@ -96,9 +94,9 @@ class Keeper:
             self._chance,
             self._who,
         )
-        # What does the rounds, once there is something: the thread, or this object
-        # itself if it was closed before. The first one that is entered is it; without a
-        # lock, which an interrupt could leave locked.
+        # What does the rounds: the thread, or this object if it was closed before. The
+        # first that is entered is it; without a lock, which an interrupt could leave
+        # locked.
         self._runner: dict[str, threading.Thread | Keeper] = {}
         # Rings while the store cannot: taken by the keeper, released to wake it.
         self._bell = threading.Lock()
@@ -116,8 +114,6 @@ class Keeper:
         self._failures = 0
         self._retry_at = 0.0
 
-    # -- called by the pool -------------------------------------------------------
-
     @property
     def pressed(self) -> bool:
         """Others go short of slots."""
@@ -126,10 +122,7 @@ class Keeper:
     def ring(self, tag: str | None = None) -> None:
         """Have the keeper look at the pool: a caller waits, or something was closed.
 
-        Never blocks; cheap when it is rung already, or when more waiting under `tag`
-        would change nothing. Starts the thread on first use.
-
-        :param tag: that of the caller that waits; None if that is not the reason.
+        Never blocks. Left out where one more that waits under `tag` changes nothing.
         """
         if self._rung or tag in self.member.vain:
             return
@@ -146,50 +139,40 @@ class Keeper:
             raise
 
     def post(self, done: Callable[[bool], None]) -> None:
-        """Have the pool's state of now in the ledger; say if it is.
+        """Have the pool's state of now in the ledger. From any thread; never blocks.
 
-        It is if the store has it, the sessions included, and this process is a member
-        that owns a slot for each connection that is open. From any thread; never
-        blocks.
-
-        :param done: called once, by the keeper's thread as a rule: True after the
-          commit, False if there is none now: the store is away, we are refused, the
-          keeper is closed. Must not raise. Is not called in a forked child.
+        :param done: called once, as a rule by the keeper's thread: True if the store
+          has it and this process owns a slot for each open connection, False if that
+          cannot be now. Must not raise. Not called in a forked child.
         """
         self._posts.append(done)
         self.ring()
         if self._ended:
-            self._answer_posts(self._take_posts(), False)
+            self._answer_posts(False)
 
     def _take_posts(self) -> list[Callable[[bool], None]]:
         posts = []
-        try:
+        with suppress(IndexError):
             while True:
                 posts.append(self._posts.popleft())
-        except IndexError:
-            return posts
+        return posts
 
-    @staticmethod
-    def _answer_posts(posts: list[Callable[[bool], None]], answer: bool) -> None:
-        for done in posts:
+    def _answer_posts(self, answer: bool) -> None:
+        for done in self._take_posts():
             done(answer)
 
     def _wake(self) -> None:
-        try:
+        with suppress(RuntimeError):  # it was ringing already
             self._bell.release()
-        except RuntimeError:
-            pass  # it was ringing already
 
     def _start(self) -> None:
-        """Start a thread, which ends at once if it is not the first.
-
-        It may be interrupted anywhere. The next caller starts another one.
-        """
+        # It may be interrupted anywhere: the next caller starts another thread, which
+        # ends at once if it is not the first.
         start_thread(self._run, "sqla_fairpool-keeper", self._not_started)
 
     def _not_started(self) -> None:
         self._rung = False
-        self._answer_posts(self._take_posts(), False)
+        self._answer_posts(False)
 
     def _is_runner(self, who: threading.Thread | Keeper) -> bool:
         return self._runner.setdefault("runner", who) is who
@@ -210,18 +193,14 @@ class Keeper:
         if self.member.is_open:
             self._store.nudge()
         self._wake()
-        if isinstance(thread, threading.Thread) and (
-            thread is not threading.current_thread()
-        ):
-            thread.join(self._pace.retry)
+        if thread not in (self, threading.current_thread()):
+            thread.join(self._pace.retry)  # type: ignore[union-attr]  # not this object
 
     @property
     def is_hindered(self) -> bool:
         """The ledger cannot be reached or used now; what is owned is kept."""
         has = self.member.allotment
         return self.trouble is not None and has is not None and has.row.owned > 0
-
-    # -- the thread -----------------------------------------------------------------
 
     def _run(self) -> None:
         if not self._is_runner(threading.current_thread()):
@@ -239,10 +218,9 @@ class Keeper:
     def _end(self) -> None:
         self.member.leave()
         self._ended = True
-        self._answer_posts(self._take_posts(), False)
+        self._answer_posts(False)
 
     def _sleep(self, seconds: float) -> bool:
-        """Return True if it was rung."""
         if self.member.is_open:
             try:
                 return self._store.wait(seconds)
@@ -255,10 +233,7 @@ class Keeper:
         return self._rung
 
     def step(self, now: float, rung: bool = False) -> float:
-        """Do one round; return when to do the next at the latest.
-
-        :param rung: the bell may have been rung by another process.
-        """
+        """Do one round; return when to do the next. Others may have `rung`."""
         if self._rung:
             self.member.rung(now)
         self._rung = False
@@ -282,20 +257,18 @@ class Keeper:
             self._refuse(error, now)
         except Exception as error:
             self._fail(error, now)
-        self._answer_posts(posts, has_posted)
+        for done in posts:
+            done(has_posted)
         if now < self._retry_at:
             return self._retry_at
         return max(min(self.member.times(now)), now + _LEAST)
 
     def _publish(self) -> None:
-        """Answer to another process that has asked for our figures."""
         self._store.asked = False
         if self._figures is not None:
             # Unlike the answer before, which is how it is told from that.
             self._answers += 1
             self._store.publish(dump({"answer": self._answers, **self._figures()}))
-
-    # -- trouble ----------------------------------------------------------------------
 
     def _fail(self, error: Exception, now: float) -> None:
         """The store is away, or something broke: keep what is owned, try again."""
@@ -311,10 +284,7 @@ class Keeper:
         self._retry_at = now + delay * (0.5 + 0.5 * self._chance())
 
     def _refuse(self, error: LedgerError, now: float) -> None:
-        """The operator has to mend something: grow no more, try again.
-
-        Callers that wait are told, unless there are slots here to wait for.
-        """
+        """The operator has to mend something: tell callers that have no slot."""
         trouble, self.trouble = self.trouble, str(error)
         self._retry_at = now + self._pace.beat
         allotment = self.member.allotment

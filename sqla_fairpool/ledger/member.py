@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 from .book import Book
@@ -25,44 +26,32 @@ from .store import Store, StoreAway
 from .transaction import has_news, settle
 from .watch import Findings, Sessions, Watch
 
-__all__ = ["Membership"]
-
 _log = logging.getLogger(__name__)
 
 #: How many keepers of those that go short watch the others, at each beat, on average.
 _WATCHERS = 4
-
 #: How many of those that do not go short look for dead members within `slow`.
 _PATROL = 20
-
 #: Rounds of giving back within one step: what it closes itself is closed after one.
 _ROUNDS = 3
 
 
+@dataclass(eq=False)
 class Membership:
-    """One member, from before it joins until it has left. For one thread.
+    """One member, from before it joins until it has left. For one thread."""
 
-    The parameters are those of :class:`.keeper.Keeper`.
-    """
+    store: Store
+    terms: Terms
+    local: InitVar[Local]
+    sessions: InitVar[Sessions | None]
+    pace: Pace
+    chance: Callable[[], float]
+    who: Callable[[], Mapping[str, Any]]
 
-    def __init__(
-        self,
-        store: Store,
-        terms: Terms,
-        local: Local,
-        sessions: Sessions | None,
-        pace: Pace,
-        chance: Callable[[], float],
-        who: Callable[[], Mapping[str, Any]],
-    ) -> None:
-        self._store = store
-        self._terms = terms
+    def __post_init__(self, local: Local, sessions: Sessions | None) -> None:
         self._pool = PoolSide(local)
-        self._pace = pace
-        self._chance = chance
-        self._who = who
-        self._demand = Demand(pace)
-        self._watch = Watch(store, sessions, pace)
+        self._demand = Demand(self.pace)
+        self._watch = Watch(self.store, sessions, self.pace)
         self.is_open = False
         self.transactions = 0
         #: Others go short: the pool rings when a connection falls idle.
@@ -90,7 +79,6 @@ class Membership:
 
     @property
     def unasked(self) -> str | None:
-        """Why the server cannot be asked for sessions, if it was asked in vain."""
         return self._watch.unasked
 
     @property
@@ -104,25 +92,18 @@ class Membership:
             or self._guards
         )
 
-    # -- called by the keeper -------------------------------------------------------
-
     def rung(self, now: float) -> None:
-        """The pool has rung."""
         self._demand.rung(now)
 
     def times(self, now: float) -> Iterator[float]:
         """Yield the times at which there may be something to do, without a bell."""
         yield self._look_at
-        if self.is_open and self._store.watches_place:
-            yield now + self._pace.beat
+        if self.is_open and self.store.watches_place:
+            yield now + self.pace.beat
         yield from self._demand.times(now)
 
     def round(self, now: float, rung: bool, asked: bool = False) -> None:
-        """See what is wanted here, and do what is to be done about that.
-
-        :param rung: the bell may have been rung by another process.
-        :param asked: bring the row up to date in any case.
-        """
+        """See what is wanted here, and act on that; post the row if `asked`."""
         self._pool.forget_peaks()
         if self.is_open or self.number is not None:
             self._return_to_place()
@@ -133,7 +114,7 @@ class Membership:
             if asked or state.wants or self.number is not None:
                 self._join(now, state)
             else:
-                self._look_at = self._slow_at = now + self._pace.slow
+                self._look_at = self._slow_at = now + self.pace.slow
             return
         post = (
             asked
@@ -148,7 +129,7 @@ class Membership:
 
     def away(self) -> None:
         """The store is away: what is owned is kept if the sign of life stands."""
-        if not self._store.signed:
+        if not self.store.signed:
             self._pool.freeze()
         self.is_open = False
         self._returning = True
@@ -158,7 +139,7 @@ class Membership:
         if self.number is not None:
             self._pool.close()
         self.is_open = False
-        self._store.close()
+        self.store.close()
 
     def leave(self) -> None:
         """Give up everything that is closed, and the sign of life."""
@@ -170,34 +151,31 @@ class Membership:
                 sessions = state.sessions.union(filter(None, state.lost))
                 with self._transaction() as rows:
                     book = Book(rows)
-                    book.leave(self._store.member, state.open, sessions)
-                    bells = book.tell(book.allocation()) if book.meta else []
-                self._store.ring(bells)
+                    book.leave(self.store.member, state.open, sessions)
+                    bells = book.tell()
+                self.store.ring(bells)
         except Exception as error:
             # Others find us dead, and our slots with us.
-            _log.warning("could not leave the ledger %s: %s", self._store.name, error)
+            _log.warning("could not leave the ledger %s: %s", self.store.name, error)
         finally:
             self._demand.allotment = self.number = None
             self.is_open = False
-            self._store.close()
-
-    # -- transactions ---------------------------------------------------------------
+            self.store.close()
 
     def _return_to_place(self) -> None:
-        """Have the store open, and at the ledger's place."""
         if not self.is_open:
             self._open()
-        elif self._store.watches_place and not self._store.in_place():
+        elif self.store.watches_place and not self.store.in_place():
             self._pool.freeze()
             raise StoreAway("what was opened is not what stands at its place now")
 
     def _open(self) -> None:
-        if not self._store.signed:
+        if not self.store.signed:
             # Meanwhile our slots may have been taken for those of a dead member. Until
             # we have seen our row, nothing is opened; a new sign of life must not
             # cover what the lost one did.
             self._pool.freeze()
-        self._store.open()
+        self.store.open()
         self.is_open = True
 
     @contextmanager
@@ -205,26 +183,26 @@ class Membership:
         if not self.is_open:
             self._open()
         self.transactions += 1
-        with self._store.transaction() as rows:
+        with self.store.transaction() as rows:
             yield rows
 
     def _join(self, now: float, state: State) -> None:
-        """Become a member, and get what there is, in one transaction as a rule."""
-        key, dead = self._store.member, dict[str, str]()
+        """Become a member, in one transaction as a rule."""
+        key, dead = self.store.member, dict[str, str]()
         for looked in (False, True):
             with self._transaction() as rows:
                 book = Book(rows)
                 book.reap(dead)
-                if looked or book.accepts(key, self._terms, state.server):
-                    book.join(key, self._who(), self._terms, self.number, state.server)
+                if looked or book.accepts(key, self.terms, state.server):
+                    book.join(key, self.who(), self.terms, self.number, state.server)
                     has = settle(
                         book, key, state, state.tags, self._pool.allowed, sign=True
                     )
                     break
                 texts = dict(book.texts)
-            living = self._store.living(list(texts))
+            living = self.store.living(list(texts))
             dead = {key: text for key, text in texts.items() if key not in living}
-        self._slow_at = now + self._pace.slow
+        self._slow_at = now + self.pace.slow
         self._obey(has, now)
         if has.fresh is not None and not self._settle(now, self._pool.look(), True):
             return  # it was another one that is a member now
@@ -248,14 +226,14 @@ class Membership:
             return  # no member any more
         self._give_back(now)
         members = self.allotment.members if self.allotment else 1
-        patrols = is_slow and self._chance() * members < _PATROL
+        patrols = is_slow and self.chance() * members < _PATROL
         self._watch_others(now, patrols)
 
     def _settle(
         self, now: float, state: State, post: bool, findings: Findings | None = None
     ) -> bool:
         """Bring our row up to date, if need be; return if we are a member."""
-        has, key = self._demand.known, self._store.member
+        has, key = self._demand.known, self.store.member
         posted = self._demand.steady(state.tags, now)
         all_there = self._are_all_there(has)
         told = None
@@ -286,8 +264,7 @@ class Membership:
                     )
                 else:
                     self._demand.allotment = None
-                    if book.meta is not None:  # else the rows were made anew
-                        book.tell(book.allocation())
+                    book.tell()
         if self.allotment is None:
             # Taken for dead, or the ledger was reset: as a newcomer, with the number
             # we had and the connections that are open.
@@ -304,9 +281,9 @@ class Membership:
         """Return the members of fresh rows, if no other process lives at this place."""
         if has.fresh is None:
             return None
-        before, self._strangers = self._strangers, self._store.strangers(has.fresh)
+        before, self._strangers = self._strangers, self.store.strangers(has.fresh)
         if self._strangers not in (0, before):
-            self._store.ring_all()  # so that they find out
+            self.store.ring_all()  # so that they find out
         return None if self._strangers else has.fresh
 
     def _obey(self, allotment: Allotment, now: float) -> None:
@@ -319,7 +296,7 @@ class Membership:
         slots = min(allotment.row.owned, allotment.target)
         self._pool.tell(slots, allotment.ceilings, allotment.other)
         if allotment.bells:
-            self._store.ring(allotment.bells)
+            self.store.ring(allotment.bells)
         if allotment.row.pressed != self.pressed:
             self.pressed = allotment.row.pressed
             self._pool.local.press(self.pressed)
@@ -327,7 +304,7 @@ class Membership:
         self._plan_looks(now)
 
     def _plan_looks(self, now: float) -> None:
-        pace = self._pace
+        pace = self.pace
         if now >= self._slow_at:
             self._slow_at = now + pace.slow
         if self._guards:
@@ -348,22 +325,20 @@ class Membership:
             if not self._settle(now, state, True):
                 return
 
-    # -- the others -----------------------------------------------------------------
-
     def _watch_others(self, now: float, patrol: bool = False) -> None:
         """Look for dead and stopped members, if it is for us to do that."""
-        has, pace = self.allotment, self._pace
+        has, pace = self.allotment, self.pace
         pause = pace.grace if self._guards else pace.beat * 0.9
         if has is None or now - self._watched_at < pause:
             return
         is_short = bool(self.vain) or has.row.owned < has.target
-        is_lucky = self._chance() * max(has.starved, 1) < _WATCHERS
+        is_lucky = self.chance() * max(has.starved, 1) < _WATCHERS
         if not (patrol or self._guards or (is_lucky and (is_short or has.gone))):
             return
         self._watched_at = now
         with self._transaction() as rows:
             book = Book(dict(rows))
-        findings = self._watch.look(book, self._store.member, now)
+        findings = self._watch.look(book, self.store.member, now)
         if findings.any or self.unasked != has.row.unasked:
             if not self._settle(now, self._pool.look(), True, findings):
                 return
@@ -374,5 +349,5 @@ class Membership:
         if self.allotment is not None:
             self._guards = self._guards and bool(self.allotment.gone)
         if findings.bells:
-            self._store.ring(findings.bells)
+            self.store.ring(findings.bells)
         self._plan_looks(now)

@@ -6,29 +6,18 @@ here, over all of them, by the same rules that divide the connections.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from time import gmtime, strftime
 from typing import Any, NamedTuple
 
 from ..scheduling import policy
 from ..scheduling.limits import LimitsByTag
 from ..stats import SHARED, TagStats
 
-__all__ = [
-    "Limits",
-    "Overview",
-    "Part",
-    "ProcessRow",
-    "ScraperRow",
-    "compile_overview",
-    "condensed",
-    "decode",
-    "encode",
-]
-
 #: Seconds after which a connection that is out is worth a warning.
 _LONG_HOLD = 60.0
-
 #: Tags that one process names.
 _MAX_TAGS = 256
 _REST = ""
@@ -62,26 +51,21 @@ class ScraperRow(TagStats):
     status: str = "idle"
     #: ``host:pid``, or the pid alone where all processes are on one host.
     processes: tuple[str, ...] = ()
+    #: Those processes, with what each says of the scraper.
+    parts: tuple[tuple[ProcessRow, TagStats], ...] = ()
 
 
-#: The names that the figures of a scraper have in JSON. Times are in seconds.
-_SCRAPER_IN_JSON = {
+#: The figures of a scraper in JSON, and what they are called here. Times: seconds.
+_IN_JSON = (
+    *("scraper", "status", "active", "connections", "limit", "fair_share", "waiting"),
+    *("longest_wait", "longest_hold", "idle_seconds", "checkouts", "timeouts"),
+    *("weight", "max", "reserved", "usage"),
+)
+_OTHER_NAMES = {
     "scraper": "name",
-    "status": "status",
-    "active": "active",
-    "connections": "connections",
-    "limit": "limit",
-    "fair_share": "fair_share",
-    "waiting": "waiting",
     "longest_wait": "waiting_for",
     "longest_hold": "held_for",
     "idle_seconds": "idle_for",
-    "checkouts": "checkouts",
-    "timeouts": "timeouts",
-    "weight": "weight",
-    "max": "max",
-    "reserved": "reserved",
-    "usage": "usage",
 }
 
 
@@ -158,9 +142,8 @@ class Overview:
     def jain(self) -> float | None:
         """Jain's index of what the scrapers have of their fair shares.
 
-        1.0 when each has its share, whatever that is; None while none wants any.
-        As in the index's definition, what counts is the part of the fair allocation
-        that each gets (Jain, Chiu and Hawe, DEC-TR-301, 1984).
+        1.0 when each has its share; None while none wants any. As in the definition
+        (Jain, Chiu and Hawe, DEC-TR-301, 1984), the part of the fair share counts.
         """
         parts = [
             row.connections / row.fair_share for row in self.scrapers if row.fair_share
@@ -177,40 +160,38 @@ class Overview:
                 "tags": {
                     tag: asdict(own) for tag, own in self.limits.tags.given.items()
                 },
-                "checked_out": self.checked_out,
-                "available": self.available,
-                "overflow": self.overflow,
-                "open": self.open,
-                "waiting": self.waiting,
-                "utilization": self.utilization,
+                **self._figures(
+                    "checked_out available overflow open waiting utilization"
+                ),
             },
             "scrapers": [
-                {
-                    **{
-                        key: getattr(row, name)
-                        for key, name in _SCRAPER_IN_JSON.items()
-                    },
-                    "processes": list(row.processes),
-                }
+                {key: getattr(row, _OTHER_NAMES.get(key, key)) for key in _IN_JSON}
+                | {"processes": list(row.processes)}
                 for row in self.scrapers
             ],
             "strategy": self.strategy,
             "efficiency": {
-                "active_scrapers": self.active_scrapers,
+                **self._figures("active_scrapers utilization"),
                 "average_connections": self.average,
-                "utilization": self.utilization,
                 "jain_index": self.jain,
             },
             "processes": [asdict(row) for row in self.processes],
             "warnings": list(self.warnings),
         }
 
+    def _figures(self, names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names.split()}
+
+
+def utc_now() -> str:
+    """Return the time of day in ISO 8601."""
+    return strftime("%Y-%m-%dT%H:%M:%SZ", gmtime())
+
 
 def condensed(rows: Sequence[TagStats]) -> Sequence[TagStats]:
     """Return the rows that a process shows to others.
 
-    Of very many, which may come from user data, those that want most; the others are
-    summed up under the name of none.
+    Of very many those that want most; the others are summed up under the name of none.
     """
     if len(rows) <= _MAX_TAGS:
         return rows
@@ -221,16 +202,18 @@ def condensed(rows: Sequence[TagStats]) -> Sequence[TagStats]:
     return [*ordered[:_MAX_TAGS], rest]
 
 
+#: What a process tells others of each tag.
+_TOLD = ("name", *SHARED)
+
+
 def encode(rows: Sequence[TagStats]) -> list[dict[str, Any]]:
     """Return what a process tells others of its tags, ready for JSON."""
-    names = ("name", *SHARED)
-    return [{name: getattr(row, name) for name in names} for row in condensed(rows)]
+    return [{name: getattr(row, name) for name in _TOLD} for row in condensed(rows)]
 
 
 def decode(rows: Iterable[Mapping[str, Any]]) -> list[TagStats]:
     """Return the rows of :func:`encode`. A later version may tell more."""
-    names = {"name", *SHARED}
-    return [TagStats(**{n: row[n] for n in names if n in row}) for row in rows]
+    return [TagStats(**{n: row[n] for n in _TOLD if n in row}) for row in rows]
 
 
 def compile_overview(
@@ -253,7 +236,7 @@ def compile_overview(
     for process, rows in parts:
         for row in rows:
             found.setdefault(row.name, []).append((process, row))
-    scrapers = _scrapers(found, limits, _labels(processes))
+    scrapers = _scrapers(found, limits)
     return Overview(
         ledger=ledger,
         limits=limits,
@@ -271,12 +254,11 @@ def compile_overview(
 
 
 def _scrapers(
-    found: Mapping[str, Sequence[tuple[ProcessRow, TagStats]]],
-    limits: Limits,
-    labels: Mapping[int, str],
+    found: Mapping[str, Sequence[tuple[ProcessRow, TagStats]]], limits: Limits
 ) -> tuple[ScraperRow, ...]:
     tags = [
-        TagStats.merged(name, [row for _, row in found[name]]) for name in sorted(found)
+        TagStats.merged(name, [row for _, row in found[name]])
+        for name in sorted(found, key=_natural)
     ]
     active = sum(tag.active for tag in tags)
     own = [limits.tags.of(tag.name) for tag in tags]
@@ -304,39 +286,38 @@ def _scrapers(
     unknown = limits.tags.reserved - sum(one.reserved for one in own)
     there = max(limits.capacity - limits.quarantined - unknown, 0)
     shares = policy.shares_of_tags(wanted, there)
+    several = len({process.host for rows in found.values() for process, _ in rows}) > 1
     scrapers = []
     for tag, one, ceiling, share in zip(tags, own, ceilings, shares, strict=True):
         processes = [process for process, _ in found[tag.name]]
-        figures = {one.name: getattr(tag, one.name) for one in fields(tag)}
+        status = "active" if tag.active else "idle"
+        # A tag that is only registered has no process yet.
+        if processes and all(process.state != "answers" for process in processes):
+            status = "silent"
         row = ScraperRow(
-            **{
-                **figures,
-                "limit": ceiling,
-                "fair_share": share,
-                "weight": one.weight,
-                "max": one.max,
-                "reserved": one.reserved,
-            },
-            status=_status(tag, processes),
+            **{name: getattr(tag, name) for name in _TOLD},
+            limit=ceiling,
+            fair_share=share,
+            weight=one.weight,
+            max=one.max,
+            reserved=one.reserved,
+            status=status,
             # A process with several engines is a member several times.
-            processes=tuple(dict.fromkeys(labels[id(p)] for p in processes)),
+            processes=tuple(
+                dict.fromkeys(
+                    f"{p.host}:{p.pid}" if several else f"{p.pid}" for p in processes
+                )
+            ),
+            parts=tuple(found[tag.name]),
         )
         scrapers.append(row)
     return tuple(scrapers)
 
 
-def _status(tag: TagStats, processes: Sequence[ProcessRow]) -> str:
-    # A tag that is only registered has no process yet.
-    if processes and all(process.state != "answers" for process in processes):
-        return "silent"
-    return "active" if tag.active else "idle"
-
-
-def _labels(processes: Sequence[ProcessRow]) -> dict[int, str]:
-    hosts = {process.host for process in processes}
-    return {
-        id(p): f"{p.pid}" if len(hosts) == 1 else f"{p.host}:{p.pid}" for p in processes
-    }
+def _natural(name: str) -> list[str | int]:
+    """Return what sorts ``spider_2`` before ``spider_10``."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if n % 2 else part for n, part in enumerate(parts)]
 
 
 def _warnings(

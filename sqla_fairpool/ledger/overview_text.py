@@ -12,37 +12,16 @@ from typing import NamedTuple
 
 from .overview import Overview, ScraperRow
 
-__all__ = [
-    "COLUMNS",
-    "Column",
-    "cut",
-    "lines",
-    "percent",
-    "pool_text",
-    "printable",
-    "seconds_text",
-    "summary",
-    "time_text",
-]
-
 #: Characters of the bar that shows the utilization.
 _BAR = 20
-
 #: Columns of a name in the table.
 _LONGEST_NAME = 40
 
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
 
-# -- phrases ---------------------------------------------------------------------------
-
-
 def printable(text: str) -> str:
-    r"""Return `text` with all characters escaped that are not just shown.
-
-    These are control characters, line ends, and characters that change the direction
-    of writing (see ``str.isprintable``): ``\x1b``, ``\n``, ``\u202e``.
-    """
+    """Return `text` with control characters and the like escaped, as ``\x1b``."""
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode()
         for char in text
@@ -50,10 +29,7 @@ def printable(text: str) -> str:
 
 
 def seconds_text(seconds: float | None) -> str:
-    """Return a duration: ``0.3 s``, ``41 s``, ``2 m 05 s``, ``3 h 07 m``, ``2 d 02 h``.
-
-    :param seconds: an integer is shown without tenths.
-    """
+    """Return a duration: ``0.3 s``, ``41 s``, ``2 m 05 s``, ``3 h 07 m``, or such."""
     if seconds is None:
         return "-"
     if isinstance(seconds, float) and seconds < 9.95:
@@ -79,13 +55,11 @@ def percent(part: float) -> str:
 
 
 def time_text(overview: Overview) -> str:
-    """Return when the overview was taken."""
     taken = printable(overview.taken_at).replace("T", " ")
     return f"{taken[:-1]} UTC" if taken.endswith("Z") else taken
 
 
 def pool_text(overview: Overview) -> str:
-    """Return the figures of the budget as a whole."""
     limits = overview.limits
     return (
         f"total {limits.capacity}, in use {overview.checked_out}, "
@@ -111,9 +85,6 @@ def summary(overview: Overview) -> list[str]:
     return found
 
 
-# -- the table -------------------------------------------------------------------------
-
-
 class Column(NamedTuple):
     """A column of the table of scrapers, here and in the monitor."""
 
@@ -122,13 +93,14 @@ class Column(NamedTuple):
     is_number: bool = True
 
 
-def _name(row: ScraperRow) -> str:
+def scraper_text(row: ScraperRow) -> str:
+    """Return a scraper's name."""
     # A process with very many tags sums up the smallest of them under no name.
     return cut(printable(row.name) or "(others)", _LONGEST_NAME)
 
 
 COLUMNS: Sequence[Column] = (
-    Column("scraper", _name, False),
+    Column("scraper", scraper_text, False),
     Column("status", lambda row: printable(row.status), False),
     Column("connections", lambda row: str(row.connections)),
     Column("limit", lambda row: str(row.limit)),
@@ -175,14 +147,10 @@ def _table(rows: Sequence[ScraperRow]) -> list[str]:
     return lines
 
 
-# -- the whole -------------------------------------------------------------------------
-
-
 def lines(overview: Overview, width: int | None = None) -> list[str]:
     """Return the overview as lines of plain text, none of them empty.
 
-    :param width: cut the lines of the table to so many columns of a terminal, which
-      wraps the sentences itself.
+    :param width: cut the lines of the table, but not the sentences, to so many columns.
     """
     where = "this process alone"
     if overview.ledger is not None:

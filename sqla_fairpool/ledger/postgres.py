@@ -33,32 +33,18 @@ from sqlalchemy.exc import DBAPIError, ProgrammingError, SQLAlchemyError
 
 from . import watch
 from .errors import LedgerError
-from .postgres_driver import (
-    Heard,
-    first_line,
-    listen,
-    make_engine,
-    notifications,
-    sqlstate,
-)
-from .postgres_tables import Tables, TablesGone, TablesUnusable
-from .store import Store, StoreAway, drain, wait_for
-
-__all__ = ["PostgresStore"]
+from .postgres_tables import Heard, Tables, first_line, make_engine, notifications
+from .store import Store, StoreAway, drain, notify, wait_for
 
 #: How long a transaction waits for another one, and for the server.
 _LOCK_TIMEOUT, _STATEMENT_TIMEOUT = "2s", "5s"
-
 #: What a notification says when its receiver is to publish.
 _ASK = "ask"
-
 #: First key of the locks for transactions (any number would do; this one is "fair"),
 #: and the second of the one for creating tables.
 _EXCLUSIVE, _CREATION = 0x66616972, 0
-
 #: SQLSTATEs for a table and for a schema that does not exist.
 _MISSING = frozenset({"42P01", "3F000"})
-
 # A level that a role may have by default would show the rows as they were before the
 # lock was there.
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
@@ -82,10 +68,8 @@ _END_HOLDERS = (
 class PostgresStore(Store):
     """See the head of this file, and :class:`.store.Store` for the methods.
 
-    :param url: the database, with psycopg2 or psycopg as the driver.
-    :param ledger: which one, if there are several in the database.
-    :param observes: it is opened to look on, by a process that is no member: it gives
-      no sign of life, and does not count among those that may have connections.
+    :param observes: it is opened by a process that is no member: it gives no sign of
+      life, and does not count among those that may have connections.
     """
 
     kind = "postgresql"
@@ -106,7 +90,7 @@ class PostgresStore(Store):
         host = url.host or url.query.get("host") or "localhost"
         port = f":{url.port}" if url.port else ""
         self.name = f"postgresql://{host}{port}/{url.database} ledger {ledger!r}"
-        self._tables = Tables(ledger, self._run)
+        self._tables = Tables(ledger, self.name, self._run)
         self._begin()
 
     def _begin(self) -> None:
@@ -123,7 +107,6 @@ class PostgresStore(Store):
 
     @property
     def key(self) -> int:
-        """The ledger's own number; 0 until it is opened."""
         return self._tables.number
 
     @property
@@ -134,8 +117,6 @@ class PostgresStore(Store):
     @property
     def control_connections(self) -> int:
         return int(self._connection is not None)
-
-    # -- opening and closing --------------------------------------------------------
 
     def open(self) -> None:
         if self._is_open:
@@ -151,10 +132,7 @@ class PostgresStore(Store):
                     self._connection = self._engine.connect()
                 self._prepare()
             with self._exclusive(_CREATION):
-                try:
-                    self._tables.open()
-                except TablesUnusable as error:
-                    raise self._unusable(error) from None
+                self._tables.open()
             if not is_connected and not self._observes:
                 self._appear()
         except BaseException:
@@ -173,13 +151,17 @@ class PostgresStore(Store):
             ("idle_in_transaction_session_timeout", _STATEMENT_TIMEOUT),
         ):
             self._run(f"SET {setting} = '{time}'")
+        driver, inbox = self._driver, self._inbox
         with self._cursor() as cursor:
-            pid = self._driver.info.backend_pid
             try:
-                self.server, _ = watch.identify(cursor, pid)
+                self.server, _ = watch.identify(cursor, driver.info.backend_pid)
             except LedgerError as error:
-                raise self._unusable(error) from None
-        listen(self._driver, self._inbox)
+                raise self._tables.unusable(error) from None
+        if hasattr(driver, "add_notify_handler"):
+            # psycopg gives those that come while a statement runs to nobody else.
+            driver.add_notify_handler(
+                lambda n: inbox.append((n.channel, n.payload, n.pid))
+            )
 
     def _appear(self) -> None:
         """Give the sign of life, at this place, and listen."""
@@ -199,10 +181,8 @@ class PostgresStore(Store):
         self._begin()
 
     def _drop(self) -> None:
-        """Close the control connection, whatever state it is in."""
         connection, self._connection = self._connection, None
-        self._is_open = False
-        self._inbox = []
+        self._is_open, self._inbox = False, []
         if connection is not None:
             with contextlib.suppress(SQLAlchemyError):
                 connection.invalidate()
@@ -225,15 +205,16 @@ class PostgresStore(Store):
         self._close_pipe()
         self._begin()
 
-    # -- statements --------------------------------------------------------------------
-
     @contextmanager
     def transaction(self) -> Iterator[MutableMapping[str, str]]:
         if not self._is_open:
             raise StoreAway("the ledger is not open")
         with self._exclusive(self._exclusion):
-            with self._translated():
-                before = self._tables.read()
+            before = self._tables.read()
+            if before is None:
+                self._miss_tables()
+                why = "the ledger was deleted from its tables, or made anew"
+                raise StoreAway(f"{self.name}: {why}")
             rows = dict(before)
             yield rows
             self._tables.write(before, rows)
@@ -280,42 +261,31 @@ class PostgresStore(Store):
         """Raise `StoreAway` or `LedgerError` for what the server or the driver says."""
         try:
             yield
-        except TablesGone as error:
-            self._miss_tables()
-            raise StoreAway(f"{self.name}: {error}") from None
         except DBAPIError as error:
             words = first_line(error.orig)
+            # psycopg has the one, psycopg2 the other.
+            state = getattr(error.orig, "sqlstate", getattr(error.orig, "pgcode", None))
             if error.connection_invalidated or self._connection is None:
                 self._lost()
-            elif sqlstate(error.orig) in _MISSING:
+            elif state in _MISSING:
                 self._miss_tables()
                 words = f"the tables were dropped ({words})"
             elif isinstance(error, ProgrammingError):
                 # Not allowed, or a table of another shape.
-                raise self._unusable(words) from None
+                raise self._tables.unusable(words) from None
             raise StoreAway(f"{self.name}: {words}") from error
         except self._engine.dialect.loaded_dbapi.Error as error:
             self._lost()  # from a cursor of the driver's own
             raise StoreAway(f"{self.name}: {first_line(error)}") from error
 
-    def _unusable(self, why: object) -> LedgerError:
-        return LedgerError(f"the ledger {self.name} cannot be used: {why}")
-
     def _lost(self) -> None:
-        """The session is over, and with it the sign of life."""
         if self._connection is not None:
             self.signed = False
         self._drop()
 
     def _miss_tables(self) -> None:
-        """Be closed for transactions until :meth:`open` has found tables again.
-
-        The session goes on, and the sign of life stands: others may already be in new
-        tables, and must see that we live. But it covers no slot any more.
-        """
+        """The session and its sign of life stand, which covers no slot any more."""
         self._is_open = self.signed = False
-
-    # -- signs of life ----------------------------------------------------------------
 
     def living(self, members: Collection[str]) -> set[str]:
         signs = {key for keys in self._signs().values() for key in keys}
@@ -337,8 +307,6 @@ class PostgresStore(Store):
 
     def in_place(self) -> bool:
         return self._connection is not None
-
-    # -- bells ------------------------------------------------------------------------
 
     def ring(self, members: Iterable[str]) -> None:
         self._notify(map(_channel, members), "")
@@ -372,10 +340,10 @@ class PostgresStore(Store):
         except Exception as error:
             self._lost()
             raise StoreAway(f"{self.name}: {first_line(error)}") from error
-        self.asked = self.asked or any(one.payload == _ASK for one in heard)
+        self.asked = self.asked or any(what == _ASK for _, what, _ in heard)
         # What we said to all was not for us.
         own = connection.info.backend_pid
-        return any((one.channel, one.pid) != (self._everybody, own) for one in heard)
+        return any((c, pid) != (self._everybody, own) for c, _, pid in heard)
 
     def publish(self, text: str) -> None:
         self._tables.publish(self.member, text)
@@ -385,8 +353,7 @@ class PostgresStore(Store):
 
     def nudge(self) -> None:
         if (pipe := self._pipe) is not None:
-            with contextlib.suppress(OSError):  # full, or closed meanwhile
-                os.write(pipe[1], b"n")
+            notify(pipe[1], b"n")
 
 
 def _key(name: str) -> int:

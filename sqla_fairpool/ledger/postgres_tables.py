@@ -1,4 +1,4 @@
-"""The tables in a PostgreSQL database: in which schema, and what is read and written.
+"""The tables of the PostgreSQL store, and how it uses its drivers.
 
     fairpool_ledger(name, version, number)      the ledgers in this database
     fairpool_ledger_row(ledger, key, value)     their rows
@@ -15,9 +15,12 @@ import uuid
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from .store import changes
+from sqlalchemy import Engine, create_engine
+from sqlalchemy.engine import URL
+from sqlalchemy.pool import NullPool
 
-__all__ = ["Tables", "TablesGone", "TablesUnusable"]
+from .errors import LedgerError
+from .store import StoreAway, changes
 
 #: Version of the tables.
 SCHEMA = 1
@@ -31,7 +34,6 @@ _TABLES = {
     "fairpool_figures": "CREATE UNLOGGED TABLE fairpool_figures (ledger text NOT NULL, "
     "member text NOT NULL, value text NOT NULL, PRIMARY KEY (ledger, member))",
 }
-
 # Not by the rights of the role, of which another process may have others. By oid, which
 # rises: tables that are created later, elsewhere, change nothing.
 _FIND = """
@@ -74,34 +76,22 @@ _PUBLISHED = "SELECT member, value FROM fairpool_figures WHERE ledger = :ledger"
 _UNPUBLISH = "DELETE FROM fairpool_figures WHERE ledger = :ledger AND member = :member"
 
 
-class TablesGone(Exception):  # noqa: N818  (a state, not an error)
-    """The tables that were opened do not exist any more, or are others now."""
-
-
-class TablesUnusable(Exception):  # noqa: N818
-    """The operator has to do something about the tables."""
-
-
 class Tables:
-    """The tables as one ledger sees them. The caller sees to transactions.
+    """The tables as one ledger sees them. The caller sees to transactions."""
 
-    :param ledger: its name.
-    :param run: executes a statement with values, or with a list of such.
-    """
-
-    def __init__(self, ledger: str, run: Callable[..., Any]) -> None:
+    def __init__(self, ledger: str, name: str, run: Callable[..., Any]) -> None:
+        self._name = name
         self._ledger = {"ledger": ledger}
         self._run = run
         #: The ledger's own number, another one if it was made anew; 0 until opened.
         self.number = 0
 
+    def unusable(self, why: object) -> LedgerError:
+        """Return what is raised where the operator has to do something."""
+        return LedgerError(f"the ledger {self._name} cannot be used: {why}")
+
     def open(self) -> None:
-        """Find the tables or create them; have the session use them.
-
-        In a transaction, in which no other process does the same.
-
-        :raises TablesUnusable: if they cannot be used as they are.
-        """
+        """Find the tables or create them; have the session use them."""
         self._run("RESET search_path")
         schema = {"schema": self._find()}
         self._run(_USE, schema)
@@ -119,7 +109,7 @@ class Tables:
             self._run(_CREATE, self._ledger | row)
         version, self.number = found
         if version > SCHEMA:
-            raise TablesUnusable(
+            raise self.unusable(
                 f"it has schema version {version}, and this process knows {SCHEMA}: "
                 "it runs an older sqla_fairpool"
             )
@@ -129,7 +119,7 @@ class Tables:
         if found is not None:
             schema, is_usable, role = found
             if not is_usable:
-                raise TablesUnusable(
+                raise self.unusable(
                     f"its tables are in the schema {schema!r}, which the role {role!r} "
                     "may not use: grant it USAGE on the schema, and SELECT, INSERT, "
                     f"UPDATE and DELETE on {', '.join(_TABLES)}"
@@ -137,25 +127,21 @@ class Tables:
             return str(schema)
         schema = self._run(_CHOOSE).scalar()
         if schema is None:
-            raise TablesUnusable(
+            raise self.unusable(
                 "there are no tables yet, and the role may not create any: let a role "
                 "that may, with CREATE on the schema public, join first"
             )
         return str(schema)
 
-    def read(self) -> dict[str, str]:
-        """Return the rows.
-
-        :raises TablesGone: if they are not those of the ledger that was opened.
-        """
+    def read(self) -> dict[str, str] | None:
+        """Return the rows; None if they are not those of the ledger that was opened."""
         found = self._run(_READ, self._ledger).all()
         # One statement for both: a look before would be no look at these rows.
         if not found or found[0][0] != self.number:
-            raise TablesGone("the ledger was deleted from its tables, or made anew")
+            return None
         return {key: value for _, key, value in found if key is not None}
 
     def write(self, before: Mapping[str, str], rows: Mapping[str, str]) -> None:
-        """Write what differs from `before`."""
         gone, changed = changes(before, rows)
         for key in gone:
             self._run(_DELETE, self._ledger | {"key": key})
@@ -173,3 +159,55 @@ class Tables:
         for member in said.keys() - set(members):
             self._run(_UNPUBLISH, self._ledger | {"member": member})
         return {member: text for member, text in said.items() if member in members}
+
+
+#: For libpq, unless the URL has others: a network that is cut is noticed within 10
+#: seconds, by probes or by what is sent and not acknowledged (milliseconds).
+_KEEPALIVES = {
+    "keepalives": 1,
+    "keepalives_idle": 4,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+#: Seconds.
+_CONNECT_TIMEOUT = 5
+
+
+def make_engine(url: URL) -> Engine:
+    keepalives = {k: v for k, v in _KEEPALIVES.items() if k not in url.query}
+    return create_engine(
+        url,
+        poolclass=NullPool,
+        isolation_level="AUTOCOMMIT",
+        connect_args={
+            **keepalives,
+            "connect_timeout": _CONNECT_TIMEOUT,
+            "application_name": "sqla_fairpool ledger",
+        },
+    )
+
+
+#: A notification: channel, payload, and process of the sender.
+Heard = tuple[str, str, int]
+
+
+def notifications(connection: Any, inbox: list[Heard]) -> list[Heard]:
+    """Return the notifications that have come; raise if the connection is lost."""
+    heard = list(inbox)
+    inbox.clear()
+    if hasattr(connection, "poll"):  # psycopg2
+        connection.poll()
+        if connection.closed:
+            raise StoreAway("the server has closed the connection")
+        heard += [(n.channel, n.payload, n.pid) for n in connection.notifies]
+        connection.notifies.clear()
+        return heard
+    connection.pgconn.consume_input()
+    while (n := connection.pgconn.notifies()) is not None:
+        heard.append((n.relname.decode(), n.extra.decode(), n.be_pid))
+    return heard
+
+
+def first_line(error: object) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -9,165 +9,113 @@ key                what
 ``member/<id>``    one member: its slots, its demand by tag
 ``gone/<number>``  slots in quarantine: a server session may have them still
 =================  ===========================================================
+
+A row is one of the dataclasses here in JSON, a named tuple in it a list. The types of
+the fields are checked when it is read.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from functools import lru_cache
-from types import NoneType
-from typing import Any, ClassVar, NamedTuple, TypeVar
-
-from typing_extensions import Self
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache, lru_cache
+from typing import (
+    Any,
+    NamedTuple,
+    TypeVar,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from ..scheduling.limits import LimitsByTag, TagLimits
-from .allocation import Limits, Line
 from .errors import LedgerError, RowBroken
-
-__all__ = [
-    "DUE",
-    "META",
-    "PROTOCOL",
-    "TAGS",
-    "Gone",
-    "Left",
-    "Member",
-    "Meta",
-    "Session",
-    "Terms",
-    "among",
-]
 
 #: Version of the rows' meaning. Members refuse a ledger with a higher one, and raise
 #: a lower one when they join and no other member lives.
 PROTOCOL = 2
 
 META, TAGS, DUE, MEMBER, GONE = "meta", "tags", "due", "member/", "gone/"
-
 #: Fields that rows of the protocol's first version do not have.
-_LATER = frozenset({"sessions", "unasked", "server", "fresh"})
+_LATER = frozenset({"sessions", "unasked", "server", "fresh", "tags"})
+
+_T = TypeVar("_T")
 
 
 def member_key(member: str) -> str:
-    """Return the key of a member's row."""
     return MEMBER + member
-
-
-def gone_key(number: int) -> str:
-    """Return the key of a quarantine's row."""
-    return f"{GONE}{number}"
 
 
 def dump(value: object) -> str:
     """Return a value as the text of a row."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, default=asdict)
+    return json.dumps(
+        value, separators=(",", ":"), ensure_ascii=False, default=_by_field
+    )
 
 
-# -- reading ---------------------------------------------------------------------------
-
-_T = TypeVar("_T")
-_Check = Callable[[Any], Any]
+def _by_field(value: Any) -> dict[str, Any]:
+    return {one.name: getattr(value, one.name) for one in fields(value)}
 
 
-def read(key: str, text: str | None, parse: Callable[[Any], _T]) -> _T:
-    """Return what a row says.
+def read(key: str, text: str | None, kind: type[_T]) -> _T:
+    """Return what a row says; a missing row is an empty object.
 
-    :param parse: makes it from the decoded JSON; a missing row is an empty object.
+    :param kind: what it is: a dataclass of this file, or a dict.
     :raises RowBroken: if it is not what a member has written.
     """
     try:
-        return parse({} if text is None else json.loads(text))
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        row = {} if text is None else json.loads(text)
+        if kind is Meta and row["protocol"] > PROTOCOL:
+            raise LedgerError(
+                f"the ledger is of protocol version {row['protocol']}, and this "
+                f"process knows {PROTOCOL}: it runs an older sqla_fairpool than "
+                "another member; use the same version everywhere"
+            )
+        found: _T = _reader(cast(Any, kind))(row)
+        return found
+    except (ValueError, LookupError, TypeError) as error:
         raise RowBroken(
             f"the ledger's row {key!r} cannot be read ({type(error).__name__}): stop "
             "all members, then run `sqla-fairpool ledger reset`"
         ) from None
 
 
-def _of(*kinds: type) -> _Check:
-    def check(value: Any) -> Any:
-        # Not isinstance(): to Python, true is a number.
-        if type(value) not in kinds:
-            raise TypeError(f"{value!r} is of the wrong type")
-        return value
-
-    return check
-
-
-def _each(check: _Check) -> _Check:
-    return lambda row: {name: check(value) for name, value in _object(row).items()}
-
-
-_int, _bool, _str, _object, _list = map(_of, (int, bool, str, dict, list))
-_number, _int_or_none, _str_or_none = (
-    _of(int, float),
-    _of(int, NoneType),
-    _of(str, NoneType),
-)
-
-#: Parse the places in the line of tags; the members that are due, and why.
-counts: Callable[[Any], dict[str, int]] = _each(_int)
-words: Callable[[Any], dict[str, str]] = _each(_str)
-
-
-def _line(values: Any) -> Line:
-    checks = (_int, _int, _bool, _int, _int)
-    pairs = zip(checks, _list(values)[:5], strict=True)
-    return Line(*(check(value) for check, value in pairs))
-
-
-def _sessions(values: Any) -> tuple[Session, ...]:
-    return tuple(Session(_int(pid), _int_or_none(began)) for pid, began in values)
-
-
-def _terms(row: Any) -> Terms:
-    numbers = {name: _number(row[name]) for name in Terms.__slots__ if name != "tags"}
-    tags = _str(row.get("tags", ""))
-    limits_of_tags(tags)
-    return Terms(**numbers, tags=tags)
-
-
-@lru_cache(maxsize=16)
-def limits_of_tags(text: str) -> LimitsByTag:
-    """Return what :attr:`Terms.tags` says."""
-    given = json.loads(text) if text else {}
-    return LimitsByTag({tag: TagLimits(**own) for tag, own in given.items()})
-
-
-def _protocol(version: Any) -> int:
-    if _int(version) > PROTOCOL:
-        raise LedgerError(
-            f"the ledger is of protocol version {version}, and this process knows "
-            f"{PROTOCOL}: it runs an older sqla_fairpool than another member; use the "
-            "same version everywhere"
+@cache
+def _reader(kind: Any) -> Callable[[Any], Any]:
+    """Return what makes a value of a type of what JSON has for it."""
+    origin, kinds = get_origin(kind), get_args(kind)
+    if hasattr(kind, "__dataclass_fields__"):
+        named = _field_readers(kind)
+        return lambda row: kind(
+            **{n: r(row[n]) for n, r in named.items() if n in row or n not in _LATER}
         )
-    return int(version)
-
-
-class _Row:
-    """An object in a row: its fields in the order of writing, and their checks."""
-
-    __slots__ = ()
-    FIELDS: ClassVar[Mapping[str, _Check]]
-
-    @property
-    def text(self) -> str:
-        return dump({name: getattr(self, name) for name in self.FIELDS})
-
-    @classmethod
-    def parse(cls, row: Any) -> Self:
-        return cls(
-            **{
-                name: check(row[name])
-                for name, check in cls.FIELDS.items()
-                if name in _object(row) or name not in _LATER
-            }
+    if origin in (dict, Mapping):
+        of = _reader(kinds[1])
+        return lambda row: {n: of(v) for n, v in _checked(row, (dict,)).items()}
+    if origin is tuple:
+        of = _reader(kinds[0])
+        return lambda row: tuple(map(of, _checked(row, (list,))))
+    if hasattr(kind, "_fields"):
+        of_each = [*_field_readers(kind).values()]
+        most = len(of_each)
+        return lambda row: kind(
+            *(r(v) for r, v in zip(of_each, _checked(row, (list,))[:most], strict=True))
         )
+    allowed = (int, float) if kind is float else kinds or (kind,)
+    return lambda value: value if kind is Any else _checked(value, allowed)
 
 
-# -- what there is in the rows ---------------------------------------------------------
+def _field_readers(kind: Any) -> dict[str, Callable[[Any], Any]]:
+    return {name: _reader(hint) for name, hint in get_type_hints(kind).items()}
+
+
+def _checked(value: Any, allowed: tuple[type, ...]) -> Any:
+    # Not isinstance(): to Python, true is a number.
+    if type(value) not in allowed:
+        raise TypeError(f"{value!r} is of the wrong type")
+    return value
 
 
 class Session(NamedTuple):
@@ -197,6 +145,39 @@ def among(sessions: Iterable[Session], there: Iterable[Session]) -> list[Session
 def in_order(sessions: Iterable[Session]) -> tuple[Session, ...]:
     """Return sessions as they stand in a row."""
     return tuple(sorted(set(sessions), key=lambda s: (s.pid, s.began or 0)))
+
+
+class TagDemand(NamedTuple):
+    """What a process wants under one tag, and in its row: where it stands."""
+
+    #: The most at once since this was asked last.
+    in_use: int = 0
+    waiting: int = 0
+    active: bool = False
+    #: Its place among the tag's members, and the tag's ceiling as far as it knows.
+    place: int = 0
+    limit: int = 0
+
+    @property
+    def wants(self) -> int:
+        return self.in_use + self.waiting
+
+
+@lru_cache(maxsize=16)
+def limits_of_tags(text: str) -> LimitsByTag:
+    """Return what :attr:`Terms.tags` says."""
+    given = json.loads(text) if text else {}
+    return LimitsByTag({tag: TagLimits(**own) for tag, own in given.items()})
+
+
+class Limits(NamedTuple):
+    """The numbers of the rules."""
+
+    #: Slots to be divided: without those in quarantine.
+    capacity: int
+    soft_limit: int
+    max_limit: int
+    tags: LimitsByTag = LimitsByTag({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,18 +213,17 @@ class Terms:
         )
 
 
+class _Row:
+    __slots__ = ()
+
+    @property
+    def text(self) -> str:
+        return dump(self)
+
+
 @dataclass(frozen=True, slots=True)
 class Meta(_Row):
     """The row of which there is one."""
-
-    FIELDS = {  # noqa: RUF012  (the base says that it is of the class)
-        "protocol": _protocol,
-        "terms": _terms,
-        "next_number": _int,
-        "next_place": _int,
-        "server": _str_or_none,
-        "fresh": _bool,
-    }
 
     terms: Terms
     #: Numbers of members and places in lines are never given twice.
@@ -260,18 +240,6 @@ class Meta(_Row):
 class Member(_Row):
     """A process that takes part."""
 
-    FIELDS = {  # noqa: RUF012
-        "number": _int,
-        "who": _object,
-        "owned": _int,
-        "beat": _int,
-        "pressed": _bool,
-        "stalled": _bool,
-        "tags": _each(_line),
-        "sessions": _sessions,
-        "unasked": _str_or_none,
-    }
-
     number: int
     #: For people: host, pid, program, since when.
     who: Mapping[str, Any] = field(default_factory=dict)
@@ -282,7 +250,7 @@ class Member(_Row):
     pressed: bool = False
     #: It was asked for something and did not answer; written by others.
     stalled: bool = False
-    tags: Mapping[str, Line] = field(default_factory=dict)
+    tags: Mapping[str, TagDemand] = field(default_factory=dict)
     #: Its sessions at the server, as far as it had posted them.
     sessions: tuple[Session, ...] = ()
     #: Why it cannot ask the server for sessions, if it has tried in vain.
@@ -292,22 +260,12 @@ class Member(_Row):
 # Of many members' rows few change between two looks.
 @lru_cache(maxsize=2048)
 def parse_member(key: str, text: str) -> Member:
-    """Return a member's row."""
-    return read(member_key(key), text, Member.parse)
+    return read(member_key(key), text, Member)
 
 
 @dataclass(frozen=True, slots=True)
 class Gone(_Row):
     """Slots for which a connection may be open, though no member answers for it."""
-
-    FIELDS = {  # noqa: RUF012
-        "slots": _int,
-        "why": _str,
-        "who": _object,
-        "member": _str,
-        "stamp": _int,
-        "sessions": _sessions,
-    }
 
     #: How many; in general not less than there are sessions in the row.
     slots: int
@@ -336,5 +294,4 @@ class Left(NamedTuple):
 
     @property
     def is_less(self) -> bool:
-        """Tell if there is something to write down."""
         return self.slots < self.gone.slots or self.sessions != self.gone.sessions

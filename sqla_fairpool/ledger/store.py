@@ -8,8 +8,6 @@ from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, suppress
 from typing import Protocol
 
-__all__ = ["Store", "StoreAway", "changes", "drain", "wait_for"]
-
 
 class StoreAway(Exception):  # noqa: N818  (a state, not an error)
     """The store cannot be reached, or does not answer, now; try again later."""
@@ -18,22 +16,20 @@ class StoreAway(Exception):  # noqa: N818  (a state, not an error)
 class Store(Protocol):
     """Rows of text under one lock over all processes, signs of life, bells, figures."""
 
-    #: "host" or "postgresql".
+    #: "host" or "postgresql"; and for people, never a secret.
     kind: str
-    #: For people, never a secret: a path, or host, port and database.
     name: str
     #: This process, unique for ever; another one after a fork.
     member: str
     #: False once it is known that the sign of life was lost, until :meth:`open` makes
-    #: another one. A store whose signs cannot be lost may leave this out.
+    #: another one.
     signed: bool
     #: The sign of life depends on a connection, so it can be lost.
     can_lose_sign: bool
     #: What is at the ledger's place can become another one while it is open, so that
     #: :meth:`in_place` is to be asked now and then.
     watches_place: bool
-    #: Another process has asked this one for its figures, see :meth:`ask`. Set back by
-    #: the answer.
+    #: Another process has called :meth:`ask` on this one, which has not answered yet.
     asked: bool
 
     @property
@@ -53,10 +49,7 @@ class Store(Protocol):
         """
 
     def in_place(self) -> bool:
-        """Tell if what is open is what stands at the ledger's place.
-
-        Cheap: asks no server and takes no lock. False if it is not open.
-        """
+        """Tell if what is open stands at the ledger's place. Cheap, takes no lock."""
         ...
 
     def transaction(self) -> AbstractContextManager[MutableMapping[str, str]]:
@@ -75,10 +68,9 @@ class Store(Protocol):
         ...
 
     def strangers(self, members: Collection[str]) -> int:
-        """Return how many signs of life of others than these stand at this place.
+        """Return how many signs of life stand here of others than these and this one.
 
-        They had a row in a ledger that was here before. This process does not count,
-        nor does one that only looks on.
+        They had a row in a ledger that was here before. One that looks on has none.
         """
         ...
 
@@ -102,10 +94,7 @@ class Store(Protocol):
         """Let others read what this process says of itself. In no transaction."""
 
     def published(self, members: Collection[str]) -> dict[str, str]:
-        """Return what each of `members` has published last, if anything.
-
-        :param members: all that there are: what is left of others may be removed.
-        """
+        """Return what each of `members`, which are all, has published last."""
         ...
 
     def close(self) -> None:
@@ -115,21 +104,35 @@ class Store(Protocol):
         """In the child: become a closed store with a member id of its own."""
 
 
-def wait_for(handles: Iterable[int], seconds: float | None) -> bool:
+def wait_for(handles: Collection[int], seconds: float | None) -> bool:
     """Wait until there is something to read; return False when the time was up."""
+    if seconds is not None:
+        seconds = max(seconds, 0.0)
+    if not hasattr(select, "poll"):  # eventlet's monkey-patching removes it
+        return bool(select.select(handles, (), (), seconds)[0])
     poll = select.poll()
     for handle in handles:
         poll.register(handle, select.POLLIN)
-    return bool(poll.poll(None if seconds is None else max(seconds, 0.0) * 1000))
+    return bool(poll.poll(None if seconds is None else seconds * 1000))
+
+
+# Not by os.read and os.write: eventlet's monkey-patching makes these wait, also where
+# the handle does not block.
 
 
 def drain(handle: int) -> bytes:
     """Read all that there is, without waiting for more."""
-    found = b""
+    found, more = b"", bytearray(4096)
     with suppress(BlockingIOError):
-        while more := os.read(handle, 4096):
-            found += more
+        while number := os.readv(handle, [more]):
+            found += more[:number]
     return found
+
+
+def notify(handle: int, what: bytes) -> None:
+    """Write into a pipe; not if that is full or closed, for then it rings already."""
+    with suppress(OSError):
+        os.writev(handle, [what])
 
 
 def changes(

@@ -8,22 +8,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from .allocation import TURN, Allocation, Line
+from .allocation import TURN, Allocation
 from .book import Book
-from .demand import Allotment, State, TagDemand
-from .rows import DUE, Session, in_order, member_key, read, words
-
-__all__ = ["has_news", "settle"]
+from .demand import Allotment, State
+from .rows import DUE, Member, Session, TagDemand, in_order, member_key, read
 
 
 def has_news(rows: Mapping[str, str], member: str, allotment: Allotment) -> bool:
-    """Tell if a member has to look, at the price of two rows.
-
-    :param allotment: what it knows.
-    """
     if rows.get(member_key(member)) != allotment.row.text:
         return True
-    why = read(DUE, rows.get(DUE), words).get(member)
+    why = read(DUE, rows.get(DUE), dict[str, str]).get(member)
     # Being asked to yield is not to be answered before the turn is over.
     return why is not None and not (why == TURN == allotment.due)
 
@@ -42,25 +36,22 @@ def settle(
 ) -> Allotment:
     """Post what a member wants, give back or take, and see which others are to be told.
 
-    :param state: what its pool has.
-    :param demand: what is to be posted.
+    :param state: what its pool has; `demand` is what is to be posted.
     :param allowed: what its pool may open until it is told anew. It does not give back
       below that now, nor below what is open.
     :param ready: tags under which it would yield if it is asked.
     :param keep: it does not need more than it has and what it claims.
     :param sign: write the row though nothing has changed: it answers.
-    :param unasked: why it could not ask the server.
     """
     before = book.members[key]
     sessions = in_order(state.sessions)
-    book.members[key] = replace(
-        before, stalled=False, sessions=sessions, unasked=unasked
-    )
-    buried = _cover(book, key, state)
-    _post(book, key, demand)
+    member = replace(before, stalled=False, sessions=sessions, unasked=unasked)
+    book.members[key] = _covering(book, member, state)
     # Of the lost ones, those are not open any more for which a slot is kept.
+    buried = book.quarantine(key, state.lost)
     open_ = state.open - len(buried)
     floor = max(allowed - len(buried), open_)
+    _post(book, key, demand)
     plan = book.allocation()
     turns = {tag for tag in ready if (tag, key) in plan.asked}
     if turns:
@@ -69,39 +60,36 @@ def settle(
     if keep:
         least = min(plan.targets[key], floor)
         plan.targets[key] = max(least, plan.claimed[key])
-    owned, target = book.members[key].owned, plan.targets[key]
+    member, target = book.members[key], plan.targets[key]
+    owned = member.owned
     if owned > target:
         owned = min(owned, max(target, floor))
     else:
-        owned += book.grants(plan).get(key, 0)
+        owned += plan.grants(book.members, book.free).get(key, 0)
     member = replace(
-        book.members[key],
+        member,
         owned=owned,
-        pressed=plan.presses(key, book.members[key].tags),
+        pressed=plan.presses(key, member.tags),
         tags={
             tag: line._replace(limit=plan.limits[tag, key])
-            for tag, line in book.members[key].tags.items()
+            for tag, line in member.tags.items()
         },
     )
     if member != before or sign:
         member = replace(member, beat=member.beat + 1)
     book.write(key, member)
-    return _allotment(book, key, plan, tuple(buried), member.owned >= open_)
+    return _allotment(book, key, plan, tuple(buried), owned >= open_)
 
 
-def _cover(book: Book, key: str, state: State) -> list[Session | None]:
-    """Have a slot for each connection, as far as there are slots.
+def _covering(book: Book, member: Member, state: State) -> Member:
+    """Return it with a slot for each connection, as far as there are slots.
 
-    Those of lost connections go into quarantine; return these.
+    Its slots may have been taken from it though it lives (it was taken for dead, or the
+    ledger was reset). What is open comes before what is wanted.
     """
     kept = len(book.in_quarantine.intersection(state.lost))
-    member = book.members[key]
-    if member.owned < state.open - kept:
-        # Its slots were taken from it though it lives (it was taken for dead, or
-        # the ledger was reset). What is open comes before what is wanted.
-        more = min(state.open - kept - member.owned, book.left)
-        book.members[key] = replace(member, owned=member.owned + more)
-    return book.quarantine(key, state.lost)
+    more = min(state.open - kept - member.owned, book.left)
+    return replace(member, owned=member.owned + max(more, 0))
 
 
 def _post(book: Book, key: str, demand: Mapping[str, TagDemand]) -> None:
@@ -109,11 +97,11 @@ def _post(book: Book, key: str, demand: Mapping[str, TagDemand]) -> None:
     member, tags = book.members[key], {}
     for tag, want in demand.items():
         if want.wants or want.active:
-            line = member.tags.get(tag, Line())
+            line = member.tags.get(tag, TagDemand())
             place = (line.place or book.next_place()) if want.wants else 0
             if tag not in book.places:
                 book.places[tag] = book.next_place()
-            tags[tag] = Line(*want, place, line.limit)
+            tags[tag] = want._replace(place=place, limit=line.limit)
     book.members[key] = replace(member, tags=tags)
 
 

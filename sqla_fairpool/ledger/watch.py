@@ -6,8 +6,8 @@ settings), and every session of the server shows them to every other one, whiche
 database it is in. The functions here take a plain DBAPI cursor, so that they work
 behind each driver of SQLAlchemy's.
 
-A keeper watches while it goes short, or has put slots into quarantine. What it finds
-is only a finding: the book compares it with the rows as they are when it is applied.
+A keeper watches while it goes short, or has put slots into quarantine. The book
+compares what it finds with the rows as they are when that is applied.
 
 **A quarantine** ends session by session. The server is asked which sessions there are.
 A slot is kept for each session of the row that is there; and for each unposted slot
@@ -31,32 +31,15 @@ from .errors import LedgerError
 from .rows import Gone, Left, Session, among
 from .store import Store
 
-__all__ = [
-    "Findings",
-    "Present",
-    "Sessions",
-    "Watch",
-    "identify",
-    "look",
-    "other_ledgers",
-    "sign_stands",
-    "still_there",
-    "unaccounted",
-]
-
 _log = logging.getLogger(__name__)
 
 #: Most characters of a reason that are written down.
 _REASON = 200
-
-# -- what the server says --------------------------------------------------------------
-
 #: First key of the advisory lock by which a pool shows which ledger it uses; the second
 #: is the ledger's number. For a warning only. Any number would do; this one is "pool".
 _USES = 0x706F6F6C
 
 _BEGAN = "(extract(epoch from backend_start) * 1000000)::bigint"
-
 # What tells a server from all others. A standby has its primary's number, and keeps it
 # when it is promoted.
 _SERVER = "(SELECT 'postgresql ' || system_identifier FROM pg_control_system())"
@@ -83,7 +66,6 @@ def identify(cursor: Any, backend_pid: int | None) -> tuple[str, Session]:
     """Return the server, and the session that a cursor is of.
 
     :param backend_pid: the server process as the driver knows it, None if it does not.
-    :raises LedgerError: if a pooler is in between.
     """
     cursor.execute(
         f"SELECT {_SERVER}, pid, {_BEGAN} FROM pg_stat_activity "
@@ -127,10 +109,7 @@ def sign_stands(cursor: Any, sign: int) -> bool:
 
 
 def other_ledgers(cursor: Any, key: int) -> set[int]:
-    """Show which ledger a session's database is used with; return others in use there.
-
-    :param key: the ledger's own number, a positive int4.
-    """
+    """Show which ledger a database is used with; return others there, by number."""
     cursor.execute(f"SELECT pg_advisory_lock_shared({_USES}, {key})")
     cursor.execute(
         "SELECT DISTINCT objid::bigint FROM pg_locks WHERE locktype = 'advisory' "
@@ -138,9 +117,6 @@ def other_ledgers(cursor: Any, key: int) -> set[int]:
         "(SELECT oid FROM pg_database WHERE datname = current_database())"
     )
     return {int(row[0]) for row in cursor.fetchall()} - {key}
-
-
-# -- what follows for a quarantine -----------------------------------------------------
 
 
 def unaccounted(
@@ -151,10 +127,7 @@ def unaccounted(
 
 
 def still_there(gone: Gone, present: Present, suspects: int) -> Left:
-    """Return what is left of a quarantine, by what the server says.
-
-    :param suspects: sessions that may have its unposted slots.
-    """
+    """Return what is left of a quarantine; `suspects` may have its unposted slots."""
     alive = tuple(among(gone.sessions, present.sessions))
     slots = len(alive) + min(gone.unposted, suspects)
     # Where it had more open than slots were left for it, there are fewer slots.
@@ -174,10 +147,7 @@ class _Quarantine:
     def left(
         self, gone: Gone, present: Present | None, book: Book, now: float, limit: float
     ) -> Left:
-        """Return what is left of it.
-
-        :param limit: seconds until it is over, where the server cannot tell.
-        """
+        """Return what is left of it; after `limit`, where the server cannot tell."""
         is_over = now - self.since >= limit
         if present is None:
             over = is_over and now - self.seen_at >= limit
@@ -216,14 +186,11 @@ class Findings(NamedTuple):
 class Watch:
     """What one keeper has seen of the others, and since when.
 
-    Its clock decides nothing that safety rests on, with one stated exception:
-    quarantines end by `reclaim_after` where the server cannot be asked.
+    Its clock decides nothing that safety rests on, but for `reclaim_after`.
     """
 
     def __init__(self, store: Store, sessions: Sessions | None, pace: Pace) -> None:
-        self._store = store
-        self._sessions = sessions
-        self._pace = pace
+        self._store, self._sessions, self._pace = store, sessions, pace
         # Since when each has been expected to look, with the same row.
         self._expected: dict[str, tuple[tuple[str, str], float]] = {}
         self._gone: dict[int, _Quarantine] = {}
@@ -231,14 +198,10 @@ class Watch:
         self.unasked: str | None = None
 
     def look(self, book: Book, me: str, now: float) -> Findings:
-        """Look after the others. Asks the store and the server, in no transaction.
-
-        :param book: a copy of the rows.
-        """
+        """Look after the others, in no transaction: `book` is a copy of the rows."""
         others = {key: text for key, text in book.texts.items() if key != me}
         living = self._store.living(list(others)) if others else set()
-        late = self._late(book, living, now)
-        pace = self._pace
+        late, pace = self._late(book, living, now), self._pace
         return Findings(
             dead={key: text for key, text in others.items() if key not in living},
             released=self._released(book, now),
@@ -292,7 +255,6 @@ class Watch:
         return {number: left for number, left in found.items() if left.is_less}
 
     def _ask(self, server: str | None) -> Present | None:
-        """Return what the server says, None if the members' server cannot be asked."""
         trouble = present = None
         try:
             if self._sessions is not None:

@@ -76,11 +76,9 @@ class Opener(Protocol):
 class Generation:
     """One of the pools that follow each other over one core (``recreate()``)."""
 
-    __slots__ = ("disposed", "left", "warmed_up")
+    __slots__ = ("disposed", "warmed_up")
 
     def __init__(self) -> None:
-        #: What lay in the pool when the next one took over: not for use there.
-        self.left: list[Record] = []
         #: It was told to close what lies in it.
         self.disposed = False
         #: Its ``min_idle`` connections have been opened.
@@ -90,8 +88,9 @@ class Generation:
 class Checkout(Ticket):
     """One checkout, from when a slot is requested until it is released.
 
-    While its record is warm, it serves further checkouts under the same tag. Its fields
-    are its caller's until the slot is granted; after that the lock guards them.
+    While its record is warm, it serves further checkouts under the same tag. Once free,
+    it serves the record's next checkout, unless it is spent. Its fields are its
+    caller's until the slot is granted; after that the lock guards them.
     """
 
     __slots__ = (
@@ -103,6 +102,7 @@ class Checkout(Ticket):
         "orphaned",
         "record",
         "reported",
+        "spent",
         "stack",
         "used",
         "waiter",
@@ -116,6 +116,8 @@ class Checkout(Ticket):
         self.alive = core.alive
         #: The record that was handed over, until the caller picks it up.
         self.record: Record | None = None
+        #: Not for another checkout: what refers to it may give it up late.
+        self.spent = False
         #: The caller has gone while a connection is being opened for it.
         self.orphaned = False
         #: Wakes the caller; None when it does not wait, or once the slot is granted.

@@ -1,51 +1,59 @@
-"""The records of a pool: which lie idle, in which order they are handed out.
+"""The records of a pool, and how many connections there may be now.
 
 Rules of this file:
 
-* All of it is guarded by the pool's lock. But a signal handler may take an idle record
-  in the middle of a section of the same thread (see :mod:`.nested`): a section takes a
-  record before it decides, and iterates over copies.
+* All of it is guarded by the pool's lock, unless a method says otherwise. But a signal
+  handler may take an idle record in the middle of a section of the same thread (see
+  :mod:`.nested`): a section takes a record before it decides, and iterates over copies.
+* Nothing is counted up and down: what is out of use is derived from the set of physical
+  connections, each from before it is opened until its session has ended.
+* There are two kinds of slots: a fixed number, and those that a ledger allots. What
+  differs between them is a method here, so that no caller asks which kind it has.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
+from typing import Protocol
 
+from sqlalchemy import exc
+
+from ..options import BadOption, PoolOptions
+from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import GRANTED
-from .checkout import Checkout, Generation, Record
+from .checkout import Checkout, Record
+from .lock import PoolLock
+from .physical import PhysicalConnection, PhysicalConnections
 from .server_tag import TOLD
 
-__all__ = ["Connections"]
+__all__ = ["TERMS", "Connections", "LedgerSlots", "Member", "Reservation", "Slots"]
+
+#: What the members of a ledger agree on.
+TERMS = (
+    "capacity",
+    "soft_limit",
+    "max_limit",
+    "idle_timeout",
+    "reallocation_interval",
+    "tags",
+)
 
 
 class Connections:
-    """Records: all of them, those that lie idle, and those that a former pool has left.
+    """Records: all of them, and those that lie idle.
 
     :param use_lifo: hand out the record that came back last, not first.
     """
 
-    __slots__ = (
-        "_take",
-        "all",
-        "end",
-        "idle",
-        "left",
-        "opening",
-        "owner",
-    )
-
     def __init__(self, use_lifo: bool) -> None:
         #: Records in the pool, the one that came back first on the left.
         self.idle: deque[Record] = deque()
-        #: Every record there is, for the child of a fork.
+        #: Every record there is.
         self.all: weakref.WeakSet[Record] = weakref.WeakSet()
         #: Checkouts for which a connection is opened. Weak: one that an interrupted
         #: caller has dropped gives its slot back.
         self.opening: weakref.WeakSet[Checkout] = weakref.WeakSet()
-        #: The pool whose records are kept, and what is left of those before it.
-        self.owner = Generation()
-        self.left: weakref.WeakSet[Record] = weakref.WeakSet()
         self.hand_out(last_first=use_lifo)
 
     def hand_out(self, *, last_first: bool) -> None:
@@ -53,8 +61,6 @@ class Connections:
         #: Where the next one is: -1 or 0, as an index.
         self.end = -1 if last_first else 0
         self._take = self.idle.pop if last_first else self.idle.popleft
-
-    # -- what lies idle --------------------------------------------------------------
 
     def pop(self) -> Record | None:
         """Take the idle record that is next, None if there is none."""
@@ -89,8 +95,6 @@ class Connections:
         """Return how many idle records have a connection."""
         return len([r for r in list(self.idle) if r.dbapi_connection is not None])
 
-    # -- what is out -----------------------------------------------------------------
-
     def granted(self) -> list[Checkout]:
         """Return the checkouts whose records are out."""
         checkouts = [record.fair.checkout for record in self.all]
@@ -100,3 +104,195 @@ class Connections:
         """Have what is out now looked at when it comes back, and not be kept warm."""
         for checkout in self.granted():
             checkout.may_keep = False
+
+
+class Member(Protocol):
+    """What the slots ask of the pool's side of a ledger. Called without the lock."""
+
+    @property
+    def refusal(self) -> exc.SQLAlchemyError | None: ...
+    @property
+    def trouble(self) -> str | None: ...
+    def ring(self, tag: str | None = None) -> None: ...
+    def note_loop(self) -> None: ...
+    def before_opening(self) -> None: ...
+    def after_fork(self) -> None: ...
+
+
+class Reservation:
+    """The right to open one connection ahead, for as long as this object lives."""
+
+
+class Slots:
+    """A fixed number of slots.
+
+    :param allotted: how many connections there may be.
+    :param existing: the connections that there are.
+    """
+
+    #: A record without a connection is kept: the next checkout opens one in its place.
+    keeps_hollow_records = True
+    #: A caller that waits can only be served by callers of this process.
+    sees_all_callers = True
+    #: A signal handler in the middle of a section may open one more connection.
+    can_open_in_section = True
+    #: They are given to checkouts alone, so what is opened ahead is checked out.
+    on_request_only = False
+    #: Others need slots: what falls idle is given back.
+    pressed = False
+    #: Only the connections that there are may be used: each closed one is one less.
+    frozen = False
+    #: Why no caller may have a connection, if so.
+    refusal: exc.SQLAlchemyError | None = None
+
+    def __init__(
+        self,
+        allotted: int,
+        scheduler: Scheduler,
+        connections: Connections,
+        existing: PhysicalConnections,
+    ) -> None:
+        self.allotted = allotted
+        self.existing = existing
+        self._scheduler = scheduler
+        self._connections = connections
+        #: Connections that are about to be opened ahead.
+        self.reserved: weakref.WeakSet[Reservation] = weakref.WeakSet()
+
+    def in_pool(self) -> int:
+        """Return how many connections are out, or idle and open."""
+        return self._scheduler.in_use + self._connections.count_open()
+
+    def apart(self) -> list[PhysicalConnection]:
+        """Return the connections that no checkout pays for, nor lie in the pool."""
+        idle = {id(record) for record in list(self._connections.idle)}
+        return self.existing.apart(idle)
+
+    def out_of_use(self) -> int:
+        """Return how many slots no caller can have: no checkout pays for them."""
+        return len(self.apart()) + len(self.reserved)
+
+    def there(self) -> int:
+        """Return how many connections there are."""
+        return self.in_pool() + self.out_of_use()
+
+    def usable(self, leaving: int = 0) -> int:
+        """Return how many slots may be in use now.
+
+        Those out of use count, unless they are beyond what is allotted: a caller that
+        has a connection, or takes one that is there, opens none.
+
+        :param leaving: slots in use that are about to be released without a connection.
+        """
+        there = self.in_pool() - leaving
+        return min(self.allotted, max(self.allotted - self.out_of_use(), there))
+
+    def has_room(self) -> bool:
+        """Tell if a connection may be opened in the place of one that was lost."""
+        return self.there() <= self.allotted and not self.frozen
+
+    # -- what differs with a ledger --------------------------------------------------
+
+    def is_over(self, physical: PhysicalConnection) -> bool:
+        """Tell if nothing is left of a lost connection that needs a slot. No lock."""
+        return physical not in self.existing
+
+    def is_paid_by_a_checkout(self) -> bool:
+        """Tell if an end that was noticed just now needs no section."""
+        return self._scheduler.capacity == self.allotted
+
+    def detached(self, physical: PhysicalConnection) -> None:
+        """A connection has left the pool without being closed: not ours any more."""
+        if not physical.ending:
+            self.existing.release(physical)
+
+    def returned(self, *, idle: bool) -> None:
+        """A slot was released; `idle`: its connection lies idle now."""
+
+    def recounted(self) -> None:
+        """A connection that had ended was counted anew."""
+
+    def wanted(self, tag: str) -> None:
+        """A caller waits under a tag."""
+
+    def before_creating(self) -> None:
+        """A record is about to be made. No lock."""
+
+    def before_opening(self) -> None:
+        """A connection is about to be opened: raise if it may not be. No lock."""
+
+    def refuse_other_terms(self, before: PoolOptions, options: PoolOptions) -> None:
+        """Raise if options may not be changed so."""
+
+    def describe(self) -> tuple[int | None, str | None]:
+        """Return what a ledger allots, and why it is no more; None without one."""
+        return None, None
+
+    def after_fork(self) -> None:
+        """Begin anew in a forked child. No lock."""
+
+
+class LedgerSlots(Slots):
+    """As many slots as a ledger allots to this process; none at first.
+
+    :param member: the pool's side of the ledger.
+    """
+
+    keeps_hollow_records = False
+    sees_all_callers = False
+    can_open_in_section = False
+    on_request_only = True
+
+    def __init__(
+        self,
+        member: Member,
+        lock: PoolLock,
+        scheduler: Scheduler,
+        connections: Connections,
+        existing: PhysicalConnections,
+    ) -> None:
+        super().__init__(0, scheduler, connections, existing)
+        self.member = member
+        self._wake_ups = lock.wake_ups
+        existing.on_lost = member.ring
+
+    @property
+    def refusal(self) -> exc.SQLAlchemyError | None:  # type: ignore[override]
+        return self.member.refusal
+
+    def is_over(self, physical: PhysicalConnection) -> bool:
+        return False
+
+    def is_paid_by_a_checkout(self) -> bool:
+        return False
+
+    def detached(self, physical: PhysicalConnection) -> None:
+        pass  # it counts until it is closed
+
+    def returned(self, *, idle: bool) -> None:
+        if (idle and self.pressed) or self.there() > self.allotted:
+            self.recounted()
+
+    def recounted(self) -> None:
+        self._wake_ups.append(self.member.ring)
+
+    def wanted(self, tag: str) -> None:
+        self._wake_ups.append(lambda: self.member.ring(tag))
+
+    def refuse_other_terms(self, before: PoolOptions, options: PoolOptions) -> None:
+        for name in TERMS:
+            agreed, value = getattr(before, name), getattr(options, name)
+            if value != agreed:
+                raise BadOption(name, value, f"{agreed}, as agreed with the ledger")
+
+    def describe(self) -> tuple[int | None, str | None]:
+        return self.allotted, self.member.trouble
+
+    def before_creating(self) -> None:
+        self.member.note_loop()
+
+    def before_opening(self) -> None:
+        self.member.before_opening()
+
+    def after_fork(self) -> None:
+        self.member.after_fork()

@@ -21,25 +21,25 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from ..diagnosis.callers import locations
+from ..diagnosis.event_log import LeakWatch
 from ..options import PoolOptions
 from ..scheduling.dry_run import DryRunScheduler
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import FREE, LineFull
 from . import sqlalchemy_private
 from .checkout import Checkout, Generation, Opener, Record
-from .connections import Connections
+from .connections import Connections, LedgerSlots, Member, Slots
 from .housekeeping import Housekeeping
 from .lock import PoolLock
 from .nested import NestedCheckouts
 from .opening import Opening
-from .opening_ahead import OpeningAhead
 from .physical import PhysicalConnections
-from .slots import LedgerSlots, Member, Slots
 from .transitions import Transitions
 from .waiters import Waiter
 from .waiting import Waiting
 
-__all__ = ["PoolCore"]
+__all__ = ["PoolCore", "TracedCore"]
 
 _numbers = itertools.count(1)
 
@@ -53,33 +53,8 @@ class PoolCore:
 
     :param waiter_class: how callers sleep.
     :param use_lifo: hand out the record that came back last, not first.
-    :param clock: seconds on a steadily rising scale.
     :param member: the pool's side of a ledger, None without one.
     """
-
-    __slots__ = (
-        "__weakref__",
-        "_member",
-        "_use_lifo",
-        "_waiter_class",
-        "_waiting",
-        "alive",
-        "clock",
-        "closures",
-        "connections",
-        "here",
-        "housekeeping",
-        "lock",
-        "logger",
-        "nested",
-        "number",
-        "opening",
-        "opening_ahead",
-        "scheduler",
-        "slots",
-        "state",
-        "warm",
-    )
 
     def __init__(
         self,
@@ -111,16 +86,13 @@ class PoolCore:
         )
         self.connections = Connections(self._use_lifo)
         existing = PhysicalConnections(
-            partial(_connection_ended, self.alive), self._waiter_class.may_block
+            weakref.WeakMethod(self.connection_ended), self._waiter_class.may_block
         )
+        shared = self.scheduler, self.connections, existing
         if self._member is None:
-            self.slots = Slots(
-                options.capacity, self.scheduler, self.connections, existing
-            )
+            self.slots = Slots(options.capacity, *shared)
         else:
-            self.slots = LedgerSlots(
-                self._member, self.lock, self.scheduler, self.connections, existing
-            )
+            self.slots = LedgerSlots(self._member, self.lock, *shared)
             self.scheduler.impose(0, {}, 0, self.clock())
         self.state = Transitions(
             options, self.here, self.lock, self.scheduler, self.connections, self.slots
@@ -129,9 +101,8 @@ class PoolCore:
         self.nested = NestedCheckouts(self.state)
         self.housekeeping = Housekeeping(self.state, self._use_lifo)
         self._waiting = Waiting(self.state, self.housekeeping, self._waiter_class)
-        self.opening = Opening(self.state, self._waiting, self._waiter_class)
-        self.opening_ahead = OpeningAhead(
-            self.state, self.housekeeping, self._waiter_class
+        self.opening = Opening(
+            self.state, self.housekeeping, self._waiting, self._waiter_class
         )
         #: Connections closed, by reason.
         self.closures: Counter[str] = Counter()
@@ -142,7 +113,6 @@ class PoolCore:
 
     @property
     def options(self) -> PoolOptions:
-        """The options in force."""
         return self.state.options
 
     # -- checkout --------------------------------------------------------------------
@@ -152,21 +122,20 @@ class PoolCore:
     ) -> Record:
         """Return a record charged to `tag`, waiting for it if need be.
 
-        :param timeout: how long the caller's options let it wait, None if they do
-          not say.
-        :raises CheckoutTimeout: after the options' ``timeout``.
-        :raises TooManyWaiting: if the caller may not even wait.
+        :param timeout: what the caller's options say, None for the pool's.
         """
         housekeeping = self.housekeeping
         if housekeeping.owner is not opener.generation:
             if self.lock.in_section():
                 return self.nested.lend(Checkout(self), tag, opener)
-            housekeeping.hand_over(opener.generation)
-        try:
-            record: Record | None = self.warm.by_tag[tag].pop(self.connections.end)
-        except LookupError:
-            record = None
-        if record is None:  # not in the clause above, to be no context of errors
+            self.lock.run(housekeeping.hand_over, opener.generation)
+        records, record = self.warm.by_tag.get(tag), None
+        if records:
+            try:
+                record = records.pop(self.connections.end)
+            except IndexError:
+                pass  # another thread was faster
+        if record is None:
             return self._acquire(tag, opener, timeout)
         now = self.clock()
         checkout = record.fair.checkout
@@ -175,7 +144,13 @@ class PoolCore:
             scheduler.waiting
             or now >= housekeeping.next_visit
             or tag_state.in_use > tag_state.safe_ceiling.value
-            or not tag_state.prompt
+            or not (
+                tag_state.prompt
+                or (
+                    tag_state.silent
+                    and tag_state.in_use <= scheduler.ceiling(tag_state)
+                )
+            )
         ):
             # The slot is not this tag's to keep any more, or there is work to do.
             self.warm.put(tag, record)
@@ -183,16 +158,20 @@ class PoolCore:
         checkout.warm = False
         checkout.again += 1
         checkout.holder = self.here.caller
-        checkout.since = tag_state.last_activity = now
+        checkout.since = now
+        if tag_state.prompt:
+            tag_state.last_activity = now
         return record
 
     def _acquire(self, tag: str, opener: Opener, timeout: float | None) -> Record:
         """:meth:`checkout` under the lock: the scheduler is asked for a slot."""
-        checkout, lock = Checkout(self), self.lock
+        lock = self.lock
         if lock.busy_in is not None and lock.in_section():
-            return self.nested.lend(checkout, tag, opener)
+            return self.nested.lend(Checkout(self), tag, opener)
+        begun: list[Checkout] = []  # where it is found after an interrupt
         try:
-            since = lock.run(self._request, checkout, tag)
+            since = lock.run(self._request, begun, tag)
+            checkout = begun[0]
             record = checkout.record
             if record is None:
                 return self._obtain(checkout, opener, since, timeout)
@@ -201,6 +180,9 @@ class PoolCore:
         except LineFull:
             raise self._waiting.too_many(tag) from None
         except BaseException:
+            if not begun:
+                raise
+            checkout = begun[0]
             if checkout.state is FREE and checkout is not self.state.watcher:
                 raise  # it timed out or was refused, and has left its line
             try:
@@ -210,11 +192,8 @@ class PoolCore:
                 raise
             raise
 
-    def _request(self, checkout: Checkout, tag: str, now: float) -> float:
-        """Ask for a slot; join the line if there is none. Returns the time.
-
-        Caller is in a section.
-        """
+    def _request(self, begun: list[Checkout], tag: str, now: float) -> float:
+        """Ask for a slot; join the line if there is none. Returns the time."""
         connections, state = self.connections, self.state
         if now >= self.housekeeping.next_visit:
             self.housekeeping.look_around(now)
@@ -222,6 +201,10 @@ class PoolCore:
             connections.prefer(tag)
         record = connections.pop()
         try:
+            checkout = None if record is None else record.fair.checkout
+            if checkout is None or checkout.spent:
+                checkout = Checkout(self)
+            begun.append(checkout)
             if self.nested.loans:  # of what would have been popped here
                 self.nested.admit(now)
             granted = self.scheduler.request(checkout, tag, now)
@@ -231,7 +214,8 @@ class PoolCore:
             else:
                 self._waiting.join_line(checkout, tag, now)
         finally:
-            if record is not None and checkout.record is not record:
+            if record is not None and record.fair.checkout.record is not record:
+                record.fair.checkout = Checkout(self)
                 connections.put_back(record)  # last: from here on it may be lent
         return now
 
@@ -244,15 +228,13 @@ class PoolCore:
             self._waiting.wait(checkout, waiter, since, timeout)
         record = checkout.record
         if record is None:
-            if self.connections.left:
-                self.housekeeping.make_room()
             record = self.opening.open(checkout, opener)
             if not self.scheduler.knows(checkout):
                 # The process was forked meanwhile: not of this accounting.
                 checkout.state, checkout.may_keep = FREE, False
             elif self.options.min_idle and not opener.generation.warmed_up:
                 checkout.record = record  # where `give_up` finds it
-                self.opening_ahead.warm_up_apart(self, opener)
+                self.opening.warm_up_apart(self, opener)
         checkout.record = None
         return record
 
@@ -260,6 +242,7 @@ class PoolCore:
         """Leave the line, or pass on what was granted in the same instant."""
         if checkout.orphaned:
             return  # its connection is being opened: see `Checkout.adopt`
+        checkout.spent = True  # its caller may give it up once more
         self.lock.run(self._give_up, checkout)
 
     def _give_up(self, checkout: Checkout, now: float) -> None:
@@ -272,27 +255,21 @@ class PoolCore:
     # -- checkin ---------------------------------------------------------------------
 
     def checkin(self, record: Record, generation: Generation) -> None:
-        """Take a record back, from its user or from the collector.
-
-        :param generation: the pool that opened it.
-        """
+        """Take a record back for the pool that opened it, also by the collector."""
         fair = record.fair
-        checkout = fair.checkout
-        tag_state = checkout.tag_state
-        scheduler = self.scheduler
-        waiting = scheduler.waiting
+        checkout, scheduler = fair.checkout, self.scheduler
+        tag_state, waiting = checkout.tag_state, scheduler.waiting
         if (
             waiting
             or checkout.warm
             or not checkout.may_keep
-            or not tag_state.prompt
+            or not (tag_state.prompt or tag_state.silent)
             or (
                 record.dbapi_connection is None
                 and not self.slots.is_over(fair.physical)
             )
         ):
-            keep = generation is self.housekeeping.owner
-            self._release(checkout, record, keep)
+            self._release(checkout, record, generation is self.housekeeping.owner)
             return
         now = self.clock()
         held = now - checkout.since
@@ -301,7 +278,9 @@ class PoolCore:
             checkout.note(held)
             if len(checkout.long_holds) >= _LONG_HOLDS_KEPT:
                 checkout.may_keep = False  # they are booked when it comes back
-        fair.idle_since = tag_state.last_activity = now
+        fair.idle_since = now
+        if tag_state.prompt:
+            tag_state.last_activity = now
         checkout.warm = True
         try:
             records = self.warm.by_tag[tag_state.tag]
@@ -358,13 +337,6 @@ class PoolCore:
         self.state.recount(now)
         self.slots.recounted()
 
-    # -- figures ---------------------------------------------------------------------
-
-    def count_closure(self, reason: str) -> None:
-        """Count a connection that is closed."""
-        with self.lock.mutex:
-            self.closures[reason] += 1
-
     # -- fork ------------------------------------------------------------------------
 
     def after_fork(self) -> None:
@@ -382,10 +354,23 @@ class PoolCore:
         self.slots.after_fork()
 
 
-def _connection_ended(alive: weakref.ref[PoolCore]) -> None:
-    core = alive()
-    if core is not None:
-        core.connection_ended()
+class TracedCore(PoolCore):
+    """With ``leak_threshold``: notes where callers check out, and reports leaks."""
+
+    def _begin(self, options: PoolOptions) -> None:
+        super()._begin(options)
+        assert options.leak_threshold is not None
+        self.state.leaks = LeakWatch(self.state, options.leak_threshold)
+
+    def checkout(
+        self, tag: str, opener: Opener, timeout: float | None = None
+    ) -> Record:
+        assert self.state.leaks is not None
+        self.state.leaks.start()
+        stack = locations(self.here.frames())
+        record = super().checkout(tag, opener, timeout)
+        record.fair.checkout.stack = stack
+        return record
 
 
 _living: weakref.WeakSet[PoolCore] = weakref.WeakSet()

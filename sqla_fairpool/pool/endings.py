@@ -10,27 +10,30 @@ Rules of this file:
 * Only the end of the stream counts as the end of a session. A connection that was
   reset, gets no answer or has no socket leaves it open.
 * The copy is read only after the driver has closed its own, and changes nothing that
-  the driver sees: no flag of the socket is set.
+  the driver sees: no flag of the socket is set. So the class of the interpreter is
+  used, ``_socket.socket``: the one by which eventlet's monkey-patching replaces
+  ``socket.socket`` sets a flag, and takes each socket for one of IPv4.
 * :class:`EndWatcher` has the one thread that waits for those that take long. It may be
   called by a finaliser, at any moment, so it takes no lock.
 """
 
 from __future__ import annotations
 
+import _socket
 import asyncio
 import contextlib
 import os
-import select
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from sqlalchemy.util import await_only
 
 from ..background import start_thread
+from ..ledger.store import wait_for
 from .sqlalchemy_private import in_greenlet
 
 __all__ = ["ENDED", "OPEN", "UNKNOWN", "SocketCopy", "stop_statement", "watcher"]
@@ -67,10 +70,7 @@ _PAUSE = 0.001
 
 
 class SocketCopy:
-    """A second descriptor of a connection's socket.
-
-    :param file: the descriptor, which is this object's from now on.
-    """
+    """A second descriptor of a connection's socket, which it owns."""
 
     __slots__ = ("_file", "_is_reset")
 
@@ -98,32 +98,32 @@ class SocketCopy:
         if self._file is None:
             return
         self._is_reset = self.was_reset()
-        with contextlib.suppress(OSError):
-            line = socket.socket(fileno=self._file)
-            try:
-                line.shutdown(socket.SHUT_WR)
-            finally:
-                line.detach()
+        with contextlib.suppress(OSError), self._as_socket() as line:
+            line.shutdown(socket.SHUT_WR)
+
+    @contextlib.contextmanager
+    def _as_socket(self) -> Iterator[_socket.socket]:
+        line = _socket.socket(fileno=self._file)
+        try:
+            yield line
+        finally:
+            line.detach()
 
     def was_reset(self) -> bool:
-        """Tell if the client's side has learned of an end that is not the server's.
+        """Tell if the client's side was reset; only before :meth:`hang_up`.
 
-        Only before :meth:`hang_up`, which notes it. A reset is told once, to the
-        driver; after that one reads the end of the stream, as if the server had closed
-        its side.
+        A reset is told once, to the driver; after that, the end of the stream is read.
         """
         if self._file is None or not hasattr(socket, "TCP_INFO"):
             return False
-        line = socket.socket(fileno=self._file)
         try:
-            if line.family not in (socket.AF_INET, socket.AF_INET6):
-                return False
-            info = line.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
-            return info[0] == _TCP_CLOSE
+            with self._as_socket() as line:
+                if line.family not in (socket.AF_INET, socket.AF_INET6):
+                    return False
+                info = line.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)
+                return info[0] == _TCP_CLOSE
         except OSError:
             return True
-        finally:
-            line.detach()
 
     def look(self, seconds: float = 0.0) -> str:
         """Return what is known of the server's session after at most `seconds`."""
@@ -132,12 +132,9 @@ class SocketCopy:
         deadline = time.monotonic() + seconds
         try:
             while True:
-                poll = select.poll()
-                poll.register(self.fileno(), select.POLLIN)
-                left = max(deadline - time.monotonic(), 0.0)
-                if not poll.poll(left * 1000):
+                if not wait_for([self.fileno()], deadline - time.monotonic()):
                     return OPEN
-                if not os.read(self.fileno(), 65536):
+                if not os.readv(self.fileno(), [bytearray(65536)]):
                     return ENDED
         except BlockingIOError:
             return OPEN
@@ -162,10 +159,8 @@ class SocketCopy:
 
 
 def stop_statement(driver_connection: Any) -> None:
-    """Cancel what the server executes for a connection that is about to be closed.
-
-    An exception that is not the driver's own, a signal handler's say, leaves a
-    statement behind that the server would finish before it looks at the goodbye.
+    """Cancel a statement that an exception has interrupted, before the connection is
+    closed: the server would finish it before it looks at the goodbye.
     """
     status = getattr(getattr(driver_connection, "info", None), "transaction_status", 0)
     if status != _ACTIVE:
@@ -187,10 +182,9 @@ def stop_statement(driver_connection: Any) -> None:
 
 
 def silence(driver_connection: Any) -> None:
-    """In a forked child: let go of the socket that is the parent's.
+    """In a forked child: let go of the parent's socket, which would keep the session.
 
-    Else the server would keep the session for as long as the child lives. The
-    descriptor stays valid, because the driver's object still has its number.
+    The descriptor stays valid, because the driver's object still has its number.
     """
     file = _file_of(driver_connection)
     if file is None or file < 0:
@@ -224,11 +218,9 @@ class EndWatcher:
     def watch(
         self, line: SocketCopy | None, seconds: float, done: Callable[[str], None]
     ) -> None:
-        """Call `done` when a session has ended, or cannot be known to, or after a time.
+        """Call `done` in the watcher's thread with ENDED, UNKNOWN, or OPEN when late.
 
         :param line: the copy of its socket, None if there is only the time.
-        :param done: called in the watcher's thread with ENDED, UNKNOWN, or OPEN if
-          `seconds` have passed.
         """
         self._new.append((line, time.monotonic() + seconds, done))
         if not self._runner:
@@ -245,11 +237,8 @@ class EndWatcher:
                 waiting.append(self._new.popleft())
             waiting = [one for one in waiting if not self._finish(one)]
             if waiting or self._new:
-                poll = select.poll()
-                for line, _, _ in waiting:
-                    if line is not None:
-                        poll.register(line.fileno(), select.POLLIN)
-                poll.poll(self._TICK * 1000)
+                lines = [line.fileno() for line, _, _ in waiting if line is not None]
+                wait_for(lines, self._TICK)
                 continue
             self._runner.clear()
             if not self._new:  # else something came in between

@@ -9,29 +9,30 @@ they are set, to the dialect of the engine:
 * an engine's: its ``raw_connection()``, the public method through which every
   :class:`~sqlalchemy.engine.Connection` is filled, is wrapped on that engine, so
   that it makes the request. Engines derived from it report themselves in the same way.
-* a connection's: it has been checked out by then. What happens is the pool's
-  decision, so the pool's function is called. SQLAlchemy has stored the options by
-  then as well, so they are taken back if it refuses.
+* a connection's: it has been checked out by then, and is charged to its tag, or waits
+  for it. SQLAlchemy has stored the options by then, so they are taken back if that is
+  refused.
 
-Both are set on one dialect object, which belongs to one engine and those derived
-from it; nothing else in the process is touched.
+Hooks are set on one dialect object, which belongs to one engine and those derived from
+it; nothing else in the process is touched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from ..options import validate_tag, validate_timeout
+from ..options import BadOption, PoolOptions, validate_tag, validate_timeout
 from . import sqlalchemy_private
+from .checkout import RecordState
+from .server_tag import tell
 
-__all__ = ["TIMEOUT_OPTION", "Request", "follow", "make_request", "requested"]
+__all__ = ["TIMEOUT_OPTION", "Request", "make_request", "requested", "watch_dialect"]
 
 #: The execution option that says how long a checkout may wait.
 TIMEOUT_OPTION = "fairpool_timeout"
@@ -42,11 +43,8 @@ _MARK = "_sqla_fairpool_tag_option"
 #: What is set on an engine or a connection: those of its options that were accepted.
 _ACCEPTED = "_sqla_fairpool_accepted"
 
-_Retag: TypeAlias = Callable[[Connection, str | None], None]
 
-
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What options say about one checkout, None where they say nothing."""
 
     #: The dialect of the pool which is meant; other pools ignore the request.
@@ -66,32 +64,31 @@ requested = _request.get
 make_request = _request.set
 
 
-def follow(dialect: Dialect, option: str, retag: _Retag) -> bool:
-    """Watch the options of a dialect's engines and connections: tag and time-out.
+def watch_dialect(dialect: Dialect, options: PoolOptions) -> None:
+    """Hear of the options and statements of a dialect's engines and connections.
 
-    Does so once, however many pools the dialect gets in turn; tells if this was
-    the first time.
-
-    :param option: the execution option that carries the tag.
-    :param retag: called when an option is set on a connection, with the connection
-      and its tag. What it raises refuses the options.
+    Once for each dialect, however many pools it gets in turn.
     """
+    option = options.tag_option
+    if options.server_tag and dialect.name != "postgresql":
+        raise BadOption(
+            "server_tag", True, f"False, because {dialect.name} is not PostgreSQL"
+        )
     seen = getattr(dialect, _MARK, None)
-    if seen == option:
-        return False
-    hooks = _Hooks(dialect, option, retag)
-    dialect.set_engine_execution_options = hooks.set_on_engine  # type: ignore[method-assign]
-    dialect.set_connection_execution_options = hooks.set_on_connection  # type: ignore[method-assign]
-    setattr(dialect, _MARK, option)
-    return seen is None
+    if seen != option:
+        hooks = _Hooks(dialect, option)
+        dialect.set_engine_execution_options = hooks.set_on_engine  # type: ignore[method-assign]
+        dialect.set_connection_execution_options = hooks.set_on_connection  # type: ignore[method-assign]
+        setattr(dialect, _MARK, option)
+    if seen is None:
+        sqlalchemy_private.note_statements(dialect)
 
 
 class _Hooks:
     """What a dialect does, from now on, when options are set."""
 
-    def __init__(self, dialect: Dialect, option: str, retag: _Retag) -> None:
+    def __init__(self, dialect: Dialect, option: str) -> None:
         self._option = option
-        self._retag = retag
         self._apply_to_engine = dialect.set_engine_execution_options
         self._apply = dialect.set_connection_execution_options
 
@@ -118,13 +115,15 @@ class _Hooks:
         ours = {key: opts[key] for key in (self._option, TIMEOUT_OPTION) if key in opts}
         try:
             if ours:
-                if self._option in ours:
-                    validate_tag(ours[self._option], self._option)  # None says nothing
+                tag, timeout = None, ours.get(TIMEOUT_OPTION)
+                if timeout is not None:
+                    validate_timeout(timeout, TIMEOUT_OPTION)
+                if self._option in ours:  # None is refused: it would say nothing
+                    tag = validate_tag(ours[self._option], self._option)
                 now = before.union(ours)
-                request = self._request(connection.dialect, now)
                 vars(connection)[_ACCEPTED] = now
                 sqlalchemy_private.check_out_by(connection, self._check_out)
-                self._retag(connection, request.tag)
+                _retag(connection, tag)
                 accepted = now
             self._apply(connection, opts)
         except BaseException:
@@ -133,15 +132,15 @@ class _Hooks:
             vars(connection)[_ACCEPTED] = accepted
             sqlalchemy_private.set_options(connection, accepted)
             raise
-        vars(connection)[_ACCEPTED] = before.union(opts)
+        if len(ours) < len(opts):
+            vars(connection)[_ACCEPTED] = before.union(opts)
 
     def _check_out(
         self, connection: Connection, check_out: Callable[[], PoolProxiedConnection]
     ) -> PoolProxiedConnection:
-        """Check out again for a connection that has none, and apply its options.
+        """Check out again for a connection that has none.
 
-        SQLAlchemy does not apply them: a connection that was lost, or given back for
-        another tag, would have an isolation level in name only.
+        SQLAlchemy does not apply the options then, an isolation level say.
         """
         options, outer = _accepted_of(connection), requested()
         make_request(self._request(connection.dialect, options, is_connections=True))
@@ -197,3 +196,43 @@ def _tag_engine(engine: Engine, request: Request) -> None:
     # no connection; and with a weak reference engine.execution_options(...)
     # .raw_connection() in one expression would fail.
     setattr(engine, raw_connection.__name__, raw_connection)
+
+
+def _retag(connection: Connection, tag: str | None) -> None:
+    """Charge a connection to the tag that was set on it, or have it wait there.
+
+    If it is refused, it checks out again under its former tag when it is used next.
+    """
+    if connection.closed or tag is None:
+        return
+    record: Any = sqlalchemy_private.record_of(connection)
+    fair: RecordState | None = getattr(record, "fair", None)
+    if fair is None or fair.checkout.tag_state.tag == tag:
+        return  # nothing to charge, or another class of pool
+    core, options = fair.checkout.core, fair.checkout.core.options
+    if connection.in_transaction():
+        raise exc.InvalidRequestError(
+            "This connection has already initialized a SQLAlchemy Transaction() "
+            f"object via begin() or autobegin; {options.tag_option} may not be "
+            "altered unless rollback() or commit() is called first."
+        )
+    try:
+        if not core.move(fair.checkout, tag):
+            sqlalchemy_private.check_out_again(connection)
+        elif options.server_tag:
+            _tell(connection)
+    except BaseException as error:
+        connection.invalidate(error)
+        raise
+
+
+def _tell(connection: Connection) -> None:
+    """Tell the server the new tag of a connection, on another one if that fails."""
+    record = sqlalchemy_private.record_of(connection)
+    assert record is not None
+    dialect = connection.dialect
+    try:
+        tell(record.dbapi_connection, record, dialect)
+    except (exc.DisconnectionError, dialect.loaded_dbapi.Error) as error:
+        connection.invalidate(error)
+        sqlalchemy_private.check_out_again(connection)

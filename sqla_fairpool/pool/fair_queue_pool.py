@@ -18,20 +18,20 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import greenlet_spawn
 
-from ..options import PoolOptions, TagLimits, describe_changes
+from ..options import PoolOptions, describe_changes, naming
 from ..scheduling.explanation import Explanation, explain, facts_of
+from ..scheduling.limits import TagLimits
 from ..stats import PoolStats
 from ..tagging import blocks, context_tag
 from . import sqlalchemy_private
 from .checkout import Generation
-from .core import PoolCore
-from .events import observe, warn_of_private_memory, watch_dialect
-from .execution_options import make_request, requested
+from .core import PoolCore, TracedCore
+from .events import await_url, observe, warn_of_private_memory
+from .execution_options import make_request, requested, watch_dialect
 from .ledger_member import LedgerMember
-from .ledger_sessions import await_url, join_ledger
+from .ledger_sessions import join_ledger
 from .server_tag import tell_on_checkout
 from .snapshot import Source, metrics, snapshot
-from .traced_core import TracedCore
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
 
 __all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool", "metrics_source"]
@@ -146,7 +146,8 @@ class FairQueuePool(Pool):
     ) -> None:
         owns, member = _core is None, None
         if _core is None:
-            options = PoolOptions.among(locals())
+            with naming({"timeout": "pool_timeout"}):  # as `create_engine` calls it
+                options = PoolOptions.among(locals())
             if options.ledger is not None:
                 member = LedgerMember(self._waiter_class, options.default_tag)
             traced = options.leak_threshold is not None
@@ -165,10 +166,13 @@ class FairQueuePool(Pool):
             if _core.options.server_tag:
                 tell_on_checkout(self)
             warn_of_private_memory(self, self._dialect)
+            if getattr(self._dialect, "name", None) == "postgresql":
+                # Others interrupt: a killed greenlet leaves a session that has begun.
+                _core.slots.existing.failures = (Exception,)
             if member is not None:
                 member.serve(_core)
                 join_ledger(self, _core, member)
-                await_url(self, _core, member, self._dialect)
+                await_url(self._dialect, partial(join_ledger, self, _core, member))
 
     @property
     def options(self) -> PoolOptions:
@@ -203,13 +207,14 @@ class FairQueuePool(Pool):
     def recreate(self) -> FairQueuePool:
         """Return a pool that takes over from this one when it is first used.
 
-        It has the same options and the same accounting: what is checked out of
-        this pool still counts. It is closed when it comes back after that, or in
-        any case if this pool has been disposed of, as by ``engine.dispose()``.
+        What lies in this pool is closed then. It has the same options and the same
+        accounting: what is checked out of this pool still counts. It is closed when
+        it comes back after that, or in any case if this pool has been disposed of, as
+        by ``engine.dispose()``.
         """
         self.logger.info("Pool recreating")
         if self.generation.disposed:
-            self._core.housekeeping.doom()
+            self._core.lock.run(self._core.housekeeping.doom)
         return type(self)(
             self._creator,
             recycle=self._recycle,
@@ -229,9 +234,7 @@ class FairQueuePool(Pool):
         """
         self.generation.disposed = True
         if self._core.housekeeping.owner is self.generation:
-            self._core.housekeeping.close_idle()
-        else:
-            self._core.housekeeping.close_left(self.generation)
+            self._core.lock.run(self._core.housekeeping.close_idle)
         self.logger.info("Pool disposed. %s", self.status())
 
     def open_another(self) -> DBAPIConnection:
@@ -263,7 +266,8 @@ class FairQueuePool(Pool):
         :raises sqlalchemy.exc.ArgumentError: for a bad value, naming it. Nothing
           has changed then.
         """
-        before, now = self._core.housekeeping.reconfigure(changes)
+        change = self._core.housekeeping.reconfigure
+        before, now = self._core.lock.run(change, changes)
         if before != now:
             self.logger.info("Pool reconfigured: %s", describe_changes(before, now))
 
@@ -273,7 +277,7 @@ class FairQueuePool(Pool):
         Connections that are checked out count as open. What goes wrong in opening
         one is raised; those opened before stay in the pool.
         """
-        return self._core.opening_ahead.warm_up(self._core, self)
+        return self._core.opening.warm_up(self._core, self)
 
     def upkeep(self) -> None:
         """Do what is left to the next visitor, without waiting for one.
@@ -299,7 +303,7 @@ class FairQueuePool(Pool):
         if self._core.housekeeping.owner is self.generation:
             self._core.lock.visit()
             return len(self._core.connections.idle)
-        return len(self.generation.left)  # not in use yet, or not any more
+        return 0  # not in use yet, or not any more
 
     def checkedout(self) -> int:
         """Return the number of connections out or being opened."""

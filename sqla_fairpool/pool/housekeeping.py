@@ -1,8 +1,8 @@
 """What is done with a pool's connections while no caller asks for one.
 
-They are closed when they were not used for a while (``idle_connection_ttl``), closed or
-left behind when another pool takes over, and become fewer when the pool is made
-smaller. (For those that are opened ahead see :mod:`.opening_ahead`.)
+They are closed when they were not used for a while (``idle_connection_ttl``) and when
+another pool takes over, and become fewer when the pool is made smaller. (For those that
+are opened ahead see :mod:`.opening`.)
 
 Rules of this file:
 
@@ -21,6 +21,7 @@ from typing import Any, cast
 from ..options import PoolOptions
 from ..scheduling.ticket import GRANTED
 from .checkout import Generation
+from .physical import PhysicalConnection
 from .transitions import Transitions
 
 __all__ = ["Housekeeping"]
@@ -35,8 +36,6 @@ class Housekeeping:
 
     :param use_lifo: hand out the record that came back last in any case.
     """
-
-    __slots__ = ("_next_look", "_state", "_use_lifo", "next_visit", "owner")
 
     def __init__(self, state: Transitions, use_lifo: bool) -> None:
         self._state = state
@@ -62,10 +61,7 @@ class Housekeeping:
 
     @property
     def next_duty(self) -> float:
-        """When a caller has to look around for which another one is woken.
-
-        Not for the event log: while that one waits, the pool is as exhausted as before.
-        """
+        """When a caller that waits is woken to look around: not for the event log."""
         return min(self._state.scheduler.next_tick, self._next_look)
 
     def look_around(self, now: float) -> None:
@@ -100,17 +96,9 @@ class Housekeeping:
     # -- changed options -------------------------------------------------------------
 
     def reconfigure(
-        self, changes: Mapping[str, Any]
-    ) -> tuple[PoolOptions, PoolOptions]:
-        """Change options; return those before and those in force now.
-
-        :raises sqlalchemy.exc.ArgumentError: for a bad value; nothing is changed.
-        """
-        return self._state.lock.run(self._reconfigure, changes)
-
-    def _reconfigure(
         self, changes: Mapping[str, Any], now: float
     ) -> tuple[PoolOptions, PoolOptions]:
+        """Change options, all or none; return those before and those in force now."""
         state = self._state
         before = state.options
         options = before.changed(changes)
@@ -133,86 +121,36 @@ class Housekeeping:
 
     # -- one pool after the other ----------------------------------------------------
 
-    def doom(self) -> None:
-        """Have what is out now closed when it comes back."""
-        self._state.lock.run(self._doom)
-
-    def _doom(self, now: float) -> None:
+    def doom(self, now: float) -> None:
+        """Have what is out now closed when it comes back. Caller is in a section."""
         connections = self._state.connections
         for record in list(connections.all):
             if record.fair.checkout.state is GRANTED:
                 record.fair.doomed = True
         connections.release_soon()
 
-    def hand_over(self, generation: Generation) -> None:
-        """Let another pool take over: what lies here is not for it."""
-        former = self._state.lock.run(self._hand_over, generation)
-        if former is not generation and former.disposed:
-            self.close_left(former)
+    def hand_over(self, generation: Generation, now: float) -> None:
+        """Let another pool take over: what lies here is not for it, and is closed.
 
-    def _hand_over(self, generation: Generation, now: float) -> Generation:
-        """Return the pool that was in use before."""
-        connections = self._state.connections
-        former = self.owner
-        if former is generation:
-            return former
-        former.left = []
-        while (record := connections.pop()) is not None:
-            former.left.append(record)
-        connections.left.update(former.left)
-        connections.release_soon()  # to be closed when they come back
-        self.owner = generation
-        generation.warmed_up = False
-        return former
+        Caller is in a section.
+        """
+        if self.owner is not generation:
+            self.close_idle(now)
+            self._state.connections.release_soon()  # to be closed when they come back
+            self.owner = generation
+            generation.warmed_up = False
 
-    def make_room(self) -> None:
-        """Before opening: close what a former pool has left, if it is in the way."""
-        slots, left = self._state.slots, self._state.connections.left
-        record = None
-        with self._state.lock.mutex:
-            if slots.there() > slots.allotted:
-                try:
-                    record = left.pop()
-                except KeyError:
-                    pass  # the former pool was collected meanwhile
-        if record is not None:
-            record.fair.close_reason = "disposed"
-            record.close()
-
-    def close_left(self, generation: Generation) -> None:
-        """Close what a former pool has left."""
-        while generation.left:
-            record = generation.left.pop()
-            with self._state.lock.mutex:
-                self._state.connections.left.discard(record)
-            record.fair.close_reason = "disposed"
-            record.close()
-
-    def close_idle(self) -> None:
-        """Close the connections that are in the pool."""
-        self._state.lock.run(self._close_idle)
-
-    def _close_idle(self, now: float) -> None:
+    def close_idle(self, now: float) -> None:
+        """Have the idle connections closed. Caller is in a section."""
         for record in list(self._state.connections.idle):
             self._state.retire(record, now, "disposed")
 
     def hang_up_surplus(self) -> None:
-        """End sessions that are too many, without the drivers and their loop.
+        """End idle sessions that are too many, without the drivers and their loop."""
+        for physical in self._state.lock.run(self._surplus):
+            self._state.slots.existing.hang_up(physical)
 
-        Those are idle, or wait to be closed by a loop that does not run.
-        """
-        state = self._state
-        with state.lock.section() as now:
-            state.drain(now)
-            idle = {id(record) for record in list(state.connections.idle)}
-            surplus = [
-                physical
-                for physical in state.slots.existing
-                if (record := physical.record()) is not None
-                and not physical.opening
-                and id(record) not in idle
-                and record not in state.connections.left
-                and record.fair.checkout.state is not GRANTED
-            ]
-        for physical in surplus:
-            state.slots.existing.hang_up(physical)
+    def _surplus(self, now: float) -> list[PhysicalConnection]:
+        self._state.drain(now)
+        apart = self._state.slots.apart()
+        return [p for p in apart if p.record() is not None and not p.ending]

@@ -17,23 +17,25 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from sqlalchemy import exc
 from sqlalchemy.util import greenlet_spawn
 
 from ..errors import CheckoutTimeout
-from ..ledger.demand import TagDemand
 from ..ledger.errors import LedgerError
-from ..ledger.rows import Session
+from ..ledger.keeper import Keeper
+from ..ledger.rows import Session, TagDemand
 from .core import PoolCore
 from .physical import PhysicalConnection
+from .transitions import Transitions
 from .waiters import Waiter
 
-__all__ = ["Keeper", "LedgerMember"]
+__all__ = ["LedgerMember"]
 
 #: Seconds that a new connection waits for the ledger to know it: a transaction takes a
 #: millisecond, one that waits for a stopped process two seconds.
@@ -44,29 +46,6 @@ _PAUSE = 0.02
 
 #: Seconds after which a loop is taken to be blocked, or not to run.
 _LOOP_ANSWERS_WITHIN = 1.0
-
-
-class Keeper(Protocol):
-    """What a pool asks of a ledger's keeper."""
-
-    #: Why the ledger cannot be reached or used, None if it can.
-    trouble: str | None
-
-    @property
-    def is_hindered(self) -> bool:
-        """The ledger cannot be reached or used now; what is owned is kept."""
-
-    def ring(self, tag: str | None = None) -> None:
-        """Look at the pool soon: a caller waits under `tag`, or for another reason."""
-
-    def post(self, done: Callable[[bool], None]) -> None:
-        """Have the store hear of the pool as it is now; say if it has."""
-
-    def after_fork(self) -> None:
-        """Begin anew in a forked child, which owns nothing."""
-
-    def close(self) -> None:
-        """Give back what is closed, and leave."""
 
 
 class LedgerMember:
@@ -90,8 +69,6 @@ class LedgerMember:
         self.can_lose_slots = False
         #: The server of the pool's connections, once one was opened.
         self.server_name: str | None = None
-        #: A connection of this process shows which ledger it uses.
-        self.shows_ledger = False
         # Those of `lost`, until they are buried.
         self._lost: Collection[PhysicalConnection] = ()
         # The last order to a loop to close connections, and when it was given.
@@ -131,10 +108,8 @@ class LedgerMember:
 
     def note_loop(self) -> None:
         """Remember where connections of tasks can be closed."""
-        try:
+        with contextlib.suppress(RuntimeError):  # threads
             self._loop = weakref.ref(asyncio.get_running_loop())
-        except RuntimeError:
-            pass  # threads
 
     def after_fork(self) -> None:
         """Begin anew in a forked child."""
@@ -142,47 +117,34 @@ class LedgerMember:
             self.keeper.after_fork()
 
     def before_opening(self) -> None:
-        """Before a connection is opened: are the slots still ours?
-
-        Only a store whose sign of life can be lost may say no.
-
-        :raises CheckoutTimeout: if it does not confirm it.
-        """
+        """Raise if a store that can lose slots does not confirm that they are ours."""
         if self.can_lose_slots and not self._confirmed():
             raise self.refusal or self.unconfirmed()
 
     def after_opening(self, physical: PhysicalConnection) -> None:
-        """Have the ledger know a new session before it is used.
+        """Have the ledger know a new session before it is used, or raise.
 
-        Without that it would be given on as free if this process died. A store that
-        cannot lose a member's sign of life may be away: what is owned is used. One that
-        answers has the last word.
-
-        :raises CheckoutTimeout: if there is no slot for it, or the slots may have been
-          lost meanwhile.
-        :raises LedgerError: if it says why this process may have no connection.
+        Else its slot would be given on if this process died. A store that cannot lose a
+        member's sign of life may be away: what is owned is used.
         """
-        if physical.session is None and not self.can_lose_slots:
-            return
-        answer = self._confirmed()
-        if answer or (answer is None and not self.can_lose_slots):
-            return
-        raise self.refusal or self.unconfirmed()
+        if physical.session is not None or self.can_lose_slots:
+            answer = self._confirmed()
+            if not answer and (answer is False or self.can_lose_slots):
+                raise self.refusal or self.unconfirmed()
 
     def _confirmed(self) -> bool | None:
         """Have the store hear of this pool as it is now, and wait for that.
 
         For a moment there may be a session more than there are slots: one whose end is
-        not known yet. So a "no" is not the last word while there is time.
-
-        :return: None if the ledger cannot say, or takes too long.
+        not known yet. So a "no" is asked again while there is time. None if the ledger
+        cannot say, or takes too long.
         """
         deadline = time.monotonic() + _CONFIRMED_WITHIN
         while not (answer := self._confirms(deadline)) and self.refusal is None:
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            self._new_waiter(_Nobody()).wait(min(_PAUSE, left))
+            self._new_waiter(None).wait(min(_PAUSE, left))
         hindered = self.keeper is not None and self.keeper.is_hindered
         return None if answer is False and hindered else answer
 
@@ -190,7 +152,7 @@ class LedgerMember:
         if self.keeper is None:
             return True
         answers: list[bool] = []
-        waiter = self._new_waiter(_Nobody())
+        waiter = self._new_waiter(None)
 
         def done(answer: bool) -> None:
             answers.append(answer)
@@ -220,32 +182,36 @@ class LedgerMember:
             if self.keeper is not None:
                 self.keeper.close()  # the pool has no user any more
             return 0, {}
-        existing = core.slots.existing
-        existing.end_abandoned()
-        with core.lock.section() as now:
-            core.housekeeping.look_around(now)  # others want to know who is idle
-            tags = {}
-            for tag_state in core.scheduler.tag_states.values():
-                peak, tag_state.peak = tag_state.peak, tag_state.in_use
-                if peak or tag_state.waiting or tag_state.active:
-                    tags[tag_state.tag] = TagDemand(
-                        peak, tag_state.waiting, tag_state.active
-                    )
-            detached = existing.detached()
-            if detached:
-                default = tags.get(self._default_tag, TagDemand(0, 0, False))
-                in_use = default.in_use + detached
-                tags[self._default_tag] = default._replace(in_use=in_use)
-            core.state.recount(now)
-            return core.slots.there(), tags
+        core.slots.existing.end_abandoned()
+        return core.lock.run(self._demand, core)
+
+    def _demand(
+        self, core: PoolCore, now: float
+    ) -> tuple[int, Mapping[str, TagDemand]]:
+        core.housekeeping.look_around(now)  # others want to know who is idle
+        tags = {}
+        for state in core.scheduler.tag_states.values():
+            peak, state.peak = state.peak, state.in_use
+            if peak or state.waiting or state.active:
+                tags[state.tag] = TagDemand(peak, state.waiting, state.active)
+        detached = core.slots.existing.detached()
+        if detached:
+            default = tags.get(self._default_tag, TagDemand(0, 0, False))
+            in_use = default.in_use + detached
+            tags[self._default_tag] = default._replace(in_use=in_use)
+        core.state.recount(now)
+        return core.slots.there(), tags
+
+    def _change(self, transition: Callable[..., None], *args: Any) -> None:
+        """Change the state of the pool, if it is in use still."""
+        core = self._core()
+        if core is not None:
+            core.lock.run(transition, core.state, *args)
 
     def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
         """Set how many connections there may be, and the ceiling of each tag."""
-        core = self._core()
-        if core is not None:
-            self.refusal = None
-            with core.lock.section() as now:
-                core.state.allot(slots, ceilings, other, now)
+        self.refusal = None
+        self._change(Transitions.allot, slots, ceilings, other)
 
     def sessions(self) -> Collection[Session]:
         """Return the server sessions that exist, as far as they are known."""
@@ -264,11 +230,8 @@ class LedgerMember:
 
     def buried(self, lost: Sequence[Session | None]) -> None:
         """Forget those that :meth:`lost` has returned: they are in quarantine now."""
-        core, buried = self._core(), self._lost
-        self._lost = ()
-        if core is not None:
-            with core.lock.section() as now:
-                core.state.bury(buried, now)
+        buried, self._lost = self._lost, ()
+        self._change(Transitions.bury, buried)
 
     def close_surplus(self) -> None:
         """Close idle connections that are too many."""
@@ -292,34 +255,13 @@ class LedgerMember:
 
     def freeze(self) -> None:
         """Let those connections be used that there are, and no other be opened."""
-        core = self._core()
-        if core is not None:
-            with core.lock.section() as now:
-                core.state.freeze(now)
+        self._change(Transitions.freeze)
 
     def press(self, pressed: bool) -> None:
         """Call :meth:`ring` when a connection falls idle, or do not any more."""
-        core = self._core()
-        if core is not None:
-            with core.lock.section():
-                core.state.press(pressed)
+        self._change(Transitions.press, pressed)
 
     def refuse(self, error: exc.SQLAlchemyError) -> None:
         """Raise an error in all callers that wait or come, until slots are allotted."""
-        core = self._core()
-        if core is not None:
-            self.refusal = error
-            with core.lock.section():
-                core.state.wake_all()
-
-
-class _Nobody:
-    """Owns a waiter, and nothing that would have to be given back."""
-
-    orphaned = False
-
-    def abandon(self) -> None:
-        pass
-
-    def adopt(self, outcome: Any) -> None:
-        pass
+        self.refusal = error
+        self._change(Transitions.wake_all)

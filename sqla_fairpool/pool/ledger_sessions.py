@@ -6,12 +6,12 @@ import asyncio
 import atexit
 import logging
 import weakref
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
 from sqlalchemy import event, exc
-from sqlalchemy.engine import URL, Dialect
+from sqlalchemy.engine import URL
 from sqlalchemy.pool import Pool
 from sqlalchemy.util import greenlet_spawn
 
@@ -22,31 +22,19 @@ from ..ledger.overview import encode
 from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Session, Terms
 from ..ledger.watch import Present, identify, look, other_ledgers, sign_stands
-from ..options import PoolOptions
+from .connections import TERMS
 from .core import PoolCore
 from .endings import SocketCopy
 from .ledger_member import LedgerMember
 from .physical import PhysicalConnection, driver_of
 from .snapshot import snapshot
 
-__all__ = ["await_url", "join_ledger"]
+__all__ = ["join_ledger"]
 
 _log = logging.getLogger(__name__)
 
 #: Most seconds that are waited for the end of a session in which the server was asked.
 _GOODBYE = 0.5
-
-
-def terms_of(options: PoolOptions) -> Terms:
-    """Return what all members have to agree on."""
-    return Terms(
-        capacity=options.capacity,
-        soft_limit=options.soft_limit,
-        max_limit=options.max_limit,
-        idle_timeout=options.idle_timeout,
-        reallocation_interval=options.reallocation_interval,
-        tags=Terms.text_of(options.tags),
-    )
 
 
 def join_ledger(
@@ -63,35 +51,13 @@ def join_ledger(
         return
     store = make_store(ledger, url)
     sessions = _Sessions(pool, store, member)
-    keeper = Keeper(
-        store,
-        terms_of(core.options),
-        member,
-        sessions.look,
-        figures=partial(_figures, weakref.ref(core)),
-    )
-    member.keeper = keeper
+    agreed = {name: getattr(core.options, name) for name in TERMS}
+    terms = Terms(**{**agreed, "tags": Terms.text_of(core.options.tags)})
+    figures = partial(_figures, weakref.ref(core))
+    member.keeper = Keeper(store, terms, member, sessions.look, figures=figures)
     member.can_lose_slots = store.can_lose_sign
-    sessions.judge_failures(core)
-    sessions.listen()
-    _keepers.add(keeper)
-
-
-def await_url(pool: Pool, core: PoolCore, member: LedgerMember, dialect: Any) -> None:
-    """Prepare the engine's dialect; join when it is told which database it is.
-
-    ``on_connect_url()`` is called by ``create_engine`` with the URL, which a pool
-    is never told.
-    """
-    if not isinstance(dialect, Dialect) or member.keeper is not None:
-        return
-    on_connect_url = dialect.on_connect_url
-
-    def told(url: URL) -> Any:
-        join_ledger(pool, core, member, url)
-        return on_connect_url(url)
-
-    setattr(dialect, on_connect_url.__name__, told)
+    sessions.listen(core)
+    _keepers.add(member.keeper)
 
 
 def _figures(ref: weakref.ref[PoolCore]) -> dict[str, Any]:
@@ -99,11 +65,9 @@ def _figures(ref: weakref.ref[PoolCore]) -> dict[str, Any]:
     core = ref()
     if core is None:
         return {}
-    with core.lock.section():
-        there = core.slots.there()
     return {
         "size": core.options.pool_size,
-        "open": there,
+        "open": core.lock.run(lambda now: core.slots.there()),
         "tags": encode(snapshot(core).tags),
     }
 
@@ -117,28 +81,23 @@ class _Sessions:
         self._pool = weakref.ref(pool)
         self._store = store
         self._member = member
+        # The connection that shows which ledger is used here; others need not.
+        self._shown_by: Callable[[], PhysicalConnection | None] = lambda: None
+        self._warned_of: set[int] = set()
 
-    def listen(self) -> None:
+    def listen(self, core: PoolCore) -> None:
         """Have each new connection known to the ledger before it is used."""
-        pool = self._pool()
-        assert pool is not None
+        pool: Any = self._pool()
+        if self._on_postgresql() and pool._dialect.dbapi is not None:
+            # An interruption, a time limit's exception say, may leave a session behind.
+            driver = pool._dialect.loaded_dbapi.Error
+            core.slots.existing.failures = (driver, OSError, exc.SQLAlchemyError)
 
         @event.listens_for(pool, "connect")
         def connected(dbapi_connection: Any, record: Any) -> None:
             if self._on_postgresql():
                 self._identify(dbapi_connection, record.fair.physical)
             self._member.after_opening(record.fair.physical)
-
-    def judge_failures(self, core: PoolCore) -> None:
-        """Tell errors of a driver that cannot connect from interruptions.
-
-        A time limit's exception, say, that a signal handler raises: the server may have
-        begun a session. It is asked, so only where it can be.
-        """
-        pool: Any = self._pool()
-        if self._on_postgresql() and pool._dialect.dbapi is not None:
-            driver = pool._dialect.loaded_dbapi.Error
-            core.slots.existing.failures = (driver, OSError, exc.SQLAlchemyError)
 
     def _on_postgresql(self) -> bool:
         pool: Any = self._pool()
@@ -162,15 +121,17 @@ class _Sessions:
             and not sign_stands(cursor, store.sign)
         ):
             raise member.unconfirmed("its sign of life is gone at the server")
-        if store.key and not member.shows_ledger:
-            member.shows_ledger = True
+        shown_by = self._shown_by()
+        if store.key and (shown_by is None or shown_by.ending):
+            self._shown_by = weakref.ref(physical)
             self._warn_of(other_ledgers(cursor, store.key))
         physical.session = session
         cursor.close()
         dbapi_connection.rollback()
 
     def _warn_of(self, others: Collection[int]) -> None:
-        if others:
+        if not self._warned_of.issuperset(others):
+            self._warned_of.update(others)
             _log.warning(
                 "the database is used with the ledger %s here and with %d other "
                 "ledger(s) elsewhere: each allows as many connections as it has slots",
@@ -179,13 +140,10 @@ class _Sessions:
             )
 
     def look(self, server: str | None) -> Present | None:
-        """Return the sessions that the server has; None if it cannot be asked.
+        """Return the sessions that a server has; None if it cannot be asked.
 
         Where the ledger is not on that server, this takes a connection beside the
-        budget: one for each process that asks, for a moment, while there are slots in
-        quarantine. It is made as the pool's connections are.
-
-        :param server: where the sessions of the members are.
+        budget for a moment, while there are slots in quarantine.
         """
         pool: Any = self._pool()
         if pool is None or not self._on_postgresql():
@@ -217,11 +175,10 @@ class _Sessions:
 
 def _backend_pid(dbapi_connection: Any) -> int | None:
     """Return the server process as the driver knows it, None if it tells nothing."""
-    driver = getattr(dbapi_connection, "driver_connection", dbapi_connection)
+    driver = driver_of(dbapi_connection)
     if hasattr(driver, "get_server_pid"):  # asyncpg
         return int(driver.get_server_pid())
-    info = getattr(driver, "info", None)
-    pid = getattr(info, "backend_pid", None)
+    pid = getattr(getattr(driver, "info", None), "backend_pid", None)
     return None if pid is None else int(pid)
 
 

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from itertools import islice
 from threading import get_ident
 from typing import Any, NoReturn, TypeVar
 
@@ -38,16 +38,6 @@ class PoolLock:
     :param clock: seconds on a steadily rising scale.
     :param can_wait: tells if the caller may wait for the database.
     """
-
-    __slots__ = (
-        "_can_wait",
-        "busy_in",
-        "clock",
-        "deferred",
-        "inbox",
-        "mutex",
-        "wake_ups",
-    )
 
     def __init__(
         self, clock: Callable[[], float], can_wait: Callable[[], bool]
@@ -71,58 +61,35 @@ class PoolLock:
     def run(self, transition: Callable[..., _T], *args: Any) -> _T:
         """Call a function in a section, with the time as its last argument.
 
-        An interrupt never leaves the section open.
+        No context manager: an exception that is thrown into the thread as the block of
+        one is entered or left keeps it open for as long as the traceback lives.
         """
         if self.busy_in is not None and self.in_section():
             refuse_inner_call()
         try:
-            with self.mutex:
-                self.busy_in = get_ident()
-                try:
-                    now = self.clock()
-                    if self.inbox:
-                        self._empty_inbox(now)
-                    result = transition(*args, now)
-                    if self.inbox:
-                        self._empty_inbox(now)
-                finally:
-                    self.busy_in = None
-        finally:
-            if self.wake_ups or self.deferred or self.inbox:
+            try:
+                with self.mutex:
+                    self.busy_in = get_ident()
+                    try:
+                        now = self.clock()
+                        if self.inbox:
+                            self._empty_inbox(now)
+                        result = transition(*args, now)
+                        if self.inbox:
+                            self._empty_inbox(now)
+                    finally:
+                        self.busy_in = None
+            finally:
+                if self.wake_ups or self.deferred or self.inbox:
+                    self.flush()
+        except BaseException:  # an interrupt, as flush() was called
+            if self.wake_ups or self.inbox:
                 self.flush()
+            raise
         return result
 
-    @contextmanager
-    def section(self) -> Iterator[float]:
-        """Hold the lock for a block of code; gives the time.
-
-        Not where a caller's thread may be interrupted: an exception that comes as the
-        block is entered or left keeps the section open for as long as its traceback
-        lives.
-        """
-        if self.busy_in is not None and self.in_section():
-            refuse_inner_call()
-        try:
-            with self.mutex:
-                self.busy_in = get_ident()
-                try:
-                    now = self.clock()
-                    if self.inbox:
-                        self._empty_inbox(now)
-                    yield now
-                    if self.inbox:
-                        self._empty_inbox(now)
-                finally:
-                    self.busy_in = None
-        finally:
-            if self.wake_ups or self.deferred or self.inbox:
-                self.flush()
-
     def in_section(self) -> bool:
-        """Tell if this thread is in a section.
-
-        If so, the caller runs in a finaliser or in a signal handler.
-        """
+        """Tell if this thread is in a section, so in a finaliser or a handler."""
         return self.busy_in == get_ident()
 
     def visit(self) -> None:
@@ -159,14 +126,18 @@ class PoolLock:
             raise
 
     def _wake_next(self) -> None:
+        """Wake one caller; after an interrupt it is woken again, which does no harm."""
+        taken: deque[Callable[[], object]] = deque()
         try:
-            wake = self.wake_ups.popleft()
+            # Moved by one call: an interrupt as popleft() returns would lose it.
+            taken.extend(islice(iter(self.wake_ups.popleft, None), 1))
+            taken[0]()
         except IndexError:
-            return  # another thread was faster
-        try:
-            wake()
-        except BaseException:  # an interrupt: to wake a caller twice does no harm
-            self.wake_ups.append(wake)
+            if taken:
+                raise
+            # else another thread was faster
+        except BaseException:
+            self.wake_ups.extend(taken)
             raise
 
     def _do_next(self) -> None:

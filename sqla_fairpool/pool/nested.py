@@ -7,6 +7,7 @@ leaves no trace, and one that is not is accounted for before the section ends.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 from ..diagnosis.callers import TaskHere
@@ -20,33 +21,26 @@ from .transitions import Transitions
 __all__ = ["NestedCheckouts"]
 
 
+@dataclass(eq=False)
 class _Loan:
     """A checkout that is not accounted for."""
 
-    __slots__ = ("checkout", "former", "record", "tag")
-
-    def __init__(self, checkout: Checkout, tag: str) -> None:
-        self.checkout = checkout
-        self.tag = tag
-        self.record: Record | None = None
-        #: The record's checkout before; None if it was made for this one.
-        self.former: Checkout | None = None
+    checkout: Checkout
+    tag: str
+    record: Record | None = None
+    #: The record's checkout before; None if it was made for this one.
+    former: Checkout | None = None
 
 
 class NestedCheckouts:
     """The loans of a pool that are not back."""
-
-    __slots__ = ("_state", "loans")
 
     def __init__(self, state: Transitions) -> None:
         self._state = state
         self.loans: list[_Loan] = []
 
     def lend(self, checkout: Checkout, tag: str, opener: Opener) -> Record:
-        """Check out in the middle of a section of the same thread.
-
-        :raises sqlalchemy.exc.InvalidRequestError: if there is nothing to lend.
-        """
+        """Check out in the middle of a section; raise if there is nothing to lend."""
         state = self._state
         if isinstance(state.here, TaskHere):
             refuse_inner_call("nothing can be awaited there")
@@ -79,8 +73,7 @@ class NestedCheckouts:
 
     def end(self, checkout: Checkout) -> bool:
         """Take back what was lent, as if nothing had been; tell if it was lent."""
-        loan = self.of(checkout)
-        if loan is not None:
+        if (loan := self.of(checkout)) is not None:
             self._end(loan)
         return loan is not None
 
@@ -99,7 +92,7 @@ class NestedCheckouts:
         state.lock.inbox.append(state.recount)
 
     def admit(self, now: float) -> None:
-        """TagState for what was lent, and was not back when the handler had ended."""
+        """Account for what was lent, and was not back when the handler had ended."""
         state = self._state
         while self.loans:
             loan = self.loans.pop()

@@ -1,22 +1,28 @@
-"""How connections are opened: for a checkout, and in the place of one that was lost.
+"""How connections are opened: for a checkout, in the place of a lost one, and ahead.
 
 Rules of this file:
 
 * A connection exists from before it is opened (see :mod:`.physical`), and its checkout
-  has a slot for it. Opening itself is not done under the lock.
+  has a slot for it; one that is opened ahead (``min_idle``) has a slot that is out of
+  use meanwhile. Opening itself is not done under the lock.
 * What was begun is finished, though the caller's task is cancelled: the next caller
   needs the connection if this one has gone.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
+from sqlalchemy import exc
+
 from ..scheduling.ticket import GRANTED, LineFull, TagState
 from ..tagging import outside_of_blocks
-from .checkout import Checkout, Core, Opener, Record, RecordState
+from .checkout import Checkout, Core, Generation, Opener, Record, RecordState
+from .connections import Reservation
+from .housekeeping import Housekeeping
 from .physical import PhysicalConnection
 from .transitions import Transitions
 from .waiters import Waiter
@@ -24,16 +30,23 @@ from .waiting import Waiting
 
 __all__ = ["Opening"]
 
+#: Seconds that opening ahead waits for slots of a ledger: other processes may need them
+#: more, so what there is in a moment has to do.
+_PATIENCE = 2.0
+
 
 class Opening:
-    """Opens the connections of a pool."""
-
-    __slots__ = ("_state", "_waiter_class", "_waiting")
+    """Opens the connections of a pool, and keeps `min_idle` of them open."""
 
     def __init__(
-        self, state: Transitions, waiting: Waiting, waiter_class: type[Waiter]
+        self,
+        state: Transitions,
+        housekeeping: Housekeeping,
+        waiting: Waiting,
+        waiter_class: type[Waiter],
     ) -> None:
         self._state = state
+        self._housekeeping = housekeeping
         self._waiting = waiting
         self._waiter_class = waiter_class
 
@@ -58,23 +71,18 @@ class Opening:
             record.fair.physical.opening = False
             return record
         finally:
-            took = None if record is None else state.lock.clock() - began
             with state.lock.mutex:
                 state.connections.opening.discard(checkout)
                 if record is not None:
                     state.connections.all.add(record)
-                self._count(tag_state, took)
+                self._count(tag_state, began, record is not None)
 
     def open_for_record(
         self, core: Core, invoke: Callable[[Any], Any], record: Any
     ) -> Any:
-        """Open a record's connection: its first one, or another.
+        """Open a record's connection: its first one (timed elsewhere), or another.
 
-        Those of new records are timed by :meth:`open`.
-
-        :param invoke: the pool's creator, made to take a record. It is what a record
-          calls (``Pool._invoke_creator``); nothing public is called before and after a
-          connection is opened.
+        :param invoke: the pool's creator, made to take a record.
         """
         fair: RecordState | None = getattr(record, "fair", None)  # None: a new record
         if fair is not None:
@@ -87,17 +95,15 @@ class Opening:
             record.fair = RecordState(physical, Checkout(core))
         else:
             fair.physical = physical
-        with existing.opening(physical):
-            try:
+        connection = None
+        try:
+            with existing.opening(physical):
                 with outside_of_blocks():
                     connection = invoke(record)
-            except BaseException:
-                if fair is not None:
-                    self._count(fair.checkout.tag_state, None)
-                raise
-            existing.opened(physical, connection)
-        if fair is not None:
-            self._count(fair.checkout.tag_state, state.lock.clock() - began)
+                existing.opened(physical, connection)
+        finally:
+            if fair is not None:
+                self._count(fair.checkout.tag_state, began, connection is not None)
         return connection
 
     def _make_sure_of_a_slot(self, checkout: Checkout) -> None:
@@ -120,10 +126,7 @@ class Opening:
             state.lock.visit()
 
     def _request_again(self, checkout: Checkout) -> Record | None:
-        """Give a slot back and ask for another one under the same tag.
-
-        Returns the record that came with it, if one did.
-        """
+        """Give a slot back and ask for another one; return the record with it."""
         since = self._state.lock.run(self._release_and_request, checkout)
         waiter = checkout.waiter
         if waiter is not None:
@@ -145,10 +148,125 @@ class Opening:
             self._waiting.join_line(checkout, tag, now)
         return now
 
-    def _count(self, tag_state: TagState, seconds: float | None) -> None:
-        """Count a connection that was opened for a tag, or None if it could not be."""
-        with self._state.lock.mutex:
-            if seconds is None:
-                tag_state.counters.create_failures += 1
+    def _count(self, tag_state: TagState, began: float, is_open: bool) -> None:
+        """Count a connection that was opened for a tag, or could not be."""
+        lock = self._state.lock
+        with lock.mutex:
+            if is_open:
+                tag_state.counters.create.add(lock.clock() - began)
             else:
-                tag_state.counters.create.add(seconds)
+                tag_state.counters.create_failures += 1
+
+    # -- ahead -------------------------------------------------------------------------
+
+    def warm_up(self, core: Core, opener: Opener) -> int:
+        """Open connections until there are `min_idle`; return how many were opened."""
+        generation = opener.generation
+        if self._housekeeping.owner is not generation:
+            self._state.run(self._housekeeping.hand_over, generation)
+        generation.warmed_up = True
+        if self._state.slots.on_request_only:
+            return self._check_out_ahead(core, opener)
+        opened = 0
+        while self._housekeeping.owner is generation and self._open_ahead(opener):
+            opened += 1
+        return opened
+
+    def warm_up_apart(self, core: Core, opener: Opener) -> None:
+        """:meth:`warm_up`, while the caller that has opened the first one goes on."""
+        opener.generation.warmed_up = True
+        self._waiter_class.run_apart(partial(self._try_to_warm_up, core, opener))
+
+    def _try_to_warm_up(self, core: Core, opener: Opener) -> None:
+        try:
+            self.warm_up(core, opener)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
+            opener.logger.warning(
+                "%d connections (min_idle) could not be opened ahead: %s",
+                self._state.options.min_idle,
+                error,
+            )
+
+    def _check_out_ahead(self, core: Core, opener: Opener) -> int:
+        """Open them where slots are given to checkouts alone."""
+        existing, options = self._state.slots.existing, self._state.options
+        out: list[Record] = []
+        opened = 0
+        try:
+            while len(out) < options.min_idle:
+                before = len(existing)
+                out.append(core.checkout(options.default_tag, opener, _PATIENCE))
+                opened += len(existing) > before
+        except exc.TimeoutError:
+            pass
+        finally:
+            for record in out:
+                core.checkin(record, opener.generation)
+        return opened
+
+    def _open_ahead(self, opener: Opener) -> bool:
+        """Open one more connection if one is wanted; tell if one was."""
+        lock = self._state.lock
+        slot = lock.run(self._reserve)
+        if slot is None:
+            return False
+        began, record = lock.clock(), None
+        try:
+            record = cast(Record, opener._create_connection())
+            record.fair.idle_since = lock.run(self._count_opening, began)
+        finally:
+            lock.run(self._add_idle, slot, record, opener.generation)
+        return True
+
+    def _reserve(self, now: float) -> Reservation | None:
+        """Reserve a slot for one more connection, if one is wanted and free."""
+        state = self._state
+        idle, slots, scheduler = state.connections.idle, state.slots, state.scheduler
+        # Among those out of use are the ones that others open at this moment.
+        there = slots.in_pool() + slots.out_of_use()
+        if there >= state.options.min_idle or slots.frozen:
+            return None
+        hollow = [r for r in list(idle) if r.dbapi_connection is None]
+        if hollow:
+            state.connections.remove(hollow[0])  # the new one takes its place
+        if scheduler.in_use + len(idle) >= scheduler.capacity:
+            return None
+        slot = Reservation()
+        slots.reserved.add(slot)
+        state.recount(now)
+        return slot
+
+    def _count_opening(self, began: float, now: float) -> float:
+        """Count one that belongs to no tag, so it counts for the default tag."""
+        tags, options = self._state.scheduler.tags, self._state.options
+        tags.get(options.default_tag, now).counters.create.add(now - began)
+        return now
+
+    def _add_idle(
+        self,
+        slot: Reservation,
+        record: Record | None,
+        generation: Generation,
+        now: float,
+    ) -> None:
+        """Put a new connection, or none, into the pool, and its slot into use."""
+        state, owner = self._state, self._housekeeping.owner
+        state.slots.reserved.discard(slot)
+        if record is not None:
+            record.fair.physical.opening = False
+            state.connections.all.add(record)
+            state.connections.idle.append(record)  # it pays for itself
+        granted = state.scheduler.set_capacity(state.slots.usable(), now)
+        if record is None or not state.connections.remove(record):
+            state.deliver(granted)
+        elif granted and generation is owner:
+            state.deliver(granted, record)
+        else:
+            state.deliver(granted)
+            state.connections.idle.append(record)
+            if generation is owner:
+                state.drain(now)
+            else:
+                state.retire(record, now, "disposed")  # another one has taken over

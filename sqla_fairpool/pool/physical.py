@@ -3,7 +3,7 @@
 Rules of this file:
 
 * A connection exists from before it is opened until its session at the server has
-  ended, by whatever way: closed, invalidated, detached, collected, interrupted.
+  ended, in whatever way.
 * Nothing is counted up and down. Which slot pays for a connection is found by looking:
   that of its checkout, one of the pool in which it lies idle, or none. The last are
   *apart*: detached, being closed, or closed and not over at the server.
@@ -134,77 +134,63 @@ def _references_of_its_own() -> int:
     return number
 
 
-class PhysicalConnections:
-    """The set of a pool's physical connections.
+class PhysicalConnections(set[PhysicalConnection]):
+    """Those of a pool. To iterate is to iterate over a copy.
 
-    :param changed: called, without a lock, when one has ended.
+    :param changed: returns what is called, without a lock, when one has ended.
     :param may_block: closing may wait for the server, as a thread does.
     """
 
-    def __init__(self, changed: Callable[[], None], may_block: bool) -> None:
+    def __init__(
+        self, changed: Callable[[], Callable[[], None] | None], may_block: bool
+    ) -> None:
+        super().__init__()
         self._changed = changed
         self._may_block = may_block
         #: Those that are lost are the ledger's to look after. None without one.
         self.on_lost: Callable[[], None] | None = None
         #: Errors after which it is known that no session has begun.
         self.failures: tuple[type[BaseException], ...] = (BaseException,)
-        self._existing: set[PhysicalConnection] = set()
 
     def __iter__(self) -> Iterator[PhysicalConnection]:
-        return iter(list(self._existing))
+        return iter(frozenset(self))
 
-    def __len__(self) -> int:
-        return len(self._existing)
-
-    def __contains__(self, physical: PhysicalConnection) -> bool:
-        return physical in self._existing
-
-    def apart(self, idle: Container[int], left: Container[Any]) -> int:
-        """Return how many are paid for by no ticket and do not lie in the pool.
-
-        Caller is in a section. O(connections).
+    def apart(self, idle: Container[int]) -> list[PhysicalConnection]:
+        """Return those that no checkout pays for, nor lie in the pool. O(connections).
 
         :param idle: ids of the records in the pool.
-        :param left: records of former pools, which are counted elsewhere.
         """
-        return sum(
-            not self._is_paid_for(physical, idle, left)
-            for physical in list(self._existing)
-        )
-
-    @staticmethod
-    def _is_paid_for(
-        physical: PhysicalConnection, idle: Container[int], left: Container[Any]
-    ) -> bool:
-        record = physical.record()
-        if record is None or physical.ending:
-            return False
-        if physical.opening or id(record) in idle or record in left:
-            return True
-        return record.fair.checkout.state is GRANTED
+        found = []
+        for physical in self:
+            record = physical.record()
+            if (
+                record is None
+                or physical.ending
+                or (
+                    not (physical.opening or id(record) in idle)
+                    and record.fair.checkout.state is not GRANTED
+                )
+            ):
+                found.append(physical)
+        return found
 
     def detached(self) -> int:
         """Return how many are open and have left the pool."""
-        return sum(
-            physical.record() is None and not physical.ending
-            for physical in list(self._existing)
-        )
+        return sum(p.record() is None and not p.ending for p in self)
 
     # -- opening ------------------------------------------------------------------
 
     @contextlib.contextmanager
     def opening(self, physical: PhysicalConnection) -> Iterator[None]:
-        """One more is being opened.
+        """Count one that is being opened, unless that fails.
 
-        It does not exist after all if that fails. If it was interrupted, the server may
-        have begun a session, which ends as soon as it sees that the client has gone: no
-        statement was executed in it.
+        If it is interrupted, the server may have begun a session, and ends it soon.
         """
         try:
-            self._existing.add(physical)
+            self.add(physical)
             yield
         except self.failures:
-            self._existing.discard(physical)
+            self.discard(physical)
             raise
         except BaseException:
             physical.ending = time.monotonic()
@@ -219,10 +205,7 @@ class PhysicalConnections:
     def of(self, dbapi_connection: Any) -> PhysicalConnection | None:
         """Return what stands for a DBAPI connection, None if it is not of this pool."""
         driver = driver_of(dbapi_connection)
-        for physical in list(self._existing):
-            if physical.driver is driver:
-                return physical
-        return None
+        return next((p for p in self if p.driver is driver), None)
 
     # -- ending -------------------------------------------------------------------
 
@@ -239,16 +222,13 @@ class PhysicalConnections:
             self.closed(physical)
 
     def closed(self, physical: PhysicalConnection, *, may_wait: bool = True) -> None:
-        """Note that the client has closed it; hang up, if the driver has not.
-
-        :param may_wait: wait for the server for a moment, where the caller can.
-        """
+        """Note that the client has closed it; wait for the server for a moment."""
         physical.opening = False
         line = physical.socket
         if line is None:
             self.ended(physical)
             return
-        if physical.ending or physical not in self._existing:
+        if physical.ending or physical not in self:
             return
         state = None
         try:
@@ -277,16 +257,17 @@ class PhysicalConnections:
 
     def ended(self, physical: PhysicalConnection) -> None:
         """Its session is over."""
-        if physical in self._existing:
-            self._existing.discard(physical)
+        if physical in self:
+            self.discard(physical)
             if physical.socket is not None:
                 physical.socket.close()
-            self._changed()
+            if (changed := self._changed()) is not None:
+                changed()
 
     def release(self, physical: PhysicalConnection) -> bool:
         """Let go of a connection that is not this pool's business any more."""
-        there = physical in self._existing
-        self._existing.discard(physical)
+        there = physical in self
+        self.discard(physical)
         return there
 
     def hang_up(self, physical: PhysicalConnection) -> None:
@@ -297,13 +278,13 @@ class PhysicalConnections:
 
     def _is_gone(self, physical: PhysicalConnection) -> None:
         """End it: no object refers to the driver's any more. Called by a finaliser."""
-        if physical in self._existing and not physical.ending:
+        if physical in self and not physical.ending:
             self.closed(physical, may_wait=False)
 
     def end_abandoned(self) -> None:
         """End those that are garbage, where only a look can tell."""
         now = time.monotonic()
-        for physical in list(self._existing):
+        for physical in self:
             if physical.ending:  # one that is lost, until it is buried
                 overdue = now - physical.ending > _OVERDUE
                 if overdue and not physical.lost:  # its watcher was interrupted
@@ -318,18 +299,16 @@ class PhysicalConnections:
 
     def sessions(self) -> list[Session]:
         """Return the sessions that exist, as far as they are known."""
-        return [p.session for p in list(self._existing) if p.session is not None]
+        return [p.session for p in self if p.session is not None]
 
     def lost_ones(self) -> Collection[PhysicalConnection]:
         """Return those whose end this process cannot learn."""
-        return [p for p in list(self._existing) if p.lost]
-
-    # -- fork -----------------------------------------------------------------------
+        return [p for p in self if p.lost]
 
     def disown(self) -> None:
         """In a forked child: forget them all, and let go of the parent's sockets."""
-        for physical in list(self._existing):
+        for physical in self:
             if physical.socket is not None:
                 physical.socket.close()
             silence(physical.driver)
-        self._existing = set()
+        self.clear()

@@ -19,7 +19,6 @@ from ..scheduling import policy
 from ..scheduling.counters import BOUNDS, OTHER, Counters, Histogram
 from ..scheduling.limits import TagLimits
 from ..scheduling.state import SchedulerState
-from ..scheduling.ticket import TagState
 from ..stats import PoolStats, Summary, TagStats
 from .core import PoolCore
 
@@ -82,16 +81,12 @@ def snapshot(core: PoolCore, name: str = "") -> PoolStats:
     rows: Iterable[TagStats] = (
         _row(*tag, share, now, unbooked.get(tag[0][0], ()))
         for tag, share in zip(copied, shares, strict=True)
+        # Else: the default tag, when all its callers named another one later.
+        if any(tag[0][1:4]) or any(tag[0][5:7])
     )
     if not pool.enforce:
         rows = _with_would(core, rows)
-    tags = tuple(
-        row
-        for row in rows
-        # Else: the default tag, when all its callers named another one later.
-        if row.active or row.connections or row.waiting or row.checkouts or row.timeouts
-    )
-    return replace(pool, tags=tags)
+    return replace(pool, tags=tuple(rows))
 
 
 def _copy(
@@ -100,15 +95,12 @@ def _copy(
     """Copy what :func:`snapshot` works with. Caller is in a section."""
     unbooked: dict[str, list[Any]] = defaultdict(list)
     scheduler = core.scheduler
-    copied = [
-        (
-            _figures(tag_state),
-            *_by_rules(scheduler.rules, tag_state.tag),
-            _since(tag_state),
-            scheduler.usage.seconds(tag_state, now),
-        )
-        for tag_state in scheduler.tag_states.values()
-    ]
+    copied = []
+    for state in scheduler.tag_states.values():
+        since = next(iter(state.waiters)).since if state.waiters else None
+        usage = scheduler.usage.seconds(state, now)
+        by_rules = _by_rules(scheduler.rules, state.tag)
+        copied.append((_figures(state), *by_rules, since, usage))
     for checkout in core.connections.granted():
         unbooked[checkout.tag_state.tag].append(_unbooked(checkout))
     return _pool(core, name), copied, unbooked, now
@@ -136,11 +128,6 @@ def _pool(core: PoolCore, name: str) -> PoolStats:
         enforce=options.enforce,
         closures=dict(core.closures),
     )
-
-
-def _since(tag_state: TagState) -> float | None:
-    """Return since when the first in a tag's line waits."""
-    return next(iter(tag_state.waiters)).since if tag_state.waiters else None
 
 
 def _row(
@@ -193,10 +180,7 @@ _counts = attrgetter(
 
 
 def metrics(core: PoolCore, name: str) -> PoolStats:
-    """Return the pool's figures, with a row for each tag that has counters. O(tags).
-
-    The rows have no fair shares and no times of this moment.
-    """
+    """Return the pool's figures, with a row for each tag that has counters. O(tags)."""
     pool, counters, live = core.lock.run(_copy_metrics, core, name)
     rows = []
     for tag, (counted, (wait, hold, create)) in sorted(counters.items()):
@@ -249,11 +233,8 @@ def _copy_metrics(
 
 
 def _live_by_counters(core: PoolCore, now: float) -> dict[str, list[Any]]:
-    """Return what is now, summed up by the tags that have counters.
-
-    If it is active, its connections, limit and line, checkouts that are not booked
-    yet, and its usage. Caller is in a section.
-    """
+    """Return the tags with counters: active, connections, limit, line, not booked,
+    and usage."""
     scheduler = core.scheduler
     live: dict[str, list[Any]] = {
         tag: [0, 0, 0, 0, 0, 0.0] for tag in scheduler.tags.counters.by_tag
@@ -273,10 +254,8 @@ def _live_by_counters(core: PoolCore, now: float) -> dict[str, list[Any]]:
 
 def _histograms(counters: Counters) -> list[tuple[list[int], float, float]]:
     """Copy them: durations by size, their sum, the longest."""
-    return [
-        (h.counts[:], h.total, h.max)
-        for h in (counters.wait, counters.hold, counters.create)
-    ]
+    histograms = (getattr(counters, name) for name in _HISTOGRAMS)
+    return [(h.counts[:], h.total, h.max) for h in histograms]
 
 
 def _summary(
@@ -304,9 +283,8 @@ class Source:
 
     def keep_durations(self) -> None:
         """Have each duration kept from now on, until it is taken."""
-        core = self.core()
-        assert core is not None
-        core.lock.run(self._keep_durations, core)
+        if (core := self.core()) is not None:
+            core.lock.run(self._keep_durations, core)
 
     def _keep_durations(self, core: PoolCore, now: float) -> None:
         counters_by_tag = core.scheduler.tags.counters

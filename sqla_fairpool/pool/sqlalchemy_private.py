@@ -1,9 +1,8 @@
 """Every use of SQLAlchemy's private names, with the reason for each.
 
-What stands here was read in SQLAlchemy 2.0 and 2.1; ``tests/test_private.py``
-holds each function to its promise on whichever is installed. The names that a
-``Pool`` subclass overrides (``_do_get``, ``_do_return_conn``,
-``_create_connection``) are not meant: they are how a pool is written.
+Read in SQLAlchemy 2.0 and 2.1, and tested with whichever is installed. Not meant are
+the names that a ``Pool`` subclass overrides (``_do_get``, ``_do_return_conn``,
+``_create_connection``): they are how a pool is written.
 """
 
 from __future__ import annotations
@@ -25,36 +24,14 @@ from sqlalchemy.pool import (
 )
 from sqlalchemy.pool.base import _ConnectionRecord
 
-__all__ = [
-    "async_connection_dialect",
-    "bare_record",
-    "check_out_again",
-    "check_out_by",
-    "disown",
-    "expired",
-    "handed_out",
-    "in_greenlet",
-    "is_dropped",
-    "note_statements",
-    "record_of",
-    "set_options",
-]
-
 
 def async_connection_dialect() -> Any:
-    """Return what stands for a dialect in an asyncio pool that has no engine.
-
-    It tells ``Pool`` that the collector must not close connections by itself.
-    """
+    """Return what tells a ``Pool`` without an engine that it is one for asyncio."""
     return AsyncAdaptedQueuePool._dialect
 
 
 def in_greenlet() -> bool:
-    """Tell if the caller runs in SQLAlchemy's greenlet, so that it can await.
-
-    ``sqlalchemy.util.concurrency`` tells it too, from some release of 2.0 on. A
-    caller who is in no greenlet of its own has no parent to switch to.
-    """
+    """Tell if the caller runs in SQLAlchemy's greenlet, so that it can await."""
     from greenlet import getcurrent  # there whenever something can be awaited
 
     return getcurrent().parent is not None
@@ -63,44 +40,27 @@ def in_greenlet() -> bool:
 def record_of(connection: Connection) -> ConnectionPoolEntry | None:
     """Return the pool's record behind a connection, None if it has none now.
 
-    ``PoolProxiedConnection`` offers the record's ``record_info`` publicly, but not
-    the record. A connection that is closed, invalidated or detached has none.
+    ``PoolProxiedConnection`` offers the record's ``record_info`` publicly, no more.
     """
-    proxied = connection._dbapi_connection
-    return getattr(proxied, "_connection_record", None)
+    return getattr(connection._dbapi_connection, "_connection_record", None)
 
 
 def note_statements(dialect: Dialect) -> None:
     """Count each statement that is executed through `dialect` as activity.
 
-    The dialect's own ``do_execute`` and its siblings are public; what they are
-    given leads to the record only by `record_of`'s private names. Not as event
-    listeners: SQLAlchemy calls these through more frames than this takes, and it
-    runs once per statement.
+    Its ``do_execute`` and siblings are public; what they are given leads to the record
+    by private names. Event listeners would take more frames for each statement.
     """
 
-    execute, execute_many = dialect.do_execute, dialect.do_executemany
-    execute_no_params = dialect.do_execute_no_params
+    def noting(execute: Callable[..., None]) -> Callable[..., None]:
+        def do_execute(*args: Any, **kw: Any) -> None:
+            _note(kw.get("context") if kw else args[-1])
+            execute(*args, **kw)
 
-    def do_execute(
-        cursor: Any, statement: Any, parameters: Any, context: Any = None
-    ) -> None:
-        _note(context)
-        execute(cursor, statement, parameters, context)
+        return do_execute
 
-    def do_executemany(
-        cursor: Any, statement: Any, parameters: Any, context: Any = None
-    ) -> None:
-        _note(context)
-        execute_many(cursor, statement, parameters, context)
-
-    def do_execute_no_params(cursor: Any, statement: Any, context: Any = None) -> None:
-        _note(context)
-        execute_no_params(cursor, statement, context)
-
-    # Set by name: to the type checker they are methods, here they are hooks.
-    for hook in (do_execute, do_executemany, do_execute_no_params):
-        setattr(dialect, hook.__name__, hook)
+    for name in ("do_execute", "do_executemany", "do_execute_no_params"):
+        setattr(dialect, name, noting(getattr(dialect, name)))
 
 
 def _note(context: Any) -> None:
@@ -120,9 +80,8 @@ def _note(context: Any) -> None:
 def check_out_again(connection: Connection) -> None:
     """Return the connection's DBAPI connection to the pool and get it another.
 
-    What SQLAlchemy itself does for a connection that was invalidated, less the
-    closing: without ``_dbapi_connection`` it asks its engine for one on the next
-    use. If that fails, it asks again at the use after that, holding nothing.
+    As for one that was invalidated: without ``_dbapi_connection``, SQLAlchemy asks the
+    engine for one on the next use, and again if that fails.
     """
     proxied = connection._dbapi_connection
     connection._dbapi_connection = None
@@ -139,11 +98,9 @@ def check_out_by(
 ) -> None:
     """Have a connection's later checkouts, after an invalidation, made by a function.
 
-    It is called with the connection and what SQLAlchemy would do.
-    ``_revalidate_connection`` is where these happen, and nothing public tells
-    which connection a checkout is for. Replaced on this one object; through a weak
-    reference, because a cycle would keep a leaked connection until the
-    collector's next run.
+    It is called with the connection and what SQLAlchemy would do. Nothing public tells
+    which connection a checkout is for. A weak reference, because a cycle would keep a
+    leaked connection until the collector's next run.
     """
     ref = weakref.ref(connection)
 
@@ -156,19 +113,12 @@ def check_out_by(
 
 
 def set_options(target: Engine | Connection, options: Any) -> None:
-    """Replace execution options, of which the dialect does not hear.
-
-    ``execution_options`` of engines and connections stores what it is given before
-    the dialect can refuse it, and nothing public takes an option back.
-    """
+    """Replace execution options: they are stored before the dialect can refuse them."""
     target._execution_options = options
 
 
 def bare_record(pool: Pool) -> Any:
-    """Return a record of the pool that has no connection, for the creator to see.
-
-    Creators and ``do_connect`` listeners may keep something on it.
-    """
+    """Return a record without a connection, for creators and ``do_connect``."""
     return _ConnectionRecord(pool, connect=False)
 
 
@@ -180,10 +130,7 @@ def expired(pool: Pool, record: ConnectionPoolEntry) -> bool:
 
 
 def handed_out(record: ConnectionPoolEntry) -> Any:
-    """Return what the pool has handed out with a record, None if nothing.
-
-    A ``PoolProxiedConnection``. ``fairy_ref`` is the only road to it from a record.
-    """
+    """Return the ``PoolProxiedConnection`` of a record, None if it has none."""
     fairy_ref = getattr(record, "fairy_ref", None)
     return None if fairy_ref is None else fairy_ref()
 
@@ -191,10 +138,8 @@ def handed_out(record: ConnectionPoolEntry) -> Any:
 def is_dropped(record: ConnectionPoolEntry) -> bool:
     """Tell if a connection that was handed out with a record has no user.
 
-    So it is before SQLAlchemy has made its ``PoolProxiedConnection``, and from when
-    that was dropped. No reference to it is taken, which would be the last one if it is
-    dropped meanwhile: a weak reference loses its callback, and SQLAlchemy's has one,
-    together with what it refers to.
+    No reference to the ``PoolProxiedConnection`` is taken, which might become the last
+    one: a weak reference loses its callback together with what it refers to.
     """
     fairy_ref: Any = getattr(record, "fairy_ref", None)
     return fairy_ref is None or fairy_ref.__callback__ is None
@@ -203,10 +148,8 @@ def is_dropped(record: ConnectionPoolEntry) -> bool:
 def disown(record: ConnectionPoolEntry) -> None:
     """Make a forked child forget a connection that is its parent's.
 
-    The record and the user that has it checked out lose the DBAPI connection, so that
-    neither a rollback nor a close can reach the socket shared with the parent.
-    The driver's object is made immortal: some drivers say goodbye to the server
-    when theirs is deallocated, even at the end of the process.
+    Neither a rollback nor a close may reach the socket shared with the parent. The
+    driver's object is made immortal: some drivers say goodbye when it is deallocated.
     """
     dbapi_connection = record.dbapi_connection
     if dbapi_connection is None:

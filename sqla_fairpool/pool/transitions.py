@@ -10,23 +10,20 @@ Rules of this file:
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
 
 from ..diagnosis.callers import TaskHere, ThreadHere
 from ..diagnosis.capture import Out
-from ..diagnosis.event_log import EventLog
-from ..diagnosis.leaks import LeakWatch
+from ..diagnosis.event_log import EventLog, LeakWatch
 from ..options import PoolOptions
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import GRANTED, Ticket
 from . import sqlalchemy_private
 from .checkout import Checkout, Record
-from .connections import Connections
+from .connections import Connections, Slots
 from .lock import PoolLock
 from .physical import PhysicalConnection
-from .slots import Slots
 from .warm import WarmCache
 
 __all__ = ["Transitions"]
@@ -34,20 +31,6 @@ __all__ = ["Transitions"]
 
 class Transitions:
     """The parts of a pool that change together."""
-
-    __slots__ = (
-        "__weakref__",
-        "connections",
-        "event_log",
-        "here",
-        "leaks",
-        "lock",
-        "options",
-        "scheduler",
-        "slots",
-        "warm",
-        "watcher",
-    )
 
     def __init__(
         self,
@@ -63,6 +46,8 @@ class Transitions:
         #: Tells which thread or task is asking.
         self.here = here
         self.lock = lock
+        #: Calls a function in a section, with the time.
+        self.run = lock.run
         self.scheduler = scheduler
         self.connections = connections
         self.slots = slots
@@ -76,10 +61,7 @@ class Transitions:
     # -- granting --------------------------------------------------------------------
 
     def deliver(self, granted: Sequence[Ticket], record: Record | None = None) -> None:
-        """Give the granted their records: this one, then idle ones, then none.
-
-        A caller that gets none opens a connection.
-        """
+        """Give the granted this record, then idle ones, then none: those open one."""
         for checkout in cast(Sequence[Checkout], granted):
             if record is None:
                 record = self.connections.pop()
@@ -96,8 +78,8 @@ class Transitions:
         checkout.may_keep = (
             # Without overflow there is a place for every record that comes back.
             self.options.max_overflow == 0
-            and not checkout.tag_state.silent
             and not self.slots.pressed
+            and self.options.enforce  # a dry run hears of every checkout
         )
         checkout.reported = False
         if record is not None:
@@ -119,17 +101,13 @@ class Transitions:
             self.pass_the_watch()
 
     def pass_the_watch(self) -> None:
-        """Let another caller wake up for what is due.
-
-        The newest, because it will wait longest: else the watch would change hands
-        with every grant, and each time a caller would be woken for that alone.
-        """
+        """Let another caller wake up for what is due: the newest will wait longest."""
         newest = cast("Checkout | None", self.scheduler.lines.newest())
         self.watcher = newest
         if newest is not None and newest.waiter is not None:
             self.lock.wake_ups.append(newest.waiter.wake)
 
-    def wake_all(self) -> None:
+    def wake_all(self, now: float) -> None:
         """Wake all callers that wait, to look for themselves."""
         for checkout in self.checkouts_waiting():
             if checkout.waiter is not None:
@@ -147,12 +125,7 @@ class Transitions:
 
     @property
     def logger(self) -> Any:
-        """What an operator is to read is written there."""
         return self.event_log.logger
-
-    def section(self) -> AbstractContextManager[float]:
-        """Hold the lock; gives the time."""
-        return self.lock.section()
 
     def count_idle(self) -> tuple[int, int]:
         """Return the records in the pool, and how many of them are open."""
@@ -163,10 +136,7 @@ class Transitions:
         return self.slots.describe()
 
     def checkouts_out(self) -> list[Out]:
-        """Return what is out or being opened.
-
-        A record without a connection is out while another one is opened for it.
-        """
+        """Return what is out or being opened, the first time or again."""
         opening = [c for c in self.connections.opening if c.state is GRANTED]
         found = {checkout: Out.of(checkout, opening=True) for checkout in opening}
         for record in self.connections.all:
@@ -243,8 +213,7 @@ class Transitions:
     def part_with(self, record: Record | None, now: float) -> None:
         """Before a slot is released whose connection has not come back with it.
 
-        It was closed, invalidated, detached or lost. What is left of it at the server
-        has to be paid for from now on.
+        What is left of it at the server has to be paid for from now on.
         """
         slots = self.slots
         if record is not None:
@@ -266,17 +235,16 @@ class Transitions:
         self.deliver(self.scheduler.set_capacity(slots.usable(), now))
 
     def drain(self, now: float) -> None:
-        """Have idle records closed of which there are too many, the oldest first.
-
-        There are none but after a limit has fallen.
-        """
-        while idle := list(self.connections.idle):
-            if (
-                len(idle) <= self.options.pool_size
-                and self.scheduler.in_use + len(idle) <= self.slots.allotted
-            ):
-                return
-            self.retire(idle[0], now, "resized")
+        """Have the oldest idle records closed if a limit has fallen below them."""
+        idle = self.connections.idle
+        while (
+            len(idle) > self.options.pool_size
+            or self.scheduler.in_use + len(idle) > self.slots.allotted
+        ):
+            oldest = next(iter(idle), None)
+            if oldest is None:
+                return  # the rest is out
+            self.retire(oldest, now, "resized")
 
     def retire(self, record: Record, now: float, reason: str) -> None:
         """Have an idle record closed. Its slot is out of use until that is over."""
@@ -290,10 +258,7 @@ class Transitions:
     def allot(
         self, slots: int, ceilings: Mapping[str, int], other: int, now: float
     ) -> None:
-        """Set how many connections there may be, and the ceiling of each tag.
-
-        :param other: the ceiling of any tag not named.
-        """
+        """Set how many connections there may be, and the ceiling of each tag."""
         self.slots.allotted = slots
         self.slots.frozen = False
         if self.slots.there() > slots:
@@ -307,7 +272,7 @@ class Transitions:
         self.slots.frozen = True
         self.recount(now)
 
-    def press(self, pressed: bool) -> None:
+    def press(self, pressed: bool, now: float) -> None:
         """Have the ledger hear when a connection falls idle, or not any more."""
         self.slots.pressed = pressed
         if pressed:

@@ -11,7 +11,7 @@ import contextvars
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from sqlalchemy import exc
 from sqlalchemy.util import await_only, greenlet_spawn
@@ -36,41 +36,6 @@ class Owner(Protocol):
         """Called with what was done for an orphan; None if that failed."""
 
 
-class Waiter(Protocol):
-    """What the pool asks of a waiter."""
-
-    #: Tells who is asking: a ThreadHere or a TaskHere.
-    here: ClassVar[Any]
-    #: A caller may be kept from everything else for a moment, as a thread may.
-    may_block: ClassVar[bool]
-
-    def __init__(self, owner: Owner) -> None: ...
-
-    def wait(self, seconds: float | None) -> None:
-        """Sleep until :meth:`wake` was called or `seconds` have passed."""
-
-    def wake(self) -> None:
-        """End the sleep, now or when it begins. May be called from any thread."""
-
-    @staticmethod
-    def can_wait() -> bool:
-        """Tell if the caller is where a database's answer can be waited for."""
-
-    @staticmethod
-    def run_through(function: Callable[[], Any], owner: Owner) -> Any:
-        """Run something that goes on to its end though the caller is cancelled.
-
-        Its owner is orphaned then, and is told the outcome.
-        """
-
-    @staticmethod
-    def run_apart(function: Callable[[], object]) -> None:
-        """Run something of which the caller does not wait for the end.
-
-        Nothing of the caller's context is in force there.
-        """
-
-
 class ThreadWaiter:
     """Blocks the calling thread.
 
@@ -81,48 +46,52 @@ class ThreadWaiter:
 
     __slots__ = ("_lock",)
 
+    #: Tells who is asking.
     here: ClassVar[Any] = ThreadHere()
+    #: A caller may be kept from everything else for a moment.
     may_block: ClassVar[bool] = True
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner | None) -> None:
         self._lock = threading.Lock()
         self._lock.acquire()
 
     def wait(self, seconds: float | None) -> None:
+        """Sleep until :meth:`wake` was called or `seconds` have passed."""
         if seconds is None:
             self._lock.acquire()
         elif seconds > 0:
             self._lock.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
 
     def wake(self) -> None:
+        """End the sleep, now or when it begins. May be called from any thread."""
         try:
             self._lock.release()
         except RuntimeError:
-            pass  # the bell was ringing already
+            pass  # it is woken already
 
     @staticmethod
     def can_wait() -> bool:
+        """Tell if the caller is where a database's answer can be waited for."""
         return True
 
     @staticmethod
     def run_through(function: Callable[[], Any], owner: Owner) -> Any:
+        """Run something that ends though the caller is cancelled, an orphan then."""
         return function()  # a thread cannot be cancelled
 
     @staticmethod
     def run_apart(function: Callable[[], object]) -> None:
+        """Run something apart from the caller and its context."""
         start_thread(function, "sqla_fairpool-min_idle")
 
 
 class TaskWaiter:
     """Suspends the calling task, inside SQLAlchemy's greenlet.
 
-    A bare future and a timer. ``asyncio.wait_for`` and conditions have lost
-    wake-ups, or swallowed cancellations, when both came in the same moment
-    (psycopg's issues 509, 1275, 1345 and 1401 tell the story); here a
-    cancellation leaves :meth:`wait` as it came, and who catches it asks the
-    scheduler if there is a slot to give back.
-
-    Everything but :meth:`wake` happens in the thread of the loop.
+    A bare future and a timer: ``asyncio.wait_for`` and conditions have lost wake-ups,
+    or swallowed cancellations, when both came in the same moment (psycopg's issues 509,
+    1275, 1345 and 1401). Here a cancellation leaves :meth:`wait` as it came. Everything
+    but :meth:`wake` happens in the thread of the loop.
     """
 
     __slots__ = ("_future", "_loop", "_owner")
@@ -130,7 +99,7 @@ class TaskWaiter:
     here: ClassVar[Any] = TaskHere()
     may_block: ClassVar[bool] = False
 
-    def __init__(self, owner: Owner) -> None:
+    def __init__(self, owner: Owner | None) -> None:
         try:
             self._loop = asyncio.get_running_loop()
         except RuntimeError:
@@ -173,8 +142,9 @@ class TaskWaiter:
             return
         try:
             self._loop.call_soon_threadsafe(self._ring)
-        except RuntimeError:
-            self._owner.abandon()  # the loop is closed, so no task wakes up there
+        except RuntimeError:  # the loop is closed, so no task wakes up there
+            if self._owner is not None:
+                self._owner.abandon()
 
     @staticmethod
     def can_wait() -> bool:
@@ -213,3 +183,6 @@ def _adopt(owner: Owner, running: asyncio.Task[Any]) -> None:
     _running_apart.discard(running)
     failed = running.cancelled() or running.exception() is not None
     owner.adopt(None if failed else running.result())
+
+
+Waiter: TypeAlias = ThreadWaiter | TaskWaiter

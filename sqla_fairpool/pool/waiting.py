@@ -19,8 +19,6 @@ __all__ = ["Waiting"]
 class Waiting:
     """Waits on behalf of callers."""
 
-    __slots__ = ("_housekeeping", "_state", "waiter_class")
-
     def __init__(
         self,
         state: Transitions,
@@ -35,6 +33,7 @@ class Waiting:
     def join_line(self, checkout: Checkout, tag: str, now: float) -> None:
         """Prepare a checkout that has to wait. Caller is in a section."""
         state, scheduler = self._state, self._state.scheduler
+        checkout.spent = True  # its waiter may be woken late, and give it up
         checkout.waiter = self.waiter_class(checkout)
         if state.watcher is None:
             state.watcher = checkout
@@ -64,11 +63,9 @@ class Waiting:
     def wait(
         self, checkout: Checkout, waiter: Waiter, since: float, timeout: float | None
     ) -> None:
-        """Return when the checkout is granted.
+        """Return when the checkout is granted; raise if it is not in time, or never.
 
         :param timeout: seconds, None for what the context or the options say.
-        :raises CheckoutTimeout: when it has waited for its time.
-        :raises SelfDeadlock: when only callers that wait likewise could serve it.
         """
         state = self._state
         if timeout is None:
@@ -124,10 +121,9 @@ class Waiting:
     def _refuse_stuck(
         self, checkout: Checkout, deadline: float, now: float
     ) -> Capture | None:
-        """Have it leave its line if it is stuck; return how things are then.
+        """Have it leave its line if it is stuck, and return how things are.
 
-        In the section that finds it stuck: of two callers that wait for each other,
-        only one is refused.
+        In the section that finds it stuck: of two that wait for each other, one is.
         """
         if not is_stuck(self._state, checkout, deadline):
             return None

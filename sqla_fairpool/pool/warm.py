@@ -53,11 +53,8 @@ class WarmRecords(list[Record]):
             del by_tag[self.tag]
 
     def list(self) -> None:
-        """Have the next section call this. Needs no lock.
-
-        No call is between the two lines, so no interrupt either.
-        """
-        self.listed = True
+        """Have the next section call this. Needs no lock."""
+        self.listed = True  # no call is between the two lines, so no interrupt either
         self._cache.inbox.append(self)
 
 
@@ -67,8 +64,6 @@ class WarmCache:
     :param inbox: the lock's.
     :param give_up: called in a section for each record that is kept warm no more.
     """
-
-    __slots__ = ("by_tag", "give_up", "inbox")
 
     def __init__(
         self,

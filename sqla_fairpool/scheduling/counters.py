@@ -114,23 +114,31 @@ class Counters:
         "wait",
     )
 
+    #: How long those that had to wait and were granted waited.
+    wait: Histogram
+    #: How long connections were kept, counted when they came back.
+    hold: Histogram
+    #: How long it took to open a connection that was needed under the tag.
+    create: Histogram
+
     def __init__(self) -> None:
         #: Checkouts granted. Of the default tag, those that came back: until
         #: then it may turn out that they are another tag's.
         self.checkouts = 0
         #: Those that had not to wait.
         self.at_once = 0
-        #: How long those that had to wait and were granted waited.
-        self.wait = Histogram()
-        #: How long connections were kept, counted when they came back.
-        self.hold = Histogram()
-        #: How long it took to open a connection that was needed under the tag.
-        self.create = Histogram()
         self.create_failures = 0
         #: Checkouts that gave up: time-outs, `max_waiting`, self-deadlocks.
         self.timeouts = 0
         self.refusals = 0
         self.deadlocks = 0
+
+    def __getattr__(self, name: str) -> Histogram:
+        # Made when it is first used: most tags need one of them.
+        if name not in ("wait", "hold", "create"):
+            raise AttributeError(name)
+        setattr(self, name, histogram := Histogram())
+        return histogram
 
 
 class CountersByTag:

@@ -42,8 +42,6 @@ class DryRunScheduler(Scheduler):
         super().__init__(**_without_rules(options), now=now, silent_tag=silent_tag)
         self.lines = _OneLine(self.tags)
         self.usage.moved = self.lines.all_changed
-        # What is kept warm is used without the scheduler: the twins would hear nothing.
-        self.tags.keeps_warm = False
         self.rules = self._rules = Scheduler(**options, now=now, silent_tag=silent_tag)
         self._twins: dict[Ticket, Ticket] = {}
         self._now = now

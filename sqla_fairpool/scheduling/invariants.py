@@ -62,8 +62,7 @@ def _check_tags(scheduler: Scheduler) -> None:
     assert tags.active == sum(a.active for a in tag_states)
     assert all(a.active for a in tag_states if a.waiters and not a.silent)
     assert all(tags.is_reviewed(a) for a in tag_states if a.active)
-    prompt = [a for a in tag_states if a.active and not a.silent and tags.keeps_warm]
-    assert [a for a in tag_states if a.prompt] == prompt
+    assert all(a.prompt == (a.active and not a.silent) for a in tag_states)
     for a in tag_states:
         if a.active and tags.imposed is None and not a.reserved:
             assert tags.ceiling(a) == a.safe_ceiling.value

@@ -211,13 +211,14 @@ class Scheduler(SchedulerState):
             return None
         self._shift(target, +1, scale)
         if source.silent:
-            source.checkouts -= 1
+            ticket.again -= 1
+            self.usage.was_unused(ticket, now, scale, now - ticket.since)
         else:
             held = now - ticket.since
             ticket.held += held
             ticket.note(held)
             self.usage.was_unused(ticket, now, scale)
-            ticket.book(source)
+        ticket.book(source)
         target.checkouts += 1
         if not target.silent:
             target.counters.checkouts += 1

@@ -58,8 +58,6 @@ class Tags:
         self.limits = LimitsByTag(limits)
         self.tag_states: dict[str, TagState] = {}
         self.counters = CountersByTag()
-        #: Connections may stay with a tag without the scheduler's knowing.
-        self.keeps_warm = True
         #: How many tags are active.
         self.active = 0
         #: Ceilings from outside, by tag, and for all others; None without.
@@ -214,7 +212,7 @@ class Tags:
                 return
 
     def _set_active(self, tag_state: TagState, active: bool) -> None:
-        prompt = active and not tag_state.silent and self.keeps_warm
+        prompt = active and not tag_state.silent
         count = self.active + (1 if active else -1)
         ceiling = self._lowest_ceiling(max(count - 1, 0))
         common = self.common_ceiling

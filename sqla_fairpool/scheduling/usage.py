@@ -96,14 +96,18 @@ class Usage:
         if lead > 0.0:
             tag_state.lift += lead
 
-    def was_unused(self, ticket: Ticket, now: float, scale: float) -> None:
+    def was_unused(
+        self, ticket: Ticket, now: float, scale: float, more: float = 0.0
+    ) -> None:
         """Take back what was charged for a slot while its connection was kept warm.
 
         Its checkouts, :attr:`.Ticket.held` in all, are taken to have been spread evenly
         over the time from when the slot was granted.
+
+        :param more: seconds of a checkout that is not in that sum.
         """
         since = ticket.granted_at
-        unused = now - since - ticket.held
+        unused = now - since - ticket.held - more
         if unused > 0:
             # What was charged with another half-life stays.
             charged = scale - self.scale(max(since, self._half_life_since))

@@ -34,14 +34,15 @@ def signal_handlers():
 def play(monkeypatch, tmp_path, capsys):
     """Run the command with scenarios of the test's own, which need no database."""
 
-    def play(*args, **parts):
+    def play(*args, output=tmp_path / "report", **parts):
         scenarios = [
             Scenario(name, f"About {name}", "Text.", (part,), ("speed",))
             for name, part in parts.items()
         ]
         monkeypatch.setattr(command, "SCENARIOS", scenarios)
         monkeypatch.setattr(command, "TARGETS", {"speed": TARGET})
-        status = command.main(["--output", str(tmp_path / "report"), *args])
+        prefix = ["--output", str(output)] if output else []
+        status = command.main([*prefix, *args])
         return status, *capsys.readouterr()
 
     return play
@@ -63,11 +64,11 @@ def read(folder):
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
 
-def test_report_of_the_chosen_scenarios_is_written(play, tmp_path):
+def test_report_of_the_chosen_scenarios_and_unmet_targets(play, tmp_path):
     args = ("--short", "--only", "two", "--check")
     status, out, err = play(*args, one=measured(0.5), two=measured(1.2))
     assert (status, err) == (0, "")
-    assert "1 of 1 targets met." in out
+    assert "1 of 1 targets met" in out
     assert "report.html" in out
     assert "About one" not in out
     report = read(tmp_path)
@@ -76,14 +77,10 @@ def test_report_of_the_chosen_scenarios_is_written(play, tmp_path):
     assert [section["name"] for section in report["sections"]] == ["two"]
     assert report["targets"][0]["verdict"] == "met"
     assert report["cut_short"] == ""
-
-
-@pytest.mark.parametrize(("args", "status"), [([], 0), (["--check"], 1)])
-def test_unmet_target_is_told_and_fails_only_with_check(play, args, status):
-    found, out, _ = play(*args, one=measured(0.5))
-    assert found == status
-    assert "NOT MET" in out
-    assert "0 of 1 targets met." in out
+    for args, status in (([], 0), (["--check"], 1)):
+        found, out, _ = play(*args, one=measured(0.5))
+        assert found == status
+        assert "NOT MET" in out and "0 of 1 targets met" in out
 
 
 def test_scenarios_are_listed_and_others_refused(capsys):
@@ -97,6 +94,24 @@ def test_scenarios_are_listed_and_others_refused(capsys):
     assert "'nonsense'" in capsys.readouterr().err
 
 
+def test_only_writes_a_file_of_its_own_and_a_busy_machine_is_told(
+    play, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "getloadavg", lambda: (64.0, 0.0, 0.0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    parts = {name: measured(1.2) for name in ("one", "two", "three")}
+    for only in ([], ["--only", "two"], ["--only", "two", "--only", "one"]):
+        _, out, _ = play(*only, output=None, **parts)
+        said = "targets met, measured on a busy machine, load 64 on 2 cores: look again"
+        assert said in " ".join(out.split())
+    assert sorted(file.name for file in tmp_path.glob("*.json")) == [
+        "fairpool-bench-one-two.json",
+        "fairpool-bench-two.json",
+        "fairpool-bench.json",
+    ]
+
+
 def test_unwritable_output_is_told_before_anything_is_measured(play, tmp_path):
     prefix = str(tmp_path / "missing" / "report")
     status, out, err = play("--output", prefix, one=measured(1.0))
@@ -105,7 +120,7 @@ def test_unwritable_output_is_told_before_anything_is_measured(play, tmp_path):
     assert "No such file" in err
 
 
-def test_interrupt_keeps_what_has_been_measured(play, tmp_path):
+def test_interrupt_keeps_what_is_measured_and_an_error_is_one_line(play, tmp_path):
     interrupted = failing(KeyboardInterrupt())
     assert play(one=interrupted)[0] == 130
     assert list(tmp_path.iterdir()) == []  # there is nothing yet
@@ -114,9 +129,6 @@ def test_interrupt_keeps_what_has_been_measured(play, tmp_path):
     report = read(tmp_path)
     assert "interrupted" in report["cut_short"]
     assert [section["name"] for section in report["sections"]] == ["one"]
-
-
-def test_failing_measurement_is_one_line(play):
     status, _, err = play(one=failing(BenchError("no\nroom")))
     assert (status, err) == (2, "benchmarks: no room\n")
 
@@ -192,7 +204,9 @@ def test_scenario_runs_on_an_embedded_server(folder):
     status, out, err = finish(start(folder, "--only", "alone"))
     assert (status, err) == (0, ""), out
     assert "\x1b" not in out
-    report = json.loads(Path(folder, "fairpool-bench.json").read_text(encoding="utf-8"))
+    report = json.loads(
+        Path(folder, "fairpool-bench-alone.json").read_text(encoding="utf-8")
+    )
     assert report["about"]["server"]["embedded"] is True
     assert len(report["targets"]) == 3
     unused = report["targets"][2]
@@ -204,37 +218,33 @@ def test_scenario_runs_on_an_embedded_server(folder):
 @pytest.mark.slow
 @pytest.mark.postgres
 @pytest.mark.parametrize(
-    ("only", "line", "number"),
+    ("only", "line", "number", "is_given"),
     [
-        ("alone", "starting", signal.SIGINT),
-        ("alone", "[1/1]", signal.SIGTERM),
-        ("saturated", "       ", signal.SIGINT),
-        ("peers", "       ", signal.SIGINT),
+        ("alone", "starting", signal.SIGINT, False),
+        ("alone", "[1/1]", signal.SIGTERM, False),
+        ("saturated", "       ", signal.SIGINT, False),
+        ("peers", "       ", signal.SIGINT, False),
+        ("saturated", "      ", signal.SIGINT, True),
+        ("saturated", "      ", None, True),
     ],
 )
-def test_signal_leaves_nothing_behind(folder, only, line, number):
-    process = start(folder, "--only", only)
-    interrupt(process, line, number)
-    status, _, err = finish(process)
-    assert (status, err) == (130, "benchmarks: interrupted\n")
-    assert left_in(folder) == ([], [])
-
-
-@pytest.mark.slow
-@pytest.mark.postgres
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_given_database_is_left_as_it_was(folder, postgres_url, interrupted):
+def test_nothing_is_left_behind_after_a_signal_and_in_a_given_database(
+    folder, postgres_url, only, line, number, is_given
+):
     url = make_url(postgres_url).set(password="s3cret")
-    shown = url.render_as_string(hide_password=False)
-    process = start(folder, "--only", "saturated", "--url", shown)
-    if interrupted:
-        interrupt(process, "      ", signal.SIGINT)
+    url = url.render_as_string(hide_password=False)
+    process = start(folder, "--only", only, *(["--url", url] if is_given else []))
+    if number:
+        interrupt(process, line, number)
     status, out, err = finish(process)
-    assert status == (130 if interrupted else 0), err
-    files = list(Path(folder).glob("fairpool-bench.*"))
-    assert len(files) == (0 if interrupted else 2)
+    said = "benchmarks: interrupted\n" if number else ""
+    assert (status, err) == (130 if number else 0, said)
+    files = list(Path(folder).glob(f"fairpool-bench-{only}.*"))
+    if is_given:  # else it may be at its end
+        assert len(files) == (0 if number else 2)
     texts = [out, err, *(file.read_text(encoding="utf-8") for file in files)]
     assert "s3cret" not in "".join(texts)
+    assert left_in(folder) == ([], [])
     with create_engine(postgres_url, poolclass=NullPool).connect() as connection:
         tables = text("SELECT tablename FROM pg_tables WHERE tablename LIKE 'sqla%'")
         assert connection.execute(tables).scalars().all() == []

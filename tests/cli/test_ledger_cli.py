@@ -1,9 +1,8 @@
 """``sqla-fairpool ledger``: what an operator sees and does."""
 
-from __future__ import annotations
-
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from support.stub import StubServer
 from support.threads import eventually
 
 from sqla_fairpool.cli import main
-from sqla_fairpool.cli.budget import ask_room, connected
+from sqla_fairpool.cli.server import ask_room, connected
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.rows import Meta, Terms
@@ -29,9 +28,35 @@ TERMS = Terms(20, 10, 15, 60.0, 30.0)
 
 @pytest.fixture
 def path(tmp_path, monkeypatch):
-    """The path of a ledger, and no database in the environment."""
+    """The path of a ledger, which the environment names; it names no database."""
     monkeypatch.delenv("DATABASE_URL", raising=False)
-    return str(tmp_path / "app.ledger")
+    path = str(tmp_path / "app.ledger")
+    monkeypatch.setenv("FAIRPOOL_LEDGER", path)
+    return path
+
+
+@pytest.fixture
+def run(capsys, path):
+    """Run a command on the ledger; return its status and what it printed."""
+
+    def run(*args):
+        status = main(["ledger", *map(str, args)])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def fails(run):
+    """Run a command that cannot do its work; return the one line that it says."""
+
+    def fails(*args, status=2):
+        found, out, err = run(*args)
+        assert (found, out, err.count("\n")) == (status, "", 1)
+        assert "s3cret" not in err
+        return err
+
+    return fails
 
 
 @pytest.fixture
@@ -57,14 +82,10 @@ def rows_of(path):
             yield rows
 
 
-def run(capsys, *args):
-    """Run a command; return its status and what it printed."""
-    status = main(["ledger", *map(str, args)])
-    return status, *capsys.readouterr()
-
-
-def test_show(capsys, member, path):
-    status, out, _ = run(capsys, "show", "--ledger", path)
+def test_show_and_that_a_reset_is_refused_while_a_member_lives(
+    run, fails, member, path
+):
+    status, out, _ = run("show", "--ledger", path)
     first, second, who, tag = out.splitlines()
     assert status == 0
     assert first == f"ledger {path}"
@@ -72,51 +93,71 @@ def test_show(capsys, member, path):
     assert f":{os.getpid()}, since 20" in who
     assert who.endswith(": 3 slots")
     assert tag.startswith("    'layer\u00e93' ")
+    report = json.loads(run("show", "--json")[1])
+    assert (report["capacity"], report["owned"], report["free"]) == (20, 3, 17)
+    assert report["members"][0]["alive"] is True
+    assert report["members"][0]["tags"][0]["tag"] == "layer\u00e93"
+    assert "1 members live" in fails("reset", "--yes")
 
 
-def test_show_says_why_sessions_cannot_be_asked_for(capsys, path):
+def test_show_says_why_sessions_cannot_be_asked_for(run, path):
     with rows_of(path) as rows:
         book = Book(rows)
-        book.join("x", {"pid": 4711}, TERMS)
+        book.join("x", {"pid": 4711, "program": "\x1b[2J"}, TERMS)
         why = "OperationalError: no way to postgresql://u:s3cret@h/d"
         book.write("x", replace(book.members["x"], unasked=why))
-    _, out, _ = run(capsys, "show", "--ledger", path)
+    out = run("show")[1]
     assert (
         "the server cannot be asked for sessions, so that each quarantine takes its "
         "stated time: OperationalError: no way to postgresql://u:***@h/d\n"
     ) in out
-    _, out, _ = run(capsys, "show", "--ledger", path, "--json")
-    assert json.loads(out)["unasked"].startswith("OperationalError: ")
-
-
-def test_show_for_programs(capsys, member, path, monkeypatch):
-    monkeypatch.setenv("FAIRPOOL_LEDGER", path)
-    _, out, _ = run(capsys, "show", "--json")
-    report = json.loads(out)
-    assert (report["capacity"], report["owned"], report["free"]) == (20, 3, 17)
-    assert report["members"][0]["alive"] is True
-    assert report["members"][0]["tags"][0]["tag"] == "layer\u00e93"
+    assert "\\x1b[2J (" in out and "\x1b" not in out
+    report = json.loads(run("show", "--json")[1])
+    assert report["unasked"].startswith("OperationalError: ")
 
 
 @pytest.mark.parametrize(
-    ("ledger", "says"),
+    ("args", "says"),
     [
-        ("nonsense", "ledger='nonsense' is not allowed"),
-        ("/nowhere/x.ledger", "there is no ledger at /nowhere/x.ledger"),
-        ("host", "a path, where no URL says which database"),
-        ("mysql://u:s3cret@h/d", "a PostgreSQL database"),
+        (["--ledger=nonsense"], "ledger='nonsense' is not allowed"),
+        (["--ledger=/nowhere/x.ledger"], "there is no ledger at /nowhere/x.ledger"),
+        (["--ledger=mysql://u:s3cret@h/d"], "a PostgreSQL database"),
+        (["--ledger=none"], "there is no ledger to look at"),
+        (["--ledger=postgresql://h:port/d"], "is not allowed: 'host' (a file"),
+        (["--url=no url"], "--url='...' is not allowed"),
     ],
 )
-def test_ledger_that_is_none(capsys, path, ledger, says):
-    status, out, err = run(capsys, "show", "--ledger", ledger)
-    assert (status, out) == (2, "")
-    assert says in err and "s3cret" not in err
+def test_a_ledger_that_is_none(fails, args, says):
+    assert says in fails("show", *args)
 
 
-def test_reset_is_refused_while_a_member_lives(capsys, member, path):
-    status, _, err = run(capsys, "reset", "--ledger", path, "--yes")
-    assert status == 2
-    assert "1 members live" in err
+def test_the_only_ledger_is_meant_or_the_only_one_in_use(
+    run, fails, capsys, temp, monkeypatch, path
+):
+    """Also by ``stats``."""
+    monkeypatch.delenv("FAIRPOOL_LEDGER")
+    assert "no process has used a ledger here yet" in fails("show")
+    folder = temp / f"sqla-fairpool-{os.getuid()}"
+    old, older, used = (folder / f"{name}.ledger" for name in ("old", "older", "used"))
+    for file in (old, older):
+        file.touch()
+    said = f"there are 2 ledgers, give --url or --ledger PATH:\n  {old}\n  {older}\n"
+    for command in (["ledger", "show"], ["stats"]):
+        assert main(command) == 2
+        assert capsys.readouterr().err == f"sqla-fairpool {command[0]}: {said}"
+    older.unlink()
+    assert f"the ledger {old} is empty" in fails("show")
+    engine = StubServer().engine(ledger=str(used))
+    with engine.execution_options(scraper="a").connect():
+        assert run("show")[1].startswith(f"ledger {used}\n")
+        assert main(["stats"]) == 0
+        out, err = capsys.readouterr()
+        assert f"ledger {used}\n" in out and "\na " in out and not err
+    engine.dispose()
+    state.keeper(engine).close()
+
+
+# -- reset and reap --------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -135,24 +176,58 @@ def left(path):
     return path
 
 
-def test_reset_asks_first(capsys, left, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda question: "n")
-    assert run(capsys, "reset", "--ledger", left)[:2] == (1, "nothing done\n")
-    assert "DEAD: 2 slots" in run(capsys, "show", "--ledger", left)[1]
+def test_reset_asks_first(run, left, monkeypatch):
+    def answer(said):
+        if said is None:
+            raise EOFError  # as with </dev/null
+        return said
+
+    for said in (None, "n"):
+        monkeypatch.setattr("builtins.input", lambda question, said=said: answer(said))
+        status, out, err = run("reset")
+        assert (status, out.strip(), err) == (1, "nothing done", "")
+        assert "DEAD: 2 slots" in run("show")[1]
     monkeypatch.setattr("builtins.input", lambda question: "y")
-    assert run(capsys, "reset", "--ledger", left)[:2] == (0, "done\n")
-    assert ": 0 owned by 0 members" in run(capsys, "show", "--ledger", left)[1]
+    assert run("reset")[:2] == (0, "done\n")
+    assert ": 0 owned by 0 members" in run("show")[1]
 
 
-def test_reap_keeps_what_the_server_cannot_be_asked_about(capsys, left):
-    status, out, _ = run(capsys, "reap", "--ledger", left)
-    assert status == 1
-    assert out.splitlines() == [
-        "1 dead found, 0 slots freed",
-        "2 slots stay in quarantine: without --url of a PostgreSQL the server cannot "
-        "be asked",
-    ]
-    assert "2 in quarantine, died" in run(capsys, "show", "--ledger", left)[1]
+@pytest.mark.parametrize(
+    ("key", "row"),
+    [
+        ("meta", "nonsense"),
+        ("meta", "[]"),
+        ("meta", '{"protocol": 2}'),
+        ("member/x", "{"),
+        ("member/x", "{}"),
+        ("gone/1", "null"),
+        ("gone/x", "{}"),
+        ("tags", "7"),
+    ],
+)
+def test_a_broken_row_is_one_line_and_reset_mends_it(run, fails, path, key, row):
+    with rows_of(path) as rows:
+        book = Book(rows)
+        book.join("y", {"pid": 4711}, TERMS)
+        rows[key] = row
+    for command in ("show", "reap"):
+        err = fails(command, status=1)
+        assert err.startswith(f"sqla-fairpool ledger: {path}: the ledger's row {key!r}")
+        assert "`sqla-fairpool ledger reset`" in err
+    assert run("reset", "--yes")[:2] == (0, "done\n")
+    engine = StubServer().engine(ledger=path)
+    engine.connect().close()
+    engine.dispose()
+    state.keeper(engine).close()
+
+
+def test_reap_keeps_what_the_server_cannot_be_asked_about(run, left):
+    assert run("reap")[:2] == (
+        1,
+        "1 dead found, 0 slots freed\n2 slots stay in quarantine: without --url of a "
+        "PostgreSQL the server cannot be asked\n",
+    )
+    assert "2 in quarantine, died" in run("show")[1]
 
 
 @pytest.fixture
@@ -169,7 +244,7 @@ def dead(postgres_role, path):
         book.write("x", replace(book.members["x"], owned=3, sessions=sessions))
         book.confirm(["x"])
         book.tell(book.allocation())
-    yield url, held
+    yield make_url(url), held
     for one in held:
         one.close()
     engine.dispose()
@@ -178,95 +253,59 @@ def dead(postgres_role, path):
 @pytest.mark.postgres
 @pytest.mark.parametrize("database", [None, "template1"])
 def test_reap_frees_what_no_session_has_on_the_server_in_any_database(
-    capsys, dead, path, database
+    run, dead, database
 ):
     url, held = dead
-    url = make_url(url)
     url = url.set(database=database or url.database)
 
     def reap():
-        text = url.render_as_string(hide_password=False)
-        return run(capsys, "reap", "--ledger", path, "--url", text)
+        return run("reap", "--url", url.render_as_string(hide_password=False))
 
     assert reap()[:2] == (
         1,
         "1 dead found, 1 slots freed\n"
         "2 slots stay in quarantine: their sessions live on the server\n",
     )
-    shown = run(capsys, "show", "--ledger", path)[1]
-    assert ": 2 in quarantine, died; 2 sessions are known" in shown
+    assert ": 2 in quarantine, died; 2 sessions are known" in run("show")[1]
     held[0].close()
     eventually(lambda: "0 dead found, 1 slots freed" in reap()[1])
     held[1].close()
     eventually(lambda: reap()[0] == 0)
-    assert "20 free" in run(capsys, "show", "--ledger", path)[1]
+    assert "20 free" in run("show")[1]
 
 
 @pytest.mark.postgres
-def test_reap_keeps_what_it_cannot_tell(capsys, dead, path):
+def test_reap_keeps_what_it_cannot_tell(run, fails, dead, path):
     """The slot of a session that was not posted, and all by another server's URL."""
     url, held = dead
-    args = ("reap", "--ledger", path, "--url", url)
+    args = ("reap", "--url", url.render_as_string(hide_password=False))
     with rows_of(path) as rows:
         meta = rows["meta"]
         rows["meta"] = Meta(TERMS, 9, 9, "postgresql 42").text
-    status, out, err = run(capsys, *args)
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "the members' sessions are on postgresql 42: give the URL of their" in err
-    assert "DEAD: 3 slots" in run(capsys, "show", "--ledger", path)[1]
+    said = "the members' sessions are on postgresql 42: give the URL of their"
+    assert said in fails(*args)
+    assert "DEAD: 3 slots" in run("show")[1]
     with rows_of(path) as rows:
         rows["meta"] = meta
     with held[0].engine.connect() as more:
         more.execute(text("select 1"))
-        _, out, _ = run(capsys, *args)
+        out = run(*args)[1]
         assert out.startswith("1 dead found, 0 slots freed\n3 slots stay in")
 
 
 @pytest.mark.postgres
-def test_reap_that_the_server_does_not_help(capsys, left, postgres_url, monkeypatch):
-    args = ("reap", "--ledger", left, "--url", postgres_url)
-    status, out, _ = run(capsys, *args)
-    assert status == 1
-    none = "no member has said on which server its sessions are"
-    slots = f"2 slots stay in quarantine: {none}"
-    assert out.splitlines() == ["1 dead found, 0 slots freed", slots]
+def test_reap_that_the_server_does_not_help(
+    run, fails, left, postgres_url, monkeypatch
+):
+    args = ("reap", "--url", postgres_url)
+    assert run(*args)[:2] == (
+        1,
+        "1 dead found, 0 slots freed\n2 slots stay in quarantine: no member has said "
+        "on which server its sessions are\n",
+    )
     look = "sqla_fairpool.cli.ledger.look"
     monkeypatch.setattr(look, lambda cursor: cursor.execute("select 1/0"))
-    status, out, err = run(capsys, *args)
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "the server cannot be asked: division by zero" in err
-
-
-# -- rows that cannot be read ---------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("key", "row"),
-    [
-        ("meta", "nonsense"),
-        ("meta", "[]"),
-        ("meta", '{"protocol": 2}'),
-        ("member/x", "{"),
-        ("member/x", "{}"),
-        ("gone/1", "null"),
-        ("gone/x", "{}"),
-        ("tags", "7"),
-    ],
-)
-def test_broken_row_is_one_line_and_reset_mends_it(capsys, left, key, row):
-    with rows_of(left) as rows:
-        rows[key] = row
-    for command in ("show", "reap"):
-        status, out, err = run(capsys, command, "--ledger", left)
-        assert (status, out, err.count("\n")) == (1, "", 1)
-        assert err.startswith(f"sqla-fairpool ledger: {left}: the ledger's row {key!r}")
-        assert "`sqla-fairpool ledger reset`" in err
-    assert run(capsys, "reset", "--ledger", left, "--yes")[:2] == (0, "done\n")
-    assert "cannot be read" not in run(capsys, "show", "--ledger", left)[2]
-    engine = StubServer().engine(ledger=left)
-    engine.connect().close()
-    engine.dispose()
-    state.keeper(engine).close()
+    assert "the server cannot be asked: division by zero" in fails(*args)
 
 
 # -- limit ----------------------------------------------------------------------------
@@ -282,71 +321,52 @@ def operator(postgres_url):
         yield connection
 
 
-@pytest.fixture
-def limit(capsys, postgres_role):
-    """Check a budget of 20 connections, as an ordinary role."""
-    url = postgres_role()
-
-    def limit(*args):
-        args = ("--url", url, "--connections", 20, *args)
-        status, out, _ = run(capsys, "limit", *args)
-        return status, out.splitlines()
-
-    limit.url = url
-    return limit
-
-
 ASKING = "to ask for sessions of lost members, one for each process"
+OTHER = "3 control connections, one for each process and of another role, "
 
 
 @pytest.mark.postgres
 @pytest.mark.parametrize(
-    ("ledger", "control", "tools", "of_role"),
+    ("ledger", "control", "tools", "total", "of_role"),
     [
-        ("host", "", 2, 25),
-        ("database", "3 control connections, one for each process, ", 4, 30),
+        ("host", "", 2, 25, 25),
+        ("none", "", 2, 25, 25),
+        ("database", "3 control connections, one for each process, ", 4, 30, 30),
+        ("another", OTHER, 4, 30, 25),
+        ("postgresql://other.example/d", "", 2, 25, 25),
     ],
 )
-def test_limit_that_fits_is_printed(limit, ledger, control, tools, of_role):
+def test_limit_that_fits_is_printed(
+    run, postgres_role, ledger, control, tools, total, of_role
+):
     """With room for what a ledger in the server needs."""
+    url = postgres_role()
+    if ledger == "another":
+        ledger = re.sub("lim(%20| )ited", "another", url)
+    args = ("--url", url, "--connections", 20, "--processes", 3, "--ledger", ledger)
     needed = (
         f"20 of the pools, {control}3 {ASKING}, {tools} for a monitor and a command"
     )
-    assert limit("--processes", 3, "--ledger", ledger) == (
+    assert run("limit", *args)[:2] == (
         0,
-        [
-            f"{25 if ledger == 'host' else 30} connections are needed: {needed}",
-            "they fit",
-            "to have the server hold it: "
-            f'ALTER ROLE "lim ited" CONNECTION LIMIT {of_role}',
-        ],
+        f"{total} connections are needed: {needed}\nthey fit\nto have the server hold "
+        f'it: ALTER ROLE "lim ited" CONNECTION LIMIT {of_role}\n',
     )
 
 
 @pytest.mark.postgres
-def test_limit_with_a_ledger_of_another_role_or_server(limit):
-    other = limit.url.replace("lim%20ited", "another").replace("lim ited", "another")
-    _, out = limit("--processes", 3, "--ledger", other)
-    assert "3 control connections, one for each process and of another role, " in out[0]
-    assert out[-1].endswith("CONNECTION LIMIT 25")
-    _, out = limit("--processes", 3, "--ledger", "postgresql://other.example/d")
-    assert out[-1].endswith("CONNECTION LIMIT 25")
-    assert limit("--ledger", "postgresql://h:port/d")[0] == 2
-
-
-@pytest.mark.postgres
-def test_limit_that_does_not_fit(capsys, limit, operator, postgres_url):
-    status, (assuming, _, problem, _) = limit("--connections", 9000)
+def test_limit_that_does_not_fit(run, postgres_role, operator, postgres_url):
+    args = ("limit", "--url", postgres_role(), "--ledger", "host", "--connections")
+    status, out, _ = run(*args, 9000)
+    assuming, _, problem, _ = out.splitlines()
     assert status == 1
     assert assuming.startswith("assuming 9000 processes, as many as connections: see")
     assert problem.startswith("18002 connections do not fit: max_connections is ")
     operator.execute(text('alter role "lim ited" connection limit 3'))
-    status, (*_, problem, _) = limit()
-    assert status == 1
-    assert problem == (
-        "the role 'lim ited' may have 3 connections only, and 42 are needed"
-    )
-    _, out, _ = run(capsys, "limit", "--url", postgres_url, "--connections", 5)
+    status, out, _ = run(*args, 20)
+    said = "the role 'lim ited' may have 3 connections only, and 42 are needed"
+    assert (status, out.splitlines()[-2]) == (1, said)
+    out = run("limit", "--url", postgres_url, "--connections", 5)[1]
     assert "is a superuser: no limit binds it" in out
 
 
@@ -359,10 +379,8 @@ def test_limit_that_does_not_fit(capsys, limit, operator, postgres_url):
         (["--url", "no url"], "--url='...' is not allowed"),
     ],
 )
-def test_limit_of_nothing_or_of_no_postgresql_is_refused(capsys, args, says):
-    status, _, err = run(capsys, "limit", *args)
-    assert status == 2
-    assert says in err
+def test_limit_of_nothing_or_of_no_postgresql_is_refused(fails, args, says):
+    assert says in fails("limit", *args)
 
 
 @pytest.mark.postgres
@@ -381,13 +399,10 @@ def test_sessions_of_others_count_though_a_role_may_not_see_what_they_are(
 
 
 @pytest.mark.postgres
-def test_limit_of_the_ledgers_capacity_is_set(
-    capsys, member, path, operator, postgres_url
-):
+def test_limit_of_the_ledgers_capacity_is_set(run, member, operator, postgres_url):
     limit = "select rolconnlimit from pg_roles where rolname = current_user"
-    args = ("limit", "--ledger", path, "--url", postgres_url, "--run")
     try:
-        _, out, _ = run(capsys, *args)
+        out = run("limit", "--url", postgres_url, "--run")[1]
         assert "done: ALTER ROLE " in out
         # One member lives, which asks by one more; and two for tools.
         assert operator.scalar(text(limit)) == 23

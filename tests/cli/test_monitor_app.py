@@ -1,20 +1,27 @@
 """The monitor's screen and its keys, driven by Textual's pilot."""
 
-from __future__ import annotations
-
 import asyncio
 import dataclasses
+import re
+import sys
 from concurrent.futures import Future
+from pathlib import Path
 
 import pytest
-from support.overviews import EVIL, overview
+from support.overviews import EVIL, overview, process
 from support.threads import VirtualClock
 from textual.containers import VerticalScroll
+from textual.renderables.bar import Bar
+from textual.renderables.sparkline import Sparkline
+from textual.scrollbar import ScrollBarRender
 from textual.widgets import DataTable, ProgressBar
 
+from sqla_fairpool.cli import monitor_app
 from sqla_fairpool.cli.monitor_app import Monitor
 from sqla_fairpool.cli.poller import Picture
-from sqla_fairpool.cli.server_view import ServerFigures, Sessions
+from sqla_fairpool.cli.server import ServerFigures, Sessions
+from sqla_fairpool.ledger.overview import Limits, Part, compile_overview
+from sqla_fairpool.stats import TagStats
 
 SERVER = ServerFigures(
     total=Sessions(20, 18, 2),
@@ -96,16 +103,17 @@ def names_in(app):
 
 
 def test_screen():
+    assert not any("server" in line for line in screen(seen(server=None)))
     lines = screen(size=(120, 24))
     history = "▁" * 19 + "▂"
     assert lines[:9] == [
-        "sqla-fairpool  2026-11-25 09:40:45 UTC  every 5 s, by name",
+        "sqla-fairpool  2026-11-25 09:40:45 UTC  every 5 s, by scraper",
         "ledger /run/app.ledger",
         f"pool {'━' * 12}{' ' * 29}30 %  6 of 20 in use, 6 waiting",
         "total 20, in use 6, available 14, overflow 0, open 6, waiting 6, "
         "quarantined 0",
         "",
-        " scraper   status  connections  limit  share  waiting  longest   idle"
+        " scraper▲  status  connections  limit  share  waiting  longest   idle"
         "  server  history               processes",
         " layer1_5  active            2     10      3        1     41 s  0.3 s"
         f"     7/7  {history}  1001",
@@ -123,8 +131,19 @@ def test_screen():
         "",
         "! the server warns",
         "! layer1_5 holds a connection for 125 s",
-        " q Quit  p Pause  s Sort  +/- Interval",
+        " q Quit  p Pause  s Sort  +/- Interval  d Detail",
     ]
+
+
+def test_troubleshooting_looks_at_what_is_shown():
+    page = Path(__file__).parents[2] / "examples" / "migration.md"
+    text = page.read_text(encoding="utf-8").partition("## Troubleshooting")[2]
+    text = text.partition("\n## ")[0]
+    named = set(re.findall(r"(?<!\*)\*([^*|]+)\*(?!\*)", text))
+    found = " ".join(screen(size=(120, 24)))
+    assert len(named) > 5
+    missing = {name for name in named if name not in found} - set(monitor_app._DETAILS)
+    assert missing == set()
 
 
 @pytest.mark.parametrize("size", [(20, 6), (40, 10), (80, 24), (300, 60)])
@@ -152,21 +171,79 @@ def test_names_can_do_nothing(size):
         assert any("\\x1b[2J" in line for line in lines)
 
 
-def test_without_a_server_there_is_no_column_of_it():
-    assert not any("server" in line for line in screen(seen(server=None)))
+def test_the_table_is_in_natural_order_and_stays_where_it_is_scrolled_to():
+    names = [f"scraper_{n}" for n in range(200)]
 
-
-def test_the_table_stays_where_it_is_scrolled_to():
     async def script(app, pilot, looks):
-        await pilot.press("down", "down", "down", "right")
-        before = app.query_one(DataTable).scroll_offset
-        assert before.y == 3 and before.x > 0
+        assert names_in(app) == names  # 2 before 10
+        await pilot.press("pagedown", "pagedown", "down", "right")
+        table = app.query_one(DataTable)
+        before, row = table.scroll_offset, table.cursor_row
+        assert before.y > 3 and row > 10
         await looks.after(5, app, pilot)
-        assert app.query_one(DataTable).scroll_offset == before
-        assert any("scraper_003" in line for line in shown(app))
-        assert not any("scraper_002" in line for line in shown(app))
+        assert (table.scroll_offset, table.cursor_row) == (before, row)
+        assert any(f"scraper_{row}" in line for line in shown(app))
+        assert not any(line.startswith(" scraper_2 ") for line in shown(app))
+        await pilot.press("ctrl+end", "d")
+        assert app.detail == "scraper_199"
 
-    drive(script, seen([f"scraper_{n:03d}" for n in range(200)]))
+    drive(script, seen(sorted(names)))
+
+
+def test_a_scraper_in_detail_with_each_of_its_processes():
+    parts = [
+        Part(process("a", n), [TagStats("a", True, n, held_for=9.0 * n, checkouts=n)])
+        for n in (1, 2)
+    ]
+    limits = Limits(20, 20, 10, 15)
+    both = compile_overview([*parts, Part(process("b", 3), [TagStats("b")])], limits)
+    gone = compile_overview([Part(process("b", 3), [TagStats("b")])], limits)
+
+    async def script(app, pilot, looks):
+        for keys in (["d", "escape"], ["enter", "enter"]):
+            await pilot.press(keys[0])
+            table = app.query_one(DataTable)
+            headings = [column.label.plain for column in table.ordered_columns]
+            rows = [
+                " ".join(cell.plain for cell in table.get_row_at(n)) for n in range(3)
+            ]
+            assert ", ".join(headings) == (
+                "scraper, processes, status, connections, longest hold, waiting, "
+                "longest wait, checkouts, time-outs"
+            )
+            assert rows == [
+                "a active 3 18 s 0 - 3 0",
+                "  a.py (host1:1001) answers 1 9.0 s 0 - 1 0",
+                "  a.py (host1:1002) answers 2 18 s 0 - 2 0",
+            ]
+            await pilot.press(keys[1])
+            assert names_in(app) == ["a", "b"]
+        await pilot.press("down", "d")
+        assert app.detail == "b"
+        await pilot.press("d", "up", "d")
+        await looks.after(5, app, pilot)  # it has gone meanwhile
+        assert (app.detail, names_in(app)) == (None, ["b"])
+
+    pictures = [Picture(view, None, 1000.0) for view in (both, gone)]
+    drive(script, *pictures, size=(110, 24))
+
+
+def test_bars_are_ascii_where_the_terminal_has_no_blocks(monkeypatch):
+    class Terminal:
+        encoding = "latin-1"
+
+    names = ("HALF_BAR_LEFT", "BAR", "HALF_BAR_RIGHT")
+    names = [(Bar, n) for n in names] + [(Sparkline, "BARS")]
+    names += [(ScrollBarRender, f"{n}_BARS") for n in ("VERTICAL", "HORIZONTAL")]
+    for owner, name in names:
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setattr(sys, "__stderr__", Terminal())
+    many = [f"s_{n}" for n in range(50)]
+    for lines in (screen(), screen(seen(many)), screen(size=(40, 10))):
+        assert "".join(lines).isascii()
+    (bar,) = [line for line in screen() if line.startswith("pool ")]
+    assert bar.startswith("pool ====") and " scraper^ " in screen()[5]
+    assert "_____." in screen(size=(120, 24))[6]
 
 
 def test_warnings_leave_room_for_the_table_and_are_scrolled():
@@ -221,15 +298,18 @@ def test_more_connections_than_the_limit_are_marked():
 # -- keys ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["q", "Q", "ctrl+c", "ctrl+d", "ctrl+q"])
+@pytest.mark.parametrize(
+    ("key", "status"),
+    [("q", 0), ("Q", 0), ("ctrl+c", 130), ("ctrl+d", 0), ("ctrl+q", 0)],
+)
 @pytest.mark.parametrize("hangs", [False, True])
-def test_quit_also_while_a_look_hangs(key, hangs):
+def test_quit_also_while_a_look_hangs(key, status, hangs):
     async def script(app, pilot, looks):
         looks.is_slow = hangs
         await looks.after(5, app, pilot)
         assert app.return_code is None
         await pilot.press(key)
-        assert app.return_code == 0
+        assert app.return_code == status
         assert looks.asked == 2
 
     drive(script)
@@ -240,11 +320,14 @@ def test_sorts_cycle_and_order_the_rows():
         orders = {}
         for _ in range(4):
             assert f"by {app.order}" in shown(app)[0]
+            mark = "▲" if app.order == "scraper" else "▼"
+            assert re.findall(r"(\w+)[▲▼]", shown(app)[5]) == [app.order]
+            assert f"{app.order}{mark}" in shown(app)[5]
             orders[app.order] = names_in(app)
             await pilot.press("s")
-        assert app.order == "name"
+        assert app.order == "scraper"
         assert orders == {
-            "name": ["layer1_5", "layer2", "layer3"],
+            "scraper": ["layer1_5", "layer2", "layer3"],
             "connections": ["layer1_5", "layer2", "layer3"],
             "waiting": ["layer3", "layer2", "layer1_5"],
             "idle": ["layer3", "layer2", "layer1_5"],

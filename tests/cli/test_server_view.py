@@ -1,7 +1,5 @@
 """What a PostgreSQL says of the members of a ledger."""
 
-from __future__ import annotations
-
 import json
 from contextlib import closing
 from types import SimpleNamespace
@@ -11,8 +9,8 @@ from sqlalchemy import create_engine, make_url, text
 from support.overviews import overview, process
 from support.threads import eventually
 
-from sqla_fairpool.cli.budget import Room
-from sqla_fairpool.cli.server_view import (
+from sqla_fairpool.cli.server import (
+    Room,
     ServerView,
     Sessions,
     count,

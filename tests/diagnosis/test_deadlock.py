@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import text
 from support import state
-from support.threads import PATIENCE, Caller, ensure_waiting, eventually
+from support.threads import PATIENCE, Caller, Gate, ensure_waiting, eventually
 from support.worlds import contract, world_of
 
 from sqla_fairpool import CheckoutTimeout, SelfDeadlock
@@ -85,14 +85,24 @@ def test_nested_checkout_is_refused(world):
     assert message.startswith("checkout would wait for itself: tag 'unknown' in_use=2 ")
     assert "the caller itself holds a connection of 'unknown'" in message
     assert [h.own for h in caught.value.diagnosis.holdings] == [True, True]
-    engine.connect().close()
-
-
-def test_tag_at_its_ceiling(make_engine):
-    engine = make_engine(pool_size=4, soft_limit=1, max_limit=1, **WATCHFUL)
+    engine.pool.reconfigure(pool_size=4, soft_limit=1, max_limit=1)
     tagged = engine.execution_options(scraper="a")
+    # At its ceiling, what another caller has under another tag would not help.
+    others = world.start(engine.execution_options(scraper="b").connect).result()
     with tagged.connect(), pytest.raises(SelfDeadlock, match="tag 'a' in_use=1"):
         tagged.connect()
+    others.close()
+
+
+@contract
+def test_what_an_ended_caller_has_left_is_no_deadlock(world, looks):
+    engine = world.engine(**{**TWO, "pool_timeout": 0.05})
+    left = world.start(engine.connect).result()
+    with engine.connect(), pytest.raises(CheckoutTimeout, match="ended") as caught:
+        engine.connect()
+    assert not isinstance(caught.value, SelfDeadlock)
+    assert looks
+    left.close()
 
 
 @pytest.mark.parametrize("tags", ["aa", "a" * 8, "ab"])
@@ -131,21 +141,36 @@ def test_one_of_those_that_wait_for_each_other_is_refused(world, tags):
     assert "waits for one more" in str(error)
 
 
-def test_not_before_deadlock_timeout(make_engine, looks, clock, monkeypatch):
+@pytest.fixture
+def wakes(monkeypatch):
+    """Return for how long the waiting callers of an engine want to sleep."""
+
+    def wakes(engine, wait=ThreadWaiter.wait):
+        wakes = []
+
+        class Waiter(ThreadWaiter):
+            def wait(self, seconds):
+                wakes.append(seconds)
+                wait(self, seconds)
+
+        state.wait_with(engine, Waiter)
+        return wakes
+
+    return wakes
+
+
+def test_not_before_deadlock_timeout(make_engine, looks, clock, wakes):
     engine = make_engine(pool_size=1, pool_timeout=FOR_EVER, deadlock_timeout=20)
-    wakes = []
 
-    class Waiter(ThreadWaiter):
-        def wait(self, seconds):
-            wakes.append(seconds)
-            if len(wakes) == 3:
-                assert looks == []
-                clock.advance(20)
+    def wait(waiter, seconds):
+        if len(woken) == 3:
+            assert looks == []
+            clock.advance(20)
 
-    state.wait_with(engine, Waiter)
+    woken = wakes(engine, wait)
     with engine.connect(), pytest.raises(SelfDeadlock) as caught:
         engine.connect()
-    assert wakes == [20.0] * 3
+    assert woken == [20.0] * 3
     assert caught.value.waited == 20.0
 
 
@@ -160,25 +185,25 @@ def test_not_without_deadlock_timeout(make_engine, looks):
         engine.connect()
 
 
-def test_caller_that_holds_nothing_is_not_looked_at(make_engine, looks, monkeypatch):
+def test_caller_that_holds_nothing_is_not_looked_at(make_engine, looks, wakes):
     """Nearly all that wait: they wake up once, and then no more."""
     engine = make_engine(pool_size=1, **WATCHFUL)
-    wakes = []
-
-    class Waiter(ThreadWaiter):
-        def wait(self, seconds):
-            wakes.append(seconds > 1)
-            super().wait(seconds)
-
     tagged = engine.execution_options(scraper="a")
     Caller(lambda: tagged.connect().close()).result()  # it has had one before
-    state.wait_with(engine, Waiter)
+    woken = wakes(engine)
     with tagged.connect():
         caller = Caller(lambda: tagged.connect().close())
-        eventually(lambda: len(wakes) == 2)
+        eventually(lambda: len(woken) == 2)
     caller.result()
-    assert wakes == [False, True]
+    assert [seconds > 1 for seconds in woken] == [False, True]
+    # Nor one with the number of a thread that has ended with connections out.
+    kept = []
+    Caller(lambda: kept.append(engine.connect())).result()
+    caller = Caller(lambda: engine.connect().close())
+    eventually(lambda: len(woken) == 4)
     assert looks == []
+    kept.pop().close()
+    caller.result()
 
 
 # -- no false alarm -------------------------------------------------------------------
@@ -215,18 +240,6 @@ def test_connection_is_that_callers_which_executes_a_statement(world, looks):
     assert not any(looks)
 
 
-def test_not_if_a_finished_threads_number_is_used_again(engine, looks):
-    """A thread may get the number of one that has ended with connections out."""
-    kept = []
-    Caller(lambda: kept.extend([engine.connect(), engine.connect()])).result()
-    caller = Caller(lambda: engine.connect().close())
-    ensure_waiting(engine.pool, 1)
-    assert looks == []  # it holds nothing
-    for connection in kept:
-        connection.close()
-    caller.result()
-
-
 @pytest.mark.parametrize("kind", ["dropped and reset", "closed", "opened"])
 def test_not_while_a_connection_is(kind, engine, server, looks):
     """By another thread, while the database is slow: no caller has the slot then."""
@@ -256,23 +269,20 @@ def test_not_while_a_connection_is(kind, engine, server, looks):
             engine.connect().close()
 
 
-def test_not_while_a_caller_has_a_slot_and_has_not_woken_up(engine, looks, monkeypatch):
-    class Sleeper(ThreadWaiter):
-        def wait(self, seconds):
-            super().wait(None)
-            looks.ensure()
+def test_not_while_a_caller_has_a_slot_and_has_not_woken_up(engine, looks, wakes):
+    def sleep(waiter, seconds):
+        ThreadWaiter.wait(waiter, None)
+        looks.ensure()
 
-    state.wait_with(engine, Sleeper)
-    held, other = engine.connect(), engine.connect()
-    caller = Caller(lambda: engine.connect().close())
-    ensure_waiting(engine.pool, 1)
-    state.wait_with(engine, ThreadWaiter)
-    # The caller gets a slot, and will open a connection.
-    engine.pool.reconfigure(pool_size=3, soft_limit=3, max_limit=3)
-    engine.connect().close()
-    caller.result()
-    other.close()
-    held.close()
+    wakes(engine, sleep)
+    with engine.connect(), engine.connect():
+        caller = Caller(lambda: engine.connect().close())
+        ensure_waiting(engine.pool, 1)
+        state.wait_with(engine, ThreadWaiter)
+        # The caller gets a slot, and will open a connection.
+        engine.pool.reconfigure(pool_size=3, soft_limit=3, max_limit=3)
+        engine.connect().close()
+        caller.result()
 
 
 def test_not_if_a_ceiling_will_rise_in_time(make_engine, clock, looks):
@@ -295,55 +305,53 @@ def test_not_if_a_ceiling_will_rise_in_time(make_engine, clock, looks):
         engine.pool.upkeep()
 
 
-def test_what_was_dropped_in_a_cycle_is_collected_instead(engine):
+@pytest.fixture
+def no_gc():
     gc.collect()
     gc.disable()
-    try:
-        for _ in range(2):
-            knot = [engine.connect()]
-            knot.append(knot)
-        del knot
-        assert engine.pool.checkedout() == 2
-        engine.connect().close()
-    finally:
-        gc.enable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_gc")
+def test_what_was_dropped_in_a_cycle_is_collected_instead(engine):
+    for _ in range(2):
+        knot = [engine.connect()]
+        knot.append(knot)
+    del knot
+    assert engine.pool.checkedout() == 2
+    engine.connect().close()
 
 
 class Slow:
     """A finaliser that takes as long as it is told to."""
 
-    def __init__(self, begun, go_on):
-        self.itself, self.begun, self.go_on = self, begun, go_on
+    def __init__(self, gate):
+        self.itself, self.gate = self, gate
 
     def __del__(self):
-        self.begun.set()
-        assert self.go_on.wait(PATIENCE)
+        self.gate()
 
 
-def take_three(engine):
-    with engine.connect(), engine.connect():
-        engine.connect()
-
-
+@pytest.mark.usefixtures("no_gc")
 def test_not_while_another_thread_collects(engine, looks):
     """It may be about to return a connection, and a second one cannot collect."""
-    begun, go_on = threading.Event(), threading.Event()
-    gc.collect()
-    gc.disable()
-    try:
-        Slow(begun, go_on)
-        collector = Caller(gc.collect)
-        assert begun.wait(PATIENCE)
-        caller = Caller(take_three, engine)
-        eventually(lambda: len(looks) >= 3)
-        assert caller.is_alive()
-        go_on.set()
-        with pytest.raises(SelfDeadlock):
-            caller.result()
-        collector.result()
-    finally:
-        go_on.set()
-        gc.enable()
+
+    def take_three():
+        with engine.connect(), engine.connect():
+            engine.connect()
+
+    gate = Gate()
+    Slow(gate)
+    collector = Caller(gc.collect)
+    gate.reached()
+    caller = Caller(take_three)
+    eventually(lambda: len(looks) >= 3)
+    assert caller.is_alive()
+    gate.open()
+    with pytest.raises(SelfDeadlock):
+        caller.result()
+    collector.result()
 
 
 PATCHED_TOO_LATE = """
@@ -368,11 +376,7 @@ holder.get().close()
 def test_not_where_greenlets_became_threads_too_late():
     """They all look like the same thread."""
     pytest.importorskip("gevent")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", PATCHED_TOO_LATE],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    command = [sys.executable, "-W", "ignore", "-c", PATCHED_TOO_LATE]
+    how = {"cwd": Path(__file__).parents[1], "capture_output": True, "text": True}
+    done = subprocess.run(command, timeout=60, **how)
     assert done.returncode == 0, done.stderr

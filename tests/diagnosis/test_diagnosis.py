@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 from support import state
-from support.threads import PATIENCE, Caller, Gate
+from support.threads import Caller, Gate
 
 from sqla_fairpool import (
     AsyncAdaptedFairQueuePool,
@@ -22,23 +22,12 @@ from sqla_fairpool.diagnosis.callers import ThreadHere, describe_caller, frames_
 from sqla_fairpool.diagnosis.report import duration
 
 
-def case(**changes):
+def case(*holdings, **changes):
     """Return a diagnosis: five wait under 'reports' for a full pool."""
-    facts = {
-        "tag": "reports",
-        "waited": 30.0,
-        "in_use": 0,
-        "ceiling": 10,
-        "waiting": 5,
-        "position": 1,
-        "active_tags": 2,
-        "pool_in_use": 4,
-        "capacity": 4,
-        "idle": 0,
-        "holders": (("web", 4),),
-        "holdings": (),
-    }
-    return Diagnosis(**{**facts, **changes})
+    line = {"tag": "reports", "waited": 30.0, "waiting": 5, "position": 1}
+    tag = {"in_use": 0, "ceiling": 10, "active_tags": 2, "holders": (("web", 4),)}
+    pool = {"pool_in_use": 4, "capacity": 4, "idle": 0, "holdings": holdings}
+    return Diagnosis(**{**line, **tag, **pool, **changes})
 
 
 def holding(**changes):
@@ -49,78 +38,64 @@ def holding(**changes):
 
 # -- the sentence ---------------------------------------------------------------------
 
-OLD = holding(age=725.0)
 LEAK = holding(age=725.0, statement_age=None, taken_at="jobs/x.py:3 in run")
 QUIET = holding(tag="layer2", age=50.0, statement_age=41.0, now_at="a.py:7 in f")
 OPENING = holding(opening=True, age=29.0, statement_age=None)
 LEFT = holding(caller="thread 'w' (ended)", abandoned=True)
 NESTED = holding(own=True, taken_at="x.py:3 in run")
-OWN_TAGS = holding(tag="reports")
 AT_CEILING = {"in_use": 2, "ceiling": 2, "pool_in_use": 2}
+NEVER = "it may never come back"
+ASK = f"{NEVER}; leak_threshold would tell where it was taken"
+
+#: What one holding or more say, beside others that work; and the advice.
+ADVICE = [
+    (
+        [],
+        "all 4 connections are at work and 5 wait under 'reports' alone: hold them for "
+        "shorter, or give the pool more",
+    ),
+    (
+        [QUIET, QUIET, QUIET],
+        "'layer2' keeps 3 of 4 connections unused, the last statement was 41s ago "
+        "(thread 'w' is at a.py:7 in f): end the transaction and close before waiting "
+        "for something else",
+    ),
+    (
+        [LEAK],
+        "a connection of 'web' is out for 12m05s (thread 'w', taken at jobs/x.py:3 in "
+        f"run): {NEVER}",
+    ),
+    (
+        [holding(age=725.0)],
+        f"a connection of 'web' is out for 12m05s (thread 'w'): {ASK}",
+    ),
+    ([LEFT], f"a connection of 'web' is out for 0.50s (thread 'w' (ended)): {ASK}"),
+    (
+        [NESTED],
+        "the caller itself holds a connection of 'web', taken at x.py:3 in run 0.50s "
+        "ago, and waits for one more: return the first before, or pass it on",
+    ),
+    (
+        [OPENING, OPENING, OPENING],
+        "3 of 4 connections are being opened, the first for 29s: the database does not "
+        "answer",
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("holdings", "changes", "advice"),
-    [
-        (
-            [holding()] * 4,
-            {},
-            "all 4 connections are at work and 5 wait under 'reports' alone: hold them "
-            "for shorter, or give the pool more",
-        ),
-        (
-            [OWN_TAGS] * 2,
-            {**AT_CEILING, "active_tags": 3},
-            "tag 'reports' is at its ceiling while the pool has 2 free: of 3 active "
-            "tags each may have 2 (soft_limit)",
-        ),
-        (
-            [OWN_TAGS] * 2,
-            {**AT_CEILING, "active_tags": 1},
-            "tag 'reports' is at its ceiling while the pool has 2 free: alone it may "
-            "have 2 (max_limit)",
-        ),
-        (
-            [QUIET, QUIET, QUIET, holding()],
-            {},
-            "'layer2' keeps 3 of 4 connections unused, the last statement was 41s ago "
-            "(thread 'w' is at a.py:7 in f): end the transaction and close before "
-            "waiting for something else",
-        ),
-        (
-            [LEAK, *[holding()] * 3],
-            {},
-            "a connection of 'web' is out for 12m05s (thread 'w', taken at jobs/x.py:3 "
-            "in run): it may never come back",
-        ),
-        (
-            [OLD, *[holding()] * 3],
-            {},
-            "a connection of 'web' is out for 12m05s (thread 'w'): it may never come "
-            "back; leak_threshold would tell where it was taken",
-        ),
-        (
-            [LEFT, *[holding()] * 3],
-            {},
-            "a connection of 'web' is out for 0.50s (thread 'w' (ended)): it may never "
-            "come back; leak_threshold would tell where it was taken",
-        ),
-        (
-            [NESTED, *[holding()] * 3],
-            {},
-            "the caller itself holds a connection of 'web', taken at x.py:3 in run "
-            "0.50s ago, and waits for one more: return the first before, or pass it on",
-        ),
-        (
-            [OPENING, OPENING, OPENING, holding()],
-            {},
-            "3 of 4 connections are being opened, the first for 29s: the database does "
-            "not answer",
-        ),
-    ],
-)
-def test_advice(holdings, changes, advice):
-    assert case(holdings=tuple(holdings), **changes).advice == advice
+def test_advice():
+    for some, advice in ADVICE:
+        assert case(*some, *[holding()] * (4 - len(some))).advice == advice
+    # One slot without a caller is no reason beside three that work.
+    assert case(*[holding()] * 3).advice == ADVICE[0][1]
+    ceiling = "tag 'reports' is at its ceiling while the pool has 2 free: "
+    for active, why in (
+        (3, "of 3 active tags each may have 2 (soft_limit)"),
+        (1, "alone it may have 2 (max_limit)"),
+    ):
+        at_ceiling = {**AT_CEILING, "active_tags": active}
+        found = case(*[holding(tag="reports")] * 2, **at_ceiling)
+        assert found.advice == ceiling + why
 
 
 OWN = holding(own=True, tag="reports", age=30.0, statement_age=30.0)
@@ -143,8 +118,8 @@ OWN = holding(own=True, tag="reports", age=30.0, statement_age=30.0)
     ],
 )
 def test_others_are_named_although_the_caller_holds_one_itself(others, changes, says):
-    facts = {"holdings": (OWN, *others), "capacity": 2, "pool_in_use": 2, **changes}
-    assert case(**facts).advice.startswith(says)
+    found = case(OWN, *others, **{"capacity": 2, "pool_in_use": 2, **changes})
+    assert found.advice.startswith(says)
 
 
 @pytest.mark.parametrize(
@@ -163,65 +138,50 @@ def test_others_are_named_although_the_caller_holds_one_itself(others, changes, 
     ],
 )
 def test_caller_is_named_if_no_other_could_have_helped(holdings, changes):
-    facts = {"holdings": tuple(holdings), "capacity": 2, "pool_in_use": 2, **changes}
-    assert case(**facts).advice.startswith("the caller itself holds a connection of '")
+    found = case(*holdings, **{"capacity": 2, "pool_in_use": 2, **changes})
+    assert found.advice.startswith("the caller itself holds a connection of '")
 
 
-def test_callers_that_wait_themselves_are_told():
-    both = case(holdings=(holding(waits=True), holding(waits=True, own=True)))
-    first, second = both.oldest
+def test_what_is_told_of_a_holding():
+    first, second = case(holding(waits=True), holding(waits=True, own=True)).oldest
     assert str(first).endswith("last statement 0.10s ago, waits for one more")
     assert str(second).endswith("last statement 0.10s ago")
-
-
-def test_only_what_would_have_helped_is_told():
-    """At its own ceiling, other tags' connections are not the reason."""
+    # At its own ceiling, other tags' connections are not the reason.
     own, other = holding(tag="reports", age=1.0), holding(tag="web", age=900.0)
-    found = case(in_use=1, ceiling=1, pool_in_use=2, holdings=(other, own))
+    found = case(other, own, in_use=1, ceiling=1, pool_in_use=2)
     assert found.oldest == (own,)
     assert "out for" not in found.advice
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0, "0.00s"), (9.994, "9.99s"), (41.4, "41s"), (725, "12m05s"), (7500, "2h05m")],
-)
-def test_durations(seconds, words):
-    assert duration(seconds) == words
+    words = {0: "0.00s", 9.994: "9.99s", 41.4: "41s", 725: "12m05s", 7500: "2h05m"}
+    assert {seconds: duration(seconds) for seconds in words} == words
 
 
 # -- from a living pool ---------------------------------------------------------------
 
 
 def test_message_names_thread_age_statement_and_line(make_engine, clock):
-    engine = make_engine(pool_size=1, pool_timeout=0)
-    taken, go_on = threading.Event(), threading.Event()
+    engine, gate = make_engine(pool_size=1, pool_timeout=0), Gate()
 
     def hold_and_sleep():
         with engine.execution_options(scraper="layer2").connect() as connection:
             connection.execute(text("select 1"))
-            taken.set()
-            assert go_on.wait(PATIENCE)  # the line that the message names
+            gate()  # the line that the message names
 
     caller = Caller(hold_and_sleep)
-    assert taken.wait(PATIENCE)
+    gate.reached()
     clock.advance(41.0)
-    try:
-        with pytest.raises(CheckoutTimeout) as caught:
-            engine.execution_options(scraper="web").connect()
-    finally:
-        go_on.set()
+    with pytest.raises(CheckoutTimeout) as caught:
+        engine.execution_options(scraper="web").connect()
+    gate.open()
     caller.result()
-    facts = caught.value.diagnosis
+    facts, message = caught.value.diagnosis, str(caught.value)
     (held,) = facts.holdings
     assert (held.tag, held.age, held.statement_age) == ("layer2", 41.0, 41.0)
     assert (facts.tag, facts.active_tags, facts.position) == ("web", 2, 1)
-    assert held.now_at.endswith(" in hold_and_sleep")
-    message = str(caught.value)
+    assert "/support/threads.py:" in held.now_at
     assert "oldest: 'layer2' for 41s by thread 'Thread-" in message
-    assert "last statement 41s ago, now at " in message
-    assert "tests/diagnosis/test_diagnosis.py:" in message
+    assert f"last statement 41s ago, now at {held.now_at}" in message
     name = test_message_names_thread_age_statement_and_line.__name__
+    assert "tests/diagnosis/test_diagnosis.py:" in facts.asked_at
     assert facts.asked_at.endswith(f" in {name}")
     assert f"asked for at {facts.asked_at}; advice:" in message
     assert "advice: 'layer2' keeps 1 of 1 connections unused" in message
@@ -242,55 +202,45 @@ def test_where_it_was_taken_is_told_with_leak_threshold(make_engine):
     assert copy.diagnosis == caught.value.diagnosis
 
 
-@pytest.fixture
-def two(make_engine):
-    return make_engine(pool_size=2, soft_limit=2, max_limit=2, pool_timeout=0)
-
-
-def connect(engine):
-    engine.connect().close()
-
-
-def connect_again(engine):
-    """The pool has the record for long; only its connection is new."""
-    with engine.connect() as lost:
-        lost.invalidate()
-    engine.connect().close()
-
-
-def close(engine):
-    engine.connect().close()
-    engine.pool.dispose()
-
-
 @pytest.mark.parametrize(
-    ("hangs", "work", "says"),
+    ("hangs", "says"),
     [
-        ("connect", connect, "1 of 2 connections are being opened"),
-        ("connect", connect_again, "1 of 2 connections are being opened"),
-        ("close", close, "1 of 2 connections are with no caller"),
+        ("connect", "1 of 2 connections are being opened"),
+        ("connect again", "1 of 2 connections are being opened"),
+        ("close", "1 of 2 connections are with no caller"),
+        (None, "1 of 2 connections are with no caller"),
     ],
 )
-def test_slow_server_is_named_to_a_nested_caller(two, server, hangs, work, says):
+def test_what_hangs_is_named_to_a_nested_caller(make_engine, server, hangs, says):
+    """A slow server, to which the pool's record may be known; or a lost slot."""
+    two = make_engine(pool_size=2, soft_limit=2, max_limit=2, pool_timeout=0)
     gate = Gate()
-    with two.connect():
-        if work is connect_again:
-            two.connect().close()
-        server.before[hangs] = gate
-        caller = Caller(work, two)
-        gate.reached()
-        try:
-            with pytest.raises(CheckoutTimeout, match=says):
-                two.connect()
-        finally:
-            gate.open()
-        caller.result()
 
+    def work():
+        if hangs == "connect again":
+            with two.connect() as lost:
+                lost.invalidate()
+        two.connect().close()
+        if hangs == "close":
+            two.pool.dispose()
 
-def test_lost_slot_is_named_to_a_nested_caller(two):
-    with state.slot_without_caller(two, "a"), two.connect():
-        with pytest.raises(CheckoutTimeout, match="1 of 2 connections are with no"):
+    def refused():
+        with pytest.raises(CheckoutTimeout, match=says):
             two.connect()
+
+    if hangs is None:
+        with state.slot_without_caller(two, "a"), two.connect():
+            refused()
+        return
+    with two.connect():
+        if hangs == "connect again":
+            two.connect().close()
+        server.before[hangs.partition(" ")[0]] = gate
+        caller = Caller(work)
+        gate.reached()
+        refused()
+        gate.open()
+        caller.result()
 
 
 def test_callers_in_words():

@@ -22,7 +22,7 @@ class Endings:
 
     name = "sqla_fairpool-endings"
 
-    def __init__(self, make_engine):
+    def __init__(self, server):
         self.watcher, self.told = EndWatcher(), []
 
     def start(self):
@@ -40,8 +40,8 @@ class Leaks:
 
     name = "sqla_fairpool leak_threshold"
 
-    def __init__(self, make_engine):
-        self.engine = make_engine(leak_threshold=0.4)
+    def __init__(self, server):
+        self.engine = server.engine(leak_threshold=0.4)
 
     def start(self):
         self.engine.connect().close()
@@ -60,14 +60,12 @@ class Apart:
 
     name = "sqla_fairpool-min_idle"
 
-    def __init__(self, make_engine):
+    def __init__(self, server):
         self.begun = threading.Event()
+        self.works = self.begun.is_set
 
     def start(self):
         ThreadWaiter.run_apart(self.begun.set)
-
-    def works(self):
-        return self.begun.is_set()
 
     def has_ended(self):
         return self.name not in names()
@@ -79,15 +77,8 @@ def names():
 
 @pytest.fixture(params=[Endings, Leaks, Apart])
 def worker(request, server):
-    engines = []
-
-    def make_engine(**options):
-        engines.append(server.engine(**options))
-        return engines[-1]
-
-    worker = request.param(make_engine)
+    worker = request.param(server)
     yield worker
-    engines.clear()
     eventually(worker.has_ended)
 
 
@@ -98,23 +89,16 @@ def soon(monkeypatch):
     monkeypatch.setattr(background, "_HELPERS", 10_000)
 
 
-@pytest.fixture
-def start_raw():
-    return _thread.start_new_thread
+start_raw = _thread.start_new_thread
 
 
 @pytest.mark.usefixtures("soon")
-def test_new_thread_that_ends_before_its_first_instruction(
-    worker, monkeypatch, start_raw
-):
+def test_new_thread_that_ends_before_its_first_instruction(worker, monkeypatch):
     """As one does that CPython 3.11 hits with the exception for another thread."""
     to_end = [1, 1]
 
     def start(function, args):
-        if to_end:
-            to_end.pop()
-            return start_raw(lambda: None, ())
-        return start_raw(function, args)
+        return start_raw((lambda: None) if to_end and to_end.pop() else function, args)
 
     monkeypatch.setattr(_thread, "start_new_thread", start)
     Caller(worker.start).result()
@@ -124,9 +108,7 @@ def test_new_thread_that_ends_before_its_first_instruction(
 
 @pytest.mark.parametrize("interrupts", [1, 10])
 @pytest.mark.parametrize("how", ["before", "after"])
-def test_interrupt_while_the_thread_is_started(
-    worker, monkeypatch, start_raw, how, interrupts
-):
+def test_interrupt_while_the_thread_is_started(worker, monkeypatch, how, interrupts):
     """It is raised afterwards; after many of them the next call starts another."""
     left = [KeyboardInterrupt] * interrupts
 
@@ -146,18 +128,18 @@ def test_interrupt_while_the_thread_is_started(
     eventually(lambda: names().count(worker.name) <= 1)
 
 
-class Thrown(Exception):  # noqa: N818
+class HitError(Exception):
     """Thrown into a thread."""
 
 
 @pytest.mark.usefixtures("soon")
-def test_exception_thrown_in_the_first_moment(worker, monkeypatch, start_raw):
+def test_exception_thrown_in_the_first_moment(worker, monkeypatch):
     """It hits this thread, or up to CPython 3.11 the new one."""
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
 
     def throw():
         number = ctypes.c_ulong(threading.get_ident())
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(Thrown))
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(HitError))
 
     def start(function, args):
         monkeypatch.setattr(_thread, "start_new_thread", start_raw)
@@ -169,7 +151,7 @@ def test_exception_thrown_in_the_first_moment(worker, monkeypatch, start_raw):
             monkeypatch.setattr(_thread, "start_new_thread", start)
             try:
                 worker.start()
-            except Thrown:
+            except HitError:
                 worker.start()
 
     Caller(call).result()

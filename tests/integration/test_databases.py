@@ -70,23 +70,15 @@ def test_reads_and_writes_under_every_kind_of_tag(world):
 
 @contract
 def test_one_connection_serves_one_caller_after_the_other(world):
-    engine = world.engine()
-    seen = count_opened(engine)
-    for tag in ("a", "a", "b", "a"):
-        with connect(engine, tag) as connection:
-            assert connection.scalar(text("select 1")) == 1
-    assert len(seen) == 1
-
-
-@contract
-def test_connection_is_handed_from_caller_to_caller(world):
     engine = world.engine(pool_size=1)
     seen = count_opened(engine)
 
-    def work():
-        with connect(engine) as connection:
+    def work(tag="a"):
+        with connect(engine, tag) as connection:
             return connection.scalar(text("select 1"))
 
+    for tag in ("a", "a", "b", "a"):
+        assert work(tag) == 1
     with connect(engine) as connection:
         caller = world.start(work)
         world.ensure_waiting(engine, 1)
@@ -155,11 +147,7 @@ def test_dispose_closes_what_is_in_the_pool(world):
     with connect(engine) as connection:
         assert connection.scalar(text("select 1")) == 1
     assert len(seen) == 2
-
-
-@contract
-def test_pre_ping_and_recycle_leave_a_working_connection(world):
     engine = world.engine(pool_pre_ping=True, pool_recycle=0, pool_use_lifo=True)
-    for _ in range(3):
+    for _ in range(3):  # those leave a working connection
         with connect(engine) as connection:
             assert connection.scalar(text("select 1")) == 1

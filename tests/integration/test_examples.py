@@ -19,56 +19,38 @@ def run(program, url):
     environment = {k: v for k, v in os.environ.items() if k != "DATABASE_URL"}
     if url is not None:
         environment["DATABASE_URL"] = url.render_as_string(hide_password=False)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", program],
-        cwd=EXAMPLES,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    command = [sys.executable, "-W", "error", program]
+    how = {"cwd": EXAMPLES, "env": environment, "timeout": 60}
+    done = subprocess.run(command, capture_output=True, text=True, **how)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+#: What each program prints, its lines joined by "; ".
+SAYS = {
+    "flask_app.py": "/shop/ {'shop': 1}; /reports/ {'reports': 1}; still held: {}",
+    "fastapi_app.py": (
+        "/orders acme {'acme': 1}; /orders umbrella {'umbrella': 1}; "
+        "/export acme {'exports': 1}; still held: {}"
+    ),
+    "scraper_threads.py": (
+        "{'greedy': 30, 'quick': 30}; greedy checked out 30 times; housekeeping "
+        "checked out 1 times; quick checked out 30 times; unknown checked out 1 times"
+    ),
+}
 
 
 @pytest.mark.parametrize(
     "database", ["sqlite", pytest.param("pg", marks=pytest.mark.postgres)]
 )
-@pytest.mark.parametrize(
-    ("program", "lines"),
-    [
-        (
-            "flask_app.py",
-            ["/shop/ {'shop': 1}", "/reports/ {'reports': 1}", "still held: {}"],
-        ),
-        (
-            "fastapi_app.py",
-            [
-                "/orders acme {'acme': 1}",
-                "/orders umbrella {'umbrella': 1}",
-                "/export acme {'exports': 1}",
-                "still held: {}",
-            ],
-        ),
-        (
-            "scraper_threads.py",
-            [
-                "{'greedy': 30, 'quick': 30}",
-                "greedy checked out 30 times",
-                "housekeeping checked out 1 times",
-                "quick checked out 30 times",
-                "unknown checked out 1 times",
-            ],
-        ),
-    ],
-)
-def test_program_says_what_it_did(request, database, program, lines):
+@pytest.mark.parametrize("program", SAYS)
+def test_program_says_what_it_did(request, database, program):
     url = None
     if database == "pg":
         url = make_url(request.getfixturevalue("postgres_url"))
         if program == "fastapi_app.py":
             url = url.set(drivername="postgresql+asyncpg")
-    assert run(program, url) == lines
+    assert "; ".join(run(program, url)) == SAYS[program]
 
 
 _CLIENT = """
@@ -115,22 +97,16 @@ def test_celery_with_prefork(postgres_url, tmp_path):
 
 
 @pytest.mark.postgres
-def test_unchanged_scripts_do_what_they_do_under_the_launcher(postgres_url, tmp_path):
+def test_unchanged_scripts_do_what_they_do_under_the_launcher(postgres_url):
     environment = {**os.environ, "DATABASE_URL": postgres_url}
-    scripts = [
-        subprocess.Popen(
-            [sys.executable, "-m", "sqla_fairpool", "run", "-v", f"{name}.py", "0.5"],
-            cwd=EXAMPLES / "unchanged",
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    how = {"cwd": EXAMPLES / "unchanged", "env": environment, "text": True, **pipes}
+    command = [sys.executable, "-m", "sqla_fairpool", "run", "-v"]
+    scripts = {
+        name: subprocess.Popen([*command, f"{name}.py", "0.5"], **how)
         for name in ("layer1_5", "layer2", "layer3")
-    ]
-    for script in scripts:
-        name = Path(script.args[-2]).stem
+    }
+    for name, script in scripts.items():
         out, err = script.communicate("\n", timeout=60)
         assert script.returncode == 0, err
         assert out.startswith(f"{name}: ")
@@ -138,16 +114,13 @@ def test_unchanged_scripts_do_what_they_do_under_the_launcher(postgres_url, tmp_
 
 
 def test_postgresql_to_try_prints_its_url_and_is_gone_with_ctrl_c():
-    server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", EXAMPLES / "unchanged" / "postgres.py"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    line = server.stdout.readline()
-    assert line.startswith("export DATABASE_URL='postgresql+psycopg2://")
-    folder = Path(line.partition("host=")[2].rstrip("'\n"))
-    assert folder.is_dir()
-    server.send_signal(signal.SIGINT)
-    assert server.wait(60) == 0
-    server.stdout.close()
+    program = EXAMPLES / "unchanged" / "postgres.py"
+    command = [sys.executable, "-W", "ignore", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        line = server.stdout.readline()
+        assert line.startswith("export DATABASE_URL='postgresql+psycopg2://")
+        folder = Path(line.partition("host=")[2].rstrip("'\n"))
+        assert folder.is_dir()
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 0
     assert not folder.exists()

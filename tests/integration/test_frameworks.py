@@ -60,49 +60,41 @@ def flask(examples, file_url):
 
 
 def test_flask_requests_in_flight_have_each_their_own_tag(flask):
+    import flask_app
+
     together = threading.Barrier(2)
 
     @flask.get("/wait/<name>", endpoint="wait")
     def wait(name):
-        from flask_app import db, holders
-
         with tag(name):  # in a view it may be said more finely
-            db.session.execute(text("select 1"))
+            flask_app.db.session.execute(text("select 1"))
         together.wait(PATIENCE)
-        held = holders()
+        held = flask_app.holders()
         together.wait(PATIENCE)
         return held
 
-    def visit(name):
-        return flask.test_client().get(f"/wait/{name}").get_json()
-
-    callers = [Caller(visit, "a"), Caller(visit, "b")]
-    for caller in callers:
-        assert caller.result() == {"a": 1, "b": 1}
-
-
-def test_flask_blueprint_at_its_ceiling_does_not_block_another(flask):
-    with tag("reports"):
-        held = flask.fair_pool.connect()
-    waiting = Caller(lambda: flask.test_client().get("/reports/").get_json())
-    ensure_waiting(flask.fair_pool, 1)
-    answer = flask.test_client().get("/shop/").get_json()
-    assert answer == {"reports": 1, "shop": 1}
-    held.close()
-    assert waiting.result() == {"reports": 1}
-
-
-def test_flask_error_leaves_neither_tag_nor_connection(flask):
     @flask.get("/fail", endpoint="fail")
     def fail():
-        from flask_app import db
-
-        db.session.execute(text("select 1"))
+        flask_app.db.session.execute(text("select 1"))
         raise ZeroDivisionError
 
-    assert flask.test_client().get("/fail").status_code == 500
-    assert context_tag() is None
-    assert flask.fair_pool.checkedout() == 0
+    def visit(path):
+        return flask.test_client().get(path)
+
+    callers = [Caller(visit, f"/wait/{name}") for name in "ab"]
+    for caller in callers:
+        assert caller.result().get_json() == {"a": 1, "b": 1}
+    # A blueprint at its ceiling does not block another.
+    with tag("reports"):
+        held = flask.fair_pool.connect()
+    waiting = Caller(visit, "/reports/")
+    ensure_waiting(flask.fair_pool, 1)
+    assert visit("/shop/").get_json() == {"reports": 1, "shop": 1}
+    held.close()
+    assert waiting.result().get_json() == {"reports": 1}
+    # An error leaves neither tag nor connection.
+    assert visit("/fail").status_code == 500
+    assert (context_tag(), flask.fair_pool.checkedout()) == (None, 0)
 
 
 def test_flask_sqlalchemy_with_only_the_urls_edited(file_url, tmp_path):
@@ -145,12 +137,10 @@ def fastapi(examples, file_url):
 
 def in_fastapi(app, visit):
     async def main():
-        async with app.router.lifespan_context(app):
-            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-            async with httpx.AsyncClient(
-                transport=transport, base_url="http://app"
-            ) as client:
-                result = await asyncio.wait_for(visit(client), PATIENCE)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        client = httpx.AsyncClient(transport=transport, base_url="http://app")
+        async with app.router.lifespan_context(app), client:
+            result = await asyncio.wait_for(visit(client), PATIENCE)
             assert_quiet(app.state.engine.pool)
             return result
 
@@ -183,17 +173,19 @@ def test_fastapi_requests_in_flight_have_each_their_own_tag(fastapi):
 def test_fastapi_streams_and_background_tasks_keep_their_tag(fastapi):
     seen = []
 
-    async def look():
+    async def look(error=None):
         async with fastapi.state.engine.connect():
             seen.append(fastapi.holders())
+            if error:
+                raise error
+
+    async def parts():
+        for _ in range(2):
+            await look()
+            yield "part "
 
     @fastapi.get("/stream")
     async def stream():
-        async def parts():
-            for _ in range(2):
-                await look()
-                yield "part "
-
         return StreamingResponse(parts())
 
     @fastapi.get("/later")
@@ -202,18 +194,15 @@ def test_fastapi_streams_and_background_tasks_keep_their_tag(fastapi):
 
     @fastapi.get("/fail")
     async def fail():
-        async with fastapi.state.engine.connect():
-            raise ZeroDivisionError
+        await look(ZeroDivisionError)
 
     async def visit(client):
+        acme = {"headers": {"x-tenant": "acme"}}
         paths = ("/stream", "/later", "/fail")
-        answers = [
-            await client.get(path, headers={"x-tenant": "acme"}) for path in paths
-        ]
-        return [answer.status_code for answer in answers]
+        return [(await client.get(path, **acme)).status_code for path in paths]
 
     assert in_fastapi(fastapi, visit) == [200, 200, 500]
-    assert seen == [{"acme": 1}] * 3
+    assert seen == [{"acme": 1}] * 4
 
 
 # -- Alembic -------------------------------------------------------------------------
@@ -255,14 +244,7 @@ def alembic(tmp_path, monkeypatch):
 #: What stands in Alembic's env.py.
 ITS_POOL = "        poolclass=pool.NullPool,\n"
 
-#: Appended to Alembic's own template: what pool was used.
 
-
-#: What stands in Alembic's env.py.
-
-
-# Its env.py never disposes of the engine, which only a NullPool closes by itself; the
-# driver of SQLite warns of that, from Python 3.13 on.
 # Its env.py never disposes of the engine, which only a NullPool closes by itself; the
 # driver of SQLite warns of that, from Python 3.13 on.
 @pytest.mark.filterwarnings(
@@ -298,8 +280,7 @@ def test_alembic_with_only_the_url_edited(
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:alembic")
 def test_alembic_offline(alembic, file_url, capsys):
-    config = alembic(file_url)
-    command.upgrade(config, "head", sql=True)
+    command.upgrade(alembic(file_url), "head", sql=True)
     assert "CREATE TABLE made" in capsys.readouterr().out
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 
+import psutil
 import pytest
+from sqlalchemy import make_url
 from support import documents
+from support.threads import eventually
 
+import sqla_fairpool
 from sqla_fairpool.options import OPTIONS
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +33,18 @@ def test_metadata_names_the_one_hard_dependency():
     assert {"postgresql", "demo", "test", "bench"} <= set(extras)
 
 
+@pytest.mark.parametrize("extra", ["postgresql", "demo"])
+def test_url_without_a_driver_works_with_the_extra(extra):
+    """``postgresql://`` means another driver in each SQLAlchemy."""
+    module = make_url("postgresql://h/d").get_dialect().import_dbapi().__name__
+    brought = [
+        re.match(r"[\w-]+", requirement)[0].removesuffix("-binary")
+        for requirement in metadata.requires("sqla-fairpool")
+        if f'extra == "{extra}"' in requirement
+    ]
+    assert module in brought
+
+
 def test_oldest_sqlalchemy_that_is_admitted_is_tested_and_named():
     setup, tox = (ROOT / "setup.cfg").read_text(), (ROOT / "tox.ini").read_text()
     (oldest,) = re.findall(r"SQLAlchemy >=([\d.]+), <2.2", setup)
@@ -42,13 +59,24 @@ def test_oldest_sqlalchemy_that_is_admitted_is_tested_and_named():
 def test_build_system_stands_beside_setup_cfg_and_the_marker_of_types_is_there():
     """setup.cfg alone does not install: pip needs a build system beside it."""
     text = (ROOT / "pyproject.toml").read_text()
-    assert "[build-system]" in text
-    assert "[project]" not in text
-    files = metadata.files("sqla-fairpool")
-    assert files is not None
-    import sqla_fairpool
-
+    assert ("[build-system]" in text, "[project]" in text) == (True, False)
     assert (Path(sqla_fairpool.__file__).parent / "py.typed").exists()
+
+
+@pytest.mark.postgres
+def test_session_that_is_ended_by_sigterm_leaves_no_server():
+    program = ROOT / "tests" / "support" / "server_program.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", program]
+    said = {}
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as session:
+        for line in session.stdout:
+            what, _, number = line.decode().partition(" ")
+            if what in ("server", "child"):
+                said[what] = int(number)
+            if what == "child":
+                session.terminate()
+    assert said["child"] == signal.SIGTERM
+    eventually(lambda: not psutil.pid_exists(said["server"]), "the server's end")
 
 
 def blocks(text):
@@ -57,27 +85,18 @@ def blocks(text):
 
 @pytest.mark.parametrize("block", [*blocks(README), *blocks(MIGRATION)])
 def test_code_of_the_documents_runs_when_pasted(block, tmp_path):
-    for driver, file in (
-        ("postgresql+psycopg2", "sqlite:///t.db"),
-        ("postgresql+asyncpg", "sqlite+aiosqlite:///t.db"),
-    ):
-        block = block.replace(f"{driver}://app@localhost/app", file)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", block],
-        cwd=tmp_path,
-        env={**os.environ, "DATABASE_URL": "sqlite:///t.db"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    for driver, file in (("psycopg2", "sqlite"), ("asyncpg", "sqlite+aiosqlite")):
+        url = f"postgresql+{driver}://app@localhost/app"
+        block = block.replace(url, f"{file}:///t.db")
+    environment = {**os.environ, "DATABASE_URL": "sqlite:///t.db"}
+    command = [sys.executable, "-W", "error", "-c", block]
+    how = {"cwd": tmp_path, "env": environment, "timeout": 60}
+    done = subprocess.run(command, capture_output=True, text=True, **how)
     assert done.returncode == 0, done.stderr
 
 
-def test_readmes_tables_of_options_are_those_of_the_code():
+def test_readmes_options_are_those_of_the_code():
     assert documents.with_tables(README) == README
-
-
-def test_readme_names_the_options_that_a_living_pool_cannot_change():
     (text,) = re.findall(r"Any option can be\schanged but (.*?)\.\n", README, re.DOTALL)
     fixed = {name for name, option in OPTIONS.items() if option.is_fixed}
     assert set(re.findall(r"`(\w+)`", text)) == fixed | {"pool_use_lifo"}

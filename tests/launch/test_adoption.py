@@ -16,7 +16,7 @@ from sqla_fairpool.launch.environment import Run
 from sqla_fairpool.ledger.addresses import database_place, default_path
 
 URL = "postgresql+psycopg2://app:s3cret@db/app?sslpassword=s3cret"
-PLACE = database_place(make_url(URL))
+SAID = "sqla-fairpool run: engine for postgresql://db:5432/app"
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +31,11 @@ def no_memory():
 def arguments(capsys):
     """Return what an engine gets, and what is said of it."""
 
-    def arguments(url, database=None, options=None, **given):
-        options = {"ledger": None, **(options or {})}
-        run = Run("layer3", database, verbose=True)
-        got = engine_arguments(run, options, url, given)
+    def arguments(url, database=None, options=None, verbose=True, **given):
+        run = Run("layer3", database, verbose=verbose)
+        got = engine_arguments(run, {"ledger": None, **(options or {})}, url, given)
         out, err = capsys.readouterr()
-        assert out == ""
-        assert "s3cret" not in err
+        assert (out, "s3cret" in err) == ("", False)
         return got, err
 
     return arguments
@@ -45,26 +43,18 @@ def arguments(capsys):
 
 def test_engine_gets_the_pool_its_options_and_the_tag(arguments):
     options = {"pool_size": "30", "soft_limit": "8", "ledger": "/run/app.ledger"}
+    pool = {"poolclass": FairQueuePool, "default_tag": "layer3", **options}
     got, said = arguments(URL, options=options, pool_timeout=3, echo=True)
-    assert got == {
-        "poolclass": FairQueuePool,
-        "default_tag": "layer3",
-        "pool_timeout": 3,
-        "echo": True,
-        **options,
-    }
-    assert said == (
-        "sqla-fairpool run: engine for postgresql://db:5432/app: fair pool, "
-        "tag 'layer3', ledger /run/app.ledger\n"
-    )
-
-
-def test_size_of_the_script_gives_way_to_the_budget(arguments):
+    assert got == {"pool_timeout": 3, "echo": True, **pool}
+    assert said == f"{SAID}: fair pool, tag 'layer3', ledger /run/app.ledger\n"
+    # The script's own size gives way to the budget.
     got, said = arguments(URL, pool_size=5, max_overflow=10)
     assert not {"pool_size", "max_overflow"} & set(got)
-    assert said.endswith(
-        "; pool_size=20 in place of the script's pool_size=5, max_overflow=10\n"
-    )
+    replaced = "; pool_size=20 in place of the script's pool_size=5, max_overflow=10\n"
+    assert said.endswith(replaced)
+    for rest in ("h/d?ledger=x", "h:port/d"):
+        _, said = arguments(URL, options={"ledger": f"postgresql://u:s3cret@{rest}"})
+        assert said.endswith(f", ledger postgresql://u:***@{rest}\n")
 
 
 def test_rest_of_the_pools_arguments_stays_the_scripts(tmp_path, arguments):
@@ -98,40 +88,45 @@ def test_pool_class_is_the_dialects(arguments, driver, given, pool):
     assert got == {**given, "poolclass": pool, "default_tag": "layer3", "ledger": None}
 
 
+PLUGIN = "its plugin fairpool sees to it"
+MEMORY = "other connections would have other databases in memory"
+
+
 @pytest.mark.parametrize(
     ("url", "given", "why"),
     [
         (URL, {"poolclass": NullPool}, "it has a pool class of its own, NullPool"),
         (URL, {"pool": QueuePool(lambda: None)}, "it has a pool of its own"),
-        (URL + "&plugin=fairpool", {}, "its plugin fairpool sees to it"),
-        (URL + "&plugin=x&plugin=fairpool", {}, "its plugin fairpool sees to it"),
-        (URL, {"plugins": ["fairpool"]}, "its plugin fairpool sees to it"),
-        (URL, {"strategy": "mock"}, "it is a mock"),
-        ("sqlite://", {}, "other connections would have other databases"),
-        ("sqlite:///:memory:", {}, "other connections would have other databases"),
-        ("sqlite:///file:a?mode=memory&uri=true", {}, "other connections would have"),
-        ("sqlite:///file::memory:?uri=true", {}, "other connections would have"),
-        ("sqlite+aiosqlite://", {"_is_async": True}, "other connections would have"),
+        (URL + "&plugin=fairpool", {}, PLUGIN),
+        (URL + "&plugin=x&plugin=fairpool", {}, PLUGIN),
+        (URL, {"plugins": ["fairpool"]}, PLUGIN),
+        ("sqlite://", {}, MEMORY),
+        ("sqlite:///:memory:", {}, MEMORY),
+        ("sqlite:///file:a?mode=memory&uri=true", {}, MEMORY),
+        ("sqlite:///file::memory:?uri=true", {}, MEMORY),
+        ("sqlite+aiosqlite://", {"_is_async": True}, MEMORY),
     ],
 )
 def test_left_alone(arguments, url, given, why):
     """Warnings, of the spelling of a URL say, are given by create_engine alone."""
     given = {"pool_size": 3, **given}
     got, said = arguments(url, **given)
-    assert got == given
-    assert f" left alone: {why}" in said
-    assert said.count("\n") == 1
+    assert (got, said.partition(" left alone: ")[2]) == (given, f"{why}\n")
 
 
-OURS = {"poolclass": NullPool, "connect_args": {"application_name": "sqla_fairpool x"}}
-
-
-@pytest.mark.parametrize(
-    ("url", "given"),
-    [*((url, {"echo": True}) for url in ("bad", "nosuch://db/app", 5)), (URL, OURS)],
-)
-def test_what_is_no_scripts_engine_is_left_alone_in_silence(arguments, url, given):
-    assert arguments(url, **given) == (given, "")
+def test_nothing_is_said_of_what_is_no_scripts_engine(arguments, monkeypatch):
+    ours = {"connect_args": {"application_name": "sqla_fairpool x"}}
+    ours["poolclass"] = NullPool
+    given = {"echo": True}
+    assert arguments(URL, **ours) == (ours, "")
+    for url in ("bad", "nosuch://h/d", 5):
+        assert arguments(url, **given) == (given, "")
+    # Nor of any, unless it is asked for and heard.
+    for url in ("sqlite://", URL):
+        assert arguments(url, verbose=False)[1] == ""
+    monkeypatch.setattr("sys.stderr", None)
+    for url in ("sqlite://", URL):
+        engine_arguments(Run("a", verbose=True), {"ledger": None}, url, {})
 
 
 @pytest.mark.parametrize(
@@ -146,41 +141,22 @@ def test_what_is_no_scripts_engine_is_left_alone_in_silence(arguments, url, give
     ],
 )
 def test_other_database_is_left_alone(arguments, url, is_adopted):
-    got, said = arguments(url, database=PLACE)
-    if is_adopted:
-        assert "poolclass" in got
-    else:
-        why = "its database is not postgresql://db:5432/app"
-        assert (got, said.partition(" left alone: ")[2]) == ({}, f"{why}\n")
-
-
-@pytest.mark.parametrize(("verbose", "stderr"), [(False, "stderr"), (True, "none")])
-def test_silent_unless_verbose_and_heard(capsys, monkeypatch, verbose, stderr):
-    if stderr == "none":
-        monkeypatch.setattr("sys.stderr", None)
-    for url in ("sqlite://", URL):
-        engine_arguments(Run("a", verbose=verbose), {"ledger": None}, url, {})
-    assert capsys.readouterr() == ("", "")
-
-
-@pytest.mark.parametrize("rest", ["h/d?ledger=x", "h:port/d"])
-def test_ledger_is_shown_without_a_password(arguments, rest):
-    _, said = arguments(URL, options={"ledger": f"postgresql://u:s3cret@{rest}"})
-    assert said.endswith(f", ledger postgresql://u:***@{rest}\n")
+    got, said = arguments(url, database=database_place(make_url(URL)))
+    why = "its database is not postgresql://db:5432/app\n"
+    assert ("poolclass" in got) == is_adopted
+    assert is_adopted or (got, said.partition(" left alone: ")[2]) == ({}, why)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no host store")
 def test_engine_that_is_not_initialized_is_told_its_ledger(arguments):
     """As ``create_pool_from_url`` makes one: the pool is told no database."""
-    got, _ = arguments(URL, options={"ledger": "host"}, _initialize=False)
-    assert got["ledger"] == str(default_path(make_url(URL)))
-    got, _ = arguments(URL, options={"ledger": "database"}, _initialize=False)
-    assert got["ledger"].startswith("postgresql+psycopg2://app:s3cret@db/app")
-    got, _ = arguments(URL, options={"ledger": "host"})
-    assert got["ledger"] == "host"
-
-
-# -- for a process ---------------------------------------------------------------------
+    for ledger, how, told in (
+        ("host", {"_initialize": False}, str(default_path(make_url(URL)))),
+        ("database", {"_initialize": False}, URL.partition("?")[0]),
+        ("host", {}, "host"),
+    ):
+        got, _ = arguments(URL, options={"ledger": ledger}, **how)
+        assert got["ledger"].startswith(told)
 
 
 def test_settings_are_read_once(monkeypatch):
@@ -191,25 +167,13 @@ def test_settings_are_read_once(monkeypatch):
     assert (first["pool_size"], first["idle_timeout"]) == ("12", "7")
     monkeypatch.setenv("DYNAMIC_POOL_SIZE", "13")
     assert adopt(run, (), {"url": URL})["pool_size"] == "12"
-
-
-def test_bad_variable_is_named(monkeypatch):
+    # What is not understood is left alone: of another version, or without a URL.
+    for other in ("{}", "nonsense", '{"scraper": "a", "new": 1}'):
+        assert adopt(other, (URL,), {"echo": True}) == {"echo": True}
+    assert adopt(run, (), {"echo": True}) == {"echo": True}
     monkeypatch.setenv("SCRAPER_SOFT_LIMIT", "many")
     with pytest.raises(ArgumentError, match=r"^SCRAPER_SOFT_LIMIT='many' is not"):
         adopt(Run("a").text, (URL,), {})
-
-
-@pytest.mark.parametrize(
-    ("run", "args"),
-    [
-        ("{}", (URL,)),  # of another version
-        ("nonsense", (URL,)),
-        ('{"scraper": "a", "new": 1}', (URL,)),
-        (Run("a").text, ()),  # a call without a URL is left to create_engine
-    ],
-)
-def test_what_is_not_understood_is_left_alone(run, args):
-    assert adopt(run, args, {"echo": True}) == {"echo": True}
 
 
 @pytest.mark.parametrize(

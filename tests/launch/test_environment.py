@@ -1,4 +1,4 @@
-"""The settings of scripts, from the environment."""
+"""The settings of scripts, from the environment, and the databases that URLs name."""
 
 from __future__ import annotations
 
@@ -35,51 +35,9 @@ def test_variables_stand_for_options():
     assert VALUES.keys() == VARIABLES.keys()
     options = {VARIABLES[name]: value for name, value in VALUES.items()}
     assert settings.with_arguments({}) == options
-    assert settings.with_arguments({"idle_timeout": 7}) == {
-        **options,
-        "idle_timeout": 7,
-    }
-
-
-@pytest.mark.parametrize(
-    ("environment", "ledger"),
-    [
-        ({"IDLE_TIMEOUT": "", "DATABASE_URL": ""}, default_ledger()),
-        ({"FAIRPOOL_LEDGER": "None"}, None),
-    ],
-)
-def test_nothing_set_is_the_host_ledger_and_the_pools_defaults(environment, ledger):
-    settings = Settings.read(environment)
-    assert settings.with_arguments({}) == {"ledger": ledger}
-    assert settings.database(None) is None
-
-
-@pytest.mark.parametrize(
-    "variable", sorted(set(VARIABLES) - {"FAIRPOOL_LEDGER", "FAIRPOOL_TAGS"})
-)
-def test_bad_value_names_the_variable_unless_it_is_an_arguments(variable):
-    settings = Settings.read({variable: "none"})
-    with pytest.raises(ArgumentError, match=f"^{variable}='none' is not allowed: "):
-        settings.with_arguments({})
-    name = VARIABLES[variable]
-    with pytest.raises(ArgumentError, match=f"^{name}=0 is not allowed"):
-        settings.with_arguments({name: 0})
-    settings.with_arguments({name: 10})
-
-
-def test_bad_limits_of_tags_name_the_variable():
-    settings = Settings.read({"FAIRPOOL_TAGS": '{"api": {"max": 0}}'})
-    with pytest.raises(ArgumentError, match=r"^FAIRPOOL_TAGS=\{'api': .*'max': 0"):
-        settings.with_arguments({})
-
-
-def test_limits_that_do_not_fit_each_other_name_the_variable():
-    settings = Settings.read({"SCRAPER_SOFT_LIMIT": "12"})
-    with pytest.raises(ArgumentError, match=r"^SCRAPER_SOFT_LIMIT=.12. is not"):
-        settings.with_arguments({"max_limit": 11})
-
-
-def test_what_the_launcher_was_told_wins_over_what_it_found():
+    changed = settings.with_arguments({"idle_timeout": 7})
+    assert changed == {**options, "idle_timeout": 7}
+    # What the launcher was told wins over what it found.
     run = Run("layer3", ("postgresql", "db", "5432", "app"), {"pool_size": 8}, True)
     settings = Settings.read({RUN: run.text, "DYNAMIC_POOL_SIZE": "30"})
     assert settings.run == run
@@ -87,16 +45,44 @@ def test_what_the_launcher_was_told_wins_over_what_it_found():
     assert Run.of({}) is None
 
 
-@pytest.mark.parametrize("bad", ["s3cret", "postgresql://u:s3cret@h:port/d"])
-def test_what_is_no_url_is_not_shown(bad):
-    with pytest.raises(ArgumentError, match=r"^DATABASE_URL=.* a dat") as caught:
-        Settings.read({"DATABASE_URL": bad}).database(None)
-    assert "s3cret" not in str(caught.value)
+def test_nothing_set_is_the_host_ledger_and_the_pools_defaults():
+    for environment, ledger in (
+        ({"IDLE_TIMEOUT": "", "DATABASE_URL": ""}, default_ledger()),
+        ({"FAIRPOOL_LEDGER": "None"}, None),
+    ):
+        settings = Settings.read(environment)
+        assert settings.with_arguments({}) == {"ledger": ledger}
+        assert settings.database(None) is None
 
 
-def test_postgres_is_postgresql():
-    assert parse_url("postgres://u@h/d", "--url").drivername == "postgresql"
-    assert parse_url("postgres+asyncpg://h/d", "x").drivername == "postgresql+asyncpg"
+def test_bad_value_names_the_variable_unless_it_is_an_arguments():
+    for variable, name in VARIABLES.items():
+        if name != "ledger":
+            settings = Settings.read({variable: "none"})
+            with pytest.raises(ArgumentError, match=f"^{variable}='none' is not all"):
+                settings.with_arguments({})
+            with pytest.raises(ArgumentError, match=f"^{name}=0 is not allowed"):
+                settings.with_arguments({name: 0})
+            settings.with_arguments({name: 10})
+    settings = Settings.read({"SCRAPER_SOFT_LIMIT": "12"})
+    with pytest.raises(ArgumentError, match=r"^SCRAPER_SOFT_LIMIT=.12. is not"):
+        settings.with_arguments({"max_limit": 11})
+    for bad in ("s3cret", "postgresql://u:s3cret@h:port/d"):
+        with pytest.raises(ArgumentError, match=r"^DATABASE_URL=.* a dat") as caught:
+            Settings.read({"DATABASE_URL": bad}).database(None)
+        assert "s3cret" not in str(caught.value)
+
+
+# -- one database by many names --------------------------------------------------------
+
+
+def place(url):
+    return database_place(parse_url(url, "url"))
+
+
+def postgresql(rest):
+    """Return the place of a PostgreSQL, by the URL without its scheme."""
+    return place(f"postgresql{'' if rest.startswith('+') else ':'}{rest}")
 
 
 @pytest.mark.parametrize(
@@ -134,43 +120,29 @@ def test_ways_to_name_one_database_of_another_kind():
     one = place(f"mysql://{socket.gethostname()}:3306/app")
     assert one == place("mysql://localhost/app")
     assert place("sqlite:////tmp/x/../x.db") == place("sqlite:////tmp/x.db")
+    assert parse_url("postgres://u@h/d", "--url").drivername == "postgresql"
+    assert parse_url("postgres+asyncpg://h/d", "x").drivername == "postgresql+asyncpg"
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        "//db/app2",
-        "//db:5433/app",
-        "//db2/app",
-        "///app?host=/tmp/s",
-        "///app?host=@s",
-        "///app?host=db,db2",
-        "///app?host=db&port=5433",
-    ],
-)
-def test_databases_that_are_not_one(other):
-    assert postgresql("//db/app") != postgresql(other)
-
-
-def test_server_with_a_socket_of_its_own_is_another_one(tmp_path):
+def test_databases_that_are_not_one(tmp_path, monkeypatch):
     """Embedded servers have the same port, and each a directory."""
+    named = "//db/app //db/app2 //db:5433/app //db2/app ///app?host=@s"
+    named += " ///app?host=db,db2 ///app?host=db&port=5434"
+    assert len({*map(postgresql, named.split())}) == len(named.split())
     one, two, link = (tmp_path / name for name in ("one", "two", "link"))
     one.mkdir()
     link.symlink_to(one)
     hosts = [one, two, "@One", "@one", "a,b", "b,a"]
-    places = [place(f"postgresql:///app?host={host}") for host in hosts]
-    assert len({*places, place("postgresql:///app")}) == len(hosts) + 1
-    assert place(f"postgresql:///app?host={link}") == places[0]
+    places = [postgresql(f"///app?host={host}") for host in hosts]
+    assert len({*places, postgresql("///app")}) == len(hosts) + 1
+    assert postgresql(f"///app?host={link}") == places[0]
     assert places[-2][1:3] == ("a,b", "5432,5432")
     (one / "x.db").touch()
     (one / "link.db").symlink_to(one / "x.db")
     assert place(f"sqlite:///{one}/x.db") == place(f"sqlite:///{one}/link.db")
-
-
-def test_what_the_url_leaves_out_is_as_libpq_has_it(monkeypatch):
-    monkeypatch.setenv("PGHOST", "DB")
-    monkeypatch.setenv("PGPORT", "5433")
-    monkeypatch.setenv("PGDATABASE", "app")
+    # What the URL leaves out is as libpq has it.
+    for name, value in (("HOST", "DB"), ("PORT", "5433"), ("DATABASE", "app")):
+        monkeypatch.setenv(f"PG{name}", value)
     assert postgresql("//") == postgresql("//db:5433/app")
     assert postgresql("//h:1/d") == ("postgresql", "h", "1", "d")
     assert place("mysql:///d") == ("mysql", "localhost", "3306", "d")
@@ -184,98 +156,74 @@ HOSTS = """
 """
 
 
-@pytest.fixture
-def hosts(tmp_path, monkeypatch):
-    """Another host's file of hosts."""
-    hosts = tmp_path / "hosts"
-    monkeypatch.setattr(addresses, "_HOSTS_FILE", hosts)
-    monkeypatch.setattr("socket.gethostname", lambda: "machine2.lan")
-    addresses._names_of_this_host.cache_clear()
-    yield hosts
-    addresses._names_of_this_host.cache_clear()
-
-
 @pytest.mark.parametrize("is_there", [True, False])
-def test_names_in_the_hosts_file_are_known(hosts, is_there):
+def test_names_in_the_hosts_file_are_known(tmp_path, monkeypatch, is_there):
+    monkeypatch.setattr(addresses, "_HOSTS_FILE", tmp_path / "hosts")
+    monkeypatch.setattr("socket.gethostname", lambda: "machine2.lan")
     here = {"machine2"}
     if is_there:
-        hosts.write_text(HOSTS)
+        (tmp_path / "hosts").write_text(HOSTS)
         here |= {"machine", "machine.example.com", "other", "10.0.0.5"}
+    addresses._names_of_this_host.cache_clear()
     names = here | {"elsewhere", "10.0.0.6", "comment", "machine", "other"}
-    found = {n for n in names if place(f"postgresql://{n}/app")[1] == "localhost"}
+    found = {name for name in names if postgresql(f"//{name}/app")[1] == "localhost"}
+    addresses._names_of_this_host.cache_clear()
     assert found == here
 
 
-def place(url):
-    return database_place(parse_url(url, "url"))
-
-
-def postgresql(rest):
-    """Return the place of a PostgreSQL, by the URL without its scheme."""
-    return place(f"postgresql{'' if rest.startswith('+') else ':'}{rest}")
+# -- drivers ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("given", "chosen"),
+    ("given", "chosen", "missing"),
     [
-        ("2://u@h/d", "2://u@h/d"),
+        ("psycopg2://u@h/d", "psycopg2://u@h/d", ""),
         (
-            "://h/d?sslmode=require&plugin=fairpool&fairpool_x=1",
-            "://h/d?sslmode=require",
+            "psycopg://h/d?sslmode=require&plugin=fairpool&fairpool_x=1",
+            "psycopg://h/d?sslmode=require",
+            "",
         ),
+        (
+            "asyncpg://u@/d?host=/t&prepared_statement_cache_size=0",
+            "psycopg://u@/d?host=/t",
+            "",
+        ),
+        (
+            "asyncpg://u@/d?ssl=verify-full&timeout=2.5&command_timeout=9",
+            "psycopg://u@/d?sslmode=verify-full&connect_timeout=3",
+            "",
+        ),
+        (
+            "asyncpg://u@/d?sslmode=verify-ca&sslrootcert=/ca.pem&ledger=x",
+            "psycopg://u@/d?sslmode=verify-ca&sslrootcert=/ca.pem",
+            "",
+        ),
+        ("psycopg2://u@h/d", "psycopg://u@h/d", "psycopg2"),
+        ("://u@h/d", "psycopg2://u@h/d", "psycopg"),
     ],
 )
-def test_driver_for_questions_to_a_postgresql(given, chosen):
-    url = with_threads_driver(make_url(f"postgresql+psycopg{given}"))
-    assert url == make_url(f"postgresql+psycopg{chosen}")
+def test_driver_for_questions_to_a_postgresql(given, chosen, missing, monkeypatch):
+    if missing:
+        monkeypatch.setitem(sys.modules, missing, None)
+    given = make_url("postgresql" + (given if given[0] == ":" else f"+{given}"))
+    assert with_threads_driver(given) == make_url(f"postgresql+{chosen}")
 
 
-@pytest.mark.parametrize(
-    ("given", "chosen"),
-    [
-        ("host=/t&prepared_statement_cache_size=0", "host=/t"),
-        (
-            "ssl=verify-full&timeout=2.5&command_timeout=9",
-            "sslmode=verify-full&connect_timeout=3",
-        ),
-        (
-            "sslmode=verify-ca&sslrootcert=/ca.pem&ledger=x",
-            "sslmode=verify-ca&sslrootcert=/ca.pem",
-        ),
-    ],
-)
-def test_asyncpgs_keys_as_psycopgs(given, chosen):
-    url = with_threads_driver(make_url(f"postgresql+asyncpg://u@/d?{given}"))
-    assert url == make_url(f"postgresql+psycopg://u@/d?{chosen}")
-
-
-@pytest.mark.parametrize(
-    ("given", "missing", "chosen"),
-    [("+psycopg2", "psycopg2", "+psycopg"), ("", "psycopg", "+psycopg2")],
-)
-def test_driver_that_is_missing_is_not_chosen(given, missing, chosen, monkeypatch):
-    monkeypatch.setitem(sys.modules, missing, None)
-    url = with_threads_driver(make_url(f"postgresql{given}://u@h/d"))
-    assert url == make_url(f"postgresql{chosen}://u@h/d")
-
-
-@pytest.mark.parametrize(
-    ("given", "threads", "asyncio"),
-    [
+def test_driver_for_threads_and_for_asyncio(monkeypatch):
+    for given, threads, asyncio in (
         ("postgresql+psycopg2", "postgresql+psycopg2", "postgresql+asyncpg"),
         ("postgresql+asyncpg", "postgresql+psycopg2", "postgresql+asyncpg"),
         ("postgresql+psycopg", "postgresql+psycopg", "postgresql+psycopg"),
         ("sqlite", "sqlite", "sqlite+aiosqlite"),
         ("sqlite+aiosqlite", "sqlite+pysqlite", "sqlite+aiosqlite"),
-    ],
-)
-def test_driver_for_threads_and_for_asyncio(given, threads, asyncio):
-    url = make_url(f"{given}:///d")
-    assert for_threads(url).drivername == threads
-    assert for_asyncio(url).drivername == asyncio
-
-
-def test_url_without_a_driver_gets_one_that_is_installed(monkeypatch):
+    ):
+        url = make_url(f"{given}:///d")
+        chosen = for_threads(url).drivername, for_asyncio(url).drivername
+        assert chosen == (threads, asyncio)
+    url = make_url("postgresql+asyncpg://h/d?ssl=verify_full&statement_cache_size=0")
+    chosen = make_url("postgresql+psycopg2://h/d?sslmode=verify-full")
+    assert for_threads(url) == chosen
+    # A URL without a driver gets one that is installed.
     url = make_url("postgresql://h/d")
     monkeypatch.setitem(sys.modules, "psycopg", None)
     assert for_threads(url).get_driver_name() == "psycopg2"
@@ -284,6 +232,12 @@ def test_url_without_a_driver_gets_one_that_is_installed(monkeypatch):
         for_asyncio(url)
     monkeypatch.setitem(sys.modules, "psycopg2", None)
     assert for_threads(url) == url  # SQLAlchemy will complain
+
+
+def arguments_of(query):
+    return asyncpg_arguments(
+        make_url(f"postgresql+asyncpg://u:s3cret@h/d?{query}").query
+    )
 
 
 @pytest.mark.parametrize(
@@ -314,13 +268,11 @@ def test_libpqs_keys_as_asyncpgs_arguments(query, arguments):
     """A text stands for the query of the ``dsn``, which asyncpg reads as libpq does."""
     if isinstance(arguments, str):
         arguments = {"dsn": f"postgresql://?{arguments}"}
-    url = make_url(f"postgresql+asyncpg://h/d?{query}")
-    assert asyncpg_arguments(url.query) == arguments
+    assert arguments_of(query) == arguments
 
 
-@pytest.mark.parametrize(
-    "query",
-    [
+def test_key_that_asyncpg_cannot_honour_is_refused(caplog):
+    for query in (
         "gssencmode=require",
         "require_auth=scram-sha-256",
         "requirepeer=postgres",
@@ -328,25 +280,14 @@ def test_libpqs_keys_as_asyncpgs_arguments(query, arguments):
         "connect_timeout=soon",
         "statement_cache_size=many",
         "sslmode=require&sslrootcert=system",
-    ],
-)
-def test_key_that_asyncpg_cannot_honour_is_refused(query):
-    url = make_url(f"postgresql+asyncpg://u:s3cret@h/d?{query}")
-    name = query.rpartition("&")[2].partition("=")[0]
-    with pytest.raises(ArgumentError, match=rf"^{name}=.* is not allowed: "):
-        asyncpg_arguments(url.query)
-
-
-def test_channel_binding_that_asyncpg_has_not_is_told_of(caplog):
-    url = make_url("postgresql+asyncpg://h/d?sslmode=require&channel_binding=require")
-    assert set(asyncpg_arguments(url.query)) == {"dsn"}
+    ):
+        name = query.rpartition("&")[2].partition("=")[0]
+        with pytest.raises(ArgumentError, match=rf"^{name}=.* is not allowed: "):
+            arguments_of(query)
+    # One that it has not, and that is no matter of safety, is left out and told of.
+    assert set(arguments_of("sslmode=require&channel_binding=require")) == {"dsn"}
     (record,) = caplog.records
-    assert record.levelname == "WARNING"
-    assert record.getMessage() == (
-        "asyncpg has no channel_binding: channel_binding=require is left out"
+    assert (record.levelname, record.getMessage()) == (
+        "WARNING",
+        "asyncpg has no channel_binding: channel_binding=require is left out",
     )
-
-
-def test_url_of_asyncpg_serves_threads():
-    url = make_url("postgresql+asyncpg://h/d?ssl=verify_full&statement_cache_size=0")
-    assert for_threads(url) == make_url("postgresql+psycopg2://h/d?sslmode=verify-full")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,28 +47,31 @@ def script(source, name="script.py"):
 
 def outcome(command, **how):
     """Return status, standard output and standard error of a command."""
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=PATIENCE * 2, **how
-    )
+    how = {"capture_output": True, "text": True, "timeout": PATIENCE * 2, **how}
+    done = subprocess.run([*map(str, command)], **how)
     return done.returncode, done.stdout, done.stderr
 
 
+def direct(*command, **how):
+    return outcome([sys.executable, *command], **how)
+
+
 def launched(*command, **how):
-    return outcome([*LAUNCHER, *map(str, command)], **how)
+    return outcome([*LAUNCHER, *command], **how)
 
 
 def both(*command, **how):
     """Run it directly and by the launcher; return what is the same of both."""
-    direct = outcome([sys.executable, *command], **how)
-    assert launched(*command, **how) == direct
-    return direct
+    done = direct(*command, **how)
+    assert launched(*command, **how) == done
+    return done
 
 
 def hooked(*command, verbose=False, hook=HOOK):
     """Run it as the launcher starts it: the launcher has its own sitecustomize."""
     path = os.pathsep.join([hook, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, RUN: told_to(verbose=verbose), "PYTHONPATH": path}
-    return outcome([sys.executable, *command], env=environment)
+    told = {RUN: told_to(verbose=verbose), "PYTHONPATH": path}
+    return direct(*command, env={**os.environ, **told})
 
 
 def told_to(**how):
@@ -93,38 +97,36 @@ print(json.dumps({
 """
 
 
-def test_script_that_looks_around(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        ("script.py --scraper x -v -m y -- --help --s", "script.py"),
+        ("-m package.module -v --help", "package/module.py"),
+        ("-m package -m x --", "package/__main__.py"),
+        ("package --strict", "package/__main__.py"),
+        ("./package/ -v", "package/__main__.py"),
+        ("app.pyz -v", None),
+        ("- -v", None),
+    ],
+)
+def test_program_that_looks_around(tmp_path, monkeypatch, command, file):
     """Arguments, paths, what is imported, standard input: all of it is the same.
 
     So a script that never uses SQLAlchemy does not pay for its import, or any other.
     """
     path = f"{tmp_path}{os.pathsep}relative{os.pathsep}{tmp_path}"
     monkeypatch.setenv("PYTHONPATH", path)
-    command = [script(LOOK), "--scraper", "x", "-v", "-m", "y", "--", "--help", "--s"]
-    seen = json.loads(both(*command, input="some\nlines")[1])
-    assert seen["argv"] == command
-    assert seen["stdin"] == "some\nlines"
-    assert seen["path"][0] == os.getcwd()
-
-
-@pytest.mark.parametrize(
-    ("command", "file"),
-    [
-        (["-m", "package.module", "-v", "--help"], "package/module.py"),
-        (["-m", "package", "-m", "x", "--"], "package/__main__.py"),
-        (["package", "--strict"], "package/__main__.py"),
-        (["./package/", "-v"], "package/__main__.py"),
-        (["app.pyz", "-v"], None),
-        (["-", "-v"], None),
-    ],
-)
-def test_modules_packages_directories_archives_and_standard_input(command, file):
     script("", "package/__init__.py")
     if file is not None:
         script(LOOK, file)
     with zipfile.ZipFile("app.pyz", "w") as archive:
         archive.writestr("__main__.py", LOOK)
-    both(*command, input=LOOK if command[0] == "-" else "")
+    command = command.split()
+    seen = both(*command, input=LOOK if command[0] == "-" else "some\nlines")[1]
+    if file == "script.py":
+        seen = json.loads(seen)
+        assert (seen["argv"], seen["stdin"]) == (command, "some\nlines")
+        assert seen["path"][0] == os.getcwd()
 
 
 FAILING = """\
@@ -158,35 +160,64 @@ def test_ends_as_it_ends(does, status):
     assert both(script(FAILING.format(does)))[0] == status
 
 
-@pytest.mark.parametrize(("command", "status"), [(["x.py"], 2), (["-m", "x"], 1)])
-def test_script_that_does_not_exist(command, status):
-    assert both(*command)[0] == status
+def test_script_that_does_not_exist():
+    assert both("x.py")[0] == 2
+    assert both("-m", "x")[0] == 1
 
 
 def test_where_there_is_no_exec_it_is_waited_for(capfd):
     before = signal.getsignal(signal.SIGINT)
     for does, status in (("os._exit(7)", 7), ("os.kill(os.getpid(), 15)", 128 + 15)):
-        source = f"import os; print('x', flush=True); {does}"
-        command = [sys.executable, "-c", source]
-        assert run._wait(command, dict(os.environ)) == status
+        command = ["-c", f"import os; print('x', flush=True); {does}"]
+        assert run._wait([sys.executable, *command], dict(os.environ)) == status
         assert capfd.readouterr().out == "x\n"
     assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_errors_of_an_engine_are_told_as_ever():
-    """But for a longer traceback where create_engine itself is what fails."""
-    source = (
-        "import sqlalchemy as sa\n"
-        "engine = sa.create_engine('sqlite:////nowhere/x.db')\n"
-        "engine.connect()\n"
-    )
-    _, _, direct = outcome([sys.executable, script(source)])
-    _, _, err = launched("--ledger", "none", "script.py")
-    assert err.splitlines()[:4] == direct.splitlines()[:4]
-    assert err.splitlines()[-2:] == direct.splitlines()[-2:]
-    status, _, err = launched(script("import sqlalchemy as s; s.create_engine('x')"))
-    assert status == 1
-    assert err.splitlines()[-1].startswith("sqlalchemy.exc.ArgumentError: ")
+    """Tracebacks have no line of the launcher's, but where a connection is opened."""
+    source = "import sqlalchemy as sa\n"
+    source += "sa.create_engine('sqlite:////nowhere/x.db').connect()\n"
+    expected = direct(script(source))[2].splitlines()
+    lines = launched("--ledger", "none", "script.py")[2].splitlines()
+    assert (lines[:3], lines[-2:]) == (expected[:3], expected[-2:])
+    for url in ("x", "postgresql+none://h/d"):
+        path = script(f"import sqlalchemy as s; s.create_engine({url!r})")
+        assert launched(path) == direct(path)
+        assert direct(path)[0] == 1
+
+
+BLANK = f"#!/bin/sh\n'''exec' \"{sys.executable}\" \"$0\" \"$@\"\n' '''\n"
+
+
+@pytest.mark.parametrize(
+    "first", [f"#!{sys.executable}\n", "#!/usr/bin/env python-x\n", BLANK]
+)
+def test_command_on_the_path(tmp_path, monkeypatch, first):
+    """As the shell starts it: with its own interpreter, in the same process."""
+    path = tmp_path / "bin"
+    path.mkdir()
+    monkeypatch.setenv("PATH", f"{path}{os.pathsep}{os.environ['PATH']}")
+    # Not a link to it, which would be another environment.
+    (path / "python-x").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    source = f"{first}import os, sys\n{SAY_POOL}\nprint(sys.argv, os.getpid())\n"
+    (path / "crawl").write_text(source)
+    for program in path.iterdir():
+        program.chmod(0o755)
+    command = [*LAUNCHER, "crawl", "-v", "x"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        fair, said = process.stdout
+    assert "FairQueuePool" in fair
+    assert said == f"{[str(path / 'crawl'), '-v', 'x']} {process.pid}\n"
+
+
+def test_file_here_comes_before_a_command_which_must_be_python(tmp_path):
+    script("print('here')", "ls")
+    assert launched("ls") == (0, "here\n", "")
+    program = shutil.which("cat")
+    err = f"{program} is no Python program: name the module that it starts, by -m\n"
+    status, out, said = launched("cat", "-n")
+    assert (status, out, said.endswith(err)) == (2, "", True)
 
 
 def test_signal_handler_of_the_script_runs():
@@ -197,9 +228,8 @@ def test_signal_handler_of_the_script_runs():
         "print(os.getpid(), flush=True)\n"
         "signal.pause()\n"
     )
-    with subprocess.Popen(
-        [*LAUNCHER, script(source)], stdout=subprocess.PIPE, text=True
-    ) as process:
+    started = [*LAUNCHER, script(source)]
+    with subprocess.Popen(started, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == f"{process.pid}\n"
         process.terminate()
         assert process.wait(PATIENCE) == 5
@@ -230,21 +260,17 @@ def other_hook(tmp_path, monkeypatch):
 )
 def test_other_sitecustomize_runs(other_hook, does, says):
     other_hook(does)
-    script("import sys; print(sys.modules.get('sitecustomize'))")
-    direct = outcome([sys.executable, "script.py"])
-    assert says in direct[1] + direct[2]
-    assert hooked("script.py") == direct
+    done = direct(script("import sys; print(sys.modules.get('sitecustomize'))"))
+    assert says in done[1] + done[2]
+    assert hooked("script.py") == done
 
 
-def test_other_sitecustomize_that_imports_sqlalchemy(other_hook):
+def test_sqlalchemy_that_was_imported_before(other_hook):
+    """By another ``sitecustomize`` or a ``.pth`` file: each copy of it changes."""
     other_hook("from sqlalchemy import create_engine")
     source = "import sitecustomize as s; print(s.create_engine('sqlite:///x').pool)"
     status, out, err = hooked(script(f"{SAY_POOL}\n{source}"))
     assert (status, out.count("FairQueuePool"), err) == (0, 2, "")
-
-
-def test_sqlalchemy_that_was_imported_before():
-    """By a ``.pth`` file, say: every copy of the name is replaced."""
     source = f"""
 import os, sys, sqlalchemy, sqlalchemy.ext.asyncio as a
 from sqlalchemy import create_engine as mine
@@ -257,7 +283,7 @@ for create in sqlalchemy.create_engine, sqlalchemy.engine.create_engine, mine:
     print(create("sqlite:///x").pool)
 print(a.create_async_engine("sqlite+aiosqlite:///x").pool)
 """
-    _, out, err = outcome([sys.executable, script(source)])
+    _, out, err = direct(script(source))
     assert (out.count("FairQueuePool"), err) == (4, "")
 
 
@@ -274,12 +300,11 @@ sys.meta_path.insert(0, NotInstalled())
 
 def test_interpreter_without_the_package_is_unharmed(other_hook):
     other_hook(NOT_INSTALLED.format(unless="never"))
-    script(f"{SAY_POOL}\nimport sys; print(sys.path)")
-    direct = outcome([sys.executable, "script.py"])
-    assert "QueuePool" in direct[1]
-    assert hooked("script.py") == direct
+    done = direct(script(f"{SAY_POOL}\nimport sys; print(sys.path)"))
+    assert "QueuePool" in done[1]
+    assert hooked("script.py") == done
     status, out, err = hooked("script.py", verbose=True)
-    assert (status, out) == direct[:2]
+    assert (status, out) == done[:2]
     (line,) = err.splitlines()
     assert line.startswith(f"sqla-fairpool run: engines of {sys.executable} are left ")
     assert line.endswith(": no such thing")
@@ -298,39 +323,42 @@ def test_package_of_a_checkout_is_found(other_hook, tmp_path):
 
 
 def test_hook_is_old_python():
-    """Children may be of any; the types stand in comments, for the type checker."""
-    tree = ast.parse((Path(HOOK) / "sitecustomize.py").read_text())
-    kinds = {type(node) for node in ast.walk(tree)}
-    assert not kinds & {ast.AnnAssign, ast.JoinedStr, ast.NamedExpr, ast.Nonlocal}
-    for node in ast.walk(tree):
-        assert getattr(node, "annotation", None) is None
-        assert getattr(node, "returns", None) is None
+    """Children may be of any."""
+    nodes = [*ast.walk(ast.parse((Path(HOOK) / "sitecustomize.py").read_text()))]
+    new = (ast.AnnAssign, ast.JoinedStr, ast.NamedExpr, ast.Nonlocal)
+    for node in nodes:
+        assert not isinstance(node, new)
+        assert getattr(node, "annotation", getattr(node, "returns", None)) is None
 
 
 def test_old_sqlalchemy_is_unharmed():
     version = "__version__ = '1.4.54'\nfrom .engine import create_engine"
     script(version, "sqlalchemy/__init__.py")
-    script("from .create import create_engine", "sqlalchemy/engine/__init__.py")
-    script("create_engine = print", "sqlalchemy/engine/create.py")
-    script("from sqlalchemy import create_engine as c; c('x'); c('y', end='.')")
-    assert hooked("script.py") == (0, "x\ny.", "")
+    script("from .url import create_engine", "sqlalchemy/engine/__init__.py")
+    url = "class URL:\n    def _instantiate_plugins(self, kwargs): return kwargs\n"
+    url += "def create_engine(**kwargs): print(URL()._instantiate_plugins(kwargs))\n"
+    script(url, "sqlalchemy/engine/url.py")
+    script("from sqlalchemy import create_engine as c; c(); c(x=1)")
+    assert hooked("script.py") == (0, "{}\n{'x': 1}\n", "")
     err = hooked("script.py", verbose=True)[2]
     assert err.endswith(" are left alone: SQLAlchemy 1.4.54 is too old\n")
     assert err.count("left alone") == 1
+    # Older or newer than we know.
+    script("def create_engine(**kwargs): print(kwargs)", "sqlalchemy/engine/url.py")
+    err = "sqla-fairpool run: engines are left alone: this SQLAlchemy has no "
+    err += "URL._instantiate_plugins\n"
+    assert hooked("script.py", verbose=True)[1:] == ("{}\n{'x': 1}\n", err)
 
 
 @pytest.mark.parametrize("flag", ["-I", "-E", "-S", "-s"])
 def test_isolated_children_are_unharmed(flag):
-    source = (
-        "import subprocess, sys\n"
-        f"command = [sys.executable, {flag!r}, '-c', 'import sys; print(*sys.path)']\n"
-        "subprocess.run(command, check=True)\n"
-    )
-    direct = outcome([sys.executable, script(source)])
+    source = "import subprocess, sys; subprocess.run([sys.executable, "
+    source += f"{flag!r}, '-c', 'import sys; print(*sys.path)'], check=True)"
+    done = direct(script(source))
     status, out, err = hooked("script.py")
     if flag == "-S":  # it is not taken out there
         out = out.replace(f"{HOOK} ", "")
-    assert (status, out, err) == direct
+    assert (status, out, err) == done
 
 
 # -- the engines -----------------------------------------------------------------------
@@ -376,17 +404,13 @@ print(caught[0].filename == __file__, len(caught))
 """
     status, out, err = launched("--pool-size", 7, script(source))
     assert (status, err) == (0, "")
+    *lines, signature, first, warned = out.splitlines()
     fair, aio = "FairQueuePool", "AsyncAdaptedFairQueuePool"
-    lines = out.splitlines()
     assert lines[:6] == [fair, fair, fair, aio, aio, fair]
-    assert lines[6:10] == [
-        "script 7",
-        "42",
-        "script",
-        "create_engine sqlalchemy.engine.create",
-    ]
-    assert "**kwargs" in lines[10]
-    assert lines[11:] == ["@util.deprecated_params(", "True 1"]
+    named = "create_engine sqlalchemy.engine.create"
+    assert lines[6:] == ["script 7", "42", "script", named]
+    assert "**kwargs" in signature
+    assert (first, warned) == ("@util.deprecated_params(", "True 1")
 
 
 CHILDREN = """
@@ -418,9 +442,8 @@ if __name__ == "__main__":
 @pytest.mark.postgres
 @pytest.mark.slow
 def test_children_use_the_pool_under_the_scripts_name(postgres_url):
-    status, out, err = launched(
-        script(CHILDREN), env={**os.environ, "DATABASE_URL": postgres_url}
-    )
+    environment = {**os.environ, "DATABASE_URL": postgres_url}
+    status, out, err = launched(script(CHILDREN), env=environment)
     assert (status, err) == (0, "")
     ways = ["script", "subprocess", "fork", "spawn", "forkserver"]
     assert out.splitlines() == [f"{way} FairQueuePool ['script']" for way in ways]
@@ -447,8 +470,8 @@ asyncio.run(main())
 """
     url = url.render_as_string(hide_password=False)
     shown = show_place(database_place(make_url(postgres_url)))
-    command = ["--scraper", "async", "-v", "--url", postgres_url, script(source), url]
-    status, out, err = launched(*command)
+    told = ["--scraper", "async", "-v", "--url", postgres_url]
+    status, out, err = launched(*told, script(source), url)
     assert (status, out) == (0, "30\nAsyncAdaptedFairQueuePool async\n")
     assert [line.partition(" for ")[0] for line in err.splitlines()] == [
         "sqla-fairpool run: tag 'async',",
@@ -459,14 +482,12 @@ asyncio.run(main())
 
 
 def test_engine_with_a_pool_class_of_its_own_is_left_alone():
-    source = (
-        "from sqlalchemy import create_engine, pool\n"
-        "null = create_engine('sqlite:///x.db', poolclass=pool.NullPool)\n"
-        "print(null.pool.__class__, create_engine('sqlite://').pool.__class__)\n"
-    )
-    direct = both(script(source))
+    source = "import sqlalchemy as s; null = s.create_engine('sqlite:///x.db', "
+    source += "poolclass=s.pool.NullPool); print(null.pool.__class__)\n"
+    source += "print(s.create_engine('sqlite://').pool.__class__)"
+    done = both(script(source))
     status, out, err = launched("-v", "script.py")
-    assert (status, out) == direct[:2]
+    assert (status, out) == done[:2]
     assert err.splitlines()[1] == (
         f"sqla-fairpool run: engine for sqlite:///{os.getcwd()}/x.db left alone: "
         "it has a pool class of its own, NullPool"
@@ -531,12 +552,11 @@ def refused(told):
 )
 def test_command_line_is_divided(told, command, args, tag):
     status, (started, environment), _ = told(*command.split())
-    assert status == 0
-    assert started == [sys.executable, *args.split()]
+    assert (status, started) == (0, [sys.executable, *args.split()])
     assert Run.of(environment).scraper == tag
 
 
-def test_options_reach_the_script(environment_of):
+def test_options_reach_the_script(environment_of, monkeypatch):
     options = {
         "pool_size": "8",
         "soft_limit": "4",
@@ -548,31 +568,25 @@ def test_options_reach_the_script(environment_of):
     environment = environment_of("--ledger", "./x.ledger", *flags, "x.py")
     options["ledger"] = f"{os.getcwd()}/x.ledger"
     assert Run.of(environment) == Run("x", None, options)
-
-
-def test_only_a_relative_ledger_is_made_absolute(environment_of, monkeypatch):
+    # Only a relative ledger is made absolute.
     for ledger in ("host", "database", "postgresql://h/d", "none"):
         options = Run.of(environment_of("--ledger", ledger, "x.py")).options
         assert options == {"ledger": None if ledger == "none" else ledger}
     monkeypatch.setenv("FAIRPOOL_LEDGER", "../x.ledger")
-    ledger = environment_of("x.py")["FAIRPOOL_LEDGER"]
-    assert ledger == os.path.abspath("../x.ledger")
-    assert os.environ["FAIRPOOL_LEDGER"] == "../x.ledger"
-
-
-def test_hook_comes_first_and_once(environment_of, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["a", HOOK, "", "b"]))
-    path = environment_of("x.py")["PYTHONPATH"]
-    assert path.split(os.pathsep) == [HOOK, "a", "", "b"]
+    environment = environment_of("x.py")
+    assert environment["FAIRPOOL_LEDGER"] == os.path.abspath("../x.ledger")
+    assert os.environ["FAIRPOOL_LEDGER"] == "../x.ledger"
+    # The hook comes first, and once.
+    assert environment["PYTHONPATH"].split(os.pathsep) == [HOOK, "a", "", "b"]
 
 
 def test_database_is_told_without_user_and_password(environment_of, monkeypatch):
     monkeypatch.setenv("DATABASE_URL", "mysql+pymysql://app:s3cret@db/app")
-    run = Run.of(environment_of("x.py"))
-    assert run.database == ("mysql", "db", "3306", "app")
-    environment = environment_of("--url", "mysql://app:s3cret@db/other", "x.py")
-    assert Run.of(environment).database == ("mysql", "db", "3306", "other")
-    assert "s3cret" not in environment[RUN]
+    for url, name in (([], "app"), (["--url", "mysql://app:s3cret@db/other"], "other")):
+        environment = environment_of(*url, "x.py")
+        assert Run.of(environment).database == ("mysql", "db", "3306", name)
+        assert "s3cret" not in environment[RUN]
 
 
 def test_launcher_below_a_launcher_goes_on_with_what_that_was_told(told, monkeypatch):
@@ -608,32 +622,28 @@ def test_bad_option_is_named_and_nothing_starts(refused, command, says):
     assert refused(*command, "x.py").startswith(says)
 
 
-@pytest.mark.parametrize("variable", [*VARIABLES, "DATABASE_URL"])
-def test_bad_variable_is_named_and_nothing_starts(refused, monkeypatch, variable):
-    monkeypatch.setenv(variable, "nonsense")
-    assert refused("x.py").startswith(f"{variable}='")
+def test_bad_variable_is_named_and_nothing_starts(refused, monkeypatch):
+    for variable in (*VARIABLES, "DATABASE_URL"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "nonsense")
+            assert refused("x.py").startswith(f"{variable}='")
 
 
-@pytest.mark.parametrize(
-    ("command", "what"), [([], "SCRIPT"), (["-m"], "MODULE"), (["--"], "SCRIPT")]
-)
-def test_nothing_to_run(refused, command, what):
-    assert f"{what} is missing" in refused(*command)
-
-
-@pytest.mark.parametrize("option", ["--scrap", "--nonsense"])
-def test_option_that_there_is_not(capsys, option):
-    with pytest.raises(SystemExit):
-        main(["run", option, "x.py"])
-    assert f"unrecognized arguments: {option}" in capsys.readouterr().err
-
-
-def test_python_that_cannot_be_started(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    assert main(["run", "x.py"]) == 2
-    assert "/nowhere/python cannot be started: " in capsys.readouterr().err
-    monkeypatch.setattr(sys, "executable", "")
-    assert main(["run", "x.py"]) == 2
+def test_what_cannot_be_started(refused, monkeypatch, capsys):
+    for command, what in (([], "SCRIPT"), (["-m"], "MODULE"), (["--"], "SCRIPT")):
+        assert f"{what} is missing" in refused(*command)
+    for option in ("--scrap", "--nonsense"):
+        with pytest.raises(SystemExit):
+            main(["run", option, "x.py"])
+        assert f"unrecognized arguments: {option}" in capsys.readouterr().err
+    monkeypatch.undo()
+    for executable, says in (
+        ("/nowhere/python", "/nowhere/python cannot be started: "),
+        ("", "this Python does not know its executable"),
+    ):
+        monkeypatch.setattr(sys, "executable", executable)
+        assert main(["run", "x.py"]) == 2
+        assert says in capsys.readouterr().err
 
 
 # -- the server ------------------------------------------------------------------------
@@ -660,16 +670,14 @@ def test_budget_that_does_not_fit(told, refused, postgres_role, monkeypatch):
     assert "; the role 'lim ited' may have 5 " in err
 
 
-def test_server_that_cannot_be_asked(told, refused, tmp_path):
-    url = f"postgresql+asyncpg://u:s3cret@/d?host={tmp_path}"
+def test_server_that_cannot_be_asked(told, refused, tmp_path, monkeypatch):
+    url = ["--url", f"postgresql+asyncpg://u:s3cret@/d?host={tmp_path}"]
     says = "whether 21 connections fit could not be checked: "
-    status, start, err = told("--url", url, "x.py")
+    status, start, err = told(*url, "x.py")
     assert (status, start is None, err.count("\n")) == (0, False, 1)
     assert err.startswith(f"sqla-fairpool run: warning: {says}")
-    assert refused("--url", url, "--strict", "x.py").startswith(says)
-
-
-def test_driver_that_is_not_installed(told, refused, monkeypatch):
+    assert refused(*url, "--strict", "x.py").startswith(says)
+    # The driver is not installed.
     for name in ("psycopg", "psycopg2"):
         monkeypatch.setitem(sys.modules, name, None)
     url = ["--url", "postgresql+psycopg2://h/d"]
@@ -677,17 +685,16 @@ def test_driver_that_is_not_installed(told, refused, monkeypatch):
     err = refused("--ledger", "database", *url, "x.py")
     assert err == f"psycopg2 is not installed: {install}\n"
     status, _, err = told(*url, "x.py")
-    assert (status, err.count("\n")) == (0, 1)
-    assert install in err
+    assert (status, err.count("\n"), install in err) == (0, 1, True)
 
 
-@pytest.mark.parametrize(
-    ("url", "database"),
-    [([], "every database"), (["--url", "mysql://u:s3cret@h/d"], "mysql://h:3306/d")],
-)
-def test_strict_needs_a_server_that_can_be_asked(told, refused, url, database):
+def test_strict_needs_a_server_that_can_be_asked(told, refused):
     asks = "--strict asks a PostgreSQL server: name one by --url or DATABASE_URL"
-    assert asks in refused(*url, "--strict", "x.py")
-    said = f"sqla-fairpool run: tag 'x', for engines of {database}\n"
-    assert told("-v", *url, "x.py")[::2] == (0, said)
-    assert told(*url, "x.py")[::2] == (0, "")
+    for url, database in (
+        ([], "every database"),
+        (["--url", "mysql://u:s3cret@h/d"], "mysql://h:3306/d"),
+    ):
+        assert asks in refused(*url, "--strict", "x.py")
+        said = f"sqla-fairpool run: tag 'x', for engines of {database}\n"
+        assert told("-v", *url, "x.py")[::2] == (0, said)
+        assert told(*url, "x.py")[::2] == (0, "")

@@ -37,9 +37,11 @@ def place(request, path):
 
 @pytest.fixture(params=["host", "postgresql"])
 def ledger(request, tmp_path, postgres_url):
-    """What names a new ledger, of each kind."""
+    """What names a new ledger, of each kind; or a fixture that does."""
     if request.param == "host":
         return str(tmp_path / "app.ledger")
+    if request.param != "postgresql":
+        return request.getfixturevalue(request.param)
     url = make_url(postgres_url).update_query_dict({"ledger": uuid.uuid4().hex})
     return url.render_as_string(hide_password=False)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +21,10 @@ from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.inspector import Inspector
-from sqla_fairpool.ledger.rows import Session, Terms
+from sqla_fairpool.ledger.rows import Session, TagDemand, Terms
+
+TERMS = Terms(20, 10, 15, 60.0, 30.0)
+WHO = {"host": "here", "pid": 4711, "program": "a.py"}
 
 
 class Member:
@@ -28,17 +33,23 @@ class Member:
     def __init__(self, path, figures=None):
         self.store = HostStore(path)
         self.store.open()
+        self.key = self.store.member
         self.figures = figures
         self.answers = 0
-        self.closed = False
+        with self.book() as book:
+            book.join(self.key, WHO, TERMS)
+
+    @contextmanager
+    def book(self):
         with self.store.transaction() as rows:
             book = Book(rows)
-            book.join(
-                self.store.member,
-                {"host": "here", "pid": 4711, "program": "a.py"},
-                Terms(20, 10, 15, 60.0, 30.0),
-            )
+            yield book
             book.tell(book.allocation())
+
+    def post(self, owned, **more):
+        """Write what it owns, and more of its row."""
+        with self.book() as book:
+            book.write(self.key, replace(book.members[self.key], owned=owned, **more))
 
     def run(self):
         self.store.wait(0)
@@ -59,25 +70,38 @@ def clock():
 
 
 @pytest.fixture
-def world(path, clock):
-    """Make members; and an inspector in whose sleep they run."""
+def members():
     members = []
+    yield members
+    for member in members:
+        member.store.close()
 
-    def sleep(seconds):
-        clock.advance(seconds)
-        for member in members:
-            if not member.closed:
-                member.run()
+
+@pytest.fixture
+def join(path, members):
+    """Make members."""
 
     def join(figures=None):
         members.append(Member(path, figures))
         return members[-1]
 
-    inspector = Inspector(HostStore(path), clock=clock, sleep=sleep)
-    yield join, inspector
-    inspector.close()
-    for member in members:
-        member.store.close()
+    return join
+
+
+@pytest.fixture
+def inspector(path, clock, members):
+    """One in whose sleep the members run."""
+
+    def sleep(seconds):
+        clock.advance(seconds)
+        for member in members:
+            if member.store.member == member.key:  # it is not closed
+                member.run()
+
+    with contextlib.closing(
+        Inspector(HostStore(path), clock=clock, sleep=sleep)
+    ) as inspector:
+        yield inspector
 
 
 def tags(*rows):
@@ -89,55 +113,35 @@ def connections(overview):
     return {row.name: row.connections for row in overview.scrapers}
 
 
-def post(member, owned, tags):
-    """Write a member's row: what it owns and has posted of its tags."""
-    with member.store.transaction() as rows:
-        key = f"member/{member.store.member}"
-        rows[key] = json.dumps({**json.loads(rows[key]), "owned": owned, "tags": tags})
-
-
-def test_figures_are_those_of_the_moment(world):
-    join, inspector = world
+def test_figures_are_those_of_the_moment(join, inspector):
     member = join(tags(("a", True, 3)) | {"open": 4, "size": 18})
     overview = inspector.look()
     assert connections(overview) == {"a": 3}
     limits = overview.limits
     assert (overview.open, limits.size, limits.capacity) == (4, 18, 20)
-    member.figures = tags(("a", True, 5), ("b", True, 1))
-    overview = inspector.look()
-    assert connections(overview) == {"a": 5, "b": 1}
     assert inspector.name == overview.ledger
+    # What a later version says more is left out.
+    later = {"name": "b", "connections": 1, "mood": "good"}
+    member.figures = {"tags": [*tags(("a", True, 5))["tags"], later], "weather": 1}
+    assert connections(inspector.look()) == {"a": 5, "b": 1}
 
 
-def test_sessions_are_those_that_members_and_quarantines_have_posted(world):
-    join, inspector = world
-    member, lost = join(), Session(4712, 6)
-    with member.store.transaction() as rows:
-        book = Book(rows)
-        key = member.store.member
-        own = replace(book.members[key], owned=2, sessions=(Session(4711, 5),))
-        book.write(key, own)
-        book.quarantine(key, [lost])
-        book.write(key, book.members[key])
-        book.tell(book.allocation())
+def test_sessions_are_those_that_members_and_quarantines_have_posted(join, inspector):
+    member, mine, lost = join(), Session(4711, 5), Session(4712, 6)
+    member.post(2, sessions=(mine,))
+    with member.book() as book:
+        book.quarantine(member.key, [lost])
+        book.write(member.key, book.members[member.key])
         (number,) = book.gone
     assert inspector.sessions == {}
     inspector.look()
-    assert inspector.sessions == {Session(4711, 5): own.number, lost: number}
+    assert inspector.sessions == {mine: 1, lost: number}
 
 
-def test_what_a_later_version_says_more_is_left_out(world):
-    join, inspector = world
-    later = {"name": "a", "connections": 2, "mood": "good"}
-    join({"tags": [later], "weather": 1})
-    assert inspector.look().checked_out == 2
-
-
-def test_one_that_does_not_answer_is_shown_with_what_it_posted(world, clock):
-    join, inspector = world
+def test_one_that_does_not_answer_is_shown_with_what_it_posted(join, inspector, clock):
     silent = join()
     # Posted when it was promised three, and it has four.
-    post(silent, 4, {"a": [3, 2, True, 1, 10]})
+    silent.post(4, tags={"a": TagDemand(3, 2, True, 1, 10)})
     join(tags(("b", True, 1)))
     overview = inspector.look()
     a, b = overview.scrapers
@@ -157,41 +161,31 @@ def test_one_that_does_not_answer_is_shown_with_what_it_posted(world, clock):
     assert overview.warnings == ()
 
 
-def test_dead_ones_and_quarantines_are_told(world):
-    join, inspector = world
+def test_dead_ones_and_quarantines_are_told(join, inspector):
     dead, other = join(), join()
-    post(dead, 4, {"a": [4, 2, True, 1, 10]})
-    member = dead.store.member
+    dead.post(4, tags={"a": TagDemand(4, 2, True, 1, 10)})
     dead.store.close()
-    dead.closed = True
     overview = inspector.look()
     assert overview.warnings[0] == (
         "a.py (here:4711) is dead: its 4 slots are to be freed"
     )
     assert overview.scrapers == ()
     assert (overview.checked_out, overview.available) == (0, 16)
-    with other.store.transaction() as rows:
-        book = Book(rows)
-        assert book.reap({member: book.texts[member]})
-        book.tell(book.allocation())
+    with other.book() as book:
+        assert book.reap({dead.key: book.texts[dead.key]})
     overview = inspector.look()
     assert overview.limits.quarantined == 4
     assert overview.warnings[0] == "4 slots in quarantine: a.py (here:4711) died"
 
 
-def test_ledger_that_no_process_has_joined_is_an_error(world):
-    _, inspector = world
+def test_it_needs_members_is_none_and_leaves_nothing(join, inspector, path):
     with pytest.raises(LedgerError, match="no process has joined"):
         inspector.look()
-
-
-def test_it_is_no_member_and_leaves_nothing(world, path):
-    join, inspector = world
     member = join(tags())
     assert len(inspector.look().processes) == 1
     inspector.close()
     names = {file.stem for file in Path(f"{path}.members").iterdir()}
-    assert names == {member.store.member}
+    assert names == {member.key}
 
 
 PROGRAM = """

@@ -15,23 +15,26 @@ from sqla_fairpool.ledger.errors import LedgerError
 URL = make_url("postgresql://host/app")
 
 
-def test_default_place_follows_from_the_database(temp):
-    url = make_url(
-        "postgresql+psycopg2://me:s3cret@db.example:5433/app?sslmode=require"
-    )
-    path = default_path(url)
+def test_default_place_follows_from_the_database(temp, tmp_path, monkeypatch):
+    def place(url):
+        return default_path(make_url(url))
+
+    path = place("postgresql+psycopg2://me:s3cret@db.example:5433/app?sslmode=require")
     assert path.parent == temp / f"sqla-fairpool-{os.getuid()}"
     assert path.name.startswith("postgresql-db.example-5433-app-")
-    other_user = make_url("postgresql+asyncpg://you:other@db.example:5433/app")
-    assert default_path(other_user) == path
+    assert "s3cret" not in str(path)
+    assert place("postgresql+asyncpg://you:other@db.example:5433/app") == path
     for different in (
         "postgresql://db.example:5434/app",
         "postgresql://db.example:5433/app2",
         "postgresql://db_example:5433/app",
         "mysql://db.example:5433/app",
     ):
-        assert default_path(make_url(different)) != path
-    assert "s3cret" not in str(path)
+        assert place(different) != path
+    # SQLite's files are told apart by where they are.
+    monkeypatch.chdir(tmp_path)
+    named = place("sqlite:///x.db")
+    assert named == place(f"sqlite:///{tmp_path}/x.db") != place("sqlite:///y/x.db")
 
 
 @pytest.mark.parametrize("variable", ["XDG_RUNTIME_DIR", "TMPDIR", "HOME"])
@@ -46,13 +49,7 @@ def test_default_place_is_the_same_in_every_environment(
     assert default_path(URL) == path
 
 
-def test_default_place_that_cannot_be_made_is_refused(temp, monkeypatch):
-    monkeypatch.setattr(addresses, "_TEMP", temp / "nowhere")
-    with pytest.raises(LedgerError, match=r"cannot be made \(No such file"):
-        default_path(URL)
-
-
-def test_default_place_is_this_users_alone(temp):
+def test_default_place_is_this_users_alone_or_refused(temp, monkeypatch):
     place = default_path(URL).parent
     place.chmod(0o755)
     with pytest.raises(LedgerError, match="this user alone"):
@@ -62,26 +59,16 @@ def test_default_place_is_this_users_alone(temp):
     place.symlink_to(temp / "elsewhere")
     with pytest.raises(LedgerError, match="this user alone"):
         default_path(URL)
-
-
-def test_sqlite_files_are_told_apart_by_where_they_are(temp, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    named = default_path(make_url("sqlite:///x.db"))
-    assert named == default_path(make_url(f"sqlite:///{tmp_path}/x.db"))
-    assert named != default_path(make_url("sqlite:///y/x.db"))
+    monkeypatch.setattr(addresses, "_TEMP", temp / "nowhere")
+    with pytest.raises(LedgerError, match=r"cannot be made \(No such file"):
+        default_path(URL)
 
 
 @pytest.mark.parametrize(
     "bad",
     [
-        "hosts",
-        "",
-        "mysql://u:s3cret@h/db",
-        "name",
-        "x://s3cret",
-        "postgresql://u:s3cret@h:port/db",
-        "u:s3cret@h/db",
-        "u:s3/cret@h",
+        *("hosts", "", "mysql://u:s3cret@h/db", "name", "x://s3cret"),
+        *("postgresql://u:s3cret@h:port/db", "u:s3cret@h/db", "u:s3/cret@h"),
     ],
 )
 def test_anything_else_is_refused_without_a_secret(bad):

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
-from support.ledger import World
+from support.ledger import World, ask
 
 from sqla_fairpool.ledger.demand import Pace
 from sqla_fairpool.ledger.rows import Terms
@@ -61,8 +61,19 @@ def steps(process):
     return not process.stopped and (not process.left or process.round is not None)
 
 
-def any_process(where):
-    return precondition(lambda self: any(where(p) for p in self.world.living))
+def of_a_process(where, **strategies):
+    """Make a rule of a function that takes a living process of which `where` is so."""
+
+    def decorate(function):
+        def act(self, data, **values):
+            those = [process for process in self.world.living if where(process)]
+            function(self, data.draw(st.sampled_from(those)), **values)
+
+        act.__name__ = function.__name__
+        there_is_one = precondition(lambda self: any(map(where, self.world.living)))
+        return there_is_one(rule(data=st.data(), **strategies)(act))
+
+    return decorate
 
 
 class LedgerHoldsItsPromises(RuleBasedStateMachine):
@@ -79,75 +90,49 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
         soft = min(soft, most)
         self.world = World(Terms(capacity, soft, most, 60.0, 30.0), PACE)
         self.can_be_deleted = can_be_deleted
-        for tag in TAGS[:members]:
-            pool = self.world.start().pool
-            for _ in range(asked):
-                pool.request(tag)
-        self.world.run(0.1, tick=0.01)
-
-    # -- choosing ------------------------------------------------------------------
-
-    def one(self, data, where=anybody):
-        return data.draw(st.sampled_from([p for p in self.world.living if where(p)]))
+        self.world.members(**dict.fromkeys(TAGS[:members], asked))
 
     # -- the pools -----------------------------------------------------------------
 
-    @any_process(works)
-    @rule(data=st.data(), tag=st.sampled_from(TAGS), times=st.integers(1, 4))
-    def request(self, data, tag, times):
-        process = self.one(data, works)
-        for _ in range(times):
-            process.pool.request(tag)
+    @of_a_process(works, tag=st.sampled_from(TAGS), times=st.integers(1, 4))
+    def request(self, process, tag, times):
+        ask(process, tag, times)
 
-    @any_process(holds)
-    @rule(data=st.data(), times=st.integers(1, 4))
-    def release(self, data, times):
-        process = self.one(data, holds)
+    @of_a_process(holds, times=st.integers(1, 4))
+    def release(self, process, times):
         for tag in [*process.pool.in_use.elements()][:times]:
             process.pool.release(tag)
 
-    @any_process(holds)
-    @rule(data=st.data())
-    def detach(self, data):
-        process = self.one(data, holds)
+    @of_a_process(holds)
+    def detach(self, process):
         process.pool.detach(next(process.pool.in_use.elements()))
 
-    @any_process(lambda p: p.pool.detached and not p.stopped)
-    @rule(data=st.data())
-    def close_detached(self, data):
-        process = self.one(data, lambda p: p.pool.detached and not p.stopped)
+    @of_a_process(lambda p: p.pool.detached and not p.stopped)
+    def close_detached(self, process):
         process.pool.close_detached()
 
-    @any_process(holds)
-    @rule(data=st.data(), known=st.booleans())
-    def interrupt(self, data, known):
-        pool = self.one(data, holds).pool
-        pool.interrupt(next(pool.in_use.elements()), known)
+    @of_a_process(holds, known=st.booleans())
+    def interrupt(self, process, known):
+        process.pool.interrupt(next(process.pool.in_use.elements()), known)
 
-    @any_process(lambda p: p.strays)
-    @rule(data=st.data())
-    def the_server_ends_a_lost_session(self, data):
-        process = self.one(data, lambda p: p.strays)
-        self.world.server.disconnect(data.draw(st.sampled_from(process.strays)))
+    @of_a_process(lambda p: p.strays, number=st.integers(0, 5))
+    def the_server_ends_a_lost_session(self, process, number):
+        self.world.server.disconnect(process.strays[number % len(process.strays)])
 
-    @any_process(works)
-    @rule(data=st.data(), tag=st.sampled_from(TAGS))
-    def nobody_waits_any_more(self, data, tag):
-        pool = self.one(data, works).pool
-        pool.waiting[tag] = 0
-        pool.active.discard(tag)
+    @of_a_process(works, tag=st.sampled_from(TAGS))
+    def nobody_waits_any_more(self, process, tag):
+        process.pool.waiting[tag] = 0
+        process.pool.active.discard(tag)
 
     # -- the keepers ---------------------------------------------------------------
 
-    @any_process(steps)
-    @rule(data=st.data())
-    def step(self, data):
-        self.one(data, steps).step()
+    @of_a_process(steps)
+    def step(self, process):
+        process.step()
 
-    @any_process(steps)
-    @rule(data=st.data(), points=st.integers(0, 12))
-    def a_part_of_a_step(self, data, points):
-        self.one(data, steps).step(points)
+    @of_a_process(steps, points=st.integers(0, 12))
+    def a_part_of_a_step(self, process, points):
+        process.step(points)
 
     @rule()
     def everybody_works_for_a_while(self):
@@ -157,10 +142,8 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
     def time_passes(self, seconds):
         self.world.now += seconds
 
-    @any_process(runs)
-    @rule(data=st.data(), seconds=st.sampled_from([0.1, 1.0, 86_400.0]))
-    def timers_fire_early(self, data, seconds):
-        process = self.one(data)
+    @of_a_process(anybody, seconds=st.sampled_from([0.1, 1.0, 86_400.0]))
+    def timers_fire_early(self, process, seconds):
         process.ahead += seconds
 
     # -- what happens to processes -------------------------------------------------
@@ -170,10 +153,8 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
     def another_one(self):
         self.world.start()
 
-    @any_process(anybody)
-    @rule(data=st.data())
-    def kill(self, data):
-        process = self.one(data)
+    @of_a_process(anybody)
+    def kill(self, process):
         process.kill()
         if self.is_unknown(process):
             process.server_notices()
@@ -190,29 +171,22 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
     def the_server_can_be_asked_or_not(self):
         self.world.can_ask = not self.world.can_ask
 
-    @any_process(runs)
-    @rule(data=st.data())
-    def stop(self, data):
-        self.one(data, runs).stopped = True
+    @of_a_process(anybody)
+    def stop_or_go_on(self, process):
+        process.stopped = not process.stopped
 
-    @any_process(lambda p: p.stopped)
-    @rule(data=st.data())
-    def go_on(self, data):
-        self.one(data, lambda p: p.stopped).stopped = False
+    @of_a_process(works)
+    def fork(self, process):
+        if len(self.world.living) < 5:
+            process.fork()
 
-    @precondition(lambda self: len(self.world.living) < 5)
-    @any_process(works)
-    @rule(data=st.data())
-    def fork(self, data):
-        self.one(data, works).fork()
-
-    def may_leave(self, process):
-        return works(process) and process.round is None and not self.is_unknown(process)
-
-    @precondition(lambda self: any(map(self.may_leave, self.world.living)))
-    @rule(data=st.data(), points=st.one_of(st.none(), st.integers(0, 6)))
-    def leave(self, data, points):
-        self.one(data, self.may_leave).close(points)
+    @of_a_process(
+        lambda p: works(p) and p.round is None,
+        points=st.one_of(st.none(), st.integers(0, 6)),
+    )
+    def leave(self, process, points):
+        if not self.is_unknown(process):
+            process.close(points)
 
     # -- what happens to the store -------------------------------------------------
 
@@ -220,10 +194,9 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
     def the_store_goes_away_or_comes_back(self):
         self.world.host.is_away = not self.world.host.is_away
 
-    @any_process(anybody)
-    @rule(data=st.data(), where=st.sampled_from(FAILURES))
-    def the_store_fails(self, data, where):
-        self.one(data).fails_at = where
+    @of_a_process(anybody, point=st.sampled_from(FAILURES))
+    def the_store_fails(self, process, point):
+        process.fails_at = point
 
     def is_unknown(self, process):
         """Tell if its row was deleted, and it has not joined again."""
@@ -253,17 +226,14 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
         self.world.host.delete()
         for _ in range(newcomers):  # before anybody else sees it
             process = self.world.start()
-            for _ in range(4):
-                process.pool.request(TAGS[0])
+            ask(process, TAGS[0], 4)
             process.step()
 
     @precondition(lambda self: not self.can_be_deleted)
-    @any_process(lambda p: p.store.is_open)
-    @rule(data=st.data())
-    def a_sign_of_life_is_lost(self, data):
-        self.one(data, lambda p: p.store.is_open).store.lose()
+    @of_a_process(lambda p: p.store.is_open)
+    def a_sign_of_life_is_lost(self, process):
+        process.store.lose()
 
-    @any_process(anybody)
     @rule()
     def bells_are_lost(self):
         self.world.host.rung.clear()
@@ -275,56 +245,31 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
 
     @precondition(made)
     @invariant()
-    def never_more_connections_than_slots(self):
-        assert self.world.server.most <= self.world.terms.capacity
-
-    @precondition(made)
-    @invariant()
-    def no_slot_is_there_twice(self):
-        book = self.world.book
+    def promises_are_kept(self):
+        world, book = self.world, self.world.book
+        # Never more connections than slots, and no slot is there twice.
+        assert world.server.most <= world.terms.capacity
         if book.meta is not None:
-            assert book.owned + book.quarantined <= self.world.terms.capacity
-
-    @precondition(made)
-    @invariant()
-    def for_each_connection_a_slot_is_kept(self):
-        """In the row of its process, or in a quarantine of it."""
-        world, book = self.world, self.world.book
+            assert book.owned + book.quarantined <= world.terms.capacity
         for process in world.living + world.dead:
-            if not self.is_unknown(process):
-                row = process.row
-                slots = row.owned if row else 0
-                for gone in book.gone.values():
-                    if gone.member == process.store.member:
-                        slots += gone.slots
-                assert len(process.sessions) <= slots
-
-    @precondition(made)
-    @invariant()
-    def what_is_used_is_posted(self):
-        world, book = self.world, self.world.book
-        for process in world.living:
-            if not self.is_unknown(process):
-                used = [s for s in process.pool.there if s not in process.pool.pending]
-                assert book.accounted >= set(used)
-
-    @precondition(made)
-    @invariant()
-    def no_pool_may_open_more_than_its_process_owns(self):
-        book = self.world.book
-        for process in self.world.living:
-            if (
-                process.store.member in self.world.host.alive
-                and process.store.signed
-                and not process.left
-                and not self.is_unknown(process)
-            ):
-                gone = book.gone.get(process.keeper.member.number)
-                row = process.row
-                kept = row.owned if row else gone.slots if gone else 0
+            if self.is_unknown(process):
+                continue
+            # For each connection a slot is kept: in the row, or in a quarantine.
+            row, key = process.row, process.store.member
+            slots = row.owned if row else 0
+            gone = [gone for gone in book.gone.values() if gone.member == key]
+            assert len(process.sessions) <= slots + sum(one.slots for one in gone)
+            if process in world.dead:
+                continue
+            # What is used is posted.
+            pool = process.pool
+            assert book.accounted >= set(pool.there) - pool.pending
+            # No pool may open more than its process owns.
+            if key in world.host.alive and process.store.signed and not process.left:
+                former = book.gone.get(process.keeper.member.number)
+                kept = row.owned if row else former.slots if former else 0
                 # It may not know yet that these are in quarantine; they are open.
-                lost = len(process.pool.interrupted)
-                assert process.pool.slots <= kept + lost
+                assert pool.slots <= kept + len(pool.interrupted)
 
     def teardown(self):
         if self.made():
@@ -353,7 +298,7 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
         world.dead.clear()
         clocks = max((p.ahead for p in world.living), default=0.0)
         world.run(25.0 + min(clocks, 10.0), tick=0.05)
-        self.check_promises()
+        self.promises_are_kept()
         book = world.book
         if book.meta is None:
             return
@@ -375,13 +320,6 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
             # Nothing is unused that somebody else could use.
             if plan.unmet:
                 assert not pool.idle or pool.open <= plan.claimed[process.store.member]
-
-    def check_promises(self):
-        self.never_more_connections_than_slots()
-        self.no_slot_is_there_twice()
-        self.for_each_connection_a_slot_is_kept()
-        self.what_is_used_is_posted()
-        self.no_pool_may_open_more_than_its_process_owns()
 
     def all_are_saturated(self):
         """Who is not stopped wants everything: the shares are max-min."""
@@ -420,7 +358,7 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
                 rounds[process] += process.pool.in_use[tag]
 
         world.run(30.0, count, tick=0.05)
-        self.check_promises()
+        self.promises_are_kept()
         mean = {p: rounds[p] / rounds[None] for p in working}
         terms = world.terms
         tags = sorted(set(working.values()))

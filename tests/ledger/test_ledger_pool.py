@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import threading
 
 import pytest
 from sqlalchemy import create_engine
@@ -13,7 +12,16 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from support import state
 from support.state import assert_consistent
 from support.stub import StubServer
-from support.threads import PATIENCE, Caller, ensure_waiting, eventually
+from support.threads import (
+    Caller,
+    Gate,
+    connect,
+    ensure_waiting,
+    eventually,
+    give,
+    take,
+    wait_in_line,
+)
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
 from sqla_fairpool.ledger.errors import LedgerError, TermsDiffer
@@ -34,23 +42,30 @@ class FakeKeeper:
     def close(self):
         self.closed = True
 
-    def after_fork(self):
-        self.rings = []
+
+@pytest.fixture
+def pool(server):
+    """A pool that is a member."""
+    pool = server.pool(pool_size=10, soft_limit=5, max_limit=8)
+    state.join(pool, FakeKeeper())
+    return pool
 
 
 @pytest.fixture
-def joined(server):
-    """A pool that is a member, its share, and its keeper."""
-    pool = server.pool(pool_size=10, soft_limit=5, max_limit=8)
-    share = state.join(pool, FakeKeeper())
-    return pool, share, share.keeper
+def share(pool):
+    """Its side of the ledger."""
+    return state.share(pool)
 
 
-def connect(pool, tag="a"):
-    import sqla_fairpool
+@pytest.fixture
+def keeper(share):
+    return share.keeper
 
-    with sqla_fairpool.tag(tag):
-        return pool.connect()
+
+@pytest.fixture
+def allot(share):
+    """Let it open so many connections, all of which one tag may have."""
+    return lambda slots: share.allot(slots, {}, slots)
 
 
 def there(share):
@@ -60,127 +75,104 @@ def there(share):
 # -- what may be opened ----------------------------------------------------------------
 
 
-def test_nothing_is_opened_before_it_is_allotted(joined, server):
-    pool, share, keeper = joined
-    caller = Caller(connect, pool)
-    ensure_waiting(pool, 1)
+def test_nothing_is_opened_before_it_is_allotted(pool, share, keeper, server):
+    (caller,) = wait_in_line(pool)
     eventually(lambda: keeper.rings == ["a"])
     assert (server.opened, there(share)) == (0, 0)
-    assert share.demand()[1] == {"a": (0, 1, True)}
+    assert share.demand()[1]["a"][:3] == (0, 1, True)
     share.allot(1, {"a": 1}, 1)
     caller.result().close()
     assert there(share) == 1
 
 
-def test_ceilings_are_those_that_are_told(joined):
-    pool, share, _ = joined
+def test_ceilings_are_those_that_are_told(pool, share):
     share.allot(10, {"a": 2}, 1)
-    held = [connect(pool), connect(pool), connect(pool, "b")]
-    waiting = [Caller(connect, pool), Caller(connect, pool, "b")]
-    ensure_waiting(pool, 2)
+    held = [*take(pool, 2), connect(pool, "b")]
+    waiting = [*wait_in_line(pool), *wait_in_line(pool, "b")]
     share.allot(10, {"a": 3, "b": 2}, 1)
     held += [caller.result() for caller in waiting]
     assert pool.stats().tag("a").limit == 3
     assert_consistent(pool)
-    while held:
-        held.pop().close()
+    give(held)
+    # Any numbers from outside leave the scheduler's invariants true.
+    for slots, ceilings, other in [(6, {"a": 3}, 2), (3, {}, 1), (0, {"a": 1}, 0)]:
+        share.allot(slots, ceilings, other)
+        assert_consistent(pool)
+        held = take(pool, min(slots, ceilings.get("a", other)))
+        assert_consistent(pool)
+        give(held)
+        assert_consistent(pool)
 
 
-def test_fewer_slots_take_nothing_away_and_drain(joined, server):
-    pool, share, keeper = joined
-    share.allot(4, {"a": 4}, 4)
-    held = [connect(pool) for _ in range(4)]
-    share.allot(2, {"a": 4}, 4)
+def test_fewer_slots_take_nothing_away_and_drain(pool, share, keeper, allot, server):
+    allot(4)
+    held = take(pool, 4)
+    allot(2)
     share.close_surplus()
-    assert (server.open, there(share)) == (4, 4)
+    assert server.open == there(share) == 4
     keeper.rings.clear()
     held.pop().close()
-    assert (server.open, there(share)) == (3, 3)
+    assert server.open == there(share) == 3
     assert keeper.rings
-    held.pop().close()
-    held.pop().close()
-    held.pop().close()
-    assert (server.open, there(share), pool.checkedin()) == (2, 2, 2)
-    share.allot(0, {"a": 4}, 4)
+    give(held)
+    assert server.open == there(share) == pool.checkedin() == 2
+    allot(0)
     share.close_surplus()
-    assert (server.open, there(share)) == (0, 0)
+    assert server.open == there(share) == 0
 
 
-def test_what_is_being_closed_still_counts(joined, server):
-    pool, share, _ = joined
-    share.allot(3, {"a": 3}, 3)
-    for connection in [connect(pool) for _ in range(3)]:
-        connection.close()
-    closing, go_on = threading.Event(), threading.Event()
-
-    def slowly():
-        closing.set()
-        assert go_on.wait(PATIENCE)
-
-    server.before["close"] = slowly
-    shrinking = Caller(share.allot, 1, {"a": 3}, 3)
-    assert closing.wait(PATIENCE)
+def test_what_is_being_closed_still_counts(pool, allot, server):
+    allot(3)
+    give(take(pool, 3))
+    gate = server.before["close"] = Gate()
+    shrinking = Caller(allot, 1)
+    gate.reached()
     assert server.open == 3
-    growing = Caller(share.allot, 3, {"a": 3}, 3)
+    growing = Caller(allot, 3)
     eventually(lambda: state.allotted(pool) == 3)
     callers = [Caller(connect, pool) for _ in range(3)]
     ensure_waiting(pool, 2)
-    go_on.set()
+    gate.open()
     for caller in (shrinking, growing):
         caller.result()
-    for caller in callers:
-        caller.result().close()
+    give([caller.result() for caller in callers])
     assert server.most == 3
 
 
-def test_detached_connection_keeps_its_slot_until_it_is_closed(joined, server):
-    pool, share, keeper = joined
-    share.allot(2, {"a": 2}, 2)
-    detached, other = connect(pool), connect(pool)
-    waiter = Caller(connect, pool)
-    ensure_waiting(pool, 1)
+def test_detached_connection_keeps_its_slot_until_it_is_closed(
+    pool, share, keeper, allot, server
+):
+    allot(2)
+    detached, other = take(pool, 2)
+    (waiter,) = wait_in_line(pool)
     detached.detach()
-    assert there(share) == 2
-    assert pool.checkedout() == 1
+    assert (there(share), pool.checkedout()) == (2, 1)
     ensure_waiting(pool, 1)
     keeper.rings.clear()
     detached.close()
     state.look_around(pool)
     waiter.result().close()
     assert keeper.rings
-    other.close()
-    assert there(share) == server.open == 2
+    other.detach()
+    del other  # or until it is dropped
+    gc.collect()
+    state.look_around(pool)
+    assert there(share) == server.open == 1
+    give(take(pool, 2))
     assert server.most == 2
 
 
-def test_detached_connection_that_is_dropped_gives_its_slot_back(joined, server):
-    pool, share, _ = joined
-    share.allot(1, {"a": 1}, 1)
-    connection = connect(pool)
-    connection.detach()
-    assert there(share) == 1
-    del connection
-    gc.collect()
-    state.look_around(pool)
-    assert (there(share), server.open) == (0, 0)
-    connect(pool).close()
-
-
-def test_invalidated_and_recycled_connections_count_once(joined, server):
-    pool, share, _ = joined
-    share.allot(1, {"a": 1}, 1)
+def test_connections_that_are_replaced_or_not_opened_count_once(
+    pool, share, allot, server
+):
+    allot(1)
     for soft in (False, True):
         connection = connect(pool)
         connection.invalidate(soft=soft)
         connection.close()
         connect(pool).close()
         assert there(share) == 1
-    assert server.most == 1
-
-
-def test_failed_connect_gives_its_slot_to_the_next(joined, server):
-    pool, share, _ = joined
-    share.allot(1, {"a": 1}, 1)
+    connect(pool).invalidate()
 
     def fail():
         server.before.clear()
@@ -191,12 +183,12 @@ def test_failed_connect_gives_its_slot_to_the_next(joined, server):
         connect(pool)
     assert there(share) == 0
     connect(pool).close()
+    assert server.most == 1
 
 
-def test_dispose_keeps_the_account(joined, server):
-    pool, share, _ = joined
-    share.allot(2, {"a": 2}, 2)
-    out, idle = connect(pool), connect(pool)
+def test_dispose_keeps_the_account(pool, share, allot, server):
+    allot(2)
+    out, idle = take(pool, 2)
     idle.close()
     pool.dispose()
     successor = pool.recreate()
@@ -209,26 +201,39 @@ def test_dispose_keeps_the_account(joined, server):
     assert server.most == 2
 
 
+def test_frozen_pool_uses_what_there_is_and_opens_nothing(pool, share, allot, server):
+    allot(5)
+    held = take(pool, 3)
+    held.pop().close()
+    share.freeze()
+    held.append(connect(pool))
+    (waiter,) = wait_in_line(pool)
+    held.pop().invalidate()  # one less, for good
+    assert server.open == there(share) == 2
+    ensure_waiting(pool, 1)
+    held.pop().close()
+    waiter.result().close()
+    assert server.opened == 3
+    allot(5)
+    held += take(pool, 4)
+    assert server.open == 5
+    give(held)
+
+
 # -- what is told ----------------------------------------------------------------------
 
 
-def test_local_checkout_rings_nobody(joined):
-    pool, share, keeper = joined
-    share.allot(2, {"a": 2}, 2)
-    connect(pool).close()
+def test_keeper_is_rung_for_idle_connections_only_under_pressure(
+    pool, share, keeper, allot
+):
+    allot(2)
+    give(take(pool, 2))
     keeper.rings.clear()
-    for _ in range(100):
-        connect(pool).close()
-        connect(pool, "b").close()
+    for tag in "ab" * 50:
+        connect(pool, tag).close()
     assert keeper.rings == []
-
-
-def test_pressed_pool_rings_when_a_connection_falls_idle(joined):
-    pool, share, keeper = joined
-    share.allot(2, {"a": 2}, 2)
     held = connect(pool)
     share.press(True)
-    keeper.rings.clear()
     held.close()
     assert keeper.rings == [None]
     connect(pool).close()
@@ -239,29 +244,32 @@ def test_pressed_pool_rings_when_a_connection_falls_idle(joined):
     assert len(keeper.rings) == 2
 
 
-def test_refusal_reaches_who_waits_and_is_over_with_a_share(joined):
-    pool, share, _ = joined
-    caller = Caller(connect, pool)
-    ensure_waiting(pool, 1)
+def test_demand_tells_the_most_that_were_in_use(pool, share, allot):
+    def in_use():
+        return share.demand()[1]["a"].in_use
+
+    allot(5)
+    give(take(pool, 3))
+    assert [in_use(), in_use()] == [3, 0]
+    held = connect(pool)
+    assert [in_use(), in_use()] == [1, 1]
+    held.close()
+    assert [in_use(), in_use()] == [1, 0]
+
+
+def test_refusal_reaches_who_waits_and_is_over_with_a_share(pool, share, allot):
+    (caller,) = wait_in_line(pool)
     share.refuse(TermsDiffer("other limits"))
     with pytest.raises(TermsDiffer, match="other limits"):
         caller.result()
     assert pool.stats().waiting == 0
-    share.allot(1, {}, 1)
+    allot(1)
     connect(pool).close()
 
 
-def test_waiting_for_a_slot_times_out_as_ever(server):
-    pool = server.pool(pool_size=2, timeout=0.01)
-    state.join(pool, FakeKeeper())
-    with pytest.raises(CheckoutTimeout):
-        connect(pool)
-
-
-def test_time_out_says_what_the_ledger_has_to_do_with_it(joined):
-    pool, share, keeper = joined
+def test_time_out_says_what_the_ledger_has_to_do_with_it(pool, keeper, allot):
     pool.reconfigure(timeout=0.01)
-    share.allot(0, {"a": 5}, 5)
+    allot(0)
     with pytest.raises(CheckoutTimeout) as caught:
         connect(pool)
     assert caught.value.diagnosis.allotted == 0
@@ -278,8 +286,7 @@ def test_time_out_says_what_the_ledger_has_to_do_with_it(joined):
     )
 
 
-def test_what_all_have_agreed_on_is_not_reconfigured(joined):
-    pool, _, _ = joined
+def test_what_all_have_agreed_on_is_not_reconfigured(pool):
     for change in ({"soft_limit": 2}, {"pool_size": 12}, {"idle_timeout": 5}):
         with pytest.raises(ArgumentError, match="as agreed with the ledger"):
             pool.reconfigure(**change)
@@ -301,47 +308,42 @@ def test_pool_that_nobody_has_any_more_is_told_to_its_keeper():
 
 
 @pytest.fixture
-def ledger(tmp_path):
-    return str(tmp_path / "app.ledger")
-
-
-@pytest.fixture
-def member(ledger):
-    """Make engines on stubs, all members of one ledger."""
+def keep():
+    """Have engines disposed of, and their keepers closed, after the test."""
     engines = []
 
-    def member(server, **options):
-        engine = server.engine(ledger=ledger, **options)
+    def keep(engine):
         engines.append(engine)
         return engine
 
-    yield member
+    yield keep
     for engine in engines:
         engine.dispose()
         state.keeper(engine).close()
 
 
-def take(engine, number, tag="a"):
-    tagged = engine.execution_options(scraper=tag)
-    return [tagged.connect() for _ in range(number)]
+@pytest.fixture
+def member(keep, tmp_path):
+    """Make engines on stubs, all members of one ledger."""
+    ledger = str(tmp_path / "app.ledger")
+    return lambda server, **options: keep(server.engine(ledger=ledger, **options))
 
 
-def give(connections):
-    while connections:
-        connections.pop().close()
+def take_from(engine, number, tag="a"):
+    return take(engine.execution_options(scraper=tag), number, "unknown")
 
 
 def test_two_pools_share_the_rules(member):
     server = StubServer()
     one, two = member(server), member(server)
-    alone = take(one, 15)
-    callers = [Caller(take, two, 1, "b") for _ in range(10)]
+    alone = take_from(one, 15)
+    callers = [Caller(take_from, two, 1, "b") for _ in range(10)]
     first = [caller.result() for caller in callers[:5]]
     assert server.open == 20
     give(alone)
     rest = [caller.result() for caller in callers[5:]]
     assert server.most == 20
-    more = [Caller(take, one, 1) for _ in range(15)]
+    more = [Caller(take_from, one, 1) for _ in range(15)]
     eventually(lambda: one.pool.checkedout() == 10)
     eventually(lambda: one.pool.stats().waiting == 5)
     assert (two.pool.checkedout(), server.open) == (10, 20)
@@ -350,11 +352,13 @@ def test_two_pools_share_the_rules(member):
     for caller in more:
         give(caller.result())
     assert server.most == 20
+    with pytest.raises(TermsDiffer, match=r"capacity=10 .*capacity=20 "):
+        member(server, pool_size=10).connect()
 
 
 def test_local_checkout_does_no_store_io(member, monkeypatch):
     engine = member(StubServer())
-    give(take(engine, 3))
+    give(take_from(engine, 3))
     keeper = state.keeper(engine)
     eventually(lambda: (has := keeper.member.allotment) and has.row.owned == 3)
     calls = []
@@ -367,76 +371,46 @@ def test_local_checkout_does_no_store_io(member, monkeypatch):
         )
     before = keeper.member.transactions
     for _ in range(300):
-        give(take(engine, 3))
+        give(take_from(engine, 3))
     assert keeper.member.transactions == before
     assert calls == []
 
 
-def test_members_that_disagree_are_told_both_sides(member):
-    server = StubServer()
-    give(take(member(server, pool_size=20), 1))
-    other = member(server, pool_size=10)
-    with pytest.raises(TermsDiffer) as caught:
-        other.connect()
-    assert "capacity=10" in str(caught.value)
-    assert "capacity=20" in str(caught.value)
-
-
-def test_default_place_needs_a_database():
-    server = StubServer()
-    pool = server.pool(ledger="host")  # without an engine there is no URL
-    with pytest.raises(LedgerError, match="name a path as the ledger"):
-        pool.connect()
-
-
-def test_default_place_follows_from_the_engines_url(temp, tmp_path):
-    engine = create_engine(
-        f"sqlite:///{tmp_path}/x.db", poolclass=FairQueuePool, ledger="host"
-    )
-    with engine.connect():
-        assert list(temp.glob("sqla-fairpool-*/sqlite-*.ledger"))
-    engine.dispose()
-    state.keeper(engine).close()
-
-
-def test_plugin_takes_a_ledger(tmp_path):
-    engine = create_engine(
-        f"sqlite:///{tmp_path}/x.db?plugin=fairpool&fairpool_ledger={tmp_path}/l.ledger"
-    )
-    with engine.connect():
-        assert (tmp_path / "l.ledger").exists()
-    engine.dispose()
-    state.keeper(engine).close()
-
-
-def test_environment_names_the_ledger_where_the_url_does_not(tmp_path, monkeypatch):
+def test_ledger_is_where_the_engine_the_plugin_or_the_environment_says(
+    temp, tmp_path, monkeypatch, keep
+):
+    url = f"sqlite:///{tmp_path}/x.db"
+    keep(create_engine(url, poolclass=FairQueuePool, ledger="host")).connect().close()
+    assert list(temp.glob("sqla-fairpool-*/sqlite-*.ledger"))
+    url += "?plugin=fairpool"
+    keep(create_engine(f"{url}&fairpool_ledger={tmp_path}/l.ledger")).connect().close()
+    assert (tmp_path / "l.ledger").exists()
     monkeypatch.setenv("FAIRPOOL_LEDGER", f"{tmp_path}/env.ledger")
-    url = f"sqlite:///{tmp_path}/x.db?plugin=fairpool"
     assert create_engine(url).pool.options.ledger == f"{tmp_path}/env.ledger"
     named = create_engine(f"{url}&fairpool_ledger=none")
     assert named.pool.options.ledger is None
     assert FairQueuePool(lambda: None).options.ledger is None
+    pool = StubServer().pool(ledger="host")  # without an engine there is no URL
+    with pytest.raises(LedgerError, match="name a path as the ledger"):
+        pool.connect()
 
 
-def test_tasks_share_with_threads(tmp_path, ledger):
+def test_tasks_share_with_threads(tmp_path, member):
     """The asyncio pool gives way too: its idle connections are closed in its loop."""
-    server = StubServer()
-    threads = server.engine(ledger=ledger, pool_size=4, soft_limit=2, max_limit=4)
+    limits = {"pool_size": 4, "soft_limit": 2, "max_limit": 4}
+    threads = member(StubServer(), **limits)
 
     async def main():
         engine = create_async_engine(
             f"sqlite+aiosqlite:///{tmp_path}/x.db",
             poolclass=AsyncAdaptedFairQueuePool,
-            ledger=ledger,
-            pool_size=4,
-            soft_limit=2,
-            max_limit=4,
+            ledger=threads.pool.options.ledger,
+            **limits,
         )
         tasks = engine.execution_options(scraper="tasks")
-        held = [await tasks.connect() for _ in range(4)]
-        for connection in held:
+        for connection in [await tasks.connect() for _ in range(4)]:
             await connection.close()
-        taken = await asyncio.to_thread(take, threads, 2)
+        taken = await asyncio.to_thread(take_from, threads, 2)
         assert len(taken) == 2
         give(taken)
         async with tasks.connect():
@@ -445,53 +419,3 @@ def test_tasks_share_with_threads(tmp_path, ledger):
         await asyncio.to_thread(state.keeper(engine).close)
 
     asyncio.run(main())
-    threads.dispose()
-    state.keeper(threads).close()
-
-
-def test_imposed_ceilings_keep_the_promises(server):
-    """Any numbers from outside leave the scheduler's invariants true."""
-    pool = server.pool(pool_size=6, soft_limit=3, max_limit=5)
-    share = state.join(pool, FakeKeeper())
-    for slots, ceilings, other in [(6, {"a": 3}, 2), (3, {}, 1), (0, {"a": 1}, 0)]:
-        share.allot(slots, ceilings, other)
-        assert_consistent(pool)
-        held = [connect(pool) for _ in range(min(slots, ceilings.get("a", other)))]
-        assert_consistent(pool)
-        give(held)
-        assert_consistent(pool)
-
-
-def test_frozen_pool_uses_what_there_is_and_opens_nothing(joined, server):
-    pool, share, _ = joined
-    share.allot(5, {"a": 5}, 5)
-    held = [connect(pool) for _ in range(3)]
-    held.pop().close()
-    share.freeze()
-    held.append(connect(pool))
-    waiter = Caller(connect, pool)
-    ensure_waiting(pool, 1)
-    held.pop().invalidate()  # one less, for good
-    assert (server.open, there(share)) == (2, 2)
-    ensure_waiting(pool, 1)
-    held.pop().close()
-    waiter.result().close()
-    assert server.opened == 3
-    share.allot(5, {"a": 5}, 5)
-    held += [connect(pool) for _ in range(4)]
-    assert server.open == 5
-    give(held)
-
-
-def test_demand_tells_the_most_that_were_in_use(joined):
-    pool, share, _ = joined
-    share.allot(5, {"a": 5}, 5)
-    give([connect(pool) for _ in range(3)])
-    assert share.demand()[1]["a"].in_use == 3
-    assert share.demand()[1]["a"].in_use == 0
-    held = connect(pool)
-    assert share.demand()[1]["a"].in_use == 1
-    assert share.demand()[1]["a"].in_use == 1
-    held.close()
-    assert share.demand()[1]["a"].in_use == 1
-    assert share.demand()[1]["a"].in_use == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import uuid
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -14,7 +13,7 @@ from support import state
 from support.ledger_world import Server as SimServer
 from support.ledger_world import SimPool
 from support.stores import rows_of, write
-from support.threads import PATIENCE, Caller, eventually
+from support.threads import PATIENCE, Caller, eventually, give
 
 from sqla_fairpool import FairQueuePool
 from sqla_fairpool.cli import main
@@ -30,6 +29,9 @@ from sqla_fairpool.ledger.store import StoreAway
 pytestmark = pytest.mark.postgres
 
 TABLES = "fairpool_ledger, fairpool_ledger_row, fairpool_figures"
+USE = f"grant select, insert, update, delete on {TABLES} to "
+ANYBODY_MAY_CREATE = "grant create on schema public to public"
+NOBODY_MAY_CREATE = "revoke create on schema public from public"
 TERMS = Terms(4, 2, 3, 60.0, 30.0)
 
 
@@ -42,10 +44,22 @@ def url(postgres_url, operator):
     operator(postgres_url, f"drop database {name} with (force)")
 
 
+@pytest.fixture
+def sql(url, operator):
+    """Do something in that database as its operator does."""
+    return lambda *statements, **values: operator(url, *statements, **values)
+
+
 @pytest.fixture(params=["psycopg2", "psycopg"])
 def driver_url(request, url):
     """The same, with each driver."""
     return url.set(drivername=f"postgresql+{request.param}")
+
+
+@pytest.fixture
+def given(url):
+    """The same, as it is given to a command."""
+    return url.render_as_string(hide_password=False)
 
 
 @pytest.fixture
@@ -59,29 +73,40 @@ def make(opened):
 
 
 @pytest.fixture
-def role(url, operator):
+def role(url, sql):
     """Make roles that may log in and nothing else, dropped after the test."""
     names = []
 
-    def make(*statements):
-        name = f"r{uuid.uuid4().hex}"
-        names.append(name)
-        operator(url, f"create role {name} login", *statements)
-        return url.set(username=name)
+    def make(options="", driver="postgresql+psycopg2"):
+        names.append(f"r{uuid.uuid4().hex}")
+        sql(f"create role {names[-1]} login {options}")
+        return url.set(username=names[-1], drivername=driver)
 
     yield make
     for name in names:
-        operator(url, f"drop owned by {name}", f"drop role {name}")
+        sql(f"drop owned by {name}", f"drop role {name}")
 
 
 def searching(url, path):
     return url.update_query_dict({"options": f"-csearch_path={path}"})
 
 
-def move_tables(operator, url, *statements):
-    """Do something with each table, named ``{0}``."""
-    for table in TABLES.split(", "):
-        operator(url, *(statement.format(table) for statement in statements))
+def for_each_table(statement):
+    return [statement.format(table) for table in TABLES.split(", ")]
+
+
+MOVED = ["create schema mine", *for_each_table("alter table {0} set schema mine")]
+COPIED = [
+    "create schema mine",
+    *for_each_table("create table mine.{0} (like public.{0})"),
+]
+
+
+def schemas(sql):
+    return sql(
+        "select relnamespace::regnamespace::text from pg_class "
+        "where relname = 'fairpool_ledger' order by oid"
+    )
 
 
 # -- tables that go away --------------------------------------------------------------
@@ -99,11 +124,11 @@ def move_tables(operator, url, *statements):
     ],
 )
 def test_without_its_tables_a_store_is_away_and_keeps_its_sign(
-    driver_url, make, operator, statements
+    driver_url, make, sql, statements
 ):
     store, other = make(driver_url), make(driver_url)
     write(store, a="1")
-    operator(driver_url, *statements)
+    sql(*statements)
     for _ in range(2):
         with pytest.raises(StoreAway):
             rows_of(store)
@@ -121,33 +146,34 @@ def test_without_its_tables_a_store_is_away_and_keeps_its_sign(
 
 
 def test_tables_that_are_made_anew_by_another_are_not_taken_for_the_old_ones(
-    url, make, operator
+    url, make, sql
 ):
     store = make(url)
-    operator(url, f"drop table {TABLES}")
+    sql(f"drop table {TABLES}")
     other = make(url)
     assert other.key != store.key
     with pytest.raises(StoreAway, match="made anew"):
         write(store, a="1")
     assert rows_of(other) == {}
-
-
-def test_figures_without_a_table_are_a_store_that_is_away(url, make, operator):
-    store = make(url)
-    operator(url, "drop table fairpool_figures")
+    sql("drop table fairpool_figures")
     with pytest.raises(StoreAway, match="the tables were dropped"):
-        store.publish("x")
-    store.open()
-    store.publish("x")
-    assert store.published([store.member]) == {store.member: "x"}
+        other.publish("x")
+    other.open()
+    other.publish("x")
+    assert other.published([other.member]) == {other.member: "x"}
 
 
-def test_tables_that_cannot_be_made_anew_do_not_cost_the_sign(
-    url, make, operator, role
-):
-    operator(url, "grant create on schema public to public")
-    store, other = make(role()), make(url)
-    operator(url, f"drop table {TABLES}", "revoke create on schema public from public")
+def test_tables_that_cannot_be_used_any_more_do_not_cost_the_sign(url, make, sql, role):
+    sql(ANYBODY_MAY_CREATE)
+    poor, other = role(), make(url)
+    sql(USE + poor.username)
+    store = make(poor)
+    sql(f"revoke all on {TABLES} from {poor.username}")
+    with pytest.raises(LedgerError, match="permission denied"):
+        rows_of(store)
+    assert store.signed
+    assert other.living([store.member]) == {store.member}
+    sql(f"drop table {TABLES}", NOBODY_MAY_CREATE)
     with pytest.raises(StoreAway):
         rows_of(store)
     with pytest.raises(LedgerError, match="no tables yet, and the role may not create"):
@@ -156,50 +182,34 @@ def test_tables_that_cannot_be_made_anew_do_not_cost_the_sign(
     assert other.living([store.member]) == {store.member}
 
 
-def test_rights_that_are_taken_away_do_not_cost_the_sign(url, make, operator, role):
-    other = make(url)
-    url_of_role = role()
-    name = url_of_role.username
-    operator(url, f"grant select, insert, update, delete on {TABLES} to {name}")
-    store = make(url_of_role)
-    operator(url, f"revoke all on {TABLES} from {name}")
-    with pytest.raises(LedgerError, match="permission denied"):
-        rows_of(store)
-    assert store.signed
-    assert other.living([store.member]) == {store.member}
-
-
-def test_tables_that_are_dropped_under_load_do_not_raise_the_bound(url, operator):
+def test_tables_that_are_dropped_under_load_do_not_raise_the_bound(url, sql):
     """A newcomer makes them anew while a member has three of four slots in use."""
-
-    def pool(name):
-        return create_engine(
+    limits = {"pool_size": 4, "soft_limit": 4, "max_limit": 4}
+    member, newcomer = (
+        create_engine(
             url.update_query_dict({"application_name": name}),
             poolclass=FairQueuePool,
-            pool_size=4,
-            soft_limit=4,
-            max_limit=4,
             ledger="database",
+            **limits,
         )
+        for name in ("p1", "p2")
+    )
 
     def count():
         query = "select count(*) from pg_stat_activity where application_name like 'p_'"
-        (found,) = operator(url, query)
+        (found,) = sql(query)
         assert found <= 4
         return found
 
-    member, newcomer = pool("p1"), pool("p2")
     held = [member.connect() for _ in range(3)]
-    operator(url, f"drop table {TABLES}")
+    sql(f"drop table {TABLES}")
     callers = [Caller(newcomer.connect) for _ in range(4)]
     eventually(lambda: count() == 4)
     assert member.pool.stats().checked_out == 3
     eventually(lambda: sum(not caller.is_alive() for caller in callers) == 1)
-    for connection in held:
-        connection.close()
+    give(held)
     eventually(lambda: (count(), any(map(Caller.is_alive, callers))) == (4, False))
-    for caller in callers:
-        caller.result().close()
+    give([caller.result() for caller in callers])
     for engine in (member, newcomer):
         engine.dispose()
         state.keeper(engine).close()
@@ -208,169 +218,143 @@ def test_tables_that_are_dropped_under_load_do_not_raise_the_bound(url, operator
 # -- which tables ---------------------------------------------------------------------
 
 
-def test_members_with_another_search_path_meet_in_one_ledger(url, make, operator):
-    operator(url, "create schema mine", "create schema theirs")
+def test_members_meet_in_one_ledger_whatever_their_search_path(url, make, sql):
+    sql("create schema mine", "create schema theirs")
     stores = [
         make(searching(url, path)) for path in ("mine", "theirs", "nowhere", "public")
     ]
     write(stores[0], a="1")
     for store in stores:
         assert rows_of(store) == {"a": "1"}
-    assert _schemas(operator, url) == ["public"]
-
-
-def _schemas(operator, url):
-    query = (
-        "select relnamespace::regnamespace::text from pg_class "
-        "where relname = 'fairpool_ledger' order by oid"
-    )
-    return operator(url, query)
-
-
-def test_tables_that_are_there_are_used_wherever_they_are(url, make, operator):
-    operator(url, "create schema mine", "create schema public2")
-    first = make(url)
-    write(first, a="1")
-    move_tables(operator, url, "alter table {0} set schema mine")
+    assert schemas(sql) == ["public"]
+    # Tables that are there are used wherever they are.
+    sql(*MOVED[1:])
     assert rows_of(make(url)) == {"a": "1"}
     with pytest.raises(StoreAway):
-        rows_of(first)
-    first.open()
-    assert rows_of(first) == {"a": "1"}
+        rows_of(stores[0])
+    stores[0].open()
+    assert rows_of(stores[0]) == {"a": "1"}
 
 
-def test_the_oldest_tables_are_used_if_there_are_several(url, make, operator):
-    operator(url, "create schema mine")
-    first = make(url)
-    write(first, a="1")
-    move_tables(operator, url, "create table mine.{0} (like public.{0})")
-    assert rows_of(make(searching(url, "mine"))) == {"a": "1"}
-
-
-def test_temporary_tables_of_that_name_are_nobodys_ledger(url, make):
+def test_the_oldest_tables_are_used_if_there_are_several(url, make, sql):
     engine = create_engine(url)
-    with engine.connect() as connection:
+    with engine.connect() as connection:  # temporary ones are nobody's
         connection.execute(text("create temporary table fairpool_ledger (x int)"))
         connection.commit()
-        make(url)
+        write(make(url), a="1")
     engine.dispose()
+    sql(*COPIED)
+    store = make(searching(url, "mine"))
+    assert rows_of(store) == {"a": "1"}
+    # Members of other tables are strangers.
+    sql(f"drop table {', '.join(for_each_table('public.{0}'))}")
+    assert make(url).strangers([store.member]) == 1
 
 
-def test_role_without_create_joins_a_ledger_that_is_there(
-    driver_url, make, operator, role
-):
+def test_role_without_create_joins_a_ledger_that_is_there(driver_url, make, sql, role):
     write(make(driver_url), a="1")
-    poor = role().set(drivername=driver_url.drivername)
+    poor = role(driver=driver_url.drivername)
     with pytest.raises(LedgerError, match="permission denied for table"):
         make(poor)
-    grant = f"grant select, insert, update, delete on {TABLES} to {poor.username}"
-    operator(driver_url, grant)
+    sql(USE + poor.username)
     store = make(poor)
     write(store, b="2")
     store.publish("x")
     assert rows_of(store) == {"a": "1", "b": "2"}
-
-
-def test_role_that_may_not_use_the_tables_schema_gets_no_ledger_of_its_own(
-    url, make, operator, role
-):
-    operator(url, "create schema mine")
-    make(url)
-    move_tables(operator, url, "alter table {0} set schema mine")
-    operator(url, "grant create on schema public to public")
+    # It gets no ledger of its own where it may not use that one's schema.
+    sql(*MOVED, ANYBODY_MAY_CREATE)
     with pytest.raises(LedgerError, match="in the schema 'mine', which the role"):
         make(role())
 
 
-def test_tables_are_created_where_the_role_may_if_not_in_public(
-    url, make, operator, role
-):
-    operator(url, "revoke create on schema public from public")
+def test_tables_are_created_where_the_role_may_if_not_in_public(url, make, sql, role):
+    sql(NOBODY_MAY_CREATE)
     poor = role()
     with pytest.raises(LedgerError, match="no tables yet, and the role may not create"):
         make(poor)
     name = poor.username
-    operator(url, f"create schema {name} authorization {name}")
+    sql(f"create schema {name} authorization {name}")
     write(make(poor), a="1")
-    assert _schemas(operator, url) == [name]
+    assert schemas(sql) == [name]
     assert rows_of(make(url)) == {"a": "1"}
 
 
 def test_rows_are_those_after_the_lock_whatever_isolation_is_the_default(
-    url, make, operator
+    url, make, sql
 ):
     store = make(url)
-    name = url.database
-    operator(
-        url,
-        f"alter database {name} set default_transaction_isolation = 'serializable'",
-    )
+    default = "default_transaction_isolation = 'serializable'"
+    sql(f"alter database {url.database} set {default}")
     other = make(url)
     with store.transaction() as rows:
         caller = Caller(rows_of, other)
         query = "select count(*) from pg_locks where not granted"
-        eventually(lambda: operator(url, query) == [1])
+        eventually(lambda: sql(query) == [1])
         rows["a"] = "1"
     assert caller.result() == {"a": "1"}
 
 
-# -- who lives there ------------------------------------------------------------------
+def test_ledgers_in_one_database_are_apart(url, opened):
+    named = url.update_query_dict({"ledger": "one"})
+    one = opened(make_store(named.render_as_string(hide_password=False), None))
+    two = opened(make_store("database", url.update_query_dict({"ledger": "two"})))
+    for store in (one, two):
+        write(store, a=store.name)
+    assert rows_of(one) != rows_of(two)
+    assert one.key != two.key
 
 
-def test_who_lives_at_a_place_is_known_without_its_tables(driver_url, make, operator):
-    store, one, two = (make(driver_url) for _ in range(3))
-    make(driver_url, "another")
-    make(driver_url, observes=True)
-    assert store.strangers([]) == 2
-    assert store.strangers([one.member, "nobody"]) == 1
-    assert store.strangers([one.member, two.member, store.member]) == 0
-    operator(driver_url, f"drop table {TABLES}")
-    newcomer = make(driver_url)
-    assert newcomer.strangers([]) == 3
-    one.close()
-    two.close()
-    eventually(lambda: newcomer.strangers([store.member]) == 0)
-
-
-def test_members_of_another_schema_are_strangers(url, make, operator):
+def test_tables_from_the_future_are_refused(url, make, sql):
     store = make(url)
-    operator(url, "create schema mine")
-    move_tables(operator, url, "create table mine.{0} (like public.{0})")
-    operator(url, f"drop table {TABLES}")
-    assert make(url).strangers([]) == 1
     store.close()
+    sql("update fairpool_ledger set version = 99")
+    with pytest.raises(LedgerError, match=r"cannot be used.*schema version 99.* 1:"):
+        store.open()
+    assert store.control_connections == 0
 
 
-def test_observer_gives_no_sign_of_life(url, make):
-    store, observer = make(url), make(url, observes=True)
+# -- who lives there, and hears a bell -------------------------------------------------
+
+
+def test_members_of_a_place_are_known_and_rung_without_its_tables(
+    driver_url, make, sql
+):
+    store, other = make(driver_url), make(driver_url)
+    another, observer = make(driver_url, "another"), make(driver_url, observes=True)
+    assert store.strangers([]) == 1
+    sql(f"drop table {TABLES}")
+    assert make(driver_url).strangers([]) == 2
+    store.ring_all()
+    assert other.wait(PATIENCE)
+    for one in (store, another, observer):
+        assert not one.wait(0)
+
+
+def test_observer_is_no_member(url, make, capsys, given):
+    store, observer = make(url), make_store("database", url, observes=True)
+    observer.open()
     write(store, a="1")
     assert rows_of(observer) == {"a": "1"}
     assert store.living([observer.member]) == set()
+    assert store.strangers([]) == 0
     assert observer.living([store.member]) == {store.member}
     store.publish("x")
     assert observer.published([store.member]) == {store.member: "x"}
     observer.ask([store.member])
     assert store.wait(PATIENCE)
     assert store.asked
-
-
-def test_monitor_and_commands_are_not_counted_as_members(url, make, capsys):
-    store = make(url)
-    monitor = make_store("database", url, observes=True)
-    monitor.open()
-    assert store.strangers([]) == 0
-    monitor.close()
+    observer.close()
     with store.transaction() as rows:
+        del rows["a"]
         book = Book(rows)
         book.join(store.member, {}, TERMS)
         book.tell(book.allocation())
-    given = url.render_as_string(hide_password=False)
     assert main(["ledger", "show", "--ledger", "database", "--url", given]) == 0
     assert "1 members" in capsys.readouterr().out
 
 
 def test_reap_asks_the_server_of_the_ledger_if_it_is_told_no_other(
-    url, make, capsys, monkeypatch
+    url, make, capsys, monkeypatch, given
 ):
     monkeypatch.delenv("DATABASE_URL", raising=False)
     store = make(url)
@@ -379,43 +363,19 @@ def test_reap_asks_the_server_of_the_ledger_if_it_is_told_no_other(
         book.join("nobody", {}, TERMS, server=store.server)
         book.write("nobody", replace(book.members["nobody"], owned=3))
     store.close()
-    given = url.render_as_string(hide_password=False)
     assert main(["ledger", "reap", "--ledger", given]) == 0
     assert "1 dead found, 3 slots freed" in capsys.readouterr().out
 
 
 def test_reset_is_refused_while_a_member_lives_that_has_no_row(
-    url, make, capsys, operator
+    url, make, capsys, given
 ):
     store = make(url)
-    given = url.render_as_string(hide_password=False)
     args = ["ledger", "reset", "--ledger", "database", "--url", given, "--yes"]
     assert main(args) == 2
     assert "1 members live: stop them before" in capsys.readouterr().err
     store.close()
     eventually(lambda: main(args) == 0)
-
-
-def test_bell_for_all_is_heard_by_those_without_a_row_and_not_by_who_rings(
-    driver_url, make
-):
-    store, other, elsewhere = (
-        make(driver_url),
-        make(driver_url),
-        make(driver_url, "another"),
-    )
-    store.ring_all()
-    assert other.wait(PATIENCE)
-    assert not store.wait(0)
-    assert not elsewhere.wait(0)
-
-
-def test_bell_that_rings_during_a_statement_is_heard_after_it(driver_url, make):
-    store, other = make(driver_url), make(driver_url)
-    other.ask([store.member])
-    rows_of(store)
-    assert store.wait(PATIENCE)
-    assert store.asked
 
 
 # -- the session ----------------------------------------------------------------------
@@ -430,15 +390,13 @@ def cursor(url):
     engine.dispose()
 
 
-def kill_session(operator, store):
-    pid = store._driver.info.backend_pid
-    operator(store._engine.url, "select pg_terminate_backend(:pid)", pid=pid)
+END = "select pg_terminate_backend(:pid)"
 
 
-def test_lost_control_connection_is_a_lost_sign(driver_url, make, operator):
+def test_lost_control_connection_is_a_lost_sign(driver_url, make, sql):
     store, other = make(driver_url), make(driver_url)
     assert (store.control_connections, store.signed) == (1, True)
-    kill_session(operator, store)
+    sql(END, pid=store._driver.info.backend_pid)
     eventually(lambda: other.living([store.member]) == set())
     assert store.in_place()  # as far as is known
     with pytest.raises(StoreAway):
@@ -452,10 +410,10 @@ def test_lost_control_connection_is_a_lost_sign(driver_url, make, operator):
     assert rows_of(store) == {}
 
 
-def test_connection_that_is_lost_ends_the_wait(url, make, operator):
+def test_connection_that_is_lost_ends_the_wait(url, make, sql):
     store = make(url)
     caller = Caller(store.wait, PATIENCE)
-    kill_session(operator, store)
+    sql(END, pid=store._driver.info.backend_pid)
     try:
         assert caller.result()  # woken by what the server said last
     except StoreAway:
@@ -482,25 +440,6 @@ def test_transaction_of_a_stopped_process_is_ended(url, make, monkeypatch):
     with pytest.raises(StoreAway):
         transaction.__exit__(None, None, None)
     assert not stopped.signed
-
-
-def test_ledgers_in_one_database_are_apart(url, opened):
-    named = url.update_query_dict({"ledger": "one"})
-    one = opened(make_store(named.render_as_string(hide_password=False), None))
-    two = opened(make_store("database", url.update_query_dict({"ledger": "two"})))
-    for store in (one, two):
-        write(store, a=store.name)
-    assert rows_of(one) != rows_of(two)
-    assert one.key != two.key
-
-
-def test_tables_from_the_future_are_refused(url, make, operator):
-    store = make(url)
-    store.close()
-    operator(url, "update fairpool_ledger set version = 99")
-    with pytest.raises(LedgerError, match=r"cannot be used.*schema version 99.* 1:"):
-        store.open()
-    assert store.control_connections == 0
 
 
 def test_server_that_is_not_there_is_a_store_that_is_away(tmp_path):
@@ -544,9 +483,9 @@ def test_sessions_of_another_role_are_seen_without_their_beginning(url, cursor, 
     engine = create_engine(role())
     with engine.connect() as connection:
         present = watch.look(connection.connection.cursor())
+    engine.dispose()
     assert session._replace(began=None) in present.sessions
     assert session.pid not in {peer.pid for peer in present.peers}
-    engine.dispose()
 
 
 def test_pools_of_other_ledgers_are_seen(url, cursor):
@@ -566,8 +505,8 @@ def test_sign_of_a_session_that_only_the_server_still_has_is_given_anew(
     store = make(driver_url)
     before = store._connection
     with monkeypatch.context() as patch:
-        patch.setattr(before, "invalidate", lambda: None)
-        patch.setattr(before, "close", lambda: None)
+        for name in ("invalidate", "close"):
+            patch.setattr(before, name, lambda: None)
         store._lost()
     assert not store.signed
     store.open()
@@ -578,17 +517,14 @@ def test_sign_of_a_session_that_only_the_server_still_has_is_given_anew(
     before.close()
 
 
-def test_network_that_is_cut_is_noticed_by_the_kernel_within_ten_seconds(driver_url):
-    def given(url):
-        store = PostgresStore(url)
-        try:
-            store.open()
-            info = store._driver.info
-            return getattr(info, "dsn_parameters", None) or info.get_parameters()
-        finally:
-            store.close()
+def test_network_that_is_cut_is_noticed_by_the_kernel_within_ten_seconds(
+    driver_url, make
+):
+    def settings(url):
+        info = make(url)._driver.info
+        return getattr(info, "dsn_parameters", None) or info.get_parameters()
 
-    found = given(driver_url)
+    found = settings(driver_url)
     idle, interval, count = (
         int(found[f"keepalives_{what}"]) for what in ("idle", "interval", "count")
     )
@@ -596,26 +532,15 @@ def test_network_that_is_cut_is_noticed_by_the_kernel_within_ten_seconds(driver_
     assert idle + interval * count <= 10
     assert 0 < int(found["tcp_user_timeout"]) <= 10_000
     own = driver_url.update_query_dict({"keepalives_idle": "60"})
-    assert given(own)["keepalives_idle"] == "60"
-
-
-@contextmanager
-def one_session_only(url, operator, role):
-    """A role whose only session is taken."""
-    poor = role()
-    name = poor.username
-    operator(url, f"alter role {name} connection limit 1")
-    engine = create_engine(poor)
-    with engine.connect():
-        yield poor
-    engine.dispose()
+    assert settings(own)["keepalives_idle"] == "60"
 
 
 def test_server_that_has_no_session_for_the_role_is_a_store_that_is_away(
-    driver_url, operator, role, caplog
+    driver_url, role, caplog
 ):
-    with one_session_only(driver_url, operator, role) as poor:
-        poor = poor.set(drivername=driver_url.drivername)
+    poor = role("connection limit 1", driver_url.drivername)
+    engine = create_engine(poor)
+    with engine.connect():
         with pytest.raises(StoreAway, match="too many connections for role") as caught:
             PostgresStore(poor).open()
         assert "\n" not in str(caught.value)
@@ -629,15 +554,16 @@ def test_server_that_has_no_session_for_the_role_is_a_store_that_is_away(
         assert record.exc_info is None
         assert "\n" not in record.getMessage()
         keeper.close()
+    engine.dispose()
 
 
 def test_session_that_ends_while_it_is_prepared_is_a_store_that_is_away(
-    driver_url, operator, monkeypatch
+    driver_url, sql, monkeypatch
 ):
     check = watch.identify
 
     def ended(cursor, pid):
-        operator(driver_url, "select pg_terminate_backend(:pid)", pid=pid)
+        sql(END, pid=pid)
         return check(cursor, pid)
 
     store = PostgresStore(driver_url)

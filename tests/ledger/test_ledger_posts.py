@@ -14,25 +14,22 @@ from sqla_fairpool.ledger.rows import Terms
 # -- posts -------------------------------------------------------------------------
 
 
-def test_a_post_is_acknowledged_after_the_commit(world):
-    a = world.member()
-    answers = []
-    a.keeper.post(answers.append)
-    assert answers == []
-    a.step(budget=0)
-    while a.passed[-1] != "committed":
-        a.step(budget=1)
-        assert answers == []
-    a.step()
-    assert answers == [True]
+def step_until(process, point, answers):
+    """Stop a member at a point of its round; nobody is answered before that."""
+    before = [*answers]
+    process.step(budget=0)
+    while process.passed[-1] != point:
+        assert answers == before
+        process.step(budget=1)
+    assert answers == before
 
 
-def test_all_posts_before_a_look_are_answered_by_one_transaction(world):
-    a = world.member()
+def test_posts_are_acknowledged_together_after_the_commit(world):
+    a, answers = world.member(), []
     transactions = world.host.transactions
-    answers = []
     for _ in range(20):
         a.keeper.post(answers.append)
+    step_until(a, "committed", answers)
     a.step()
     assert answers == [True] * 20
     assert world.host.transactions - transactions == 1
@@ -40,10 +37,7 @@ def test_all_posts_before_a_look_are_answered_by_one_transaction(world):
 
 def test_one_that_posts_before_it_is_a_member_becomes_one(world):
     a = world.start()
-    answers = []
-    a.keeper.post(answers.append)
-    world.run(0.1)
-    assert answers == [True]
+    assert posted(a, lambda: world.run(0.1)) == [True]
     assert a.row.owned == 0
 
 
@@ -62,26 +56,15 @@ def test_while_the_store_is_away_posts_are_denied_at_once(world):
 @pytest.mark.parametrize("where", ["begin", "locked", "commit", "committed"])
 def test_a_transaction_that_fails_denies_its_posts(world, where):
     a = world.member()
-    answers = []
-    a.keeper.post(answers.append)
     a.fails_at = where
-    a.step()
-    assert answers == [False]
+    assert posted(a) == [False]
 
 
-def test_a_closed_keeper_denies_posts(world):
-    a, answers = world.member(), []
-    a.keeper.post(answers.append)
-    a.close()
-    assert answers == [False]
-    a.keeper.post(answers.append)
-    assert answers == [False, False]
-
-
-def test_one_that_is_refused_is_denied(world):
-    world.member()
-    b = world.start(Terms(10, 5, 8, 60.0, 30.0))
-    assert posted(b) == [False]
+def test_one_that_is_closed_or_refused_is_denied(world):
+    a, refused = world.member(), world.start(Terms(10, 5, 8, 60.0, 30.0))
+    assert posted(refused) == [False]
+    assert posted(a, a.close) == [False]
+    assert posted(a, lambda: None) == [False]
 
 
 def test_one_that_owns_less_than_it_has_open_is_denied(world):
@@ -102,35 +85,17 @@ def test_one_that_owns_less_than_it_has_open_is_denied(world):
     assert a.pool.slots < a.pool.open == 15
 
 
-def test_after_a_lost_sign_of_life_nothing_is_acknowledged_before_the_row_is_seen(
-    world,
-):
-    a, answers = world.member(), []
+def test_after_a_lost_sign_nothing_is_acknowledged_before_the_row_is_seen(world):
+    a = world.member()
     a.store.lose()
-    a.keeper.post(answers.append)
-    a.step()
-    assert answers == [False]
-    assert a.pool.frozen
+    answers = posted(a)
+    assert (answers, a.pool.frozen) == ([False], True)
     world.now += 0.2
     a.keeper.post(answers.append)
-    a.step(budget=0)
-    while a.passed[-1] != "committed":
-        assert answers == [False]
-        assert a.pool.frozen
-        a.step(budget=1)
+    step_until(a, "committed", answers)
+    assert a.pool.frozen
     a.step()
-    assert answers == [False, True]
-    assert not a.pool.frozen
-
-
-def test_a_forked_child_answers_nothing_for_its_parent(world):
-    a, answers = world.member(), []
-    a.keeper.post(answers.append)
-    child = a.fork()
-    child.keeper.close()
-    assert answers == []
-    a.step()
-    assert answers == [True]
+    assert (answers, a.pool.frozen) == ([False, True], False)
 
 
 def test_new_sessions_are_posted_though_nobody_asks_for_it(world):
@@ -145,45 +110,38 @@ def test_new_sessions_are_posted_though_nobody_asks_for_it(world):
 # -- errors ------------------------------------------------------------------------
 
 
-def test_an_error_does_not_reach_the_callers_of_one_that_owns_slots(world, caplog):
+def test_an_error_reaches_the_callers_of_those_that_own_nothing(world, caplog):
     a = world.member()
     world.host.rows["gone/9"] = "nonsense"
     ask(a, "a", 2)
     world.run(3.0)
-    assert a.pool.refusals == []
-    assert a.pool.waiting["a"] == 2
+    assert (a.pool.refusals, a.pool.waiting["a"]) == ([], 2)
     assert "'gone/9' cannot be read" in a.keeper.trouble
     assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert isinstance(world.member("b", 2).pool.refusals[0], LedgerError)
     a.pool.release("a")
     assert used(a) == [3]  # by what it owns
     del world.host.rows["gone/9"]
     world.run(2.0)
-    assert a.keeper.trouble is None
-    assert used(a) == [4]
-
-
-def test_an_error_reaches_the_callers_of_one_that_owns_nothing(world):
-    world.member()
-    world.host.rows["gone/9"] = "nonsense"
-    b = world.member("b", 2)
-    assert isinstance(b.pool.refusals[0], LedgerError)
+    assert (a.keeper.trouble, used(a)) == (None, [4])
 
 
 # -- which server ------------------------------------------------------------------
 
 
 def elsewhere(world):
+    """A process that wants three connections, at another server."""
     process = world.start()
     process.pool.at_server = Server()
     process.pool.at_server.name = "another"
+    ask(process, "b", 3)
     return process
 
 
 def test_members_whose_connections_go_to_another_server_are_refused(world):
     a = world.member()
-    assert world.book.meta.server == read(a.store).server == "the server"
+    assert world.book.meta.server == read(a.store).book.server == "the server"
     b = elsewhere(world)
-    ask(b, "b", 3)
     world.run(5.0)
     refusal = b.pool.refusals[0]
     assert isinstance(refusal, ServerDiffers)
@@ -192,9 +150,7 @@ def test_members_whose_connections_go_to_another_server_are_refused(world):
         "connections go to server another: name another ledger for it "
         "(members: here:m00001)"
     )
-    assert used(b) == [0]
-    assert b.row is None
-    assert b.pool.at_server.open == 0
+    assert (used(b), b.row, b.pool.at_server.open) == ([0], None, 0)
     assert world.book.free == 17
     ask(a, "a", 12)
     world.run(0.1)
@@ -202,10 +158,8 @@ def test_members_whose_connections_go_to_another_server_are_refused(world):
 
 
 def test_the_server_of_the_dead_binds_nobody(world):
-    a = world.member()
-    a.kill()
+    world.member().kill()
     b = elsewhere(world)
-    ask(b, "b", 3)
     world.run(2.0)
     assert used(b) == [3]
     assert world.book.meta.server == "another"
@@ -214,47 +168,30 @@ def test_the_server_of_the_dead_binds_nobody(world):
 # -- rows that were deleted --------------------------------------------------------
 
 
-def test_when_the_rows_are_deleted_all_meet_in_the_new_ones(world, caplog):
-    a, b = world.member("a", 10), world.start()
-    ask(b, "b", 10)
-    world.run(0.1)
-    world.host.delete()
-    c = world.start()
-    ask(c, "c")
-    ask(a, "d")
-    ask(b, "e")
-    world.run(5.0)
-    assert world.server.most <= 20
-    book = world.book
-    assert book.members.keys() == {p.store.member for p in (a, b, c)}
-    assert not book.is_fresh
-    assert book.owned == 20
-    free(a, "a", 5)
-    world.run(2.0)
-    assert used(c)[0] > 0
-    assert world.server.most <= 20
-    warnings = [r for r in caplog.records if r.levelname == "WARNING"]
-    assert len(warnings) == 2  # by each that was a member before
-
-
-def test_who_does_not_notice_that_the_rows_were_deleted_keeps_its_slots(world):
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_who_does_not_notice_that_the_rows_were_deleted_keeps_its_slots(
+    world, comes_back
+):
     a = world.member("a", 12)
     a.stopped = True
     world.host.delete()
-    b = world.start()
-    ask(b, "b", 15)
+    b = world.member("b", 15)
     world.run(30.0, tick=0.01)
     assert used(b) == [0]
-    assert read(b.store).fresh
-    a.stopped = False
+    assert read(b.store).book.is_fresh
+    if comes_back:
+        a.stopped = False
+    else:
+        a.kill()
+        a.server_notices()
     world.run(3.0)
     assert world.server.most <= 20
-    assert len(a.sessions) >= 10
-    assert len(a.sessions) + used(b)[0] == 20 or used(b) == [10]
     assert not world.book.is_fresh
+    assert (len(a.sessions) >= 10) == comes_back
+    assert len(a.sessions) + used(b)[0] == 20 or used(b) == [10 if comes_back else 15]
 
 
-def test_idle_members_of_deleted_rows_are_woken(world):
+def test_idle_members_of_deleted_rows_are_woken_and_say_so(world, caplog):
     a = world.member("a", 3)
     free(a, "a", 3)
     a.pool.active.clear()
@@ -265,25 +202,11 @@ def test_idle_members_of_deleted_rows_are_woken(world):
     world.run(0.5)
     assert a.row is not None
     assert used(b) == [10]
-
-
-def test_the_dead_of_deleted_rows_do_not_keep_the_new_ones_closed(world):
-    a = world.member("a", 12)
-    a.stopped = True
-    world.host.delete()
-    b = world.start()
-    ask(b, "b", 15)
-    world.run(2.0)
-    a.kill()
-    a.server_notices()
-    world.run(2.0)
-    assert used(b) == [15]
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
 
 
 def test_a_member_of_deleted_rows_opens_nothing_until_it_has_joined_again(world):
-    a = world.member("a", 3)
-    ask(a, "a", 12)
-    world.run(0.1)
+    a = world.member("a", 15)
     free(a, "a", 15)
     close_idle(a, left=2)
     assert a.pool.slots == 15
@@ -310,25 +233,26 @@ def test_a_confirmation_counts_only_for_the_rows_it_was_asked_for():
 # -- rows that are older than what is so -------------------------------------------
 
 
-def test_one_whose_row_is_older_takes_what_is_free_for_what_it_has_open(world):
+def with_older_row(world, now):
+    """A member with so many connections open, in whose row there are three."""
     a = world.member("a", 3)
-    copy = dict(world.host.rows)
-    ask(a, "a", 9)
+    rows = dict(world.host.rows)
+    ask(a, "a", now - 3)
     world.run(0.1)
-    assert len(a.sessions) == 12
-    world.host.rows = copy
-    b = world.member("b", 4)
+    assert len(a.sessions) == now
+    world.host.rows = rows
+    return a
+
+
+def test_one_whose_row_is_older_takes_what_is_free_for_what_it_has_open(world):
+    a, b = with_older_row(world, 12), world.member("b", 4)
     world.run(11.0)
     assert (a.row.owned, b.row.owned) == (12, 4)
     assert set(a.row.sessions) == set(a.sessions)
 
 
 def test_one_that_has_more_open_than_it_owns_opens_nothing(world):
-    a = world.member("a", 3)
-    copy = dict(world.host.rows)
-    ask(a, "a", 12)
-    world.run(0.1)
-    world.host.rows = copy
+    a = with_older_row(world, 15)
     world.member("b", 15)
     assert len(a.sessions) == 15
     before = world.server.open
@@ -347,8 +271,7 @@ def test_a_reset_while_members_live_hands_out_nothing_before_they_are_back(world
     a = world.member("a", 12)
     a.stopped = True
     Book(world.host.rows).reset()
-    b = world.start()
-    ask(b, "b", 15)
+    b = world.member("b", 15)
     world.run(3.0)
     assert used(b) == [0]
     a.stopped = False

@@ -8,26 +8,21 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, make_url, text
-from sqlalchemy.pool import NullPool
+from sqlalchemy import create_engine
 from support.counting_server import CountingServer
 from support.sampler import CAPACITY, Server
-from support.threads import PATIENCE, eventually
+from support.stores import SUPPORT, end, run, start
+from support.threads import PATIENCE, eventually, give
 
 from sqla_fairpool.cli import main
 
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
-
-PROGRAM = Path(__file__).parents[1] / "support" / "scraper_program.py"
 
 
 @pytest.fixture
@@ -39,66 +34,62 @@ def server(postgres_url):
     assert server.looks > 10
 
 
-@pytest.fixture(params=["host", "postgresql"])
-def ledger(request, tmp_path, postgres_url):
-    """Where a new ledger is, of each kind."""
-    if request.param == "host":
-        return str(tmp_path / "app.ledger")
-    if request.param == "the role's own":
-        return request.getfixturevalue("database_of_the_role")
-    url = make_url(postgres_url).update_query_dict({"ledger": uuid.uuid4().hex})
-    return url.render_as_string(hide_password=False)
+@pytest.fixture
+def server_url(server):
+    return server.url.render_as_string(hide_password=False)
 
 
 @pytest.fixture
-def scraper(server, ledger):
-    """Start scrapers, each a process; they are gone after the test."""
+def started():
+    """Start programs; they are gone after the test."""
     processes = []
 
-    @contextmanager
-    def scraper(name, threads=25, hold=0.2, *how):
-        process = start(name, threads, hold, *how)
-        yield process
-        process.stdin.close()
-        code = process.wait(PATIENCE)
-        assert code == 0, process.stderr.read()
+    def started(*args, **options):
+        processes.append(start(*args, **options))
+        return processes[-1]
 
-    def start(name, threads=25, hold=0.2, *how):
-        url = server.url.render_as_string(hide_password=False)
-        command = [sys.executable, PROGRAM, url, ledger]
-        process = subprocess.Popen(
-            [*map(str, [*command, name, threads, hold]), *how],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        processes.append(process)
-        assert process.stdout.readline() == "working\n"
-        return process
-
-    scraper.start = start
-    yield scraper
+    yield started
     for process in processes:
-        process.kill()
-        process.wait()
-        print(process.args[4], process.stderr.read())  # shown if the test fails
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            pipe.close()
+        print(*process.args[1:], end(process))  # shown if the test fails
+
+
+@pytest.fixture
+def scraper(started, server_url, ledger):
+    """Start scrapers, each a process."""
+    program = "scraper_program.py", server_url, ledger
+
+    def begin(name, threads=25, hold=0.2, *how):
+        return started(*program, name, threads, hold, *how)
+
+    @contextmanager
+    def scraper(*args):
+        process = begin(*args)
+        yield process
+        finish(process)
+
+    scraper.start = begin
+    return scraper
+
+
+def finish(process):
+    """Let a scraper end as scripts do; it has nothing to say."""
+    process.stdin.close()
+    assert process.wait(PATIENCE) == 0, process.stderr.read()
+
+
+def kill(process):
+    process.kill()
+    process.wait()
 
 
 def test_four_scenarios_with_a_process_per_scraper(server, scraper):
     with scraper("layer1"):
-        server.until(layer1=15)
-        server.stays(0.5, layer1=15)
+        server.settles(layer1=15)
         with scraper("layer3"):
-            server.until(layer1=10, layer3=10)
-            server.stays(0.5, layer1=10, layer3=10)
+            server.settles(layer1=10, layer3=10)
             with scraper("layer2"):
-                server.until(layer1=7, layer2=6, layer3=7)
-                server.stays(0.5, layer1=7, layer2=6, layer3=7)
-            server.until(layer1=10, layer3=10)
-            server.stays(0.5, layer1=10, layer3=10)
+                server.settles(layer1=7, layer2=6, layer3=7)
+            server.settles(layer1=10, layer3=10)
     server.until()
 
 
@@ -108,17 +99,14 @@ def test_idle_scraper_frees_everything_and_comes_back(server, scraper):
         idle.stdin.write("pause\n")
         idle.stdin.flush()
         assert idle.stdout.readline() == "paused\n"
-        server.until(layer1=15)
-        server.stays(0.5, layer1=15)
+        server.settles(layer1=15)
 
 
 def test_two_processes_under_one_tag_have_one_ceiling(server, scraper):
     with scraper("layer1"), scraper("layer1"):
-        server.until(layer1=15)
-        server.stays(0.5, layer1=15)
+        server.settles(layer1=15)
         with scraper("layer2"):
-            server.until(layer1=10, layer2=10)
-            server.stays(0.5, layer1=10, layer2=10)
+            server.settles(layer1=10, layer2=10)
 
 
 def test_killed_in_the_middle_of_a_query(server, scraper):
@@ -146,25 +134,16 @@ def test_stopped_process_keeps_what_it_has(server, scraper):
 
 def test_forked_worker_is_a_member_of_its_own(server, scraper):
     with scraper("parent", 25, 0.2, "fork"), scraper("other"):
-        server.until(parent=10, other=10)
-        server.stays(0.5, parent=10, other=10)
+        server.settles(parent=10, other=10)
 
 
 @pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
 @pytest.mark.parametrize("ledger", ["postgresql"], indirect=True)
-def test_children_forked_in_the_middle_of_checkouts(server, ledger, driver):
+def test_children_forked_in_the_middle_of_checkouts(server, server_url, ledger, driver):
     """Each of them gets a connection; ten threads of their parent go on meanwhile."""
-    url = server.url.set(drivername=f"postgresql+{driver}")
-    program = PROGRAM.with_name("member_program.py")
-    command = [program, url.render_as_string(hide_password=False), ledger, "threads"]
-    done = subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        timeout=4 * PATIENCE,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "done\n" * 41
+    url = server_url.replace("psycopg2", driver)
+    said = run(SUPPORT / "member_program.py", url, ledger, "threads")
+    assert said == "done\n" * 41
     eventually(lambda: not server.open)
 
 
@@ -173,8 +152,7 @@ def test_workers_of_one_application_share_its_tags_part(server, scraper, how):
     """As gunicorn's and Celery's: the engine is made before they are forked."""
     with scraper("workers", 15, 0.2, how) as parent, scraper("other"):
         assert parent.stdout.readline() == "working\n"  # the second of them, too
-        server.until(workers=10, other=10)
-        server.stays(0.5, workers=10, other=10)
+        server.settles(workers=10, other=10)
 
 
 def test_members_killed_again_and_again(server, scraper):
@@ -183,34 +161,18 @@ def test_members_killed_again_and_again(server, scraper):
         for n in range(8):
             victim = scraper.start("victim", 25, 0.02)
             time.sleep(n * 0.03)  # another moment each time; orders nothing
-            victim.kill()
-            victim.wait()
+            kill(victim)
         server.until(steady=15)
 
 
 @pytest.fixture
-def database_of_the_role(server, postgres_url):
-    """The URL of one in which the scrapers' role may create a ledger."""
-    name = f"d{uuid.uuid4().hex}"
-    engine = create_engine(
-        postgres_url, poolclass=NullPool, isolation_level="AUTOCOMMIT"
-    )
-    with engine.connect() as operator:
-        operator.execute(text(f"create database {name} owner scraper"))
-    yield server.url.set(database=name).render_as_string(hide_password=False)
-    with engine.connect() as operator:
-        operator.execute(text(f"drop database {name} with (force)"))
-
-
-@pytest.fixture
-def limited(server, ledger, postgres_url, capsys):
+def limited(server, server_url, ledger, postgres_url, operator, capsys):
     """Have the server hold the role to what `ledger limit` prints, for 3 processes.
 
     Those for a monitor and a command are taken.
     """
-    url = server.url.render_as_string(hide_password=False)
     budget = ["--connections", str(CAPACITY), "--processes", "3"]
-    main(["ledger", "limit", "--url", url, "--ledger", ledger, *budget])
+    main(["ledger", "limit", "--url", server_url, "--ledger", ledger, *budget])
     _, _, statement = capsys.readouterr().out.rpartition("ALTER ROLE ")
     number = int(statement.split()[-1])
     in_server = ledger.startswith("postgresql")
@@ -218,133 +180,96 @@ def limited(server, ledger, postgres_url, capsys):
     assert number == CAPACITY + 3 * (1 + in_server) + tools
     # Where the ledger is not in the server, each process may ask by one more.
     server.beside = 0 if in_server else 3
-    engine = create_engine(
-        postgres_url, poolclass=NullPool, isolation_level="AUTOCOMMIT"
-    )
-    with engine.connect() as operator:
-        operator.execute(text(f"alter role {statement}"))
-        taken = create_engine(server.url, pool_size=tools)
-        held = [taken.connect() for _ in range(tools)]
-        yield
-        for one in held:
-            one.close()
-        taken.dispose()
+    operator(postgres_url, f"alter role {statement}")
+    taken = create_engine(server.url, pool_size=tools)
+    held = [taken.connect() for _ in range(tools)]
+    yield
+    give(held)
+    taken.dispose()
 
 
-@pytest.mark.parametrize("ledger", ["host", "the role's own"], indirect=True)
-def test_role_that_is_limited_to_what_the_command_prints(server, scraper, limited):
+@pytest.fixture
+def own_database(server, postgres_url, operator):
+    """A database in which the scrapers' role may create a ledger."""
+    name = f"d{uuid.uuid4().hex}"
+    operator(postgres_url, f"create database {name} owner scraper")
+    yield server.url.set(database=name).render_as_string(hide_password=False)
+    operator(postgres_url, f"drop database {name} with (force)")
+
+
+@pytest.mark.parametrize("ledger", ["host", "own_database"], indirect=True)
+@pytest.mark.usefixtures("limited")
+def test_role_that_is_limited_to_what_the_command_prints(server, scraper):
     """Members are killed under load, and asked after: nobody is refused, or hears of
-    it.
-    """
+    it."""
     steadies = [scraper.start(name) for name in ("one", "two")]
     server.until(one=10, two=10)
     for _ in range(3):
         victim = scraper.start("victim", 25, 0.5)
         eventually(lambda: server.now.get("victim", 0) > 3)
-        victim.kill()
-        victim.wait()
+        kill(victim)
     server.until(one=10, two=10)
     for steady in steadies:
-        steady.stdin.close()
-        assert steady.wait(PATIENCE) == 0
+        finish(steady)
         assert steady.stderr.read() == ""
 
 
-def test_killed_while_it_holds_the_stores_lock(server, scraper, ledger):
-    """The kernel, or the server, releases the lock with its process."""
-    with scraper("steady"):
-        victim = subprocess.Popen(
-            [sys.executable, PROGRAM.with_name("lock_holder.py"), ledger],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert victim.stdout.readline() == "locked\n"
-        with pytest.raises(subprocess.TimeoutExpired):
-            victim.wait(0.5)
-        victim.kill()
-        victim.wait()
-        victim.stdout.close()
-        with scraper("other"):
-            server.until(steady=10, other=10)
+def test_store_that_is_away_under_load(
+    server, scraper, started, ledger, postgres_url, operator
+):
+    """What is owned is kept, and nothing grows; then all goes on.
 
-
-def test_store_that_is_away_under_load(server, scraper, ledger, postgres_url):
-    """What is owned is kept, and nothing grows; then all goes on."""
+    The kernel, or the server, releases the store's lock with its process.
+    """
     with scraper("steady"):
         server.until(steady=15)
-        holder = subprocess.Popen(
-            [sys.executable, PROGRAM.with_name("lock_holder.py"), ledger],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert holder.stdout.readline() == "locked\n"
+        holder = started("lock_holder.py", ledger, says="locked")
         with ThreadPoolExecutor() as pool:
             late = pool.submit(scraper.start, "late")
             server.stays(1.0, steady=15)
             if ledger.startswith("postgresql"):  # and its sessions are cut
-                engine = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
-                with engine.connect() as connection:
-                    connection.execute(
-                        text(
-                            "select pg_terminate_backend(pid) from pg_stat_activity "
-                            "where application_name = 'sqla_fairpool ledger' "
-                            "and state <> 'idle in transaction'"  # the holder
-                        )
-                    )
-                engine.dispose()
+                operator(postgres_url, END_WAITING)
             server.stays(1.0, steady=15)
-            holder.kill()
-            holder.wait()
-            holder.stdout.close()
+            assert holder.poll() is None
+            kill(holder)
             late = late.result(PATIENCE)
         server.until(steady=10, late=10)
-        late.stdin.close()
-        assert late.wait(PATIENCE) == 0, late.stderr.read()
+        finish(late)
         server.until(steady=15)
 
 
-@contextmanager
-def counted(server, ledger, name):
-    """A process whose connections a counting server counts."""
-    program = PROGRAM.with_name("counting_server.py")
-    process = subprocess.Popen(
-        [sys.executable, program, str(server.port), ledger, name, "25"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert process.stdout.readline() == "working\n"
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
+# The holder of the lock is in a transaction.
+END_WAITING = (
+    "select pg_terminate_backend(pid) from pg_stat_activity "
+    "where application_name = 'sqla_fairpool ledger' and state <> 'idle in transaction'"
+)
 
 
-def test_accepts_and_closes_are_counted_exactly(ledger):
+def test_accepts_and_closes_are_counted_exactly(ledger, started):
     """Any database, which cannot be asked: killed, stopped and polite members."""
     server = CountingServer()
+
+    def counted(name):
+        return started("counting_server.py", server.port, ledger, name, 25)
+
     try:
-        with counted(server, ledger, "a") as polite, counted(server, ledger, "b") as b:
-            eventually(lambda: server.open == 20)
-            # Until nothing moves any more: who is stopped in a transaction has the
-            # store to himself as long as he sleeps.
-            time.sleep(1.0)
-            os.kill(b.pid, signal.SIGSTOP)
-            polite.stdin.close()
-            assert polite.wait(PATIENCE) == 0
-            eventually(lambda: server.open < 20)
-            with counted(server, ledger, "c"):
-                eventually(lambda: server.open == 20)
-                os.kill(b.pid, signal.SIGCONT)
-                for _ in range(3):
-                    with counted(server, ledger, "killed"):
-                        pass
-                b.kill()  # what it had is in quarantine for ten seconds
-                eventually(lambda: server.open < 20)
-                eventually(lambda: server.open >= 15)
+        polite, b = counted("a"), counted("b")
+        eventually(lambda: server.open == 20)
+        # Until nothing moves any more: who is stopped in a transaction has the
+        # store to himself as long as he sleeps.
+        time.sleep(1.0)
+        os.kill(b.pid, signal.SIGSTOP)
+        finish(polite)
+        eventually(lambda: server.open < 20)
+        c = counted("c")
+        eventually(lambda: server.open == 20)
+        os.kill(b.pid, signal.SIGCONT)
+        for _ in range(3):
+            kill(counted("killed"))
+        kill(b)  # what it had is in quarantine for ten seconds
+        eventually(lambda: server.open < 20)
+        eventually(lambda: server.open >= 15)
+        kill(c)
     finally:
         server.close()
     assert server.most == CAPACITY

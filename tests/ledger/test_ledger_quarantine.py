@@ -20,22 +20,27 @@ from sqla_fairpool.ledger.watch import Present, still_there, unaccounted
 
 def pair(world):
     """One that holds 10 connections, and one that wants more than its 10."""
-    a, b = world.member("a", 10), world.start()
-    ask(b, "b")
+    a, b = world.members(a=10, b=30)
     world.run(1.0)
     assert (len(a.sessions), len(b.sessions)) == (10, 10)
+    ask(b, "c")
     return a, b
 
 
 def killed_before_it_connected(world, slots):
-    """One that has taken slots, and no more."""
-    a = world.start()
+    """One that has taken slots, and no more; another one goes short."""
+    b, a = world.member("b", 5), world.start()
     ask(a, "a", slots)
     a.step(budget=0)
     while a.row is None or a.row.owned < slots:
         a.step(budget=1)
     a.kill()
     assert a.sessions == []
+    ask(b, "c")
+
+
+def present(*sessions):
+    return Present("s", frozenset(sessions), frozenset(sessions))
 
 
 # -- the rule ----------------------------------------------------------------------
@@ -52,7 +57,7 @@ shown = st.dictionaries(pids, began, max_size=6).map(
 @given(st.integers(1, 8), st.frozensets(sessions, max_size=6), shown, st.integers(0, 8))
 def test_no_slot_is_free_whose_session_may_be_there(slots, known, there, suspects):
     gone = Gone(slots, "died", sessions=tuple(known))
-    left = still_there(gone, Present("s", there, there), suspects)
+    left = still_there(gone, present(*there), suspects)
     alive = [
         k
         for k in known
@@ -70,13 +75,6 @@ def test_a_session_is_in_a_row_or_in_none(there, accounted):
     assert not among(missing, accounted)
 
 
-def test_a_process_id_that_was_given_again_is_another_session():
-    gone = Gone(2, "died", sessions=(Session(7, 1), Session(8, 1)))
-    there = frozenset([Session(7, 2), Session(8, None)])
-    left = still_there(gone, Present("s", there, there), 0)
-    assert left == Left(gone, (Session(8, 1),), 1)
-
-
 def test_one_that_had_more_open_than_it_owned_is_kept_with_all_its_sessions():
     rows = {}
     book = Book(rows)
@@ -86,10 +84,8 @@ def test_one_that_had_more_open_than_it_owned_is_kept_with_all_its_sessions():
     book.reap(dict(book.texts))
     gone = Book(rows).gone[1]
     assert (gone.slots, gone.sessions, gone.unposted) == (2, three, 0)
-    there = frozenset(three[:2])
-    assert still_there(gone, Present("s", there, there), 0).slots == 2
-    there = frozenset(three[:1])
-    assert still_there(gone, Present("s", there, there), 0).slots == 1
+    for number, slots in ((2, 2), (1, 1)):
+        assert still_there(gone, present(*three[:number]), 0).slots == slots
 
 
 # -- the dead ----------------------------------------------------------------------
@@ -97,75 +93,46 @@ def test_one_that_had_more_open_than_it_owned_is_kept_with_all_its_sessions():
 
 def test_a_long_statement_of_a_killed_member_keeps_one_slot(world):
     a, b = pair(world)
-    ask(b, "c")
     a.kill()
+    world.run(20.0, tick=0.01)
+    assert len(b.sessions) == 10
+    ((number, gone),) = world.book.gone.items()
+    assert (number, gone.slots, gone.why) == (1, 10, "died")
     a.server_notices(9)
     world.run(2.0)
-    assert [gone.slots for gone in world.book.gone.values()] == [1]
-    assert len(b.sessions) == 19
+    assert (world.quarantined, len(b.sessions)) == (1, 19)
     world.run(60.0, tick=0.01)
     assert world.quarantined == 1
     a.server_notices()
     world.run(2.0)
-    assert world.quarantined == 0
-    assert len(b.sessions) == 20
+    assert (world.quarantined, len(b.sessions)) == (0, 20)
 
 
 def test_slots_without_a_session_come_back_at_once(world):
-    a, b = pair(world)
-    a.pool.waiting.clear()
+    a, b = world.member("a", 10), world.member("b", 10)
     free(a, "a", 10)
     close_idle(a, left=2)
     assert a.row.owned == 10
     a.kill()
     ask(b, "c")
     world.run(2.0)
-    assert world.quarantined == 2
-    assert len(b.sessions) == 18
+    assert (world.quarantined, len(b.sessions)) == (2, 18)
 
 
-def test_a_session_that_was_not_posted_yet_keeps_its_slot(world):
-    a, b = world.member("a", 2), world.start()
-    a.pool.request("a")
-    while len(a.sessions) < 3:
-        a.step()  # it has the slot, and connects
-    assert a.pool.pending
-    a.kill()
-    a.server_notices(2)
-    ask(b, "b")
-    ask(b, "c")
-    world.run(3.0)
-    ((_, gone),) = world.book.gone.items()
-    assert (gone.slots, gone.sessions) == (1, ())
-    assert world.server.most <= 20
-    a.server_notices()
-    world.run(2.0)
-    assert world.quarantined == 0
-
-
-def test_a_strangers_session_counts_for_a_stated_time_at_most(world):
-    b = world.member("b", 5)
-    world.server.connect("psql")
-    killed_before_it_connected(world, 8)
-    ask(b, "c")
-    world.run(5.0)
-    assert world.quarantined == 1
-    world.run(3.0)
-    assert world.quarantined == 1
-    world.run(4.0)
-    assert world.quarantined == 0
-
-
-def test_what_comes_after_the_first_look_is_nobodys_of_the_dead(world):
-    b = world.member("b", 5)
+@pytest.mark.parametrize("leaves", [False, True])
+def test_a_strangers_session_counts_while_it_stays_and_for_a_stated_time(world, leaves):
+    """One that comes in its place is nobody's of the dead: it came too late."""
     stranger = world.server.connect("psql")
     killed_before_it_connected(world, 8)
-    ask(b, "c")
+    for seconds in (3.0, 5.0):
+        world.run(seconds)
+        assert world.quarantined == 1
+    if leaves:
+        world.server.disconnect(stranger)
+        world.server.connect("psql")
+    world.run(1.5)
+    assert world.quarantined == (0 if leaves else 1)
     world.run(3.0)
-    assert world.quarantined == 1
-    world.server.disconnect(stranger)
-    world.server.connect("psql")  # another one, in its place
-    world.run(2.0)
     assert world.quarantined == 0
 
 
@@ -182,33 +149,25 @@ def test_a_failed_question_is_one_warning_and_said_in_the_ledger(world, caplog):
 
     world.sessions = sessions
     a, b = pair(world)
-    ask(b, "c")
     a.kill()
     world.run(5.0)
     assert len(b.sessions) == 10
     reason = "RuntimeError: no token for this record"
-    assert b.keeper.member.unasked == reason
-    assert read(b.store).unasked == reason
+    assert b.keeper.member.unasked == read(b.store).unasked == reason
     (warning,) = [r for r in caplog.records if "cannot be asked" in r.message]
-    assert warning.levelname == "WARNING"
-    assert not warning.exc_info
+    assert (warning.levelname, warning.exc_info) == ("WARNING", None)
     assert warning.message.endswith(reason)
     a.server_notices()
     answers.append(1)
     world.run(2.0)
     assert len(b.sessions) == 20
     world.run(15.0)
-    assert b.keeper.member.unasked is None
-    assert read(b.store).unasked is None
+    assert b.keeper.member.unasked is read(b.store).unasked is None
 
 
 def test_another_server_is_not_asked(world):
-    def sessions(server):
-        return Present("another", frozenset(), frozenset())
-
-    world.sessions = sessions
+    world.sessions = lambda server: Present("another", frozenset(), frozenset())
     a, b = pair(world)
-    ask(b, "c")
     a.kill()
     world.run(9.0)
     assert len(b.sessions) == 10
@@ -222,7 +181,6 @@ def test_another_server_is_not_asked(world):
 
 def test_what_was_seen_alive_has_its_whole_time_from_then_on(world):
     a, b = pair(world)
-    ask(b, "c")
     a.kill()
     a.server_notices(9)
     world.run(30.0, tick=0.01)
@@ -232,14 +190,13 @@ def test_what_was_seen_alive_has_its_whole_time_from_then_on(world):
     assert world.quarantined == 1
     a.server_notices()
     world.run(3.0)
-    assert world.quarantined == 0
+    assert (world.quarantined, len(b.sessions)) == (0, 20)
 
 
 def test_what_is_left_of_a_quarantine_keeps_its_time(world):
-    a, b = pair(world)
+    a, _ = pair(world)
     a.kill()
     world.can_ask = False
-    ask(b, "c")
     world.run(6.0)
     world.can_ask = True
     a.server_notices(5)
@@ -260,29 +217,23 @@ def test_what_is_left_of_a_quarantine_keeps_its_time(world):
 @pytest.mark.parametrize("known", [True, False])
 def test_a_connection_whose_end_is_not_known_keeps_its_one_slot(world, known):
     a = world.member("a", 20)
-    assert a.row.owned == 15
     for _ in range(2):
         a.pool.interrupt("a", known)
     world.run(0.1)
     assert a.pool.interrupted == []
     (gone,) = world.book.gone.values()
-    assert (gone.slots, gone.why, gone.member) == (
-        2,
-        "lost connections",
-        a.store.member,
-    )
+    assert (gone.slots, gone.why) == (2, "lost connections")
+    assert gone.member == a.store.member
     assert len(gone.sessions) == (2 if known else 0)
     assert world.book.owned + world.book.quarantined + world.book.free == 20
-    for _ in range(4):
-        ask(a, "b", 5)
+    ask(a, "b", 20)
     world.run(5.0)
     assert world.quarantined == 2
     assert world.server.open == world.server.most == 20
     for session in a.strays:
         world.server.disconnect(session)
     world.run(2.0)
-    assert world.quarantined == 0
-    assert len(a.pool.there) == 20
+    assert (world.quarantined, len(a.pool.there)) == (0, 20)
 
 
 def test_a_lost_connection_is_not_put_into_quarantine_twice(world):
@@ -290,8 +241,7 @@ def test_a_lost_connection_is_not_put_into_quarantine_twice(world):
     a.pool.interrupt("a")
     a.fails_at = "committed"  # so that it does not know
     world.run(5.0)
-    assert world.quarantined == 1
-    assert a.pool.interrupted == []
+    assert (world.quarantined, a.pool.interrupted) == (1, [])
     book = world.book
     assert book.owned + book.quarantined + book.free == 20
     assert a.pool.slots == a.row.owned >= 4
@@ -301,35 +251,29 @@ def test_lost_connections_wait_for_their_slots_all_or_none():
     book = Book({})
     book.join("a", {}, TERMS)
     lost = [Session(2, None), None, Session(1, 5)]
-    book.write("a", Member(1, {}, 2))
-    assert book.quarantine("a", lost) == []
-    assert book.members["a"].owned == 2
-    book.write("a", Member(1, {}, 4))
-    assert book.quarantine("a", lost) == lost
-    assert book.members["a"].owned == 1
+    for owned, found, left in ((2, [], 2), (4, lost, 1)):
+        book.write("a", Member(1, {}, owned))
+        assert book.quarantine("a", lost) == found
+        assert book.members["a"].owned == left
     (gone,) = book.gone.values()
     assert (gone.slots, gone.sessions) == (3, (lost[2], lost[0]))
     assert book.quarantine("a", lost[:1]) == lost[:1]  # it is there already
     assert book.members["a"].owned == 1
 
 
-def test_who_leaves_with_a_lost_connection_leaves_its_slot(world):
-    a = world.member("a", 5)
-    a.pool.interrupt("a")
-    free(a, "a", 4)
-    a.close()
-    (gone,) = world.book.gone.values()
-    assert (gone.slots, list(gone.sessions)) == (1, a.sessions)
-
-
-def test_each_loss_has_a_number_that_no_member_has(world):
+def test_each_loss_has_a_number_that_no_member_has_and_outlives_its_member(world):
     a = world.member("a", 5)
     for _ in range(2):
         a.pool.interrupt("a")
         world.run(0.1)
     assert [*world.book.gone] == [2, 3]
-    b = world.member("b", 1)
-    assert b.row.number == 4
+    assert world.member("b", 1).row.number == 4
+    a.pool.interrupt("a")  # not in quarantine yet
+    free(a, "a", 2)
+    a.close()
+    gone = world.book.gone.values()
+    assert [g.slots for g in gone] == [1, 1, 1]
+    assert {s for g in gone for s in g.sessions} == set(a.sessions)
 
 
 # -- rows that cannot be read ------------------------------------------------------
@@ -344,6 +288,9 @@ def understand(rows):
     str((book.places, book.due, book.gone, book.accounted))
 
 
+GONE = {"slots": "3", "why": "", "who": {}, "member": "", "stamp": 1}
+
+
 @pytest.mark.parametrize(
     ("key", "text"),
     [
@@ -354,10 +301,7 @@ def understand(rows):
         ("due", "[1]"),
         ("member/x", "{"),
         ("member/x", dump({"number": 1})),
-        (
-            "gone/7",
-            dump({"slots": "3", "why": "", "who": {}, "member": "", "stamp": 1}),
-        ),
+        ("gone/7", dump(GONE)),
         ("gone/seven", "{}"),
     ],
 )
@@ -405,41 +349,27 @@ def test_the_texts_that_are_kept_parsed_are_bounded():
 # -- versions ----------------------------------------------------------------------
 
 
-def old_rows(world):
-    """The rows as the version before wrote them."""
+@pytest.mark.parametrize("alone", [True, False])
+def test_rows_of_an_earlier_version_are_raised_by_who_joins_alone(world, alone):
     a = world.member("a", 3)
-    rows = {}
     for key, text in world.host.rows.items():
         row = json.loads(text)
         for name in ("sessions", "unasked", "server", "fresh"):
             row.pop(name, None)
-        if key == "meta":
-            row["protocol"] = 1
-        rows[key] = dump(row)
-    world.host.rows = rows
-    return a
-
-
-def test_rows_of_an_earlier_version_are_raised_by_who_joins_alone(world):
-    a = old_rows(world)
-    a.kill()
-    a.server_notices(2)
-    b = world.start()
-    ask(b, "b")
-    world.run(2.0)
-    assert world.book.meta.protocol == 2
-    assert world.quarantined == 1  # that session is no one's that is known
-    assert len(b.sessions) == 15
-
-
-def test_while_a_member_of_an_earlier_version_lives_one_of_this_is_refused(world):
-    old_rows(world).stopped = True
+        world.host.rows[key] = dump(row | ({"protocol": 1} if key == "meta" else {}))
     rows = dict(world.host.rows)
-    b = world.start()
-    ask(b, "b")
+    if alone:
+        a.kill()
+        a.server_notices(2)
+    else:
+        a.stopped = True
+    b = world.member("b", 30)
     world.run(2.0)
-    assert "an older version of sqla_fairpool uses the ledger" in str(
-        b.pool.refusals[0]
-    )
-    assert world.host.rows == rows
-    assert b.sessions == []
+    if alone:
+        assert world.book.meta.protocol == 2
+        assert world.quarantined == 1  # that session is no one's that is known
+        assert len(b.sessions) == 15
+    else:
+        (refusal, *_) = map(str, b.pool.refusals)
+        assert "an older version of sqla_fairpool uses the ledger" in refusal
+        assert (world.host.rows, b.sessions) == (rows, [])

@@ -23,74 +23,67 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 from sqlalchemy.ext.asyncio import create_async_engine
 from support import state
 from support.sessions import Sessions
-from support.threads import PATIENCE, Caller, eventually
+from support.stub import all_for_one
+from support.threads import PATIENCE, Caller, eventually, give
 
-from sqla_fairpool import (
-    AsyncAdaptedFairQueuePool,
-    CheckoutTimeout,
-    FairQueuePool,
-)
+from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
 from sqla_fairpool.ledger.errors import ServerDiffers
 from sqla_fairpool.pool import ledger_member, ledger_sessions
 
 pytestmark = pytest.mark.postgres
 
 SLOTS = 4
-OPTIONS = {
-    "pool_size": SLOTS,
-    "soft_limit": SLOTS,
-    "max_limit": SLOTS,
-    "pool_timeout": PATIENCE,
-}
-THREADS = ["psycopg2", "psycopg"]
-TASKS = ["asyncpg", "psycopg"]
+OPTIONS = {**all_for_one(SLOTS), "pool_timeout": PATIENCE}
+
+threads = pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+tasks = pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+
+END_SESSIONS = (
+    "select pg_terminate_backend(pid) from pg_stat_activity "
+    "where application_name = :name"
+)
 
 
 class Member:
     """An engine that shares a ledger, and what the server has of it."""
 
-    def __init__(self, url, ledger, driver, tasks, **options):
+    def __init__(self, url, ledger, driver="psycopg2", is_asyncio=False, **options):
         self.name = f"slots {uuid.uuid4().hex[:12]}"
         #: Sessions that there may be beside the slots, for a moment.
         self.beside = 0
         arguments = {"application_name": self.name}
         if driver == "asyncpg":
             arguments = {"server_settings": arguments}
-        options = {**OPTIONS, "ledger": ledger, "connect_args": arguments, **options}
-        url = url.replace("psycopg2", driver)
-        if tasks:
-            self.engine = create_async_engine(
-                url, poolclass=AsyncAdaptedFairQueuePool, **options
-            )
-            self.pool = self.engine.sync_engine.pool
-        else:
-            self.engine = create_engine(url, poolclass=FairQueuePool, **options)
-            self.pool = self.engine.pool
-        self.sessions = Sessions(postgres(url), self.name)
-
-    @property
-    def keeper(self):
-        return state.keeper(self)
+        make, pool_class = create_engine, FairQueuePool
+        if is_asyncio:
+            make, pool_class = create_async_engine, AsyncAdaptedFairQueuePool
+        self.engine = make(
+            make_url(url).set(drivername=f"postgresql+{driver}"),
+            poolclass=pool_class,
+            ledger=ledger,
+            connect_args=arguments,
+            **{**OPTIONS, **options},
+        )
+        self.pool = getattr(self.engine, "sync_engine", self.engine).pool
+        self.keeper = state.keeper(self)
+        self.sessions = Sessions(url, self.name)
 
     def all_can_be_had(self):
         """Assert that as many connections can be had as there are slots."""
         gc.collect()  # tracebacks of exceptions have some
         callers = [Caller(self.engine.connect) for _ in range(SLOTS)]
-        connections = [caller.result() for caller in callers]
-        for connection in connections:
-            connection.close()
+        give([caller.result() for caller in callers])
 
-    async def all_can_be_had_by_tasks(self):
-        connecting = [asyncio.ensure_future(self._take()) for _ in range(SLOTS)]
-        for connection in await asyncio.gather(*connecting):
-            await connection.close()
-
-    async def _take(self):
+    async def connect(self):
         return await self.engine.connect()
 
+    async def all_can_be_had_by_tasks(self):
+        for connection in await asyncio.gather(*(self.connect() for _ in range(SLOTS))):
+            await connection.close()
 
-def postgres(url):
-    return make_url(url).set(drivername="postgresql+psycopg2")
+    async def query(self, seconds):
+        async with self.engine.connect() as connection:
+            await connection.execute(text(f"select pg_sleep({seconds})"))
 
 
 @pytest.fixture
@@ -98,11 +91,10 @@ def member(postgres_url, ledger):
     """Make members; afterwards they were never above the bound."""
     members = []
 
-    def make(driver="psycopg2", tasks=False, **options):
-        member = Member(postgres_url, ledger, driver, tasks, **options)
-        member.sessions.__enter__()
-        members.append(member)
-        return member
+    def make(*args, **options):
+        members.append(Member(postgres_url, ledger, *args, **options))
+        members[-1].sessions.__enter__()
+        return members[-1]
 
     yield make
     for member in members:
@@ -117,36 +109,28 @@ def member(postgres_url, ledger):
         gc.collect()
 
 
-def run(main):
-    asyncio.run(asyncio.wait_for(main, 2 * PATIENCE))
+@pytest.fixture
+def in_a_loop(member):
+    """Run a coroutine function with a member; then all can be had by its tasks."""
+
+    def run(function, driver="asyncpg", **options):
+        async def main():
+            one = member(driver, True, **options)
+            await function(one)
+            await one.all_can_be_had_by_tasks()
+            await one.engine.dispose()
+
+        asyncio.run(asyncio.wait_for(main(), 2 * PATIENCE))
+
+    return run
 
 
 # -- opening again fails ------------------------------------------------------------
 
 
-def lose(connection):
-    """Have the server end the session of a connection."""
-    pid = connection.scalar(text("select pg_backend_pid()"))
-    connection.rollback()
-    return pid
-
-
-def end_sessions(postgres_url, name):
-    engine = create_engine(postgres_url, isolation_level="AUTOCOMMIT")
-    with engine.connect() as connection:
-        connection.execute(
-            text(
-                "select pg_terminate_backend(pid) from pg_stat_activity "
-                "where application_name = :name"
-            ),
-            {"name": name},
-        )
-    engine.dispose()
-
-
-@pytest.mark.parametrize("driver", THREADS)
+@threads
 def test_listener_that_fails_when_a_connection_is_opened_again(
-    member, postgres_url, driver
+    member, postgres_url, operator, driver
 ):
     """As those do that check for the primary during a failover."""
     one = member(driver, pool_pre_ping=True)
@@ -158,7 +142,7 @@ def test_listener_that_fails_when_a_connection_is_opened_again(
         if failing:
             raise RuntimeError("not the primary")
 
-    end_sessions(postgres_url, one.name)
+    operator(postgres_url, END_SESSIONS, name=one.name)
     for _ in range(2 * SLOTS):
         with pytest.raises(RuntimeError, match="primary"):
             one.engine.connect()
@@ -166,12 +150,11 @@ def test_listener_that_fails_when_a_connection_is_opened_again(
     one.all_can_be_had()
 
 
-@pytest.mark.parametrize("driver", TASKS)
+@tasks
 def test_task_that_is_cancelled_when_a_connection_is_opened_again(
-    member, postgres_url, driver
+    in_a_loop, postgres_url, operator, driver
 ):
-    async def main():
-        one = member(driver, tasks=True, pool_pre_ping=True)
+    async def main(one):
         await one.all_can_be_had_by_tasks()
         slowly = asyncio.Event()
 
@@ -180,18 +163,17 @@ def test_task_that_is_cancelled_when_a_connection_is_opened_again(
             if not slowly.is_set():
                 dbapi_connection.await_(slowly.wait())
 
-        await asyncio.to_thread(end_sessions, postgres_url, one.name)
+        end = END_SESSIONS.replace(":name", f"'{one.name}'")
+        await asyncio.to_thread(operator, postgres_url, end)
         for _ in range(2):
-            tasks = [asyncio.ensure_future(one._take()) for _ in range(SLOTS)]
+            connecting = [asyncio.ensure_future(one.connect()) for _ in range(SLOTS)]
             await asyncio.sleep(0.1)  # they are anywhere
-            for task in tasks:
+            for task in connecting:
                 task.cancel()
-            await asyncio.wait(tasks)
+            await asyncio.wait(connecting)
         slowly.set()
-        await one.all_can_be_had_by_tasks()
-        await one.engine.dispose()
 
-    run(main())
+    in_a_loop(main, driver, pool_pre_ping=True)
 
 
 def test_ledger_that_cannot_confirm_a_new_connection_costs_no_slot(member, monkeypatch):
@@ -217,14 +199,14 @@ def test_first_connection_to_another_server_is_not_used(member, monkeypatch):
     one.all_can_be_had()
     one.engine.dispose()
     identify = ledger_sessions.identify
-
-    def elsewhere(cursor, pid):
-        return "postgresql elsewhere", identify(cursor, pid)[1]
-
-    monkeypatch.setattr(ledger_sessions, "identify", elsewhere)
-    with pytest.raises(ServerDiffers, match="postgresql elsewhere"):
-        other.engine.connect()
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            ledger_sessions,
+            "identify",
+            lambda *args: ("postgresql elsewhere", identify(*args)[1]),
+        )
+        with pytest.raises(ServerDiffers, match="postgresql elsewhere"):
+            other.engine.connect()
     eventually(lambda: other.sessions.now == 0)
     one.all_can_be_had()
 
@@ -272,7 +254,7 @@ def work(engine, statement="select pg_sleep(0.002)"):
         connection.execute(text(statement))
 
 
-@pytest.mark.parametrize("driver", THREADS)
+@threads
 @pytest.mark.usefixtures("no_log", "nobody_keeps_what_is_ignored", "light_heap")
 def test_exceptions_thrown_into_threads(member, driver):
     one = member(driver)
@@ -295,8 +277,8 @@ def test_exceptions_thrown_into_threads(member, driver):
             except Thrown:
                 hits.append(1)
 
-    threads = [threading.Thread(target=target, daemon=True) for _ in range(SLOTS + 2)]
-    for thread in threads:
+    running = [threading.Thread(target=target, daemon=True) for _ in range(SLOTS + 2)]
+    for thread in running:
         thread.start()
     chance = random.Random(1)
     end = time.monotonic() + PATIENCE
@@ -304,20 +286,20 @@ def test_exceptions_thrown_into_threads(member, driver):
     while len(hits) < 100:
         assert time.monotonic() < end
         time.sleep(chance.random() * 0.01)  # at any moment
-        thread = chance.choice(threads)
+        thread = chance.choice(running)
         throw(ctypes.c_ulong(thread.ident), ctypes.py_object(Thrown))
         gc.collect()  # connections in cycles, for which all the threads may wait
     over.set()
 
     def all_have_ended():
         gc.collect()
-        return not any(thread.is_alive() for thread in threads)
+        return not any(thread.is_alive() for thread in running)
 
     eventually(all_have_ended)
     one.all_can_be_had()
 
 
-@pytest.mark.parametrize("driver", THREADS)
+@threads
 @pytest.mark.usefixtures("no_log", "nobody_keeps_what_is_ignored")
 def test_signal_handlers_that_raise(member, driver):
     """Soft time limits, and time-outs by SIGALRM."""
@@ -346,7 +328,12 @@ def test_signal_handlers_that_raise(member, driver):
     one.all_can_be_had()
 
 
-@pytest.mark.parametrize("driver", THREADS)
+def drop(objects):
+    objects.clear()
+    gc.collect()
+
+
+@threads
 @pytest.mark.usefixtures("no_log")
 def test_exception_in_a_finaliser_costs_a_slot_while_it_is_kept(
     member, monkeypatch, driver
@@ -360,7 +347,7 @@ def test_exception_in_a_finaliser_costs_a_slot_while_it_is_kept(
     kept = []
     monkeypatch.setattr(sys, "unraisablehook", lambda u: kept.append(u.exc_value))
     connections = [one.engine.connect()]
-    existing = state.core(one).slots.existing
+    existing = state.existing(one)
     close = existing.close
 
     def fail(*_):  # as psycopg's does in the middle of a statement
@@ -376,8 +363,7 @@ def test_exception_in_a_finaliser_costs_a_slot_while_it_is_kept(
         drop(connections)
     assert [type(error) for error in kept] == [Thrown]
     assert one.pool.checkedout() == 1
-    kept.clear()
-    gc.collect()
+    drop(kept)
     assert one.pool.checkedout() == 0
     one.all_can_be_had()
 
@@ -385,96 +371,75 @@ def test_exception_in_a_finaliser_costs_a_slot_while_it_is_kept(
 # -- requests that are given up -----------------------------------------------------
 
 
-@pytest.mark.parametrize("driver", TASKS)
-def test_requests_that_time_out(member, driver):
+@tasks
+def test_requests_that_time_out(in_a_loop, driver):
     """Each of twelve at a time is given up after at most 60 ms, and costs no slot."""
+    chance = random.Random(1)
 
-    async def main():
-        one = member(driver, tasks=True)
-        chance = random.Random(1)
-
-        async def query():
-            async with one.engine.connect() as connection:
-                await connection.execute(text("select pg_sleep(0.005)"))
-
+    async def main(one):
         async def request():
             try:
-                await asyncio.wait_for(query(), chance.random() * 0.06)
+                await asyncio.wait_for(one.query(0.005), chance.random() * 0.06)
             except (asyncio.TimeoutError, DBAPIError):
                 pass
 
         for _ in range(40):
             await asyncio.gather(*(request() for _ in range(12)))
-        await one.all_can_be_had_by_tasks()
-        await one.engine.dispose()
 
-    run(main())
+    in_a_loop(main, driver)
 
 
-@pytest.mark.parametrize("driver", TASKS)
-def test_tasks_that_are_cancelled_at_random(member, driver):
-    async def main():
-        one = member(driver, tasks=True)
-        chance = random.Random(1)
+@tasks
+def test_tasks_that_are_cancelled_at_random(in_a_loop, driver):
+    chance = random.Random(1)
 
+    async def main(one):
         async def loop():
             while True:
-                async with one.engine.connect() as connection:
-                    await connection.execute(text("select pg_sleep(0.002)"))
+                await one.query(0.002)
 
-        tasks = [asyncio.ensure_future(loop()) for _ in range(8)]
+        running = [asyncio.ensure_future(loop()) for _ in range(8)]
         for _ in range(150):
             await asyncio.sleep(chance.random() * 0.01)
-            number = chance.randrange(len(tasks))
-            tasks[number].cancel()
-            await asyncio.wait([tasks[number]])
-            tasks[number] = asyncio.ensure_future(loop())
-        for task in tasks:
+            number = chance.randrange(len(running))
+            running[number].cancel()
+            await asyncio.wait([running[number]])
+            running[number] = asyncio.ensure_future(loop())
+        for task in running:
             task.cancel()
-        await asyncio.wait(tasks)
-        await one.all_can_be_had_by_tasks()
-        await one.engine.dispose()
+        await asyncio.wait(running)
 
-    run(main())
+    in_a_loop(main, driver)
 
 
 # -- connections that leave the pool ------------------------------------------------
 
 
-def drop(objects):
-    objects.clear()
-    gc.collect()
-
-
-@pytest.mark.parametrize("driver", TASKS)
-def test_connection_of_a_task_that_the_collector_ends(member, driver):
-    async def main():
-        one = member(driver, tasks=True)
-        leaked = [await one.engine.connect()]
+@tasks
+def test_connection_of_a_task_that_the_collector_ends(in_a_loop, driver):
+    async def main(one):
+        leaked = [await one.connect()]
         await leaked[0].execute(text("select 1"))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of SQLAlchemy and of the driver
             drop(leaked)
-        await one.all_can_be_had_by_tasks()
-        await one.engine.dispose()
 
-    run(main())
+    in_a_loop(main, driver)
 
 
-@pytest.mark.parametrize("driver", THREADS)
+@threads
 def test_detached_connection_keeps_its_own_slot_and_no_other(member, driver):
     one = member(driver)
     detached = one.engine.connect()
     detached.detach()
-    others = [Caller(one.engine.connect) for _ in range(SLOTS - 1)]
-    others = [caller.result() for caller in others]
+    callers = [Caller(one.engine.connect) for _ in range(SLOTS - 1)]
+    others = [caller.result() for caller in callers]
     assert one.sessions.now == SLOTS
     waiting = Caller(one.engine.connect)
     eventually(lambda: state.waiting(one) == 1)
     detached.close()
     waiting.result().close()
-    for connection in others:
-        connection.close()
+    give(others)
     one.all_can_be_had()
 
 
@@ -497,15 +462,14 @@ def test_detached_connection_of_sqlite(tmp_path, how):
     del raw
     gc.collect()
     callers = [Caller(engine.connect) for _ in range(SLOTS)]
-    for connection in [caller.result() for caller in callers]:
-        connection.close()
+    give([caller.result() for caller in callers])
     engine.dispose()
     state.keeper(engine).close()
 
 
 def test_connections_of_a_loop_that_is_gone_are_given_up(member):
     """A script's asyncio.run() has ended; its process goes on."""
-    script, other = member("asyncpg", tasks=True), member()
+    script, other = member("asyncpg", True), member()
     asyncio.run(script.all_can_be_had_by_tasks())
     assert script.sessions.now == SLOTS
     with warnings.catch_warnings():
@@ -515,37 +479,26 @@ def test_connections_of_a_loop_that_is_gone_are_given_up(member):
         gc.collect()
 
 
-def test_connections_of_a_loop_that_is_blocked_are_given_up(member):
-    async def main():
-        script, other = member("asyncpg", tasks=True), member()
+def test_connections_of_a_loop_that_is_blocked_are_given_up(member, in_a_loop):
+    async def main(script):
         await script.all_can_be_had_by_tasks()
-        other.all_can_be_had()  # in this thread: no task runs meanwhile
-        await script.all_can_be_had_by_tasks()
-        await script.engine.dispose()
+        member().all_can_be_had()  # in this thread: no task runs meanwhile
 
-    run(main())
+    in_a_loop(main)
 
 
 # -- opening ahead ------------------------------------------------------------------
 
 
-def test_warm_up_asks_the_ledger_for_slots(member):
-    one = member(min_idle=3)
-    assert one.pool.warm_up() == 3
-    assert one.sessions.now == 3
-    one.all_can_be_had()
+def test_connections_that_are_opened_ahead_get_their_slots(member, in_a_loop):
+    one, other = member(min_idle=3), member(min_idle=3)
+    assert one.pool.warm_up() == one.sessions.now == 3
+    one.engine.dispose()
+    other.engine.connect().close()
+    eventually(lambda: other.sessions.now == 3)
+    other.engine.dispose()
 
-
-def test_min_idle_asks_the_ledger_for_slots(member):
-    one = member(min_idle=3)
-    one.engine.connect().close()
-    eventually(lambda: one.sessions.now == 3)
-
-
-def test_tasks_warm_up_with_a_ledger(member):
-    async def main():
-        one = member("asyncpg", tasks=True, min_idle=3)
+    async def main(one):
         assert await one.pool.warm_up() == 3
-        await one.engine.dispose()
 
-    run(main())
+    in_a_loop(main, min_idle=3)

@@ -52,11 +52,7 @@ def overview_of(*rows, limits=LIMITS, **more):
             {"a": (7, 10, 7), "b": (6, 10, 6), "c": (7, 10, 7)},
             1.0,
         ),
-        (
-            [busy("a", 10), busy("b", 0, 10)],
-            {"a": (10, 10, 10), "b": (0, 10, 10)},
-            0.5,
-        ),
+        ([busy("a", 10), busy("b", 0, 10)], {"a": (10, 10, 10), "b": (0, 10, 10)}, 0.5),
         ([], {}, None),
     ],
 )
@@ -77,12 +73,18 @@ def test_strategy_is_in_words():
     assert overview_of().strategy == "nobody active: the first may have 15"
 
 
-def test_idle_tag_does_not_count_whatever_it_still_holds():
+def test_what_is_idle_or_in_quarantine_has_no_share():
     idle = TagStats("idle", False, 2, idle_for=70.0, held_for=90.0)
     overview = overview_of(busy("a", 10, 9), idle)
     assert shares(overview) == {"a": (10, 15, 15), "idle": (2, 10, 0)}
     assert [row.status for row in overview.scrapers] == ["active", "idle"]
     assert overview.active_scrapers == 1
+    limits = Limits(20, 20, 10, 15, quarantined=10)
+    overview = overview_of(busy("a", 5, 9), busy("b", 5, 9), limits=limits)
+    assert shares(overview) == {"a": (5, 10, 5), "b": (5, 10, 5)}
+    assert overview.available == 0
+    (row,) = overview_of(registered=["a"]).scrapers
+    assert (row.name, row.status, row.idle_for) == ("a", "idle", None)
 
 
 def test_one_tag_in_several_processes_is_one_row():
@@ -97,24 +99,9 @@ def test_one_tag_in_several_processes_is_one_row():
     assert (row.idle_for, row.waiting_for, row.held_for) == (0.5, 1.0, 9.0)
     assert (row.checkouts, row.timeouts) == (7, 1)
     assert row.processes == ("1", "2")
-
-
-def test_processes_of_several_hosts_are_told_apart():
     parts = [Part(process(1, host=host), [busy("a", 1)]) for host in "xy"]
     (row,) = compile_overview(parts, LIMITS).scrapers
     assert row.processes == ("x:1", "y:1")
-
-
-def test_slots_in_quarantine_are_no_scrapers():
-    limits = Limits(20, 20, 10, 15, quarantined=10)
-    overview = overview_of(busy("a", 5, 9), busy("b", 5, 9), limits=limits)
-    assert shares(overview) == {"a": (5, 10, 5), "b": (5, 10, 5)}
-    assert overview.available == 0
-
-
-def test_registered_scrapers_have_a_row():
-    (row,) = overview_of(registered=["a"]).scrapers
-    assert (row.name, row.status, row.idle_for) == ("a", "idle", None)
 
 
 def test_connections_beyond_the_size_are_overflow():
@@ -185,14 +172,7 @@ def test_what_a_process_tells_is_what_others_hear():
 
 def test_of_very_many_tags_those_are_named_that_want_most():
     rows = [
-        TagStats(
-            f"t{n:04d}",
-            active=n == 999,
-            connections=n % 2,
-            idle_for=float(n),
-            held_for=float(n),
-            checkouts=1,
-        )
+        TagStats(f"t{n:04d}", n == 999, n % 2, idle_for=n, held_for=n, checkouts=1)
         for n in range(1000)
     ]
     found = condensed(rows)

@@ -8,7 +8,7 @@ import pytest
 from support.parts import Parts
 
 from sqla_fairpool.pool.checkout import Generation
-from sqla_fairpool.pool.opening_ahead import OpeningAhead
+from sqla_fairpool.pool.opening import Opening
 from sqla_fairpool.pool.waiters import ThreadWaiter
 
 TTL = 40.0
@@ -22,8 +22,7 @@ def parts():
 def look_around(parts, after):
     """Do what is due after some seconds."""
     parts.clock.advance(after)
-    with parts.lock.section() as now:
-        parts.housekeeping.look_around(now)
+    parts.lock.run(parts.housekeeping.look_around)
 
 
 def test_next_visit_is_when_the_first_thing_is_due(parts):
@@ -62,45 +61,22 @@ def test_min_idle_connections_are_left_the_newest(parts, is_out):
     assert parts.slots.there() == 1 == len(out or [newer])
 
 
-def test_what_a_former_pool_has_left_is_not_for_the_next(parts):
-    former, successor = parts.housekeeping.owner, Generation()
+def test_what_lies_in_a_former_pool_is_closed_by_the_next(parts):
+    successor = Generation()
     record, out = parts.idle(), parts.out()
     out.fair.checkout.may_keep = successor.warmed_up = True
-    parts.housekeeping.hand_over(successor)
+    parts.state.run(parts.housekeeping.hand_over, successor)
     assert parts.housekeeping.owner is successor
-    assert former.left == [record] == list(parts.connections.left)
-    assert record.dbapi_connection is not None
-    assert not out.fair.checkout.may_keep
-    assert not successor.warmed_up
-    parts.housekeeping.hand_over(successor)
-    assert former.left == [record]
-
-
-def test_what_a_disposed_pool_has_left_is_closed(parts):
-    parts.housekeeping.owner.disposed = True
-    record = parts.idle()
-    parts.housekeeping.hand_over(Generation())
     assert record.dbapi_connection is None
     assert record.fair.close_reason == "disposed"
-    assert not parts.connections.left
-
-
-def test_room_is_made_only_where_it_is_needed(parts):
-    record = parts.idle()
-    parts.housekeeping.hand_over(Generation())
-    held = [parts.out() for _ in range(3)]
-    parts.housekeeping.make_room()
-    assert record.dbapi_connection is not None
-    held.append(parts.out())
-    parts.housekeeping.make_room()
-    assert record.dbapi_connection is None
-    assert parts.slots.there() == len(held)
-    parts.housekeeping.make_room()
+    assert not out.fair.checkout.may_keep
+    assert not successor.warmed_up
+    assert (parts.slots.there(), parts.slots.usable()) == (1, 4)
 
 
 def test_connections_are_opened_ahead_until_there_are_enough(parts):
     opener = parts.opener()
-    ahead = OpeningAhead(parts.state, parts.housekeeping, ThreadWaiter)
+    ahead = Opening(parts.state, parts.housekeeping, None, ThreadWaiter)
     assert ahead.warm_up(None, opener) == 1
     assert parts.housekeeping.owner is opener.generation  # it has taken over
     assert parts.connections.count_open() == 1

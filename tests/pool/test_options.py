@@ -68,7 +68,7 @@ def test_limits_follow_the_capacity_rounded_up(size, overflow, soft, most):
         ("pool_size", None, "whole number"),
         ("max_overflow", -1, "no limit in QueuePool"),
         ("max_overflow", False, "whole number"),
-        ("timeout", math.inf, "None to wait without limit"),
+        ("pool_timeout", math.inf, "None to wait without limit"),
         ("soft_limit", 0, "from 1"),
         ("soft_limit", 16, "max_limit, 15"),
         ("soft_limit", True, "whole number"),
@@ -90,9 +90,8 @@ def test_limits_follow_the_capacity_rounded_up(size, overflow, soft, most):
     ],
 )
 def test_bad_value_is_named_with_what_is_allowed(server, name, value, says):
-    keyword = "pool_timeout" if name == "timeout" else name
     with pytest.raises(ArgumentError) as caught:
-        server.engine(**{keyword: value})
+        server.engine(**{name: value})
     message = str(caught.value)
     assert message.startswith(f"{name}={value!r} is not allowed: ")
     assert says in message
@@ -163,16 +162,15 @@ BAD_TAGS = ["", "x" * 129, "x" * 10_000, None, 7, b"bytes"]
 BAD_TAGS += ["a\nb", "\x1b[31mred", "a\tb", "\u202e"]
 
 
-@pytest.mark.parametrize("tag", ["a", "layer1_5", "Ünï cødé", "x" * 128, "a=b; c"])
-def test_tag_may_be_any_printable_string(tag):
-    assert validate_tag(tag) == tag
-
-
-@pytest.mark.parametrize("tag", BAD_TAGS)
-def test_anything_else_is_no_tag(tag):
-    with pytest.raises(ArgumentError, match=r"scraper=.*non-empty string") as caught:
-        validate_tag(tag, "scraper")
-    assert len(str(caught.value)) < 200
+def test_tag_may_be_any_printable_string_and_nothing_else():
+    for good in ("a", "layer1_5", "Ünï cødé", "x" * 128, "a=b; c"):
+        assert validate_tag(good) == good
+    for bad in BAD_TAGS:
+        with pytest.raises(
+            ArgumentError, match=r"scraper=.*non-empty string"
+        ) as caught:
+            validate_tag(bad, "scraper")
+        assert len(str(caught.value)) < 200
 
 
 class Old(str, enum.Enum):

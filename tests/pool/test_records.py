@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from support import state
 from support.parts import CORE, Parts, Record
+from support.threads import connect, wait_in_line
 
 from sqla_fairpool.pool.checkout import Checkout
 from sqla_fairpool.pool.connections import Connections
@@ -69,3 +71,22 @@ def test_grant_meets_a_caller_that_was_interrupted_as_it_joined_the_line():
     parts.state.take_back(joining, joining.record, True, 0.0)
     assert waiting.record is holder
     assert len(parts.lock.wake_ups) == 1
+
+
+def test_checkout_serves_the_next_caller_unless_it_may_be_given_up_late(make_pool):
+    """By its waiter, which may be woken once more, or by its interrupted caller."""
+    pool = make_pool(1)
+    holder = connect(pool, "a")
+    first = state.checkout_of(holder)
+    holder.close()
+    holder = connect(pool, "b")
+    assert state.checkout_of(holder) is first
+    (caller,) = wait_in_line(pool, "c")
+    holder.close()
+    holder = caller.result()
+    waited = state.checkout_of(holder)
+    holder.close()
+    given_up = state.interrupted_checkout(pool, "a")
+    assert given_up not in (first, waited)
+    with connect(pool, "b") as holder:
+        assert state.checkout_of(holder) is not given_up

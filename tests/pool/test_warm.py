@@ -1,11 +1,13 @@
-"""The warm cache alone."""
+"""The warm cache alone, and what is kept warm without a tag."""
 
 from __future__ import annotations
 
 from collections import deque
 
 import pytest
+from support.threads import connect, give
 
+from sqla_fairpool import CheckoutTimeout
 from sqla_fairpool.pool import warm
 from sqla_fairpool.pool.warm import WarmCache
 
@@ -99,3 +101,31 @@ def test_empty_lists_do_not_add_up(cache, monkeypatch):
         cache.put(tag, "record")
         section(cache)
     assert len(cache.by_tag) == 3
+
+
+# -- without a tag ---------------------------------------------------------------------
+
+
+def test_checkouts_without_a_tag_are_counted_until_one_gets_another(make_engine):
+    engine = make_engine()
+    for _ in range(3):
+        engine.connect().close()
+    engine.connect().execution_options(scraper="a").close()
+    for figures in engine.pool.stats(), engine.pool.metrics():
+        assert {row.name: row.checkouts for row in figures.tags} == {
+            "a": 1,
+            "unknown": 3,
+        }
+        for row in figures.tags:
+            assert row.hold_time.count == row.wait_time.count == row.checkouts
+    assert not engine.pool.stats().tag("unknown").active
+
+
+def test_warm_connection_without_a_tag_above_its_ceiling_is_not_taken(make_pool):
+    """It is not active, so one active tag lowers its ceiling, and not its own."""
+    pool = make_pool(pool_size=4, soft_limit=1, max_limit=3, timeout=0)
+    held = [pool.connect(), pool.connect()]
+    with connect(pool, "a"):
+        give(held)
+        with pool.connect(), pytest.raises(CheckoutTimeout, match="ceiling=1"):
+            pool.connect()

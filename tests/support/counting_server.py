@@ -10,6 +10,7 @@ import selectors
 import socket
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 
 class CountingServer:
@@ -75,26 +76,23 @@ def main(port, ledger, name, number):
             self.socket.close()
 
     stub = StubServer()
-    numbers = iter(range(1_000_000))
-    stub.connect = lambda: Connection(stub, next(numbers))
+    stub.connect = lambda: Connection(stub, 0)
     engine = stub.engine(ledger=ledger, idle_timeout=1.0, reallocation_interval=0.3)
     tagged = engine.execution_options(scraper=name)
     over = threading.Event()
 
-    def work():
+    def work(_):
         while not over.is_set():
             with tagged.connect():
                 over.wait(0.01)
 
-    threads = [threading.Thread(target=work) for _ in range(int(number))]
     with tagged.connect():
         print("working", flush=True)
-    for thread in threads:
-        thread.start()
-    sys.stdin.read()
-    over.set()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(int(number)) as threads:
+        done = threads.map(work, range(int(number)))
+        sys.stdin.read()
+        over.set()
+    assert len([*done]) == int(number)
 
 
 if __name__ == "__main__":

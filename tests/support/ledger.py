@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import greenlet
 
@@ -141,6 +142,20 @@ class World:
                         break
                     process.step()
             self.now += tick
+
+    def churn(self, seconds, tick=0.002):
+        """Let time pass while all connections are returned and asked for again."""
+        count = itertools.count(1)
+
+        def busy():
+            if next(count) % 10:
+                return
+            for process in self.living:
+                for tag in [] if process.stopped else [*process.pool.in_use.elements()]:
+                    process.pool.release(tag)
+                    process.pool.request(tag)
+
+        self.run(seconds, busy, tick)
 
 
 class Process:

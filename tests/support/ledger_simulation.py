@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import argparse
 import heapq
+import inspect
 import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 from sqla_fairpool.ledger.allocation import allocate
@@ -31,8 +31,6 @@ from sqla_fairpool.scheduling.policy import jain
 
 from .ledger_world import Host, MemoryStore, Server, SimKeeper, SimPool
 
-__all__ = ["Phase", "Report", "simulate"]
-
 #: From a bell or a timer to the keeper's round: a thread has to wake up.
 _WAKE = 0.0005
 
@@ -40,70 +38,63 @@ _WAKE = 0.0005
 _LOOK = 0.05
 
 
-@dataclass(slots=True)
+@dataclass
 class Phase:
     """What was measured from one event until the next."""
 
     name: str
-    seconds: float
     #: Until every tag's use, in the mean of a second, was within one of its share.
-    converged: float | None = None
-    transactions: float = 0.0
-    commits: float = 0.0
+    converged: float | None
+    #: For each second.
+    transactions: float
+    commits: float
     #: Over tags, and over processes: connection seconds.
-    jain_tags: float = 0.0
-    jain_processes: float = 0.0
+    jain_tags: float
+    jain_processes: float
     #: Part of the slots that were in use.
-    used: float = 0.0
+    used: float
     #: Processes that wanted a connection all the time and got none.
-    starved: int = 0
-    longest_wait: float = 0.0
+    starved: int
+    longest_wait: float
+
+    def __str__(self):
+        converged = "not within"
+        if self.converged is not None:
+            converged = f"{self.converged:.2f} s"
+        return (
+            f"{self.name}: converged {converged}, {self.transactions:.0f} "
+            f"transactions/s ({self.commits:.0f} write), slots in use {self.used:.1%}, "
+            f"Jain over tags {self.jain_tags:.4f}, over processes "
+            f"{self.jain_processes:.4f}, starved {self.starved}, longest wait "
+            f"{self.longest_wait:.1f} s"
+        )
 
 
-@dataclass(slots=True)
+@dataclass
 class Report:
     """The answer of a simulation."""
 
-    processes: int
-    tags: int
-    capacity: int
-    phases: list[Phase] = field(default_factory=list)
+    size: str
+    phases: list[Phase]
     #: Most connections that were ever open at once.
-    most: int = 0
+    most: int
     #: Seconds that a member's look at the whole board took, real ones, in the mean.
-    look: float = 0.0
+    look: float
 
-    def lines(self) -> Iterator[str]:
+    def lines(self):
         """Yield the report, for people."""
-        yield (
-            f"{self.processes} processes, {self.tags} tags, {self.capacity} slots; "
-            f"most connections open at once: {self.most}"
-        )
-        yield (
-            f"one allocation over the whole board: {self.look * 1000:.2f} ms of a core"
-        )
-        for phase in self.phases:
-            converged = (
-                "not within" if phase.converged is None else f"{phase.converged:.2f} s"
-            )
-            yield (
-                f"{phase.name}: converged {converged}, "
-                f"{phase.transactions:.0f} transactions/s "
-                f"({phase.commits:.0f} write), slots in use {phase.used:.1%}, "
-                f"Jain over tags {phase.jain_tags:.4f}, "
-                f"over processes {phase.jain_processes:.4f}, "
-                f"starved {phase.starved}, longest wait {phase.longest_wait:.1f} s"
-            )
+        yield f"{self.size}; most connections open at once: {self.most}"
+        look = self.look * 1000
+        yield f"one allocation over the whole board: {look:.2f} ms of a core"
+        yield from map(str, self.phases)
 
 
 class _Process:
     """A process with threads that all work under one tag."""
 
-    def __init__(self, world: _World, number: int, tag: str) -> None:
-        self.world = world
-        self.tag = tag
-        self.works = False
-        self.alive = True
+    def __init__(self, world, number, tag):
+        self.world, self.tag = world, tag
+        self.works, self.alive = False, True
         self.store = MemoryStore(world.host)
         self.pool = SimPool(world.server, number)
         self.keeper = SimKeeper(
@@ -119,10 +110,10 @@ class _Process:
         self.pool.keeper = self.keeper
         self.wake_at = float("inf")
         #: When each waiting thread began to wait.
-        self.since: list[float] = []
+        self.since = []
         self.connection_seconds = 0.0
 
-    def step(self, at: float) -> None:
+    def step(self, at):
         """Do a round, if it is time for one still."""
         if not self.alive or at != self.wake_at:
             return
@@ -133,20 +124,20 @@ class _Process:
         self.plan(self.keeper.step(self.world.now, rung))
         self.world.after(self)
 
-    def plan(self, at: float) -> None:
+    def plan(self, at):
         """Do a round then, or earlier."""
         if at < self.wake_at:
             self.wake_at = at
             self.world.at(at, lambda: self.step(at))
 
-    def ask(self) -> None:
+    def ask(self):
         """A thread asks for a connection."""
         if self.alive and self.works:
             self.since.append(self.world.now)
             self.pool.request(self.tag)
             self.world.after(self)
 
-    def serve(self) -> None:
+    def serve(self):
         """Threads that were served hold their connection for a while."""
         world = self.world
         while self.pool.served:
@@ -157,21 +148,26 @@ class _Process:
             self.connection_seconds += hold
             world.at(world.now + hold, self._return)
 
-    def _return(self) -> None:
+    def _return(self):
         if self.alive:
             self.pool.release(self.tag)
             think = self.world.think * self.world.random.random()
             self.world.at(self.world.now + think, self.ask)
             self.world.after(self)
 
-    def stop(self) -> None:
+    def begin(self, threads):
+        self.works = True
+        for _ in range(threads):
+            self.ask()
+
+    def stop(self):
         """Nobody asks any more; who waits gives up; the tag is idle."""
         self.works = False
         self.pool.waiting.clear()
         self.pool.active.clear()
         self.since.clear()
 
-    def kill(self) -> None:
+    def kill(self):
         self.alive = False
         self.world.host.alive.discard(self.store.member)
         for session in self.world.server.sessions_of(self.pool.session):
@@ -180,29 +176,24 @@ class _Process:
 
 
 class _World:
-    def __init__(
-        self, terms: Terms, pace: Pace, hold: float, think: float, seed: int
-    ) -> None:
+    def __init__(self, terms, pace, hold, think, seed):
         self.terms, self.pace, self.hold, self.think = terms, pace, hold, think
         self.random = random.Random(seed)
         self.host, self.server = Host(), Server()
-        self.now = 0.0
-        self.longest_wait = 0.0
-        self.processes: list[_Process] = []
-        self.by_member: dict[str, _Process] = {}
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
-        self._count = itertools.count()
+        self.now = self.longest_wait = 0.0
+        self.processes, self.by_member = [], {}
+        self._events, self._count = [], itertools.count()
 
-    def start(self, tag: str) -> _Process:
+    def start(self, tag):
         process = _Process(self, len(self.processes), tag)
         self.processes.append(process)
         self.by_member[process.store.member] = process
         return process
 
-    def at(self, when: float, what: Callable[[], None]) -> None:
+    def at(self, when, what):
         heapq.heappush(self._events, (when, next(self._count), what))
 
-    def after(self, process: _Process) -> None:
+    def after(self, process):
         """What an event of this process has left to do."""
         process.serve()
         if process.store.nudged:
@@ -211,126 +202,122 @@ class _World:
         for member in sorted(self.host.rung):
             self.by_member[member].plan(self.now + _WAKE)
 
-    def run(self, until: float) -> None:
+    def run(self, until):
         while self._events and self._events[0][0] <= until:
             self.now, _, what = heapq.heappop(self._events)
             what()
         self.now = until
 
-    def shares(self) -> dict[str, int]:
+    def is_fair(self, window):
+        tags = {p.tag for p in self.processes if p.alive and p.works}
+        shares = Book(dict(self.host.rows)).allocation().shares
+        mean = {t: sum(use[t] for use in window) / len(window) for t in shares}
+        is_even = all(abs(mean[tag] - shares[tag]) <= 1 for tag in shares)
+        return tags <= shares.keys() and is_even
+
+    def measure(self, name, seconds):
+        """Let time pass; see what comes of it."""
+        host, begin = self.host, self.now
+        transactions, commits = host.transactions, host.commits
+        before = {p: p.connection_seconds for p in self.processes}
+        self.longest_wait = used = 0.0
+        window, converged, looks = [], None, round(seconds / _LOOK)
+        for n in range(1, looks + 1):
+            self.run(begin + n * _LOOK)
+            use = Counter()
+            for process in self.processes:
+                use[process.tag] += process.pool.in_use[process.tag]
+            window = [*window[-19:], use]
+            used += use.total() / self.terms.capacity / looks
+            if converged is None and n % 5 == 0 and self.is_fair(window):
+                # That the window's mean is fair says that it was from its middle on.
+                converged = max((n - len(window) / 2) * _LOOK, 0.0)
+        working = [p for p in self.processes if p.alive and p.works]
+        gained = {p: p.connection_seconds - before.get(p, 0.0) for p in working}
+        by_tag = Counter()
+        for process, n_seconds in gained.items():
+            by_tag[process.tag] += n_seconds
+        return Phase(
+            name,
+            converged,
+            (host.transactions - transactions) / seconds,
+            (host.commits - commits) / seconds,
+            jain([*by_tag.values()]),
+            jain([*gained.values()]),
+            used,
+            sum(not n for n in gained.values()),
+            max(
+                [
+                    self.longest_wait,
+                    *(self.now - p.since[0] for p in working if p.since),
+                ]
+            ),
+        )
+
+    def time_of_a_look(self):
         book = Book(dict(self.host.rows))
-        return book.allocation().shares
-
-
-def _measure(world: _World, name: str, seconds: float) -> Phase:
-    """Let time pass; see what comes of it."""
-    phase = Phase(name, seconds)
-    host = world.host
-    begin, transactions, commits = world.now, host.transactions, host.commits
-    before = {p: p.connection_seconds for p in world.processes}
-    world.longest_wait = 0.0
-    window: list[Counter[str]] = []
-    used = 0.0
-    looks = round(seconds / _LOOK)
-    for n in range(1, looks + 1):
-        world.run(begin + n * _LOOK)
-        use: Counter[str] = Counter()
-        for process in world.processes:
-            use[process.tag] += process.pool.in_use[process.tag]
-        window = [*window[-19:], use]
-        used += use.total() / world.terms.capacity / looks
-        if phase.converged is None and n % 5 == 0 and _is_fair(world, window):
-            # That the window's mean is fair says that it was from its middle on.
-            phase.converged = max((n - len(window) / 2) * _LOOK, 0.0)
-    phase.used = used
-    phase.transactions = (host.transactions - transactions) / seconds
-    phase.commits = (host.commits - commits) / seconds
-    working = [p for p in world.processes if p.alive and p.works]
-    gained = {p: p.connection_seconds - before.get(p, 0.0) for p in working}
-    by_tag: Counter[str] = Counter()
-    for process, n_seconds in gained.items():
-        by_tag[process.tag] += n_seconds  # type: ignore[assignment]
-    phase.jain_tags = jain([*by_tag.values()])
-    phase.jain_processes = jain([*gained.values()])
-    phase.starved = sum(not n for n in gained.values())
-    waits = [world.now - p.since[0] for p in working if p.since]
-    phase.longest_wait = max([world.longest_wait, *waits])
-    return phase
-
-
-def _is_fair(world: _World, window: Sequence[Counter[str]]) -> bool:
-    tags = {p.tag for p in world.processes if p.alive and p.works}
-    shares = world.shares()
-    mean = {t: sum(use[t] for use in window) / len(window) for t in shares}
-    return tags <= shares.keys() and all(abs(mean[t] - shares[t]) <= 1 for t in tags)
+        limits = self.terms.limits(book.quarantined)
+        began, rounds = time.perf_counter(), 20
+        for _ in range(rounds):
+            allocate(book.members, book.places, limits)
+        return (time.perf_counter() - began) / rounds
 
 
 def simulate(
-    processes: int = 1000,
-    tags: int = 100,
-    capacity: int = 250,
-    threads: int = 2,
-    seconds: float = 10.0,
-    hold: float = 0.2,
-    think: float = 0.005,
-    pace: Pace | None = None,
-    seed: int = 1,
-) -> Report:
-    """Start them all, let half of the tags fall idle and return, kill a tenth."""
+    processes=1000,
+    tags=100,
+    capacity=250,
+    threads=2,
+    seconds=10.0,
+    hold=0.2,
+    think=0.005,
+    seed=1,
+    pace=None,
+):
+    """Start them all, let half of the tags fall idle and return, kill a tenth.
+
+    :param threads: in each process.
+    :param seconds: of each phase.
+    :param hold: mean, in seconds.
+    :param think: most, in seconds.
+    """
     soft, most = -(-capacity // 2), -(-capacity * 3 // 4)
     terms = Terms(capacity, soft, most, 60.0, 30.0)
     world = _World(terms, pace or Pace(), hold, think, seed)
-    report = Report(processes, tags, capacity)
     crew = [world.start(f"tag{n % tags:03}") for n in range(processes)]
 
-    def begin(process: _Process) -> None:
-        process.works = True
-        for _ in range(threads):
-            process.ask()
-
-    def begin_all(some: Sequence[_Process]) -> None:
+    def begin(some):
         for process in some:
-            world.at(world.now + world.random.random(), partial(begin, process))
+            world.at(world.now + world.random.random(), partial(process.begin, threads))
 
-    begin_all(crew)
-    report.phases.append(_measure(world, "all start within a second", seconds))
+    begin(crew)
+    phases = [world.measure("all start within a second", seconds)]
     half = [p for p in crew if int(p.tag[3:]) % 2]
     for process in half:
         process.stop()
-    report.phases.append(_measure(world, "half of the tags fall idle", seconds))
-    begin_all(half)
-    report.phases.append(_measure(world, "they come back", seconds))
+    phases.append(world.measure("half of the tags fall idle", seconds))
+    begin(half)
+    phases.append(world.measure("they come back", seconds))
     for process in world.random.sample(crew, processes // 10):
         process.kill()
-    report.phases.append(_measure(world, "a tenth is killed", seconds))
-    report.most = world.server.most
-    report.look = _time_of_a_look(world)
-    return report
+    phases.append(world.measure("a tenth is killed", seconds))
+    size = f"{processes} processes, {tags} tags, {capacity} slots"
+    return Report(size, phases, world.server.most, world.time_of_a_look())
 
 
-def _time_of_a_look(world: _World) -> float:
-    book = Book(dict(world.host.rows))
-    limits = world.terms.limits(book.quarantined)
-    began, rounds = time.perf_counter(), 20
-    for _ in range(rounds):
-        allocate(book.members, book.places, limits)
-    return (time.perf_counter() - began) / rounds
-
-
-def main() -> None:
+def main():
     """Run a simulation and print what came of it."""
-    parser = argparse.ArgumentParser(description="simulate processes on one ledger")
-    parser.add_argument("--processes", type=int, default=1000)
-    parser.add_argument("--tags", type=int, default=100)
-    parser.add_argument("--capacity", type=int, default=250)
-    parser.add_argument("--threads", type=int, default=2, help="in each process")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each phase")
-    parser.add_argument("--hold", type=float, default=0.2, help="mean, in seconds")
-    parser.add_argument("--think", type=float, default=0.005, help="most, in seconds")
-    parser.add_argument("--seed", type=int, default=1)
+    parser = argparse.ArgumentParser(
+        description="simulate processes on one ledger",
+        epilog=inspect.getdoc(simulate),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for name, given in inspect.signature(simulate).parameters.items():
+        if given.default is not None:
+            kind = type(given.default)
+            parser.add_argument(f"--{name}", type=kind, default=given.default)
     began = time.perf_counter()
-    report = simulate(**vars(parser.parse_args()))
-    for line in report.lines():
+    for line in simulate(**vars(parser.parse_args())).lines():
         print(line)
     print(f"simulated in {time.perf_counter() - began:.0f} s")
 

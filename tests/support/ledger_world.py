@@ -10,63 +10,44 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import Counter, deque
-from collections.abc import (
-    Collection,
-    Iterable,
-    Iterator,
-    Mapping,
-    MutableMapping,
-    Sequence,
-)
 from contextlib import contextmanager
 from functools import partial
 
 from sqla_fairpool.ledger.demand import TagDemand
-from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.keeper import Keeper
 from sqla_fairpool.ledger.rows import Session
 from sqla_fairpool.ledger.store import StoreAway
 from sqla_fairpool.ledger.watch import Present
 
-__all__ = ["Host", "MemoryStore", "Server", "SimKeeper", "SimPool"]
-
 
 class Host:
     """What the members' stores have in common."""
 
-    def __init__(self) -> None:
-        self.rows: dict[str, str] = {}
+    def __init__(self):
+        self.rows = {}
         #: How often the rows were deleted, with all that was open on them.
         self.deletions = 0
-        self.holder: MemoryStore | None = None
+        self.holder = None
         #: Signs of life.
-        self.alive: set[str] = set()
+        self.alive = set()
         #: Members whose bells ring.
-        self.rung: set[str] = set()
+        self.rung = set()
         #: What members say of themselves.
-        self.published: dict[str, str] = {}
+        self.published = {}
         self.is_away = False
-        self.transactions = 0
-        self.commits = 0
-        self.rows_written = 0
-        self._ids = itertools.count(1)
+        self.transactions = self.commits = 0
+        #: Ids that no process has had.
+        self.new_member = map("m{:05d}".format, itertools.count(1)).__next__
 
-    def new_member(self) -> str:
-        """Return an id that nobody has had."""
-        return f"m{next(self._ids):05d}"
-
-    def delete(self) -> None:
+    def delete(self):
         """Take the rows away; who opens the store next makes new ones."""
         self.rows = {}
         self.deletions += 1
 
-    def commit(self, rows: dict[str, str]) -> None:
-        """Make these the rows, and count what is new in them."""
-        changed = rows.items() ^ self.rows.items() if rows != self.rows else ()
-        if changed:
-            self.commits += 1
-            self.rows_written += len({key for key, _ in changed})
-            self.rows = rows
+    def commit(self, rows):
+        """Make these the rows."""
+        self.commits += rows != self.rows
+        self.rows = rows
 
 
 class MemoryStore:
@@ -79,35 +60,33 @@ class MemoryStore:
     can_lose_sign = True
     watches_place = False
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host):
         self.host = host
         self.member = host.new_member()
         self._deletions = 0
-        self.is_open = False
-        self.signed = True
+        self.is_open, self.signed = False, True
         #: The process itself has rung.
-        self.nudged = False
-        self.asked = False
+        self.nudged = self.asked = False
 
-    def point(self, name: str) -> None:
+    def point(self, name):
         """Called at each step of which the outside may see the effect."""
 
-    def _reach(self) -> None:
+    def _reach(self):
         if self.host.is_away:
             raise StoreAway("no answer")
 
-    def open(self) -> None:
+    def open(self):
         self.point("open")
         self._reach()
         self.host.alive.add(self.member)
         self._deletions = self.host.deletions
         self.is_open = self.signed = True
 
-    def in_place(self) -> bool:
+    def in_place(self):
         return self._deletions == self.host.deletions
 
     @contextmanager
-    def transaction(self) -> Iterator[MutableMapping[str, str]]:
+    def transaction(self):
         host = self.host
         self.point("begin")
         self._reach()
@@ -132,49 +111,49 @@ class MemoryStore:
             host.holder = None
         self.point("committed")
 
-    def living(self, members: Collection[str]) -> set[str]:
+    def living(self, members):
         self.point("living")
         self._reach()
         return self.host.alive.intersection(members)
 
-    def strangers(self, members: Collection[str]) -> int:
+    def strangers(self, members):
         self.point("strangers")
         self._reach()
         return len(self.host.alive - {*members, self.member})
 
-    def ring(self, members: Iterable[str]) -> None:
+    def ring(self, members):
         self.point("ring")
         self.host.rung.update(members)
 
-    def ring_all(self) -> None:
+    def ring_all(self):
         self.ring(self.host.alive)
 
-    def ask(self, members: Iterable[str]) -> None:
+    def ask(self, members):
         raise AssertionError("nobody looks on in a simulation")
 
-    def publish(self, text: str) -> None:
+    def publish(self, text):
         self._reach()
         self.host.published[self.member] = text
 
-    def published(self, members: Collection[str]) -> dict[str, str]:
+    def published(self, members):
         return {m: t for m, t in self.host.published.items() if m in members}
 
-    def wait(self, seconds: float | None) -> bool:
+    def wait(self, seconds):
         raise AssertionError("nobody sleeps in a simulation")
 
-    def nudge(self) -> None:
+    def nudge(self):
         self.nudged = True
 
-    def close(self) -> None:
+    def close(self):
         self.is_open = False
         self.host.alive.discard(self.member)
 
-    def lose(self) -> None:
+    def lose(self):
         """Lose the sign of life, as with a connection that is cut."""
         self.is_open = self.signed = False
         self.host.alive.discard(self.member)
 
-    def after_fork(self) -> None:
+    def after_fork(self):
         self.member = self.host.new_member()
         self.is_open, self.signed, self.nudged = False, True, False
 
@@ -184,31 +163,31 @@ class Server:
 
     name = "the server"
 
-    def __init__(self) -> None:
-        self.sessions: dict[Session, object] = {}
+    def __init__(self):
+        self.sessions = {}
         self.most = 0
         self._began = itertools.count(1)
-        self._free: list[int] = []
+        self._free = []
 
     @property
-    def open(self) -> int:
+    def open(self):
         return len(self.sessions)
 
-    def connect(self, whose: object) -> Session:
+    def connect(self, whose):
         pid = heapq.heappop(self._free) if self._free else self.open + 1
         session = Session(pid, next(self._began))
         self.sessions[session] = whose
         self.most = max(self.most, self.open)
         return session
 
-    def disconnect(self, session: Session) -> None:
+    def disconnect(self, session):
         del self.sessions[session]
         heapq.heappush(self._free, session.pid)
 
-    def sessions_of(self, whose: object) -> list[Session]:
+    def sessions_of(self, whose):
         return [session for session, owner in self.sessions.items() if owner == whose]
 
-    def look(self, server: str | None = None) -> Present:
+    def look(self, server=None):
         """What it tells who asks for the sessions on `server`."""
         there = frozenset(self.sessions)
         return Present(self.name, there, there)
@@ -217,10 +196,10 @@ class Server:
 class SimKeeper(Keeper):
     """A keeper whose rounds are done by somebody else."""
 
-    def _start(self) -> None:
+    def _start(self):
         pass
 
-    def _wake(self) -> None:
+    def _wake(self):
         self._store.nudge()
 
 
@@ -230,42 +209,38 @@ class SimPool:
     :param session: whose connections these are at the server.
     """
 
-    def __init__(self, server: Server, session: object) -> None:
+    def __init__(self, server, session):
         self.at_server = server
         self.session = session
-        self.keeper: Keeper | None = None
+        self.keeper = None
         self.slots = 0
         self.frozen = False
-        self.ceilings: Mapping[str, int] = {}
-        self.other = 0
+        self.ceilings, self.other = {}, 0
         #: By tag.
-        self.in_use: Counter[str] = Counter()
-        self.waiting: Counter[str] = Counter()
-        self.peak: Counter[str] = Counter()
-        self.active: set[str] = set()
-        self.idle = 0
-        self.detached = 0
+        self.in_use, self.waiting, self.peak = Counter(), Counter(), Counter()
+        self.active = set()
+        self.idle = self.detached = 0
         #: The sessions of all these, and of those that are not posted yet.
-        self.there: list[Session] = []
-        self.pending: set[Session] = set()
+        self.there = []
+        self.pending = set()
         #: Connections whose end is not known; None for one whose session is not, too.
-        self.interrupted: list[Session | None] = []
+        self.interrupted = []
         #: It knows which server that is.
         self.has_been_there = False
         #: The keeper has said no: opens nothing until something changes.
         self.rebuffed = False
-        self.refusals: list[LedgerError] = []
+        self.refusals = []
         #: Tags of callers who were served since somebody looked.
-        self.served: deque[str] = deque()
+        self.served = deque()
 
     @property
-    def open(self) -> int:
+    def open(self):
         """Connections that exist."""
         return len(self.there) + len(self.interrupted)
 
-    # -- called by the keeper -------------------------------------------------------
+    # -- called by the keeper ----------------------------------------------------------
 
-    def demand(self) -> tuple[int, Mapping[str, TagDemand]]:
+    def demand(self):
         peak, self.peak = self.peak, self.in_use.copy()
         tags = {t for t, n in (peak + self.waiting).items() if n} | self.active
         return self.open, {
@@ -273,44 +248,44 @@ class SimPool:
             for tag in sorted(tags)
         }
 
-    def sessions(self) -> Collection[Session]:
+    def sessions(self):
         return self.there
 
-    def server(self) -> str | None:
+    def server(self):
         return self.at_server.name if self.has_been_there else None
 
-    def lost(self) -> Sequence[Session | None]:
+    def lost(self):
         return self.interrupted
 
-    def buried(self, lost: Sequence[Session | None]) -> None:
+    def buried(self, lost):
         self.slots = max(self.slots - len(lost), 0)
         for session in lost:
             self.interrupted.remove(session)
 
-    def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
+    def allot(self, slots, ceilings, other):
         self.slots, self.ceilings, self.other = slots, ceilings, other
         self.frozen = self.rebuffed = False
         self._dispatch()
 
-    def close_surplus(self) -> None:
+    def close_surplus(self):
         while self.idle and self.open > self.slots:
             self._close_idle()
         self._dispatch()
 
-    def freeze(self) -> None:
+    def freeze(self):
         self.frozen = True
         self.slots = min(self.slots, self.open)
 
-    def press(self, pressed: bool) -> None:
+    def press(self, pressed):
         pass  # it looks at its keeper
 
-    def refuse(self, error: LedgerError) -> None:
+    def refuse(self, error):
         self.refusals.append(error)
         self.waiting.clear()
 
     # -- called by callers ------------------------------------------------------------
 
-    def request(self, tag: str) -> None:
+    def request(self, tag):
         """Ask for a connection."""
         self.active.add(tag)
         self.waiting[tag] += 1
@@ -319,11 +294,7 @@ class SimPool:
         if self.waiting[tag]:
             self._ring(tag)
 
-    def give_up(self, tag: str) -> None:
-        """Stop waiting."""
-        self.waiting[tag] -= 1
-
-    def release(self, tag: str) -> None:
+    def release(self, tag):
         """Return a connection."""
         self.in_use[tag] -= 1
         self.idle += 1
@@ -334,18 +305,18 @@ class SimPool:
         if self.idle and self.keeper is not None and self.keeper.pressed:
             self._ring()
 
-    def detach(self, tag: str) -> None:
+    def detach(self, tag):
         """Take a connection out of the pool; it keeps its slot."""
         self.in_use[tag] -= 1
         self.detached += 1
 
-    def close_detached(self) -> None:
+    def close_detached(self):
         self.detached -= 1
-        self._disconnect()
+        self._end(self._any_posted())
         self._dispatch()
         self._ring()
 
-    def interrupt(self, tag: str, known: bool = True) -> None:
+    def interrupt(self, tag, known=True):
         """Lose a connection of which only the server knows when it ends."""
         self.in_use[tag] -= 1
         session = self._any_posted()
@@ -353,22 +324,22 @@ class SimPool:
         self.interrupted.append(session if known else None)
         self._ring()
 
-    def ceiling(self, tag: str) -> int:
+    def ceiling(self, tag):
         return self.ceilings.get(tag, self.other)
 
-    def connect(self) -> Session | None:
+    def connect(self):
         """Open a connection, if that is possible."""
         return self.at_server.connect(self.session)
 
-    def try_again(self) -> None:
+    def try_again(self):
         """Open what is wanted, though the keeper has said no before."""
         self.rebuffed = False
         self._dispatch()
 
     # -- inside -----------------------------------------------------------------
 
-    def _dispatch(self) -> None:
-        """Serve who is next, while there is something to serve him with."""
+    def _dispatch(self):
+        """Serve the tags in turn, while there is a connection for one."""
         while True:
             eligible = {
                 tag: min(n, self.ceiling(tag) - self.in_use[tag])
@@ -378,12 +349,9 @@ class SimPool:
             if not eligible or self.open > self.slots:
                 return  # nobody can be served; or what is idle is to be closed
             if not self.idle:
-                if (
-                    self.open >= self.slots
-                    or self.rebuffed
-                    or len(self.pending) >= sum(eligible.values())
-                    or not self._open_another()
-                ):
+                wanted = sum(eligible.values()) > len(self.pending)
+                may_open = self.open < self.slots and not self.rebuffed and wanted
+                if not may_open or not self._open_another():
                     return
                 continue
             tag = min(eligible, key=lambda tag: (self.in_use[tag], tag))
@@ -393,7 +361,7 @@ class SimPool:
             self.waiting[tag] -= 1
             self.served.append(tag)
 
-    def _open_another(self) -> bool:
+    def _open_another(self):
         session = self.connect()
         if session is None:
             return False
@@ -404,7 +372,7 @@ class SimPool:
             self.keeper.post(partial(self._answered, session))
         return True
 
-    def _answered(self, session: Session, is_ours: bool) -> None:
+    def _answered(self, session, is_ours):
         """Use a connection, or close it: the ledger has it, or has not."""
         self.pending.discard(session)
         if is_ours:
@@ -414,22 +382,19 @@ class SimPool:
             self._end(session)
         self._dispatch()
 
-    def _close_idle(self) -> None:
+    def _close_idle(self):
         self.idle -= 1
-        self._disconnect()
-
-    def _any_posted(self) -> Session:
-        return next(session for session in self.there if session not in self.pending)
-
-    def _disconnect(self) -> None:
         self._end(self._any_posted())
 
-    def _end(self, session: Session) -> None:
+    def _any_posted(self):
+        return next(session for session in self.there if session not in self.pending)
+
+    def _end(self, session):
         self.there.remove(session)
         self.at_server.disconnect(session)
         if self.frozen:
             self.slots = min(self.slots, self.open)
 
-    def _ring(self, tag: str | None = None) -> None:
+    def _ring(self, tag=None):
         if self.keeper is not None:
             self.keeper.ring(tag)

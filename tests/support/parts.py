@@ -6,11 +6,10 @@ from types import SimpleNamespace
 
 from sqla_fairpool.options import PoolOptions
 from sqla_fairpool.pool.checkout import Checkout, Generation, RecordState
-from sqla_fairpool.pool.connections import Connections
+from sqla_fairpool.pool.connections import Connections, LedgerSlots, Slots
 from sqla_fairpool.pool.housekeeping import Housekeeping
 from sqla_fairpool.pool.lock import PoolLock
 from sqla_fairpool.pool.physical import PhysicalConnection, PhysicalConnections
-from sqla_fairpool.pool.slots import LedgerSlots, Slots
 from sqla_fairpool.pool.transitions import Transitions
 from sqla_fairpool.pool.waiters import ThreadWaiter
 from sqla_fairpool.scheduling.scheduler import Scheduler
@@ -32,7 +31,7 @@ class Record:
         physical.opening = False
         self.fair = RecordState(physical, Checkout(CORE))
         if existing is not None and is_open:
-            existing._existing.add(physical)
+            existing.add(physical)
 
     def close(self):
         self.dbapi_connection = None

@@ -69,6 +69,11 @@ class Server:
             time.sleep(0.002)
         return time.monotonic() - began
 
+    def settles(self, **expected):
+        """Return once just these have so many at work, and it stays so."""
+        self.until(**expected)
+        self.stays(0.5, **expected)
+
     def stays(self, seconds, **expected):
         """Assert that it stays so, but for connections that change hands."""
         looks, others = self.looks, 0

@@ -12,60 +12,46 @@ import multiprocessing
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 from programs import in_child, make_engine, say, wait_for
 from sqlalchemy import text
 
 
-def main() -> None:
-    url, ledger, name, number, hold, *how = sys.argv[1:]
-    engine = make_engine(url, ledger, name)
+def main(url, ledger, name, number, hold, how=""):
+    engine, number = make_engine(url, ledger, name), int(number)
     over = threading.Event()
-    errors: list[Exception] = []
-    query = text(f"select pg_sleep({float(hold)})")
-
-    def work() -> None:
-        try:
-            while not over.is_set():
-                with engine.connect() as connection:
-                    connection.execute(query)
-        except Exception as error:
-            errors.append(error)
-
     # Not sys.stdin, which multiprocessing closes in its children.
     orders = os.fdopen(os.dup(0))
 
-    def use_once() -> None:
+    def use(seconds=0.0):
         with engine.connect() as connection:
-            connection.execute(text("select 1"))
+            connection.execute(text(f"select pg_sleep({float(seconds)})"))
 
-    def serve() -> None:
-        use_once()
+    def work():
+        while not over.is_set():
+            use(hold)
+
+    def serve():
+        use()
         say("working")
-        threads = [
-            threading.Thread(target=work, daemon=True) for _ in range(int(number))
-        ]
-        for thread in threads:
-            thread.start()
-        for line in orders:
-            if line.strip() == "pause":
-                over.set()
-                for thread in threads:
-                    thread.join()
-                say("paused")
-        over.set()
-        for thread in threads:
-            thread.join()
-        if errors:
-            print(errors[0], file=sys.stderr)
-            sys.exit(1)
+        with ThreadPoolExecutor(number) as threads:
+            running = [threads.submit(work) for _ in range(number)]
+            for line in orders:
+                if line.strip() == "pause":
+                    over.set()
+                    threads.shutdown()
+                    say("paused")
+            over.set()
+        for each in running:
+            each.result()
 
-    if "fork" in how:  # a worker that goes on with an engine that was used
-        use_once()
+    if how == "fork":  # a worker that goes on with an engine that was used
+        use()
         wait_for([in_child(serve)])
-    elif "preload" in how:  # two workers, whose engine was only made before
+    elif how == "preload":  # two workers, whose engine was only made before
         wait_for([in_child(serve), in_child(serve)])
-    elif "multiprocessing" in how:
+    elif how == "multiprocessing":
         context = multiprocessing.get_context("fork")
         children = [context.Process(target=serve) for _ in range(2)]
         for child in children:
@@ -79,4 +65,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

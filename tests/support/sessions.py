@@ -12,11 +12,11 @@ class Sessions:
     """Counts an application's sessions at the server, all the time."""
 
     def __init__(self, url, name):
-        self._engine = create_engine(url, poolclass=NullPool)
-        self._count = text(
-            "select count(*) from pg_stat_activity where application_name = :name"
+        self._engine = create_engine(url, poolclass=NullPool).execution_options(
+            isolation_level="AUTOCOMMIT"
         )
-        self._name = name
+        query = "select count(*) from pg_stat_activity where application_name = :name"
+        self._count = text(query).bindparams(name=name)
         #: Most of them in two looks one after the other: the view is read backend by
         #: backend, so a single look may see one that goes and one that comes instead.
         self.most = 0
@@ -27,7 +27,7 @@ class Sessions:
     def now(self):
         """How many there are at this moment."""
         with self._engine.connect() as connection:
-            return connection.scalar(self._count, {"name": self._name})
+            return connection.scalar(self._count)
 
     def __enter__(self):
         self._thread.start()
@@ -39,9 +39,7 @@ class Sessions:
 
     def _sample(self):
         with self._engine.connect() as connection:
-            connection = connection.execution_options(isolation_level="AUTOCOMMIT")
             before = 0
             while not self._over.is_set():
-                count = connection.scalar(self._count, {"name": self._name})
-                self.most = max(self.most, min(before, count))
-                before = count
+                count = connection.scalar(self._count)
+                self.most, before = max(self.most, min(before, count)), count

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 from programs import in_child, wait_for
 
@@ -75,59 +76,44 @@ def work(path, store, count, turns):
     store.close()
 
 
-def workers(path, count, store):
-    """Workers that go on with the store of their parent, which ends before they do."""
-    children = [in_child(work, path, store, count, 200) for _ in range(WORKERS)]
-    store.open()
-    turn(store, count)
-    store.close()
-    wait_for(children)
-
-
 def threads(path, count):
     """Ten threads in transactions while children are forked."""
     over = threading.Event()
-    errors = []
 
     def go_on():
         store = HostStore(path)
-        try:
-            store.open()
-            while not over.is_set():
-                turn(store, count)
-            store.close()
-        except Exception as error:
-            errors.append(error)
+        store.open()
+        while not over.is_set():
+            turn(store, count)
+        store.close()
 
     shared = HostStore(path)  # by children and threads
     shared.open()
-    running = [threading.Thread(target=go_on) for _ in range(10)]
+    with ThreadPoolExecutor(10) as pool:
+        running = [pool.submit(go_on) for _ in range(10)]
+        wait_for([in_child(work, path, shared, count, 20) for _ in range(CHILDREN)])
+        over.set()
     for thread in running:
-        thread.start()
-    children = [in_child(work, path, shared, count, 20) for _ in range(CHILDREN)]
-    wait_for(children)
-    over.set()
-    for thread in running:
-        thread.join()
+        thread.result()
     shared.close()
-    if errors:
-        raise errors[0]
 
 
 def main(path, how):
-    count = Count()
-    store = HostStore(path)
-    if how == "stores":
-        wait_for(
-            [in_child(work, path, HostStore(path), count, 200) for _ in range(WORKERS)]
-        )
-    elif how == "threads":
+    count, store = Count(), HostStore(path)
+    if how == "threads":
         threads(path, count)
     else:
         if how == "used":
             store.open()
             turn(store, count)
-        workers(path, count, store)
+        # With stores of their own, or with that of their parent, which ends before.
+        stores = [HostStore(path) if how == "stores" else store for _ in range(WORKERS)]
+        children = [in_child(work, path, each, count, 200) for each in stores]
+        if how != "stores":
+            store.open()
+            turn(store, count)
+            store.close()
+        wait_for(children)
     store.close()
     store.open()
     with store.transaction() as rows:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from functools import partial
 
+from greenlet import getcurrent, greenlet
+
 from sqla_fairpool.pool.checkout import Checkout
 from sqla_fairpool.pool.ledger_member import LedgerMember
 from sqla_fairpool.scheduling.invariants import check_valid
@@ -124,9 +126,17 @@ def stack_of(connection):
 # -- the lock --------------------------------------------------------------------------
 
 
+@contextmanager
 def critical_section(pool):
-    """Hold the pool's lock, as a transition does; gives the time."""
-    return core(pool).lock.section()
+    """Be in the middle of a transition of the pool's lock; gives the time.
+
+    The transition is a greenlet of this thread, which is suspended for the block.
+    """
+    transition = greenlet(partial(core(pool).lock.run, getcurrent().switch))
+    try:
+        yield transition.switch()
+    finally:
+        transition.switch()
 
 
 def is_busy(pool):
@@ -210,6 +220,14 @@ def slot_without_caller(pool, tag):
         scheduler(pool).release(lost, now)
 
 
+def interrupted_checkout(pool, tag):
+    """Be granted a slot and give it up at once; return the checkout."""
+    begun = []
+    core(pool).lock.run(core(pool)._request, begun, tag)
+    core(pool).give_up(*begun)
+    return begun[0]
+
+
 # -- the ledger ------------------------------------------------------------------------
 
 
@@ -239,6 +257,7 @@ def join(pool, keeper):
 
 def assert_quiet(pool):
     """Nothing is out, no caller waits, and the accounting is consistent."""
+    look_around(pool)  # what was left to the next caller, where none could wait
     with critical_section(pool):
         check_valid(scheduler(pool), [])
         assert in_use(pool) == 0

@@ -6,7 +6,7 @@ Takes BUSY + IDLE connections under one ledger; BUSY of them execute a statement
 takes SECONDS, the others do nothing. Prints ``working`` when that is so.
 
 HOW is ``wipe``, to discard all that a session has at each use; ``fork``, to leave a
-child that lives on when its parent is killed; ``database=NAME``.
+child that lives on when its parent is killed; ``asyncio``; ``database=NAME``.
 """
 
 from __future__ import annotations
@@ -22,70 +22,61 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
 
-
-def options(ledger: str, slots: int) -> dict[str, object]:
-    return {
-        "pool_size": slots,
-        "soft_limit": slots,
-        "max_limit": slots,
-        "ledger": ledger,
-        "execution_options": {"scraper": "victim"},
-    }
+#: Seconds until the statements have begun, and until it ends by itself.
+BEGUN, END = 0.3, 60
 
 
-def main() -> None:
-    url, ledger, *numbers = sys.argv[1:6]
-    slots, busy, idle = map(int, numbers)
-    seconds, how = float(sys.argv[6]), sys.argv[7:]
+def main(url, ledger, slots, busy, idle, seconds, *how):
     target = make_url(url)
     for word in how:
         if word.startswith("database="):
             target = target.set(database=word.removeprefix("database="))
-    work = text(f"select pg_sleep({seconds})")
+    options = dict.fromkeys(("pool_size", "soft_limit", "max_limit"), int(slots))
+    options |= {"ledger": ledger, "execution_options": {"scraper": "victim"}}
+    arguments = int(busy), int(idle), text(f"select pg_sleep({float(seconds)})")
     if "asyncio" in how:
-        asyncio.run(tasks(target, options(ledger, slots), busy, idle, work))
+        pool = AsyncAdaptedFairQueuePool
+        engine = create_async_engine(target, poolclass=pool, **options)
+        asyncio.run(tasks(engine, *arguments))
     else:
-        threads(target, options(ledger, slots), busy, idle, work, how)
+        engine = create_engine(target, poolclass=FairQueuePool, **options)
+        threads(engine, *arguments, how)
 
 
-def wipe(engine) -> None:
-    @event.listens_for(engine, "begin")
-    def begin(connection):
-        raw = connection.connection.driver_connection
-        raw.rollback()
-        raw.autocommit = True
-        raw.cursor().execute("DISCARD ALL")
-        raw.autocommit = False
+def wipe(connection):
+    raw = connection.connection.driver_connection
+    raw.rollback()
+    raw.autocommit = True
+    raw.cursor().execute("DISCARD ALL")
+    raw.autocommit = False
 
 
-def threads(url, options, busy, idle, work, how) -> None:
-    engine = create_engine(url, poolclass=FairQueuePool, **options)
+def threads(engine, busy, idle, work, how):
     if "wipe" in how:
-        wipe(engine)
+        event.listen(engine, "begin", wipe)
     out = [engine.connect() for _ in range(busy + idle)]
     for connection in out:
         connection.execute(text("select 1"))
         connection.rollback()
     if "fork" in how and not os.fork():
-        os.close(1)
-        time.sleep(30)
+        os.closerange(1, 3)
+        time.sleep(END / 2)
         os._exit(0)
     for connection in out[:busy]:
         threading.Thread(target=connection.execute, args=[work], daemon=True).start()
-    time.sleep(0.3)  # the statements have begun
+    time.sleep(BEGUN)
     print("working", flush=True)
-    time.sleep(60)
+    time.sleep(END)
 
 
-async def tasks(url, options, busy, idle, work) -> None:
-    engine = create_async_engine(url, poolclass=AsyncAdaptedFairQueuePool, **options)
+async def tasks(engine, busy, idle, work):
     out = [await engine.connect() for _ in range(busy + idle)]
     running = [asyncio.ensure_future(one.execute(work)) for one in out[:busy]]
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(BEGUN)
     print("working", flush=True)
     await asyncio.gather(*running)
-    await asyncio.sleep(60)
+    await asyncio.sleep(END)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -1,31 +1,32 @@
-"""What PostgreSQL itself says of the processes that share a ledger.
+"""What PostgreSQL is asked, over connections beside the budget.
 
-It is asked over one connection beside the budget, which stays open between two looks.
-Counting is apart from asking: :func:`count` needs no server.
+Whether a budget of connections fits what the server and the role allow, and, for the
+monitor, which sessions the processes have that share a ledger. Counting is apart from
+asking: :func:`count` needs no server.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sqlalchemy import exc, text
-from sqlalchemy.engine import URL, Connection
+from sqlalchemy import create_engine, exc, text
+from sqlalchemy.engine import URL, Connection, make_url
+from sqlalchemy.pool import NullPool
 
+from ..launch.environment import parse_url
+from ..ledger.addresses import database_place, with_threads_driver
 from ..ledger.overview import Overview
 from ..ledger.overview_text import printable, seconds_text
 from ..ledger.rows import Session
 from ..options import hide_passwords
-from . import CommandError
-from .budget import Room, ask_room, connected
+from . import CommandError, one_line
 
-__all__ = ["ServerFigures", "ServerView", "Sessions", "count"]
-
-#: The name of the monitor's own session, and how the names of all our sessions that are
-#: no pool's begin: those of ledgers and of commands.
-_NAME, _OURS = "sqla_fairpool monitor", "sqla_fairpool"
+#: How the names of our sessions begin that are no pool's: those of ledgers, of
+#: commands, and of the monitor.
+_OURS = "sqla_fairpool"
 
 #: Seconds in a transaction without a statement that are worth a warning.
 LONG_IDLE = 60.0
@@ -33,8 +34,19 @@ LONG_IDLE = 60.0
 #: Bytes that PostgreSQL keeps of an application_name.
 _NAME_BYTES = 63
 
-# A busy server must not hold up the monitor for long.
-_STATEMENT_TIMEOUT = text("SET statement_timeout = '5s'")
+# Superusers' and others' reserved slots are not for the role; neither are those that
+# other roles have now. The first comes with PostgreSQL 16. Of others' sessions a role
+# may see whose they are and in which database, and not what they are.
+_ROOM = text("""
+    SELECT current_setting('max_connections')::int AS max_connections,
+        coalesce(current_setting('reserved_connections', true)::int, 0)
+        + current_setting('superuser_reserved_connections')::int AS reserved,
+        (SELECT count(*) FROM pg_stat_activity
+         WHERE usename <> current_user AND datid IS NOT NULL
+         AND coalesce(backend_type, 'client backend') = 'client backend') AS others,
+        rolname AS role, rolsuper AS is_superuser, nullif(rolconnlimit, -1) AS limit
+    FROM pg_roles WHERE rolname = current_user
+""")
 
 # Of the sessions of other roles, state, times and the backend's type may be hidden;
 # they are NULL then.
@@ -47,6 +59,147 @@ _SESSIONS = text("""
     WHERE usesysid IS NOT NULL
     AND coalesce(backend_type, 'client backend') = 'client backend'
 """)
+
+
+# -- connections -----------------------------------------------------------------------
+
+
+def given_url(given: str) -> URL:
+    """Return the PostgreSQL database that ``--url`` names; show no password."""
+    try:
+        url = parse_url(given, "--url")
+    except exc.ArgumentError as error:
+        raise CommandError(str(error)) from None
+    name = url.get_backend_name()
+    if name != "postgresql":
+        raise CommandError(f"--url of a PostgreSQL database is needed, not of {name}")
+    return url
+
+
+@contextmanager
+def connected(url: URL, name: str = _OURS) -> Iterator[Connection]:
+    """Connect to a PostgreSQL, outside of every pool, in autocommit.
+
+    :raises CommandError: with the server's words, without a password.
+    """
+    if "@" in (url.host or ""):
+        # The rest of a password that was cut at its first "@": do not show it.
+        raise CommandError("write @ in the URL's password as %40, / as %2F")
+    try:
+        engine = create_engine(
+            with_threads_driver(url),
+            poolclass=NullPool,
+            isolation_level="AUTOCOMMIT",
+            connect_args={"application_name": name, "connect_timeout": 5},
+        )
+    except ImportError as error:
+        raise missing_driver(error) from None
+    try:
+        with engine.connect() as connection:
+            yield connection
+    except exc.SQLAlchemyError as error:
+        raise CommandError(_words(error)) from None
+    finally:
+        engine.dispose()
+
+
+def _words(error: Exception) -> str:
+    return hide_passwords(one_line(getattr(error, "orig", None) or error))
+
+
+def missing_driver(error: ImportError) -> CommandError:
+    """Return what to say where a driver of PostgreSQL is not installed."""
+    return CommandError(
+        f"{error.name} is not installed: pip install 'sqla-fairpool[postgresql]'"
+    )
+
+
+# -- the budget ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """The connections that a budget needs at a server."""
+
+    #: What they are for, and how many for each.
+    parts: dict[str, int]
+    #: How many of them are of the pools' role.
+    of_role: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def __str__(self) -> str:
+        parts = [f"{number} {what}" for what, number in self.parts.items() if number]
+        return f"{self.total} connections are needed: {', '.join(parts)}"
+
+
+def need(
+    budget: int, processes: int, url: URL, ledger: str | None, tools: int = 0
+) -> Need:
+    """Return what the pools of so many processes and so many tools need at a server."""
+    place = url
+    if ledger is not None and "://" in ledger:
+        place = make_url(ledger)
+    is_there = (ledger == "database" or place is not url) and (
+        database_place(place)[:3] == database_place(url)[:3]
+    )
+    of_ledger = processes * is_there
+    control, of_others = "control connections, one for each process", 0
+    if place.username != url.username:
+        control += " and of another role"
+        of_others = of_ledger + tools * is_there
+    parts = {
+        "of the pools": budget,
+        control: of_ledger,
+        "to ask for sessions of lost members, one for each process": processes,
+        # Each looks at the server, and into the ledger.
+        "for a monitor and a command": tools * (1 + is_there),
+    }
+    return Need(parts, sum(parts.values()) - of_others)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many connections a server has for a role."""
+
+    role: str
+    max_connections: int
+    #: For superusers and the like.
+    reserved: int
+    #: That other roles have now.
+    others: int
+    is_superuser: bool
+    #: The role's own limit, None without one.
+    limit: int | None
+
+    def problems(self, wanted: int, of_role: int) -> Iterator[str]:
+        """Yield, a line each, what stands against so many connections.
+
+        :param of_role: those of the role among them.
+        """
+        left = self.max_connections - self.reserved - self.others
+        if wanted > left:
+            yield (
+                f"{wanted} connections do not fit: max_connections is "
+                f"{self.max_connections}, {self.reserved} are reserved, other roles "
+                f"have {self.others}, which leaves {max(left, 0)}"
+            )
+        # No limit binds a superuser.
+        if self.limit is not None and self.limit < of_role and not self.is_superuser:
+            yield (
+                f"the role {self.role!r} may have {self.limit} connections only, and "
+                f"{of_role} are needed"
+            )
+
+
+def ask_room(connection: Connection) -> Room:
+    """Ask the server how many connections it has for the connection's role."""
+    return Room(**connection.execute(_ROOM).mappings().one())
+
+
+# -- the sessions ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +219,6 @@ class Sessions:
 
     @classmethod
     def of(cls, rows: Sequence[Any]) -> Sessions:
-        """Count the server's rows."""
         idle = [r for r in rows if (r.state or "").startswith("idle in transaction")]
         ages = [r.transaction_age for r in rows if r.transaction_age is not None]
         idle_ages = [r.state_age for r in idle if r.state_age is not None]
@@ -122,10 +274,9 @@ class ServerFigures:
 
 
 class ServerView:
-    """Asks a server about the members of a ledger.
+    """Asks the server of a ledger's members, over one connection that stays open.
 
-    :param url: the pools' database. Members' sessions are seen in all databases of the
-      server, other sessions in this database only.
+    Members' sessions are seen in all its databases, others in the URL's own only.
     """
 
     def __init__(self, url: URL) -> None:
@@ -136,30 +287,23 @@ class ServerView:
     def look(
         self, overview: Overview, sessions: Mapping[Session, int]
     ) -> ServerFigures:
-        """Return the figures of this moment, or in them what went wrong.
-
-        :param sessions: those that members have posted, and the members' numbers.
-        """
+        """Return the figures of this moment, or in them what went wrong."""
         backend = self._url.get_backend_name()
         if backend != "postgresql":
             error = f"that of {backend} cannot be asked, this needs PostgreSQL"
             return ServerFigures(error=error)
         try:
-            connection = self._connect()
-            found = connection.execute(_SESSIONS).all()
-            room = ask_room(connection)
+            if self._connection is None:
+                opening = connected(self._url, f"{_OURS} monitor")
+                self._connection = self._stack.enter_context(opening)
+                # A busy server must not hold up the monitor for long.
+                self._connection.execute(text("SET statement_timeout = '5s'"))
+            found = self._connection.execute(_SESSIONS).all()
+            room = ask_room(self._connection)
         except (exc.SQLAlchemyError, CommandError) as error:
             self.close()
-            words = " ".join(str(getattr(error, "orig", None) or error).split())
-            return ServerFigures(error=f"cannot be asked: {hide_passwords(words)}")
+            return ServerFigures(error=f"cannot be asked: {_words(error)}")
         return count(found, sessions, overview, room)
-
-    def _connect(self) -> Connection:
-        if self._connection is None:
-            connection = self._stack.enter_context(connected(self._url, _NAME))
-            connection.execute(_STATEMENT_TIMEOUT)
-            self._connection = connection
-        return self._connection
 
     def close(self) -> None:
         """Close the connection. The next look opens another one."""
@@ -177,6 +321,7 @@ def count(
     """Count the server's sessions by member and by scraper.
 
     :param rows: as the server returns them.
+    :param sessions: those that members have posted, and the members' numbers.
     """
     posted = {session.pid: (session.began, n) for session, n in sessions.items()}
     tags = {process.number: process.tags for process in overview.processes}
@@ -240,10 +385,12 @@ def _warnings(
             f"members have {total.sessions} sessions on the server, and there are "
             f"{capacity} slots: that is a bug, please report it"
         )
-    named = {tag: one.longest_idle_in_transaction for tag, one in scrapers.items()}
-    idle = {tag: age for tag, age in named.items() if (age or 0.0) >= LONG_IDLE}
-    longest = total.longest_idle_in_transaction
-    if not idle and (longest or 0.0) >= LONG_IDLE:
+    ages = {
+        tag: one.longest_idle_in_transaction or 0.0 for tag, one in scrapers.items()
+    }
+    idle = {tag: age for tag, age in ages.items() if age >= LONG_IDLE}
+    longest = total.longest_idle_in_transaction or 0.0
+    if not idle and longest >= LONG_IDLE:
         idle = {"a session of a member": longest}
     for who, age in idle.items():
         yield f"{who} has been idle in a transaction for {seconds_text(age)}"

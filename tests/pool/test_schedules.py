@@ -1,0 +1,304 @@
+"""The checkout path under many orders of its bytecodes: see `support.schedules`.
+
+Time stands still where no thread moves it, so a wake-up that is lost is a schedule in
+which all threads wait.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import os
+import random
+import sys
+import textwrap
+from contextlib import suppress
+
+import pytest
+from sqlalchemy.event import attr
+from support import state
+from support.schedules import CooperativeLock, Schedule
+from support.stub import StubServer
+from support.threads import connect
+
+import sqla_fairpool
+from sqla_fairpool import CheckoutTimeout, FairQueuePool
+from sqla_fairpool.pool import lock, waiters
+from sqla_fairpool.pool.core import PoolCore
+from sqla_fairpool.pool.lock import PoolLock
+from sqla_fairpool.pool.transitions import Transitions
+from sqla_fairpool.pool.waiting import Waiting
+from sqla_fairpool.pool.warm import WarmRecords
+
+#: Schedules of each kind; the environment may ask for more.
+COUNT = int(os.environ.get("SCHEDULES", "2000"))
+FIRST = int(os.environ.get("FIRST_SCHEDULE", "0"))
+
+ROOT = os.path.dirname(sqla_fairpool.__file__)
+FILES = [os.path.join(ROOT, folder, "") for folder in ("pool", "scheduling")]
+
+CAPACITY = 2
+
+
+class World:
+    """A pool on the stub, used by threads of one schedule.
+
+    :param changes: options of the pool.
+    """
+
+    def __init__(self, seed, monkeypatch, **changes):
+        self.random = random.Random(f"program {seed}")
+        self.schedule = Schedule(seed, FILES)
+        # SQLAlchemy holds a lock of its own while a pool opens its first connection.
+        for module in (lock, waiters, attr):
+            monkeypatch.setattr(module, "threading", self.schedule.module())
+        clock = staticmethod(self.schedule.clock)
+        monkeypatch.setattr(FairQueuePool, "_clock", clock)
+        self.server = StubServer()
+        self.collecting = CooperativeLock(self.schedule)
+        options = {"pool_size": CAPACITY, "max_limit": CAPACITY, **changes}
+        self.pool = self.server.pool(timeout=30.0, deadlock_timeout=None, **options)
+
+    def run(self, steps, threads=3, length=3):
+        """Run programs of random steps, and look at what is left."""
+        programs = [
+            [self.random.choice(steps) for _ in range(length)] for _ in range(threads)
+        ]
+        tags = [self.random.choice("ab") for _ in range(threads)]
+        functions = [
+            lambda program=program, tag=tag: [step(self, tag) for step in program]
+            for program, tag in zip(programs, tags, strict=True)
+        ]
+        gc.disable()  # else the order would depend on what was there before
+        try:
+            self.schedule.run(*functions)
+        finally:
+            gc.enable()
+        state.assert_quiet(self.pool)
+        assert self.server.most <= CAPACITY
+        assert self.server.open == len(state.connections(self.pool))
+        self.pool.connect().close()  # so that it is the pool in use
+        self.pool.dispose()
+        assert self.server.open == 0
+
+    def hold(self, connection):
+        stub = connection.dbapi_connection
+        assert stub.owner is None, "it was handed out twice"
+        assert not stub.closed
+        stub.owner = self
+
+    def let_go(self, connection):
+        connection.dbapi_connection.owner = None
+
+
+# -- what threads do -------------------------------------------------------------------
+
+
+def use(world, tag):
+    connection = connect(world.pool, tag)
+    world.hold(connection)
+    world.let_go(connection)
+    connection.close()
+
+
+def use_again(world, tag):
+    for _ in range(2):
+        use(world, tag)
+
+
+def use_both(world, tag):
+    use(world, "a")
+    use(world, "b")
+
+
+def invalidate(world, tag):
+    connection = connect(world.pool, tag)
+    world.hold(connection)
+    connection.invalidate()
+    connection.close()
+
+
+def drop(world, tag):
+    connection = connect(world.pool, tag)
+    world.hold(connection)
+    world.let_go(connection)
+    del connection  # the collector returns it
+
+
+def collect(world, tag):
+    connection = connect(world.pool, tag)
+    world.hold(connection)
+    cycle = [connection]
+    cycle.append(cycle)
+    world.let_go(connection)
+    del connection, cycle
+    with world.collecting:  # while another thread collects it would do nothing
+        gc.collect()
+
+
+def detach(world, tag):
+    connection = connect(world.pool, tag)
+    world.hold(connection)
+    connection.dbapi_connection.close()  # it is none of the pool's from here on
+    connection.detach()
+    connection.close()
+
+
+def replace(world, tag):
+    world.pool.dispose()
+    world.pool = world.pool.recreate()
+    use(world, tag)
+
+
+def reconfigure(world, tag):
+    size = world.random.randint(1, CAPACITY)
+    world.pool.reconfigure(pool_size=size, max_limit=None, soft_limit=None)
+    use(world, tag)
+    world.pool.reconfigure(pool_size=CAPACITY, max_limit=CAPACITY)
+
+
+def read(world, tag):
+    stats = world.pool.stats()
+    assert 0 <= stats.checked_out <= CAPACITY
+    use(world, tag)
+
+
+def give_up(world, tag):
+    with suppress(CheckoutTimeout), sqla_fairpool.tag(tag, timeout=1.0):
+        connection = world.pool.connect()
+        world.hold(connection)
+        world.schedule.advance(0.6)
+        world.let_go(connection)
+        connection.close()
+
+
+KINDS = {
+    "uses": [use, use_again, use_both],
+    "ends": [use, invalidate, drop, collect, detach],
+    "changes": [use, use_both, replace, reconfigure, read],
+    "time-outs": [use, give_up],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_order_of_bytecodes_breaks_a_promise(kind, monkeypatch, light_heap):
+    for seed in range(FIRST, FIRST + COUNT // len(KINDS)):
+        with monkeypatch.context() as patch:
+            try:
+                World(seed, patch).run(KINDS[kind])
+            except BaseException as error:
+                error.add_note(f"kind {kind!r}, seed {seed}")
+                raise
+
+
+# -- would it notice? ------------------------------------------------------------------
+
+MUTANTS = {
+    "a waiter that comes during a checkin is forgotten": (
+        "uses",
+        PoolCore.checkin,
+        "    if scheduler.waiting:  # since it was looked at above\n",
+        "    if False:\n",
+    ),
+    "a warm record that a section has not seen is not listed again": (
+        "uses",
+        PoolCore.checkin,
+        "records.append(record)\n    if not records.listed:\n",
+        "records.append(record)\n    if False:\n",
+    ),
+    "a section does not say that it has looked": (
+        "uses",
+        WarmRecords.__call__,
+        "self.listed = False  #",
+        "pass  #",
+    ),
+    "two checkouts may take the same warm record": (
+        "uses",
+        PoolCore.checkout,
+        "record = records.pop(self.connections.end)",
+        "record = records[self.connections.end]; records.remove(record)",
+    ),
+    "a section and a checkout may take the same warm record": (
+        "uses",
+        WarmRecords.__call__,
+        "record = self.pop(0)",
+        "record = self[0]; self.remove(record)",
+    ),
+    "a record that is taken stays warm": (
+        "uses",
+        PoolCore.checkout,
+        "    checkout.warm = False\n",
+        "",
+    ),
+    "sections are not alone": (
+        "uses",
+        PoolLock.run,
+        "with self.mutex:",
+        "if True:",
+    ),
+    "who was granted is not woken": (
+        "uses",
+        Transitions.deliver,
+        "self.lock.wake_ups.append(checkout.waiter.wake)",
+        "pass",
+    ),
+    "a time-out does not see that it was granted": (
+        "time-outs",
+        Waiting._look,
+        "if now < deadline or checkout.waiter is None:",
+        "if now < deadline:",
+    ),
+    "a record is taken back in the middle of another section": (
+        "ends",
+        PoolCore._release,
+        "lock.run(self.state.take_back, checkout, record, keep)",
+        "self.state.take_back(checkout, record, keep, self.clock())",
+    ),
+    "a slot is free before its connection is closed": (
+        "changes",
+        Transitions._close_and_release,
+        "    try:\n",
+        "    self.lock.run(self.take_back, record.fair.checkout, None, False)\n"
+        "    try:\n",
+    ),
+    "an idle connection that is closed leaves its slot in use": (
+        "changes",
+        Transitions.retire,
+        "self.recount(now)",
+        "pass",
+    ),
+}
+
+#: Schedules that are tried for each mutant; each was noticed within 200.
+ENOUGH = 1000
+
+
+def mutate(monkeypatch, owner, function, old, new):
+    """Replace a method by one with another line, at the same place for the explorer."""
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1, "the line is not there any more"
+    made = {}
+    code = compile(
+        "from __future__ import annotations\n" + source.replace(old, new),
+        function.__code__.co_filename,
+        "exec",
+    )
+    exec(code, function.__globals__, made)
+    monkeypatch.setattr(owner, function.__name__, made[function.__name__])
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_explorer_notices(name, monkeypatch, light_heap):
+    kind, function, old, new = MUTANTS[name]
+    owner = getattr(
+        sys.modules[function.__module__], function.__qualname__.split(".")[0]
+    )
+    mutate(monkeypatch, owner, function, old, new)
+    for seed in range(ENOUGH):
+        with monkeypatch.context() as patch:
+            try:
+                World(seed, patch).run(KINDS[kind])
+            except Exception:
+                return
+    pytest.fail("it was not noticed")
