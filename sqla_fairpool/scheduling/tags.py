@@ -108,7 +108,7 @@ class Tags:
         if self.imposed is not None:
             return self.common_ceiling.value
         rule = policy.ceiling(others, self.soft_limit, self.max_limit)
-        return min(rule, self._room(0))
+        return min(rule, self.capacity - self.limits.reserved)
 
     def get(self, tag: str, now: float) -> TagState:
         """Return what is known of `tag`, all new if nothing is. O(log tags)."""
@@ -123,7 +123,9 @@ class Tags:
     def new_state(self, tag: str, counters: Counters) -> TagState:
         """Return what is known of a tag of which nothing is; keeps nothing of it."""
         limits = self.limits.of(tag)
-        ceiling = self._safe_ceiling(tag, limits)
+        ceiling = self.common_ceiling
+        if limits.max is not None:
+            ceiling = self._safe_ceiling(tag, limits)
         return TagState(tag, limits, tag == self.silent_tag, counters, ceiling)
 
     def _safe_ceiling(self, tag: str, limits: TagLimits) -> SafeCeiling:

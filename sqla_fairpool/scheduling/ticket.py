@@ -142,7 +142,12 @@ class TagState:
         self.tag = tag
         #: What is counted for monitoring; other tags may share it.
         self.counters = counters
-        self.limit(limits, safe_ceiling)
+        #: What it may have of its own; the two that are asked for often, apart.
+        self.limits = limits
+        self.weight = limits.weight
+        self.reserved = limits.reserved
+        #: Not above its ceiling.
+        self.safe_ceiling = safe_ceiling
         #: Its usage, less what its slots in use come to, at the landmark: see `usage`.
         self.charged = 0.0
         #: What is added to that when it is ranked.
@@ -170,7 +175,6 @@ class TagState:
         self.limits = limits
         self.weight = limits.weight
         self.reserved = limits.reserved
-        #: Not above its ceiling.
         self.safe_ceiling = safe_ceiling
 
     @property
