@@ -38,6 +38,7 @@ _COMMANDS = {
     "run": ".cli.run",
     "monitor": ".cli.monitor",
     "stats": ".cli.monitor",
+    "explain": ".cli.explain",
     "ledger": ".cli.ledger",
     "demo": ".demo",
 }

@@ -101,6 +101,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         option, default = OPTIONS[name], getattr(defaults, name)
         what = {int: "N", float: "SECONDS"}.get(type(default), name.upper())
         none = f"; none {option.none}" if option.none else ""
+        none += "; @PATH for a file with it" if name == "tags" else ""
         text = f"{option.meaning}{none}; default: {option.variable}, or {default}"
         group.add_argument(_flag(name), metavar=what, help=text.replace("`", ""))
 
@@ -164,9 +165,19 @@ def _database(
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     found = {name: getattr(arguments, name) for name in VARIABLES.values()}
     given = {n: OPTIONS[n].from_text(v) for n, v in found.items() if v is not None}
+    tags = given.get("tags")
+    if tags is not None and tags.startswith("@"):
+        given["tags"] = _contents(tags[1:], _flag("tags"))
     if ledger := given.get("ledger"):
         given["ledger"] = _absolute(ledger)
     return given
+
+
+def _contents(path: str, flag: str) -> str:
+    try:
+        return Path(path).read_text()
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{flag}=@{path} cannot be read: {error}") from None
 
 
 def _checked(

@@ -113,8 +113,9 @@ class Housekeeping:
         before, state.options = state.options, options
         state.connections.release_soon()
         # Slots that are out of use for a moment stay so.
-        rules = {**options.rules(), "capacity": state.slots.usable()}
-        granted = state.scheduler.reconfigure(**rules, now=now)
+        granted = state.scheduler.reconfigure(
+            **options.rules(), usable=state.slots.usable(), now=now
+        )
         state.deliver(granted)
         state.drain(now)
         self.plan(now)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 from support.ledger import TERMS, World, ask, close_idle, free, used
@@ -386,6 +387,16 @@ def test_terms_are_changed_for_all_members_at_once(world, how):
     world.churn(2.0)
     assert sum(used(*world.living)) == 20
     assert world.server.most == 20
+
+
+def test_members_have_to_agree_on_the_limits_of_tags(world):
+    world.member("a", 1)
+    tags = '{"b": {"max": 2, "reserved": 0, "weight": 1.0}}'
+    b = world.start(replace(TERMS, tags=tags), leads=True)
+    ask(b, "b", 9)
+    world.run(0.1)
+    assert world.book.terms.tags == tags
+    assert used(b) == [2]
 
 
 def test_the_terms_of_the_dead_bind_nobody(world):
