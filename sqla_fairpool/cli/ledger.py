@@ -28,7 +28,7 @@ from ..ledger.rows import Gone, Left, Member, Terms
 from ..ledger.store import StoreAway
 from ..ledger.watch import Present, look, still_there, unaccounted
 from ..options import OPTIONS, TERMS, PoolOptions, hide_passwords
-from . import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
+from . import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError, contents
 from .server import ask_room, connected, given_url, missing_driver, need
 
 AnyStore = HostStore | PostgresStore
@@ -235,7 +235,8 @@ def _describe(who: Mapping[str, Any]) -> str:
 
 def _set(arguments: argparse.Namespace) -> int:
     changes = dict(change.partition("=")[::2] for change in arguments.changes)
-    for name in changes:
+    for name, value in changes.items():
+        changes[name] = contents(value, name)
         if name not in _LIMITS:
             raise CommandError(
                 f"{name} is none of a ledger's limits: {', '.join(_LIMITS)}"

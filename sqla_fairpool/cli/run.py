@@ -31,7 +31,7 @@ from ..ledger.addresses import (
 )
 from ..ledger.errors import LedgerError
 from ..options import OPTIONS, PoolOptions, hide_passwords, naming, validate_tag
-from . import EXIT_SIGNAL, CommandError, one_line
+from . import EXIT_SIGNAL, CommandError, contents, one_line
 from .server import ask_room, connected, missing_driver, need
 
 _EPILOG = """\
@@ -165,19 +165,11 @@ def _database(
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     found = {name: getattr(arguments, name) for name in VARIABLES.values()}
     given = {n: OPTIONS[n].from_text(v) for n, v in found.items() if v is not None}
-    tags = given.get("tags")
-    if tags is not None and tags.startswith("@"):
-        given["tags"] = _contents(tags[1:], _flag("tags"))
+    if tags := given.get("tags"):
+        given["tags"] = contents(tags, _flag("tags"))
     if ledger := given.get("ledger"):
         given["ledger"] = _absolute(ledger)
     return given
-
-
-def _contents(path: str, flag: str) -> str:
-    try:
-        return Path(path).read_text()
-    except (OSError, ValueError) as error:
-        raise CommandError(f"{flag}=@{path} cannot be read: {error}") from None
 
 
 def _checked(

@@ -43,6 +43,7 @@ def test_defaults_are_the_contract():
         leak_threshold=None,
         deadlock_timeout=1.0,
         server_tag=False,
+        on_other_terms="adopt",
         ledger=None,
         defaulted=frozenset({"soft_limit", "max_limit"}),
     )
