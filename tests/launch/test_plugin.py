@@ -104,8 +104,7 @@ def test_no_harm_in_memory(server):
     engine.dispose()
 
 
-OTHERS = {"tag_option": "tenant", "default_tag": "a", "ledger": "/a", "max_limit": "18"}
-OTHERS["on_other_terms"] = "lead"
+OTHERS = {
     "on_other_terms": "lead",
     "tag_option": "tenant",
     "default_tag": "a",
