@@ -190,6 +190,11 @@ def capture(pool: Pool, checkout: Checkout, now: float) -> Capture:
         allotted=allotted,
         ledger_trouble=trouble,
         uncounted=tuple(tag for tag, _ in holders if tag not in active),
+        weight=tag_state.weight,
+        max=tag_state.limits.max,
+        reserved=tag_state.reserved,
+        usage=scheduler.usage.seconds(tag_state, now),
+        kept_free=scheduler.kept_free,
     )
     waiting = {other.holder for other in pool.checkouts_waiting()}
     out = pool.checkouts_out()

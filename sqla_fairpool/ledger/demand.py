@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from .errors import LedgerError
-from .rows import Gone, Member, Session, TagDemand
+from .rows import Gone, Member, Session, TagDemand, Terms
 
 #: Tags of one process in its row. Tags may be made from user data; those beyond are
 #: summed up under the name of none.
@@ -59,6 +59,9 @@ class Local(Protocol):
 
     def read(self, rows: Mapping[str, str], member: str) -> None:
         """Note the ledger's rows in the last transaction, and who this process is."""
+
+    def adopt(self, terms: Terms) -> None:
+        """Have the ledger's limits in force, in the place of those asked for."""
 
     def freeze(self) -> None:
         """Use what is open, and open nothing until the next :meth:`allot`."""
@@ -158,6 +161,8 @@ class PoolSide:
 class Allotment:
     """What a member learns from a transaction."""
 
+    #: The limits in force.
+    terms: Terms
     #: Its row: the slots that it owns, what it posted.
     row: Member
     #: The slots that it is to have.

@@ -33,7 +33,7 @@ from .overview import (
     utc_now,
 )
 from .overview_text import printable
-from .rows import Gone, Member, Session, among
+from .rows import Gone, Member, Session, among, limits_of_tags
 from .store import Store
 from .watch import Present
 
@@ -216,6 +216,7 @@ class Inspector:
             else Limits(
                 max(sizes, default=terms.capacity),
                 *(terms.capacity, terms.soft_limit, terms.max_limit),
+                tags=limits_of_tags(terms.tags),
             ),
             ledger=report.name,
             registered=registered,
@@ -268,6 +269,7 @@ class Inspector:
             slots=member.owned,
             open=None if said is None else said.get("open"),
             number=member.number,
+            asked=str(member.who.get("asked", "")),
         )
         return Part(process, figures)
 
