@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 from programs import in_child, make_engine
 from sqlalchemy import text
@@ -34,8 +35,26 @@ async def use_in_task():
         await connection.execute(text("select 1"))
 
 
+class Signal:
+    """As Celery's, which tells its workers' end."""
+
+    def __init__(self):
+        self.receivers = set()
+
+    def connect(self, receiver, *, weak):
+        self.receivers.add(receiver)
+
+    def send(self, **values):
+        for receiver in self.receivers:
+            receiver(**values)
+
+
+SHUTDOWN = Signal()
+
+
 def use_and_end():
     use()
+    SHUTDOWN.send(sender=None, pid=os.getpid(), exitcode=0)
     os._exit(0)
 
 
@@ -47,7 +66,10 @@ def main():
         assert child.exitcode == 0
     elif WAY == "tasks":
         asyncio.run(use_in_task())
-    elif WAY == "os._exit":
+    elif WAY in ("celery", "os._exit"):
+        if WAY == "celery":
+            signals = SimpleNamespace(worker_process_shutdown=SHUTDOWN)
+            sys.modules["celery.signals"] = signals
         os.waitpid(in_child(use_and_end), 0)
     else:
         use()
