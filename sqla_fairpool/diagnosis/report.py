@@ -153,8 +153,14 @@ class Diagnosis:
             f"waiting={self.waiting} position={self.position}{self._own}; "
             f"pool in_use={self.pool_in_use}/{self.capacity} idle={self.idle} "
             f"active_tags={self.active_tags}{self._uncounted}; "
-            f"{describe_holders(self.holders, self.elsewhere)}"
+            f"{describe_holders(self.holders, self.elsewhere)}{self._here}"
         )
+
+    @property
+    def _here(self) -> str:
+        # With a ledger, others may hold some of which it has not told yet.
+        is_all = self.allotted is None or bool(self.holders or self.elsewhere)
+        return "" if is_all else " here"
 
     @property
     def _uncounted(self) -> str:

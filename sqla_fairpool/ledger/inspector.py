@@ -131,6 +131,7 @@ class LedgerReport:
             "fresh": book.is_fresh,
             "unasked": self.unasked,
             "members": members,
+            "left": [asdict(row) for row in self.left()],
             "gone": gone,
         }
 

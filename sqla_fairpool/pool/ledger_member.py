@@ -118,6 +118,7 @@ class LedgerMember:
 
     def after_fork(self) -> None:
         """Begin anew in a forked child."""
+        self._rows = {}, ""
         if self.keeper is not None:
             self.keeper.after_fork()
 

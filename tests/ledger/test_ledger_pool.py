@@ -499,19 +499,23 @@ def test_log_has_the_numbers_of_the_ledger(world, lines):
 
 
 def log_of_exhaustion(lines):
-    found = [line for line in lines() if line.startswith("Pool")]
+    found = [line for line in lines() if line.startswith("Pool exhausted: tag 'a'")]
     return [line.partition("connections are in use; ")[::2] for line in found]
 
 
 @contract
-def test_those_that_wait_are_told_who_holds_what_in_other_processes(world, lines):
+def test_those_that_wait_are_told_who_holds_what_in_other_processes(
+    world, ledger, lines
+):
     """In the log, in the time-out and in its diagnosis: tag, program, host and pid."""
-    options = {**all_for_one(4), "pool_timeout": 1.0}
-    one, two = world.member(**options), world.member(**options)
+    options = {"ledger": ledger, "pool_timeout": 1.0, **all_for_one(4)}
+    one, two, third = (world.member(**options) for _ in range(3))
     begin = "Pool exhausted: tag 'a' has to wait, all 4 "
     here = describe_process()
     who = f"in {here['program']} ({here['host']}:{here['pid']})"
     held = take_from(one, 4, "b")
+    with pytest.raises(CheckoutTimeout, match=r"; held by (no tag here|b=4 in )"):
+        third.execution_options(fairpool_timeout=0).connect()  # read, or not yet
     caller = world.start(take_from, two, 1, "a")
     with pytest.raises(CheckoutTimeout) as caught:
         caller.result()
