@@ -188,10 +188,14 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _lines(report: LedgerReport) -> Iterator[str]:
     book, terms = report.book, report.book.terms
+    left = report.left()
+    kept = sum(row.slots for row in left if not row.is_free)
+    owned = sum(row.owned for key, row in report.members if key in report.living)
+    free = 0 if book.is_fresh else max(terms.capacity - owned - kept, 0)
     yield f"ledger {report.name}"
     yield (
-        f"{terms.capacity} slots: {book.owned} owned by {len(book.members)} "
-        f"members, {book.quarantined} in quarantine, {book.free} free; "
+        f"{terms.capacity} slots: {owned} owned by {len(report.living)} "
+        f"members, {kept} in quarantine, {free} free; "
         f"at most {terms.soft_limit} for each tag of several, {terms.max_limit} alone"
     )
     if (set_by := book.set_by) is not None:
@@ -222,7 +226,7 @@ def _lines(report: LedgerReport) -> Iterator[str]:
                 f"    {tag!r} at most {line.limit}{idle}; last posted: "
                 f"{line.in_use} in use, {line.waiting} waiting"
             )
-    yield from (f"  #{row.number} {printable(str(row))}" for row in report.left())
+    yield from (f"  #{row.number} {printable(str(row))}" for row in left)
 
 
 def _describe(who: Mapping[str, Any]) -> str:
