@@ -57,6 +57,9 @@ class Local(Protocol):
     def close_surplus(self) -> None:
         """Close idle connections above the allotment."""
 
+    def read(self, rows: Mapping[str, str], member: str) -> None:
+        """Note the ledger's rows in the last transaction, and who this process is."""
+
     def adopt(self, terms: Terms) -> None:
         """Have the ledger's limits in force, in the place of those asked for."""
 

@@ -10,6 +10,7 @@ grows, and the pool's shrinking goes on by itself; giving back follows.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import random
@@ -17,6 +18,7 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -173,6 +175,8 @@ class Keeper:
     def _start(self) -> None:
         # It may be interrupted anywhere: the next caller starts another thread, which
         # ends at once if it is not the first.
+        _started.add(self)
+        _leave_before_exit()
         start_thread(self._run, "sqla_fairpool-keeper", self._not_started)
 
     def _not_started(self) -> None:
@@ -267,6 +271,7 @@ class Keeper:
                 if self.member.transactions > transactions:
                     self.away_since = self.trouble = None
                     self._failures = 0
+                    self._local.read(self.member.rows, self._store.member)
         except LedgerError as error:
             self._refuse(error, now)
         except Exception as error:
@@ -308,3 +313,32 @@ class Keeper:
             self._local.refuse(error)
         elif trouble != self.trouble:
             _log.warning("the ledger %s cannot be used: %s", self._store.name, error)
+
+
+# -- leaving in good order -------------------------------------------------------------
+
+# Those that are to leave before the process ends.
+_started: weakref.WeakSet[Keeper] = weakref.WeakSet()
+
+
+@atexit.register
+def _leave_all(**_: object) -> None:
+    for keeper in list(_started):
+        keeper.close()
+
+
+def _leave_before_exit() -> None:
+    """Have them leave also in children that end by ``os._exit()``, without ``atexit``.
+
+    In children only: elsewhere, functions of the user's that ``atexit`` calls may need
+    connections after multiprocessing's finalizers.
+    """
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.parent_process() is not None:
+        from multiprocessing.util import Finalize
+
+        # Below 0: after the child has joined those of its own.
+        Finalize(None, _leave_all, exitpriority=-1)
+    signals = sys.modules.get("celery.signals")
+    if signals is not None:  # its workers leave multiprocessing's finalizers out
+        signals.worker_process_shutdown.connect(_leave_all, weak=False)

@@ -56,6 +56,8 @@ class Membership:
         self._watch = Watch(self.store, sessions, self.pace)
         self.is_open = False
         self.transactions = 0
+        #: As they were in the last transaction. Nobody changes them any more.
+        self.rows: Mapping[str, str] = {}
         #: Others go short: the pool rings when a connection falls idle.
         self.pressed = False
         #: Tags of which it is known that more waiting changes nothing.
@@ -187,6 +189,7 @@ class Membership:
         self.transactions += 1
         with self.store.transaction() as rows:
             yield rows
+        self.rows = rows
 
     def _join(self, now: float, state: State) -> None:
         """Become a member, in one transaction as a rule."""
@@ -206,6 +209,7 @@ class Membership:
                 texts = dict(book.texts)
             living = self.store.living(list(texts))
             dead = {key: text for key, text in texts.items() if key not in living}
+        _log.info("joined the ledger %s, member #%d", self.store.name, has.row.number)
         self._slow_at = now + self.pace.slow
         self._obey(has, now)
         if has.fresh is not None and not self._settle(now, self._pool.look(), True):

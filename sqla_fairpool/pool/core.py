@@ -70,6 +70,8 @@ class PoolCore:
         self._use_lifo = use_lifo
         self._member = member
         self.clock = clock
+        #: Tags that others are to see before any caller has asked under them.
+        self.announced: dict[str, None] = {}
         self.logger: Any = logging.getLogger(__name__)
         self.here = waiter_class.here
         # With a callback: only such a reference is sure to be cleared before the
