@@ -20,8 +20,10 @@ from typing import Protocol
 from sqlalchemy import exc
 
 from ..options import BadOption, PoolOptions
+from ..scheduling.counters import Histogram
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import GRANTED
+from ..stats import LedgerStats
 from .checkout import Checkout, Record
 from .lock import PoolLock
 from .physical import PhysicalConnection, PhysicalConnections
@@ -110,6 +112,9 @@ class Member(Protocol):
 
     @property
     def refusal(self) -> exc.SQLAlchemyError | None: ...
+    @property
+    def handovers(self) -> Histogram: ...
+    def stats(self) -> LedgerStats: ...
     @property
     def trouble(self) -> str | None: ...
     def ring(self, tag: str | None = None) -> None: ...

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate, repeat
+from itertools import repeat
 from operator import attrgetter
 from typing import Any, TypeAlias
 
@@ -24,9 +24,6 @@ __all__ = ["Source", "metrics", "snapshot"]
 
 #: Durations kept between two exports; a minute's worth of a very busy tag.
 _DURATIONS_KEPT = 100_000
-
-#: Upper bounds of a histogram's buckets.
-_BOUNDS = (*BOUNDS, float("inf"))
 
 #: What durations of a tag are counted by size.
 _HISTOGRAMS = ("wait", "hold", "create")
@@ -164,15 +161,16 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
             waiting=waiting,
             checkouts=checkouts + unbooked,
             timeouts=timeouts,
-            wait_time=_summary(*wait, at_once=at_once + unbooked),
-            hold_time=_summary(*hold),
+            wait_time=Summary.of(BOUNDS, *wait, at_once=at_once + unbooked),
+            hold_time=Summary.of(BOUNDS, *hold),
             refusals=refusals,
             deadlocks=deadlocks,
-            create_time=_summary(*create),
+            create_time=Summary.of(BOUNDS, *create),
             create_failures=failures,
         )
         rows.append(row)
-    return replace(pool, tags=tuple(rows))
+    ledger = None if core.member is None else core.member.stats()
+    return replace(pool, tags=tuple(rows), ledger=ledger)
 
 
 def _copy_metrics(
@@ -206,14 +204,6 @@ def _histograms(counters: Counters) -> list[tuple[list[int], float, float]]:
     return [(h.counts[:], h.total, h.max) for h in histograms]
 
 
-def _summary(
-    counts: Sequence[int], total: float, longest: float, *, at_once: int = 0
-) -> Summary:
-    cumulated = list(accumulate(counts, initial=at_once))[1:]
-    buckets = tuple(zip(_BOUNDS, cumulated, strict=True))
-    return Summary(cumulated[-1], total, longest, buckets)
-
-
 class Source:
     """A pool that exporters read from, for as long as it is in use."""
 
@@ -223,6 +213,9 @@ class Source:
         self.name = name
         # Checkouts by tag that had not to wait, as far as they were taken.
         self._at_once: dict[str, int] = {}
+        # What counts without a tag is exported before it is counted the first time.
+        default_tag = core.options.default_tag
+        core.lock.run(lambda now: core.scheduler.tags.counters.of(default_tag))
 
     def read(self) -> PoolStats | None:
         """Return its figures as :func:`metrics` does, None if it is gone."""
@@ -240,6 +233,8 @@ class Source:
         for tag, counters in counters_by_tag.by_tag.items():
             _keep_durations(tag, counters)
             self._at_once[tag] = counters.at_once
+        if core.member is not None:
+            core.member.handovers.raw = deque(maxlen=_DURATIONS_KEPT)
 
     def take_durations(self) -> list[tuple[str, str, Iterable[float]]]:
         """Return what was kept: ``wait``, ``hold`` or ``create``, the tag, seconds."""
@@ -259,6 +254,15 @@ class Source:
                 taken.append((name, tag, histogram.raw or ()))
                 histogram.raw = deque(maxlen=_DURATIONS_KEPT)
         return taken
+
+    def take_handovers(self) -> Iterator[float]:
+        """Return how long slots took that were handed over, likewise."""
+        core = self.core()
+        if core is None or core.member is None:
+            return
+        kept = core.member.handovers.raw
+        while kept:  # another thread adds to it
+            yield kept.popleft()
 
 
 def _keep_durations(tag: str, counters: Counters) -> None:
