@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,13 @@ from ..ledger.addresses import (
     needs_database,
 )
 from ..ledger.errors import LedgerError
+from ..ledger.inspector import read
+from ..ledger.rows import Terms
+from ..ledger.store import StoreAway
 from ..options import OPTIONS, PoolOptions, hide_passwords, naming, validate_tag
+from ..pool.connections import TERMS
 from . import EXIT_SIGNAL, CommandError, one_line
+from .ledger import AnyStore, require_file
 from .server import ask_room, connected, missing_driver, need
 
 _EPILOG = """\
@@ -176,10 +181,39 @@ def _checked(
     with naming({name: _flag(name) for name in given}):
         options = settings.with_arguments(given)
         ledger = options["ledger"]
+        pool = PoolOptions.among(options)
         if ledger is not None and (url is not None or not needs_database(ledger)):
             with settings.naming(given):
-                make_store(ledger, url).close()
-        return PoolOptions.among(options)
+                store = make_store(ledger, url, observes=True)
+            _check_terms(store, pool)
+        return pool
+
+
+def _check_terms(store: AnyStore, pool: PoolOptions) -> None:
+    """Raise if those that use the ledger now have other limits than this script."""
+    try:
+        require_file(store)
+        store.open()
+        report = read(store)
+    except (StoreAway, LedgerError):
+        return  # the script's pool waits for it, or says what is wrong
+    finally:
+        store.close()
+    ours = asdict(Terms(**{name: getattr(pool, name) for name in TERMS}))
+    theirs = asdict(report.book.terms)
+    if not report.living or ours == theirs:
+        return
+    # A pool of the launcher has no overflow.
+    flags = {n: _flag("pool_size" if n == "capacity" else n) for n in ours}
+    differ = [name for name in ours if ours[name] != theirs[name]]
+    there, here = (
+        " ".join(f"{flags[name]} {terms[name]:g}" for name in differ)
+        for terms in (theirs, ours)
+    )
+    raise CommandError(
+        f"the ledger {store.name} is in use with {there}, and this would be {here}: "
+        "give the same to all scripts, or another --ledger"
+    )
 
 
 def _tag(arguments: argparse.Namespace, name: str) -> str:
