@@ -29,6 +29,9 @@ from sqla_fairpool.ledger.errors import LedgerError
 
 SLOTS = 4
 
+#: Any user but root.
+USER = 54001
+
 
 def mount(*arguments):
     return subprocess.run(["mount", *arguments], capture_output=True).returncode == 0
@@ -156,6 +159,13 @@ def directory_gone(path):
     yield
 
 
+@contextmanager
+def no_permission(path):
+    path.parent.chmod(0)
+    yield
+    path.parent.chmod(0o700)
+
+
 def hold(store, reached):
     with store.transaction():
         reached.touch()
@@ -180,6 +190,7 @@ FAULTS = [
     truncated,
     noise,
     directory_gone,
+    no_permission,
     stopped_in_a_transaction,
 ]
 
@@ -189,6 +200,8 @@ FAULTS = [
 def test_fault_of_the_disk(fault, disk, caplog):
     path = disk / "run" / "app.ledger"
     busy = Busy(path)
+    if fault is no_permission:  # to root everything is permitted
+        os.seteuid(USER)
     try:
         busy.start()
         busy.start()
@@ -205,6 +218,7 @@ def test_fault_of_the_disk(fault, disk, caplog):
         busy.all_are_served()
     finally:
         busy.end()
+        os.seteuid(0)
     assert not busy.errors
     assert busy.server.most <= SLOTS
     messages = [record.getMessage() for record in caplog.records]
