@@ -325,6 +325,8 @@ class Keeper:
         allotment = self.member.allotment
         if allotment is None:
             self.member.exclude()
+        else:
+            self.member.away()  # to be opened again: the store may have closed it
         if allotment is None or not allotment.row.owned:
             self._local.refuse(error)
         elif trouble != self.trouble:

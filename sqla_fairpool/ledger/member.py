@@ -160,8 +160,12 @@ class Membership:
             self._look(now, state, post)
 
     def away(self) -> None:
-        """The store is away: what is owned is kept if the sign of life stands."""
-        if not self.store.signed:
+        """The store is away: what is owned is kept if the sign of life stands.
+
+        What is lost may be in quarantine now, and its slot out of it before this is
+        heard: until then it is not known how many slots are left for other connections.
+        """
+        if not self.store.signed or self._pool.local.lost():
             self._pool.freeze()
         self.is_open = False
         self._returning = True
