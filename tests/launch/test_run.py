@@ -642,7 +642,8 @@ def test_other_limits_than_the_ledger_in_use_has(told, tmp_path):
             0,
             f"sqla-fairpool run: the ledger {path} is in use with --pool-size 30 "
             "--soft-limit 15 --max-limit 23 --idle-timeout 60: these limits are in "
-            "force, not --pool-size 20 --soft-limit 10 --max-limit 15 --idle-timeout 5\n",
+            "force, not --pool-size 20 --soft-limit 10 --max-limit 15 "
+            "--idle-timeout 5\n",
         )
         assert told(*same, "x.py")[::2] == (0, "")
     # Limits that nobody has any more bind nobody.
