@@ -25,6 +25,7 @@ from contextlib import suppress
 from typing import Any
 
 from ..background import start_thread
+from ..stats import LedgerStats
 from .demand import Local, Pace
 from .errors import LedgerError
 from .member import Membership
@@ -114,12 +115,27 @@ class Keeper:
         self._new_terms: deque[Terms] = deque(maxlen=1)
         # To be called when the row is as the pool was then, see `post`.
         self._posts: deque[Callable[[bool], None]] = deque()
-        #: Since when the store does not answer, and why; or why we are refused.
-        self.away_since: float | None = None
+        # Seconds for which the store did not answer, and since when it does not: in one
+        # object, for other threads.
+        self._away: tuple[float, float | None] = 0.0, None
+        #: Why it does not, or why we are refused.
         self.trouble: str | None = None
         # How often in a row that did not work, and when to try again.
         self._failures = 0
         self._retry_at = 0.0
+
+    @property
+    def away_since(self) -> float | None:
+        """Since when the store does not answer."""
+        return self._away[1]
+
+    def stats(self) -> LedgerStats:
+        """Return what is known of the ledger. From any thread."""
+        return self.member.stats(self._away_time())
+
+    def _away_time(self) -> float:
+        away, since = self._away
+        return away if since is None else away + max(self._clock() - since, 0.0)
 
     @property
     def pressed(self) -> bool:
@@ -269,7 +285,7 @@ class Keeper:
                 allotment = self.member.allotment
                 has_posted = allotment is not None and allotment.covered
                 if self.member.transactions > transactions:
-                    self.away_since = self.trouble = None
+                    self._away, self.trouble = (self._away_time(), None), None
                     self._failures = 0
                     self._local.read(self.member.rows, self._store.member)
         except LedgerError as error:
@@ -294,7 +310,7 @@ class Keeper:
         if not isinstance(error, StoreAway):
             _log.error("the ledger %s: %r", self._store.name, error, exc_info=error)
         if self.away_since is None:
-            self.away_since = now
+            self._away = self._away[0], now
             _log.warning("the ledger %s is away: %s", self._store.name, error)
         self.trouble = str(error)
         self.member.away()
@@ -309,6 +325,8 @@ class Keeper:
         allotment = self.member.allotment
         if allotment is None:
             self.member.exclude()
+        else:
+            self.member.away()  # to be opened again: the store may have closed it
         if allotment is None or not allotment.row.owned:
             self._local.refuse(error)
         elif trouble != self.trouble:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..options import PoolOptions
 from ..scheduling import policy
-from ..scheduling.limits import LimitsByTag
+from ..scheduling.limits import LimitsByTag, TagLimits
 from ..stats import SHARED, TagStats
 
 #: Seconds after which a connection that is out is worth a warning.
@@ -312,15 +312,11 @@ def compile_overview(
     )
 
 
-def _scrapers(
-    found: Mapping[str, Sequence[tuple[ProcessRow, TagStats]]], limits: Limits
-) -> tuple[ScraperRow, ...]:
-    tags = [
-        TagStats.merged(name, [row for _, row in found[name]])
-        for name in sorted(found, key=_natural)
-    ]
+def _rules(
+    tags: Sequence[TagStats], own: Sequence[TagLimits], limits: Limits
+) -> tuple[list[int], list[int]]:
+    """Return the ceilings of tags, and their fair shares."""
     active = sum(tag.active for tag in tags)
-    own = [limits.tags.of(tag.name) for tag in tags]
     room = limits.capacity - limits.tags.reserved
     ceilings = [
         policy.own_ceiling(
@@ -344,7 +340,18 @@ def _scrapers(
     ]
     unknown = limits.tags.reserved - sum(one.reserved for one in own)
     there = max(limits.capacity - limits.quarantined - unknown, 0)
-    shares = policy.shares_of_tags(wanted, there)
+    return ceilings, policy.shares_of_tags(wanted, there)
+
+
+def _scrapers(
+    found: Mapping[str, Sequence[tuple[ProcessRow, TagStats]]], limits: Limits
+) -> tuple[ScraperRow, ...]:
+    tags = [
+        TagStats.merged(name, [row for _, row in found[name]])
+        for name in sorted(found, key=_natural)
+    ]
+    own = [limits.tags.of(tag.name) for tag in tags]
+    ceilings, shares = _rules(tags, own, limits)
     several = len({process.host for rows in found.values() for process, _ in rows}) > 1
     scrapers = []
     for tag, one, ceiling, share in zip(tags, own, ceilings, shares, strict=True):

@@ -23,8 +23,10 @@ from sqlalchemy import exc
 
 from ..diagnosis.report import Others
 from ..options import PoolOptions
+from ..scheduling.counters import Histogram
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import GRANTED
+from ..stats import LedgerStats
 from .checkout import Checkout, Record
 from .lock import PoolLock
 from .physical import PhysicalConnection, PhysicalConnections
@@ -104,6 +106,9 @@ class Member(Protocol):
 
     @property
     def refusal(self) -> exc.SQLAlchemyError | None: ...
+    @property
+    def handovers(self) -> Histogram: ...
+    def stats(self) -> LedgerStats: ...
     @property
     def trouble(self) -> str | None: ...
     def ring(self, tag: str | None = None) -> None: ...

@@ -43,6 +43,12 @@ __all__ = ["PoolCore", "TracedCore"]
 
 _numbers = itertools.count(1)
 
+#: Why connections are closed.
+_CLOSURES = (
+    *("detached", "disposed", "invalidated"),
+    *("overflow", "recycled", "resized", "unused"),
+)
+
 #: Long checkouts that are noted before they are booked, which takes the lock: so many
 #: that it happens rarely, so few that the list is no burden.
 _LONG_HOLDS_KEPT = 256
@@ -68,7 +74,8 @@ class PoolCore:
         self.number = next(_numbers)
         self._waiter_class = waiter_class
         self._use_lifo = use_lifo
-        self._member = member
+        #: Its side of a ledger, if it has one.
+        self.member = member
         self.clock = clock
         #: Tags that others are to see before any caller has asked under them.
         self.announced: dict[str, None] = {}
@@ -91,10 +98,10 @@ class PoolCore:
             weakref.WeakMethod(self.connection_ended), self._waiter_class.may_block
         )
         shared = self.scheduler, self.connections, existing
-        if self._member is None:
+        if self.member is None:
             self.slots = Slots(options.capacity, *shared)
         else:
-            self.slots = LedgerSlots(self._member, self.lock, *shared)
+            self.slots = LedgerSlots(self.member, self.lock, *shared)
             self.scheduler.impose(0, {}, 0, self.clock())
         self.state = Transitions(
             options, self.here, self.lock, self.scheduler, self.connections, self.slots
@@ -107,7 +114,7 @@ class PoolCore:
             self.state, self.housekeeping, self._waiting, self._waiter_class
         )
         #: Connections closed, by reason.
-        self.closures: Counter[str] = Counter()
+        self.closures = Counter(dict.fromkeys(_CLOSURES, 0))
 
     def log_to(self, logger: Any) -> None:
         """Write what an operator is to read to a pool's logger."""

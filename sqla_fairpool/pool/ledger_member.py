@@ -33,6 +33,8 @@ from ..ledger.errors import LedgerError
 from ..ledger.inspector import others
 from ..ledger.keeper import Keeper
 from ..ledger.rows import Session, TagDemand, Terms
+from ..scheduling.counters import Histogram
+from ..stats import LedgerStats
 from .core import PoolCore
 from .physical import PhysicalConnection
 from .transitions import Transitions
@@ -95,6 +97,19 @@ class LedgerMember:
     def trouble(self) -> str | None:
         """Why there can be no other share than this, None if there can."""
         return None if self.keeper is None else self.keeper.trouble
+
+    @property
+    def handovers(self) -> Histogram:
+        """How long it took until slots were handed over."""
+        return Histogram() if self.keeper is None else self.keeper.member.handovers
+
+    def stats(self) -> LedgerStats:
+        """Return the ledger's figures as of the last look at it."""
+        return (
+            LedgerStats(transactions=0, away_time=0.0)
+            if self.keeper is None
+            else self.keeper.stats()
+        )
 
     def ring(self, tag: str | None = None) -> None:
         """Have the keeper look. Called without the lock.

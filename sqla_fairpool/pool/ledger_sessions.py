@@ -7,7 +7,7 @@ import logging
 import weakref
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import event, exc
 from sqlalchemy.engine import URL
@@ -27,9 +27,6 @@ from .endings import SocketCopy
 from .ledger_member import LedgerMember
 from .physical import PhysicalConnection, driver_of
 from .snapshot import snapshot
-
-if TYPE_CHECKING:
-    from .fair_queue_pool import FairQueuePool
 
 __all__ = ["announce", "join_ledger"]
 
@@ -77,13 +74,15 @@ def _figures(ref: weakref.ref[PoolCore]) -> dict[str, Any]:
     }
 
 
-def announce(pool: FairQueuePool, tags: Collection[str]) -> None:
-    """Have tags in the figures of all processes before any caller has asked."""
-    if not tags:
-        return
-    pool._core.announced.update(dict.fromkeys(tags))
-    member = getattr(pool._core.slots, "member", None)
-    if member is not None and member.keeper is not None:
+def announce(pool: Any, tags: Collection[str]) -> None:
+    """Have tags in the figures of all processes before any caller has asked.
+
+    :param pool: one of ours.
+    """
+    core: PoolCore = pool._core
+    core.announced.update(dict.fromkeys(tags))
+    member = core.member
+    if tags and isinstance(member, LedgerMember) and member.keeper is not None:
         member.keeper.post(lambda joined: None)
 
 
