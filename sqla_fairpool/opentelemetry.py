@@ -28,8 +28,7 @@ from opentelemetry.metrics import (
     get_meter_provider,
 )
 
-from .pool.fair_queue_pool import metrics_source
-from .pool.snapshot import Source
+from .pool.snapshot import Source, metrics_source
 from .stats import PoolStats
 
 __all__ = ["instrument"]

@@ -24,8 +24,7 @@ from typing import Any
 from prometheus_client import REGISTRY, CollectorRegistry, core
 from prometheus_client.registry import Collector
 
-from .pool.fair_queue_pool import metrics_source
-from .pool.snapshot import Source
+from .pool.snapshot import Source, metrics_source
 from .stats import PoolStats, Summary
 
 __all__ = ["FairPoolCollector", "register"]

@@ -96,6 +96,7 @@ class Checkout(Ticket):
     __slots__ = (
         "__weakref__",
         "alive",
+        "asked",
         "core",
         "holder",
         "may_keep",
@@ -114,6 +115,9 @@ class Checkout(Ticket):
         self.core = core
         #: Tells if the core is in use, or garbage together with this checkout.
         self.alive = core.alive
+        #: When it was asked for, and how long it may wait, None for the pool's options;
+        #: not of a checkout that was served by the warm cache.
+        self.asked: tuple[float, float | None] | None = None
         #: The record that was handed over, until the caller picks it up.
         self.record: Record | None = None
         #: Not for another checkout: what refers to it may give it up late.

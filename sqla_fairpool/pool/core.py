@@ -105,6 +105,8 @@ class PoolCore:
         )
         #: Connections closed, by reason.
         self.closures: Counter[str] = Counter()
+        #: A connection was opened on a server that takes writes.
+        self.has_written = False
 
     def log_to(self, logger: Any) -> None:
         """Write what an operator is to read to a pool's logger."""
@@ -171,6 +173,7 @@ class PoolCore:
         try:
             since = lock.run(self._request, begun, tag)
             checkout = begun[0]
+            checkout.asked = since, timeout
             record = checkout.record
             if record is None:
                 return self._obtain(checkout, opener, since, timeout)

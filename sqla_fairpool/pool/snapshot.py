@@ -15,12 +15,14 @@ from itertools import accumulate, repeat
 from operator import attrgetter
 from typing import Any, TypeAlias
 
+from sqlalchemy import exc
+
 from ..scheduling import policy
 from ..scheduling.counters import BOUNDS, OTHER, Counters, Histogram
 from ..stats import PoolStats, Summary, TagStats
 from .core import PoolCore
 
-__all__ = ["Source", "metrics", "snapshot"]
+__all__ = ["Source", "metrics", "metrics_source", "snapshot"]
 
 #: Durations kept between two exports; a minute's worth of a very busy tag.
 _DURATIONS_KEPT = 100_000
@@ -259,6 +261,21 @@ class Source:
                 taken.append((name, tag, histogram.raw or ()))
                 histogram.raw = deque(maxlen=_DURATIONS_KEPT)
         return taken
+
+
+def metrics_source(engine: Any) -> Source:
+    """Return what exporters read from: the figures of an engine's pool.
+
+    :param engine: an engine, an asyncio engine, or a pool.
+    :raises sqlalchemy.exc.ArgumentError: if its pool is not a fair one.
+    """
+    pool = getattr(engine, "pool", engine)
+    core = getattr(pool, "_core", None)
+    if not isinstance(core, PoolCore):
+        raise exc.ArgumentError(
+            f"{engine!r} has no FairQueuePool, so there are no figures of it"
+        )
+    return Source(core, pool.metrics_name)
 
 
 def _keep_durations(tag: str, counters: Counters) -> None:
