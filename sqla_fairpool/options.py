@@ -311,6 +311,11 @@ class PoolOptions:
         _seconds(0, 5),
         "longest pause between attempts to connect after a disconnect",
     )
+    recycle_jitter: float = _option(
+        0.1,
+        _seconds(0, 1, "a part of pool_recycle"),
+        "connections live for `pool_recycle` less up to this part of it",
+    )
     server_tag: bool = _option(
         False,
         read_switch,

@@ -43,7 +43,14 @@ class Core(Protocol):
 class RecordState:
     """What the pool notes on a connection record."""
 
-    __slots__ = ("checkout", "close_reason", "doomed", "idle_since", "physical")
+    __slots__ = (
+        "checkout",
+        "close_reason",
+        "doomed",
+        "idle_since",
+        "physical",
+        "recycle_at",
+    )
 
     def __init__(self, physical: PhysicalConnection, checkout: Checkout) -> None:
         #: Its connection, or the last one that it had.
@@ -56,6 +63,8 @@ class RecordState:
         self.doomed = False
         #: Why it is closed, once that is decided.
         self.close_reason: str | None = None
+        #: When its connection is to be replaced, so that not all end together.
+        self.recycle_at = math.inf
 
 
 class Record(ConnectionPoolEntry):

@@ -34,6 +34,7 @@ def observe(pool: Pool, core: PoolCore) -> None:
     def on_connect(dbapi_connection: Any, record: Any) -> None:
         if record.fair.checkout.state is GRANTED:  # which pays for it
             record.fair.physical.opening = False
+        core.housekeeping.note_lifetime(record, sqlalchemy_private.recycle(pool))
         note_mode(core, getattr(pool, "_dialect", None), dbapi_connection, record)
 
     @event.listens_for(pool, "close")

@@ -83,6 +83,8 @@ class FairQueuePool(Pool):
       any more, though it did as they were opened, or shuts down. Default True.
     :param reconnect_backoff: after a disconnect, one caller at a time tries to connect;
       the longest pause between failures, in seconds. Default 2.0, at most 5.
+    :param recycle_jitter: connections are replaced after `recycle` seconds less up to
+      this part of them, so that not all end at the same moment. Default 0.1.
     :param server_tag: tell PostgreSQL the tag as ``application_name``, when a
       connection goes from one tag to another. Default False.
     :param ledger: share the connections with all processes that name the same
@@ -130,6 +132,7 @@ class FairQueuePool(Pool):
         deadlock_timeout: float | None = 1.0,
         failover_guard: bool = True,
         reconnect_backoff: float = 2.0,
+        recycle_jitter: float = 0.1,
         server_tag: bool = False,
         ledger: str | None = None,
         use_lifo: bool = False,
