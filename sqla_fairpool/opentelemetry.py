@@ -61,6 +61,12 @@ def instrument(engine: Any, meter_provider: MeterProvider | None = None) -> None
         meter.create_observable_up_down_counter(
             _PREFIX + name, [_observe(source, read)], unit, text
         )
+    meter.create_observable_up_down_counter(
+        "sqla_fairpool.paused",
+        [_observe(source, _paused)],
+        "1",
+        "1 while no checkout is served",
+    )
     meter.create_observable_counter(
         _PREFIX + "timeouts",
         [_observe(source, _by_tag("timeouts")), _record_durations(source, meter)],
@@ -110,6 +116,10 @@ def _by_tag(attribute: str) -> _Read:
     return lambda pool: [
         (getattr(tag, attribute), {_TAG: tag.name}) for tag in pool.tags
     ]
+
+
+def _paused(pool: PoolStats) -> Iterable[tuple[int, dict[str, str]]]:
+    return [(int(pool.paused_for is not None), {})]
 
 
 def _count(pool: PoolStats) -> Iterable[tuple[int, dict[str, str]]]:

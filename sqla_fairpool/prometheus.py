@@ -105,6 +105,10 @@ def _connections(pool: PoolStats) -> Iterable[tuple[Any, ...]]:
     return (("used",), pool.checked_out), (("idle",), pool.idle)
 
 
+def _paused(pool: PoolStats) -> Iterable[tuple[Any, ...]]:
+    return [((), pool.paused_for is not None)]
+
+
 def _closures(pool: PoolStats) -> Iterable[tuple[Any, ...]]:
     return [((reason,), count) for reason, count in sorted(pool.closures.items())]
 
@@ -130,6 +134,7 @@ _FIGURES: dict[tuple[Any, ...], tuple[tuple[str, str, _Rows], ...]] = {
     (core.GaugeMetricFamily,): (
         ("connections_max", "Most connections there may be", _pool("capacity")),
         ("pending_requests", "Callers that wait", _pool("waiting")),
+        ("paused", "1 while no checkout is served", _paused),
     ),
     (core.GaugeMetricFamily, "tag"): (
         ("tag_active", "1 if the tag counts in the division", _tag("active")),

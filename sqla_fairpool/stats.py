@@ -124,6 +124,8 @@ class PoolStats:
     name: str = ""
     #: ``min_idle``: connections kept ready.
     min_idle: int = 0
+    #: Seconds for which no checkout has been served (`pool.pause()`), None else.
+    paused_for: float | None = None
     #: Connections closed, by reason.
     closures: Mapping[str, int] = field(default_factory=dict)
 

@@ -163,6 +163,7 @@ def capture(pool: Pool, checkout: Checkout, now: float) -> Capture:
     tag_states = scheduler.tags.tag_states.values()
     holders = [(other.tag, other.in_use) for other in tag_states if other.in_use]
     allotted, trouble = pool.allotment()
+    paused_at = scheduler.tags.paused_at
     figures = Diagnosis(
         tag=tag_state.tag,
         waited=now - checkout.since,
@@ -178,6 +179,7 @@ def capture(pool: Pool, checkout: Checkout, now: float) -> Capture:
         holdings=(),
         allotted=allotted,
         ledger_trouble=trouble,
+        paused_for=None if paused_at is None else now - paused_at,
     )
     waiting = {other.holder for other in pool.checkouts_waiting()}
     return Capture(now, checkout.holder, figures, pool.checkouts_out(), waiting)

@@ -33,6 +33,7 @@ from .housekeeping import Housekeeping
 from .lock import PoolLock
 from .nested import NestedCheckouts
 from .opening import Opening
+from .pausing import Pausing
 from .physical import PhysicalConnections
 from .transitions import Transitions
 from .waiters import Waiter
@@ -103,6 +104,7 @@ class PoolCore:
         self.opening = Opening(
             self.state, self.housekeeping, self._waiting, self._waiter_class
         )
+        self.pausing = Pausing(self.state, self.housekeeping, self._waiter_class)
         #: Connections closed, by reason.
         self.closures: Counter[str] = Counter()
         #: A connection was opened on a server that takes writes.

@@ -28,6 +28,7 @@ from .execution_options import make_request, requested, watch_dialect
 from .failover import watch_errors
 from .ledger_member import LedgerMember
 from .ledger_sessions import join_ledger
+from .pausing import AsyncPausable, Pausable
 from .server_tag import tell_on_checkout
 from .snapshot import metrics, snapshot
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
@@ -35,7 +36,7 @@ from .waiters import TaskWaiter, ThreadWaiter, Waiter
 __all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool"]
 
 
-class FairQueuePool(Pool):
+class FairQueuePool(Pausable, Pool):
     """A connection pool that divides its connections fairly among tags.
 
     Used in the place of :class:`sqlalchemy.pool.QueuePool`::
@@ -364,7 +365,7 @@ class FairQueuePool(Pool):
                 watch_errors(value, self._core)
 
 
-class AsyncAdaptedFairQueuePool(FairQueuePool):
+class AsyncAdaptedFairQueuePool(AsyncPausable, FairQueuePool):
     """:class:`FairQueuePool` for :func:`sqlalchemy.ext.asyncio.create_async_engine`.
 
     The same class with the same options and the same accounting; only that a

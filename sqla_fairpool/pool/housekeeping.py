@@ -1,9 +1,9 @@
 """What is done with a pool's connections while no caller asks for one.
 
 They are closed when they were not used for a while (``idle_connection_ttl``) and when
-another pool takes over, and become fewer when the pool is made smaller. Each is replaced
-somewhat before ``pool_recycle`` (``recycle_jitter``). (For those that are opened ahead
-see :mod:`.opening`.)
+another pool takes over, and become fewer when the pool is made smaller. Each one is
+replaced somewhat before ``pool_recycle`` (``recycle_jitter``). (For those that are
+opened ahead see :mod:`.opening`.)
 
 Rules of this file:
 

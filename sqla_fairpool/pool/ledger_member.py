@@ -190,10 +190,12 @@ class LedgerMember:
     ) -> tuple[int, Mapping[str, TagDemand]]:
         core.housekeeping.look_around(now)  # others want to know who is idle
         tags = {}
+        is_paused = core.scheduler.tags.paused_at is not None
         for state in core.scheduler.tag_states.values():
             peak, state.peak = state.peak, state.in_use
             if peak or state.waiting or state.active:
-                tags[state.tag] = TagDemand(peak, state.waiting, state.active)
+                waiting = 0 if is_paused else state.waiting
+                tags[state.tag] = TagDemand(peak, waiting, state.active)
         detached = core.slots.existing.detached()
         if detached:
             default = tags.get(self._default_tag, TagDemand(0, 0, False))

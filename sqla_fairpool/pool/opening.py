@@ -241,7 +241,8 @@ class Opening:
         idle, slots, scheduler = state.connections.idle, state.slots, state.scheduler
         # Among those out of use are the ones that others open at this moment.
         there = slots.in_pool() + slots.out_of_use()
-        if there >= state.options.min_idle or slots.frozen:
+        is_paused = scheduler.tags.paused_at is not None
+        if there >= state.options.min_idle or slots.frozen or is_paused:
             return None
         hollow = [r for r in list(idle) if r.dbapi_connection is None]
         if hollow:

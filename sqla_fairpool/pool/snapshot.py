@@ -82,10 +82,10 @@ def _copy(
         copied.append((_figures(state), core.scheduler.ceiling(state), since))
     for checkout in core.connections.granted():
         unbooked[checkout.tag_state.tag].append(_unbooked(checkout))
-    return _pool(core, name), copied, unbooked, now
+    return _pool(core, name, now), copied, unbooked, now
 
 
-def _pool(core: PoolCore, name: str) -> PoolStats:
+def _pool(core: PoolCore, name: str, now: float) -> PoolStats:
     """Return the figures without the tags. Caller holds the lock."""
     options, scheduler = core.options, core.scheduler
     records, idle = core.state.count_idle()
@@ -104,6 +104,7 @@ def _pool(core: PoolCore, name: str) -> PoolStats:
         tags=(),
         name=name,
         min_idle=options.min_idle,
+        paused_for=_age(scheduler.tags.paused_at, now),
         closures=dict(core.closures),
     )
 
@@ -183,7 +184,7 @@ def _copy_metrics(
     """Copy what :func:`metrics` works with. Caller is in a section."""
     counters_by_tag = core.scheduler.tags.counters.by_tag
     counters = {tag: (_counts(m), _histograms(m)) for tag, m in counters_by_tag.items()}
-    return _pool(core, name), counters, _live_by_counters(core)
+    return _pool(core, name, now), counters, _live_by_counters(core)
 
 
 def _live_by_counters(core: PoolCore) -> dict[str, list[int]]:

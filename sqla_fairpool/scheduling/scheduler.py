@@ -308,6 +308,12 @@ class Scheduler:
         self.lines.all_changed()
         return self.set_capacity(capacity, now)
 
+    def pause(self, at: float | None, now: float) -> Sequence[Ticket]:
+        """Grant nothing from a time on, or with None again; return who is granted."""
+        self.tags.pause(at)
+        self.lines.all_changed()
+        return self._dispatch(now)
+
     # -- questions -----------------------------------------------------------
 
     def wanted(self, ticket: Ticket) -> bool:

@@ -64,6 +64,8 @@ class Tags:
         #: Ceilings from outside, by tag, and for all others; None without.
         self.imposed: Mapping[str, int] | None = None
         self.imposed_other = 0
+        #: Since when no tag may have more than it holds; None: they may.
+        self.paused_at: float | None = None
         #: Called after a tag has become active or idle: its name, which of the two, how
         #: many are active, and the ceiling that follows.
         self.on_change: Callable[[str, bool, int, int], None] | None = None
@@ -72,6 +74,8 @@ class Tags:
 
     def ceiling(self, tag_state: TagState) -> int:
         """Return the most slots a tag may hold now."""
+        if self.paused_at is not None:
+            return 0
         if self.imposed is not None:
             return self.imposed.get(tag_state.tag, self.imposed_other)
         if tag_state.active:
@@ -84,7 +88,14 @@ class Tags:
         self.imposed, self.imposed_other = ceilings, other
         self.common_ceiling = self._lowest_ceiling(0)
 
+    def pause(self, at: float | None) -> None:
+        """Let all ceilings be 0 from a time on, or with None what they are else."""
+        self.paused_at = at
+        self.common_ceiling = self._lowest_ceiling(max(self.active - 1, 0))
+
     def _lowest_ceiling(self, others: int) -> int:
+        if self.paused_at is not None:
+            return 0
         if self.imposed is not None:
             return min([self.imposed_other, *self.imposed.values()])
         return policy.ceiling(others, self.soft_limit, self.max_limit)

@@ -139,7 +139,8 @@ def test_tags_under_which_is_counted(make_engine):
 def test_closures_are_counted_by_reason(make_engine, clock, monkeypatch):
     clock.now = 1000.0
     sizes = {"pool_size": 3, "max_overflow": 1, "max_limit": 4, "soft_limit": 4}
-    engine = make_engine(**sizes, pool_recycle=100, idle_connection_ttl=100, min_idle=1)
+    sizes |= {"pool_recycle": 100, "recycle_jitter": 0}
+    engine = make_engine(**sizes, idle_connection_ttl=100, min_idle=1)
     expected = {}
 
     def counts(**more):
@@ -263,6 +264,18 @@ def test_dashboard_shows_all_that_is_exported_and_nothing_else(make_engine, regi
     assert all(any(u.startswith(family.name) for u in used) for family in families)
 
 
+def test_pause_is_exported(make_engine, registry, reader, provider):
+    engine = make_engine(pool_logging_name="main")
+    register(engine, registry)
+    instrument(engine, provider)
+    for change, value in ((engine.pool.pause, 1), (engine.pool.resume, 0)):
+        change()
+        label = {"pool": "main"}
+        assert registry.get_sample_value("sqla_fairpool_paused", label) == value
+        (point,) = points(reader)["sqla_fairpool.paused"].values()
+        assert point.value == value
+
+
 def _series_of(family):
     if family.type == "histogram":
         return [family.name + end for end in ("_bucket", "_count", "_sum")]
@@ -314,7 +327,7 @@ def test_opentelemetry_follows_the_conventions(make_engine, reader, provider, cl
         if name.startswith("DB_CLIENT_CONNECTION_") and isinstance(value, str)
     }
     sizes = {"count", "max", "idle.max", "idle.min", "pending_requests", "timeouts"}
-    assert sizes <= set(found) <= conventions
+    assert sizes <= set(found) <= conventions | {"sqla_fairpool.paused"}
     pool = ("db.client.connection.pool.name", "main")
     used = (("db.client.connection.state", "used"), ("sqla_fairpool.tag", "a"))
     assert found["count"][(pool, *used)].value == 1

@@ -36,11 +36,14 @@ class Model:
         self.last = {}  # tag: last activity
         self.active = set()
         self.arrivals = 0
+        self.paused = False
 
     def held(self, tag):
         return sum(t == tag for _, t in self.holding)
 
     def ceiling(self, tag):
+        if self.paused:
+            return 0
         return policy.ceiling(len(self.active - {tag}), self.soft_limit, self.max_limit)
 
     def touch(self, tag, now):
@@ -202,6 +205,13 @@ class SchedulerAgreesWithModel(RuleBasedStateMachine):
         granted = self.scheduler.reconfigure(
             **numbers, reallocation_interval=1.0, now=self.now
         )
+        self.agree(granted, expected)
+
+    @rule(paused=st.booleans())
+    def pause(self, paused):
+        self.model.paused = paused
+        expected = self.model.dispatch(self.now)
+        granted = self.scheduler.pause(self.now if paused else None, self.now)
         self.agree(granted, expected)
 
     @rule(seconds=st.sampled_from([0.0, 0.5, 1.0, 30.0, 61.0, 400.0]))
