@@ -30,8 +30,7 @@ from opentelemetry.metrics import (
     get_meter_provider,
 )
 
-from .pool.fair_queue_pool import metrics_source
-from .pool.snapshot import Source
+from .pool.snapshot import Source, metrics_source
 from .stats import PoolStats
 
 __all__ = ["instrument"]
@@ -132,6 +131,10 @@ def _by_tag(attribute: str) -> _Read:
     ]
 
 
+def _paused(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
+    return [(float(pool.paused_for is not None), {})]
+
+
 def _count(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
     yield pool.idle, {_STATE: "idle"}
     for tag in pool.tags:
@@ -214,6 +217,7 @@ _COUNTERS: _Figures = (
 
 #: Likewise, of what the conventions have no name for.
 _OWN_FIGURES: _Figures = (
+    ("sqla_fairpool.paused", "1", "1 while no checkout is served", _paused),
     (_OWN_PREFIX + "weight", "1", "Relative entitlement of a tag", _by_tag("weight")),
     (
         _OWN_PREFIX + "reserved",

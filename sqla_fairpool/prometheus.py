@@ -29,8 +29,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, core
 from prometheus_client.registry import Collector
 
 from .ledger.overview import Overview
-from .pool.fair_queue_pool import metrics_source
-from .pool.snapshot import Source
+from .pool.snapshot import Source, metrics_source
 from .scheduling.counters import MAX_COUNTED_TAGS, OTHER
 from .stats import LedgerStats, PoolStats, Summary, TagStats
 
@@ -218,6 +217,10 @@ def _connections(pool: PoolStats) -> Iterable[tuple[Any, ...]]:
     return (("used",), pool.checked_out), (("idle",), pool.idle)
 
 
+def _paused(pool: PoolStats) -> Iterable[tuple[Any, ...]]:
+    return [((), pool.paused_for is not None)]
+
+
 def _closures(pool: PoolStats) -> Iterable[tuple[Any, ...]]:
     return [((reason,), count) for reason, count in sorted(pool.closures.items())]
 
@@ -248,6 +251,7 @@ _FIGURES: dict[tuple[Any, ...], tuple[tuple[str, str, _Rows], ...]] = {
     (core.GaugeMetricFamily,): (
         ("connections_max", "Most connections there may be", _pool("capacity")),
         ("pending_requests", "Callers that wait", _pool("waiting")),
+        ("paused", "1 while no checkout is served", _paused),
         ("ledger_members", "Pools that share the ledger", _ledger("members")),
     ),
     (core.CounterMetricFamily,): (

@@ -176,6 +176,8 @@ class PoolStats:
     min_idle: int = 0
     #: False in a dry run.
     enforce: bool = True
+    #: Seconds for which no checkout has been served (`pool.pause()`), None else.
+    paused_for: float | None = None
     #: Connections closed, by reason.
     closures: Mapping[str, int] = field(default_factory=dict)
     #: In `pool.metrics()` of a pool with a ledger, else None.

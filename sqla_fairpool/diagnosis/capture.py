@@ -174,6 +174,7 @@ def capture(pool: Pool, checkout: Checkout, now: float) -> Capture:
     holders = [(other.tag, other.in_use) for other in tag_states if other.in_use]
     active = frozenset(other.tag for other in tag_states if other.active)
     allotted, trouble, others = pool.allotment()
+    paused_at = scheduler.tags.paused_at
     figures = Diagnosis(
         tag=tag_state.tag,
         waited=now - checkout.since,
@@ -195,6 +196,7 @@ def capture(pool: Pool, checkout: Checkout, now: float) -> Capture:
         reserved=tag_state.reserved,
         usage=scheduler.usage.seconds(tag_state, now),
         kept_free=scheduler.kept_free,
+        paused_for=None if paused_at is None else now - paused_at,
     )
     waiting = {other.holder for other in pool.checkouts_waiting()}
     out = pool.checkouts_out()

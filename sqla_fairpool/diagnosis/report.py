@@ -139,6 +139,8 @@ class Diagnosis:
     usage: float = 0.0
     #: Connections that are free, and reserved for other tags.
     kept_free: int = 0
+    #: Seconds since `pool.pause()`, None if the pool was not paused.
+    paused_for: float | None = None
 
     def __str__(self) -> str:
         oldest = "; ".join(map(str, self.oldest[:_OLDEST_NAMED]))
@@ -148,10 +150,11 @@ class Diagnosis:
     @property
     def figures(self) -> str:
         """The counts, on one line."""
+        paused = "" if self.paused_for is None else "paused "
         return (
             f"tag {self.tag!r} in_use={self.in_use} ceiling={self.ceiling} "
             f"waiting={self.waiting} position={self.position}{self._own}; "
-            f"pool in_use={self.pool_in_use}/{self.capacity} idle={self.idle} "
+            f"pool {paused}in_use={self.pool_in_use}/{self.capacity} idle={self.idle} "
             f"active_tags={self.active_tags}{self._uncounted}; "
             f"{describe_holders(self.holders, self.elsewhere)}{self._here}"
         )
@@ -216,6 +219,14 @@ class Diagnosis:
 
 
 # -- one sentence of advice: each yields its own if that fits the case -----------------
+
+
+def _paused(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
+    if case.paused_for is not None:
+        yield (
+            f"the pool was paused {duration(case.paused_for)} ago, and serves again "
+            "after pool.resume()"
+        )
 
 
 def _only_nested(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
@@ -336,6 +347,7 @@ def _are_most(some: Sequence[Holding], held: Sequence[Holding]) -> bool:
 
 #: What an advice may be about; the first that fits is given. The last one always does.
 _ADVICE = (
+    _paused,
     _only_nested,
     _no_ledger,
     _connecting,

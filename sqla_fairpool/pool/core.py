@@ -34,6 +34,7 @@ from .housekeeping import Housekeeping
 from .lock import PoolLock
 from .nested import NestedCheckouts
 from .opening import Opening
+from .pausing import Pausing
 from .physical import PhysicalConnections
 from .transitions import Transitions
 from .waiters import Waiter
@@ -113,8 +114,11 @@ class PoolCore:
         self.opening = Opening(
             self.state, self.housekeeping, self._waiting, self._waiter_class
         )
+        self.pausing = Pausing(self.state, self.housekeeping, self._waiter_class)
         #: Connections closed, by reason.
         self.closures = Counter(dict.fromkeys(_CLOSURES, 0))
+        #: A connection was opened on a server that takes writes.
+        self.has_written = False
 
     def log_to(self, logger: Any) -> None:
         """Write what an operator is to read to a pool's logger."""
@@ -181,6 +185,7 @@ class PoolCore:
         try:
             since = lock.run(self._request, begun, tag)
             checkout = begun[0]
+            checkout.asked = since, timeout
             record = checkout.record
             if record is None:
                 return self._obtain(checkout, opener, since, timeout)

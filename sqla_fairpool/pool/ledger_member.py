@@ -238,10 +238,12 @@ class LedgerMember:
         self, core: PoolCore, now: float
     ) -> tuple[int, Mapping[str, TagDemand]]:
         tags = {}
+        is_paused = core.scheduler.tags.paused_at is not None
         for state in core.scheduler.tag_states.values():
             peak, state.peak = state.peak, state.in_use
             if peak or state.waiting or state.active:
-                tags[state.tag] = TagDemand(peak, state.waiting, state.active)
+                waiting = 0 if is_paused else state.waiting
+                tags[state.tag] = TagDemand(peak, waiting, state.active)
         detached = core.slots.existing.detached()
         if detached:
             default = tags.get(self._default_tag, TagDemand(0, 0, False))

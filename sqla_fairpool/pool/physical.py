@@ -59,6 +59,7 @@ class PhysicalConnection:
         "_record",
         "ending",
         "lost",
+        "mode",
         "opening",
         "session",
         "socket",
@@ -79,6 +80,8 @@ class PhysicalConnection:
         #: What the server calls it, if that is known.
         self.session: Session | None = None
         self.socket: SocketCopy | None = None
+        #: What its server took when it was opened, see :mod:`.failover`.
+        self.mode: str | None = None
 
     @property
     def driver(self) -> Any:

@@ -15,6 +15,8 @@ from itertools import repeat
 from operator import attrgetter
 from typing import Any, TypeAlias
 
+from sqlalchemy import exc
+
 from ..scheduling import policy
 from ..scheduling.counters import BOUNDS, OTHER, Counters, Histogram
 from ..scheduling.limits import TagLimits
@@ -22,7 +24,7 @@ from ..scheduling.state import SchedulerState
 from ..stats import PoolStats, Summary, TagStats
 from .core import PoolCore
 
-__all__ = ["Source", "metrics", "snapshot"]
+__all__ = ["Source", "metrics", "metrics_source", "snapshot"]
 
 #: Durations kept between two exports; a minute's worth of a very busy tag.
 _DURATIONS_KEPT = 100_000
@@ -100,10 +102,10 @@ def _copy(
         copied.append((_figures(state), *by_rules, since, usage))
     for checkout in core.connections.granted():
         unbooked[checkout.tag_state.tag].append(_unbooked(checkout))
-    return _pool(core, name), copied, unbooked, now
+    return _pool(core, name, now), copied, unbooked, now
 
 
-def _pool(core: PoolCore, name: str) -> PoolStats:
+def _pool(core: PoolCore, name: str, now: float) -> PoolStats:
     """Return the figures without the tags. Caller holds the lock."""
     options, scheduler = core.options, core.scheduler
     records, idle = core.state.count_idle()
@@ -123,6 +125,7 @@ def _pool(core: PoolCore, name: str) -> PoolStats:
         name=name,
         min_idle=options.min_idle,
         enforce=options.enforce,
+        paused_for=_age(scheduler.tags.paused_at, now),
         closures=dict(core.closures),
     )
 
@@ -230,7 +233,7 @@ def _copy_metrics(
     """Copy what :func:`metrics` works with. Caller is in a section."""
     counters_by_tag = core.scheduler.tags.counters.by_tag
     counters = {tag: (_counts(m), _histograms(m)) for tag, m in counters_by_tag.items()}
-    return _pool(core, name), counters, _live_by_counters(core, now)
+    return _pool(core, name, now), counters, _live_by_counters(core, now)
 
 
 def _live_by_counters(core: PoolCore, now: float) -> dict[str, list[Any]]:
@@ -318,6 +321,21 @@ class Source:
         kept = core.member.handovers.raw
         while kept:  # another thread adds to it
             yield kept.popleft()
+
+
+def metrics_source(engine: Any) -> Source:
+    """Return what exporters read from: the figures of an engine's pool.
+
+    :param engine: an engine, an asyncio engine, or a pool.
+    :raises sqlalchemy.exc.ArgumentError: if its pool is not a fair one.
+    """
+    pool = getattr(engine, "pool", engine)
+    core = getattr(pool, "_core", None)
+    if not isinstance(core, PoolCore):
+        raise exc.ArgumentError(
+            f"{engine!r} has no FairQueuePool, so there are no figures of it"
+        )
+    return Source(core, pool.metrics_name)
 
 
 def _keep_durations(tag: str, counters: Counters) -> None:

@@ -26,6 +26,7 @@ from .checkout import Checkout, Record
 from .connections import Connections, Slots
 from .lock import PoolLock
 from .physical import PhysicalConnection
+from .waiters import Waiter
 from .warm import WarmCache
 
 __all__ = ["Transitions"]
@@ -58,6 +59,8 @@ class Transitions:
         self.leaks: LeakWatch | None = None
         #: The waiting checkout whose caller wakes up for what is due.
         self.watcher: Checkout | None = None
+        #: Those that wait until nothing is out, see :mod:`.pausing`.
+        self.drainers: list[Waiter] = []
         scheduler.tags.on_change = (
             self.event_log.changed
             if slots.sees_all_callers
@@ -208,6 +211,11 @@ class Transitions:
             connections.idle.append(record)
             is_idle = True
         self.slots.returned(idle=is_idle)
+        self._wake_drainers()
+
+    def _wake_drainers(self) -> None:
+        if self.drainers:
+            self.lock.wake_ups.extend(waiter.wake for waiter in self.drainers)
 
     def _close_and_release(self, record: Record) -> None:
         """Close a record, and then take its slot back. Called after the lock."""
@@ -239,6 +247,7 @@ class Transitions:
         if slots.frozen:
             slots.allotted = min(slots.allotted, slots.there())
         self.deliver(self.scheduler.set_capacity(slots.usable(), now))
+        self._wake_drainers()
 
     def drain(self, now: float) -> None:
         """Have the oldest idle records closed if a limit has fallen below them."""

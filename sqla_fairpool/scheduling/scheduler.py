@@ -293,6 +293,12 @@ class Scheduler(SchedulerState):
         self.lines.all_changed()
         return self.set_capacity(capacity, now)
 
+    def pause(self, at: float | None, now: float) -> Sequence[Ticket]:
+        """Grant nothing from a time on, or with None again; return who is granted."""
+        self.tags.pause(at)
+        self.lines.all_changed()
+        return self._dispatch(now, self.usage.scale(now))
+
     # -- the parts of a transition -------------------------------------------
 
     def _exchange(self, source: TagState, target: TagState, scale: float) -> bool:

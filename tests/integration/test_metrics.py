@@ -148,7 +148,8 @@ def test_tags_under_which_is_counted(make_engine):
 def test_closures_are_counted_by_reason(make_engine, clock, monkeypatch):
     clock.now = 1000.0
     sizes = {"pool_size": 3, "max_overflow": 1, "max_limit": 4, "soft_limit": 4}
-    engine = make_engine(**sizes, pool_recycle=100, idle_connection_ttl=100, min_idle=1)
+    sizes |= {"pool_recycle": 100, "recycle_jitter": 0}
+    engine = make_engine(**sizes, idle_connection_ttl=100, min_idle=1)
     expected = dict.fromkeys(CLOSURES, 0)
 
     def counts(**more):
@@ -360,6 +361,18 @@ def test_one_exporter_for_all_processes(registry):
     assert "checkouts_total{" not in text
 
 
+def test_pause_is_exported(make_engine, registry, reader, provider):
+    engine = make_engine(pool_logging_name="main")
+    register(engine, registry)
+    instrument(engine, provider)
+    for change, value in ((engine.pool.pause, 1), (engine.pool.resume, 0)):
+        change()
+        label = {"pool": "main"}
+        assert registry.get_sample_value("sqla_fairpool_paused", label) == value
+        (point,) = points(reader)["sqla_fairpool.paused"].values()
+        assert point.value == value
+
+
 def _series_of(family):
     if family.type == "histogram":
         return [family.name + end for end in ("_bucket", "_count", "_sum")]
@@ -412,6 +425,7 @@ def test_opentelemetry_follows_the_conventions(make_engine, reader, provider, cl
     }
     sizes = {"count", "max", "idle.max", "idle.min", "pending_requests", "timeouts"}
     own = {f"sqla_fairpool.tag.{name}" for name in ("weight", "reserved", "usage")}
+    own.add("sqla_fairpool.paused")
     assert sizes | own <= set(found) <= conventions | own
     pool = ("db.client.connection.pool.name", "main")
     used = (("db.client.connection.state", "used"), ("sqla_fairpool.tag", "a"))

@@ -268,6 +268,20 @@ def test_demand_tells_the_most_that_were_in_use(pool, share, allot):
     assert [in_use(), in_use()] == [1, 0]
 
 
+def test_paused_pool_asks_for_no_slots_and_stays_paused_with_more(pool, share, allot):
+    allot(1)
+    held = connect(pool)
+    (caller,) = wait_in_line(pool)
+    assert share.demand()[1]["a"].waiting == 1
+    pool.pause()
+    assert share.demand()[1]["a"].waiting == 0
+    allot(5)
+    assert_consistent(pool)
+    assert state.waiting(pool) == 1
+    pool.resume()
+    give([held, caller.result()])
+
+
 def test_refusal_reaches_who_waits_and_is_over_with_a_share(pool, share, allot):
     (caller,) = wait_in_line(pool)
     share.refuse(ServerDiffers("other limits"))

@@ -203,6 +203,16 @@ def leak_thread(pool):
     return None if leaks is None else leaks._runner.get("runner")
 
 
+def lose(pool, error):
+    """Have a pool know of a disconnect, by an error of its server."""
+    core(pool).opening.reconnects.lost(error)
+
+
+def reconnects(pool):
+    """What paces the opening of connections after a disconnect."""
+    return core(pool).opening.reconnects
+
+
 def is_collected(pool):
     """Return a function that tells if the core of a pool has been collected."""
     alive = core(pool).alive
