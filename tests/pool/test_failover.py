@@ -405,7 +405,7 @@ class AsyncWriters(Writers):
                 async with engine.begin() as connection:
                     await connection.execute(WRITE)
                 self.noted(None)
-            except (SQLAlchemyError, OSError) as error:
+            except Exception as error:  # SQLAlchemy 2.0 has asyncpg's as they are
                 self.noted(error)
 
 
