@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import NoReturn
 
 from ..options import hide_passwords
@@ -38,6 +39,7 @@ _COMMANDS = {
     "run": ".cli.run",
     "monitor": ".cli.monitor",
     "stats": ".cli.monitor",
+    "explain": ".cli.explain",
     "ledger": ".cli.ledger",
     "demo": ".demo",
 }
@@ -66,6 +68,16 @@ class CommandError(Exception):
         super().__init__(text)
         self.status = status
         self.items = items
+
+
+def contents(value: str, name: str) -> str:
+    """Return a value, or for ``@path`` what stands in that file."""
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text()
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{name}={value} cannot be read: {error}") from None
 
 
 class _Parser(argparse.ArgumentParser):

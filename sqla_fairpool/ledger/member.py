@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import InitVar, dataclass
 from typing import Any
 
+from ..scheduling.counters import BOUNDS, Histogram
+from ..stats import LedgerStats, Summary
 from .book import Book
 from .demand import Allotment, Demand, Local, Pace, PoolSide, State
 from .rows import Terms
@@ -47,6 +49,8 @@ class Membership:
     pace: Pace
     chance: Callable[[], float]
     who: Callable[[], Mapping[str, Any]]
+    #: Its terms are to be in force when it joins, whatever those of the others are.
+    leads: bool = False
 
     def __post_init__(self, local: Local, sessions: Sessions | None) -> None:
         self._pool = PoolSide(local)
@@ -54,6 +58,10 @@ class Membership:
         self._watch = Watch(self.store, sessions, self.pace)
         self.is_open = False
         self.transactions = 0
+        #: As they were in the last transaction. Nobody changes them any more.
+        self.rows: Mapping[str, str] = {}
+        #: Members and slots by state, as they were seen last while we are one of them.
+        self.seen: tuple[int, Mapping[str, int]] | None = None
         #: Others go short: the pool rings when a connection falls idle.
         self.pressed = False
         #: Tags of which it is known that more waiting changes nothing.
@@ -80,6 +88,30 @@ class Membership:
     @property
     def unasked(self) -> str | None:
         return self._watch.unasked
+
+    @property
+    def handovers(self) -> Histogram:
+        return self._demand.handovers
+
+    def stats(self, away: float) -> LedgerStats:
+        """Return what was seen and counted. From any thread."""
+        members, slots = self.seen or (None, {})
+        times, done = self.handovers, self.transactions
+        handovers = Summary.of(BOUNDS, times.counts[:], times.total, times.max)
+        return LedgerStats(slots, members, done, handovers, away)
+
+    def _see(self, book: Book) -> None:
+        row = book.members.get(self.store.member)
+        if row is not None:
+            self.seen = (
+                len(book.members),
+                {
+                    "owned": row.owned,
+                    "others": book.owned - row.owned,
+                    "free": book.left,
+                    "quarantined": book.quarantined,
+                },
+            )
 
     @property
     def is_uneasy(self) -> bool:
@@ -128,8 +160,12 @@ class Membership:
             self._look(now, state, post)
 
     def away(self) -> None:
-        """The store is away: what is owned is kept if the sign of life stands."""
-        if not self.store.signed:
+        """The store is away: what is owned is kept if the sign of life stands.
+
+        What is lost may be in quarantine now, and its slot out of it before this is
+        heard: until then it is not known how many slots are left for other connections.
+        """
+        if not self.store.signed or self._pool.local.lost():
             self._pool.freeze()
         self.is_open = False
         self._returning = True
@@ -158,7 +194,7 @@ class Membership:
             # Others find us dead, and our slots with us.
             _log.warning("could not leave the ledger %s: %s", self.store.name, error)
         finally:
-            self._demand.allotment = self.number = None
+            self._demand.allotment = self.number = self.seen = None
             self.is_open = False
             self.store.close()
 
@@ -185,6 +221,7 @@ class Membership:
         self.transactions += 1
         with self.store.transaction() as rows:
             yield rows
+        self.rows = rows
 
     def _join(self, now: float, state: State) -> None:
         """Become a member, in one transaction as a rule."""
@@ -194,14 +231,18 @@ class Membership:
                 book = Book(rows)
                 book.reap(dead)
                 if looked or book.accepts(key, self.terms, state.server):
-                    book.join(key, self.who(), self.terms, self.number, state.server)
+                    who, number = self.who(), self.number
+                    leads, self.leads = self.leads, False
+                    book.join(key, who, self.terms, number, state.server, leads=leads)
                     has = settle(
                         book, key, state, state.tags, self._pool.allowed, sign=True
                     )
+                    self._see(book)
                     break
                 texts = dict(book.texts)
             living = self.store.living(list(texts))
             dead = {key: text for key, text in texts.items() if key not in living}
+        _log.info("joined the ledger %s, member #%d", self.store.name, has.row.number)
         self._slow_at = now + self.pace.slow
         self._obey(has, now)
         if has.fresh is not None and not self._settle(now, self._pool.look(), True):
@@ -262,6 +303,7 @@ class Membership:
                         sign=self._returning or key in book.due,
                         unasked=self.unasked,
                     )
+                    self._see(book)
                 else:
                     self._demand.allotment = None
                     book.tell()
@@ -290,6 +332,8 @@ class Membership:
         """Do what the rows say, and ring those that are to hear of ours."""
         self._demand.note(allotment, now)
         self.number = allotment.row.number
+        if allotment.terms != self.terms:
+            self._adopt(allotment.terms)
         if allotment.buried:
             self._pool.bury(allotment.buried)
             self._guards = True
@@ -302,6 +346,26 @@ class Membership:
             self._pool.local.press(self.pressed)
         self.vain = allotment.vain
         self._plan_looks(now)
+
+    def _adopt(self, terms: Terms) -> None:
+        _log.warning(
+            "the ledger %s has %s, this process had %s: the ledger's limits are in "
+            "force",
+            self.store.name,
+            terms.differences(self.terms),
+            self.terms.differences(terms),
+        )
+        self.terms = terms
+        self._pool.local.adopt(terms)
+
+    def set_terms(self, terms: Terms) -> None:
+        """Have other terms in force, for all members."""
+        if self.allotment is None:
+            self.terms, self.leads = terms, True
+            return
+        with self._transaction() as rows:
+            Book(rows).set_terms(terms, self.who())
+        self.store.ring_all()
 
     def _plan_looks(self, now: float) -> None:
         pace = self.pace
@@ -338,6 +402,7 @@ class Membership:
         self._watched_at = now
         with self._transaction() as rows:
             book = Book(dict(rows))
+        self._see(book)
         findings = self._watch.look(book, self.store.member, now)
         if findings.any or self.unasked != has.row.unasked:
             if not self._settle(now, self._pool.look(), True, findings):

@@ -48,7 +48,8 @@ def settle(
     member = replace(before, stalled=False, sessions=sessions, unasked=unasked)
     book.members[key] = _covering(book, member, state)
     # Of the lost ones, those are not open any more for which a slot is kept.
-    buried = book.quarantine(key, state.lost)
+    open_ = state.open - len(state.lost)
+    buried = book.quarantine(key, state.lost, open_=open_)
     open_ = state.open - len(buried)
     floor = max(allowed - len(buried), open_)
     _post(book, key, demand)
@@ -131,6 +132,7 @@ def _allotment(
     }
     ceilings |= {tag: line.limit for tag, line in member.tags.items()}
     return Allotment(
+        terms=book.terms,
         row=member,
         target=plan.targets[key],
         claims={tag: plan.claims.get((tag, key), 0) for tag in member.tags},

@@ -24,6 +24,7 @@ from typing import Any
 from ..diagnosis.callers import locations
 from ..diagnosis.event_log import LeakWatch
 from ..options import PoolOptions
+from ..scheduling.dry_run import DryRunScheduler
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import FREE, LineFull
 from . import sqlalchemy_private
@@ -42,6 +43,12 @@ from .waiting import Waiting
 __all__ = ["PoolCore", "TracedCore"]
 
 _numbers = itertools.count(1)
+
+#: Why connections are closed.
+_CLOSURES = (
+    *("detached", "disposed", "invalidated"),
+    *("overflow", "recycled", "resized", "unused"),
+)
 
 #: Long checkouts that are noted before they are booked, which takes the lock: so many
 #: that it happens rarely, so few that the list is no burden.
@@ -68,8 +75,11 @@ class PoolCore:
         self.number = next(_numbers)
         self._waiter_class = waiter_class
         self._use_lifo = use_lifo
-        self._member = member
+        #: Its side of a ledger, if it has one.
+        self.member = member
         self.clock = clock
+        #: Tags that others are to see before any caller has asked under them.
+        self.announced: dict[str, None] = {}
         self.logger: Any = logging.getLogger(__name__)
         self.here = waiter_class.here
         # With a callback: only such a reference is sure to be cleared before the
@@ -81,7 +91,7 @@ class PoolCore:
 
     def _begin(self, options: PoolOptions) -> None:
         """Make the parts, at first and in the child of a fork."""
-        self.scheduler = Scheduler(
+        self.scheduler = (Scheduler if options.enforce else DryRunScheduler)(
             **options.rules(), silent_tag=options.default_tag, now=self.clock()
         )
         self.connections = Connections(self._use_lifo)
@@ -89,10 +99,10 @@ class PoolCore:
             weakref.WeakMethod(self.connection_ended), self._waiter_class.may_block
         )
         shared = self.scheduler, self.connections, existing
-        if self._member is None:
+        if self.member is None:
             self.slots = Slots(options.capacity, *shared)
         else:
-            self.slots = LedgerSlots(self._member, self.lock, *shared)
+            self.slots = LedgerSlots(self.member, self.lock, *shared)
             self.scheduler.impose(0, {}, 0, self.clock())
         self.state = Transitions(
             options, self.here, self.lock, self.scheduler, self.connections, self.slots
@@ -106,7 +116,7 @@ class PoolCore:
         )
         self.pausing = Pausing(self.state, self.housekeeping, self._waiter_class)
         #: Connections closed, by reason.
-        self.closures: Counter[str] = Counter()
+        self.closures = Counter(dict.fromkeys(_CLOSURES, 0))
         #: A connection was opened on a server that takes writes.
         self.has_written = False
 
@@ -146,7 +156,7 @@ class PoolCore:
         if (
             scheduler.waiting
             or now >= housekeeping.next_visit
-            or tag_state.in_use > scheduler.tags.common_ceiling
+            or tag_state.in_use > tag_state.safe_ceiling.value
             or not (
                 tag_state.prompt
                 or (

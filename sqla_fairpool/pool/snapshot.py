@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate, repeat
+from itertools import repeat
 from operator import attrgetter
 from typing import Any, TypeAlias
 
@@ -19,6 +19,8 @@ from sqlalchemy import exc
 
 from ..scheduling import policy
 from ..scheduling.counters import BOUNDS, OTHER, Counters, Histogram
+from ..scheduling.limits import TagLimits
+from ..scheduling.state import SchedulerState
 from ..stats import PoolStats, Summary, TagStats
 from .core import PoolCore
 
@@ -26,9 +28,6 @@ __all__ = ["Source", "metrics", "metrics_source", "snapshot"]
 
 #: Durations kept between two exports; a minute's worth of a very busy tag.
 _DURATIONS_KEPT = 100_000
-
-#: Upper bounds of a histogram's buckets.
-_BOUNDS = (*BOUNDS, float("inf"))
 
 #: What durations of a tag are counted by size.
 _HISTOGRAMS = ("wait", "hold", "create")
@@ -49,8 +48,18 @@ _figures = attrgetter(
     "hold_max",
 )
 
-#: Those figures, the tag's limit, and since when the first in its line waits.
-_Copied: TypeAlias = tuple[tuple[Any, ...], int, float | None]
+#: Those figures, what the tag has of its own, its limit, since when the first in its
+#: line waits, its usage.
+_Copied: TypeAlias = tuple[tuple[Any, ...], TagLimits, int, float | None, float]
+
+
+def _by_rules(rules: SchedulerState, tag: str) -> tuple[TagLimits, int]:
+    """Return what a tag has of its own, and its ceiling by the rules."""
+    state = rules.tag_states.get(tag) or rules.tags.new_state(tag, _NO_COUNTERS)
+    return state.limits, rules.ceiling(state)
+
+
+_NO_COUNTERS = Counters()
 
 # Of a checkout that is out, what its tag has not booked yet.
 _unbooked = attrgetter("since", "again", "held", "held_max")
@@ -59,15 +68,23 @@ _unbooked = attrgetter("since", "again", "held", "held_max")
 def snapshot(core: PoolCore, name: str = "") -> PoolStats:
     """Return the pool's figures, with a row for each tag. O(tags log tags)."""
     pool, copied, unbooked, now = core.lock.run(_copy, core, name)
-    copied.sort()
-    wanted = [(*figures[1:4], limit) for figures, limit, _ in copied]
-    shares = policy.shares_of_tags(wanted, pool.capacity)
-    rows = (
+    copied.sort(key=lambda copy: copy[0][0])
+    wanted = [
+        policy.Party(active, in_use, waiting, limit, own.weight, own.reserved)
+        for (_, active, in_use, waiting, *_), own, limit, *_ in copied
+    ]
+    others = core.scheduler.rules.tags.limits.reserved - sum(
+        tag.reserved for tag in wanted
+    )
+    shares = policy.shares_of_tags(wanted, pool.capacity - others)
+    rows: Iterable[TagStats] = (
         _row(*tag, share, now, unbooked.get(tag[0][0], ()))
         for tag, share in zip(copied, shares, strict=True)
         # Else: the default tag, when all its callers named another one later.
         if any(tag[0][1:4]) or any(tag[0][5:7])
     )
+    if not pool.enforce:
+        rows = _with_would(core, rows)
     return replace(pool, tags=tuple(rows))
 
 
@@ -76,10 +93,13 @@ def _copy(
 ) -> tuple[PoolStats, list[_Copied], Mapping[str, list[Any]], float]:
     """Copy what :func:`snapshot` works with. Caller is in a section."""
     unbooked: dict[str, list[Any]] = defaultdict(list)
+    scheduler = core.scheduler
     copied = []
-    for state in core.scheduler.tag_states.values():
+    for state in scheduler.tag_states.values():
         since = next(iter(state.waiters)).since if state.waiters else None
-        copied.append((_figures(state), core.scheduler.ceiling(state), since))
+        usage = scheduler.usage.seconds(state, now)
+        by_rules = _by_rules(scheduler.rules, state.tag)
+        copied.append((_figures(state), *by_rules, since, usage))
     for checkout in core.connections.granted():
         unbooked[checkout.tag_state.tag].append(_unbooked(checkout))
     return _pool(core, name, now), copied, unbooked, now
@@ -93,7 +113,7 @@ def _pool(core: PoolCore, name: str, now: float) -> PoolStats:
         size=options.pool_size,
         capacity=options.capacity,
         checked_out=scheduler.in_use,
-        available=options.capacity - scheduler.in_use,
+        available=max(options.capacity - scheduler.in_use - scheduler.kept_free, 0),
         overflow=max(scheduler.in_use + records - options.pool_size, 0),
         idle=idle,
         waiting=scheduler.waiting,
@@ -104,6 +124,7 @@ def _pool(core: PoolCore, name: str, now: float) -> PoolStats:
         tags=(),
         name=name,
         min_idle=options.min_idle,
+        enforce=options.enforce,
         paused_for=_age(scheduler.tags.paused_at, now),
         closures=dict(core.closures),
     )
@@ -111,8 +132,10 @@ def _pool(core: PoolCore, name: str, now: float) -> PoolStats:
 
 def _row(
     figures: tuple[Any, ...],
+    own: TagLimits,
     limit: int,
     waiting_since: float | None,
+    usage: float,
     share: int,
     now: float,
     unbooked: Sequence[Any],
@@ -132,6 +155,10 @@ def _row(
         limit=limit,
         fair_share=share,
         waiting=waiting,
+        weight=own.weight,
+        max=own.max,
+        reserved=own.reserved,
+        usage=usage,
         idle_for=_age(last_activity, now),
         waiting_for=_age(waiting_since, now),
         held_for=_age(out_since, now),
@@ -157,7 +184,8 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
     pool, counters, live = core.lock.run(_copy_metrics, core, name)
     rows = []
     for tag, (counted, (wait, hold, create)) in sorted(counters.items()):
-        active, connections, limit, waiting, unbooked = live[tag]
+        active, connections, limit, waiting, unbooked, usage = live[tag]
+        own = core.scheduler.rules.tags.limits.of(tag)
         checkouts, at_once, timeouts, refusals, deadlocks, failures = counted
         row = TagStats(
             name=tag,
@@ -165,38 +193,63 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
             connections=connections,
             limit=limit or core.options.max_limit,
             waiting=waiting,
+            weight=own.weight,
+            max=own.max,
+            reserved=own.reserved,
+            usage=usage,
             checkouts=checkouts + unbooked,
             timeouts=timeouts,
-            wait_time=_summary(*wait, at_once=at_once + unbooked),
-            hold_time=_summary(*hold),
+            wait_time=Summary.of(BOUNDS, *wait, at_once=at_once + unbooked),
+            hold_time=Summary.of(BOUNDS, *hold),
             refusals=refusals,
             deadlocks=deadlocks,
-            create_time=_summary(*create),
+            create_time=Summary.of(BOUNDS, *create),
             create_failures=failures,
         )
         rows.append(row)
-    return replace(pool, tags=tuple(rows))
+    ledger = None if core.member is None else core.member.stats()
+    tags = tuple(rows if pool.enforce else _with_would(core, rows))
+    return replace(pool, tags=tags, ledger=ledger)
+
+
+def _with_would(core: PoolCore, rows: Iterable[TagStats]) -> Iterable[TagStats]:
+    """Add what the rules would have done, in a dry run."""
+    counted = core.lock.run(_copy_would, core)
+    none = [0] * (len(BOUNDS) + 1), 0.0, 0.0
+    for row in rows:
+        waits, refusals = counted.get(row.name, (none, 0))
+        wait = Summary.of(BOUNDS, *waits)
+        yield replace(row, would_wait=wait, would_refuse=refusals)
+
+
+def _copy_would(core: PoolCore, now: float) -> dict[str, tuple[Any, int]]:
+    by_tag = core.scheduler.rules.tags.counters.by_tag
+    return {tag: (_histograms(c)[0], c.refusals) for tag, c in by_tag.items()}
 
 
 def _copy_metrics(
     core: PoolCore, name: str, now: float
-) -> tuple[PoolStats, dict[str, tuple[Any, Any]], dict[str, list[int]]]:
+) -> tuple[PoolStats, dict[str, tuple[Any, Any]], dict[str, list[Any]]]:
     """Copy what :func:`metrics` works with. Caller is in a section."""
     counters_by_tag = core.scheduler.tags.counters.by_tag
     counters = {tag: (_counts(m), _histograms(m)) for tag, m in counters_by_tag.items()}
-    return _pool(core, name, now), counters, _live_by_counters(core)
+    return _pool(core, name, now), counters, _live_by_counters(core, now)
 
 
-def _live_by_counters(core: PoolCore) -> dict[str, list[int]]:
-    """Return the tags with counters: active, connections, limit, line, not booked."""
+def _live_by_counters(core: PoolCore, now: float) -> dict[str, list[Any]]:
+    """Return the tags with counters: active, connections, limit, line, not booked,
+    and usage."""
     scheduler = core.scheduler
-    live = {tag: [0, 0, 0, 0, 0] for tag in scheduler.tags.counters.by_tag}
+    live: dict[str, list[Any]] = {
+        tag: [0, 0, 0, 0, 0, 0.0] for tag in scheduler.tags.counters.by_tag
+    }
     for tag_state in scheduler.tag_states.values():
         figures = live[tag_state.tag if tag_state.tag in live else OTHER]
         figures[0] |= tag_state.active
         figures[1] += tag_state.in_use
         figures[2] = max(figures[2], scheduler.ceiling(tag_state))
         figures[3] += tag_state.waiting
+        figures[5] += scheduler.usage.seconds(tag_state, now)
     for checkout in core.connections.granted():
         tag = checkout.tag_state.tag
         live[tag if tag in live else OTHER][4] += checkout.again
@@ -209,14 +262,6 @@ def _histograms(counters: Counters) -> list[tuple[list[int], float, float]]:
     return [(h.counts[:], h.total, h.max) for h in histograms]
 
 
-def _summary(
-    counts: Sequence[int], total: float, longest: float, *, at_once: int = 0
-) -> Summary:
-    cumulated = list(accumulate(counts, initial=at_once))[1:]
-    buckets = tuple(zip(_BOUNDS, cumulated, strict=True))
-    return Summary(cumulated[-1], total, longest, buckets)
-
-
 class Source:
     """A pool that exporters read from, for as long as it is in use."""
 
@@ -226,6 +271,9 @@ class Source:
         self.name = name
         # Checkouts by tag that had not to wait, as far as they were taken.
         self._at_once: dict[str, int] = {}
+        # What counts without a tag is exported before it is counted the first time.
+        default_tag = core.options.default_tag
+        core.lock.run(lambda now: core.scheduler.tags.counters.of(default_tag))
 
     def read(self) -> PoolStats | None:
         """Return its figures as :func:`metrics` does, None if it is gone."""
@@ -243,6 +291,8 @@ class Source:
         for tag, counters in counters_by_tag.by_tag.items():
             _keep_durations(tag, counters)
             self._at_once[tag] = counters.at_once
+        if core.member is not None:
+            core.member.handovers.raw = deque(maxlen=_DURATIONS_KEPT)
 
     def take_durations(self) -> list[tuple[str, str, Iterable[float]]]:
         """Return what was kept: ``wait``, ``hold`` or ``create``, the tag, seconds."""
@@ -262,6 +312,15 @@ class Source:
                 taken.append((name, tag, histogram.raw or ()))
                 histogram.raw = deque(maxlen=_DURATIONS_KEPT)
         return taken
+
+    def take_handovers(self) -> Iterator[float]:
+        """Return how long slots took that were handed over, likewise."""
+        core = self.core()
+        if core is None or core.member is None:
+            return
+        kept = core.member.handovers.raw
+        while kept:  # another thread adds to it
+            yield kept.popleft()
 
 
 def metrics_source(engine: Any) -> Source:

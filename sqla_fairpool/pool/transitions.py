@@ -9,14 +9,16 @@ Rules of this file:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
 from ..diagnosis.callers import TaskHere, ThreadHere
 from ..diagnosis.capture import Out
 from ..diagnosis.event_log import EventLog, LeakWatch
+from ..diagnosis.report import Others
 from ..options import PoolOptions
+from ..scheduling import policy
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import GRANTED, Ticket
 from . import sqlalchemy_private
@@ -59,7 +61,11 @@ class Transitions:
         self.watcher: Checkout | None = None
         #: Those that wait until nothing is out, see :mod:`.pausing`.
         self.drainers: list[Waiter] = []
-        scheduler.tags.on_change = self.event_log.changed
+        scheduler.tags.on_change = (
+            self.event_log.changed
+            if slots.sees_all_callers
+            else self.event_log.will_change
+        )
 
     # -- granting --------------------------------------------------------------------
 
@@ -80,7 +86,9 @@ class Transitions:
         """Complete a checkout that was granted, or moved to another tag."""
         checkout.may_keep = (
             # Without overflow there is a place for every record that comes back.
-            self.options.max_overflow == 0 and not self.slots.pressed
+            self.options.max_overflow == 0
+            and not self.slots.pressed
+            and self.options.enforce  # a dry run hears of every checkout
         )
         checkout.reported = False
         if record is not None:
@@ -132,7 +140,7 @@ class Transitions:
         """Return the records in the pool, and how many of them are open."""
         return len(self.connections.idle), self.connections.count_open()
 
-    def allotment(self) -> tuple[int | None, str | None]:
+    def allotment(self) -> tuple[int | None, str | None, Callable[[], Others]]:
         """Return what a ledger allots, and why it is no more; None without one."""
         return self.slots.describe()
 
@@ -273,6 +281,25 @@ class Transitions:
         usable = self.slots.usable()
         self.deliver(self.scheduler.impose(usable, ceilings, other, now))
         self.drain(now)
+
+    @property
+    def awaits_the_ledger(self) -> bool:
+        """There may be something to be logged, when the ledger was read."""
+        log = self.event_log
+        return log.has_changes or (self.scheduler.waiting > 0 and not log.exhausted)
+
+    def read(self, others: Others, now: float) -> None:
+        """Log what has changed, with what the ledger tells of other processes."""
+        log, options, scheduler = self.event_log, self.options, self.scheduler
+        tag_states = scheduler.tag_states.values()
+        active = others.active_tags.union(a.tag for a in tag_states if a.active)
+        limits = options.soft_limit, options.max_limit
+        log.change(len(active), policy.ceiling(max(len(active) - 1, 0), *limits))
+        waits = next((a.tag for a in tag_states if a.waiting), None)
+        is_full = scheduler.in_use + others.number >= options.capacity
+        if waits is not None and is_full and not log.exhausted:
+            holders = [(a.tag, a.in_use) for a in tag_states if a.in_use]
+            log.begin(waits, now, options.capacity, holders, others.holders)
 
     def freeze(self, now: float) -> None:
         """Let those connections be used that there are, until the next `allot`."""

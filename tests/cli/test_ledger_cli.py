@@ -82,12 +82,35 @@ def rows_of(path):
             yield rows
 
 
+def test_limits_are_set_for_all_members(run, fails, member, path, tmp_path):
+    before = "capacity=20 soft_limit=10 max_limit=15 idle_timeout=60 tags={}"
+    (tmp_path / "tags.json").write_text('{"api": {"weight": 3}}')
+    status, out, _ = run(
+        "set",
+        *("--ledger", path, "pool_size=30", "idle_timeout=5"),
+        f"tags=@{tmp_path}/tags.json",
+    )
+    found, _, now = out.strip().partition(" -> ")
+    assert (status, found) == (0, before)
+    assert now.startswith("capacity=30 soft_limit=15 max_limit=23 idle_timeout=5 tags=")
+    assert "limits set by " in run("show", "--ledger", path)[1]
+    status, out, _ = run("set", "--ledger", path, "pool_size=30")
+    assert (status, out) == (0, "the limits are as they were\n")
+    said = fails("set", "--ledger", path, "timeout=3")
+    assert "timeout is none of a ledger's limits: pool_size, soft_limit, " in said
+    assert "max_limit='99' is not allowed" in fails(
+        "set", "--ledger", path, "max_limit=99"
+    )
+    assert run("show", "--ledger", path)[1].splitlines()[1].startswith("30 slots: ")
+
+
 def test_show_and_that_a_reset_is_refused_while_a_member_lives(
     run, fails, member, path
 ):
     status, out, _ = run("show", "--ledger", path)
-    first, second, who, tag = out.splitlines()
+    first, second, set_by, who, tag = out.splitlines()
     assert status == 0
+    assert set_by.startswith("limits set by ")
     assert first == f"ledger {path}"
     assert second.startswith("20 slots: 3 owned by 1 members, 0 in quarantine, 17 free")
     assert f":{os.getpid()}, since 20" in who
@@ -186,7 +209,9 @@ def test_reset_asks_first(run, left, monkeypatch):
         monkeypatch.setattr("builtins.input", lambda question, said=said: answer(said))
         status, out, err = run("reset")
         assert (status, out.strip(), err) == (1, "nothing done", "")
-        assert "DEAD: 2 slots" in run("show")[1]
+        assert (
+            "has ended: its 2 slots are free for whoever comes next" in run("show")[1]
+        )
     monkeypatch.setattr("builtins.input", lambda question: "y")
     assert run("reset")[:2] == (0, "done\n")
     assert ": 0 owned by 0 members" in run("show")[1]
@@ -227,7 +252,7 @@ def test_reap_keeps_what_the_server_cannot_be_asked_about(run, left):
         "1 dead found, 0 slots freed\n2 slots stay in quarantine: without --url of a "
         "PostgreSQL the server cannot be asked\n",
     )
-    assert "2 in quarantine, died" in run("show")[1]
+    assert "has ended: its 2 slots are free for whoever comes next" in run("show")[1]
 
 
 @pytest.fixture
@@ -266,7 +291,7 @@ def test_reap_frees_what_no_session_has_on_the_server_in_any_database(
         "1 dead found, 1 slots freed\n"
         "2 slots stay in quarantine: their sessions live on the server\n",
     )
-    assert ": 2 in quarantine, died; 2 sessions are known" in run("show")[1]
+    assert "2 slots in quarantine: ? (?:4711) died" in run("show")[1]
     held[0].close()
     eventually(lambda: "0 dead found, 1 slots freed" in reap()[1])
     held[1].close()
@@ -284,7 +309,7 @@ def test_reap_keeps_what_it_cannot_tell(run, fails, dead, path):
         rows["meta"] = Meta(TERMS, 9, 9, "postgresql 42").text
     said = "the members' sessions are on postgresql 42: give the URL of their"
     assert said in fails(*args)
-    assert "DEAD: 3 slots" in run("show")[1]
+    assert "has ended without leaving: its 3 slots are" in run("show")[1]
     with rows_of(path) as rows:
         rows["meta"] = meta
     with held[0].engine.connect() as more:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from packaging.requirements import Requirement
 from sqlalchemy import make_url
 from support import documents
 from support.threads import eventually
@@ -31,6 +32,17 @@ def test_metadata_names_the_one_hard_dependency():
     assert re.match(r"SQLAlchemy\s*[<>!]", hard[0])
     extras = metadata.metadata("sqla-fairpool").get_all("Provides-Extra")
     assert {"postgresql", "demo", "test", "bench"} <= set(extras)
+
+
+def test_too_old_a_python_is_refused_before_what_an_extra_needs():
+    """Else pip looks for versions of all that for minutes, before it says why not."""
+    needed = [Requirement(text) for text in metadata.requires("sqla-fairpool")]
+    extras = metadata.metadata("sqla-fairpool").get_all("Provides-Extra")
+    for extra in extras:
+        for version, is_any in (("3.9", False), ("3.10", True)):
+            python = {"extra": extra, "python_version": version}
+            found = [r.name for r in needed if r.marker and r.marker.evaluate(python)]
+            assert bool(found) is is_any, (extra, found)
 
 
 @pytest.mark.parametrize("extra", ["postgresql", "demo"])

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import logging
+import pickle
+import shutil
 
 import pytest
 from sqlalchemy import create_engine
@@ -11,7 +15,7 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import create_async_engine
 from support import state
 from support.state import assert_consistent
-from support.stub import StubServer
+from support.stub import StubServer, all_for_one
 from support.threads import (
     Caller,
     Gate,
@@ -22,10 +26,14 @@ from support.threads import (
     take,
     wait_in_line,
 )
+from support.worlds import contract, world_of
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
-from sqla_fairpool.ledger.errors import LedgerError, TermsDiffer
+from sqla_fairpool.diagnosis.report import Elsewhere
+from sqla_fairpool.ledger.errors import LedgerError, ServerDiffers
 from sqla_fairpool.ledger.host import HostStore
+from sqla_fairpool.ledger.keeper import describe_process
+from sqla_fairpool.ledger.rows import Terms
 
 
 class FakeKeeper:
@@ -38,6 +46,9 @@ class FakeKeeper:
 
     def ring(self, tag=None):
         self.rings.append(tag)
+
+    def set_terms(self, terms):
+        self.terms = terms
 
     def close(self):
         self.closed = True
@@ -273,8 +284,8 @@ def test_paused_pool_asks_for_no_slots_and_stays_paused_with_more(pool, share, a
 
 def test_refusal_reaches_who_waits_and_is_over_with_a_share(pool, share, allot):
     (caller,) = wait_in_line(pool)
-    share.refuse(TermsDiffer("other limits"))
-    with pytest.raises(TermsDiffer, match="other limits"):
+    share.refuse(ServerDiffers("other limits"))
+    with pytest.raises(ServerDiffers, match="other limits"):
         caller.result()
     assert pool.stats().waiting == 0
     allot(1)
@@ -300,11 +311,17 @@ def test_time_out_says_what_the_ledger_has_to_do_with_it(pool, keeper, allot):
     )
 
 
-def test_what_all_have_agreed_on_is_not_reconfigured(pool):
+def test_what_all_share_is_changed_by_way_of_the_ledger(pool, keeper):
+    before = pool.options
     for change in ({"soft_limit": 2}, {"pool_size": 12}, {"idle_timeout": 5}):
-        with pytest.raises(ArgumentError, match="as agreed with the ledger"):
-            pool.reconfigure(**change)
-    pool.reconfigure(timeout=3)
+        pool.reconfigure(**change, timeout=3)
+        asked = before.changed(change)
+        assert keeper.terms == Terms(**asked.terms)
+        assert (pool.options.terms, pool.options.timeout) == (before.terms, 3)
+    with pytest.raises(ArgumentError, match="soft_limit=99"):
+        pool.reconfigure(soft_limit=99)
+    state.share(pool).adopt(keeper.terms)
+    assert pool.options.terms == asked.terms
 
 
 def test_pool_that_nobody_has_any_more_is_told_to_its_keeper():
@@ -366,8 +383,15 @@ def test_two_pools_share_the_rules(member):
     for caller in more:
         give(caller.result())
     assert server.most == 20
-    with pytest.raises(TermsDiffer, match=r"capacity=10 .*capacity=20 "):
-        member(server, pool_size=10).connect()
+    # One with other limits has those of the ledger, until it leads.
+    other = member(server, pool_size=10, max_overflow=5)
+    with other.connect():
+        assert (other.pool.options.capacity, other.pool.size()) == (20, 15)
+        other.pool.reconfigure(pool_size=3, timeout=7)
+        assert other.pool.options.timeout == 7
+        pools = [one.pool, two.pool, other.pool]
+        eventually(lambda: {pool.options.capacity for pool in pools} == {8})
+        assert (other.pool.options.soft_limit, other.pool.options.max_limit) == (4, 6)
 
 
 def test_local_checkout_does_no_store_io(member, monkeypatch):
@@ -407,6 +431,129 @@ def test_ledger_is_where_the_engine_the_plugin_or_the_environment_says(
     pool = StubServer().pool(ledger="host")  # without an engine there is no URL
     with pytest.raises(LedgerError, match="name a path as the ledger"):
         pool.connect()
+
+
+@pytest.fixture(params=["sqlite", "sqlite+aiosqlite"])
+def world(request, tmp_path):
+    """Make members of one ledger in a world of threads, or of tasks."""
+    world = world_of(f"sqlite:///{tmp_path}/x.db", request.param)
+    engines = []
+
+    def make(ledger=f"{tmp_path}/app.ledger", **options):
+        options = {"poolclass": world.pool_class, "ledger": ledger, **options}
+        engines.append(world.make(world.url, **options))
+        return engines[-1]
+
+    def close():
+        for engine in engines:
+            engine.dispose()
+            state.keeper(engine).close()
+
+    world.member, world.close = make, close
+    return world
+
+
+@pytest.fixture
+def lines(caplog):
+    """Return the lines of pool and ledger since the last call."""
+    for name in ("sqlalchemy.pool", "sqla_fairpool"):
+        caplog.set_level(logging.INFO, name)
+
+    def lines():
+        found = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return found
+
+    return lines
+
+
+@contract
+def test_path_without_its_directory_is_mistyped(world, tmp_path, lines):
+    path = tmp_path / "mistyped" / "deeper" / "app.ledger"
+    engine = world.member(str(path))
+    words = f"directory {path.parent} does not exist: make it, or mend the path of"
+    with pytest.raises(LedgerError, match=words):
+        engine.connect()
+    assert not path.parent.parent.exists()
+    path.parent.mkdir(parents=True)
+    while not answers(engine):  # it is tried again, once a second
+        world.sleep(0.02)
+    assert f"joined the ledger {path}, member #1" in lines()
+    # One that was there may vanish, and is made again.
+    shutil.rmtree(path.parent)
+    world.eventually(path.exists)
+
+
+@contract
+def test_log_has_the_numbers_of_the_ledger(world, lines):
+    """As without one, over all processes; none from before the ledger was read."""
+    seen = []
+
+    def is_seen(line):
+        seen.extend(one for one in lines() if one.startswith("Tag"))
+        return line in seen
+
+    limits = {"pool_size": 4, "soft_limit": 3, "max_limit": 4}
+    limits |= {"idle_timeout": 0.5, "reallocation_interval": 0.1}
+    one, two = world.member(**limits), world.member(**limits)
+    give(take_from(one, 1, "a"))
+    active = "Tag 'a' is active: 1 active tag, which may have 4"
+    world.eventually(lambda: is_seen(active))
+    give(take_from(one, 1, "a"))
+    give(take_from(two, 1, "b"))
+    both = "Tag 'b' is active: 2 active tags, at most 3 each"
+    world.eventually(lambda: is_seen(both))
+    idle = "Tag 'a' is idle: 1 active tag, which may have 4"
+    while not is_seen(idle):
+        give(take_from(two, 1, "b"))
+        world.sleep(0.02)
+    last = "Tag 'b' is idle: no tag is active, the first may have 4"
+    world.eventually(lambda: is_seen(last))
+    assert seen == [active, both, idle, last]
+
+
+def log_of_exhaustion(lines):
+    found = [line for line in lines() if line.startswith("Pool")]
+    return [line.partition("connections are in use; ")[::2] for line in found]
+
+
+@contract
+def test_those_that_wait_are_told_who_holds_what_in_other_processes(world, lines):
+    """In the log, in the time-out and in its diagnosis: tag, program, host and pid."""
+    options = {**all_for_one(4), "pool_timeout": 1.0}
+    one, two = world.member(**options), world.member(**options)
+    begin = "Pool exhausted: tag 'a' has to wait, all 4 "
+    here = describe_process()
+    who = f"in {here['program']} ({here['host']}:{here['pid']})"
+    held = take_from(one, 4, "b")
+    caller = world.start(take_from, two, 1, "a")
+    with pytest.raises(CheckoutTimeout) as caught:
+        caller.result()
+    assert log_of_exhaustion(lines) == [(begin, f"held by b=4 {who}")]
+    facts, message = caught.value.diagnosis, str(caught.value)
+    assert f"active_tags=2; held by b=4 {who}" in message
+    assert f"the others are other processes', most of them b=4 {who}: " in message
+    parts = here["program"], here["host"], here["pid"]
+    assert facts.elsewhere == (Elsewhere("b", 4, *parts),)
+    assert pickle.loads(pickle.dumps(caught.value)).diagnosis == facts
+    give(held)
+
+
+@contract
+def test_exhaustion_is_logged_with_a_ledger_too(world, lines):
+    begin = "Pool exhausted: tag 'a' has to wait, all 4 "
+    engine = world.member(**all_for_one(4))
+    callers = [world.start(take_from, engine, 1, "a") for _ in range(10)]
+    world.eventually(lambda: log_of_exhaustion(lines) == [(begin, "held by a=4")])
+    for caller in callers:
+        give(caller.result())
+
+
+def answers(engine):
+    with contextlib.suppress(LedgerError):
+        engine.connect().close()
+        return True
+    return False
 
 
 def test_tasks_share_with_threads(tmp_path, member):

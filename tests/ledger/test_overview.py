@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sqla_fairpool.ledger.overview import (
+    LeftRow,
     Limits,
     Part,
     ProcessRow,
@@ -17,6 +18,7 @@ from sqla_fairpool.ledger.overview import (
     decode,
     encode,
 )
+from sqla_fairpool.scheduling.limits import LimitsByTag, TagLimits
 from sqla_fairpool.stats import TagStats
 
 LIMITS = Limits(20, 20, 10, 15)
@@ -119,11 +121,32 @@ def test_warnings_say_who():
     assert overview.warnings == (
         "first",
         "scraper.py (here:1) does not answer: it keeps its 3 slots",
-        "scraper.py (here:2) is dead: its 2 slots are to be freed",
         "b holds a connection for 61 s",
     )
     assert [row.status for row in overview.scrapers] == ["silent", "active"]
     assert overview_of(busy("b", 1, held_for=59.9)).warnings == ()
+
+
+def test_what_is_left_is_free_as_soon_as_the_server_has_no_session_of_it():
+    left = [LeftRow(1, 2, "a (h:1)"), LeftRow(2, 3, "b (h:2)", "died")]
+    left.append(LeftRow(3, 1, "c (h:3)", "left connections open"))
+    overview = compile_overview([], LIMITS, left=left, warnings=["first"])
+    assert overview.limits.quarantined == 6
+    assert overview.warnings == (
+        "first",
+        "a (h:1) has ended without leaving: its 2 slots are free when the server has "
+        "no session of it",
+        "3 slots in quarantine: b (h:2) died",
+        "1 slots in quarantine: c (h:3) left connections open",
+    )
+    seen = overview.with_sessions({2})
+    assert seen.limits.quarantined == 3
+    assert seen.warnings == (
+        "first",
+        "a (h:1) has ended: its 2 slots are free for whoever comes next",
+        "3 slots in quarantine: b (h:2) died",
+        "c (h:3) left connections open: its 1 slots are free for whoever comes next",
+    )
 
 
 def test_it_is_ready_for_json():
@@ -182,3 +205,20 @@ def test_of_very_many_tags_those_are_named_that_want_most():
     rest = found[-1]
     assert (rest.name, rest.idle_for, rest.held_for) == ("", 0.0, 998.0)
     assert condensed(rows[:256]) == rows[:256]
+
+
+def test_limits_of_tags_are_in_the_ceilings_and_in_the_shares():
+    own = {"api": TagLimits(weight=3.0), "reports": TagLimits(max=2)}
+    wanted = [
+        TagStats(name, True, connections=1, waiting=30)
+        for name in ("api", "reports", "web")
+    ]
+    limits = Limits(20, 20, 20, 20, tags=LimitsByTag(own))
+    rows = compile_overview([Part(process("a", 1), wanted)], limits).scrapers
+    assert [row.limit for row in rows] == [20, 2, 20]
+    assert [row.fair_share for row in rows] == [13, 2, 5]
+    assert [(row.weight, row.max) for row in rows] == [
+        (3.0, None),
+        (1.0, 2),
+        (1.0, None),
+    ]
