@@ -35,7 +35,14 @@ def observe(pool: Pool, core: PoolCore) -> None:
         if record.fair.checkout.state is GRANTED:  # which pays for it
             record.fair.physical.opening = False
         core.housekeeping.note_lifetime(record, sqlalchemy_private.recycle(pool))
+
+    def on_connected(dbapi_connection: Any, record: Any) -> None:
         note_mode(core, getattr(pool, "_dialect", None), dbapi_connection, record)
+
+    @event.listens_for(pool, "first_connect")
+    def on_first_connect(dbapi_connection: Any, record: Any) -> None:
+        # After the user's own listeners, which may have sessions read only.
+        event.listen(pool, "connect", on_connected)
 
     @event.listens_for(pool, "close")
     def on_close(dbapi_connection: Any, record: Any) -> None:

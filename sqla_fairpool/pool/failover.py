@@ -7,9 +7,9 @@ replaces all connections of that age, and the address may lead to another server
 Rules of this file:
 
 * SQLAlchemy's event ``handle_error`` decides, on the dialect of the pool's engine.
-* Who wants to read only is left alone: a session whose default is that as it opens, a
-  transaction that is read-only by SQLAlchemy's execution option, a pool that has never
-  had a connection on which it could write.
+* Who wants to read only is left alone: a pool that has never had a connection on which
+  it could write, by the session's default or because the server follows another one; a
+  transaction that is read-only.
 * PostgreSQL (14 and later) reports what it takes, and the drivers keep the last report:
   to read it takes no round trip. MySQL is asked as a connection is opened.
 """
@@ -145,10 +145,10 @@ def _of_read_only(
     :param now: what its server takes now.
     :param has_written: a connection of the pool could be written on.
     """
-    before = physical.mode
-    if before is WRITES:
-        # Else it is the transaction that takes none, as its user has told the server.
-        return _ALL if now in (FOLLOWS, READS) else None
-    if before is FOLLOWS:
-        return _ONE if has_written and now is FOLLOWS else None
-    return _ONE if before is None else None
+    if physical.mode is None:
+        return _ONE
+    if not has_written or now not in (FOLLOWS, READS):
+        # It never took any, or it is the transaction that takes none, by intent.
+        return None
+    # One that took none from the start was opened before the address led elsewhere.
+    return _ALL if physical.mode is WRITES else _ONE

@@ -119,6 +119,7 @@ class FairQueuePool(Pausable, Pool):
     _sqla_logger_namespace = "sqlalchemy.pool.FairQueuePool"
 
     _waiter_class: type[Waiter] = ThreadWaiter
+    _core: PoolCore
 
     #: Opens a connection that is none of the pool's, see `open_another`.
     _open_another: Callable[[Any], Any]

@@ -24,7 +24,6 @@ from .checkout import Checkout, Core, Generation, Opener, Record, RecordState
 from .connections import Reservation
 from .housekeeping import Housekeeping
 from .physical import PhysicalConnection
-from .reconnects import Reconnects
 from .transitions import Transitions
 from .waiters import Waiter
 from .waiting import Waiting
@@ -50,7 +49,7 @@ class Opening:
         self._housekeeping = housekeeping
         self._waiting = waiting
         self._waiter_class = waiter_class
-        self.reconnects = Reconnects(state, waiter_class)
+        self.reconnects = waiting.reconnects
 
     def open(self, checkout: Checkout, opener: Opener) -> Record:
         """Open a connection for a checkout that has a slot."""

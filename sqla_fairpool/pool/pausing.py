@@ -10,7 +10,7 @@ Rules of this file:
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy.util import greenlet_spawn
 
@@ -18,9 +18,6 @@ from ..options import validate_timeout
 from .housekeeping import Housekeeping
 from .transitions import Transitions
 from .waiters import Waiter
-
-if TYPE_CHECKING:
-    from .core import PoolCore
 
 __all__ = ["AsyncPausable", "Pausable", "Pausing"]
 
@@ -96,7 +93,7 @@ class Pausing:
 class Pausable:
     """The methods of a pool."""
 
-    _core: PoolCore
+    _core: Any
     logger: Any
 
     def pause(self) -> None:

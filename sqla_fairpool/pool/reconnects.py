@@ -73,6 +73,16 @@ class Reconnects:
                 self.failures, self.next_attempt = 0, -math.inf
             self.error = _without_traceback(error)
 
+    def raise_if_down(self) -> None:
+        """Raise the server's error if connecting has failed since the disconnect.
+
+        For a caller whose time has ended while it waited for a slot.
+        """
+        with self._state.lock.mutex:
+            error = self.error if self.failures else None
+        if error is not None:
+            raise _without_traceback(error)
+
     def paced(self, attempt: Callable[[], _T], checkout: Checkout | None) -> _T:
         """Call what opens a connection, in its turn.
 

@@ -10,6 +10,7 @@ from ..errors import CheckoutTimeout, SelfDeadlock, TooManyWaiting
 from ..tagging import context_timeout
 from .checkout import Checkout
 from .housekeeping import Housekeeping
+from .reconnects import Reconnects
 from .transitions import Transitions
 from .waiters import Waiter
 
@@ -29,6 +30,7 @@ class Waiting:
         self._housekeeping = housekeeping
         #: How callers sleep.
         self.waiter_class = waiter_class
+        self.reconnects = Reconnects(state, waiter_class)
 
     def join_line(self, checkout: Checkout, tag: str, now: float) -> None:
         """Prepare a checkout that has to wait. Caller is in a section."""
@@ -88,6 +90,7 @@ class Waiting:
                 raise state.slots.refusal
             now, captured = state.lock.run(self._look, checkout, deadline)
             if captured is not None:
+                self.reconnects.raise_if_down()
                 raise self._error(CheckoutTimeout, "timed out after {:.2f}s", captured)
             if now < check:
                 continue

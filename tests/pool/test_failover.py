@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import psycopg2
 import pymysql
 import pytest
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, event, text
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -56,7 +56,7 @@ def refuse(server, monkeypatch):
     """
     engines = []
 
-    def run(driver, error, modes, now, options=None, **pool_options):
+    def run(driver, error, modes, now, options=None, listener=None, **pool_options):
         said = iter(modes)
         opened, failing = [], []
 
@@ -85,6 +85,8 @@ def refuse(server, monkeypatch):
             **pool_options,
         )
         engines.append(engine)
+        if listener is not None:
+            event.listen(engine, "connect", listener)
         monkeypatch.setattr(engine.dialect, "initialize", lambda connection: None)
         connections = [engine.connect() for _ in modes]
         give(connections[1:])  # they lie idle, the first one is in use
@@ -118,10 +120,11 @@ READONLY_OPTION = {"postgresql_readonly": True}
         ("postgresql+psycopg2", Unique(), [WRITES] * 3, FENCED, {}, 0),
         # Opened on a server that follows already, by a pool that could write before.
         ("postgresql+psycopg2", ReadOnly(), [FOLLOWS, WRITES], FOLLOWS, {}, 1),
+        ("postgresql+psycopg2", ReadOnly(), [FENCED, WRITES], FENCED, {}, 1),
         ("postgresql+psycopg2", ReadOnly(), [OLD] * 3, OLD, {}, 1),
         # By intent.
         ("postgresql+psycopg2", ReadOnly(), [FOLLOWS] * 3, FOLLOWS, {}, 0),
-        ("postgresql+psycopg2", ReadOnly(), [FENCED, WRITES], FENCED, {}, 0),
+        ("postgresql+psycopg2", ReadOnly(), [FENCED] * 3, FENCED, {}, 0),
         ("postgresql+psycopg2", ReadOnly(), [WRITES] * 3, WRITES, {}, 0),
         ("postgresql+psycopg2", ReadOnly(), [WRITES] * 3, FENCED, READONLY_OPTION, 0),
         ("mysql+pymysql", NOT_ALLOWED, [WRITES] * 3, FOLLOWS, {}, 3),
@@ -137,6 +140,15 @@ def test_refused_write_is_a_disconnect_if_the_server_has_changed(
     refuse, driver, error, modes, now, options, replaced
 ):
     assert refuse(f"{driver}://", error, modes, now, options) == replaced
+
+
+def test_listener_that_has_sessions_read_only_is_an_intent(refuse):
+    def listener(connection, record):
+        connection.mode.update(FENCED)
+
+    modes = [dict(WRITES) for _ in range(3)]
+    url = "postgresql+psycopg2://"
+    assert refuse(url, ReadOnly(), modes, FENCED, listener=listener) == 0
 
 
 def test_failover_guard_may_be_off(refuse):
@@ -177,6 +189,34 @@ def test_time_that_ends_in_the_line_ends_with_the_servers_error(world):
     gate.open()
     first.result().close()
     assert state.in_use(pool) in (0, 1)
+
+
+def test_time_that_ends_before_a_slot_is_free_ends_likewise(world):
+    pool = world.pool(1, timeout=0.05)
+    state.lose(pool, GONE)
+    held = connect(pool)
+    state.lose(pool, GONE)
+    with pytest.raises(CheckoutTimeout):
+        connect(pool)  # no attempt has failed
+    held.invalidate()
+    held.close()
+
+    def refuse():
+        raise StubError("no answer")
+
+    world.server.before["connect"] = refuse
+    with pytest.raises(StubError, match="no answer"):
+        connect(pool)
+    gate = world.server.before["connect"] = world.gate()
+    pool.reconfigure(timeout=30)
+    first = world.start(connect, pool)
+    gate.reached()
+    pool.reconfigure(timeout=0.05)
+    with pytest.raises(StubError, match="no answer"):
+        connect(pool)
+    assert pool.stats().tag("a").timeouts == 2
+    gate.open()
+    first.result().close()
 
 
 def test_lost_connection_is_opened_again_in_its_turn(world):
@@ -365,7 +405,7 @@ class AsyncWriters(Writers):
                 async with engine.begin() as connection:
                     await connection.execute(WRITE)
                 self.noted(None)
-            except (SQLAlchemyError, OSError) as error:
+            except Exception as error:  # SQLAlchemy 2.0 has asyncpg's as they are
                 self.noted(error)
 
 
