@@ -21,6 +21,7 @@ from sqla_fairpool.options import OPTIONS
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 MIGRATION = (ROOT / "examples" / "migration.md").read_text()
+LINKING = [*documents.DOCUMENTS, *(ROOT / "examples").glob("*.md")]
 
 
 def test_metadata_names_the_one_hard_dependency():
@@ -30,6 +31,18 @@ def test_metadata_names_the_one_hard_dependency():
     assert re.match(r"SQLAlchemy\s*[<>!]", hard[0])
     extras = metadata.metadata("sqla-fairpool").get_all("Provides-Extra")
     assert {"postgresql", "demo", "test", "bench"} <= set(extras)
+    assert sqla_fairpool.__version__ == metadata.version("sqla-fairpool")
+
+
+def test_index_shows_where_the_project_lives_and_finds_it_by_what_people_look_for():
+    fields, address = metadata.metadata("sqla-fairpool"), documents.address()
+    links = dict(link.split(", ", 1) for link in fields.get_all("Project-URL"))
+    assert {"Source", "Documentation", "Changelog", "Issues"} <= set(links)
+    for link in [fields["Home-page"], *links.values()]:
+        assert (link + "/").startswith(address + "/")
+    wanted = {"tenants", "workloads", "worker fleets", "QueuePool limit"}
+    assert wanted <= set(fields["Keywords"].split(","))
+    assert fields["Author"] == "sqla_fairpool contributors"
 
 
 @pytest.mark.parametrize("extra", ["postgresql", "demo"])
@@ -94,15 +107,38 @@ def test_code_of_the_documents_runs_when_pasted(block, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_readmes_options_are_those_of_the_code():
-    assert documents.with_tables(README) == README
+def test_generated_parts_of_the_documents_are_those_of_the_code():
+    assert documents.main(check=True) == ""
+
+
+def test_options_that_are_fixed_are_those_that_the_readme_names():
     (text,) = re.findall(r"Any option can be\schanged but (.*?)\.\n", README, re.DOTALL)
     fixed = {name for name, option in OPTIONS.items() if option.is_fixed}
     assert set(re.findall(r"`(\w+)`", text)) == fixed | {"pool_use_lifo"}
 
 
-def test_links_between_the_documents_lead_somewhere():
-    for name in ("README.md", "examples/migration.md", "examples/deployment.md"):
-        text = (ROOT / name).read_text()
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-            assert (ROOT / name).parent.joinpath(target).exists(), f"{name}: {target}"
+def slugs(text):
+    """Return the anchors of a document: its headings' and its own."""
+    titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    plain = [
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles
+    ]
+    return {*plain, *re.findall(r"^\((\S+)\)=$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize(
+    "path", LINKING, ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+def test_links_of_the_documents_lead_somewhere(path):
+    absolute = re.escape(documents.address()) + r"/(?:blob|tree|raw)/main/"
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        inner = re.sub(absolute, "", target)
+        base = path.parent if inner == target else ROOT
+        name, _, anchor = inner.partition("#")
+        if "://" in name:
+            continue
+        linked = base / name if name else path
+        assert linked.exists(), target
+        if anchor and linked.suffix == ".md":
+            assert anchor in slugs(linked.read_text()), target
