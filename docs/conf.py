@@ -17,6 +17,8 @@ version = release = version_of("sqla-fairpool")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.intersphinx"]
 exclude_patterns = ["_build"]
 nitpicky = True
+nitpick_ignore = [("py:mod", "sqla_fairpool.scheduling.policy")]  # not public
+suppress_warnings = ["toc.empty_glob"]
 
 html_theme = "furo"
 html_title = f"{project} {release}"

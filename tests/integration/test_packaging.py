@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -14,13 +18,14 @@ import psutil
 import pytest
 from sqlalchemy import make_url
 from support import documents
+from support.imports import MODULES
+from support.threads import PATIENCE
 
 import sqla_fairpool
 from sqla_fairpool.options import OPTIONS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-MIGRATION = (ROOT / "examples" / "migration.md").read_text()
 LINKING = [*documents.DOCUMENTS, *(ROOT / "examples").glob("*.md")]
 
 
@@ -91,11 +96,20 @@ def test_session_that_is_ended_by_sigterm_leaves_no_server():
     assert not psutil.pid_exists(said["server"])
 
 
-def blocks(text):
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+def blocks(path):
+    """Return what a document says can be pasted; what it names is a file (start.md)."""
+    found = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    return [block for block in found if not re.match(r"# \w+\.py\n", block)]
 
 
-@pytest.mark.parametrize("block", [*blocks(README), *blocks(MIGRATION)])
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=f"{path.relative_to(ROOT).as_posix()}-{n}")
+        for path in LINKING
+        for n, block in enumerate(blocks(path))
+    ],
+)
 def test_code_of_the_documents_runs_when_pasted(block, tmp_path):
     for driver, file in (("psycopg2", "sqlite"), ("asyncpg", "sqlite+aiosqlite")):
         url = f"postgresql+{driver}://app@localhost/app"
@@ -105,6 +119,61 @@ def test_code_of_the_documents_runs_when_pasted(block, tmp_path):
     how = {"cwd": tmp_path, "env": environment, "timeout": 60}
     done = subprocess.run(command, capture_output=True, text=True, **how)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.postgres
+def test_commands_of_the_first_page_end_with_two_programs_on_one_budget(
+    postgres_url, tmp_path
+):
+    """As pasted, but for installing, the server, the time and the monitor's screen."""
+    page = (ROOT / "docs" / "start.md").read_text()
+    (program,) = re.findall(r"```python\n# news\.py\n(.*?)```", page, re.DOTALL)
+    for name in ("news", "prices"):
+        (tmp_path / f"{name}.py").write_text(program)
+    commands = re.findall(r"^sqla-fairpool (run .*) &$", page, re.MULTILINE)
+    assert len(commands) == 2
+    assert "\nsqla-fairpool stats\n" in page
+    path = {"FAIRPOOL_LEDGER": str(tmp_path / "ledger"), "DATABASE_URL": postgres_url}
+    how = {"cwd": tmp_path, "env": {**os.environ, **path}}
+    command = [sys.executable, "-m", "sqla_fairpool"]
+    with contextlib.ExitStack() as stack:
+        for line in commands:
+            running = subprocess.Popen([*command, *line.split()], **how)
+            stack.enter_context(running)
+            stack.callback(running.kill)
+        look = [*command, "stats", "--json"]
+        held, end = {}, time.monotonic() + PATIENCE
+        while held != {"news": 10, "prices": 10} and time.monotonic() < end:
+            done = subprocess.run(look, capture_output=True, text=True, **how)
+            rows = json.loads(done.stdout)["scrapers"] if done.returncode == 0 else ()
+            held = {row["scraper"]: row["connections"] for row in rows}
+    assert held == {"news": 10, "prices": 10}
+
+
+def test_log_messages_of_the_reference_are_those_of_the_code():
+    page = (ROOT / "docs" / "reference" / "log.md").read_text()
+    listed = set(re.findall(r"^\| `(.*?)` \|", page, re.MULTILINE))
+    assert listed == set(logged()), listed ^ set(logged())
+
+
+def logged():
+    """Yield the text of each message that the package logs."""
+    for function in (node for tree in MODULES.values() for node in ast.walk(tree)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        texts = {
+            ast.unparse(node.targets[0]): node.value
+            for node in ast.walk(function)
+            if isinstance(node, ast.Assign)
+        }
+        for call in ast.walk(function):
+            if isinstance(call, ast.Call) and _LOGS.search(ast.unparse(call.func)):
+                first = texts.get(ast.unparse(call.args[0]), call.args[0])
+                if isinstance(first, ast.Constant):
+                    yield first.value
+
+
+_LOGS = re.compile(r"log(ger)?\.(info|warning|error)$|self\._log$")
 
 
 def test_generated_parts_of_the_documents_are_those_of_the_code():
