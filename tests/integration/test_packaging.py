@@ -10,7 +10,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import pytest
 from sqlalchemy import make_url
 from support import documents
 from support.imports import MODULES
-from support.threads import PATIENCE
+from support.threads import eventually
 
 import sqla_fairpool
 from sqla_fairpool.options import OPTIONS
@@ -93,7 +92,7 @@ def test_session_that_is_ended_by_sigterm_leaves_no_server():
             if what == "child":
                 session.terminate()
     assert said["child"] == signal.SIGTERM
-    assert not psutil.pid_exists(said["server"])
+    eventually(lambda: not psutil.pid_exists(said["server"]), "the server's end")
 
 
 def blocks(path):
@@ -141,13 +140,14 @@ def test_commands_of_the_first_page_end_with_two_programs_on_one_budget(
             running = subprocess.Popen([*command, *line.split()], **how)
             stack.enter_context(running)
             stack.callback(running.kill)
-        look = [*command, "stats", "--json"]
-        held, end = {}, time.monotonic() + PATIENCE
-        while held != {"news": 10, "prices": 10} and time.monotonic() < end:
+
+        def held():
+            look = [*command, "stats", "--json"]
             done = subprocess.run(look, capture_output=True, text=True, **how)
             rows = json.loads(done.stdout)["scrapers"] if done.returncode == 0 else ()
-            held = {row["scraper"]: row["connections"] for row in rows}
-    assert held == {"news": 10, "prices": 10}
+            return {row["scraper"]: row["connections"] for row in rows}
+
+        eventually(lambda: held() == {"news": 10, "prices": 10}, "ten for each")
 
 
 def test_log_messages_of_the_reference_are_those_of_the_code():

@@ -17,12 +17,11 @@ from support import state
 from support.stub import StubServer
 from support.threads import PATIENCE, VirtualClock, eventually
 
-from sqla_fairpool.ledger.allocation import Line
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.inspector import Inspector
-from sqla_fairpool.ledger.rows import Session, Terms
+from sqla_fairpool.ledger.rows import Session, TagDemand, Terms
 
 TERMS = Terms(20, 10, 15, 60.0, 30.0)
 WHO = {"host": "here", "pid": 4711, "program": "a.py"}
@@ -142,7 +141,7 @@ def test_sessions_are_those_that_members_and_quarantines_have_posted(join, inspe
 def test_one_that_does_not_answer_is_shown_with_what_it_posted(join, inspector, clock):
     silent = join()
     # Posted when it was promised three, and it has four.
-    silent.post(4, tags={"a": Line(3, 2, True, 1, 10)})
+    silent.post(4, tags={"a": TagDemand(3, 2, True, 1, 10)})
     join(tags(("b", True, 1)))
     overview = inspector.look()
     a, b = overview.scrapers
@@ -164,7 +163,7 @@ def test_one_that_does_not_answer_is_shown_with_what_it_posted(join, inspector, 
 
 def test_dead_ones_and_quarantines_are_told(join, inspector):
     dead, other = join(), join()
-    dead.post(4, tags={"a": Line(4, 2, True, 1, 10)})
+    dead.post(4, tags={"a": TagDemand(4, 2, True, 1, 10)})
     dead.store.close()
     overview = inspector.look()
     assert overview.warnings[0] == (

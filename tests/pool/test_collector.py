@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import random
 import signal
@@ -14,14 +15,18 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
 from support import state
-from support.stub import StubServer, all_for_one
-from support.threads import Caller, connect, give, take, wait_in_line
+from support.stub import StubServer
+from support.threads import Caller, connect, give, take
 
 import sqla_fairpool
 from sqla_fairpool import CheckoutTimeout, tagging
 from sqla_fairpool.pool.execution_options import requested
 
 PACKAGE = str(Path(sqla_fairpool.__file__).parent)
+
+needs_timer = pytest.mark.skipif(
+    not hasattr(signal, "setitimer"), reason="the system has no interval timer"
+)
 
 
 class Cycle:
@@ -42,11 +47,11 @@ def collector():
 
 
 @pytest.fixture
-def leak(make_pool):
+def leak(threads):
     """Have a pool of two lose a connection under a tag; a function collects it."""
 
     def leak(tag):
-        pool, lost = make_pool(2), []
+        pool, lost = threads.pool(2), []
         lost.append(Cycle(connect(pool, tag)))
 
         def collect():
@@ -56,17 +61,6 @@ def leak(make_pool):
         return pool, collect
 
     return leak
-
-
-@pytest.mark.parametrize("tag", ["a", "unknown"])
-def test_leaked_connection_comes_back_and_serves_a_caller_that_waits(leak, tag):
-    pool, collect = leak(tag)
-    held = take(pool, 1, tag)
-    (caller,) = wait_in_line(pool, "b")
-    collect()
-    caller.result().close()
-    assert pool.checkedout() == 1
-    give(held)
 
 
 def meanwhile(pool, transition, function):
@@ -84,8 +78,9 @@ def meanwhile(pool, transition, function):
 
 
 @pytest.mark.parametrize("tag", ["a", "unknown"])
-def test_collector_in_the_middle_of_our_own_transition(leak, tag):
-    """On the same thread, at the worst moment: no deadlock, no re-entry."""
+@pytest.mark.parametrize("moment", [None, "request", "release"])
+def test_leaked_connection_comes_back_and_serves_a_caller(threads, leak, tag, moment):
+    """Also in our own transition, on the same thread: no deadlock, no re-entry."""
     pool, collect = leak(tag)
     grown = []
 
@@ -94,28 +89,24 @@ def test_collector_in_the_middle_of_our_own_transition(leak, tag):
         collect()
         grown.append(state.in_use(pool) - before)
 
-    meanwhile(pool, "request", collect_in_it)
-    connection = Caller(connect, pool, "b").result()
-    assert grown == [0], "the checkin ran inside the transition"
+    if moment == "request":
+        meanwhile(pool, moment, collect_in_it)
+        threads.come(pool, "b").result()
+    else:
+        holder = threads.connect(pool, tag)
+        (caller,) = threads.wait_in_line(pool, "b")
+        if moment:
+            meanwhile(pool, moment, collect_in_it)
+            Caller(holder.close).result()
+        else:
+            collect()
+            holder.close()
+        caller.result()
+    assert not any(grown), "the checkin ran inside the transition"
     assert pool.checkedout() == 1, "the leaked connection is back"
-    connection.close()
 
 
-def test_collector_in_a_transition_while_others_wait(leak):
-    pool, collect = leak("a")
-    holder = connect(pool, "b")
-    (caller,) = wait_in_line(pool, "b")
-    meanwhile(pool, "release", collect)
-    Caller(holder.close).result()
-    caller.result().close()
-
-
-# -- a caller in the middle of our own transition ------------------------------
-
-
-def in_a_transition(engine, handler):
-    """Call a handler in the middle of the next checkout, as a signal's would be."""
-    meanwhile(engine, "request", handler)
+# -- a caller in the middle of our own transition --------------------------------------
 
 
 def use(engine):
@@ -125,35 +116,30 @@ def use(engine):
         connection.commit()
 
 
-def test_finaliser_in_a_transition_is_served(make_engine):
-    engine, used = make_engine(3), []
+def handle(engine, handler):
+    """Call a handler in the middle of a checkout, as a signal's would be."""
+    meanwhile(engine, "request", handler)
+    engine.connect().close()
 
-    class Greedy(Cycle):
+
+def test_handler_in_a_transition_is_lent_what_is_idle_or_opens_one(make_engine, server):
+    engine, used = make_engine(3), []
+    handle(engine, lambda: use(engine))
+    assert (server.opened, server.most, server.open) == (2, 1, 1)
+    give(take(engine, 2))
+    before = engine.pool.status()
+    handle(engine, lambda: use(engine))
+    assert server.opened == 3
+    assert engine.pool.status() == before
+
+    class Greedy(Cycle):  # as does a finaliser
         def __del__(self):
             use(engine)
             used.append(1)
 
     greedy = [Greedy(None)]
-    in_a_transition(engine, lambda: greedy.clear() or gc.collect())
-    engine.connect().close()
+    handle(engine, lambda: greedy.clear() or gc.collect())
     assert used == [1]
-
-
-def test_handler_in_a_transition_is_lent_what_is_idle(make_engine, server):
-    engine = make_engine(3)
-    give(take(engine, 2))
-    before = engine.pool.status()
-    in_a_transition(engine, lambda: use(engine))
-    engine.connect().close()
-    assert server.opened == 2
-    assert engine.pool.status() == before
-
-
-def test_handler_in_a_transition_opens_one_if_there_is_room(make_engine, server):
-    engine = make_engine(3)
-    in_a_transition(engine, lambda: use(engine))
-    engine.connect().close()
-    assert (server.opened, server.most, server.open) == (2, 1, 1)
 
 
 @pytest.mark.parametrize("tagged_by", ["engine", "connection"])
@@ -169,33 +155,41 @@ def test_handler_that_keeps_its_connection_is_accounted_for(make_engine, tagged_
             connection.execute(text("select 1"))
         kept.append(connection)
 
-    in_a_transition(engine, handler)
-    engine.connect().close()
+    handle(engine, handler)
     assert engine.pool.stats().tag("handler").connections == 1
     assert engine.pool.checkedout() == 1
     kept.pop().close()
     assert engine.pool.checkedout() == 0
 
 
-def test_handler_that_loses_its_connection_loses_no_slot(make_pool):
-    pool = make_pool(3)
-    with sqla_fairpool.tag("handler"):
-        in_a_transition(pool, lambda: pool._do_get() and None)
-    connect(pool, "a").close()
+@pytest.mark.parametrize("moment", ["in a transition", "given out", "warm"])
+def test_record_lost_before_its_owner_knows_gives_its_slot_back(make_pool, moment):
+    """An exception struck before SQLAlchemy knew of it, or as it was taken."""
+    pool = make_pool(3 if moment == "in a transition" else 1)
+    with sqla_fairpool.tag("a"):
+        if moment == "in a transition":
+            meanwhile(pool, "request", lambda: pool._do_get() and None)
+        elif moment == "given out":
+            record = pool._do_get()
+            assert pool.checkedout() == 1
+            del record
+        else:
+            pool.connect().close()
+            state.warm(pool, "a").pop()
+        gc.collect()
+    connect(pool, "b").close()
     assert pool.checkedout() == 0
 
 
 def test_handler_for_which_nothing_is_idle_is_told_what_to_do(make_engine):
-    engine = make_engine(1)
-    errors = []
+    engine, errors = make_engine(1), []
 
     def handler():
         with pytest.raises(InvalidRequestError) as caught:
             engine.connect()
         errors.append(str(caught.value))
 
-    in_a_transition(engine, handler)
-    engine.connect().close()
+    handle(engine, handler)
     assert errors == [
         "a signal handler or a finaliser has called the pool in the middle of the "
         "pool's own bookkeeping, on the same thread, and no connection is idle: let "
@@ -218,8 +212,7 @@ def test_handlers_on_top_of_each_other_open_no_more_than_there_is_room_for(
 
     # The next one comes while this one connects.
     server.before["connect"] = lambda: outcomes or handler()
-    in_a_transition(engine, handler)
-    engine.connect().close()
+    handle(engine, handler)
     assert outcomes == ["refused", "served", "served", "served"]
     assert server.most == 3  # and one, as it seems, in the section's hands
 
@@ -260,12 +253,8 @@ def test_handler_at_any_line_of_a_transition(clock, size, keeps):
     while reached:
         number += 1
         server = StubServer()
-        engine = server.engine(
-            pool_size=size,
-            max_overflow=size // 3,
-            pool_timeout=0,
-            idle_connection_ttl=9,
-        )
+        options = {"pool_size": size, "max_overflow": size // 3, "pool_timeout": 0}
+        engine = server.engine(**options, idle_connection_ttl=9)
         errors, kept = [], []
 
         def handler(engine=engine, errors=errors, kept=kept):
@@ -323,10 +312,23 @@ def do_all_there_is_to_do(engine, clock):
     give(held)
 
 
+class Timer:
+    """Calls a handler by a timer's signal; the handler stays to the end of a block."""
+
+    def __init__(self, handler):
+        self.handler = handler
+
+    def __enter__(self):
+        self.before = signal.signal(signal.SIGALRM, self.handler)
+        return partial(signal.setitimer, signal.ITIMER_REAL)
+
+    def __exit__(self, *exc_info):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self.before)
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not hasattr(signal, "setitimer"), reason="the system has no interval timer"
-)
+@needs_timer
 def test_signal_handler_that_uses_the_pool_at_any_moment(make_engine, server):
     """A worker that marks its job as aborted, while others use the pool as well."""
     engine = make_engine(6)
@@ -343,38 +345,16 @@ def test_signal_handler_that_uses_the_pool_at_any_moment(make_engine, server):
             use(tagged[1])
 
     others = [Caller(other) for _ in range(2)]
-    before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, 7.3e-4)
     try:
-        while len(handled) < 1500:
-            use(tagged[len(handled) % 2])
+        with Timer(handler) as start:
+            start(7.3e-4)
+            while len(handled) < 1500:
+                use(tagged[len(handled) % 2])
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
         stop.set()
     for caller in others:
         caller.result()
     assert server.most <= 6
-
-
-def test_record_lost_between_our_return_and_its_owner_gives_its_slot_back(make_pool):
-    pool = make_pool(1)
-    with sqla_fairpool.tag("a"):
-        record = pool._do_get()
-    assert pool.checkedout() == 1
-    del record  # an exception struck before SQLAlchemy knew of it
-    gc.collect()
-    assert pool.checkedout() == 0
-    connect(pool, "b").close()
-
-
-def test_warm_record_lost_as_it_was_taken_gives_its_slot_back(make_pool):
-    pool = make_pool(1)
-    connect(pool, "a").close()
-    state.warm(pool, "a").pop()
-    gc.collect()
-    connect(pool, "b").close()
-    assert pool.checkedout() == 0
 
 
 def test_dropped_pool_is_collected_with_its_warm_connections():
@@ -403,7 +383,7 @@ def test_connection_that_leaves_the_pool_frees_its_slot(
     assert server.open == 1
 
 
-# -- interrupts ----------------------------------------------------------------
+# -- interrupts ------------------------------------------------------------------------
 
 
 class Interrupt(BaseException):
@@ -430,28 +410,18 @@ def strike(work):
             armed = False
             raise Interrupt
 
-    before = signal.signal(signal.SIGALRM, handler)
-    signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-6, 1.5e-4), 2.3e-5)
-    try:
+    with contextlib.suppress(Interrupt), Timer(handler) as start:
+        start(random.uniform(2e-6, 1.5e-4), 2.3e-5)
         while True:
             work()
-    except Interrupt:
-        pass
-    finally:
-        armed = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not hasattr(signal, "setitimer"), reason="the system has no interval timer"
-)
+@needs_timer
 @pytest.mark.parametrize("tags", [["a"], ["a", "b", "unknown"]])
 @pytest.mark.usefixtures("light_heap")
-def test_signal_at_any_moment_in_our_code_loses_no_slot(tags):
-    server = StubServer()
-    pool = server.pool(**all_for_one(4), timeout=5.0)
+def test_signal_at_any_moment_in_our_code_loses_no_slot(make_pool, tags):
+    pool = make_pool(4, timeout=5.0)
     random.seed(11)
 
     def work():
@@ -462,14 +432,12 @@ def test_signal_at_any_moment_in_our_code_loses_no_slot(tags):
         gc.collect()
         assert pool.checkedout() == 0
         assert tagging.context_tag() is requested() is None
-    state.assert_quiet(pool)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("light_heap")
-def test_collections_at_random_moments_in_many_threads_lose_nothing():
-    server = StubServer()
-    pool = server.pool(**all_for_one(5))
+def test_collections_at_random_moments_in_many_threads_lose_nothing(make_pool, server):
+    pool = make_pool(5)
     barrier = threading.Barrier(8)
     gc.enable()
     threshold = gc.get_threshold()
@@ -492,5 +460,4 @@ def test_collections_at_random_moments_in_many_threads_lose_nothing():
     finally:
         gc.set_threshold(*threshold)
     gc.collect()
-    state.assert_quiet(pool)
     assert server.most <= 5

@@ -19,8 +19,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from support import state
 from support.sessions import Sessions
 from support.stub import all_for_one
-from support.threads import PATIENCE, eventually, wait_in_line
-from support.worlds import contract, make_world
+from support.threads import PATIENCE, eventually
+from support.worlds import make_world
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
 from sqla_fairpool.pool.endings import ENDED, OPEN, UNKNOWN, EndWatcher, SocketCopy
@@ -84,10 +84,15 @@ def reset(sock):
 
 
 def test_session_is_over_when_the_server_closes_its_side(driver):
+    driver.near.settimeout(None)
     line = SocketCopy.of(driver)
-    driver.close()
     assert line.look() is OPEN
+    assert os.get_blocking(driver.fileno()), "a flag of the driver's socket changed"
+    driver.close()
     driver.server.send(b"what nobody has read")
+    assert line.look() is OPEN
+    line.hang_up()  # reaches the server without the driver
+    assert driver.server.recv(1) == b""
     assert line.look() is OPEN
     driver.server.close()
     assert line.look() is ENDED
@@ -117,20 +122,6 @@ def test_reset_that_the_driver_has_read_is_told_from_an_end(ends, how):
     assert line.was_reset() is (how == "reset")
     line.hang_up()
     assert line.look() is (UNKNOWN if how == "reset" else ENDED)
-
-
-def test_hanging_up_reaches_the_server_without_the_driver(driver):
-    line = SocketCopy.of(driver)
-    line.hang_up()
-    assert driver.server.recv(1) == b""
-    assert line.look() is OPEN
-
-
-def test_copy_changes_no_flag_of_the_drivers_socket(driver):
-    driver.near.settimeout(None)
-    line = SocketCopy.of(driver)
-    line.look()
-    assert os.get_blocking(driver.fileno())
 
 
 def test_what_has_no_socket_has_no_copy():
@@ -164,13 +155,20 @@ def connections(changes):
     return PhysicalConnections(lambda: changes.append("ended"), may_block=True)
 
 
-def open_one(connections, driver, record):
-    record.fair = Fair()
-    record.fair.physical = physical = PhysicalConnection(record)
-    with connections.opening(physical):
-        connections.opened(physical, driver)
-    record.dbapi_connection = driver
-    return physical
+@pytest.fixture
+def open_one(connections):
+    """Open a connection for a record, which is another one if none is given."""
+
+    def open_one(driver, record=None):
+        record = record or Record()
+        record.fair = Fair()
+        record.fair.physical = physical = PhysicalConnection(record)
+        with connections.opening(physical):
+            connections.opened(physical, driver)
+        record.dbapi_connection = driver
+        return physical
+
+    return open_one
 
 
 def test_connection_that_could_not_be_opened_does_not_exist(connections):
@@ -188,12 +186,14 @@ def test_child_of_a_fork_tells_failures_from_interruptions_as_its_parent(make_po
     assert state.existing(pool).failures == (OSError,)
 
 
-def test_connection_is_paid_for_by_its_opener_the_pool_or_nothing(connections, driver):
+def test_connection_is_paid_for_by_its_opener_the_pool_or_nothing(
+    connections, open_one, driver
+):
     record = Record()
-    physical = open_one(connections, driver, record)
-    assert len(connections.apart(())) == 0
+    physical = open_one(driver, record)
+    assert not connections.apart(())
     physical.opening = False
-    assert len(connections.apart({id(record)})) == 0
+    assert not connections.apart({id(record)})
     record.dbapi_connection = None  # detached
     assert len(connections.apart({id(record)})) == 1
 
@@ -205,41 +205,33 @@ def no_patience(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_patience")
-def test_closed_connection_is_over_when_the_server_says_so(
-    connections, driver, changes
+@pytest.mark.parametrize("is_dropped", [False, True])
+def test_lost_connection_is_there_until_it_is_released(
+    connections, open_one, changes, is_dropped
 ):
-    physical = open_one(connections, driver, Record())
-    lost = []
+    """The server has not ended its session; also if the driver's object is gone."""
+    lost, driver, record = [], Driver(), Record()
+    server, physical = driver.server, open_one(driver, record)
     connections.on_lost = lambda: lost.append(physical)
     connections.close(driver, driver.close)
     assert list(connections) == [physical] == lost
+    if is_dropped:
+        record.dbapi_connection = driver = None
+        gc.collect()
+        assert physical.driver is None
+        connections.end_abandoned()
     assert connections.lost_ones() == [physical]
     assert changes == []
     assert connections.release(physical)
     assert not connections.release(physical)
-
-
-@pytest.mark.usefixtures("no_patience")
-def test_lost_connection_is_there_until_it_is_buried(connections, changes):
-    """Also if nobody has the driver's connection any more."""
-    connections.on_lost = lambda: None
-    driver, record = Driver(), Record()
-    server = driver.server
-    physical = open_one(connections, driver, record)
-    record.dbapi_connection = None
-    connections.close(driver, driver.close)
-    del driver
-    gc.collect()
-    assert physical.driver is None
-    connections.end_abandoned()
-    assert connections.lost_ones() == [physical]
-    assert changes == []
     server.close()
 
 
 @pytest.mark.usefixtures("no_patience")
-def test_without_a_ledger_a_late_end_is_waited_for(connections, driver, changes):
-    physical = open_one(connections, driver, Record())
+def test_without_a_ledger_a_late_end_is_waited_for(
+    connections, open_one, driver, changes
+):
+    physical = open_one(driver)
     connections.close(driver, driver.close)
     assert physical in connections
     driver.server.close()
@@ -247,10 +239,9 @@ def test_without_a_ledger_a_late_end_is_waited_for(connections, driver, changes)
     assert changes == ["ended"]
 
 
-def test_connection_without_a_reference_is_hung_up(connections, changes):
+def test_connection_without_a_reference_is_hung_up(connections, open_one, changes):
     driver = Driver()
-    server = driver.server
-    physical = open_one(connections, driver, Record())
+    server, physical = driver.server, open_one(driver)
     driver.near = os.dup(driver.near.detach())  # no warning of Python's
     del driver
     gc.collect()
@@ -262,9 +253,9 @@ def test_connection_without_a_reference_is_hung_up(connections, changes):
 
 
 @pytest.mark.parametrize("how", ["closed", "dropped"])
-def test_one_that_cannot_be_watched_weakly_is_looked_at(connections, how):
+def test_one_that_cannot_be_watched_weakly_is_looked_at(connections, open_one, how):
     driver, record = sqlite3.connect(":memory:"), Record()
-    physical = open_one(connections, driver, record)
+    physical = open_one(driver, record)
     physical.opening = False
     record.dbapi_connection = None
     connections.end_abandoned()
@@ -428,34 +419,32 @@ def drop(objects):
     gc.collect()
 
 
-def test_leaked_connection_of_tasks_is_replaced(tmp_path):
+@pytest.fixture
+def world(tmp_path):
+    return make_world("asyncio", f"sqlite+aiosqlite:///{tmp_path / 'leak.db'}")
+
+
+def test_leaked_connection_of_tasks_is_replaced(world):
     """The collector ends it; its slot is free again."""
-    url = f"sqlite+aiosqlite:///{tmp_path / 'leak.db'}"
-
-    @contract
-    def test(world):
-        engine = world.engine(pool_size=1, pool_timeout=PATIENCE)
-        leaked = [engine.connect()]
-        leaked[0].scalar(text("select 1"))
-        with pytest.warns(Warning, match="garbage collector"):
-            drop(leaked)
-        with engine.connect() as connection:
-            assert connection.scalar(text("select 1")) == 1
-
-    test(make_world("asyncio", url))
+    engine = world.engine(pool_size=1, pool_timeout=PATIENCE)
+    leaked = [engine.connect()]
+    leaked[0].scalar(text("select 1"))
+    with pytest.warns(Warning, match="garbage collector"):
+        drop(leaked)
+    with engine.connect() as connection:
+        assert connection.scalar(text("select 1")) == 1
 
 
 @pytest.mark.usefixtures("no_patience")
-def test_thread_that_waits_is_served_when_a_session_ends(server, make_pool):
+def test_thread_that_waits_is_served_when_a_session_ends(threads):
     """A session that ends late wakes a caller that waits for its slot."""
     driver = Driver()
     driver.rollback = lambda: None
     drivers = iter([driver])
-    pool = make_pool(1)
-    pool._creator = lambda: next(drivers, None) or server.connect()
-    connection = pool.connect()
-    connection.invalidate()
-    (caller,) = wait_in_line(pool)
+    pool = threads.pool(1)
+    pool._creator = lambda: next(drivers, None) or threads.server.connect()
+    pool.connect().invalidate()
+    (caller,) = threads.wait_in_line(pool)
     driver.server.close()
     caller.result().close()
     pool.dispose()

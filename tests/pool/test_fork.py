@@ -22,12 +22,14 @@ import gc, os, sys, threading, warnings
 warnings.simplefilter("ignore")  # newer Pythons warn of threads and fork together
 from sqlalchemy import create_engine, text
 from support import state
-from support.stub import StubServer
-from support.threads import Caller, connect, ensure_waiting, give, take
+from support.stub import StubServer, all_for_one
+from support.threads import Caller, Gate, connect, ensure_waiting, give, take
 from sqla_fairpool.scheduling.invariants import check_valid
 from sqla_fairpool import FairQueuePool
 
 server = StubServer()
+engine = server.engine(**all_for_one(2), pool_timeout=2)
+pool = engine.pool
 
 def forked(child):
     pid = os.fork()
@@ -55,111 +57,79 @@ def run(program, *args):
     assert done.returncode == 0, done.stderr
 
 
-def test_child_has_an_empty_pool_and_accounting_of_its_own():
+def test_child_has_an_empty_pool_and_leaves_alone_what_is_the_parents():
     run(
         """
-        engine = server.engine(pool_size=2, soft_limit=2, max_limit=2, pool_timeout=0)
         warm, out = take(engine, 2)
-        warm.close()
-
-        def child():
-            opened = server.opened
-            pool = engine.pool
-            assert (pool.checkedout(), pool.checkedin()) == (0, 0)
-            assert pool.stats().tags == ()
-            held = take(engine, 2)
-            assert server.opened == opened + 2, "the parent's connection was used"
-            for connection in held:
-                connection.execute(text("select 1"))
-            give(held)
-            assert pool.checkedin() == 2
-
-        forked(child)
-        assert (engine.pool.checkedout(), engine.pool.checkedin()) == (1, 1)
-        out.close()
-        """
-    )
-
-
-def test_child_neither_closes_nor_returns_nor_rolls_back_what_is_the_parents():
-    run(
-        """
-        engine = server.engine()
-        out = connect(engine)
         out.execute(text("select 1"))
-        connect(engine).close()
+        warm.close()
         deleted = []
         inherited = out.connection.dbapi_connection
         type(inherited).__del__ = lambda self: deleted.append(self)
 
         def child():
             global out, inherited
-            rollbacks, open_ = inherited.rollbacks, server.open
+            opened, open_, rollbacks = server.opened, server.open, inherited.rollbacks
+            assert (pool.checkedout(), pool.checkedin()) == (0, 0)
+            assert pool.stats().tags == ()
             out.close()
-            assert engine.pool.checkedin() == 0
+            assert pool.checkedin() == 0
             assert inherited.rollbacks == rollbacks
             out = inherited = None
             engine.dispose()
             gc.collect()
             assert server.open == open_
             assert not deleted, "the driver may say goodbye to the server"
+            held = take(engine, 2)
+            assert server.opened == opened + 2, "the parent's connection was used"
+            for connection in held:
+                connection.execute(text("select 1"))
+            give(held)
+            assert engine.pool.checkedin() == 2
 
         forked(child)
+        assert (pool.checkedout(), pool.checkedin()) == (1, 1)
         out.execute(text("select 1"))
         out.close()
         """
     )
 
 
-def test_fork_while_another_thread_is_in_the_pool():
+def test_fork_while_other_threads_are_in_the_pool():
+    """One has the lock, one opens a connection, one waits."""
     run(
         """
-        engine = server.engine(pool_size=1)
-        inside, leave = threading.Event(), threading.Event()
+        pool.reconfigure(**all_for_one(1), timeout=30)
+        server.before["connect"] = opening = Gate()
+        opener = Caller(connect, engine)
+        opening.reached()
+        waiter = Caller(connect, engine)
+        ensure_waiting(pool, 1)
+        inside = Gate()
 
         def occupy():
-            with state.critical_section(engine):
-                inside.set()
-                leave.wait()
+            with state.critical_section(pool):
+                inside()
 
         occupier = Caller(occupy)
-        inside.wait()
-
-        def child():
-            connect(engine).close()  # would hang on the parent's lock
-            assert engine.pool.checkedin() == 1
-
-        forked(child)
-        leave.set()
-        occupier.result()
-        """
-    )
-
-
-def test_waiters_and_openers_of_other_threads_are_not_the_childs():
-    run(
-        """
-        engine = server.engine(pool_size=1)
-        opening, go_on = threading.Event(), threading.Event()
-        server.before["connect"] = lambda: (opening.set(), go_on.wait())
-        opener = Caller(connect, engine)
-        opening.wait()
-        waiter = Caller(connect, engine)
-        ensure_waiting(engine.pool, 1)
+        inside.reached()
 
         def child():
             server.before.clear()
-            assert (engine.pool.checkedout(), engine.pool.stats().waiting) == (0, 0)
-            connect(engine).close()
+            assert (pool.checkedout(), pool.stats().waiting) == (0, 0)
+            connect(engine).close()  # would hang on the parent's lock
+            assert pool.checkedin() == 1
             gc.collect()
-            state.assert_consistent(engine)
-            assert engine.pool.checkedout() == 0
+            state.assert_consistent(pool)
+            assert pool.checkedout() == 0
 
         forked(child)
-        go_on.set()
+        inside.open()
+        occupier.result()
+        opening.open()
         for caller in (opener, waiter):
             caller.result().close()
-        assert engine.pool.checkedout() == 0
+        assert pool.checkedout() == 0
         """
     )
 
@@ -167,7 +137,6 @@ def test_waiters_and_openers_of_other_threads_are_not_the_childs():
 def test_fork_in_a_connect_listener_gives_the_child_no_slot():
     run(
         """
-        engine = server.engine(pool_size=1)
         pids = []
 
         def fork_once():
@@ -175,11 +144,10 @@ def test_fork_in_a_connect_listener_gives_the_child_no_slot():
             pids.append(os.fork())
 
         server.before["connect"] = fork_once
-        connect(engine).close()
-        assert engine.pool.checkedout() == 0
-        connect(engine).close()
-        assert engine.pool.checkedout() == 0
-        check_valid(state.scheduler(engine), [])
+        for _ in range(2):
+            connect(engine).close()
+            assert pool.checkedout() == 0
+        check_valid(state.scheduler(pool), [])
         if pids == [0]:
             os._exit(0)
         assert os.waitpid(pids[0], 0)[1] == 0

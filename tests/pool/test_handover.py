@@ -2,180 +2,149 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from unittest.mock import Mock
 
 import pytest
 from sqlalchemy.exc import TimeoutError as SQLAlchemyTimeoutError
 from support import state
 from support.stub import StubError
-from support.threads import (
-    Caller,
-    Gate,
-    connect,
-    ensure_waiting,
-    eventually,
-    give,
-    take,
-    wait_in_line,
-)
-from support.worlds import contract
+from support.threads import connect, give, take
 
 from sqla_fairpool import CheckoutTimeout, FairQueuePool, TooManyWaiting
 from sqla_fairpool.pool.transitions import Transitions
 from sqla_fairpool.pool.waiters import ThreadWaiter
 from sqla_fairpool.pool.warm import WarmRecords
 
-# -- hand-off ------------------------------------------------------------------
+# -- hand-off --------------------------------------------------------------------------
 
 
-@contract
-def test_waiter_gets_the_very_connection_that_came_back(world):
+def test_line_is_served_in_order_with_the_connection_that_came_back(world):
     pool = world.pool(1)
-    holder = connect(pool)
-    dbapi_connection = holder.dbapi_connection
-    (caller,) = world.wait_in_line(pool)
-    holder.close()
-    connection = caller.result()
-    assert connection.dbapi_connection is dbapi_connection
-    connection.close()
-
-
-@contract
-def test_line_is_served_in_order(world):
-    pool = world.pool(1)
-    holder = connect(pool)
-    for number, caller in enumerate(world.wait_in_line(pool, count=5), 1):
+    holder = world.connect(pool)
+    the_one = holder.dbapi_connection
+    callers = world.wait_in_line(pool, count=4)
+    for left, caller in zip((3, 2, 1, 0), callers, strict=True):
+        assert state.watcher(pool).waiter is not None, "the watcher waits itself"
         holder.close()
         holder = caller.result()
-        assert state.waiting(pool) == 5 - number
-    holder.close()
+        assert holder.dbapi_connection is the_one
+        assert state.waiting(pool) == left
+        state.assert_consistent(pool)
+        # The newest waiter watches for the reallocation: it will wait longest.
+        assert state.watcher(pool) is (state.newest_waiter(pool) if left else None)
 
 
-@contract
 def test_caller_that_comes_back_does_not_overtake_the_waiter(world):
     pool = world.pool(1)
-    holder = connect(pool)
+    holder = world.connect(pool)
     (caller,) = world.wait_in_line(pool)
     holder.close()
-    again = world.start(connect, pool)
+    again = world.come(pool)
     first = caller.result()
     world.ensure_waiting(pool, 1)
     first.close()
-    again.result().close()
+    again.result()
     assert world.server.opened == 1
 
 
-@contract
-def test_freed_connection_goes_to_the_tag_that_holds_less(world):
+def test_who_is_next_and_which_tag_must_wait(world):
     pool = world.pool(pool_size=4, soft_limit=3, max_limit=4)
-    a, b = take(pool, 3, "a"), take(pool, 1, "b")
+    a, b = world.take(pool, 3, "a"), world.take(pool, 1, "b")
     (heavy,) = world.wait_in_line(pool, "a")
     (light,) = world.wait_in_line(pool, "b")
     a.pop().close()
     b.append(light.result())
-    assert state.waiting(pool) == 1
+    assert state.waiting(pool) == 1, "the tag that holds less is served first"
     give(a + b)
-    heavy.result().close()
-
-
-@contract
-def test_tag_at_its_ceiling_waits_although_connections_are_free(world):
+    heavy.result()
     pool = world.pool(pool_size=4, soft_limit=1, max_limit=2)
-    held = take(pool, 2, "a")
+    held = world.take(pool, 2, "a")
     (caller,) = world.wait_in_line(pool, "a")
-    with connect(pool, "b"):
+    with connect(pool, "b"):  # connections are free, for another tag
         assert pool.stats().tag("b").connections == 1
     held.pop().close()
     assert state.waiting(pool) == 1, "with two active tags the ceiling is 1"
     held.pop().close()
-    caller.result().close()
+    caller.result()
 
 
-# -- keeping warm --------------------------------------------------------------
+# -- keeping warm ----------------------------------------------------------------------
 
 
-def test_connection_kept_warm_is_there_for_everybody_and_counts_as_idle(make_pool):
-    pool = make_pool(1)
+def test_warm_connection_is_there_for_all_counts_as_idle_and_for_no_tag(threads, clock):
+    pool = threads.pool(1)
     for tag in ("a", "a", "b"):
         connect(pool, tag).close()
         assert state.in_use(pool) == 1, "kept warm"
         assert (pool.checkedout(), pool.checkedin(), pool.stats().idle) == (0, 1, 1)
         assert pool.stats().tag(tag).connections == 0
+    pool = threads.pool(pool_size=2, soft_limit=1, max_limit=2)
+    connect(pool, "a").close()
+    clock.advance(100.0)  # the tag is idle
+    threads.take(pool, 2, "b")
+    assert pool.stats().tag("b").connections == 2
 
 
-def test_checkin_that_meets_a_new_waiter_serves_it(make_pool):
-    """The checkin has seen no waiter; before the record is warm, one comes."""
-    pool = make_pool(1)
-    holder = connect(pool)
-    callers = []
+@pytest.mark.parametrize("method", ["append", "pop"])
+def test_waiter_that_comes_while_the_lock_is_not_taken_is_served_first(threads, method):
+    """A checkin that has seen no waiter adds a record, or a checkout takes one."""
+    # No caller that waits looks around by itself.
+    times = {"idle_timeout": 1000.0, "reallocation_interval": 1000.0}
+    pool, callers = threads.pool(1, **times, deadlock_timeout=None), []
 
-    class Late(WarmRecords):
+    def meet(name):
+        if name == method and not callers:
+            callers.extend(threads.wait_in_line(pool, "b"))
+
+    class Met(WarmRecords):
         def append(self, record):
-            callers.extend(wait_in_line(pool, "b"))
+            meet("append")
             super().append(record)
 
-    state.replace_warm(pool, "a", Late)
-    holder.close()
-    callers[0].result().close()
-
-
-def test_checkout_that_meets_a_new_waiter_lets_it_go_first(make_pool):
-    """The checkout has taken the warm record when another caller waits."""
-    pool = make_pool(1)
-    connect(pool).close()
-    callers = []
-
-    class Early(WarmRecords):
         def pop(self, index):
             record = super().pop(index)
-            if not callers:
-                callers.extend(wait_in_line(pool, "b"))
+            meet("pop")
             return record
 
-    state.replace_warm(pool, "a", Early)
-    again = Caller(connect, pool)
-    eventually(lambda: callers, "the waiter")
-    callers[0].result().close()
-    again.result().close()
+    holder = connect(pool)
+    if method == "pop":
+        holder.close()
+    state.replace_warm(pool, "a", Met)
+    if method == "append":
+        holder.close()
+    else:
+        threads.come(pool)
+        threads.eventually(lambda: callers, "the waiter")
+    callers[0].result()
 
 
-def test_warm_connection_above_a_fallen_ceiling_is_not_taken(make_pool):
-    pool = make_pool(pool_size=4, soft_limit=1, max_limit=3)
-    a = take(pool, 3, "a")
+def test_warm_connection_above_a_fallen_ceiling_is_not_taken(threads):
+    pool = threads.pool(pool_size=4, soft_limit=1, max_limit=3)
+    a = threads.take(pool, 3, "a")
     with connect(pool, "b"):
         a.pop().close()  # a holds two still, above its ceiling of 1
-        (caller,) = wait_in_line(pool, "a")
+        (caller,) = threads.wait_in_line(pool, "a")
         give(a)
-    caller.result().close()
+    caller.result()
 
 
-def test_warm_connection_of_an_idle_tag_counts_for_nobody(make_pool, clock):
-    pool = make_pool(pool_size=2, soft_limit=1, max_limit=2)
-    connect(pool, "a").close()
-    clock.advance(100.0)
-    held = take(pool, 2, "b")
-    assert pool.stats().tag("b").connections == 2
-    give(held)
+# -- opening and closing ---------------------------------------------------------------
 
 
-# -- opening and closing -------------------------------------------------------
-
-
-@contract
-def test_nobody_waits_while_a_connection_is_being_opened(world):
+def test_no_caller_waits_while_a_connection_is_being_opened(world):
     pool = world.pool(2)
     held = connect(pool)
     world.server.before["connect"] = gate = world.gate()
-    caller = world.start(connect, pool, "b")
+    caller = world.come(pool, "b")
     gate.reached()
     held.close()
     connect(pool).close()  # would hang if the lock were held
     assert pool.checkedout() == 1, "the slot is reserved"
     gate.open()
-    caller.result().close()
+    caller.result()
 
 
-@contract
 def test_failed_connect_passes_the_slot_on(world):
     pool, gate = world.pool(1), world.gate()
 
@@ -185,19 +154,18 @@ def test_failed_connect_passes_the_slot_on(world):
         raise StubError("refused")
 
     world.server.before["connect"] = fail
-    caller = world.start(connect, pool, "a")
+    caller = world.come(pool, "a")
     gate.reached()
     (waiter,) = world.wait_in_line(pool, "b")
     gate.open()
     with pytest.raises(StubError):
         caller.result()
-    waiter.result().close()
+    waiter.result()
 
 
-@contract
 def test_waiter_does_not_wait_for_the_closing_of_another_connection(world):
     pool, gate = world.pool(2), world.gate()
-    held = take(pool, 2)
+    held = world.take(pool, 2)
     (caller,) = world.wait_in_line(pool)
     # As a transition leaves it that grants a slot to a caller as well.
     state.do_later(pool, gate)
@@ -206,30 +174,26 @@ def test_waiter_does_not_wait_for_the_closing_of_another_connection(world):
     gate.reached()
     gate.open()
     back.result()
-    give(held)
 
 
-@contract
 def test_overflow_slot_is_free_when_its_connection_is_closed(world):
     pool = world.pool(1, max_overflow=1)
-    one, two = take(pool, 2, "a")
+    one, two = world.take(pool, 2, "a")
     world.server.before["close"] = gate = world.gate()
     one.close()
-    caller = world.start(two.close)
+    back = world.start(two.close)
     gate.reached()
     assert pool.checkedout() == 1
-    late = connect(pool, "b")
+    world.connect(pool, "b")
     (waiter,) = world.wait_in_line(pool, "b")
     gate.open()
-    caller.result()
-    waiter.result().close()
-    late.close()
+    back.result()
+    waiter.result()
     assert world.server.most == 2
 
 
 @pytest.mark.parametrize("cleanup", ["close", "invalidate", "detach"])
 @pytest.mark.filterwarnings("ignore:Can't invalidate an already-closed connection")
-@contract
 def test_what_follows_an_interrupted_return_leaves_the_next_caller_alone(
     world, cleanup
 ):
@@ -240,20 +204,19 @@ def test_what_follows_an_interrupted_return_leaves_the_next_caller_alone(
     with pytest.raises(world.interruption):
         first.close()
     world.server.before.clear()
-    second = connect(pool, "b")
+    second = world.connect(pool, "b")
     getattr(first, cleanup)()
     assert pool.checkedout() == 1
     assert not second.dbapi_connection.closed
-    second.close()
 
 
-# -- waiting -------------------------------------------------------------------
+# -- waiting ---------------------------------------------------------------------------
 
 
-@contract
 def test_time_out_names_tag_ceiling_line_and_holders(world, clock):
     pool = world.pool(pool_size=3, soft_limit=2, max_limit=3, timeout=0)
-    held = take(pool, 2, "web") + take(pool, 1, "jobs")
+    world.take(pool, 2, "web")
+    world.take(pool, 1, "jobs")
     with pytest.raises(CheckoutTimeout) as caught:
         connect(pool, "web")
     assert str(caught.value).startswith(
@@ -265,135 +228,101 @@ def test_time_out_names_tag_ceiling_line_and_holders(world, clock):
     assert (caught.value.tag, caught.value.waited) == ("web", 0.0)
     assert pool.stats().tag("web").timeouts == 1
     assert state.waiting(pool) == 0
-    give(held)
+    pool = world.pool(10, timeout=0)
+    for n in range(10):
+        world.connect(pool, f"t{n}")
+    many = "held by t0=1 t1=1 t2=1 t3=1 t4=1 t5=1 and 4 more tags=4; "
+    with pytest.raises(CheckoutTimeout, match=many):
+        connect(pool, "late")
 
 
-@contract
 def test_time_out_does_happen(world):
     pool = world.pool(1, timeout=0.01, deadlock_timeout=None)
     with connect(pool), pytest.raises(CheckoutTimeout, match=r"after 0\.0\ds"):
         connect(pool)
 
 
-def test_many_holders_are_summed_up(make_pool):
-    pool = make_pool(10, timeout=0)
-    held = [connect(pool, f"t{n}") for n in range(10)]
-    summed_up = "held by t0=1 t1=1 t2=1 t3=1 t4=1 t5=1 and 4 more tags=4; "
-    with pytest.raises(CheckoutTimeout, match=summed_up):
-        connect(pool, "late")
-    give(held)
-
-
-@contract
-def test_one_more_than_max_waiting_is_refused_at_once(world):
+def test_one_more_than_max_waiting_is_refused_and_takes_no_connection_away(world):
     pool = world.pool(1, max_waiting=1)
-    holder = connect(pool, "a")
-    (caller,) = world.wait_in_line(pool, "a")
+    world.connect(pool, "a")
+    world.wait_in_line(pool, "a")
     with pytest.raises(TooManyWaiting) as caught:
         connect(pool, "b")
     assert str(caught.value) == (
         "too many waiting: tag 'b' refused, waiting=1 max_waiting=1; pool in_use=1/1"
     )
     assert caught.value.tag == "b"
-    holder.close()
-    caller.result().close()
-
-
-def test_refused_caller_takes_no_idle_connection_away(make_pool, server):
-    pool = make_pool(pool_size=3, soft_limit=1, max_limit=2, max_waiting=0)
+    pool = world.pool(pool_size=3, soft_limit=1, max_limit=2, max_waiting=0)
     give(take(pool, 2, "a"))
     with connect(pool, "a"), connect(pool, "b"):
         for _ in range(3):
             with pytest.raises(TooManyWaiting):
                 connect(pool, "a")
-    assert server.open == 2
     assert pool.checkedin() == 2
+    assert world.server.opened == 3
 
 
 class Interrupted(BaseException):
     pass
 
 
-def waiter(sleep):
-    """Return a class of waiters that call `sleep` in the place of waiting."""
-    return type("Waiter", (ThreadWaiter,), {"wait": lambda self, time: sleep(time)})
+def wait_by(pool, sleep):
+    """Have callers that come from now on call a function in the place of waiting."""
+    waiter = type("Waiter", (ThreadWaiter,), {"wait": lambda self, time: sleep(time)})
+    state.wait_with(pool, waiter)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, Interrupted])
-def test_exception_while_waiting_leaves_the_line(make_pool, error):
-    pool = make_pool(1, deadlock_timeout=None)
+def test_exception_while_waiting_leaves_the_line(threads, monkeypatch):
+    pool = threads.pool(1, deadlock_timeout=None)
     with connect(pool):
-        state.wait_with(pool, waiter(Mock(side_effect=error)))
-        with pytest.raises(error):
+        for error in KeyboardInterrupt, Interrupted:
+            wait_by(pool, Mock(side_effect=error))
+            with pytest.raises(error):
+                connect(pool)
+            assert pool.stats().waiting == 0
+        # Also if it is interrupted in leaving, twice: it watches no more.
+        leave_line, interrupts = Transitions.leave_line, [Interrupted, Interrupted]
+
+        def leave(transitions, checkout):
+            if interrupts:
+                raise interrupts.pop()
+            leave_line(transitions, checkout)
+
+        monkeypatch.setattr(Transitions, "leave_line", leave)
+        state.wait_with(pool, ThreadWaiter)
+        pool.reconfigure(timeout=0)
+        with pytest.raises(Interrupted):
             connect(pool)
-        assert pool.stats().waiting == 0
-
-
-def test_watch_is_passed_on_though_its_owner_is_interrupted_in_leaving(
-    make_pool, monkeypatch
-):
-    pool, leave_line = make_pool(1, timeout=0), Transitions.leave_line
-    interrupts = [Interrupted, Interrupted]
-
-    def leave(transitions, checkout):
-        if interrupts:
-            raise interrupts.pop()
-        leave_line(transitions, checkout)
-
-    monkeypatch.setattr(Transitions, "leave_line", leave)
-    with connect(pool), pytest.raises(Interrupted):
-        connect(pool)
     assert state.watcher(pool) is None
 
 
-def test_exception_that_meets_the_grant_passes_it_on(make_pool):
-    """Granted and interrupted in the same instant: the next caller gets it."""
-    pool, others = make_pool(1), []
-    holder = connect(pool)
-
-    def granted_meanwhile(time):
-        state.wait_with(pool, ThreadWaiter)
-        others.extend(wait_in_line(pool))
-        holder.close()
-        raise Interrupted
-
-    state.wait_with(pool, waiter(granted_meanwhile))
-    with pytest.raises(Interrupted):
-        connect(pool)
-    others[0].result().close()
-
-
-def test_time_out_that_meets_the_grant_takes_it(make_pool, clock):
-    """Granted in the same instant as the deadline passes: no error, no loss."""
-    pool = make_pool(1, timeout=5.0)
-    holder = connect(pool)
+@pytest.mark.parametrize("what", ["exception", "time-out", "third wake-up"])
+def test_what_meets_the_grant(threads, clock, what):
+    """An exception passes it on to the next; a time-out takes it: no error, no loss."""
+    pool = threads.pool(1, timeout=95.0, deadlock_timeout=None)
+    holder, waits, others = connect(pool), [], []
 
     def sleep(time):
-        clock.advance(5.0)
-        holder.close()
-
-    state.wait_with(pool, waiter(sleep))
-    connect(pool).close()
-
-
-def test_waiter_that_wakes_up_for_nothing_sleeps_on(make_pool, clock):
-    pool = make_pool(1, deadlock_timeout=None)
-    holder, wakes = connect(pool), []
-
-    def sleep(time):
-        wakes.append(time)
-        if len(wakes) == 3:
+        waits.append(time)
+        if what == "time-out":
+            clock.advance(95.0)
+        if what == "exception":
+            state.wait_with(pool, ThreadWaiter)
+            others.extend(threads.wait_in_line(pool))
+        if what != "third wake-up" or len(waits) == 3:
             holder.close()
+        if what == "exception":
+            raise Interrupted
 
-    state.wait_with(pool, waiter(sleep))
-    connect(pool).close()
-    assert wakes == [30.0, 30.0, 30.0]
+    wait_by(pool, sleep)
+    with pytest.raises(Interrupted) if what == "exception" else nullcontext():
+        connect(pool).close()
+    for other in others:
+        other.result()
+    # Others wake up for nothing and sleep on, until they look at idle tags again.
+    assert waits == [30.0] * (3 if what == "third wake-up" else 1)
 
 
-# -- the reallocation, noticed by waiters --------------------------------------
-
-
-@contract
 def test_waiters_notice_by_themselves_that_a_tag_became_idle(world):
     times = {"idle_timeout": 0.05, "reallocation_interval": 0.01}
     pool = world.pool(pool_size=4, soft_limit=1, max_limit=2, **times)
@@ -403,31 +332,17 @@ def test_waiters_notice_by_themselves_that_a_tag_became_idle(world):
         connect(pool, "a").close()
 
 
-def test_watch_is_passed_on_to_the_newest_waiter_when_its_owner_leaves(make_pool):
-    """It will wait longest, so the watch changes hands seldom."""
-    pool = make_pool(1)
-    holder = connect(pool)
-    for left, caller in zip((2, 1, 0), wait_in_line(pool, count=3), strict=True):
-        assert state.watcher(pool).waiter is not None, "the watcher waits itself"
-        holder.close()
-        holder = caller.result()
-        state.assert_consistent(pool)
-        assert state.watcher(pool) is (state.newest_waiter(pool) if left else None)
-    holder.close()
+# -- dispose and recreate --------------------------------------------------------------
 
 
-# -- dispose and recreate ------------------------------------------------------
-
-
-def test_dispose_keeps_the_bound(make_engine, server):
-    engine = make_engine(4)
+def test_dispose_keeps_the_bound(threads):
+    engine, server = threads.engine(4), threads.server
     out, idle = take(engine, 2), take(engine, 2)
     give(idle)
     engine.dispose()
     assert server.open == 2
     more = take(engine, 2)
-    caller = Caller(connect, engine)
-    ensure_waiting(engine.pool, 1)
+    (caller,) = threads.wait_in_line(engine)
     assert server.most == 4
     out.pop().close()  # closed, not kept in the pool that is gone
     caller.result().close()
@@ -437,48 +352,40 @@ def test_dispose_keeps_the_bound(make_engine, server):
     assert server.open == 0
 
 
+@pytest.mark.parametrize("waiting", [0, 1])
 @pytest.mark.parametrize("tag", ["a", "unknown"])
 def test_connection_held_over_a_dispose_is_closed_when_it_comes_back(
-    make_engine, server, tag
+    threads, tag, waiting
 ):
-    engine = make_engine()
+    engine, server = threads.engine(1), threads.server
     with connect(engine, tag):
         engine.dispose()
-    assert server.open == 0
-    with connect(engine, tag):
-        assert (server.opened, server.open) == (2, 1)
+        callers = threads.wait_in_line(engine, tag, waiting)
+    assert callers or server.open == 0
+    for caller in callers or [threads.come(engine, tag)]:
+        caller.result()
+    assert (server.opened, server.open, server.most) == (2, 1, 1)
 
 
-def test_connection_held_over_a_dispose_is_not_handed_to_a_waiter(make_engine, server):
-    engine = make_engine(1)
-    with connect(engine):
-        engine.dispose()
-        caller = Caller(connect, engine)
-        ensure_waiting(engine.pool, 1)
-    caller.result().close()
-    assert (server.opened, server.most) == (2, 1)
-
-
-def test_connections_being_closed_by_dispose_keep_their_slots(make_engine, server):
-    engine, gate = make_engine(2), Gate()
+def test_connections_being_closed_by_dispose_keep_their_slots(threads):
+    engine, gate = threads.engine(2), threads.gate()
     give(take(engine, 2))
-    server.before["close"] = gate
-    disposal = Caller(engine.dispose)
+    threads.server.before["close"] = gate
+    disposal = threads.start(engine.dispose)
     gate.reached()
-    callers = [Caller(connect, engine) for _ in range(2)]
-    eventually(lambda: state.waiting(engine) >= 1)
+    callers = [threads.come(engine) for _ in range(2)]
+    threads.eventually(lambda: state.waiting(engine) >= 1)
     gate.open()
-    disposal.result()
-    give([caller.result() for caller in callers])
-    assert server.most <= 2
+    for caller in disposal, *callers:
+        caller.result()
+    assert threads.server.most <= 2
 
 
-def test_interrupt_while_disposing_leaves_the_rest_to_the_next(make_pool, server):
-    pool = make_pool(3)
+def test_interrupt_while_disposing_leaves_the_rest_to_the_next(threads):
+    pool = threads.pool(3)
     connections = take(pool, 3)
     dbapi_connections = [c.dbapi_connection for c in connections]
-    for connection in connections:
-        connection.close()
+    give(connections[::-1])
     dbapi_connections[-1].close = Mock(side_effect=KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
         pool.dispose()
@@ -487,9 +394,14 @@ def test_interrupt_while_disposing_leaves_the_rest_to_the_next(make_pool, server
     assert state.capacity(pool) == 3
 
 
-def test_recreate_keeps_every_option(server):
+def test_recreate_keeps_class_options_and_accounting(server):
+    class ScraperPool(FairQueuePool):
+        def __init__(self, creator, colour="red", **kw):
+            self.colour = colour
+            super().__init__(creator, **kw)
+
     pool = server.pool(
-        FairQueuePool,
+        ScraperPool,
         pool_size=7,
         max_overflow=2,
         timeout=3.0,
@@ -507,54 +419,30 @@ def test_recreate_keeps_every_option(server):
         logging_name="mine",
     )
     again = pool.recreate()
-    assert type(again) is FairQueuePool
+    assert type(again) is ScraperPool
+    assert repr(again).startswith("<ScraperPool in_use=0/9")
     assert again.options == pool.options
     assert state.core(again) is state.core(pool)
     for name in ("_recycle", "_pre_ping", "_reset_on_return", "_orig_logging_name"):
         assert getattr(again, name) == getattr(pool, name)
 
 
-def test_recreate_of_a_subclass_with_options_of_its_own(server):
-    class ScraperPool(FairQueuePool):
-        def __init__(self, creator, colour="red", **kw):
-            self.colour = colour
-            super().__init__(creator, **kw)
-
-    pool = server.pool(ScraperPool, pool_size=3)
-    assert type(pool.recreate()) is ScraperPool
-    assert pool.recreate().size() == 3
-
-
-@contract
 def test_successor_waits_in_the_same_way_and_for_the_same_slots(world):
-    pool = world.pool(1)
+    pool = world.pool(2)
     successor = pool.recreate()
     assert type(successor) is world.pool_class
-    holder = connect(pool)
-    (caller,) = world.wait_in_line(successor)
-    holder.close()
-    caller.result().close()
-
-
-def test_what_a_former_pool_has_left_gives_way_when_it_is_in_the_way(make_pool, server):
-    pool = make_pool(2)
-    give(take(pool, 2))
-    held = take(pool.recreate(), 2)
-    assert (server.most, server.open) == (2, 2)
-    give(held)
-
-
-def test_pool_goes_on_while_its_successor_is_not_used(make_pool, server):
-    pool = make_pool(2)
-    pool.recreate()
     for _ in range(2):
-        connect(pool).close()
-    assert server.opened == 1
+        give(take(pool, 2))  # it goes on while its successor is not used
+    assert world.server.opened == 2
+    world.connect(pool)
+    world.connect(successor)  # what the former has left gives way
+    assert (world.server.most, world.server.open) == (2, 2)
+    world.wait_in_line(successor)
 
 
-def test_successor_that_was_not_used_yet_is_empty(make_engine, server):
+def test_successor_that_was_not_used_yet_is_empty(threads):
     """As ``engine.dispose(close=False)`` leaves it; the old one ends by its use."""
-    engine = make_engine()
+    engine = threads.engine()
     connect(engine).close()
     former = engine.pool
     engine.dispose(close=False)
@@ -563,19 +451,17 @@ def test_successor_that_was_not_used_yet_is_empty(make_engine, server):
     assert (former.checkedin(), engine.pool.checkedin()) == (0, 1)
     former.dispose()
     assert (former.checkedin(), engine.pool.checkedin()) == (0, 1)
-    assert server.open == 1
+    assert threads.server.open == 1
 
 
-def test_lost_connection_is_refused_where_its_replacement_may_not_wait(make_pool):
+def test_lost_connection_is_refused_where_its_replacement_may_not_wait(threads):
     """Opened again, it would be one too many: its caller asks as at a checkout."""
-    pool = make_pool(pool_size=2, max_waiting=0)
+    pool = threads.pool(pool_size=2, max_waiting=0)
     first, second = connect(pool, "a"), connect(pool, "b")
     pool.reconfigure(pool_size=1)
     record = state.record_of(first)
     record.invalidate()
     with pytest.raises(TooManyWaiting):
         record.get_connection()
-    first.close()
-    second.close()
+    give([first, second])
     connect(pool).close()
-    state.assert_quiet(pool)

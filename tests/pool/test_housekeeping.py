@@ -12,17 +12,7 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.util import await_only
 from support import state
 from support.stub import StubError, all_for_one
-from support.threads import (
-    Caller,
-    Gate,
-    connect,
-    ensure_waiting,
-    eventually,
-    give,
-    take,
-    wait_in_line,
-)
-from support.worlds import contract
+from support.threads import connect, eventually, give, take
 
 from sqla_fairpool import CheckoutTimeout, TooManyWaiting
 from sqla_fairpool.pool.waiters import ThreadWaiter
@@ -35,16 +25,17 @@ def opened_ahead():
     )
 
 
-# -- min_idle -------------------------------------------------------------------------
+# -- min_idle --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("out", [1, 3])
-def test_first_use_opens_min_idle_connections_with_those_that_are_out(
-    make_pool, server, out
-):
-    pool = make_pool(min_idle=5)
+def test_first_use_opens_min_idle_connections_with_those_that_are_out(threads, out):
+    pool, server, gate = threads.pool(min_idle=5), threads.server, threads.gate()
     assert server.opened == 0
+    server.before["connect"] = lambda: server.opened >= out and gate()
     held = take(pool, out)
+    assert server.opened == out  # the first caller does not wait for the others
+    gate.open()
     opened_ahead()
     assert server.opened == 5
     assert pool.warm_up() == 0
@@ -53,17 +44,6 @@ def test_first_use_opens_min_idle_connections_with_those_that_are_out(
     assert server.opened == 5
 
 
-def test_first_caller_does_not_wait_for_those_opened_ahead(make_pool, server):
-    pool, gate = make_pool(min_idle=3), Gate()
-    server.before["connect"] = lambda: server.opened and gate()
-    connect(pool).close()
-    assert server.opened == 1
-    gate.open()
-    opened_ahead()
-    assert server.opened == 3
-
-
-@contract
 def test_what_is_opened_ahead_knows_nothing_of_the_first_caller(tasks):
     """A creator, or a listener, that starts something in the background."""
     seen, variable = [], contextvars.ContextVar("variable", default=None)
@@ -77,15 +57,20 @@ def test_what_is_opened_ahead_knows_nothing_of_the_first_caller(tasks):
 
 
 @pytest.mark.parametrize(("min_idle", "number"), [(5, 5), (None, 0)])
-def test_warm_up_opens_them_before_the_first_use(make_pool, server, min_idle, number):
-    pool = make_pool(**({"min_idle": min_idle} if min_idle else {}))
+def test_warm_up_opens_them_before_the_first_use_of_a_pool(threads, min_idle, number):
+    options = {"min_idle": min_idle} if min_idle else {}
+    pool = threads.pool(**options, idle_connection_ttl=100.0)
     assert pool.warm_up() == pool.checkedin() == number
     assert pool.warm_up() == 0
+    pool.dispose()
+    pool = pool.recreate()
+    assert pool.warm_up() == pool.checkedin() == threads.server.open == number
     connect(pool).close()
-    assert server.opened == max(number, 1)
+    assert threads.server.open == max(number, 1)
+    with state.lock_forbidden(pool):  # what is kept warm needs no look around
+        connect(pool).close()
 
 
-@contract
 def test_asyncio_pool_is_warmed_up_in_a_task(tasks):
     pool = tasks.pool(min_idle=4)
     assert await_only(pool.warm_up()) == 4
@@ -104,60 +89,57 @@ def fail_after(server, number):
     server.before["connect"] = refuse
 
 
-def test_first_use_succeeds_if_the_others_cannot_be_opened(make_pool, server, caplog):
-    pool = make_pool(min_idle=3)
-    fail_after(server, 1)
+def test_what_cannot_be_opened_ahead_fails_warm_up_and_no_first_use(threads, caplog):
+    pool = threads.pool(min_idle=3)
+    fail_after(threads.server, 1)
     with caplog.at_level(logging.WARNING, "sqlalchemy.pool"):
         connect(pool).close()
         opened_ahead()
     assert "3 connections (min_idle) could not be opened ahead: no more" in caplog.text
     state.assert_quiet(pool)
-
-
-def test_warm_up_raises_what_opening_raises_and_keeps_what_is_open(make_pool, server):
-    pool = make_pool(min_idle=3)
-    fail_after(server, 2)
+    fail_after(threads.server, 2)
     with pytest.raises(StubError):
         pool.warm_up()
-    assert pool.checkedin() == 2
-    state.assert_quiet(pool)
+    assert pool.checkedin() == 2  # what is open is kept
 
 
 def test_interrupt_in_the_first_use_loses_neither_slot_nor_connection(
-    make_pool, monkeypatch
+    threads, monkeypatch
 ):
-    pool = make_pool(min_idle=3)
+    pool = threads.pool(min_idle=3)
     interrupt = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(ThreadWaiter, "run_apart", interrupt)
     with pytest.raises(KeyboardInterrupt):
         connect(pool)
     assert pool.checkedin() == 1
-    state.assert_quiet(pool)
 
 
-def wait_meanwhile(server, name, pool):
-    """Have another caller come while a connection is opened, or closed."""
-    callers = []
+@pytest.mark.parametrize("name", ["connect", "close"])
+def test_slot_is_taken_while_a_connection_is_opened_ahead_or_closed(
+    threads, clock, name
+):
+    """No caller opens one more than the capacity meanwhile; one that waits gets it."""
+    pool, callers = threads.pool(1, min_idle=0, idle_connection_ttl=100.0), []
 
     def come():
-        server.before.clear()
-        callers.extend(wait_in_line(pool))
+        threads.server.before.clear()
+        callers.extend(threads.wait_in_line(pool))
 
-    server.before[name] = come
-    return callers
+    if name == "connect":
+        pool.reconfigure(min_idle=1)
+        threads.server.before[name] = come
+        pool.warm_up()
+    else:
+        connect(pool).close()
+        pool.upkeep()
+        threads.server.before[name] = come
+        grow_old(pool, clock, 5)
+    callers[0].result()
+    assert threads.server.most == 1
 
 
-def test_slot_of_a_connection_that_is_opened_ahead_is_taken(make_pool, server):
-    """No caller opens one more than the capacity meanwhile; one that waits gets it."""
-    pool = make_pool(1, min_idle=1)
-    callers = wait_meanwhile(server, "connect", pool)
-    pool.warm_up()
-    callers[0].result().close()
-    assert server.opened == server.most == 1
-
-
-def test_forked_child_or_new_pool_opens_them_again(make_pool, server):
-    pool = make_pool(min_idle=3)
+def test_forked_child_or_new_pool_opens_them_again(threads):
+    pool, server = threads.pool(min_idle=3), threads.server
     connect(pool).close()
     opened_ahead()
     pool.dispose()
@@ -172,32 +154,23 @@ def test_forked_child_or_new_pool_opens_them_again(make_pool, server):
     assert server.opened == 9
 
 
-def test_new_pool_is_warmed_up_before_its_first_use(make_pool, server):
-    pool = make_pool(min_idle=3)
-    pool.warm_up()
-    pool.dispose()
-    successor = pool.recreate()
-    assert successor.warm_up() == 3
-    assert (server.open, successor.checkedin()) == (3, 3)
-
-
-def test_warming_up_ends_when_another_pool_takes_over(make_pool, server):
-    pool = make_pool(min_idle=3)
+def test_warming_up_ends_when_another_pool_takes_over(threads):
+    pool = threads.pool(min_idle=3)
     successor = pool.recreate()
 
     def take_over():
-        server.before.clear()
+        threads.server.before.clear()
         connect(successor).close()
 
-    server.before["connect"] = take_over
+    threads.server.before["connect"] = take_over
     assert pool.warm_up() == 1
     opened_ahead()
     # The new one counted the connection that was being opened, and this was closed.
-    assert server.open == successor.checkedin() == 2
+    assert threads.server.open == successor.checkedin() == 2
     assert successor.warm_up() == 1
 
 
-# -- idle_connection_ttl ------------------------------------------------------------
+# -- idle_connection_ttl ---------------------------------------------------------------
 
 
 @pytest.fixture
@@ -267,42 +240,31 @@ def test_asking_in_vain_is_no_use_of_a_connection(make_aging, server, clock):
     give(held)
 
 
-def test_slot_is_taken_until_the_unused_connection_is_closed(make_aging, server, clock):
-    pool = make_aging(1)
-    connect(pool).close()
-    pool.upkeep()
-    callers = wait_meanwhile(server, "close", pool)
-    grow_old(pool, clock, 5)
-    callers[0].result().close()
-    assert server.most == 1
+# -- reconfigure -----------------------------------------------------------------------
 
 
-def test_common_path_does_not_look(make_aging):
-    """With a connection kept warm, a checkout enters no critical section."""
-    pool = make_aging(min_idle=2)
-    pool.warm_up()
-    connect(pool).close()
-    with state.lock_forbidden(pool):
-        connect(pool).close()
-
-
-# -- reconfigure ----------------------------------------------------------------------
-
-
-def test_waiters_that_may_go_on_are_woken_by_a_change(make_pool):
-    pool = make_pool(2)
-    held = take(pool, 2)
-    callers = [caller for tag in "abc" for caller in wait_in_line(pool, tag)]
+def test_capacity_that_rises_wakes_waiters_and_one_that_falls_drains(threads):
+    pool, server = threads.pool(2), threads.server
+    threads.take(pool, 2)
+    callers = [caller for tag in "abc" for caller in threads.wait_in_line(pool, tag)]
     pool.reconfigure(**all_for_one(5))
-    held += [caller.result() for caller in callers]
+    held = [caller.result() for caller in callers]
     assert pool.checkedout() == 5
-    give(held)
+    pool.reconfigure(**all_for_one(3))
+    (caller,) = threads.wait_in_line(pool, "b")
+    for still_open in (4, 3):
+        held.pop().close()
+        assert (state.waiting(pool), server.open) == (1, still_open)
+        state.assert_consistent(pool)
+    held.pop().close()
+    caller.result()
+    assert server.opened == 5
 
 
-def test_ceiling_that_rises_wakes_a_waiter_and_one_that_falls_drains(make_pool):
-    pool = make_pool(pool_size=4, soft_limit=1, max_limit=1)
+def test_ceiling_that_rises_wakes_a_waiter_and_one_that_falls_drains(threads):
+    pool = threads.pool(pool_size=4, soft_limit=1, max_limit=1)
     held = take(pool, 1)
-    (caller,) = wait_in_line(pool)
+    (caller,) = threads.wait_in_line(pool)
     pool.reconfigure(soft_limit=3, max_limit=3, timeout=0)
     held += [caller.result(), connect(pool)]
     assert pool.stats().tag("a").limit == 3
@@ -313,32 +275,6 @@ def test_ceiling_that_rises_wakes_a_waiter_and_one_that_falls_drains(make_pool):
             connect(pool)
         held.pop().close()
     connect(pool).close()
-
-
-def test_lowered_capacity_drains(make_pool, server):
-    pool = make_pool(6)
-    held = take(pool, 6)
-    pool.reconfigure(pool_size=2, soft_limit=None, max_limit=None)
-    for still_open in (5, 4, 3, 2):
-        held.pop().close()
-        assert server.open == still_open
-        state.assert_consistent(pool)
-    give(held)
-    assert server.open == pool.checkedin() == 2
-
-
-def test_waiter_gets_no_slot_that_is_above_a_lowered_capacity(make_pool, server):
-    pool = make_pool(3)
-    held = take(pool, 3)
-    callers = wait_in_line(pool, "b")
-    pool.reconfigure(**all_for_one(1))
-    held.pop().close()
-    held.pop().close()
-    assert state.waiting(pool) == 1
-    assert server.open == 1
-    held.pop().close()
-    callers[0].result().close()
-    assert server.opened == 3
 
 
 def test_pool_size_alone_may_move_to_overflow(make_pool, server):
@@ -355,13 +291,17 @@ def test_pool_size_alone_may_move_to_overflow(make_pool, server):
     assert server.open == 4
 
 
-def test_limits_that_were_not_given_follow_the_capacity(make_pool):
+def test_limits_that_were_not_given_follow_the_capacity(make_pool, caplog):
     pool = make_pool()
     pool.reconfigure(pool_size=40)
     assert (pool.options.soft_limit, pool.options.max_limit) == (20, 30)
-    pool.reconfigure(soft_limit=5)
+    with caplog.at_level(logging.INFO, "sqlalchemy.pool"):
+        pool.reconfigure(soft_limit=5)
+        pool.reconfigure(soft_limit=5)
+    assert caplog.messages == ["Pool reconfigured: soft_limit 20 -> 5"]
     pool.reconfigure(pool_size=20)
     assert (pool.options.soft_limit, pool.options.max_limit) == (5, 15)
+    assert pool.recreate().options.soft_limit == 5
 
 
 @pytest.mark.parametrize(
@@ -383,63 +323,47 @@ def test_bad_value_changes_nothing(make_pool, changes, message):
     give(take(pool, 15))
 
 
-def test_idle_timeout_takes_effect_for_tags_that_are_active(make_pool, clock):
-    pool = make_pool()
-    connect(pool).close()
-    pool.reconfigure(idle_timeout=5.0, reallocation_interval=1.0)
-    clock.advance(6.0)
-    pool.upkeep()
-    assert not pool.stats().tag("a").active
-
-
-def test_waiter_looks_at_the_new_times(make_pool, clock):
+def test_new_times_hold_for_active_tags_and_callers_that_wait(threads, clock):
     """The one that watches for the reallocation is woken to wait for the new one."""
-    pool = make_pool(pool_size=2, soft_limit=1, max_limit=2, idle_timeout=1000.0)
+    times = {"idle_timeout": 1000.0, "reallocation_interval": 1000.0}
+    times |= {"deadlock_timeout": None}
+    pool = threads.pool(pool_size=2, soft_limit=1, max_limit=2, **times)
     connect(pool, "b").close()
-    with connect(pool, "a"):
-        callers = wait_in_line(pool, "a")
-        clock.advance(10.0)
-        pool.reconfigure(idle_timeout=0.01, reallocation_interval=0.01)
-        clock.advance(0.02)
-        callers[0].result().close()
+    threads.connect(pool, "a")
+    (caller,) = threads.wait_in_line(pool, "a")
+    clock.advance(10.0)
+    pool.reconfigure(idle_timeout=0.01, reallocation_interval=0.01)
+    clock.advance(0.02)
+    caller.result()
+    assert not pool.stats().tag("b").active
 
 
-def test_timeout_and_max_waiting_are_for_those_who_come(make_pool):
-    pool = make_pool(1)
-    held = take(pool, 1)
-    callers = wait_in_line(pool)
-    pool.reconfigure(max_waiting=0)
-    with pytest.raises(TooManyWaiting):
-        connect(pool)
-    pool.reconfigure(max_waiting=None, timeout=0)
-    with pytest.raises(CheckoutTimeout):
-        connect(pool)
-    give(held)
-    callers[0].result().close()
+def test_timeout_and_max_waiting_are_for_those_who_come(threads):
+    pool = threads.pool(1)
+    threads.connect(pool)
+    threads.wait_in_line(pool)
+    for changes, error in (
+        ({"max_waiting": 0}, TooManyWaiting),
+        ({"max_waiting": None, "timeout": 0}, CheckoutTimeout),
+    ):
+        pool.reconfigure(**changes)
+        with pytest.raises(error):
+            connect(pool)
 
 
-def test_change_is_logged_and_kept_by_the_next_pool(make_pool, caplog):
-    pool = make_pool()
-    with caplog.at_level(logging.INFO, "sqlalchemy.pool"):
-        pool.reconfigure(soft_limit=8)
-        pool.reconfigure(soft_limit=8)
-    assert caplog.messages == ["Pool reconfigured: soft_limit 10 -> 8"]
-    assert pool.recreate().options.soft_limit == 8
-
-
-def test_limit_that_rises_while_connections_are_still_being_closed(make_pool, server):
+def test_limit_that_rises_while_connections_are_still_being_closed(threads):
     """They are connections until they are closed."""
-    pool = make_pool(4)
+    pool = threads.pool(4)
     give(take(pool, 4))
-    server.before["close"] = gate = Gate()
-    shrinking = Caller(lambda: pool.reconfigure(**all_for_one(1)))
+    threads.server.before["close"] = gate = threads.gate()
+    shrinking = threads.start(lambda: pool.reconfigure(**all_for_one(1)))
     gate.reached()
-    growing = Caller(lambda: pool.reconfigure(**all_for_one(4)))  # helps to close
+    # It helps to close.
+    growing = threads.start(lambda: pool.reconfigure(**all_for_one(4)))
     eventually(lambda: pool.options.pool_size == 4)
-    callers = [Caller(connect, pool) for _ in range(4)]
-    ensure_waiting(pool, 3)
+    callers = [threads.come(pool) for _ in range(4)]
+    threads.ensure_waiting(pool, 3)
     gate.open()
-    shrinking.result()
-    growing.result()
-    give([caller.result() for caller in callers])
-    assert server.most == 4
+    for caller in shrinking, growing, *callers:
+        caller.result()
+    assert threads.server.most == 4

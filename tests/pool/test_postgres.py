@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import random
 import statistics
@@ -20,7 +21,7 @@ from support import state
 from support.sessions import Sessions
 from support.stub import all_for_one
 from support.tasks import until
-from support.threads import Caller, connect, eventually, give, take
+from support.threads import Caller, connect, eventually
 from support.worlds import make_world
 
 import sqla_fairpool
@@ -78,24 +79,28 @@ def by_session(engine, tag):
         yield session.connection(execution_options={"scraper": tag})
 
 
+ROADS = [by_engine, by_connection, by_context, by_session]
+
+
 class Scrapers:
     """Groups of threads that want all they can get; counted in the server."""
 
-    def __init__(self, engine, url, road):
-        self.engine, self.road = engine, road
+    def __init__(self, engine, url):
+        self.engine = engine
         self._server = create_engine(url, poolclass=NullPool).connect()
         self._stops, self._callers = {}, []
 
     def start(self, tag, threads=60):
         self._stops[tag] = threading.Event()
-        self._callers += [Caller(self._work, tag) for _ in range(threads)]
+        roads = itertools.islice(itertools.cycle(ROADS), threads)
+        self._callers += [Caller(self._work, tag, road) for road in roads]
 
     def stop(self, tag):
         self._stops[tag].set()
 
-    def _work(self, tag):
+    def _work(self, tag, road):
         while not self._stops[tag].is_set():
-            with self.road(self.engine, tag) as connection:
+            with road(self.engine, tag) as connection:
                 connection.execute(text(f"select pg_sleep({HOLD}) /* {tag} */"))
 
     def _sample(self):
@@ -134,10 +139,9 @@ class Scrapers:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("road", [by_engine, by_connection, by_context, by_session])
-def test_four_scenarios_counted_in_the_server(make_engine, postgres_url, road):
+def test_four_scenarios_by_all_roads_counted_in_the_server(make_engine, postgres_url):
     engine = make_engine(idle_timeout=0.5, reallocation_interval=0.1)
-    scrapers = Scrapers(engine, postgres_url, road)
+    scrapers = Scrapers(engine, postgres_url)
     try:
         scrapers.start("layer1_5")
         scrapers.settle_at(15)
@@ -310,21 +314,3 @@ def test_failed_connect_is_sqlalchemys_error_and_shows_no_password(postgres_url)
         assert "s3cret" not in str(caught.value)
     assert "s3cret" not in repr(engine.pool) + engine.pool.status()
     state.assert_quiet(engine.pool)
-
-
-def test_isolation_level_survives_the_wait_for_a_tag(make_engine):
-    engine = make_engine(pool_size=2, soft_limit=1, max_limit=1)
-    level = text("show transaction_isolation")
-    held = take(engine, 1, "a")
-
-    def work():
-        connection = engine.connect().execution_options(isolation_level="SERIALIZABLE")
-        with connection.execution_options(scraper="a"):
-            return connection.scalar(level)
-
-    caller = Caller(work)
-    eventually(lambda: engine.pool.stats().waiting == 1)
-    give(held)
-    assert caller.result() == "serializable"
-    with connect(engine, "a") as connection:
-        assert connection.scalar(level) == "read committed"

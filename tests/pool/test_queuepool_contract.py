@@ -1,4 +1,4 @@
-"""What a user of ``QueuePool`` expects, asked of both pools in the same words."""
+"""What a user of ``QueuePool`` expects: both pools are told the same and compared."""
 
 from __future__ import annotations
 
@@ -8,86 +8,271 @@ import logging
 import sqlite3
 import time
 from contextlib import nullcontext
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+)
 from sqlalchemy import create_engine, engine_from_config, event, exc, text
+from sqlalchemy.events import PoolEvents
 from sqlalchemy.pool import QueuePool
 from support.state import assert_quiet
-from support.stub import StubError, all_for_one
+from support.stub import StubError, StubServer, all_for_one
 
 from sqla_fairpool import FairQueuePool, tag
 
-pytestmark = [
-    pytest.mark.parametrize(
-        ("pool_class", "tag_name"),
-        [
-            pytest.param(QueuePool, None, id="queuepool"),
-            pytest.param(FairQueuePool, None, id="untagged"),
-            pytest.param(FairQueuePool, "reports", id="tagged"),
-        ],
-    ),
-    pytest.mark.usefixtures("maybe_tagged"),
-]
+EVENTS = [name for name in vars(PoolEvents) if name[0] != "_" and name != "dispatch"]
 
 
 def options_of(pool_class, options):
     """Options that mean the same to both pools: one tag, no ceiling below the rest."""
-    options = {"pool_size": 2, "max_overflow": 0, "timeout": 0, **options}
+    options = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 0, **options}
     if pool_class is FairQueuePool:
         options |= all_for_one(options["pool_size"], options["max_overflow"])
     return options
 
 
-@pytest.fixture
-def maybe_tagged(tag_name):
-    """Check out under the tag, if there is one."""
-    with tag(tag_name) if tag_name else nullcontext():
-        yield
+def lose(dbapi_connection):
+    """Have the server close a connection; the pool does not know yet."""
+
+    def cursor():  # a new error each time, which keeps no traceback
+        raise sqlite3.ProgrammingError("Cannot operate on a closed database.")
+
+    dbapi_connection.cursor = cursor
 
 
-@pytest.fixture
-def new_pool(pool_class, server):
-    pools = []
+class Log(logging.Handler):
+    """The messages of warnings and errors, without what is filled in."""
 
-    def new_pool(**options):
-        pools.append(server.pool(pool_class, **options_of(pool_class, options)))
-        return pools[-1]
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.messages = []
 
-    yield new_pool
-    for pool in pools:
-        if pool_class is FairQueuePool:
-            assert_quiet(pool)
+    def emit(self, record):
+        self.messages.append(record.msg)
+
+
+class Side:
+    """One of the pools that are compared, and all that can be seen of it."""
+
+    def __init__(self, pool_class, options, tag_name=None):
+        self.server, self.made = StubServer(), []
+        options = {"poolclass": pool_class, **options_of(pool_class, options)}
+        self.engine = create_engine("sqlite://", creator=self.create, **options)
+        self.tag = tag(tag_name) if tag_name else nullcontext()
+        self.held, self.seen, self.log, self.failing = [], [], Log(), {}
+        for name in EVENTS:
+            event.listen(self.engine.pool, name, lambda *_, name=name: self.see(name))
+        for name in ("connect", "rollback", "close"):
+            self.server.before[name] = lambda name=name: self.perhaps_fail(name)
+
+    def create(self):
+        connection = self.server.connect()
+        connection.commit = Mock()
+        self.made.append(connection)
+        return connection
+
+    def see(self, name):
+        self.seen.append(name)
+        self.perhaps_fail(f"{name} listener")
+
+    def perhaps_fail(self, place):
+        if self.failing.get(place):
+            raise self.failing[place].pop()
+
+    def do(self, action, *args):
+        """Do something; return all that can be seen of what came of it."""
+        logger = self.engine.pool.logger
+        logger.addHandler(self.log)
+        logger.propagate = False  # pytest keeps tracebacks, which have connections
+        self.seen.clear()
+        try:
+            with self.tag:
+                result = action(self, *args)
+        except exc.TimeoutError as error:  # ours is derived from it
+            result = exc.TimeoutError, error.__context__
+        except BaseException as error:
+            result = type(error), type(error.__context__)
+        gc.collect()  # a traceback may have a connection
+        pool = self.engine.pool
+        logger.removeHandler(self.log)
+        logger.propagate = True
+        made = [(c.closed, c.rollbacks, c.commit.call_count) for c in self.made]
+        figures = pool.checkedin(), pool.checkedout(), pool.overflow()
+        status = pool.status().partition(" Waiting: ")[0]
+        return result, self.seen, made, figures, status, self.log.messages
+
+    # -- what is done --
+
+    def check_out(self):
+        connection = self.engine.raw_connection()
+        self.held.append(connection)
+        number = connection.dbapi_connection.number
+        found = dict(connection.info), dict(connection.record_info)
+        connection.info["number"] = connection.record_info["last"] = number
+        return number, found
+
+    def check_in(self, index):
+        connection = self.held.pop(index % len(self.held))
+        connection.close()
+        connection.close()
+
+    def invalidate(self, index, soft):
+        connection = self.held[index % len(self.held)]
+        connection.invalidate(soft=soft)
+        return connection.is_valid
+
+    def detach(self, index):
+        self.held[index % len(self.held)].detach()
+
+    def leak(self, index):
+        del self.held[index % len(self.held)]
+
+    def lose(self, index):
+        lose(self.made[index % len(self.made)])
+
+    def dispose(self):
+        self.engine.pool.dispose()
+
+    def replace(self):
+        self.dispose()
+        self.engine.pool = self.engine.pool.recreate()
+
+    def fail(self, place, error, times):
+        """Have something fail from now on, so many times."""
+        self.failing[place] = [error() for _ in range(times)]
+
+
+ERRORS = [
+    StubError,
+    KeyboardInterrupt,
+    SystemExit,
+    exc.DisconnectionError,
+    exc.InvalidatePoolError,
+]
+PLACES = ["connect", "rollback", "close", "connect listener", "checkout listener"]
+INDEX = st.integers(0, 5)
+
+some_are_out = precondition(lambda self: self.sides[0].held)
+none_is_out = precondition(lambda self: not self.sides[0].held)
+
+
+class Comparison(RuleBasedStateMachine):
+    """Whatever is done, the same is to be seen of both."""
+
+    def __init__(self):
+        super().__init__()
+        self.clock = Mock(now=1_000_000.0)
+        self.patch = patch("time.time", lambda: self.clock.now)
+        self.patch.start()
+        gc.disable()  # both are to collect at the same moment
+        gc.freeze()
+
+    def teardown(self):
+        for side in self.sides:
+            side.failing.clear()
+            side.held.clear()
+        gc.collect()
+        gc.unfreeze()
+        gc.enable()
+        self.patch.stop()
+        assert_quiet(self.sides[1].engine.pool)
+
+    @initialize(
+        tag_name=st.sampled_from([None, "reports"]),
+        options=st.fixed_dictionaries(
+            {
+                "pool_size": st.integers(1, 3),
+                "max_overflow": st.integers(0, 1),
+                "pool_use_lifo": st.booleans(),
+                "pool_pre_ping": st.booleans(),
+                "pool_recycle": st.sampled_from([-1, 10]),
+                "pool_reset_on_return": st.sampled_from(
+                    [True, "rollback", "commit", None, False]
+                ),
+            }
+        ),
+    )
+    def begin(self, tag_name, options):
+        self.sides = Side(QueuePool, options), Side(FairQueuePool, options, tag_name)
+
+    def both(self, *action):
+        one, other = (side.do(*action) for side in self.sides)
+        assert one == other
+
+    @rule()
+    def check_out(self):
+        self.both(Side.check_out)
+
+    @some_are_out
+    @rule(index=INDEX)
+    def check_in(self, index):
+        self.both(Side.check_in, index)
+
+    @some_are_out
+    @rule(index=INDEX, soft=st.booleans())
+    def invalidate(self, index, soft):
+        self.both(Side.invalidate, index, soft)
+
+    @some_are_out
+    @rule(action=st.sampled_from([Side.detach, Side.leak]), index=INDEX)
+    def lose_sight(self, action, index):
+        for side in self.sides:
+            side.failing.clear()  # it would be raised in a finaliser
+        self.both(action, index)
+
+    @some_are_out
+    @rule(index=INDEX)
+    def lose(self, index):
+        self.both(Side.lose, index)
+
+    @none_is_out
+    @rule(action=st.sampled_from([Side.dispose, Side.replace]))
+    def dispose(self, action):
+        self.both(action)
+
+    @rule(place=st.sampled_from(PLACES), error=st.sampled_from(ERRORS), times=INDEX)
+    def fail(self, place, error, times):
+        if place == "close" and not issubclass(error, Exception):
+            error = StubError  # QueuePool loses a slot when its dispose is interrupted
+        self.both(Side.fail, place, error, times)
+
+    @rule(seconds=st.sampled_from([1, 5, 11]))
+    def pass_time(self, seconds):
+        self.clock.now += seconds
+
+
+TestComparison = Comparison.TestCase
+TestComparison.settings = settings(
+    max_examples=100,
+    stateful_step_count=40,
+    phases=set(Phase) - {Phase.explain},  # which takes minutes
+)
+
+
+# -- what is not done at random --------------------------------------------------------
+
+pools = pytest.mark.parametrize("pool_class", [QueuePool, FairQueuePool])
 
 
 @pytest.fixture
 def new_engine(pool_class, server):
-    def new_engine(**options):
-        options = options_of(pool_class, options)
-        options["pool_timeout"] = options.pop("timeout")
-        return server.engine(poolclass=pool_class, **options)
-
-    return new_engine
-
-
-@pytest.fixture
-def wall_clock(monkeypatch):
-    """The clock by which connections age: set `now`."""
-    clock = Mock(now=1_000_000.0)
-    monkeypatch.setattr(time, "time", lambda: clock.now)
-    return clock
+    return lambda **options: server.engine(
+        poolclass=pool_class, **options_of(pool_class, options)
+    )
 
 
 @pytest.fixture
 def logged(caplog):
-    """What the pool logs from now on."""
+    """What the pools log, the names of their loggers too."""
     caplog.set_level(logging.DEBUG, "sqlalchemy.pool")
-    caplog.clear()
     return caplog
-
-
-def figures(pool):
-    return pool.checkedin(), pool.checkedout(), pool.overflow()
 
 
 def use(pool):
@@ -96,275 +281,39 @@ def use(pool):
         return connection.dbapi_connection
 
 
-def use_engine(engine):
-    """The same through an engine, with a statement."""
-    with engine.connect() as connection:
-        connection.execute(text("select 1"))
-        return connection.connection.dbapi_connection
+@pools
+def test_ways_to_make_a_pool(pool_class, server):
+    def creator(record):
+        record.record_info["creator"] = "called"
+        return server.connect()
 
-
-def use_at_once(pool, number):
-    """Check so many out, then in; return the DBAPI connections in that order."""
-    connections = [pool.connect() for _ in range(number)]
-    dbapi_connections = [connection.dbapi_connection for connection in connections]
-    for connection in connections:
-        connection.close()
-    return dbapi_connections
-
-
-def lose(dbapi_connection):
-    """Have the server close a connection; the pool does not know yet."""
-    error = sqlite3.ProgrammingError("Cannot operate on a closed database.")
-    dbapi_connection.cursor = Mock(side_effect=error)
-
-
-# -- order of reuse -----------------------------------------------------------
-
-
-def test_connection_is_opened_when_needed_and_reused(new_pool, server):
-    pool = new_pool()
-    assert server.opened == 0
-    assert use(pool) is use(pool)
-    assert server.opened == 1
-
-
-@pytest.mark.parametrize(
-    ("use_lifo", "at_once", "in_turn"),
-    [(False, [2, 1, 3], [2, 1, 3, 2]), (True, [3, 1, 2], [2, 2, 2, 2])],
-)
-def test_first_returned_is_reused_first_and_with_use_lifo_the_last(
-    new_pool, use_lifo, at_once, in_turn
-):
-    pool = new_pool(pool_size=3, use_lifo=use_lifo)
-    connections = [pool.connect() for _ in range(3)]
-    for index in (1, 0, 2):
-        connections[index].close()
-    assert [c.number for c in use_at_once(pool, 3)] == at_once
-    # All take turns; with use_lifo the others fall idle.
-    assert [use(pool).number for _ in range(4)] == in_turn
-
-
-# -- bounds -------------------------------------------------------------------
-
-
-def test_size_overflow_and_timeout_may_be_given_by_position(pool_class, server):
-    pool = pool_class(server.connect, 3, 2, 0.5)
+    pool = pool_class(creator, 3, 2, 0.5)
     assert (pool.size(), pool.overflow(), pool.timeout()) == (3, -3, 0.5)
-
-
-def test_overflow_is_closed_when_it_comes_back(new_pool, server):
-    pool = new_pool(pool_size=1, max_overflow=1)
-    one, other = pool.connect(), pool.connect()
-    one.close()
-    assert server.open == 2
-    overflow = other.dbapi_connection
-    other.close()
-    assert overflow.closed
-    assert server.open == 1
-
-
-def test_checkout_beyond_the_capacity_times_out(new_pool, server):
-    pool = new_pool(pool_size=1, max_overflow=1)
-    with pool.connect(), pool.connect():
-        before = figures(pool)
-        with pytest.raises(exc.TimeoutError) as caught:
-            pool.connect()
-        assert figures(pool) == before
-    assert caught.value.__context__ is None
-    assert server.opened == 2
-    assert use(pool)
-
-
-# -- failures free their place ------------------------------------------------
-
-
-def creator_fails(pool, server, fail):
-    server.before["connect"] = fail
-
-
-def reconnect_fails(pool, server, fail):
-    invalidate(pool)
-    server.before["connect"] = fail
-
-
-def reconnect_after_pre_ping_fails(pool, server, fail):
-    lose(use(pool))
-    server.before["connect"] = fail
-
-
-def connect_listener_fails(pool, server, fail):
-    event.listen(pool, "connect", lambda *args: fail())
-
-
-def checkout_listener_fails(pool, server, fail):
-    event.listen(pool, "checkout", lambda *args: fail())
-
-
-@pytest.mark.parametrize(
-    ("what_fails", "error"),
-    [
-        (creator_fails, StubError),
-        (creator_fails, KeyboardInterrupt),
-        (creator_fails, SystemExit),
-        (reconnect_fails, StubError),
-        (reconnect_after_pre_ping_fails, sqlite3.OperationalError),
-        (connect_listener_fails, StubError),
-        (checkout_listener_fails, StubError),
-        (checkout_listener_fails, exc.DisconnectionError),
-    ],
-)
-def test_what_fails_in_a_checkout_frees_its_place(
-    new_engine, server, what_fails, error
-):
-    pre_ping = what_fails is reconnect_after_pre_ping_fails
-    engine = new_engine(pool_size=1, pool_pre_ping=pre_ping)
-    pool = engine.pool
-    fail = Mock(side_effect=error)
-    what_fails(pool, server, fail)
-    # A checkout gives up when every connection is refused.
-    raised = exc.InvalidRequestError if error is exc.DisconnectionError else error
-    for _ in range(3):
-        with pytest.raises(raised) as caught:
-            pool.connect()
-        if what_fails is creator_fails:
-            assert caught.value.__context__ is None
-    assert pool.checkedout() == 0
-    if error is exc.DisconnectionError:
-        assert server.opened > 3
-        assert server.open == 0
-    fail.side_effect = None
-    assert use_engine(engine)
-    assert figures(pool) == (1, 0, 0)
-    assert server.open == 1
-
-
-@pytest.mark.parametrize("error", [StubError, KeyboardInterrupt])
-def test_connection_that_fails_to_be_reset_is_replaced(new_pool, server, logged, error):
-    pool = new_pool(pool_size=1)
-    connection = pool.connect()
-    first = connection.dbapi_connection
-    server.before["rollback"] = Mock(side_effect=error)
-    with pytest.raises(error) if error is KeyboardInterrupt else nullcontext():
-        connection.close()
-    del server.before["rollback"]
-    assert first.closed
-    assert server.open == 0
-    assert "Exception during reset or similar" in logged.text
-    assert use(pool) is not first
-
-
-# -- reset, recycle, pre_ping -------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("reset", "rollbacks", "commits"),
-    [
-        (True, 1, 0),
-        ("rollback", 1, 0),
-        ("commit", 0, 1),
-        (None, 0, 0),
-        (False, 0, 0),
-    ],
-)
-def test_reset_on_return_says_how_a_transaction_ends(
-    new_pool, reset, rollbacks, commits
-):
-    pool = new_pool(reset_on_return=reset)
-    connection = pool.connect()
-    dbapi_connection = connection.dbapi_connection
-    dbapi_connection.commit = Mock()
-    connection.close()
-    assert dbapi_connection.rollbacks == rollbacks
-    assert dbapi_connection.commit.call_count == commits
-
-
-def test_connection_older_than_recycle_is_replaced(new_pool, wall_clock):
-    pool = new_pool(recycle=10)
-    first = use(pool)
-    wall_clock.now += 5
-    assert use(pool) is first
-    wall_clock.now += 6
-    assert use(pool) is not first
-    assert first.closed
-
-
-@pytest.mark.parametrize("disposed", [False, True])
-def test_pre_ping_replaces_a_lost_connection(new_engine, server, disposed):
-    engine = new_engine(pool_pre_ping=True)
-    if disposed:
-        engine.dispose()
-    first = use_engine(engine)
-    assert use_engine(engine) is first
-    lose(first)
-    assert use_engine(engine) is not first
-    assert server.open == 1
-    assert engine.pool.checkedout() == 0
-
-
-# -- events -------------------------------------------------------------------
-
-
-def invalidate(pool, soft=False):
     with pool.connect() as connection:
-        connection.invalidate(soft=soft)
+        assert connection.record_info == {"creator": "called"}
+    pool = pool_class(server.connect, pre_ping=True)
+    engine = create_engine("sqlite://", pool=pool)
+    assert engine.pool is pool
+    with engine.connect() as connection:
+        lose(first := connection.connection.dbapi_connection)
+    with engine.connect() as connection:
+        assert connection.connection.dbapi_connection is not first
+    options = options_of(pool_class, {"pool_size": 3, "max_overflow": 1})
+    configuration = {name: str(value) for name, value in options.items()}
+    configuration |= {"url": "sqlite:///file.db", "pool_recycle": "60"}
+    engine = engine_from_config(configuration, prefix="", poolclass=pool_class)
+    assert (engine.pool.size(), engine.pool.timeout()) == (3, 0)
 
 
-def invalidate_softly(pool):
-    invalidate(pool, soft=True)
-
-
-def detach(pool):
-    connection = pool.connect()
-    connection.detach()
-    connection.close()
-
-
-def record_events(pool):
-    """Return a list of the names of all events that a pool has from now on."""
-    seen = []
-    for name in (
-        "connect",
-        "first_connect",
-        "checkout",
-        "checkin",
-        "reset",
-        "close",
-        "invalidate",
-        "soft_invalidate",
-        "detach",
-        "close_detached",
-    ):
-        event.listen(pool, name, lambda *args, name=name: seen.append(name))
-    return seen
-
-
-def test_events_come_in_order(new_pool, wall_clock):
-    pool = new_pool()
-    seen = record_events(pool)
-    for action, expected in [
-        (use, ["first_connect", "connect", "checkout", "reset", "checkin"]),
-        (use, ["checkout", "reset", "checkin"]),
-        (invalidate, ["checkout", "invalidate", "close", "checkin"]),
-        (use, ["connect", "checkout", "reset", "checkin"]),
-        (invalidate_softly, ["checkout", "soft_invalidate", "reset", "checkin"]),
-        (use, ["close", "connect", "checkout", "reset", "checkin"]),
-        (detach, ["checkout", "detach", "reset", "close_detached"]),
-        (use, ["connect", "checkout", "reset", "checkin"]),
-        (type(pool).dispose, ["close"]),
-    ]:
-        seen.clear()
-        wall_clock.now += 1
-        action(pool)
-        assert seen == expected
-
-
+@pools
 def test_listeners_of_class_constructor_and_engine_are_heard(new_engine, pool_class):
     seen = []
 
     def heard_by(name):
         def listener(dbapi_connection, record, proxy):
             seen.append(name)
-            record.info["seen"] = dbapi_connection
+            if dbapi_connection.number == 1 and name == "engine":  # may use the pool
+                seen.append(use(engine.pool).number)
 
         return listener
 
@@ -373,186 +322,65 @@ def test_listeners_of_class_constructor_and_engine_are_heard(new_engine, pool_cl
     event.listen(engine, "checkout", heard_by("engine"))
     event.listen(pool_class, "checkout", of_class)
     try:
-        with engine.connect() as connection:
-            assert connection.info == {"seen": connection.connection.dbapi_connection}
+        assert use(engine.pool).number == 1
     finally:
         event.remove(pool_class, "checkout", of_class)
-    assert sorted(seen) == ["class", "constructor", "engine"]
+    assert seen.pop(seen.index(2)) == 2
+    assert sorted(seen) == sorted(["class", "constructor", "engine"] * 2)
     seen.clear()
-    use_engine(engine)
+    assert use(engine.pool).number == 2
     assert sorted(seen) == ["constructor", "engine"]
 
 
-def test_listener_may_use_the_pool_itself(new_pool, server):
-    pool, numbers = new_pool(pool_size=2), []
-
-    @event.listens_for(pool, "checkout")
-    def on_checkout(dbapi_connection, record, proxy):
-        if dbapi_connection.number == 1:
-            numbers.append(use(pool).number)
-
-    numbers.append(use(pool).number)
-    assert numbers == [2, 1]
-    assert figures(pool) == (2, 0, 0)
-
-
-def test_engine_may_be_given_a_pool(new_pool, server):
-    pool = new_pool(pool_size=1, pre_ping=True)
-    engine = create_engine("sqlite://", pool=pool)
-    first = use_engine(engine)
-    assert engine.pool is pool
-    lose(first)
-    assert use_engine(engine) is not first
-    assert figures(pool) == (1, 0, 0)
-
-
-def test_options_may_come_as_strings_from_a_configuration(pool_class):
-    options = options_of(pool_class, {"pool_size": 3, "max_overflow": 1})
-    options["pool_timeout"] = options.pop("timeout")
-    configuration = {name: str(value) for name, value in options.items()}
-    configuration |= {"url": "sqlite:///file.db", "pool_recycle": "60"}
-    engine = engine_from_config(configuration, prefix="", poolclass=pool_class)
-    assert (engine.pool.size(), engine.pool.timeout()) == (3, 0)
-
-
-def test_creator_may_take_the_record(pool_class, server):
-    def creator(connection_record):
-        connection_record.record_info["creator"] = "called"
-        return server.connect()
-
-    with pool_class(creator).connect() as connection:
-        assert connection.record_info == {"creator": "called"}
-
-
-# -- invalidate, detach -------------------------------------------------------
-
-
-@pytest.mark.parametrize("soft", [False, True])
-def test_invalidated_connection_is_replaced_at_once_or_at_its_next_checkout(
-    new_pool, server, wall_clock, soft
-):
-    pool = new_pool(pool_size=1)
-    with pool.connect() as connection:
-        first = connection.dbapi_connection
-        connection.info["a"] = 1
-        connection.record_info["b"] = 2
-    with pool.connect() as connection:
-        assert (connection.info, connection.record_info) == ({"a": 1}, {"b": 2})
-        wall_clock.now += 1
-        connection.invalidate(soft=soft)
-        assert connection.is_valid == soft
-    assert first.closed != soft
-    assert figures(pool) == (1, 0, 0)
-    wall_clock.now += 1
-    with pool.connect() as connection:
-        assert (connection.info, connection.record_info) == ({}, {"b": 2})
-        assert connection.dbapi_connection is not first
-    assert first.closed
-    assert server.open == 1
-
-
-def test_connection_may_be_closed_twice(new_pool):
-    pool = new_pool()
-    connection = pool.connect()
-    connection.close()
-    connection.close()
-    assert figures(pool) == (1, 0, -1)
-
-
-# -- disconnects --------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("error", "replaced"),
-    [(exc.DisconnectionError, 1), (exc.InvalidatePoolError, 2)],
-)
-def test_checkout_listener_has_one_connection_replaced_or_all(
-    new_pool, wall_clock, error, replaced
-):
-    pool = new_pool()
-    old = use_at_once(pool, 2)
-    wall_clock.now += 1
-
-    @event.listens_for(pool, "checkout")
-    def on_checkout(dbapi_connection, record, proxy):
-        if dbapi_connection is old[0]:
-            raise error
-
-    assert [use(pool).number for _ in range(2)] == ([3, 2] if replaced == 1 else [3, 4])
-    assert [c.closed for c in old] == [True, replaced == 2]
-
-
-def test_statement_that_finds_its_connection_lost_has_all_replaced(
-    new_engine, wall_clock
-):
+@pools
+def test_statement_that_finds_its_connection_lost_has_all_replaced(new_engine):
     engine = new_engine()
-    old = use_at_once(engine.pool, 2)
-    wall_clock.now += 1
-    lose(old[0])
-    with engine.connect() as connection:
+    old = [engine.connect(), engine.connect()]
+    for connection in old:
+        lose(connection.connection.dbapi_connection)
+    with patch("time.time", lambda: time.monotonic() + 1e12):
         with pytest.raises(exc.DBAPIError) as caught:
-            connection.execute(text("select 1"))
-        assert caught.value.connection_invalidated
-    wall_clock.now += 1
-    assert [c.number for c in use_at_once(engine.pool, 2)] == [3, 4]
-    assert all(c.closed for c in old)
+            old[0].execute(text("select 1"))
+    assert caught.value.connection_invalidated
+    for connection in old:
+        connection.close()
+    with patch("time.time", lambda: time.monotonic() + 2e12):
+        assert [use(engine.pool).number for _ in range(2)] == [3, 4]
 
 
-# -- dispose and recreate -----------------------------------------------------
-
-
+@pools
 @pytest.mark.parametrize("fails", [False, True])
-def test_dispose_closes_what_is_in_the_pool_and_no_more(new_pool, logged, fails):
-    pool = new_pool()
-    with pool.connect() as held:
-        idle = use(pool)
+def test_dispose_closes_what_is_in_the_pool_and_no_more(new_engine, logged, fails):
+    engine = new_engine()
+    with engine.connect() as held:
+        idle, dbapi_connection = use(engine.pool), held.connection.dbapi_connection
         if fails:
             idle.close = Mock(side_effect=StubError)
-        pool.dispose()
+        former = engine.pool
+        engine.dispose()
+        assert engine.pool is not former
         assert idle.closed != fails
         assert ("Exception closing connection" in logged.text) == fails
-        assert not held.dbapi_connection.closed
-        assert pool.checkedin() == 0
-        assert use(pool) is not idle
+        held.execute(text("select 1"))
+        assert held.connection.dbapi_connection is dbapi_connection
+        assert former.checkedin() == 0
+    assert [use(engine.pool).number for _ in range(2)] == [3, 3]
+    engine.dispose(close=False)
+    assert use(engine.pool).number == 4
 
 
-@pytest.mark.parametrize("close", [True, False])
-def test_disposed_engine_opens_new_connections(new_engine, close):
-    engine = new_engine()
-    first, former = use_engine(engine), engine.pool
-    engine.dispose(close=close)
-    assert engine.pool is not former
-    assert first.closed == close
-    assert [use_engine(engine).number for _ in range(2)] == [2, 2]
-
-
-def test_connection_held_over_a_dispose_can_be_used_and_closed(new_engine):
-    engine = new_engine()
-    with engine.connect() as connection:
-        held = connection.connection.dbapi_connection
-        engine.dispose()
-        connection.execute(text("select 1"))
-        assert connection.connection.dbapi_connection is held
-    assert use_engine(engine) is not held
-
-
-def test_successor_opens_its_own_connections_and_tells_its_listeners(new_pool):
-    pool = new_pool()
-    seen = record_events(pool)
-    first = use(pool)
-    successor = pool.recreate()
-    seen.clear()
-    assert use(successor) is not first
-    if "close" in seen:  # what lies in the former pool, if both have one accounting
-        seen.remove("close")
-    assert seen == ["first_connect", "connect", "checkout", "reset", "checkin"]
-
-
-def test_successor_does_not_get_what_comes_back_to_the_former_pool(new_pool):
-    former = new_pool()
+@pools
+def test_former_pool_and_successor_have_each_their_own(new_engine):
+    seen, former = [], new_engine().pool
+    for name in EVENTS:
+        event.listen(former, name, lambda *_, name=name: seen.append(name))
     successor = former.recreate()
     returned = use(former)
+    seen.clear()
     assert use(successor) is not returned
+    if returned.closed:  # ours: both have one accounting, so it makes room
+        seen.remove("close")
+    assert seen == ["first_connect", "connect", "checkout", "reset", "checkin"]
     late = former.connect()
     returned = late.dbapi_connection
     with successor.connect():
@@ -560,8 +388,9 @@ def test_successor_does_not_get_what_comes_back_to_the_former_pool(new_pool):
         assert use(successor) is not returned
 
 
-def test_dispose_leaves_the_connections_of_the_successor(new_pool):
-    former = new_pool()
+@pools
+def test_dispose_leaves_the_connections_of_the_successor(new_engine):
+    former = new_engine().pool
     successor = former.recreate()
     first, second = use(former), use(successor)
     former.dispose()
@@ -570,73 +399,50 @@ def test_dispose_leaves_the_connections_of_the_successor(new_pool):
     assert second.closed
 
 
-def test_recreate_keeps_class_and_options(new_pool, pool_class, logged, wall_clock):
-    options = {"timeout": 0.25, "use_lifo": True, "reset_on_return": None}
-    pool = new_pool(
-        pool_size=2, max_overflow=1, recycle=10, logging_name="reports", **options
-    )
-    listener = Mock()
+@pools
+def test_recreate_keeps_class_and_options(new_engine, pool_class):
+    options = {"pool_timeout": 0.25, "pool_use_lifo": True, "pool_recycle": 10}
+    options |= {"max_overflow": 1, "pool_reset_on_return": None}
+    pool, listener = new_engine(**options).pool, Mock()
     event.listen(pool, "checkin", lambda *args: listener())
     successor = pool.recreate().recreate()
     assert type(successor) is pool_class
     assert (successor.size(), successor.timeout()) == (2, 0.25)
-    last = use_at_once(successor, 2)[-1]
-    assert use(successor) is last
-    assert last.rollbacks == 0
+    with successor.connect(), successor.connect() as connection:
+        last = connection.dbapi_connection
+        with successor.connect():
+            assert successor.overflow() == 1
     assert listener.call_count == 3
-    with successor.connect(), successor.connect(), successor.connect():
-        assert successor.overflow() == 1
-    wall_clock.now += 11
-    assert use(successor) is not last
-    assert all(r.name.endswith(".reports") for r in logged.records)
+    assert use(successor).rollbacks == 0
+    with patch("time.time", lambda: time.monotonic() + 1e12):
+        assert use(successor) is not last
 
 
-# -- figures ------------------------------------------------------------------
-
-
-def test_figures_follow_the_connections(new_pool):
-    pool = new_pool(pool_size=2, max_overflow=1, timeout=0.5)
-    assert (pool.size(), pool.timeout()) == (2, 0.5)
-    assert figures(pool) == (0, 0, -2)
-    connections, seen = [], []
-    for _ in range(3):
-        connections.append(pool.connect())
-        seen.append(figures(pool))
-    assert pool.status().startswith(
-        "Pool size: 2  Connections in pool: 0 Current Overflow: 1 "
-        "Current Checked out connections: 3"
-    )
-    while connections:
-        connections.pop().close()
-        seen.append(figures(pool))
-    assert seen == [(0, 1, -1), (0, 2, 0), (0, 3, 1), (1, 2, 1), (2, 1, 1), (2, 0, 0)]
-    pool.dispose()
-    assert figures(pool) == (0, 0, -2)
-
-
-# -- logging ------------------------------------------------------------------
-
-
+@pools
 @pytest.mark.parametrize("name", ["reports", None])
 def test_pool_logs_below_sqlalchemy_pool_under_its_name_or_its_class(
-    new_pool, pool_class, logged, name
+    new_engine, pool_class, logged, name
 ):
-    pool = new_pool(logging_name=name)
-    use(pool)
-    pool.dispose()
-    pool.recreate()
-    (logger,) = {record.name for record in logged.records}
-    assert logger.startswith("sqlalchemy.pool.")
+    engine = new_engine(echo_pool=False, pool_logging_name=name)
+    for _ in range(2):
+        assert (engine.pool.echo, engine.pool.logging_name) == (False, name)
+        use(engine.pool)
+        engine.dispose()
+    (logger,) = {r.name for r in logged.records if r.name.startswith("sqlalchemy.pool")}
     assert logger.rpartition(".")[2] == (name or pool_class.__name__)
 
 
+_numbers = itertools.count()
+
+
+@pools
 @pytest.mark.parametrize(("echo", "debug"), [(True, False), ("debug", True)])
-def test_echo_has_the_pool_log(new_pool, caplog, echo, debug):
+def test_echo_has_the_pool_log(pool_class, server, caplog, echo, debug):
     # A logger that has a handler is not given another, on standard output.
     name = f"echo_{next(_numbers)}"
-    silent = new_pool(logging_name=name)
+    silent = pool_class(server.connect, logging_name=name)
     silent.logger.addHandler(logging.NullHandler())
-    pool = new_pool(logging_name=name, echo=echo)
+    pool = pool_class(server.connect, logging_name=name, echo=echo)
     use(silent)
     assert not caplog.records
     use(pool)
@@ -644,31 +450,3 @@ def test_echo_has_the_pool_log(new_pool, caplog, echo, debug):
     levels = {record.levelno for record in caplog.records}
     assert logging.INFO in levels
     assert (logging.DEBUG in levels) == debug
-
-
-_numbers = itertools.count()
-
-
-def test_echo_pool_of_an_engine_reaches_the_pool(new_engine):
-    engine = new_engine(echo_pool=False, pool_logging_name="reports")
-    for _ in range(2):
-        assert engine.pool.echo is False
-        assert engine.pool.logging_name == "reports"
-        engine.dispose()
-
-
-# -- the collector ------------------------------------------------------------
-
-
-@pytest.mark.parametrize("invalid", [False, True])
-def test_leaked_connection_is_returned_by_the_collector(new_pool, invalid):
-    pool = new_pool(pool_size=1)
-    connection = pool.connect()
-    first = connection.dbapi_connection
-    if invalid:
-        connection.invalidate()
-    del connection
-    gc.collect()
-    assert first.rollbacks == (not invalid)
-    assert figures(pool) == (1, 0, 0)
-    assert (use(pool) is first) != invalid

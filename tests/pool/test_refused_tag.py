@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from unittest.mock import Mock
+
 import pytest
 from sqlalchemy import Column, Integer, MetaData, Table, select, text
 from sqlalchemy.exc import StatementError
 from sqlalchemy.orm import Session
 from support import state
 from support.stub import StubError
-from support.threads import Caller, ensure_waiting
-from support.worlds import contract, holders, world_of
+from support.worlds import holders, world_of
 
 from sqla_fairpool import CheckoutTimeout, SelfDeadlock, TooManyWaiting
 from sqla_fairpool.pool.waiters import ThreadWaiter
@@ -28,14 +30,16 @@ def world(request, postgres_url):
     return world_of(postgres_url, f"postgresql+{request.param}")
 
 
-def autocommit(engine):
-    return engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+AUTOCOMMIT = {"isolation_level": "AUTOCOMMIT"}
+
+
+def autocommit(engine, **options):
+    return engine.connect().execution_options(**AUTOCOMMIT, **options)
 
 
 def mine(engine):
     """A connection with a tag of its own, and a level that its `Levels` note."""
-    options = {"scraper": "mine", "isolation_level": "AUTOCOMMIT"}
-    return engine.connect().execution_options(**options)
+    return autocommit(engine, scraper="mine")
 
 
 def setting(name):
@@ -95,7 +99,6 @@ OPTIONS = [
 @pytest.mark.parametrize(
     ("options", "look", "expected"), OPTIONS, ids=[next(iter(o[0])) for o in OPTIONS]
 )
-@contract
 def test_options_hold_after_a_refused_tag(world, options, look, expected):
     engine = world.engine(**ONE_EACH)
     with engine.connect().execution_options(scraper="mine", **options) as connection:
@@ -113,31 +116,21 @@ def test_options_hold_after_a_refused_tag(world, options, look, expected):
         assert holders(engine) == {"full": 1}
 
 
-@contract
-def test_options_of_the_refused_call_are_not_claimed(world):
+def test_options_of_the_refused_call_are_not_claimed_and_an_engines_hold(world):
+    """SQLAlchemy applies those of an engine only once."""
     engine = world.engine(**ONE_EACH)
+    of_engine = engine.execution_options(scraper="mine", **AUTOCOMMIT)
     more = {"isolation_level": "SERIALIZABLE", "stream_results": True}
     with engine.execution_options(scraper="full").connect():
-        with autocommit(engine) as connection:
-            with pytest.raises(CheckoutTimeout):
-                connection.execution_options(
-                    scraper="full", fairpool_timeout=0.0, **more
-                )
-            options = connection.get_execution_options()
-            assert options == {"isolation_level": "AUTOCOMMIT"}
-            assert is_autocommit(connection)
-
-
-@contract
-def test_refused_tag_of_an_engine_with_options(world):
-    """Those of the engine hold as well, which SQLAlchemy applies only once."""
-    engine = world.engine(**ONE_EACH)
-    mine = engine.execution_options(scraper="mine", isolation_level="AUTOCOMMIT")
-    with mine.connect() as connection:
-        with engine.execution_options(scraper="full").connect():
-            with pytest.raises(CheckoutTimeout):
-                connection.execution_options(scraper="full")
-        assert is_autocommit(connection)
+        for connect in partial(autocommit, engine), of_engine.connect:
+            with connect() as connection:
+                before = connection.get_execution_options()
+                with pytest.raises(CheckoutTimeout):
+                    connection.execution_options(
+                        scraper="full", fairpool_timeout=0.0, **more
+                    )
+                assert connection.get_execution_options() == before
+                assert is_autocommit(connection)
 
 
 def by_connection(connection):
@@ -157,7 +150,6 @@ def by_session(connection):
         (by_connection, {"pool_timeout": 30, "deadlock_timeout": 0.01}, SelfDeadlock),
     ],
 )
-@contract
 def test_every_refusal_leaves_the_options(world, set_tag, options, error):
     engine = world.engine(**{**ONE_EACH, **options})
     with autocommit(engine) as connection:
@@ -167,7 +159,6 @@ def test_every_refusal_leaves_the_options(world, set_tag, options, error):
             assert is_autocommit(connection)
 
 
-@contract
 def test_connection_that_cannot_be_had_again_raises_and_forgets_nothing(world):
     """Both the new tag and the old one are full: the next use says so."""
     engine = world.engine(**{**ONE_EACH, "pool_size": 3})
@@ -181,14 +172,8 @@ def test_connection_that_cannot_be_had_again_raises_and_forgets_nothing(world):
                     with pytest.raises(StatementError, match="tag 'mine'"):
                         connection.execute(text("select 1"))
             assert is_autocommit(connection)
-
-
-@contract
-def test_options_hold_after_an_invalidation(world):
-    """SQLAlchemy forgets them; a connection with a tag of its own does not."""
-    engine = world.engine()
-    with mine(engine) as connection:
-        connection.invalidate()
+        # One with a tag of its own keeps them over an invalidation as well.
+        connection.execution_options(scraper="mine").invalidate()
         assert is_autocommit(connection)
 
 
@@ -198,7 +183,6 @@ def tasks(request, postgres_url):
 
 
 @pytest.mark.postgres
-@contract
 def test_cancellation_while_waiting_refuses_in_the_same_way(tasks):
     engine = tasks.engine(**{**ONE_EACH, "pool_timeout": 30})
     with engine.execution_options(scraper="full").connect():
@@ -209,8 +193,7 @@ def test_cancellation_while_waiting_refuses_in_the_same_way(tasks):
             caller.cancel()
             with pytest.raises(tasks.interruption):
                 caller.result()
-            options = connection.get_execution_options()
-            assert options == {"isolation_level": "AUTOCOMMIT"}
+            assert connection.get_execution_options() == AUTOCOMMIT
             assert is_autocommit(connection)
 
 
@@ -237,45 +220,35 @@ class Levels(list):
         return self[-1] == (dbapi_connection, "AUTOCOMMIT")
 
 
-def test_interrupt_while_waiting_refuses_in_the_same_way(make_engine, monkeypatch):
-    engine = make_engine(**{**ONE_EACH, "pool_timeout": 30}, deadlock_timeout=None)
+def test_interrupt_while_waiting_refuses_in_the_same_way(threads, monkeypatch):
+    engine = threads.engine(**{**ONE_EACH, "pool_timeout": 30}, deadlock_timeout=None)
     levels = Levels(engine.dialect)
-
-    def wait(self, seconds):
-        raise KeyboardInterrupt
-
-    with engine.execution_options(scraper="full").connect():
-        with autocommit(engine) as connection:
-            with monkeypatch.context() as patch:
-                patch.setattr(ThreadWaiter, "wait", wait)
-                with pytest.raises(KeyboardInterrupt):
-                    connection.execution_options(scraper="full")
-            assert len(levels) == 1
-            assert levels.are_on(connection)
-            assert len(levels) == 2
-            assert holders(engine) == {"full": 1, "unknown": 1}
+    threads.connect(engine, "full")
+    with autocommit(engine) as connection:
+        with monkeypatch.context() as patch:
+            patch.setattr(ThreadWaiter, "wait", Mock(side_effect=KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                connection.execution_options(scraper="full")
+        assert len(levels) == 1
+        assert levels.are_on(connection)
+        assert len(levels) == 2
+        assert holders(engine) == {"full": 1, "unknown": 1}
 
 
-def test_failed_connect_refuses_in_the_same_way(make_engine, server):
-    engine = make_engine(**{**ONE_EACH, "pool_timeout": 30})
+def test_failed_connect_refuses_in_the_same_way(threads):
+    engine = threads.engine(**{**ONE_EACH, "pool_timeout": 30})
     levels = Levels(engine.dialect)
-    connection = autocommit(engine)
-    holder = engine.execution_options(scraper="full").connect()
-    caller = Caller(lambda: connection.execution_options(scraper="full"))
-    ensure_waiting(engine.pool, 1)
-
-    def fail():
-        raise StubError("no connection")
-
-    server.before["connect"] = fail
-    holder.invalidate()  # hands on a record without a connection
-    with pytest.raises(StubError):
-        caller.result()
-    server.before.clear()
-    assert levels.are_on(connection)
-    assert holders(engine) == {"unknown": 1}
-    connection.close()
-    holder.close()
+    with autocommit(engine) as connection:
+        holder = threads.connect(engine, "full")
+        caller = threads.start(by_connection, connection)
+        threads.ensure_waiting(engine, 1)
+        threads.server.before["connect"] = Mock(side_effect=StubError)
+        holder.invalidate()  # hands on a record without a connection
+        with pytest.raises(StubError):
+            caller.result()
+        threads.server.before.clear()
+        assert levels.are_on(connection)
+        assert holders(engine) == {"unknown": 1}
 
 
 def test_interrupt_in_the_move_leaves_nothing_under_the_new_tag(
@@ -333,23 +306,20 @@ def test_option_that_was_refused_is_neither_claimed_nor_applied_later(make_engin
 
 
 @pytest.mark.parametrize("tag", [{}, {"scraper": "full"}], ids=["level", "tag"])
-def test_option_for_which_no_connection_can_be_had_is_not_claimed(make_engine, tag):
+def test_option_for_which_no_connection_can_be_had_is_not_claimed(threads, tag):
     """What is set on an invalidated connection checks out, to be applied."""
-    engine = make_engine(**ONE_EACH)
+    engine = threads.engine(**ONE_EACH)
     levels = Levels(engine.dialect)
-    connection = engine.connect().execution_options(scraper="mine")
-    connection.invalidate()
-    with (
-        engine.execution_options(scraper="full").connect(),
-        engine.execution_options(scraper="mine").connect() as other,
-    ):
+    with engine.connect().execution_options(scraper="mine") as connection:
+        connection.invalidate()
+        threads.connect(engine, "full")
+        other = threads.connect(engine, "mine")
         before = connection.get_execution_options()
         for _ in range(2):
             with pytest.raises(CheckoutTimeout):
-                connection.execution_options(isolation_level="AUTOCOMMIT", **tag)
+                connection.execution_options(**AUTOCOMMIT, **tag)
             assert connection.get_execution_options() == before
         other.close()
         connection.execute(text("select 1"))
         assert levels == []
         assert holders(engine) == {"full": 1, "mine": 1}
-        connection.close()

@@ -7,7 +7,7 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import NullPool
 from support.threads import eventually
-from support.worlds import contract, count_opened, world_of
+from support.worlds import count_opened, world_of
 
 from sqla_fairpool import FairQueuePool
 from sqla_fairpool.pool import server_tag
@@ -66,7 +66,6 @@ def terminate(engine, pid):
         ("層" * 64, ("\\xe5\\xb1\\xa4" * 6)[:63]),
     ],
 )
-@contract
 def test_server_sees_the_tag_and_is_told_it_once(world, told, tag, seen):
     engine = world.engine(server_tag=True, pool_size=1)
     tagged = engine.execution_options(scraper=tag)
@@ -78,7 +77,6 @@ def test_server_sees_the_tag_and_is_told_it_once(world, told, tag, seen):
 
 @pytest.mark.parametrize("encoding", ["latin1", "sql_ascii"])
 @pytest.mark.parametrize("world", ["psycopg2"], indirect=True)
-@contract
 def test_tag_that_the_clients_encoding_lacks(world, told, encoding):
     arguments = {"client_encoding": encoding}
     engine = world.engine(server_tag=True, pool_size=1, connect_args=arguments)
@@ -89,7 +87,6 @@ def test_tag_that_the_clients_encoding_lacks(world, told, encoding):
     assert len(told) == 1
 
 
-@contract
 def test_it_is_said_only_when_a_connection_changes_hands(world, told):
     engine = world.engine(server_tag=True)
     a, b = (engine.execution_options(scraper=tag) for tag in "ab")
@@ -110,49 +107,36 @@ def test_it_is_said_only_when_a_connection_changes_hands(world, told):
     assert len(told) == 2
 
 
-@contract
-def test_tag_set_on_the_connection_outlives_a_rollback(world):
+def test_name_is_that_of_every_connection_whichever_way_it_comes(world):
+    """Set late, before a rollback, in an old record, after a dispose."""
     engine = world.engine(server_tag=True)
+    tagged = engine.execution_options(scraper="a")
     with engine.connect() as connection:
         assert name_of(connection) == "unknown"
         connection.rollback()
         assert name_of(connection.execution_options(scraper="late")) == "late"
         connection.rollback()
         assert name_of(connection) == "late"
-
-
-@contract
-def test_new_connection_in_an_old_record_or_after_dispose(world):
-    engine = world.engine(server_tag=True)
-    tagged = engine.execution_options(scraper="a")
     with tagged.connect() as connection:
         connection.invalidate()
         assert name_of(connection) == "a"
-    with tagged.connect() as connection:
         connection.invalidate()
-    with tagged.connect() as connection:
-        assert name_of(connection) == "a"
-    engine.dispose()
-    with tagged.connect() as connection:
-        assert name_of(connection) == "a"
+    for _ in range(2):
+        with tagged.connect() as connection:
+            assert name_of(connection) == "a"
+        engine.dispose()
 
 
-@contract
 def test_dead_connection_is_replaced(world):
-    engine = world.engine(server_tag=True)
-    a, b = (engine.execution_options(scraper=tag) for tag in "ab")
-    with a.connect() as connection:
+    """At a checkout under another tag, and where it gets a tag of its own."""
+    engine = world.engine(server_tag=True, pool_size=1)
+    with engine.execution_options(scraper="a").connect() as connection:
         pid = pid_of(connection)
     terminate(engine, pid)
-    with b.connect() as connection:
+    opened = count_opened(engine)
+    with engine.execution_options(scraper="b").connect() as connection:
         assert name_of(connection) == "b"
         assert pid_of(connection) != pid
-
-
-@contract
-def test_dead_connection_is_replaced_when_it_gets_a_tag_of_its_own(world):
-    engine = world.engine(server_tag=True, pool_size=1)
-    opened = count_opened(engine)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         terminate(engine, pid_of(connection))
         connection.execution_options(scraper="late")
@@ -163,16 +147,25 @@ def test_dead_connection_is_replaced_when_it_gets_a_tag_of_its_own(world):
         connection.execute(text("drop table server_tag_left"))  # it was committed
 
 
-@contract
-def test_dead_connection_that_cannot_be_replaced_is_a_lost_one(world):
-    """The caller sees SQLAlchemy's error, and the tag that it had before."""
+def test_what_goes_wrong_in_telling_is_sqlalchemys_error(world, monkeypatch):
+    """The caller has the tag that it had before, of a lost connection too."""
     engine = world.engine(server_tag=True, pool_size=1)
     dbapi = engine.dialect.loaded_dbapi
 
     def refuse(*_):
         raise dbapi.OperationalError("the server is away")
 
+    def not_allowed(*_):
+        raise dbapi.ProgrammingError("not allowed")
+
     with engine.connect().execution_options(scraper="old") as connection:
+        with monkeypatch.context() as patch:
+            patch.setattr(server_tag, "_say", not_allowed)
+            with pytest.raises(DBAPIError, match="not allowed"):
+                connection.execution_options(scraper="new")
+        assert connection.get_execution_options() == {"scraper": "old"}
+        assert name_of(connection) == "old"
+        connection.rollback()
         terminate(engine, pid_of(connection))
         event.listen(engine, "do_connect", refuse)
         with pytest.raises(DBAPIError, match="the server is away"):
@@ -183,28 +176,10 @@ def test_dead_connection_that_cannot_be_replaced_is_a_lost_one(world):
         assert name_of(connection) == "old"
 
 
-@contract
-def test_what_goes_wrong_in_telling_is_sqlalchemys_error(world):
-    engine = world.engine(server_tag=True, pool_size=1)
-    dbapi = engine.dialect.loaded_dbapi
-    with engine.connect().execution_options(scraper="old") as connection:
-        with pytest.MonkeyPatch.context() as patch:
-
-            def refuse(*_):
-                raise dbapi.ProgrammingError("not allowed")
-
-            patch.setattr(server_tag, "_say", refuse)
-            with pytest.raises(DBAPIError, match="not allowed"):
-                connection.execution_options(scraper="new")
-        assert connection.get_execution_options() == {"scraper": "old"}
-        assert name_of(connection) == "old"
-
-
 STATEMENTS = ["reset all", "discard all", "reset application_name"]
 
 
 @pytest.mark.parametrize("statement", STATEMENTS)
-@contract
 def test_name_that_is_reset_at_each_return_is_told_again(world, statement):
     # Nothing is left by DISCARD ALL of what asyncpg has prepared.
     is_asyncpg = world.url.drivername.endswith("asyncpg")
@@ -229,7 +204,6 @@ def test_name_that_is_reset_at_each_return_is_told_again(world, statement):
             assert name_of(connection) == "a"
 
 
-@contract
 def test_name_that_the_application_sets_is_replaced_at_the_next_checkout(world):
     engine = world.engine(server_tag=True, pool_size=1)
     tagged = engine.execution_options(scraper="a")
@@ -241,7 +215,6 @@ def test_name_that_the_application_sets_is_replaced_at_the_next_checkout(world):
         assert name_of(connection) == "a"
 
 
-@contract
 def test_driver_that_does_not_say_the_name_is_told_each_time(world, told, monkeypatch):
     monkeypatch.setattr(server_tag, "_name_known_to", lambda connection: None)
     engine = world.engine(server_tag=True)

@@ -6,9 +6,9 @@ import dataclasses
 import json
 
 import pytest
-from support.threads import Caller, ensure_waiting
+from support.threads import connect, give, take
 
-from sqla_fairpool import FairQueuePool, Summary
+from sqla_fairpool import Summary
 
 
 @pytest.fixture
@@ -56,20 +56,18 @@ def test_snapshot_of_a_pool_in_use(engine, tagged, clock):
     other.close()
 
 
-def test_longest_wait_and_hold_of_this_moment(make_engine, clock):
-    engine = make_engine(pool_size=1).execution_options(scraper="a")
-    held = engine.connect()
+def test_longest_wait_and_hold_of_this_moment(threads, clock):
+    engine = threads.engine(pool_size=1)
+    held, callers = connect(engine), []
     clock.advance(2.0)
-    callers = []
-    for number in (1, 2):
-        callers.append(Caller(lambda: engine.connect().close()))
-        ensure_waiting(engine.pool, number)
+    for _ in range(2):
+        callers += threads.wait_in_line(engine)
         clock.advance(3.0)
     row = row_of(engine)
     assert (row.waiting, row.waiting_for, row.held_for) == (2, 6.0, 8.0)
     held.close()
     for caller in callers:
-        caller.result()
+        caller.result().close()
     row = row_of(engine)
     assert (row.waiting, row.waiting_for, row.held_for) == (0, None, None)
     assert row.wait_time == Summary(3, 9.0, 6.0)
@@ -89,28 +87,20 @@ def test_times_of_warm_checkouts_are_counted_while_one_is_out(tagged, clock):
     for seconds in (1.0, 5.0, 3.0):
         with tagged.connect():
             clock.advance(seconds)
-    with tagged.connect():
+    connection = tagged.connect()
+    for connections, held in (1, Summary(3, 9.0, 5.0)), (0, Summary(4, 9.0, 5.0)):
         row = row_of(tagged)
-        assert (row.checkouts, row.connections) == (4, 1)
-        assert row.hold_time == Summary(count=3, total=9.0, max=5.0)
-    row = row_of(tagged)
-    assert (row.checkouts, row.connections) == (4, 0)
-    assert row.hold_time == Summary(count=4, total=9.0, max=5.0)
+        assert (row.checkouts, row.connections) == (4, connections)
+        assert row.hold_time == held
+        connection.close()
 
 
-def test_untagged_row_is_absent_when_all_said_later_who_they_are(engine):
-    with engine.connect().execution_options(scraper="a"):
-        assert [row.name for row in engine.pool.stats().tags] == ["a"]
-
-
-def test_fair_shares_are_shown_with_those_who_hold_them(make_engine):
+def test_fair_shares_are_shown_with_the_tags_that_hold_them(make_engine):
     engine = make_engine(pool_size=5, soft_limit=3, max_limit=5)
-    a, b = (engine.execution_options(scraper=tag) for tag in "ab")
-    held = [b.connect() for _ in range(3)] + [a.connect() for _ in range(2)]
+    held = take(engine, 3, "b") + take(engine, 2, "a")
     stats = engine.pool.stats()
     assert [(r.name, r.fair_share) for r in stats.tags] == [("a", 2), ("b", 3)]
-    for connection in held:
-        connection.close()
+    give(held)
 
 
 def test_repr_status_and_strategy_say_what_is_going_on(engine, tagged):
@@ -124,10 +114,3 @@ def test_repr_status_and_strategy_say_what_is_going_on(engine, tagged):
             "Current Checked out connections: 1 Waiting: 0"
         )
         assert pool.stats().strategy == "1 active: at most 3"
-
-
-def test_subclass_has_its_own_name_in_repr(server):
-    class ScraperPool(FairQueuePool):
-        pass
-
-    assert repr(server.pool(ScraperPool)).startswith("<ScraperPool in_use=0/20")

@@ -10,7 +10,6 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from support.state import assert_consistent, assert_quiet
 from support.stub import StubError
 from support.threads import Caller, connect, give, take
-from support.worlds import contract
 
 TAGS = ["a", "b", "c", "unknown"]
 
@@ -150,14 +149,8 @@ def _silent(caplog):
 @pytest.mark.parametrize("overflow", [0, 3])
 def test_random_operations_with_faults_in_one_thread(make_pool, server, overflow):
     """Checked after every step."""
-    pool = make_pool(
-        pool_size=3,
-        max_overflow=overflow,
-        soft_limit=2,
-        max_limit=3,
-        timeout=0,
-        **OFTEN_IDLE,
-    )
+    options = {"pool_size": 3, "soft_limit": 2, "max_limit": 3, "timeout": 0}
+    pool = make_pool(max_overflow=overflow, **options, **OFTEN_IDLE)
     Faults(server, 3)
     visitor = Visitor(pool, 4)
     for _ in range(30_000):
@@ -198,15 +191,8 @@ def test_random_changes_of_the_capacity(make_pool, server):
 @with_faults
 @pytest.mark.parametrize("overflow", [0, 3])
 def test_random_operations_with_faults_in_many_threads(make_pool, server, overflow):
-    pool = make_pool(
-        pool_size=4,
-        max_overflow=overflow,
-        soft_limit=3,
-        max_limit=4,
-        timeout=0.002,
-        max_waiting=6,
-        **OFTEN_IDLE,
-    )
+    options = {"pool_size": 4, "soft_limit": 3, "max_limit": 4, "timeout": 0.002}
+    pool = make_pool(max_overflow=overflow, max_waiting=6, **options, **OFTEN_IDLE)
     Faults(server, 5)
     barrier = threading.Barrier(10)
 
@@ -230,7 +216,6 @@ def test_random_operations_with_faults_in_many_threads(make_pool, server, overfl
     give(held)
 
 
-@contract
 def test_each_of_many_callers_is_served_equally(world):
     """100 callers on 10 connections: none is more than a little ahead.
 

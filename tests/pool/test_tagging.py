@@ -10,8 +10,6 @@ from contextlib import asynccontextmanager
 import pytest
 import sqlalchemy
 from sqlalchemy import create_engine, event, make_url, text
-from sqlalchemy.dialects import registry
-from sqlalchemy.dialects.sqlite.pysqlite import SQLiteDialect_pysqlite
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import ArgumentError, InvalidRequestError
 from sqlalchemy.ext.asyncio import (
@@ -24,15 +22,9 @@ from sqlalchemy.pool import QueuePool
 from support import state
 from support.state import assert_quiet
 from support.threads import Caller, ensure_waiting
-from support.worlds import contract, holders, world_of
+from support.worlds import holders, world_of
 
-from sqla_fairpool import (
-    AsyncAdaptedFairQueuePool,
-    CheckoutTimeout,
-    FairQueuePool,
-    set_tag,
-    tag,
-)
+from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, set_tag, tag
 from sqla_fairpool.pool.waiters import ThreadWaiter
 from sqla_fairpool.tagging import context_tag
 
@@ -45,24 +37,28 @@ def world(request, tmp_path):
     return world_of(f"sqlite:///{tmp_path / 'test.db'}", request.param)
 
 
+def tagged(engine, name="a", **options):
+    return engine.execution_options(scraper=name, **options)
+
+
 # -- roads -----------------------------------------------------------------------------
 
 
-def in_use(session):
-    session.connection()
+def in_use(session, **options):
+    session.connection(**options)
     return session
 
 
-def by_connection(engine):
-    return engine.connect().execution_options(scraper="a")
-
-
 def by_engine(engine):
-    return engine.execution_options(scraper="a").connect()
+    return tagged(engine).connect()
+
+
+def by_connection(engine):
+    return tagged(engine.connect())
 
 
 def by_raw_connection(engine):
-    return engine.execution_options(scraper="a").raw_connection()
+    return tagged(engine).raw_connection()
 
 
 def by_block(engine):
@@ -70,16 +66,7 @@ def by_block(engine):
         return engine.connect()
 
 
-def by_session_connection(engine):
-    session = Session(engine)
-    session.connection(execution_options={"scraper": "a"})
-    return session
-
-
-def tagged(engine):
-    return engine.execution_options(scraper="a")
-
-
+TAGGED = {"execution_options": {"scraper": "a"}}
 ROADS = {
     "connection": by_connection,
     "engine": by_engine,
@@ -89,14 +76,13 @@ ROADS = {
     "block": by_block,
     "session of an engine": lambda e: in_use(Session(tagged(e))),
     "sessionmaker": lambda e: in_use(sessionmaker(tagged(e))()),
-    "session's connection": by_session_connection,
+    "session's connection": lambda e: in_use(Session(e), **TAGGED),
 }
 if SQLALCHEMY_21:  # Session has no such parameter in 2.0
-    ROADS["session"] = lambda e: in_use(Session(e, execution_options={"scraper": "a"}))
+    ROADS["session"] = lambda e: in_use(Session(e, **TAGGED))
 
 
 @pytest.mark.parametrize("road", ROADS.values(), ids=ROADS)
-@contract
 def test_tag_arrives_by(world, road):
     engine = world.engine()
     connection = road(engine)
@@ -107,11 +93,10 @@ def test_tag_arrives_by(world, road):
 
 
 def test_tag_arrives_through_a_pool_made_beforehand(server):
-    pool = server.pool()
-    engine = create_engine("sqlite://", pool=pool, execution_options={"scraper": "a"})
+    engine = create_engine("sqlite://", pool=server.pool(), **TAGGED)
     with engine.connect():
         assert holders(engine) == {"a": 1}
-    with engine.connect().execution_options(scraper="b"):
+    with tagged(engine.connect(), "b"):
         assert holders(engine) == {"b": 1}
 
 
@@ -146,7 +131,7 @@ async def async_by_connection(engine):
 @asynccontextmanager
 async def async_by_session_connection(engine):
     async with AsyncSession(engine) as session:
-        await session.connection(execution_options={"scraper": "a"})
+        await session.connection(**TAGGED)
         yield session
 
 
@@ -158,9 +143,7 @@ ASYNC_ROADS = {
     "session's connection": async_by_session_connection,
 }
 if SQLALCHEMY_21:
-    ASYNC_ROADS["session"] = lambda e: AsyncSession(
-        e, execution_options={"scraper": "a"}
-    )
+    ASYNC_ROADS["session"] = lambda e: AsyncSession(e, **TAGGED)
 
 
 @pytest.mark.parametrize("road", ASYNC_ROADS.values(), ids=ASYNC_ROADS)
@@ -173,55 +156,36 @@ def test_tag_arrives_in_asyncio_by(in_asyncio, road):
     assert in_asyncio(test) == {"a": 1}
 
 
-@contract
+# -- what wins -------------------------------------------------------------------------
+
+
+def test_connection_wins_over_engine_over_inner_block_over_outer(world):
+    plain = world.engine()
+    engine = tagged(plain, "engine")
+    with tag("outer"):
+        with tag("inner"):
+            with tagged(engine.connect(), "connection"):
+                assert holders(plain) == {"connection": 1}
+            # An engine's tag is that of its own checkouts alone.
+            with engine.connect(), plain.connect():
+                assert holders(plain) == {"engine": 1, "inner": 1}
+        with pytest.raises(ZeroDivisionError), tag("inner"):
+            raise ZeroDivisionError
+        with plain.connect():
+            assert holders(plain) == {"outer": 1}
+    plain.dispose()
+    with plain.connect(), engine.connect():
+        assert holders(plain) == {"unknown": 1, "engine": 1}
+
+
 def test_option_and_default_tag_may_have_other_names(world):
     engine = world.engine(tag_option="tenant", default_tag="nobody")
-    with engine.execution_options(tenant="a", scraper="b").connect():
+    with tagged(engine, tenant="a", name="b").connect():
         assert holders(engine) == {"a": 1}
     with engine.connect() as connection:
         assert holders(engine) == {"nobody": 1}
         connection.execution_options(tenant="c")
         assert holders(engine) == {"c": 1}
-
-
-# -- precedence ------------------------------------------------------------------------
-
-
-@contract
-def test_connection_wins_over_engine_and_engine_over_block(world):
-    engine = world.engine(execution_options={"scraper": "engine"})
-    with tag("block"):
-        with engine.connect().execution_options(scraper="connection"):
-            assert holders(engine) == {"connection": 1}
-        with engine.connect():
-            assert holders(engine) == {"engine": 1}
-
-
-@contract
-def test_inner_block_wins_over_outer_and_ends_with_an_exception(world):
-    engine = world.engine()
-    with tag("outer"):
-        with tag("inner"), engine.connect():
-            assert holders(engine) == {"inner": 1}
-        with pytest.raises(ZeroDivisionError), tag("inner"):
-            raise ZeroDivisionError
-        with engine.connect():
-            assert holders(engine) == {"outer": 1}
-    with engine.connect():
-        assert holders(engine) == {"unknown": 1}
-
-
-@contract
-def test_engines_tag_is_that_of_its_own_checkouts_alone(world):
-    engine = world.engine()
-    tagged = engine.execution_options(scraper="a")
-    with tagged.connect(), engine.connect():
-        assert holders(engine) == {"a": 1, "unknown": 1}
-    engine.dispose()
-    with tagged.connect():
-        assert holders(engine) == {"a": 1}
-    with engine.connect().execution_options(scraper="b"):
-        assert holders(engine) == {"b": 1}
 
 
 # -- blocks over threads and tasks -----------------------------------------------------
@@ -281,20 +245,17 @@ def test_decorated_function_is_tagged_while_it_runs():
         await asyncio.sleep(0)
         return context_tag(), number, twice
 
-    assert job(3) == ("job", 3)
-    assert asyncio.run(later(3, twice=6)) == ("job", 3, 6)
-    assert inspect.iscoroutinefunction(later)
-    assert (job.__name__, job.__doc__) == ("job", "What it does.")
-    assert context_tag() is None
-
-
-def test_generator_functions_are_refused():
     async def one():
         yield
 
     def two():
         yield
 
+    assert job(3) == ("job", 3)
+    assert asyncio.run(later(3, twice=6)) == ("job", 3, 6)
+    assert inspect.iscoroutinefunction(later)
+    assert (job.__name__, job.__doc__) == ("job", "What it does.")
+    assert context_tag() is None
     for function in (one, two):
         with pytest.raises(ArgumentError, match=r"write `with tag\('a'\):` inside"):
             tag("a")(function)
@@ -304,31 +265,24 @@ def test_set_tag_lasts_for_the_task(in_asyncio):
     async def test(engine):
         seen = []
 
-        async def look():
-            async with engine.connect():
-                seen.append(holders(engine))
-
-        async def visit():
-            set_tag("a")
-            await look()
-            set_tag(None)
-            await look()
+        async def look(*names):
+            for name in names:
+                set_tag(name)
+                async with engine.connect():
+                    seen.append(holders(engine))
             set_tag("a")
 
-        await asyncio.create_task(visit())
-        await look()
-        return seen
+        await asyncio.create_task(look("a", None))
+        async with engine.connect():
+            return [*seen, holders(engine)]
 
     assert in_asyncio(test) == [{"a": 1}, {"unknown": 1}, {"unknown": 1}]
 
 
-# -- how long one checkout may wait ---------------------------------------------------
+# -- how long one checkout may wait ----------------------------------------------------
 
 
-@pytest.fixture
-def waited(make_engine, clock):
-    """Return how long a checkout waits in vain, where the pool says 30 seconds."""
-
+def test_engine_wins_over_block_in_how_long_to_wait(threads, clock):
     class PassTime(ThreadWaiter):
         def wait(self, seconds):
             clock.advance(seconds)
@@ -339,50 +293,34 @@ def waited(make_engine, clock):
             engine.connect()
         return caught.value.waited
 
-    return waited
-
-
-def test_engine_wins_over_block_in_how_long_to_wait(make_engine, waited):
-    engine = make_engine(pool_size=1, deadlock_timeout=None)
-    tagged = engine.execution_options(fairpool_timeout=3, scraper="a")
-
-    @tag("a", timeout=4)
-    def job():
-        return waited(engine)
-
+    engine = threads.engine(pool_size=1, deadlock_timeout=None)  # it says 30 seconds
+    own = tagged(engine, fairpool_timeout=3)
     with engine.connect():
         assert waited(engine) == 30
-        assert job() == 4
+        assert tag("a", timeout=4)(waited)(engine) == 4
         with tag("a", timeout=7):
             assert waited(engine) == 7
             with tag("b"):  # inherits it
                 assert waited(engine) == 7
             with tag("b", timeout=0):
                 assert waited(engine) == 0
-            assert waited(tagged) == 3
-            assert waited(tagged.execution_options(other=1)) == 3
+            assert waited(own) == waited(own.execution_options(other=1)) == 3
 
 
-def test_connection_says_how_long(make_engine):
-    """A tag that is set on a connection waits in its own line, for its own time."""
-    engine = make_engine(pool_size=4, soft_limit=1, max_limit=1, deadlock_timeout=None)
-    with engine.execution_options(scraper="a").connect():
-        with engine.connect() as connection, pytest.raises(CheckoutTimeout):
-            connection.execution_options(scraper="a", fairpool_timeout=0)
-
-
-@contract
-def test_other_callers_wait_as_before(world):
+def test_time_out_of_a_checkout_is_no_other_callers(world):
     engine = world.engine(pool_size=1, deadlock_timeout=None)
-    with engine.connect():
-        caller = world.start(lambda: engine.connect().close())
-        world.ensure_waiting(engine, 1)
-        with tag("a", timeout=0.01), pytest.raises(CheckoutTimeout):
-            engine.connect()
-        with pytest.raises(CheckoutTimeout):
-            engine.execution_options(fairpool_timeout=0.01).connect()
-        assert state.waiting(engine) == 1
-    caller.result()
+    world.connect(engine)
+    world.wait_in_line(engine)
+    with tag("a", timeout=0.01), pytest.raises(CheckoutTimeout):
+        engine.connect()
+    with pytest.raises(CheckoutTimeout):
+        engine.execution_options(fairpool_timeout=0.01).connect()
+    assert state.waiting(engine) == 1
+    # A tag that is set on a connection waits in its own line, for its own time.
+    engine = world.engine(**ONE_EACH, deadlock_timeout=None)
+    world.connect(engine)
+    with engine.connect() as connection, pytest.raises(CheckoutTimeout):
+        tagged(connection, fairpool_timeout=0)
 
 
 # -- bad tags and time-outs ------------------------------------------------------------
@@ -392,15 +330,15 @@ BAD_TIMEOUTS = [-1, "soon", float("nan"), True, 1.1e9, 10**400]
 
 
 def test_bad_block_is_refused():
-    for bad in [None, *BAD_TAGS]:
+    bad = [(tag, one) for one in (None, *BAD_TAGS)] + [
+        (set_tag, one) for one in BAD_TAGS
+    ]
+    for function, one in bad:
         with pytest.raises(ArgumentError, match="tag="):
-            tag(bad)
-    for bad in BAD_TAGS:
-        with pytest.raises(ArgumentError, match="tag="):
-            set_tag(bad)
-    for bad in BAD_TIMEOUTS:
+            function(one)
+    for one in BAD_TIMEOUTS:
         with pytest.raises(ArgumentError, match="timeout="):
-            tag("a", timeout=bad)
+            tag("a", timeout=one)
     assert context_tag() is None
 
 
@@ -410,28 +348,27 @@ def test_bad_block_is_refused():
     [("scraper", bad) for bad in BAD_TAGS]
     + [("fairpool_timeout", bad) for bad in BAD_TIMEOUTS],
 )
-def test_refused_option_is_not_among_the_options(make_engine, options, name, bad):
-    engine = make_engine(execution_options=options)
+def test_refused_option_is_not_among_the_options(threads, options, name, bad):
+    engine = threads.engine(execution_options=options)
     for each in (engine, engine.execution_options(mine=2)):
         before = each.get_execution_options()
-        for refuse in (each.execution_options, each.update_execution_options):
-            with pytest.raises(ArgumentError, match=f"{name}="):
-                refuse(mine=3, **{name: bad})
-        assert each.get_execution_options() == before
         with each.connect() as connection:
-            with pytest.raises(ArgumentError, match=f"{name}="):
-                connection.execution_options(mine=3, **{name: bad})
-            assert connection.get_execution_options() == before
+            refusals = [each.execution_options, each.update_execution_options]
+            for refuse in [*refusals, connection.execution_options]:
+                with pytest.raises(ArgumentError, match=f"{name}="):
+                    refuse(mine=3, **{name: bad})
+            for one in each, connection:
+                assert one.get_execution_options() == before
             connection.execution_options(fairpool_timeout=1.0)
             assert holders(engine) == {options.get("scraper", "unknown"): 1}
 
 
-def test_no_tag_is_none_for_an_engine_and_refused_by_a_connection(make_engine):
+def test_no_tag_is_none_for_an_engine_and_refused_by_a_connection(threads):
     """None is SQLAlchemy's way of saying "no option"."""
-    engine = make_engine()
-    with engine.execution_options(scraper=None).connect() as connection:
+    engine = threads.engine()
+    with tagged(engine, None).connect() as connection:
         with pytest.raises(ArgumentError, match="scraper="):
-            connection.execution_options(scraper=None)
+            tagged(connection, None)
         assert holders(engine) == {"unknown": 1}
 
 
@@ -441,53 +378,45 @@ def test_no_tag_is_none_for_an_engine_and_refused_by_a_connection(make_engine):
 ONE_EACH = {"pool_size": 2, "soft_limit": 1, "max_limit": 1}
 
 
-@contract
 def test_connection_that_has_room_keeps_its_dbapi_connection(world):
     engine = world.engine()
     with engine.connect() as connection:
         before = connection.connection.dbapi_connection
-        connection.execution_options(scraper="a")
+        tagged(connection)
         assert connection.connection.dbapi_connection is before
         stats = engine.pool.stats()
         assert [row.name for row in stats.tags] == ["a"]  # no trace of the time before
         assert stats.strategy == "1 active: at most 15"
-        connection.execution_options(scraper="a")
+        tagged(connection)
     assert engine.pool.stats().tag("a").checkouts == 1
 
 
-@contract
 def test_connection_without_room_waits_holding_nothing(world):
     """And gets another DBAPI connection, to which the options before are applied."""
     engine = world.engine(**ONE_EACH)
     applied = []
     engine.dialect.set_isolation_level = lambda *which: applied.append(which)
     engine.dialect.reset_isolation_level = lambda connection: None
-    holder = engine.execution_options(scraper="a").connect()
-
-    def work():
-        connection = engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        return connection.execution_options(scraper="a")
-
-    caller = world.start(work)
+    holder = by_engine(engine)
+    level = {"isolation_level": "AUTOCOMMIT"}
+    caller = world.start(lambda: tagged(engine.connect().execution_options(**level)))
     world.ensure_waiting(engine, 1)
     assert holders(engine) == {"a": 1}
     assert engine.pool.stats().tag("a").waiting == 1
     holder.close()
-    connection = caller.result()
-    assert holders(engine) == {"a": 1}
-    connection.execute(text("select 1"))
-    dbapi_connection = connection.connection.dbapi_connection
-    assert applied[1:] == [(dbapi_connection, "AUTOCOMMIT")]
-    connection.close()
+    with caller.result() as connection:
+        assert holders(engine) == {"a": 1}
+        connection.execute(text("select 1"))
+        dbapi_connection = connection.connection.dbapi_connection
+        assert applied[1:] == [(dbapi_connection, "AUTOCOMMIT")]
 
 
-@contract
 def test_retagging_in_a_transaction_is_refused_as_isolation_level_is(world):
     engine = world.engine()
-    with engine.connect().execution_options(scraper="a") as connection:
+    with by_connection(engine) as connection:
         connection.execute(text("select 1"))
         with pytest.raises(InvalidRequestError, match="scraper may not be altered"):
-            connection.execution_options(scraper="b")
+            tagged(connection, "b")
         assert holders(engine) == {"a": 1}
         assert connection.get_execution_options()["scraper"] == "a"
         connection.rollback()
@@ -495,30 +424,29 @@ def test_retagging_in_a_transaction_is_refused_as_isolation_level_is(world):
         connection.execute(text("select 1"))
         assert holders(engine) == {"a": 1}  # the refused tag is not remembered
         connection.rollback()
-        connection.execution_options(scraper="b")
+        tagged(connection, "b")
         assert holders(engine) == {"b": 1}
 
 
-@contract
 def test_connection_asks_as_itself_after_an_invalidation(world):
-    engine = world.engine().execution_options(scraper="engine")
-    with engine.connect().execution_options(scraper="a") as connection:
+    engine = tagged(world.engine(), "engine")
+    with by_connection(engine) as connection:
         for name in ("a", "set while it was invalidated"):
             connection.invalidate()
             assert holders(engine) == {}
-            connection.execution_options(scraper=name)
+            tagged(connection, name)
             connection.execute(text("select 1"))
             assert holders(engine) == {name: 1}
             connection.rollback()
 
 
-def test_tagged_connection_that_is_closed_or_dropped_holds_nothing(make_engine):
-    engine = make_engine()
+def test_tagged_connection_that_is_closed_or_dropped_holds_nothing(threads):
+    engine = threads.engine()
     connection = engine.connect()
     connection.close()
-    connection.execution_options(scraper="a")
+    tagged(connection)
     assert holders(engine) == {}
-    connection = engine.connect().execution_options(scraper="a")
+    connection = by_connection(engine)
     del connection
     assert holders(engine) == {}, "a leaked connection waits for the collector"
 
@@ -544,41 +472,34 @@ NOTHING = [{"unknown": 1}, {"own": 1}]
 
 @pytest.mark.parametrize("moment", ["connect", "first_connect", "do_connect"])
 @pytest.mark.parametrize("road", [by_engine, by_connection, by_raw_connection])
-@contract
 def test_listener_that_runs_while_a_connection_opens_is_untagged(world, moment, road):
     engine, other, seen = world.engine(), world.engine(), []
     target = engine if moment == "do_connect" else engine.pool
     event.listen(target, moment, looks_at(other, seen))
-    road(engine).close()
+    connection = road(engine)
     assert seen == NOTHING
-
-
-@contract
-def test_connection_that_opens_again_shows_its_tag_to_no_listener(world):
-    engine, other, seen = world.engine(), world.engine(), []
-    with engine.connect().execution_options(scraper="a") as connection:
+    if road is by_connection:  # which opens again
         connection.invalidate()
-        event.listen(engine, "connect", looks_at(other, seen))
         connection.execute(text("select 1"))
         assert holders(engine) == {"a": 1}
-    assert seen == NOTHING
+        assert seen == NOTHING * (1 if moment == "first_connect" else 2)
+    connection.close()
 
 
-@contract
 def test_checkout_listener_does_not_see_what_the_checkout_asked_for(world):
     engine, other, seen = world.engine(**ONE_EACH), world.engine(), []
     event.listen(engine, "checkout", looks_at(other, seen))
-    holder = engine.execution_options(scraper="a").connect()
-    caller = world.start(lambda: by_connection(engine))
+    holder = by_engine(engine)
+    caller = world.start(by_connection, engine)
     world.ensure_waiting(engine, 1)
     holder.close()
     caller.result().close()
     assert seen == NOTHING * 3
 
 
-def test_engines_time_out_is_not_that_of_its_listeners(make_engine):
-    engine = make_engine().execution_options(scraper="a", fairpool_timeout=0.0)
-    other = make_engine(pool_size=1)
+def test_engines_time_out_is_not_that_of_its_listeners(threads):
+    engine = tagged(threads.engine(), fairpool_timeout=0.0)
+    other = threads.engine(pool_size=1)
     holder = other.connect()
 
     def listener(dbapi_connection, record):
@@ -603,19 +524,17 @@ def test_engine_with_another_kind_of_pool_leaves_no_tag_behind(server, make_engi
 
 def test_checkout_in_the_middle_of_another_gives_the_request_back(make_engine):
     """As that of a signal handler, between the engine and the pool."""
-    engine = make_engine()
-    a, b = (engine.execution_options(scraper=tag) for tag in "ab")
+    engine, seen = make_engine(), []
     connect = engine.pool.connect
-    seen = []
 
     def interrupted():
         engine.pool.connect = connect
-        with b.connect():
+        with tagged(engine, "b").connect():
             seen.append(holders(engine))
         return connect()
 
     engine.pool.connect = interrupted
-    with a.connect():
+    with by_engine(engine):
         assert holders(engine) == {"a": 1}
     assert seen == [{"b": 1}]
 
@@ -683,45 +602,26 @@ def test_task_that_a_notification_starts_is_untagged(postgres_url, road):
 
 
 @pytest.mark.parametrize(
-    "statement",
+    "act",
     [
         lambda c: c.execute(text("select 1")),
         lambda c: c.exec_driver_sql("select 1"),
         lambda c: c.execute(text("insert into t values (:x)"), [{"x": 1}, {"x": 2}]),
         lambda c: c.execution_options(no_parameters=True).exec_driver_sql("select 1"),
+        lambda c: c.close(),
     ],
 )
-def test_every_kind_of_statement_is_activity(make_engine, clock, statement):
+def test_every_statement_and_the_checkin_is_activity(make_engine, clock, act):
     engine = make_engine()
-    with engine.execution_options(scraper="a").connect() as connection:
+    with by_engine(engine) as connection:
         clock.advance(50.0)
         assert engine.pool.stats().tag("a").idle_for == 50.0
-        statement(connection)
-        assert engine.pool.stats().tag("a").idle_for == 0.0
-
-
-def test_statement_hooks_take_what_the_dialects_methods_take(make_engine):
-    engine = make_engine()
-    with engine.connect() as connection:
-        proxied = connection.connection
-        cursor = proxied.cursor()
-        engine.dialect.do_execute(cursor, "select 1", (), context=None)
-        engine.dialect.do_executemany(cursor, "select 1", [()])
-        engine.dialect.do_execute_no_params(cursor, "select 1", context=None)
-        assert proxied.dbapi_connection.statements[-3:] == ["select 1"] * 3
-
-
-@pytest.mark.parametrize(
-    "act", [lambda c: c.execute(text("select 1")), lambda c: c.close()]
-)
-def test_statement_or_checkin_of_an_idle_tag_makes_it_active(make_engine, clock, act):
-    engine = make_engine()
-    with engine.execution_options(scraper="a").connect() as connection:
-        clock.advance(100.0)
-        engine.execution_options(scraper="b").connect().close()
+        clock.advance(50.0)
+        tagged(engine, "b").connect().close()
         assert engine.pool.stats().tag("a").active is False
         act(connection)
-        assert engine.pool.stats().tag("a").active is True
+        row = engine.pool.stats().tag("a")
+        assert (row.active, row.idle_for) == (True, 0.0)
         assert engine.pool.stats().tag("b").limit == 10
 
 
@@ -731,13 +631,26 @@ def test_untagged_checkout_is_active_from_its_first_statement(make_engine):
         assert engine.pool.stats().tag("unknown").active is False
         connection.execute(text("select 1"))
         assert engine.pool.stats().tag("unknown").active is True
+        # The hooks take what the dialect's methods take.
+        proxied = connection.connection
+        cursor = proxied.cursor()
+        engine.dialect.do_execute(cursor, "select 1", (), context=None)
+        engine.dialect.do_executemany(cursor, "select 1", [()])
+        engine.dialect.do_execute_no_params(cursor, "select 1", context=None)
+        assert proxied.dbapi_connection.statements[-3:] == ["select 1"] * 3
 
 
 # -- other engines pay nothing ---------------------------------------------------------
 
 
-def test_other_engines_are_not_listened_to(server, make_engine):
-    make_engine().execution_options(scraper="a").connect().close()
+def test_other_engines_are_not_listened_to_and_a_dialect_once(server, make_engine):
+    engine = make_engine()
+    dialect = engine.dialect
+    hooks = dialect.set_connection_execution_options, dialect.do_execute
+    for _ in range(5):
+        by_engine(engine).close()
+        engine.dispose()
+    assert hooks == (dialect.set_connection_execution_options, dialect.do_execute)
     other = server.engine(poolclass=QueuePool)
     assert "raw_connection" not in vars(other)
     assert "set_connection_execution_options" not in vars(other.dialect)
@@ -747,50 +660,20 @@ def test_other_engines_are_not_listened_to(server, make_engine):
     # Not every release gives the class the attribute before it is listened to.
     assert not getattr(Connection, "_has_events", False)
     assert not Engine._has_events
-    tagged = other.execution_options(scraper="a")
-    assert "raw_connection" not in vars(tagged)
-    with tagged.connect().execution_options(scraper="b") as connection:
+    assert "raw_connection" not in vars(tagged(other))
+    with tagged(tagged(other).connect(), "b") as connection:
         connection.execute(text("select 1"))
 
 
-def test_dialect_is_hooked_once_however_often_the_pool_is_recreated(make_engine):
-    engine = make_engine()
-    hook = engine.dialect.set_connection_execution_options
-    execute = engine.dialect.do_execute
-    for _ in range(5):
-        engine.dispose()
-    assert engine.dialect.set_connection_execution_options is hook
-    assert engine.dialect.do_execute is execute
-
-
 def test_many_threads_with_tags_of_their_own_do_not_mix(make_engine):
-    engine = make_engine()
-    barrier = threading.Barrier(8)
+    engine, barrier = make_engine(), threading.Barrier(8)
 
     def work(name):
-        tagged = engine.execution_options(scraper=name)
         barrier.wait()
         for _ in range(200):
-            connection = tagged.connect()
-            assert state.tag_of(connection) == name
-            connection.close()
+            with tagged(engine, name).connect() as connection:
+                assert state.tag_of(connection) == name
 
     for caller in [Caller(work, f"tag{n}") for n in range(8)]:
         caller.result()
     assert all(row.checkouts == 200 for row in engine.pool.stats().tags)
-
-
-def test_wrong_pool_class_for_the_dialect_is_sqlalchemys_error(server):
-    class AsyncDialect(SQLiteDialect_pysqlite):
-        is_async = True
-        supports_statement_cache = True
-
-        @classmethod
-        def load_provisioning(cls):
-            pass
-
-    registry.impls["sqlite.pretended"] = lambda: AsyncDialect
-    with pytest.raises(ArgumentError, match="cannot be used with asyncio engine"):
-        create_engine(
-            "sqlite+pretended://", creator=server.connect, poolclass=FairQueuePool
-        )

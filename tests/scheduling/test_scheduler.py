@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import gc
 import sys
 
 import pytest
@@ -316,11 +317,13 @@ def calls(function):
         nonlocal count
         count += event in ("call", "c_call")
 
+    gc.disable()  # what a collection calls is not counted
     sys.setprofile(profile)
     try:
         function()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 

@@ -34,6 +34,8 @@ class Caller(threading.Thread):
         self._function, self._args = function, args
         self._outcome = None
         self.error = None
+        #: Somebody has seen how it ended.
+        self.asked = False
         self.start()
 
     def run(self):
@@ -47,6 +49,7 @@ class Caller(threading.Thread):
 
         :param patience: seconds after which it is taken to hang.
         """
+        self.asked = True
         self.join(patience)
         assert not self.is_alive(), "the thread hangs"
         if self.error is not None:

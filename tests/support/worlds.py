@@ -23,11 +23,11 @@ from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
 from . import state
 from .stub import StubServer, sized
 from .tasks import until
-from .threads import PATIENCE, Caller, Gate, connect, eventually
+from .threads import PATIENCE, Caller, Gate, connect, eventually, give
 
 
 class Threads:
-    """Callers are threads.
+    """Callers are threads. What they have when the test is over is returned then.
 
     :param url: the database of :meth:`engine`.
     """
@@ -41,6 +41,7 @@ class Threads:
         #: The stub of :meth:`pool`.
         self.server = StubServer()
         self._engines, self._pools = [], []
+        self._out, self._callers = [], []
 
     def run(self, test):
         try:
@@ -48,13 +49,18 @@ class Threads:
         finally:
             self.close()
 
-    def engine(self, **options):
-        """Return a (synchronous) engine, which is closed after the test."""
+    def engine(self, size=None, **options):
+        """Return a (synchronous) engine, which is closed after the test.
+
+        It is one on the stub in a world of threads without a database.
+        """
+        options = sized(size, options)
         engine = self.make(self.url, poolclass=self.pool_class, **options)
         self._engines.append(engine)
         return engine
 
-    make = staticmethod(create_engine)
+    def make(self, url, **options):
+        return create_engine(url, **options) if url else self.server.engine(**options)
 
     def pool(self, size=None, **options):
         """Return a pool on the stub, which must be quiet after the test.
@@ -65,17 +71,41 @@ class Threads:
         return self._pools[-1]
 
     def close(self):
+        while self._out or self._waiting():
+            give(self._out)
+            self.eventually(lambda: self._out or not self._waiting())
+        for caller in self._callers:
+            if not caller.asked:
+                caller.result()
         for engine in self._engines:
             engine.dispose()
         for pool in [engine.pool for engine in self._engines] + self._pools:
             state.assert_quiet(pool)
+
+    def _waiting(self):
+        return any(caller.is_alive() for caller in self._callers)
+
+    def connect(self, pool, tag="a"):
+        """Check a connection out; it is returned after the test if not before."""
+        connection = connect(pool, tag)
+        self._out.append(connection)
+        return connection
+
+    def take(self, pool, number, tag="a"):
+        """Check so many connections out; they are returned in the same way."""
+        return [self.connect(pool, tag) for _ in range(number)]
+
+    def come(self, pool, tag="a"):
+        """Start another caller, which must be served before the test is over."""
+        self._callers.append(self.start(self.connect, pool, tag))
+        return self._callers[-1]
 
     def wait_in_line(self, pool, tag="a", count=1):
         """Start callers under a tag, one after the other; return them in that order."""
         callers = []
         for _ in range(count):
             before = state.waiting(pool)
-            callers.append(self.start(connect, pool, tag))
+            callers.append(self.come(pool, tag))
             self.ensure_waiting(pool, before + 1)
         return callers
 
@@ -95,6 +125,8 @@ class Threads:
 class Task:
     """As `Caller`, for a task."""
 
+    asked = False
+
     def __init__(self, function, *args):
         self._task = asyncio.create_task(greenlet_spawn(function, *args))
 
@@ -105,6 +137,7 @@ class Task:
         self._task.cancel()
 
     def result(self):
+        self.asked = True
         return await_only(self._task)
 
     def strand(self):
@@ -190,7 +223,8 @@ def contract(test):
     @functools.wraps(test)
     def run(*args, **kw):
         arguments = signature.bind(*args, **kw).arguments
-        world = arguments.get("world") or arguments["tasks"]
+        names = ("world", "tasks", "threads")
+        world = next(arguments[name] for name in names if name in arguments)
         world.run(lambda: test(**arguments))
 
     return run
