@@ -22,7 +22,7 @@
     return { got, limit, active };
   }
 
-  const grid = "display:grid;grid-template-columns:6em 1fr 9em;gap:.4em;align-items:center";
+  const grid = "display:grid;grid-template-columns:6em minmax(0,1fr) 11em;gap:.4em;align-items:center";
   root.innerHTML = tags.map(([name, want], i) =>
     `<label style="${grid}"><span>${name}</span>` +
     `<input type="range" min="0" max="40" value="${want}" data-i="${i}">` +
