@@ -1,6 +1,6 @@
 // Max-min fair shares with sliders: the same rules as sqla_fairpool/scheduling/policy.py.
 (() => {
-  const root = document.getElementById("fair-shares");
+  const root = document.getElementById("shares-of-tags");
   if (!root) return;
   const tags = [["acme", 20], ["umbrella", 20], ["reports", 0], ["backup", 0]];
   const state = { capacity: 20 };
@@ -22,10 +22,10 @@
     return { got, limit, active };
   }
 
-  const grid = "display:grid;grid-template-columns:6em minmax(0,1fr) 11em;gap:.4em;align-items:center";
+  const grid = "display:grid;width:100%;grid-template-columns:6em minmax(0,1fr) 11em;gap:.4em;align-items:center";
   root.innerHTML = tags.map(([name, want], i) =>
     `<label style="${grid}"><span>${name}</span>` +
-    `<input type="range" min="0" max="40" value="${want}" data-i="${i}">` +
+    `<input style="width:100%" type="range" min="0" max="40" value="${want}" data-i="${i}">` +
     `<output></output></label>` +
     `<div style="height:.8em;margin-bottom:.6em;border:1px solid currentColor">` +
     `<div class="bar" style="height:100%;background:#2980b9"></div></div>`
