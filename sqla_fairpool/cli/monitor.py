@@ -72,6 +72,7 @@ def add_command(commands: Any) -> None:
         "stats",
         help="tell once who has the connections",
         description="Tell once who has the connections, as monitor --once does.",
+        epilog="examples:\n  sqla-fairpool stats\n  sqla-fairpool stats --json",
     )
     stats.set_defaults(once=True, seconds=_INTERVAL)
     what = "for programs: one JSON document per look, each on a line if not once"
