@@ -44,6 +44,7 @@ from .ledger.overview import Overview
 from .ledger.store import StoreAway
 from .options import OPTIONS, PoolOptions, naming, refuse_timeout, validate_tag
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
+from .scheduling.limits import LimitsByTag
 from .tagging import context_tag
 
 if TYPE_CHECKING:
@@ -130,7 +131,13 @@ class Started:
         process = overview.ProcessRow(**who, state="answers", tags=tags, open=there)
         return overview.compile_overview(
             [overview.Part(process, rows)],
-            overview.Limits(own.pool_size, own.capacity, own.soft_limit, own.max_limit),
+            overview.Limits(
+                own.pool_size,
+                own.capacity,
+                own.soft_limit,
+                own.max_limit,
+                tags=LimitsByTag(own.tags or {}),
+            ),
             registered=registered,
             warnings=warnings,
             taken_at=now,

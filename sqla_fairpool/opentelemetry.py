@@ -35,6 +35,7 @@ from .stats import PoolStats
 __all__ = ["instrument"]
 
 _PREFIX = "db.client.connection."
+_OWN_PREFIX = "sqla_fairpool.tag."
 _POOL_NAME = _PREFIX + "pool.name"
 _STATE = _PREFIX + "state"
 _TAG = "sqla_fairpool.tag"
@@ -62,6 +63,10 @@ def instrument(engine: Any, meter_provider: MeterProvider | None = None) -> None
         meter.create_observable_up_down_counter(
             _PREFIX + name, [_observe(source, read)], unit, text
         )
+    for name, unit, text, read in _OWN_FIGURES:
+        meter.create_observable_up_down_counter(
+            _OWN_PREFIX + name, [_observe(source, read)], unit, text
+        )
     meter.create_observable_counter(
         _PREFIX + "timeouts",
         [_observe(source, _by_tag("timeouts")), _record_durations(source, meter)],
@@ -74,7 +79,7 @@ def instrument(engine: Any, meter_provider: MeterProvider | None = None) -> None
 _Callback = Callable[[CallbackOptions], Iterable[Observation]]
 
 #: From a pool to its numbers, each with attributes beside the pool's name.
-_Read = Callable[[PoolStats], Iterable[tuple[int, dict[str, str]]]]
+_Read = Callable[[PoolStats], Iterable[tuple[float, dict[str, str]]]]
 
 
 def _observe(source: Source, read: _Read) -> _Callback:
@@ -113,10 +118,22 @@ def _by_tag(attribute: str) -> _Read:
     ]
 
 
-def _count(pool: PoolStats) -> Iterable[tuple[int, dict[str, str]]]:
+def _count(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
     yield pool.idle, {_STATE: "idle"}
     for tag in pool.tags:
         yield tag.connections, {_STATE: "used", _TAG: tag.name}
+
+
+def _would_wait(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
+    for tag in pool.tags:
+        if tag.would_wait is not None:
+            yield tag.would_wait.count, {_TAG: tag.name}
+
+
+def _would_refuse(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
+    for tag in pool.tags:
+        if tag.would_refuse is not None:
+            yield tag.would_refuse, {_TAG: tag.name}
 
 
 #: Name, unit, help, and how the numbers are read.
@@ -126,4 +143,13 @@ _FIGURES: tuple[tuple[str, str, str, _Read], ...] = (
     ("idle.max", "{connection}", "Most idle connections allowed", _of_pool("size")),
     ("idle.min", "{connection}", "Fewest idle connections", _of_pool("min_idle")),
     ("pending_requests", "{request}", "Waiting requests", _by_tag("waiting")),
+)
+
+#: Likewise, of what the conventions have no name for.
+_OWN_FIGURES: tuple[tuple[str, str, str, _Read], ...] = (
+    ("weight", "1", "Relative entitlement of a tag", _by_tag("weight")),
+    ("reserved", "{connection}", "Kept for a tag alone", _by_tag("reserved")),
+    ("usage", "s", "Connection-seconds of a tag, decayed", _by_tag("usage")),
+    ("would_wait", "{request}", "Would have waited, in a dry run", _would_wait),
+    ("would_refuse", "{request}", "Would have been refused", _would_refuse),
 )

@@ -11,15 +11,18 @@ is allowed. No password is shown, neither in an error nor by ``repr``.
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeAlias, cast
 
 from sqlalchemy import exc
+
+from .scheduling.limits import TagLimits
 
 #: Bounds of times, in seconds. With a shorter one a waiting caller would do nothing but
 #: look at the clock; a longer one, some thirty years, no operating system can wait.
@@ -179,6 +182,67 @@ def validate_tag(value: object, name: str = "tag") -> str:
     return cast(str, _tag(name, value, {}))
 
 
+def _read_tags(name: str, value: Any, known: _Known) -> Mapping[str, TagLimits]:
+    """Return the limits by tag, which may come as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            allowed = f'JSON, like {{"api": {{"weight": 3}}}} ({error})'
+            raise BadOption(name, value, allowed) from None
+    if not isinstance(value, Mapping):
+        raise BadOption(name, value, "TagLimits, or a dict of its fields, by tag")
+    limits = {
+        _tag(name, key, known): _read_limits(name, key, given, known)
+        for key, given in value.items()
+    }
+    capacity = known["pool_size"] + known["max_overflow"]
+    reserved = {key: one.reserved for key, one in limits.items() if one.reserved}
+    if sum(reserved.values()) >= capacity:
+        allowed = f"what is reserved is at most the capacity less one, {capacity - 1}"
+        raise BadOption(name, reserved, f"{allowed}, for all tags together")
+    return limits
+
+
+def _read_limits(name: str, key: str, given: Any, known: _Known) -> TagLimits:
+    """Return the limits of one tag."""
+    raw = given
+    if isinstance(given, TagLimits):
+        raw = {one.name: getattr(given, one.name) for one in fields(TagLimits)}
+
+    def refuse(allowed: str) -> BadOption:
+        return BadOption(name, {key: raw}, allowed)
+
+    names = [one.name for one in fields(TagLimits)]
+    if not isinstance(raw, Mapping) or not set(raw) <= set(names):
+        raise refuse(f"a tag may have {', '.join(names)}")
+    values = dict(raw)
+    capacity = known["pool_size"] + known["max_overflow"]
+    reserved = values.get("reserved", 0)
+    try:
+        values["weight"] = _weight(values.get("weight", 1.0))
+        values["reserved"] = _integer("", reserved, 0, capacity - 1, "")
+        if values.get("max") is not None:
+            least = max(values["reserved"], 1)
+            values["max"] = _integer("", values["max"], least, capacity, "")
+    except (BadOption, TypeError, ValueError, OverflowError):
+        raise refuse(
+            "weight is a number above 0, reserved a whole number from 0 to the "
+            f"capacity less one, {capacity - 1}, and max one from 1, or from what is "
+            f"reserved, to the capacity, {capacity}"
+        ) from None
+    if values["reserved"] and key.endswith("*"):
+        raise refuse("connections are reserved for one tag, and not for all of a *")
+    return TagLimits(**values)
+
+
+def _weight(value: Any) -> float:
+    weight = math.nan if isinstance(value, bool) else float(value)
+    if not 0 < weight < math.inf:  # nor is NaN
+        raise ValueError
+    return weight
+
+
 # -- the table -------------------------------------------------------------------------
 
 
@@ -218,6 +282,16 @@ class Option:
 def _option(*columns: Any, **more: Any) -> Any:
     return field(metadata={"option": Option(*columns, **more)})
 
+
+#: What the members of a ledger share.
+TERMS = (
+    "capacity",
+    "soft_limit",
+    "max_limit",
+    "idle_timeout",
+    "reallocation_interval",
+    "tags",
+)
 
 _NO_LIMIT = ", which is no limit in QueuePool, would leave nothing to share)"
 
@@ -261,6 +335,27 @@ class PoolOptions:
     )
     reallocation_interval: float = _option(
         30.0, _time, "seconds between two looks for idle tags", "REALLOCATION_INTERVAL"
+    )
+    tags: Mapping[str, TagLimits] | None = _option(
+        None,
+        _read_tags,
+        "limits of a tag's own, by its name or by the beginning of names and `*`: "
+        "`weight`, `max`, `reserved`; as JSON in texts",
+        "FAIRPOOL_TAGS",
+        none="for tags that are all alike",
+    )
+    usage_half_life: float = _option(
+        10.0,
+        _time,
+        "seconds after which what a tag has used counts half; who has used least "
+        "lately is next of those that hold equally much",
+    )
+    enforce: bool = _option(
+        True,
+        read_switch,
+        "keep the rules; false for a dry run: callers are served in order of arrival, "
+        "and who would have waited or been refused is counted",
+        is_fixed=True,
     )
     max_waiting: int | None = _option(
         None,
@@ -317,6 +412,13 @@ class PoolOptions:
         none="for no ledger",
         is_fixed=True,
     )
+    on_other_terms: str = _option(
+        "adopt",
+        _text("adopt or lead", lambda text: text in ("adopt", "lead")),
+        "where the ledger has other limits: `adopt` these, or `lead`, so that those of "
+        "the newest process are in force",
+        is_fixed=True,
+    )
     #: The limits that were not given, and so follow the capacity.
     defaulted: frozenset[str] = field()
 
@@ -342,6 +444,13 @@ class PoolOptions:
         known: dict[str, Any] = {}
         for name, option in OPTIONS.items():
             known[name] = option.read(name, given.pop(name, option.default), known)
+        tags = known["tags"] or {}
+        reserved = {key: one.reserved for key, one in tags.items() if one.reserved}
+        if reserved and known["ledger"] is not None:
+            allowed = "with a ledger, tags may have weight and max, but not reserved"
+            raise BadOption("tags", {"reserved": reserved}, allowed)
+        if known["ledger"] is not None and not known["enforce"]:
+            raise BadOption("enforce", False, "with a ledger the rules are in force")
         return cls(**known, **given, defaulted=defaulted)
 
     @classmethod
@@ -351,9 +460,46 @@ class PoolOptions:
 
     def rules(self) -> dict[str, Any]:
         """Return what the scheduler goes by."""
-        names = ("soft_limit", "max_limit", "idle_timeout", "reallocation_interval")
+        names = (
+            "capacity",
+            "soft_limit",
+            "max_limit",
+            "idle_timeout",
+            "reallocation_interval",
+            "max_waiting",
+            "usage_half_life",
+        )
         rules = {name: getattr(self, name) for name in names}
-        return {"capacity": self.capacity, "max_waiting": self.max_waiting, **rules}
+        return {**rules, "limits": self.tags or {}}
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """The limits that the members of a ledger share, those of tags as JSON."""
+        tags = json.dumps(self.tags, default=asdict, sort_keys=True)
+        terms = {name: getattr(self, name) for name in TERMS}
+        return {**terms, "tags": tags if self.tags else ""}
+
+    @classmethod
+    def of_terms(cls, terms: Mapping[str, Any]) -> PoolOptions:
+        """Return options with the limits of a ledger, and defaults else.
+
+        Limits that are the defaults for that capacity follow it when it is changed.
+        """
+        defaults = cls.parse(pool_size=terms["capacity"])
+        limits = ("soft_limit", "max_limit")
+        follow = [name for name in limits if terms[name] == getattr(defaults, name)]
+        return replace(defaults.with_terms(terms), defaulted=frozenset(follow))
+
+    def with_terms(self, terms: Mapping[str, Any]) -> PoolOptions:
+        """Return these options with the limits of a ledger."""
+        limits = dict(terms)
+        capacity = limits.pop("capacity")
+        overflow = min(self.max_overflow, capacity - 1)
+        size = capacity - overflow
+        limits["min_idle"] = min(self.min_idle, size)
+        sizes = {"pool_size": size, "max_overflow": overflow}
+        limits["tags"] = _read_tags("tags", terms["tags"] or {}, sizes) or None
+        return replace(self, **sizes, **limits)
 
     def changed(self, changes: Mapping[str, Any]) -> PoolOptions:
         """Return these options with some changed; limits not given follow along.

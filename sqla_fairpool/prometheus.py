@@ -71,7 +71,8 @@ class FairPoolCollector(Collector):
                 for pool in pools:
                     for values, *row in rows(pool):
                         family.add_metric((pool.name, *values), *row)
-                yield family
+                if family.samples or not name.startswith("would"):
+                    yield family
 
 
 _collectors: weakref.WeakKeyDictionary[CollectorRegistry, FairPoolCollector] = (
@@ -91,10 +92,20 @@ def _tag(attribute: str) -> _Rows:
     return lambda pool: [((tag.name,), getattr(tag, attribute)) for tag in pool.tags]
 
 
+def _would_refuse(pool: PoolStats) -> Iterable[tuple[Any, ...]]:
+    return [
+        ((tag.name,), tag.would_refuse)
+        for tag in pool.tags
+        if tag.would_refuse is not None
+    ]
+
+
 def _histogram(attribute: str) -> _Rows:
     def rows(pool: PoolStats) -> Iterator[tuple[Any, ...]]:
         for tag in pool.tags:
-            summary: Summary = getattr(tag, attribute)
+            summary: Summary | None = getattr(tag, attribute)
+            if summary is None:  # not in a dry run
+                continue
             # repr of infinity is "inf", and Prometheus has "+Inf".
             buckets = [(repr(b).replace("inf", "+Inf"), n) for b, n in summary.buckets]
             yield (tag.name,), buckets, summary.total
@@ -137,6 +148,9 @@ _FIGURES: dict[tuple[Any, ...], tuple[tuple[str, str, _Rows], ...]] = {
         ("tag_connections", "Connections the tag holds", _tag("connections")),
         ("tag_connections_max", "Most the tag may hold now", _tag("limit")),
         ("tag_pending_requests", "Callers that wait", _tag("waiting")),
+        ("tag_weight", "Its relative entitlement", _tag("weight")),
+        ("tag_connections_reserved", "Kept for the tag alone", _tag("reserved")),
+        ("tag_usage_seconds", "Connection-seconds, decayed", _tag("usage")),
     ),
     (core.CounterMetricFamily, "tag"): (
         ("checkouts", "Checkouts granted", _tag("checkouts")),
@@ -145,6 +159,7 @@ _FIGURES: dict[tuple[Any, ...], tuple[tuple[str, str, _Rows], ...]] = {
             "Connections that could not be opened",
             _tag("create_failures"),
         ),
+        ("would_refuse", "Checkouts that would have been refused", _would_refuse),
     ),
     (core.CounterMetricFamily, "tag", "reason"): (
         (
@@ -157,5 +172,10 @@ _FIGURES: dict[tuple[Any, ...], tuple[tuple[str, str, _Rows], ...]] = {
         ("wait_seconds", "Until a checkout had its slot", _histogram("wait_time")),
         ("hold_seconds", "Until a connection came back", _histogram("hold_time")),
         ("connect_seconds", "To open a connection", _histogram("create_time")),
+        (
+            "would_wait_seconds",
+            "How long checkouts would have waited by the rules, in a dry run",
+            _histogram("would_wait"),
+        ),
     ),
 }

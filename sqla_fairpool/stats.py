@@ -46,6 +46,13 @@ class TagStats:
     fair_share: int = 0
     #: Callers that wait under it.
     waiting: int = 0
+    #: Its relative entitlement, its own maximum in the place of the rule for all, and
+    #: the slots that are kept for it.
+    weight: float = 1.0
+    max: int | None = None
+    reserved: int = 0
+    #: Connection-seconds that it has used lately: they decay, by ``usage_half_life``.
+    usage: float = 0.0
     #: Seconds since its last activity, None if it never had any.
     idle_for: float | None = None
     #: Seconds that the longest waiting caller has waited, None if none waits.
@@ -66,6 +73,10 @@ class TagStats:
     deadlocks: int | None = None
     #: Likewise: how long it took to open connections, and those that could not be.
     create_time: Summary | None = None
+    #: In a dry run (``enforce=False``), else None: how long checkouts would have waited
+    #: that had to by the rules, and how many would have been refused.
+    would_wait: Summary | None = None
+    would_refuse: int | None = None
     create_failures: int | None = None
 
     @classmethod
@@ -90,6 +101,7 @@ SHARED: dict[str, Callable[[Sequence[Any]], Any]] = {
     "idle_for": lambda times: min(_known(times), default=None),
     "waiting_for": lambda times: max(_known(times), default=None),
     "held_for": lambda times: max(_known(times), default=None),
+    "usage": sum,
     "checkouts": sum,
     "timeouts": sum,
 }
@@ -105,7 +117,8 @@ class PoolStats:
     capacity: int
     #: Slots in use: connections checked out, being opened or being closed.
     checked_out: int
-    #: Slots that could be granted now: capacity less checked_out.
+    #: Slots that could be granted to any tag now: capacity less checked_out, and less
+    #: what is reserved for tags that do not use it.
     available: int
     #: Open connections beyond ``size``.
     overflow: int
@@ -124,6 +137,8 @@ class PoolStats:
     name: str = ""
     #: ``min_idle``: connections kept ready.
     min_idle: int = 0
+    #: False in a dry run.
+    enforce: bool = True
     #: Connections closed, by reason.
     closures: Mapping[str, int] = field(default_factory=dict)
 
@@ -140,7 +155,7 @@ class PoolStats:
 
 def _plain(row: TagStats) -> dict[str, Any]:
     plain = asdict(row)
-    for name in ("wait_time", "hold_time", "create_time"):
+    for name in ("wait_time", "hold_time", "create_time", "would_wait"):
         summary: Summary | None = getattr(row, name)
         if summary is not None:
             del plain[name]["buckets"]  # infinity is no JSON

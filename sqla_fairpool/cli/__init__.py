@@ -17,6 +17,7 @@ import textwrap
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, metadata, version
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ..options import hide_passwords
@@ -39,6 +40,7 @@ _COMMANDS = {
     "run": ".cli.run",
     "monitor": ".cli.monitor",
     "stats": ".cli.monitor",
+    "explain": ".cli.explain",
     "ledger": ".cli.ledger",
     "demo": ".demo",
 }
@@ -67,6 +69,16 @@ class CommandError(Exception):
         super().__init__(text)
         self.status = status
         self.items = items
+
+
+def contents(value: str, name: str) -> str:
+    """Return a value, or for ``@path`` what stands in that file."""
+    if not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text()
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{name}={value} cannot be read: {error}") from None
 
 
 class _Parser(argparse.ArgumentParser):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +21,20 @@ from ..ledger.book import Book
 from ..ledger.errors import LedgerError, RowBroken
 from ..ledger.host import HostStore
 from ..ledger.inspector import LedgerReport, read
+from ..ledger.keeper import describe_process
 from ..ledger.overview_text import printable
 from ..ledger.postgres import PostgresStore
-from ..ledger.rows import Gone, Left, Member
+from ..ledger.rows import Gone, Left, Member, Terms
 from ..ledger.store import StoreAway
 from ..ledger.watch import Present, look, still_there, unaccounted
-from ..options import OPTIONS, hide_passwords
-from . import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
+from ..options import OPTIONS, TERMS, PoolOptions, hide_passwords
+from . import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError, contents
 from .server import ask_room, connected, given_url, missing_driver, need
 
 AnyStore = HostStore | PostgresStore
+
+#: What `set` changes.
+_LIMITS = ("pool_size", *TERMS[1:])
 
 #: Monitors and commands, launchers included, for which `limit` leaves room.
 _TOOLS = 2
@@ -40,6 +45,7 @@ examples:
   sqla-fairpool ledger show --url postgresql://app@db/app    its default ledger
   sqla-fairpool ledger reap --ledger database --url postgresql://app@db/app
   sqla-fairpool ledger reset --ledger /run/scrapers/app.ledger
+  sqla-fairpool ledger set pool_size=30 soft_limit=15
   sqla-fairpool ledger limit --url postgresql://app@db/app --processes 8
 
 The environment's FAIRPOOL_LEDGER and DATABASE_URL stand in for --ledger and --url.
@@ -63,6 +69,8 @@ def add_command(commands: Any) -> None:
         action = actions.add_parser(name, description=what.capitalize(), **more)
         action.set_defaults(run=run)
         add_places(action)
+        if run is _set:
+            action.add_argument("changes", nargs="+", metavar="LIMIT=VALUE")
         for flag, dest, kind, meaning in _FLAGS.get(name, ()):
             how = {"type": kind} if kind else {"action": "store_true"}
             action.add_argument(flag, dest=dest, help=meaning, **how)
@@ -183,6 +191,8 @@ def _lines(report: LedgerReport) -> Iterator[str]:
         f"members, {book.quarantined} in quarantine, {book.free} free; "
         f"at most {terms.soft_limit} for each tag of several, {terms.max_limit} alone"
     )
+    if (set_by := book.set_by) is not None:
+        yield f"limits set by {_describe(set_by)}"
     if report.control_connections:
         yield f"{report.control_connections} control connections beside them"
     if book.is_fresh:
@@ -200,6 +210,8 @@ def _lines(report: LedgerReport) -> Iterator[str]:
         if key not in report.living:
             state = " DEAD"
         yield f"  {_who(member.number, member)}{state}: {member.owned} slots"
+        if asked := member.who.get("asked"):
+            yield f"    asked for {printable(str(asked))}: the ledger has other limits"
         for tag, line in sorted(member.tags.items()):
             idle = "" if line.active else ", idle"
             yield (
@@ -213,10 +225,41 @@ def _lines(report: LedgerReport) -> Iterator[str]:
 
 
 def _who(number: int, row: Member | Gone) -> str:
+    return f"#{number} {_describe(row.who)}"
+
+
+def _describe(who: Mapping[str, Any]) -> str:
     keys = ("program", "host", "pid", "since")
-    parts = {key: str(row.who.get(key, "?")) for key in keys}
-    text = "{program} ({host}:{pid}, since {since})".format(**parts)
-    return f"#{number} {printable(text)}"
+    parts = {key: str(who.get(key, "?")) for key in keys}
+    return printable("{program} ({host}:{pid}, since {since})".format(**parts))
+
+
+def _set(arguments: argparse.Namespace) -> int:
+    changes = dict(change.partition("=")[::2] for change in arguments.changes)
+    for name, value in changes.items():
+        changes[name] = contents(value, name)
+        if name not in _LIMITS:
+            raise CommandError(
+                f"{name} is none of a ledger's limits: {', '.join(_LIMITS)}"
+            )
+    with _opened(find_store(arguments)[0]) as store:
+        with store.transaction() as rows:
+            book = Book(rows)
+            before = book.terms
+            try:
+                options = PoolOptions.of_terms(asdict(before))
+                options = options.changed(changes)
+            except exc.ArgumentError as error:
+                raise CommandError(str(error)) from None
+            terms = Terms(**options.terms)
+            book.set_terms(terms, describe_process())
+            book.tell()
+        store.ring_all()
+    said = "the limits are as they were"
+    if terms != before:
+        said = f"{before.differences(terms)} -> {terms.differences(before)}"
+    print(said)
+    return EXIT_OK
 
 
 def _reap(arguments: argparse.Namespace) -> int:
@@ -373,6 +416,7 @@ def _wanted(arguments: argparse.Namespace) -> tuple[int, int]:
 _ACTIONS = {
     _show: "who owns what, and what is in quarantine",
     _reap: "free what lost members have left; by the pools' --url, with their role",
+    _set: "change limits, for all members at once: pool_size=30 soft_limit=15",
     _reset: "forget all members; refused while one lives",
     _limit: "check the budget against the server, and hold it there",
 }

@@ -31,7 +31,7 @@ from ..ledger.addresses import (
 )
 from ..ledger.errors import LedgerError
 from ..options import OPTIONS, PoolOptions, hide_passwords, naming, validate_tag
-from . import EXIT_SIGNAL, CommandError, one_line
+from . import EXIT_SIGNAL, CommandError, contents, one_line
 from .server import ask_room, connected, missing_driver, need
 
 _EPILOG = """\
@@ -101,6 +101,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         option, default = OPTIONS[name], getattr(defaults, name)
         what = {int: "N", float: "SECONDS"}.get(type(default), name.upper())
         none = f"; none {option.none}" if option.none else ""
+        none += "; @PATH for a file with it" if name == "tags" else ""
         text = f"{option.meaning}{none}; default: {option.variable}, or {default}"
         group.add_argument(_flag(name), metavar=what, help=text.replace("`", ""))
 
@@ -164,6 +165,8 @@ def _database(
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     found = {name: getattr(arguments, name) for name in VARIABLES.values()}
     given = {n: OPTIONS[n].from_text(v) for n, v in found.items() if v is not None}
+    if tags := given.get("tags"):
+        given["tags"] = contents(tags, _flag("tags"))
     if ledger := given.get("ledger"):
         given["ledger"] = _absolute(ledger)
     return given

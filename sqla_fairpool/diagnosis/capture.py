@@ -178,6 +178,11 @@ def capture(pool: Pool, checkout: Checkout, now: float) -> Capture:
         holdings=(),
         allotted=allotted,
         ledger_trouble=trouble,
+        weight=tag_state.weight,
+        max=tag_state.limits.max,
+        reserved=tag_state.reserved,
+        usage=scheduler.usage.seconds(tag_state, now),
+        kept_free=scheduler.kept_free,
     )
     waiting = {other.holder for other in pool.checkouts_waiting()}
     return Capture(now, checkout.holder, figures, pool.checkouts_out(), waiting)

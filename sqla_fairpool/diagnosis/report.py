@@ -96,6 +96,13 @@ class Diagnosis:
     #: not be reached, if it could not.
     allotted: int | None = None
     ledger_trouble: str | None = None
+    #: What the tag has of its own, and the connection-seconds that it used lately.
+    weight: float = 1.0
+    max: int | None = None
+    reserved: int = 0
+    usage: float = 0.0
+    #: Connections that are free, and reserved for other tags.
+    kept_free: int = 0
 
     def __str__(self) -> str:
         oldest = "; ".join(map(str, self.oldest[:_OLDEST_NAMED]))
@@ -107,10 +114,21 @@ class Diagnosis:
         """The counts, on one line."""
         return (
             f"tag {self.tag!r} in_use={self.in_use} ceiling={self.ceiling} "
-            f"waiting={self.waiting} position={self.position}; "
+            f"waiting={self.waiting} position={self.position}{self._own}; "
             f"pool in_use={self.pool_in_use}/{self.capacity} idle={self.idle} "
             f"active_tags={self.active_tags}; {describe_holders(self.holders)}"
         )
+
+    @property
+    def _own(self) -> str:
+        own = ""
+        if self.weight != 1:
+            own += f" weight={self.weight:g}"
+        if self.max is not None:
+            own += f" max={self.max}"
+        if self.reserved:
+            own += f" reserved={self.reserved}"
+        return f"{own} usage={self.usage:.1f}s" if own else ""
 
     @property
     def at_ceiling(self) -> bool:
@@ -241,6 +259,10 @@ def _ceiling(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
         if case.active_tags > 1:
             why = f"of {case.active_tags} active tags each may have {case.ceiling} "
             why += "(soft_limit)"
+        if case.max == case.ceiling:
+            why = f"it may have {case.max} (max, its own)"
+        elif case.kept_free:
+            why += f", and {case.kept_free} of these are reserved for others"
         yield (
             f"tag {case.tag!r} is at its ceiling while the pool has "
             f"{case.capacity - case.pool_in_use} free: {why}"

@@ -138,14 +138,18 @@ def allocate(
     def ceiling(others: int) -> int:
         return policy.ceiling(others, limits.soft_limit, limits.max_limit)
 
-    ceilings = {tag: ceiling(len(active - {tag})) for tag in order}
+    own = {tag: limits.tags.of(tag) for tag in order}
+    ceilings = {tag: own[tag].max or ceiling(len(active - {tag})) for tag in order}
+    weights = [own[tag].weight for tag in order]
     floors = [sum(row.fixed or 0 for row in lines[tag]) for tag in order]
     demands = [
         max(floor, min(sum(row.wants for row in lines[tag]), ceilings[tag]))
         for tag, floor in zip(order, floors, strict=True)
     ]
     there = max(limits.capacity - locked, 0)
-    shares = policy.fair_shares(demands, there, floors=floors)
+    shares = policy.fair_shares(
+        demands, there, weights if set(weights) - {1.0} else None, floors
+    )
     found = Allocation(
         ceilings=ceilings,
         shares=dict(zip(order, shares, strict=True)),

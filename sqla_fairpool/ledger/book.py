@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from .allocation import STALLED, Allocation, allocate
-from .errors import LedgerError, RowBroken, ServerDiffers, TermsDiffer
+from .errors import LedgerError, RowBroken, ServerDiffers
 from .rows import (
     DUE,
     GONE,
@@ -91,6 +91,11 @@ class Book:
         return self._known_meta.terms
 
     @property
+    def set_by(self) -> Mapping[str, Any] | None:
+        """Who has set the terms, and since when; None if that is not known."""
+        return self.meta.set_by or None if self.meta is not None else None
+
+    @property
     def server(self) -> str | None:
         """Where the members' sessions are, once it is known."""
         return self.meta.server if self.meta is not None else None
@@ -159,11 +164,14 @@ class Book:
             self._rows[f"{GONE}{number}"] = gone.text
 
     def accepts(self, key: str, terms: Terms, server: str | None = None) -> bool:
-        """Tell if `key` may join with these terms as things stand."""
+        """Tell if `key` may join with these terms whether the others live or not."""
+        return self._may_join(key, server) and (
+            self._is_alone(key) or self.terms == terms
+        )
+
+    def _may_join(self, key: str, server: str | None) -> bool:
         return self._is_alone(key) or (
-            self._known_meta.protocol == PROTOCOL
-            and self.terms == terms
-            and self._is_at(server)
+            self._known_meta.protocol == PROTOCOL and self._is_at(server)
         )
 
     def _is_alone(self, key: str) -> bool:
@@ -179,18 +187,24 @@ class Book:
         terms: Terms,
         number: int | None = None,
         server: str | None = None,
+        *,
+        leads: bool = False,
     ) -> int:
         """Add a member, unless it is one; return its number.
 
         With the number that it had, if it was a member before, it takes back what is in
         quarantine for it.
 
-        :raises LedgerError: if a member has other terms, or connections elsewhere.
+        :param terms: in force from now on if there is no other member.
+        :param leads: in force in any case.
+        :raises LedgerError: if a member has connections elsewhere.
         """
-        if not self.accepts(key, terms, server):
-            raise self._difference(terms, server)
-        meta = self.meta or Meta(terms, fresh=True)
-        self.meta = replace(meta, terms=terms, protocol=PROTOCOL)
+        if not self._may_join(key, server):
+            raise self._difference(server)
+        is_first = self._is_alone(key)
+        self.meta = replace(self.meta or Meta(terms, fresh=True), protocol=PROTOCOL)
+        if (leads or is_first) and (terms != self.terms or not self.meta.set_by):
+            self.set_terms(terms, who)
         self.note_server(key, server)
         if key not in self.members:
             owned = 0
@@ -201,10 +215,22 @@ class Book:
                 self._write_gone(number, None)
             next_number = max(number + 1, self.meta.next_number)
             self.meta = replace(self.meta, next_number=next_number)
+            if terms != self.terms:
+                who = {**who, "asked": terms.differences(self.terms)}
             # A row unlike any that this member may have had before, see `reap`.
             self.write(key, Member(number, who, owned, beat=self.next_place()))
         self._rows[META] = self._known_meta.text
         return self.members[key].number
+
+    def set_terms(self, terms: Terms, who: Mapping[str, Any]) -> None:
+        """Have other terms in force from now on; each member is to look at them.
+
+        :param who: by whom, and since when, for people.
+        """
+        self.meta = replace(self._known_meta, terms=terms, set_by=who)
+        for key, member in list(self.members.items()):
+            self.write(key, replace(member, beat=member.beat + 1))
+        self._rows[META] = self._known_meta.text
 
     def note_server(self, key: str, server: str | None) -> bool:
         """Note where a member's connections go to; tell if they may go there."""
@@ -224,7 +250,7 @@ class Book:
             gone is not None and gone.member != key
         )
 
-    def _difference(self, terms: Terms, server: str | None) -> LedgerError:
+    def _difference(self, server: str | None) -> LedgerError:
         whos = [member.who for member in self.members.values()]
         shown = ", ".join(f"{w.get('host', '?')}:{w.get('pid', '?')}" for w in whos[:4])
         more = f" and {len(whos) - 4} more" if len(whos) > 4 else ""
@@ -235,16 +261,9 @@ class Book:
                 f"{meta.protocol}, here {PROTOCOL}): use the same version everywhere "
                 f"{members}"
             )
-        if meta.terms == terms:
-            return ServerDiffers(
-                f"the members of this ledger use server {meta.server}, and this pool's "
-                f"connections go to server {server}: name another ledger for it "
-                f"{members}"
-            )
-        return TermsDiffer(
-            f"the members of a ledger have to agree on its limits: here "
-            f"{terms.differences(meta.terms)}, there {meta.terms.differences(terms)} "
-            f"{members}"
+        return ServerDiffers(
+            f"the members of this ledger use server {meta.server}, and this pool's "
+            f"connections go to server {server}: name another ledger for it {members}"
         )
 
     def leave(self, key: str, open_: int, sessions: Collection[Session] = ()) -> None:

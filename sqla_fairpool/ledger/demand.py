@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from .errors import LedgerError
-from .rows import Gone, Member, Session, TagDemand
+from .rows import Gone, Member, Session, TagDemand, Terms
 
 #: Tags of one process in its row. Tags may be made from user data; those beyond are
 #: summed up under the name of none.
@@ -56,6 +56,9 @@ class Local(Protocol):
 
     def close_surplus(self) -> None:
         """Close idle connections above the allotment."""
+
+    def adopt(self, terms: Terms) -> None:
+        """Have the ledger's limits in force, in the place of those asked for."""
 
     def freeze(self) -> None:
         """Use what is open, and open nothing until the next :meth:`allot`."""
@@ -155,6 +158,8 @@ class PoolSide:
 class Allotment:
     """What a member learns from a transaction."""
 
+    #: The limits in force.
+    terms: Terms
     #: Its row: the slots that it owns, what it posted.
     row: Member
     #: The slots that it is to have.

@@ -9,11 +9,7 @@ class LedgerError(exc.InvalidRequestError):
     """The ledger cannot be used as it is configured; trying again does not help."""
 
 
-class TermsDiffer(LedgerError):  # noqa: N818  (says what is so)
-    """Another member of the ledger has other limits than this process."""
-
-
-class ServerDiffers(LedgerError):  # noqa: N818
+class ServerDiffers(LedgerError):  # noqa: N818  (says what is so)
     """The connections of other members go to another database server."""
 
 

@@ -30,7 +30,7 @@ from .overview import (
     decode,
     utc_now,
 )
-from .rows import Member, Session
+from .rows import Member, Session, limits_of_tags
 from .store import Store
 
 #: Seconds that members have for an answer. They take a millisecond or two; a process
@@ -180,6 +180,7 @@ class Inspector:
                 capacity=book.terms.capacity,
                 soft_limit=book.terms.soft_limit,
                 max_limit=book.terms.max_limit,
+                tags=limits_of_tags(book.terms.tags),
                 # The slots of the dead are to be in quarantine in a moment.
                 quarantined=book.quarantined + sum(dead),
             ),
@@ -234,6 +235,7 @@ class Inspector:
             slots=member.owned,
             open=None if said is None else said.get("open"),
             number=member.number,
+            asked=str(member.who.get("asked", "")),
         )
         return Part(process, figures)
 

@@ -49,7 +49,8 @@ def describe_process() -> Mapping[str, Any]:
 class Keeper:
     """Keeps one pool's slots in a ledger.
 
-    :param terms: the limits that all members have to share.
+    :param terms: the limits that this process asks for; all members share some.
+    :param leads: these are to be in force, also where members have others.
     :param local: the pool.
     :param sessions: asks the server which sessions there are.
     :param figures: what the process says of itself, ready for JSON, when it is asked.
@@ -70,6 +71,7 @@ class Keeper:
         clock: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
         who: Callable[[], Mapping[str, Any]] = describe_process,
+        leads: bool = False,
     ) -> None:
         self._store = store
         self._terms = terms
@@ -81,9 +83,9 @@ class Keeper:
         self._chance = chance
         self._who = who
         self._answers = 0
-        self._begin()
+        self._begin(leads)
 
-    def _begin(self) -> None:
+    def _begin(self, leads: bool = False) -> None:
         #: The thread's, but for `pressed` and `vain`, which others may read.
         self.member = Membership(
             self._store,
@@ -93,6 +95,7 @@ class Keeper:
             self._pace,
             self._chance,
             self._who,
+            leads,
         )
         # What does the rounds: the thread, or this object if it was closed before. The
         # first that is entered is it; without a lock, which an interrupt could leave
@@ -105,6 +108,8 @@ class Keeper:
         self._closing = False
         # The thread has ended, or will not begin.
         self._ended = False
+        # Terms that are to be in force from now on.
+        self._new_terms: deque[Terms] = deque(maxlen=1)
         # To be called when the row is as the pool was then, see `post`.
         self._posts: deque[Callable[[bool], None]] = deque()
         #: Since when the store does not answer, and why; or why we are refused.
@@ -177,9 +182,15 @@ class Keeper:
     def _is_runner(self, who: threading.Thread | Keeper) -> bool:
         return self._runner.setdefault("runner", who) is who
 
+    def set_terms(self, terms: Terms) -> None:
+        """Have other limits in force, for all members; soon."""
+        self._new_terms.append(terms)
+        self.ring()
+
     def after_fork(self) -> None:
         """In the child: be a new process that owns nothing."""
         self._store.after_fork()
+        self._terms = self.member.terms
         self._begin()
         self._local.allot(0, {}, 0)
 
@@ -246,6 +257,9 @@ class Keeper:
                 if self._store.asked:
                     self._publish()
                 transactions = self.member.transactions
+                if self._new_terms:
+                    self.member.set_terms(self._new_terms[0])
+                    self._new_terms.popleft()
                 self.member.round(now, rung, bool(posts))
                 # As of the last transaction, which was in this round.
                 allotment = self.member.allotment

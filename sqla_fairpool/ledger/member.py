@@ -47,6 +47,8 @@ class Membership:
     pace: Pace
     chance: Callable[[], float]
     who: Callable[[], Mapping[str, Any]]
+    #: Its terms are to be in force when it joins, whatever those of the others are.
+    leads: bool = False
 
     def __post_init__(self, local: Local, sessions: Sessions | None) -> None:
         self._pool = PoolSide(local)
@@ -194,7 +196,9 @@ class Membership:
                 book = Book(rows)
                 book.reap(dead)
                 if looked or book.accepts(key, self.terms, state.server):
-                    book.join(key, self.who(), self.terms, self.number, state.server)
+                    who, number = self.who(), self.number
+                    leads, self.leads = self.leads, False
+                    book.join(key, who, self.terms, number, state.server, leads=leads)
                     has = settle(
                         book, key, state, state.tags, self._pool.allowed, sign=True
                     )
@@ -290,6 +294,8 @@ class Membership:
         """Do what the rows say, and ring those that are to hear of ours."""
         self._demand.note(allotment, now)
         self.number = allotment.row.number
+        if allotment.terms != self.terms:
+            self._adopt(allotment.terms)
         if allotment.buried:
             self._pool.bury(allotment.buried)
             self._guards = True
@@ -302,6 +308,26 @@ class Membership:
             self._pool.local.press(self.pressed)
         self.vain = allotment.vain
         self._plan_looks(now)
+
+    def _adopt(self, terms: Terms) -> None:
+        _log.warning(
+            "the ledger %s has %s, this process had %s: the ledger's limits are in "
+            "force",
+            self.store.name,
+            terms.differences(self.terms),
+            self.terms.differences(terms),
+        )
+        self.terms = terms
+        self._pool.local.adopt(terms)
+
+    def set_terms(self, terms: Terms) -> None:
+        """Have other terms in force, for all members."""
+        if self.allotment is None:
+            self.terms, self.leads = terms, True
+            return
+        with self._transaction() as rows:
+            Book(rows).set_terms(terms, self.who())
+        self.store.ring_all()
 
     def _plan_looks(self, now: float) -> None:
         pace = self.pace

@@ -13,6 +13,7 @@ from time import gmtime, strftime
 from typing import Any, NamedTuple
 
 from ..scheduling import policy
+from ..scheduling.limits import LimitsByTag
 from ..stats import SHARED, TagStats
 
 #: Seconds after which a connection that is out is worth a warning.
@@ -40,6 +41,8 @@ class ProcessRow:
     open: int | None = None
     #: Its number in the ledger; None without one.
     number: int | None = None
+    #: Limits that it asked for when it joined, which are not those of the ledger.
+    asked: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,7 @@ class ScraperRow(TagStats):
 _IN_JSON = (
     *("scraper", "status", "active", "connections", "limit", "fair_share", "waiting"),
     *("longest_wait", "longest_hold", "idle_seconds", "checkouts", "timeouts"),
+    *("weight", "max", "reserved", "usage"),
 )
 _OTHER_NAMES = {
     "scraper": "name",
@@ -85,6 +89,8 @@ class Limits:
     max_limit: int
     #: Slots of processes that have died, which no other one may have yet.
     quarantined: int = 0
+    #: Of tags that have their own.
+    tags: LimitsByTag = LimitsByTag({})  # noqa: RUF009  (it is not changed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +159,9 @@ class Overview:
             "ledger": self.ledger,
             "pool": {
                 **asdict(self.limits),
+                "tags": {
+                    tag: asdict(own) for tag, own in self.limits.tags.given.items()
+                },
                 **self._figures(
                     "checked_out available overflow open waiting utilization"
                 ),
@@ -254,19 +263,34 @@ def _scrapers(
         for name in sorted(found, key=_natural)
     ]
     active = sum(tag.active for tag in tags)
+    own = [limits.tags.of(tag.name) for tag in tags]
+    room = limits.capacity - limits.tags.reserved
     ceilings = [
-        policy.ceiling(active - tag.active, limits.soft_limit, limits.max_limit)
-        for tag in tags
+        policy.own_ceiling(
+            policy.ceiling(active - tag.active, limits.soft_limit, limits.max_limit),
+            one.max,
+            one.reserved,
+            room + one.reserved,
+        )
+        for tag, one in zip(tags, own, strict=True)
     ]
     wanted = [
-        (tag.active, tag.connections, tag.waiting, ceiling)
-        for tag, ceiling in zip(tags, ceilings, strict=True)
+        policy.Party(
+            tag.active,
+            tag.connections,
+            tag.waiting,
+            ceiling,
+            one.weight,
+            one.reserved,
+        )
+        for tag, ceiling, one in zip(tags, ceilings, own, strict=True)
     ]
-    there = max(limits.capacity - limits.quarantined, 0)
+    unknown = limits.tags.reserved - sum(one.reserved for one in own)
+    there = max(limits.capacity - limits.quarantined - unknown, 0)
     shares = policy.shares_of_tags(wanted, there)
     several = len({process.host for rows in found.values() for process, _ in rows}) > 1
     scrapers = []
-    for tag, ceiling, share in zip(tags, ceilings, shares, strict=True):
+    for tag, one, ceiling, share in zip(tags, own, ceilings, shares, strict=True):
         processes = [process for process, _ in found[tag.name]]
         status = "active" if tag.active else "idle"
         # A tag that is only registered has no process yet.
@@ -276,6 +300,9 @@ def _scrapers(
             **{name: getattr(tag, name) for name in _TOLD},
             limit=ceiling,
             fair_share=share,
+            weight=one.weight,
+            max=one.max,
+            reserved=one.reserved,
             status=status,
             # A process with several engines is a member several times.
             processes=tuple(
@@ -304,6 +331,8 @@ def _warnings(
             yield f"{who} does not answer: it keeps its {process.slots} slots"
         elif process.state == "dead":
             yield f"{who} is dead: its {process.slots} slots are to be freed"
+        if process.asked:
+            yield f"{who} asked for {process.asked}: the ledger has other limits"
     for row in rows:
         if row.held_for is not None and row.held_for >= _LONG_HOLD:
             who = row.name or "a scraper of very many"

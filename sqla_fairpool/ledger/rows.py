@@ -30,6 +30,7 @@ from typing import (
     get_type_hints,
 )
 
+from ..scheduling.limits import LimitsByTag, TagLimits
 from .errors import LedgerError, RowBroken
 
 #: Version of the rows' meaning. Members refuse a ledger with a higher one, and raise
@@ -38,7 +39,7 @@ PROTOCOL = 2
 
 META, TAGS, DUE, MEMBER, GONE = "meta", "tags", "due", "member/", "gone/"
 #: Fields that rows of the protocol's first version do not have.
-_LATER = frozenset({"sessions", "unasked", "server", "fresh"})
+_LATER = frozenset({"sessions", "unasked", "server", "fresh", "tags", "set_by"})
 
 _T = TypeVar("_T")
 
@@ -162,6 +163,13 @@ class TagDemand(NamedTuple):
         return self.in_use + self.waiting
 
 
+@lru_cache(maxsize=16)
+def limits_of_tags(text: str) -> LimitsByTag:
+    """Return what :attr:`Terms.tags` says."""
+    given = json.loads(text) if text else {}
+    return LimitsByTag({tag: TagLimits(**own) for tag, own in given.items()})
+
+
 class Limits(NamedTuple):
     """The numbers of the rules."""
 
@@ -169,6 +177,7 @@ class Limits(NamedTuple):
     capacity: int
     soft_limit: int
     max_limit: int
+    tags: LimitsByTag = LimitsByTag({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,16 +189,23 @@ class Terms:
     max_limit: int
     idle_timeout: float
     reallocation_interval: float
+    #: The limits of tags that have their own, as JSON in one way of writing.
+    tags: str = ""
 
     def limits(self, quarantined: int) -> Limits:
         """Return the numbers for the allocation."""
         slots = max(self.capacity - quarantined, 0)
-        return Limits(slots, self.soft_limit, self.max_limit)
+        tags = limits_of_tags(self.tags)
+        return Limits(slots, self.soft_limit, self.max_limit, tags)
 
     def differences(self, other: Terms) -> str:
         """Return ``capacity=20 soft_limit=10``: our side of what differs."""
         ours, theirs = asdict(self), asdict(other)
-        return " ".join(f"{k}={v:g}" for k, v in ours.items() if v != theirs[k])
+        return " ".join(
+            f"{k}={v or '{}'}" if isinstance(v, str) else f"{k}={v:g}"
+            for k, v in ours.items()
+            if v != theirs[k]
+        )
 
 
 class _Row:
@@ -213,6 +229,8 @@ class Meta(_Row):
     #: The rows were made anew, and there may be members that are in no row of theirs.
     fresh: bool = False
     protocol: int = PROTOCOL
+    #: For people: who has set the terms, and since when they are in force.
+    set_by: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from typing import Protocol
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Protocol
 
 from sqlalchemy import exc
 
-from ..options import BadOption, PoolOptions
+from ..options import PoolOptions
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import GRANTED
 from .checkout import Checkout, Record
@@ -27,16 +29,7 @@ from .lock import PoolLock
 from .physical import PhysicalConnection, PhysicalConnections
 from .server_tag import TOLD
 
-__all__ = ["TERMS", "Connections", "LedgerSlots", "Member", "Reservation", "Slots"]
-
-#: What the members of a ledger agree on.
-TERMS = (
-    "capacity",
-    "soft_limit",
-    "max_limit",
-    "idle_timeout",
-    "reallocation_interval",
-)
+__all__ = ["Connections", "LedgerSlots", "Member", "Reservation", "Slots"]
 
 
 class Connections:
@@ -113,6 +106,7 @@ class Member(Protocol):
     @property
     def trouble(self) -> str | None: ...
     def ring(self, tag: str | None = None) -> None: ...
+    def lead(self, terms: Mapping[str, Any]) -> None: ...
     def note_loop(self) -> None: ...
     def before_opening(self) -> None: ...
     def after_fork(self) -> None: ...
@@ -220,8 +214,10 @@ class Slots:
     def before_opening(self) -> None:
         """A connection is about to be opened: raise if it may not be. No lock."""
 
-    def refuse_other_terms(self, before: PoolOptions, options: PoolOptions) -> None:
-        """Raise if options may not be changed so."""
+    def change(self, before: PoolOptions, options: PoolOptions) -> PoolOptions:
+        """Return the options that may be in force now, of those that are asked for."""
+        self.allotted += options.capacity - before.capacity
+        return options
 
     def describe(self) -> tuple[int | None, str | None]:
         """Return what a ledger allots, and why it is no more; None without one."""
@@ -278,11 +274,12 @@ class LedgerSlots(Slots):
     def wanted(self, tag: str) -> None:
         self._wake_ups.append(lambda: self.member.ring(tag))
 
-    def refuse_other_terms(self, before: PoolOptions, options: PoolOptions) -> None:
-        for name in TERMS:
-            agreed, value = getattr(before, name), getattr(options, name)
-            if value != agreed:
-                raise BadOption(name, value, f"{agreed}, as agreed with the ledger")
+    def change(self, before: PoolOptions, options: PoolOptions) -> PoolOptions:
+        if options.terms == before.terms:
+            return options
+        # They are the ledger's: in force here once they are in force there.
+        self._wake_ups.append(partial(self.member.lead, options.terms))
+        return options.with_terms(before.terms)
 
     def describe(self) -> tuple[int | None, str | None]:
         return self.allotted, self.member.trouble

@@ -24,6 +24,7 @@ from typing import Any
 from ..diagnosis.callers import locations
 from ..diagnosis.event_log import LeakWatch
 from ..options import PoolOptions
+from ..scheduling.dry_run import DryRunScheduler
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import FREE, LineFull
 from . import sqlalchemy_private
@@ -80,7 +81,7 @@ class PoolCore:
 
     def _begin(self, options: PoolOptions) -> None:
         """Make the parts, at first and in the child of a fork."""
-        self.scheduler = Scheduler(
+        self.scheduler = (Scheduler if options.enforce else DryRunScheduler)(
             **options.rules(), silent_tag=options.default_tag, now=self.clock()
         )
         self.connections = Connections(self._use_lifo)
@@ -142,7 +143,7 @@ class PoolCore:
         if (
             scheduler.waiting
             or now >= housekeeping.next_visit
-            or tag_state.in_use > scheduler.tags.common_ceiling
+            or tag_state.in_use > tag_state.safe_ceiling.value
             or not (
                 tag_state.prompt
                 or (

@@ -8,7 +8,7 @@ found in :mod:`..tagging` and :mod:`.execution_options`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +19,8 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import greenlet_spawn
 
 from ..options import PoolOptions, describe_changes, naming
+from ..scheduling.explanation import Explanation, explain, facts_of
+from ..scheduling.limits import TagLimits
 from ..stats import PoolStats
 from ..tagging import blocks, context_tag
 from . import sqlalchemy_private
@@ -63,6 +65,14 @@ class FairQueuePool(Pool):
       checkin) after which a tag is idle and does not count any more. Default 60.0.
     :param reallocation_interval: how often, in seconds, idle tags are looked for;
       callers that use the pool or wait in it do so. Default 30.0.
+    :param tags: :class:`.TagLimits` of tags that have their own, or dicts of its
+      fields, by the tag; a key that ends in ``*`` is for all tags that begin so, and
+      the longest one counts. Default None: all tags are alike.
+    :param usage_half_life: seconds after which what a tag has used counts half. Of
+      tags that hold equally much, the one that has used least per weight is next.
+      Default 10.0.
+    :param enforce: False for a dry run: callers are served in order of arrival, as if
+      there were no tags, and what the rules would have done is counted. Default True.
     :param max_waiting: most callers that may wait; one more gets
       :class:`.TooManyWaiting` at once. Default None, no limit.
     :param tag_option: the execution option that carries the tag. Default
@@ -84,6 +94,8 @@ class FairQueuePool(Pool):
     :param ledger: share the connections with all processes that name the same
       ledger: ``"host"``, a file at a place that follows from the database, or a path.
       Default None: this pool alone.
+    :param on_other_terms: where the ledger has other limits, ``"adopt"`` these (the
+      default), or ``"lead"``: have this pool's in force for all its processes.
     :param use_lifo: hand out the connection that came back last, so that the
       others fall idle. Default False, but True with `idle_connection_ttl`.
     :param \\**kw: ``recycle``, ``pre_ping``, ``reset_on_return``, ``echo``,
@@ -127,7 +139,11 @@ class FairQueuePool(Pool):
         server_tag: bool = False,
         ledger: str | None = None,
         use_lifo: bool = False,
+        tags: Mapping[str, TagLimits] | None = None,
+        usage_half_life: float = 10.0,
+        enforce: bool = True,
         *,
+        on_other_terms: str = "adopt",
         _core: PoolCore | None = None,
         **kw: Any,
     ) -> None:
@@ -247,6 +263,9 @@ class FairQueuePool(Pool):
         Limits that were never given follow the capacity. Callers that wait keep
         the time-out with which they came.
 
+        With a ledger, limits are the ledger's: those given are soon in force in all
+        its processes.
+
         :param changes: any of the options of this class but `tag_option`,
           `default_tag`, `leak_threshold`, `server_tag` and `use_lifo`; None as a
           limit stands for its default.
@@ -309,6 +328,15 @@ class FairQueuePool(Pool):
             f"connections: {self.checkedout()} Waiting: "
             f"{self._core.scheduler.waiting}"
         )
+
+    def explain(self, tag: str) -> Explanation:
+        """Return why a tag has what it has now, as data; ``print`` shows it as text.
+
+        Its ceiling and from which rule it comes, its fair share, its place in the line
+        of tags and who is before it, and what has to happen for it to get one more.
+        """
+        core = self._core
+        return explain(core.lock.run(partial(facts_of, core.scheduler.rules), tag))
 
     def stats(self) -> PoolStats:
         """Return a snapshot of the pool and a row for each tag. O(tags log tags)."""

@@ -101,14 +101,21 @@ class Housekeeping:
         """Change options, all or none; return those before and those in force now."""
         state = self._state
         before = state.options
-        options = before.changed(changes)
-        state.slots.refuse_other_terms(before, options)
-        state.options = options
+        self._put_in_force(state.slots.change(before, before.changed(changes)), now)
+        return before, state.options
+
+    def adopt(self, terms: Mapping[str, Any], now: float) -> None:
+        """Have the limits of a ledger in force. Caller is in a section."""
+        self._put_in_force(self._state.options.with_terms(terms), now)
+
+    def _put_in_force(self, options: PoolOptions, now: float) -> None:
+        state = self._state
+        before, state.options = state.options, options
         state.connections.release_soon()
-        state.slots.allotted += options.capacity - before.capacity
         # Slots that are out of use for a moment stay so.
-        rules = {**options.rules(), "capacity": state.slots.usable()}
-        granted = state.scheduler.reconfigure(**rules, now=now)
+        granted = state.scheduler.reconfigure(
+            **options.rules(), usable=state.slots.usable(), now=now
+        )
         state.deliver(granted)
         state.drain(now)
         self.plan(now)
@@ -116,7 +123,6 @@ class Housekeeping:
             self.owner.warmed_up = False
         # The caller that has the watch looks at the new times.
         state.pass_the_watch()
-        return before, options
 
     # -- one pool after the other ----------------------------------------------------
 

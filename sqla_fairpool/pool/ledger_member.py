@@ -21,6 +21,7 @@ import contextlib
 import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from sqlalchemy import exc
@@ -29,7 +30,7 @@ from sqlalchemy.util import greenlet_spawn
 from ..errors import CheckoutTimeout
 from ..ledger.errors import LedgerError
 from ..ledger.keeper import Keeper
-from ..ledger.rows import Session, TagDemand
+from ..ledger.rows import Session, TagDemand, Terms
 from .core import PoolCore
 from .physical import PhysicalConnection
 from .transitions import Transitions
@@ -173,7 +174,18 @@ class LedgerMember:
             _CONFIRMED_WITHIN,
         )
 
+    def lead(self, terms: Mapping[str, Any]) -> None:
+        """Have other limits in force, for all members of the ledger; soon."""
+        if self.keeper is not None:
+            self.keeper.set_terms(Terms(**terms))
+
     # -- for the keeper -------------------------------------------------------------
+
+    def adopt(self, terms: Terms) -> None:
+        """Have the ledger's limits in force here."""
+        core = self._core()
+        if core is not None:
+            core.lock.run(core.housekeeping.adopt, asdict(terms))
 
     def demand(self) -> tuple[int, Mapping[str, TagDemand]]:
         """Return how many connections are open, and what is wanted by tag."""

@@ -22,7 +22,6 @@ from ..ledger.overview import encode
 from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Session, Terms
 from ..ledger.watch import Present, identify, look, other_ledgers, sign_stands
-from .connections import TERMS
 from .core import PoolCore
 from .endings import SocketCopy
 from .ledger_member import LedgerMember
@@ -51,9 +50,12 @@ def join_ledger(
         return
     store = make_store(ledger, url)
     sessions = _Sessions(pool, store, member)
-    terms = Terms(**{name: getattr(core.options, name) for name in TERMS})
+    terms = Terms(**core.options.terms)
     figures = partial(_figures, weakref.ref(core))
-    member.keeper = Keeper(store, terms, member, sessions.look, figures=figures)
+    leads = core.options.on_other_terms == "lead"
+    member.keeper = Keeper(
+        store, terms, member, sessions.look, figures=figures, leads=leads
+    )
     member.can_lose_slots = store.can_lose_sign
     sessions.listen(core)
     _keepers.add(member.keeper)

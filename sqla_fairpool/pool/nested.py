@@ -12,7 +12,8 @@ from typing import cast
 
 from ..diagnosis.callers import TaskHere
 from ..scheduling.counters import Counters
-from ..scheduling.ticket import GRANTED, TagState
+from ..scheduling.limits import NO_LIMITS
+from ..scheduling.ticket import GRANTED, SafeCeiling, TagState
 from .checkout import Checkout, Opener, Record
 from .lock import refuse_inner_call
 from .transitions import Transitions
@@ -45,7 +46,7 @@ class NestedCheckouts:
             refuse_inner_call("nothing can be awaited there")
         checkout.holder, checkout.since = state.here.caller, state.lock.clock()
         # Not one of the scheduler's, which may be about to change.
-        checkout.tag_state = TagState(tag, 1.0, False, Counters())
+        checkout.tag_state = TagState(tag, NO_LIMITS, False, Counters(), SafeCeiling(0))
         loan = _Loan(checkout, tag)
         # First of all: another handler may come on top of this one.
         self.loans.append(loan)

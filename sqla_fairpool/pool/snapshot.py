@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 
 from ..scheduling import policy
 from ..scheduling.counters import BOUNDS, OTHER, Counters, Histogram
+from ..scheduling.limits import TagLimits
+from ..scheduling.state import SchedulerState
 from ..stats import PoolStats, Summary, TagStats
 from .core import PoolCore
 
@@ -47,8 +49,18 @@ _figures = attrgetter(
     "hold_max",
 )
 
-#: Those figures, the tag's limit, and since when the first in its line waits.
-_Copied: TypeAlias = tuple[tuple[Any, ...], int, float | None]
+#: Those figures, what the tag has of its own, its limit, since when the first in its
+#: line waits, its usage.
+_Copied: TypeAlias = tuple[tuple[Any, ...], TagLimits, int, float | None, float]
+
+
+def _by_rules(rules: SchedulerState, tag: str) -> tuple[TagLimits, int]:
+    """Return what a tag has of its own, and its ceiling by the rules."""
+    state = rules.tag_states.get(tag) or rules.tags.new_state(tag, _NO_COUNTERS)
+    return state.limits, rules.ceiling(state)
+
+
+_NO_COUNTERS = Counters()
 
 # Of a checkout that is out, what its tag has not booked yet.
 _unbooked = attrgetter("since", "again", "held", "held_max")
@@ -57,15 +69,23 @@ _unbooked = attrgetter("since", "again", "held", "held_max")
 def snapshot(core: PoolCore, name: str = "") -> PoolStats:
     """Return the pool's figures, with a row for each tag. O(tags log tags)."""
     pool, copied, unbooked, now = core.lock.run(_copy, core, name)
-    copied.sort()
-    wanted = [(*figures[1:4], limit) for figures, limit, _ in copied]
-    shares = policy.shares_of_tags(wanted, pool.capacity)
-    rows = (
+    copied.sort(key=lambda copy: copy[0][0])
+    wanted = [
+        policy.Party(active, in_use, waiting, limit, own.weight, own.reserved)
+        for (_, active, in_use, waiting, *_), own, limit, *_ in copied
+    ]
+    others = core.scheduler.rules.tags.limits.reserved - sum(
+        tag.reserved for tag in wanted
+    )
+    shares = policy.shares_of_tags(wanted, pool.capacity - others)
+    rows: Iterable[TagStats] = (
         _row(*tag, share, now, unbooked.get(tag[0][0], ()))
         for tag, share in zip(copied, shares, strict=True)
         # Else: the default tag, when all its callers named another one later.
         if any(tag[0][1:4]) or any(tag[0][5:7])
     )
+    if not pool.enforce:
+        rows = _with_would(core, rows)
     return replace(pool, tags=tuple(rows))
 
 
@@ -74,10 +94,13 @@ def _copy(
 ) -> tuple[PoolStats, list[_Copied], Mapping[str, list[Any]], float]:
     """Copy what :func:`snapshot` works with. Caller is in a section."""
     unbooked: dict[str, list[Any]] = defaultdict(list)
+    scheduler = core.scheduler
     copied = []
-    for state in core.scheduler.tag_states.values():
+    for state in scheduler.tag_states.values():
         since = next(iter(state.waiters)).since if state.waiters else None
-        copied.append((_figures(state), core.scheduler.ceiling(state), since))
+        usage = scheduler.usage.seconds(state, now)
+        by_rules = _by_rules(scheduler.rules, state.tag)
+        copied.append((_figures(state), *by_rules, since, usage))
     for checkout in core.connections.granted():
         unbooked[checkout.tag_state.tag].append(_unbooked(checkout))
     return _pool(core, name), copied, unbooked, now
@@ -91,7 +114,7 @@ def _pool(core: PoolCore, name: str) -> PoolStats:
         size=options.pool_size,
         capacity=options.capacity,
         checked_out=scheduler.in_use,
-        available=options.capacity - scheduler.in_use,
+        available=max(options.capacity - scheduler.in_use - scheduler.kept_free, 0),
         overflow=max(scheduler.in_use + records - options.pool_size, 0),
         idle=idle,
         waiting=scheduler.waiting,
@@ -102,14 +125,17 @@ def _pool(core: PoolCore, name: str) -> PoolStats:
         tags=(),
         name=name,
         min_idle=options.min_idle,
+        enforce=options.enforce,
         closures=dict(core.closures),
     )
 
 
 def _row(
     figures: tuple[Any, ...],
+    own: TagLimits,
     limit: int,
     waiting_since: float | None,
+    usage: float,
     share: int,
     now: float,
     unbooked: Sequence[Any],
@@ -129,6 +155,10 @@ def _row(
         limit=limit,
         fair_share=share,
         waiting=waiting,
+        weight=own.weight,
+        max=own.max,
+        reserved=own.reserved,
+        usage=usage,
         idle_for=_age(last_activity, now),
         waiting_for=_age(waiting_since, now),
         held_for=_age(out_since, now),
@@ -154,7 +184,8 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
     pool, counters, live = core.lock.run(_copy_metrics, core, name)
     rows = []
     for tag, (counted, (wait, hold, create)) in sorted(counters.items()):
-        active, connections, limit, waiting, unbooked = live[tag]
+        active, connections, limit, waiting, unbooked, usage = live[tag]
+        own = core.scheduler.rules.tags.limits.of(tag)
         checkouts, at_once, timeouts, refusals, deadlocks, failures = counted
         row = TagStats(
             name=tag,
@@ -162,6 +193,10 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
             connections=connections,
             limit=limit or core.options.max_limit,
             waiting=waiting,
+            weight=own.weight,
+            max=own.max,
+            reserved=own.reserved,
+            usage=usage,
             checkouts=checkouts + unbooked,
             timeouts=timeouts,
             wait_time=_summary(*wait, at_once=at_once + unbooked),
@@ -172,28 +207,45 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
             create_failures=failures,
         )
         rows.append(row)
-    return replace(pool, tags=tuple(rows))
+    return replace(pool, tags=tuple(rows if pool.enforce else _with_would(core, rows)))
+
+
+def _with_would(core: PoolCore, rows: Iterable[TagStats]) -> Iterable[TagStats]:
+    """Add what the rules would have done, in a dry run."""
+    counted = core.lock.run(_copy_would, core)
+    for row in rows:
+        waits, refusals = counted.get(row.name, ([[0] * len(_BOUNDS), 0.0, 0.0], 0))
+        yield replace(row, would_wait=_summary(*waits), would_refuse=refusals)
+
+
+def _copy_would(core: PoolCore, now: float) -> dict[str, tuple[Any, int]]:
+    by_tag = core.scheduler.rules.tags.counters.by_tag
+    return {tag: (_histograms(c)[0], c.refusals) for tag, c in by_tag.items()}
 
 
 def _copy_metrics(
     core: PoolCore, name: str, now: float
-) -> tuple[PoolStats, dict[str, tuple[Any, Any]], dict[str, list[int]]]:
+) -> tuple[PoolStats, dict[str, tuple[Any, Any]], dict[str, list[Any]]]:
     """Copy what :func:`metrics` works with. Caller is in a section."""
     counters_by_tag = core.scheduler.tags.counters.by_tag
     counters = {tag: (_counts(m), _histograms(m)) for tag, m in counters_by_tag.items()}
-    return _pool(core, name), counters, _live_by_counters(core)
+    return _pool(core, name), counters, _live_by_counters(core, now)
 
 
-def _live_by_counters(core: PoolCore) -> dict[str, list[int]]:
-    """Return the tags with counters: active, connections, limit, line, not booked."""
+def _live_by_counters(core: PoolCore, now: float) -> dict[str, list[Any]]:
+    """Return the tags with counters: active, connections, limit, line, not booked,
+    and usage."""
     scheduler = core.scheduler
-    live = {tag: [0, 0, 0, 0, 0] for tag in scheduler.tags.counters.by_tag}
+    live: dict[str, list[Any]] = {
+        tag: [0, 0, 0, 0, 0, 0.0] for tag in scheduler.tags.counters.by_tag
+    }
     for tag_state in scheduler.tag_states.values():
         figures = live[tag_state.tag if tag_state.tag in live else OTHER]
         figures[0] |= tag_state.active
         figures[1] += tag_state.in_use
         figures[2] = max(figures[2], scheduler.ceiling(tag_state))
         figures[3] += tag_state.waiting
+        figures[5] += scheduler.usage.seconds(tag_state, now)
     for checkout in core.connections.granted():
         tag = checkout.tag_state.tag
         live[tag if tag in live else OTHER][4] += checkout.again

@@ -77,7 +77,9 @@ class Transitions:
         """Complete a checkout that was granted, or moved to another tag."""
         checkout.may_keep = (
             # Without overflow there is a place for every record that comes back.
-            self.options.max_overflow == 0 and not self.slots.pressed
+            self.options.max_overflow == 0
+            and not self.slots.pressed
+            and self.options.enforce  # a dry run hears of every checkout
         )
         checkout.reported = False
         if record is not None:

@@ -27,8 +27,15 @@ def check_valid(
     assert scheduler.in_use == sum(a.in_use for a in tag_states)
     assert all(a.in_use >= 0 for a in tag_states)
     assert scheduler.in_use <= max(scheduler.capacity, scheduler.drains_from)
+    kept = sum(max(a.reserved - a.in_use, 0) for a in tag_states)
+    unknown = scheduler.tags.limits.reserved - sum(a.reserved for a in tag_states)
+    assert scheduler.kept_free == kept + unknown
+    if not scheduler.drains_from:
+        assert scheduler.in_use + scheduler.kept_free <= scheduler.capacity
     # 3
-    full = scheduler.in_use >= scheduler.capacity
+    if scheduler.in_use < scheduler.capacity:
+        assert not [a for a in below if a.in_use < a.reserved]
+    full = scheduler.in_use + scheduler.kept_free >= scheduler.capacity
     assert full or not below, f"{below} wait for nothing"
     # 4
     assert scheduler.waiting == sum(a.waiting for a in tag_states)
@@ -56,8 +63,8 @@ def _check_tags(scheduler: Scheduler) -> None:
     assert all(a.active for a in tag_states if a.waiters and not a.silent)
     assert all(tags.is_reviewed(a) for a in tag_states if a.active)
     assert all(a.prompt == (a.active and not a.silent) for a in tag_states)
-    common = tags.common_ceiling
-    if tags.imposed is None:
-        assert all(tags.ceiling(a) == common for a in tag_states if a.active)
-    else:
-        assert all(tags.ceiling(a) >= common for a in tag_states)
+    for a in tag_states:
+        if a.active and tags.imposed is None and not a.reserved:
+            assert tags.ceiling(a) == a.safe_ceiling.value
+        elif a.active:
+            assert tags.ceiling(a) >= a.safe_ceiling.value

@@ -60,11 +60,17 @@ class Lines:
         for tag_state in self._waiting:
             self.changed(tag_state)
 
-    def rank(self, tag_state: TagState) -> tuple[float, int]:
+    def rank(self, tag_state: TagState) -> policy.Rank:
         """Return the key by which a tag with a line is ranked."""
         assert tag_state.waiters
         head = next(iter(tag_state.waiters))
-        return policy.rank(tag_state.in_use, tag_state.weight, head.number)
+        return policy.rank(
+            tag_state.in_use,
+            tag_state.weight,
+            tag_state.charged + tag_state.lift,
+            head.number,
+            tag_state.reserved,
+        )
 
     def next(self) -> TagState | None:
         """Return the tag whose head is to get the next free slot."""

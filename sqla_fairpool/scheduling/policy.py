@@ -8,16 +8,23 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 __all__ = [
+    "Party",
+    "Rank",
     "ceiling",
     "fair_shares",
     "jain",
+    "own_ceiling",
     "rank",
     "shares_of_tags",
     "standing_shares",
     "strategy",
 ]
+
+#: What :func:`rank` returns.
+Rank: TypeAlias = tuple[bool, float, float, int]
 
 
 def ceiling(other_active_tags: int, soft_limit: int, max_limit: int) -> int:
@@ -32,6 +39,20 @@ def ceiling(other_active_tags: int, soft_limit: int, max_limit: int) -> int:
     return soft_limit if other_active_tags else max_limit
 
 
+def own_ceiling(rule: int, most: int | None, reserved: int, room: int) -> int:
+    """Return the ceiling of a tag with limits of its own.
+
+    Its own maximum replaces the rule for all; nothing that is reserved for others is
+    counted in; what is reserved for itself it gets in any case.
+
+    :param rule: what :func:`ceiling` says.
+    :param most: its own maximum, None without.
+    :param reserved: slots reserved for it.
+    :param room: the capacity, less what is reserved for others.
+    """
+    return max(min(rule if most is None else most, room), reserved)
+
+
 def strategy(active_tags: int, soft_limit: int, max_limit: int) -> str:
     """Return in words which ceiling is in force."""
     if active_tags == 0:
@@ -41,18 +62,32 @@ def strategy(active_tags: int, soft_limit: int, max_limit: int) -> str:
     return f"{active_tags} active: equal shares, at most {soft_limit} each"
 
 
-def rank(in_use: int, weight: float, head: int) -> tuple[float, int]:
+def rank(
+    in_use: int, weight: float, charged: float, head: int, reserved: int = 0
+) -> Rank:
     """Return the sort key that decides who is next: **the smallest is**.
 
-    Of the tags that wait below their ceiling, a free slot goes to the one that
-    holds least per weight; on a tie to the one whose head, the longest waiting
-    request, came first.
+    Of the tags that wait below their ceiling, a free slot goes to one that holds less
+    than is reserved for it; then to the one that holds least per weight; of those that
+    hold equally little to the one that has used the fewest connection-seconds per
+    weight lately; on a tie to the one whose head, the longest waiting request, came
+    first.
+
+    The key does not change as time passes, though usage does: it decays, and grows by
+    what is held. Of a tag that holds `n` slots, usage at the landmark is ``charged + n
+    * s``, where the scale `s` rises with time and `charged` changes only when `n` does
+    (a slot that is granted takes `s` of then from it, and adds `s` of then when it
+    comes back). Usage per weight is thus ``charged / weight + n / weight * s``; among
+    tags with the same ``n / weight`` the second term is the same at every moment, so
+    that the first one alone has their order, and decay multiplies all of them alike.
 
     :param in_use: slots the tag holds now.
     :param weight: its relative entitlement, 1.0 being neutral.
+    :param charged: its usage at the landmark, without what it holds (:mod:`.usage`).
     :param head: arrival number of its longest waiting request.
+    :param reserved: slots that are kept for it.
     """
-    return in_use / weight, head
+    return in_use >= reserved, in_use / weight, charged / weight, head
 
 
 def fair_shares(
@@ -92,7 +127,7 @@ def fair_shares(
         shares = _fill(shares, demands, capacity)
     # Handing out slot by slot to the one that `rank` puts first *is* the definition.
     line = [
-        rank(share, weights[i], i)
+        rank(share, weights[i], 0.0, i)
         for i, share in enumerate(shares)
         if demands[i] > share
     ]
@@ -100,45 +135,81 @@ def fair_shares(
     for _ in range(capacity - sum(shares)):
         if not line:
             break
-        _, i = line[0]
+        i = line[0][-1]
         shares[i] += 1
         if shares[i] < demands[i]:
-            heapq.heapreplace(line, rank(shares[i], weights[i], i))
+            heapq.heapreplace(line, rank(shares[i], weights[i], 0.0, i))
         else:
             heapq.heappop(line)
     return shares
 
 
 def standing_shares(
-    in_use: Sequence[int], demands: Sequence[int], capacity: int
+    in_use: Sequence[int],
+    demands: Sequence[int],
+    capacity: int,
+    weights: Sequence[float] | None = None,
+    reserved: Sequence[int] | None = None,
 ) -> list[int]:
     """Return the fair shares as they stand: the remainder is with those who hold it.
 
     Seven, six and seven in use of 20, and all want more, is what is fair.
 
+    With slots that are reserved these statements define the answer:
+
+    * no party gets more than it demands;
+    * no slot that is reserved is another party's, and none is left over that a party
+      wants: the sum of ``max(share[i], reserved[i])`` is the capacity, or what it is
+      when all get what they demand, whichever is less;
+    * where `i` got less than it wants, it has its reserve, and every `j` that has more
+      than its own had, before its last slot, no more per weight than `i` has.
+
     :param in_use: slots each party holds now.
-    :param demands: as for :func:`fair_shares`.
+    :param demands: as for :func:`fair_shares`; so are the weights.
+    :param reserved: slots that are kept for each party, no more than the capacity.
     """
     order = sorted(range(len(demands)), key=lambda i: -in_use[i])
-    shares = fair_shares([demands[i] for i in order], capacity)
+    wanted = [demands[i] for i in order]
+    shares = fair_shares(
+        wanted,
+        capacity,
+        weights and [weights[i] for i in order],
+        reserved and [reserved[i] for i in order],
+    )
+    if reserved:
+        shares = [*map(min, shares, wanted)]  # what it does not want is kept, not used
     share_of = dict(zip(order, shares, strict=True))
     return [share_of[i] for i in range(len(demands))]
 
 
-def shares_of_tags(
-    tags: Sequence[tuple[bool, int, int, int]], capacity: int
-) -> list[int]:
+class Party(NamedTuple):
+    """A tag among others that share a capacity."""
+
+    active: bool
+    in_use: int
+    waiting: int
+    ceiling: int
+    weight: float = 1.0
+    reserved: int = 0
+
+
+def shares_of_tags(tags: Sequence[Party], capacity: int) -> list[int]:
     """Return the :func:`standing_shares` of all tags that share a capacity.
 
-    :param tags: of each, is it active, its slots in use, how many callers wait under
-      it, and its ceiling.
+    :param capacity: without what is reserved for tags that are not among these.
     """
     # An idle tag does not count, whatever it still holds.
     demands = [
-        min(in_use + waiting, ceiling) if active else 0
-        for active, in_use, waiting, ceiling in tags
+        min(tag.in_use + tag.waiting, tag.ceiling) if tag.active else 0 for tag in tags
     ]
-    return standing_shares([in_use for _, in_use, _, _ in tags], demands, capacity)
+    weights, reserved = [tag.weight for tag in tags], [tag.reserved for tag in tags]
+    return standing_shares(
+        [tag.in_use for tag in tags],
+        demands,
+        capacity,
+        weights if set(weights) - {1.0} else None,
+        reserved if any(reserved) else None,
+    )
 
 
 def jain(amounts: Sequence[float]) -> float:

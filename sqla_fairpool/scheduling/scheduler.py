@@ -2,7 +2,8 @@
 
 Rules of this file:
 
-* Everything that decides about slots lives here; all counters live here.
+* Everything that changes who has a slot lives here; what is kept for that, and what
+  is asked of it, in :mod:`.state`.
 * It never sees a thread, a connection or a clock. Time is an argument, in
   seconds on any steadily rising scale; one lock outside serialises the calls.
 * Every public method is one transition. It leaves the invariants true and
@@ -17,19 +18,23 @@ each of them, and the tests call it after every step):
 
 1. Conservation: the tags' `in_use` add up to the scheduler's `in_use`, which is
    the number of granted tickets.
-2. Bounds: `in_use <= capacity`; no grant lifts a tag above its ceiling. After a
-   ceiling has fallen, the excess drains.
-3. Work conservation: no tag below its ceiling waits while a slot is free.
+2. Bounds: `in_use <= capacity`; no grant lifts a tag above its ceiling, nor takes a
+   slot that is reserved for another tag. After a limit has changed, the excess drains.
+3. Work conservation: no tag below its ceiling waits while a slot is free that is not
+   reserved for another one. A tag that holds less than its reserve never waits, but
+   while an excess drains.
 4. Order: first in, first out inside a tag; a newcomer is not served past a
    waiter who could be.
 5. Fairness: of the tags that wait below their ceiling the one that holds least
-   per weight is next (`policy.rank`).
+   per weight is next, of those that hold equally little the one that has used the
+   fewest connection-seconds per weight lately (`policy.rank`, `usage`).
 6. Once: a ticket is granted once per request and released once per grant; a
    cancelled one leaves no trace.
 
 Costs: `request`, `release`, `cancel` and `move` are O(1) while no request waits and
 O(log waiting tags) otherwise, O(log tags) for a tag that is new or was idle;
-`tick` is O(log tags) for each tag whose idleness is due to be looked at.
+`tick` is O(log tags) for each tag whose idleness is due to be looked at. Any of them
+is O(tags log tags) once in 900 half-lives of usage.
 """
 
 from __future__ import annotations
@@ -37,9 +42,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 
-from . import policy
-from .lines import Lines
-from .tags import Tags
+from .limits import TagLimits
+from .state import SchedulerState
 from .ticket import FREE, GRANTED, WAITING, LineFull, TagState, Ticket
 
 __all__ = ["Scheduler"]
@@ -47,56 +51,11 @@ __all__ = ["Scheduler"]
 _NO_GRANTS: tuple[Ticket, ...] = ()
 
 
-class Scheduler:
-    """Divides `capacity` slots among tags by the rules of :mod:`.policy`.
+class Scheduler(SchedulerState):
+    """Divides slots among tags by the rules of :mod:`.policy`.
 
-    :param capacity: most slots granted at a time.
-    :param soft_limit: ceiling of each tag while two or more are active.
-    :param max_limit: ceiling of a tag that is alone.
-    :param idle_timeout: seconds without activity after which a tag is idle.
-    :param reallocation_interval: seconds between looks for idle tags.
-    :param now: the time at which it starts.
-    :param max_waiting: most requests that may wait, None for no limit.
-    :param silent_tag: the tag for which only :meth:`activity` is activity.
-    :param weights: relative entitlement by tag, 1.0 where not given.
+    Its arguments are those of :class:`.SchedulerState`.
     """
-
-    def __init__(
-        self,
-        *,
-        capacity: int,
-        soft_limit: int,
-        max_limit: int,
-        idle_timeout: float,
-        reallocation_interval: float,
-        now: float,
-        max_waiting: int | None = None,
-        silent_tag: str | None = None,
-        weights: Mapping[str, float] | None = None,
-    ) -> None:
-        self.capacity = capacity
-        self.reallocation_interval = reallocation_interval
-        self.max_waiting = max_waiting
-        self.tags = Tags(
-            soft_limit=soft_limit,
-            max_limit=max_limit,
-            idle_timeout=idle_timeout,
-            silent_tag=silent_tag,
-            weights=weights or {},
-        )
-        self.in_use = 0
-        self.waiting = 0
-        #: When idleness is to be looked for next: the shell calls `tick` then.
-        self.next_tick = now + reallocation_interval
-        #: What is known of each tag.
-        self.tag_states = self.tags.tag_states
-        #: Requests that had to wait, in all.
-        self.arrivals = 0
-        #: What was in use when the capacity last changed.
-        self.drains_from = 0
-        self.lines = Lines(self.tags)
-        #: Returns the most slots that a tag may hold now.
-        self.ceiling = self.tags.ceiling
 
     # -- transitions ---------------------------------------------------------
 
@@ -115,15 +74,20 @@ class Scheduler:
         ticket.tag_state = tag_state
         ticket.since = now
         # No ticket is overtaken: with a slot free, all that wait are at their ceilings
-        # (promise 3); this tag is not, so none of them is of this tag.
-        if self.in_use < self.capacity and tag_state.in_use < self.ceiling(tag_state):
-            self._grant(ticket, now)
+        # (promise 3), or the slot is reserved for this tag alone; this tag is below its
+        # ceiling, so none of them is of this tag.
+        if (
+            self.in_use + self.kept_free < self.capacity or self.free_for(tag_state) > 0
+        ) and tag_state.in_use < self.ceiling(tag_state):
+            self._grant(ticket, now, self.usage.scale(now))
             tag_state.counters.at_once += 1
             return True
         if self.max_waiting is not None and self.waiting >= self.max_waiting:
             raise LineFull
         self.arrivals += 1
         ticket.number = self.arrivals
+        if not tag_state.waiters:
+            self.usage.join_line(tag_state, now)
         if tag_state.waiters is None:
             tag_state.waiters = OrderedDict()
         # From here in one go, see the head of this file.
@@ -143,7 +107,7 @@ class Scheduler:
         if not tag_state.silent:
             self.tags.touch(tag_state, now)
         ticket.tag_state = tag_state
-        self._grant(ticket, now)
+        self._grant(ticket, now, self.usage.scale(now))
         self.drains_from = max(self.drains_from, self.in_use)
         if tag_state.waiters:
             self.lines.changed(tag_state)
@@ -168,15 +132,25 @@ class Scheduler:
         """
         tag_state = ticket.tag_state
         assert ticket.state is GRANTED, f"released a ticket that is {ticket.state}"
+        scale = self.usage.scale(now)
+        is_kept = tag_state.in_use <= tag_state.reserved
+        # From here in one go, see the head of this file.
         ticket.state = FREE
         self.in_use -= 1
+        self.kept_free += is_kept
         tag_state.in_use -= 1
+        tag_state.charged += scale
+        # What is lost from here on is a figure, and no slot.
+        if now - ticket.granted_at > ticket.held:
+            self.usage.was_unused(ticket, now, scale)
+        if not tag_state.in_use and tag_state.charged + tag_state.lift > scale:
+            self.usage.forgive(tag_state, scale)
         ticket.book(tag_state)
         if not self.waiting:
             return _NO_GRANTS
         if tag_state.waiters:
             self.lines.changed(tag_state)
-        return self._dispatch(now)
+        return self._dispatch(now, scale)
 
     def cancel(self, ticket: Ticket) -> bool:
         """Take a waiting ticket out of its line, wherever it stands there.
@@ -230,25 +204,28 @@ class Scheduler:
         target = self.tags.get(tag, now)
         if not target.silent:
             self.tags.touch(target, now)
-        self._shift(source, -1)
+        scale = self.usage.scale(now)
+        self._shift(source, -1, scale)
         if not self._is_next(target):
-            self._shift(source, +1)
+            self._shift(source, +1, scale)
             return None
-        self._shift(target, +1)
+        self._shift(target, +1, scale)
         if source.silent:
             ticket.again -= 1
+            self.usage.was_unused(ticket, now, scale, now - ticket.since)
         else:
             held = now - ticket.since
             ticket.held += held
             ticket.note(held)
+            self.usage.was_unused(ticket, now, scale)
         ticket.book(source)
         target.checkouts += 1
         if not target.silent:
             target.counters.checkouts += 1
         target.counters.at_once += 1
         ticket.tag_state = target
-        ticket.since = now
-        return self._dispatch(now)
+        ticket.since = ticket.granted_at = now
+        return self._dispatch(now, scale)
 
     def tick(self, now: float) -> Sequence[Ticket]:
         """Look for idle tags, if that is due; return who is granted by it."""
@@ -259,7 +236,7 @@ class Scheduler:
             # Ceilings have risen, for the one tag that is left and for the
             # silent tag; no other tag can be waiting.
             self.lines.all_changed()
-        return self._dispatch(now)
+        return self._dispatch(now, self.usage.scale(now))
 
     def set_capacity(self, capacity: int, now: float) -> Sequence[Ticket]:
         """Change how many slots there are; return who is granted by it.
@@ -268,7 +245,9 @@ class Scheduler:
         """
         self.capacity = capacity
         self.drains_from = self.in_use
-        return self._dispatch(now)
+        if not self.waiting:
+            return _NO_GRANTS
+        return self._dispatch(now, self.usage.scale(now))
 
     def reconfigure(
         self,
@@ -280,18 +259,27 @@ class Scheduler:
         reallocation_interval: float,
         max_waiting: int | None,
         now: float,
+        limits: Mapping[str, TagLimits] | None = None,
+        usage_half_life: float = 10.0,
+        usable: int | None = None,
     ) -> Sequence[Ticket]:
         """Change the rules' numbers; return who is granted by it. O(tags).
 
         Nothing is taken away: what is in use above a lower limit drains. Who
         waits already goes on waiting, even if fewer may.
+
+        :param usable: how many slots there are now; None for the capacity.
         """
         self.max_waiting = max_waiting
         self.reallocation_interval = reallocation_interval
         self.next_tick = min(self.next_tick, now + reallocation_interval)
-        self.tags.reconfigure(soft_limit, max_limit, idle_timeout)
+        self.tags.reconfigure(
+            soft_limit, max_limit, idle_timeout, capacity, limits or {}
+        )
+        self.kept_free = self._reserved_unused()
+        self.usage.rebase(now, usage_half_life)
         self.lines.all_changed()
-        return self.set_capacity(capacity, now)
+        return self.set_capacity(capacity if usable is None else usable, now)
 
     def impose(
         self, capacity: int, ceilings: Mapping[str, int], other: int, now: float
@@ -308,51 +296,19 @@ class Scheduler:
         self.lines.all_changed()
         return self.set_capacity(capacity, now)
 
-    # -- questions -----------------------------------------------------------
-
-    def wanted(self, ticket: Ticket) -> bool:
-        """Tell if releasing this granted ticket would grant another one."""
-        if not self.waiting or self.in_use > self.capacity:
-            return False
-        tag_state = ticket.tag_state
-        if tag_state.waiters and tag_state.in_use <= self.ceiling(tag_state):
-            return True
-        return self.lines.next() is not None
-
-    def place(self, ticket: Ticket) -> int:
-        """Return a waiting ticket's place in its line, from 1. O(place)."""
-        line = ticket.tag_state.waiters or ()
-        return next(place for place, t in enumerate(line, 1) if t is ticket)
-
-    def knows(self, ticket: Ticket) -> bool:
-        """Tell if the ticket was last used here, not with another scheduler."""
-        tag_state = ticket.tag_state
-        return self.tag_states.get(tag_state.tag) is tag_state
-
     # -- the parts of a transition -------------------------------------------
 
-    def _shift(self, tag_state: TagState, by: int) -> None:
+    def _shift(self, tag_state: TagState, by: int, scale: float) -> None:
+        before = min(tag_state.in_use, tag_state.reserved)
         self.in_use += by
         tag_state.in_use += by
+        tag_state.charged -= by * scale
+        self.kept_free += before - min(tag_state.in_use, tag_state.reserved)
         tag_state.peak = max(tag_state.peak, tag_state.in_use)
         if tag_state.waiters:
             self.lines.changed(tag_state)
 
-    def _is_next(self, newcomer: TagState) -> bool:
-        """Tell if a request under `newcomer`, arriving now, would be granted."""
-        if (
-            newcomer.waiters
-            or self.in_use >= self.capacity
-            or newcomer.in_use >= self.ceiling(newcomer)
-        ):
-            return False
-        waiting = self.lines.next()
-        if waiting is None or self.in_use + 1 < self.capacity:
-            return True  # no other one, or a slot for each
-        rank = policy.rank(newcomer.in_use, newcomer.weight, self.arrivals + 1)
-        return rank < self.lines.rank(waiting)
-
-    def _dispatch(self, now: float) -> Sequence[Ticket]:
+    def _dispatch(self, now: float, scale: float) -> Sequence[Ticket]:
         """Grant free slots to those that are next, until none is left or none waits."""
         if not self.waiting:
             return _NO_GRANTS
@@ -360,6 +316,12 @@ class Scheduler:
         lines = self.lines
         while self.in_use < self.capacity and (tag_state := lines.next()) is not None:
             assert tag_state.waiters
+            if self.kept_free and self.free_for(tag_state) <= 0:
+                break  # those below their reserve are ranked first: none waits
+            if not tag_state.in_use and not tag_state.reserved:
+                self.usage.level = (
+                    tag_state.charged + tag_state.lift
+                ) / tag_state.weight
             ticket, _ = tag_state.waiters.popitem(last=False)
             self.waiting -= 1
             waited = now - ticket.since
@@ -367,19 +329,22 @@ class Scheduler:
             if waited > tag_state.wait_max:
                 tag_state.wait_max = waited
             tag_state.counters.wait.add(waited)
-            self._grant(ticket, now)
+            self._grant(ticket, now, scale)
             lines.head_left(tag_state)
             if not tag_state.silent:
                 tag_state.last_activity = now
             granted.append(ticket)
         return granted
 
-    def _grant(self, ticket: Ticket, now: float) -> None:
+    def _grant(self, ticket: Ticket, now: float, scale: float) -> None:
         tag_state = ticket.tag_state
-        ticket.since = now
+        ticket.since = ticket.granted_at = now
+        is_kept = tag_state.in_use < tag_state.reserved
         # From here in one go, see the head of this file.
         self.in_use += 1
+        self.kept_free -= is_kept
         tag_state.in_use += 1
+        tag_state.charged -= scale
         ticket.state = GRANTED
         # What is lost here is a figure, and no slot.
         tag_state.checkouts += 1

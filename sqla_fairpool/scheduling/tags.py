@@ -14,9 +14,10 @@ import math
 from collections.abc import Callable, Mapping
 
 from . import policy
-from .counters import CountersByTag
+from .counters import Counters, CountersByTag
 from .heap import IndexedHeap
-from .ticket import TagState
+from .limits import NO_LIMITS, LimitsByTag, TagLimits
+from .ticket import SafeCeiling, TagState
 
 __all__ = ["Tags"]
 
@@ -46,24 +47,26 @@ class Tags:
         max_limit: int,
         idle_timeout: float,
         silent_tag: str | None,
-        weights: Mapping[str, float],
+        capacity: int,
+        limits: Mapping[str, TagLimits],
     ) -> None:
         self.soft_limit = soft_limit
         self.max_limit = max_limit
         self.idle_timeout = idle_timeout
         self.silent_tag = silent_tag
-        self.weights = dict(weights)
+        self.capacity = capacity
+        self.limits = LimitsByTag(limits)
         self.tag_states: dict[str, TagState] = {}
         self.counters = CountersByTag()
         #: How many tags are active.
         self.active = 0
-        #: The ceiling of every active tag: they all have the same. While ceilings are
-        #: imposed, the lowest of these; who looks only at this one errs on the safe
-        #: side.
-        self.common_ceiling = max_limit
         #: Ceilings from outside, by tag, and for all others; None without.
         self.imposed: Mapping[str, int] | None = None
         self.imposed_other = 0
+        #: For every active tag without a maximum of its own: the ceiling, which is the
+        #: same for all without a reserve; while ceilings are imposed, the lowest.
+        #: Code that looks only at this one errs on the safe side.
+        self.common_ceiling = SafeCeiling(self._lowest_ceiling(0))
         #: Called after a tag has become active or idle: its name, which of the two, how
         #: many are active, and the ceiling that follows.
         self.on_change: Callable[[str, bool, int, int], None] | None = None
@@ -73,21 +76,39 @@ class Tags:
     def ceiling(self, tag_state: TagState) -> int:
         """Return the most slots a tag may hold now."""
         if self.imposed is not None:
-            return self.imposed.get(tag_state.tag, self.imposed_other)
-        if tag_state.active:
-            return self.common_ceiling
+            imposed = self.imposed.get(tag_state.tag, self.imposed_other)
+            most = tag_state.limits.max
+            return imposed if most is None else min(imposed, most)
+        limits = tag_state.limits
+        if limits is NO_LIMITS and tag_state.active:
+            return self.common_ceiling.value
         others = self.active - tag_state.active
-        return policy.ceiling(others, self.soft_limit, self.max_limit)
+        rule = policy.ceiling(others, self.soft_limit, self.max_limit)
+        return policy.own_ceiling(
+            rule, limits.max, limits.reserved, self._room(limits.reserved)
+        )
+
+    def _room(self, reserved: int) -> int:
+        """Return the most that is not reserved for others."""
+        return self.capacity - self.limits.reserved + reserved
 
     def impose(self, ceilings: Mapping[str, int], other: int) -> None:
         """Replace the rules for ceilings by numbers from outside."""
         self.imposed, self.imposed_other = ceilings, other
-        self.common_ceiling = self._lowest_ceiling(0)
+        lowest = other
+        for tag, ceiling in ceilings.items():
+            tag_state = self.tag_states.get(tag)
+            if tag_state is None or tag_state.limits.max is None:
+                lowest = min(lowest, ceiling)
+            else:
+                tag_state.safe_ceiling.value = min(ceiling, tag_state.limits.max)
+        self.common_ceiling.value = lowest
 
     def _lowest_ceiling(self, others: int) -> int:
         if self.imposed is not None:
-            return min([self.imposed_other, *self.imposed.values()])
-        return policy.ceiling(others, self.soft_limit, self.max_limit)
+            return self.common_ceiling.value
+        rule = policy.ceiling(others, self.soft_limit, self.max_limit)
+        return min(rule, self.capacity - self.limits.reserved)
 
     def get(self, tag: str, now: float) -> TagState:
         """Return what is known of `tag`, all new if nothing is. O(log tags)."""
@@ -95,19 +116,44 @@ class Tags:
         if tag_state is None:
             if len(self.tag_states) >= _MAX_REMEMBERED:
                 self._forget_one(now)
-            weight = self.weights.get(tag, 1.0)
-            silent = tag == self.silent_tag
-            tag_state = TagState(tag, weight, silent, self.counters.of(tag))
+            tag_state = self.new_state(tag, self.counters.of(tag))
             self.tag_states[tag] = tag_state
         return tag_state
 
-    def reconfigure(self, soft_limit: int, max_limit: int, idle_timeout: float) -> None:
+    def new_state(self, tag: str, counters: Counters) -> TagState:
+        """Return what is known of a tag of which nothing is; keeps nothing of it."""
+        limits = self.limits.of(tag)
+        ceiling = self.common_ceiling
+        if limits.max is not None:
+            ceiling = self._safe_ceiling(tag, limits)
+        return TagState(tag, limits, tag == self.silent_tag, counters, ceiling)
+
+    def _safe_ceiling(self, tag: str, limits: TagLimits) -> SafeCeiling:
+        if limits.max is None:
+            return self.common_ceiling
+        if self.imposed is not None:
+            imposed = self.imposed.get(tag, self.imposed_other)
+            return SafeCeiling(min(imposed, limits.max))
+        return SafeCeiling(min(limits.max, self._room(limits.reserved)))
+
+    def reconfigure(
+        self,
+        soft_limit: int,
+        max_limit: int,
+        idle_timeout: float,
+        capacity: int,
+        limits: Mapping[str, TagLimits],
+    ) -> None:
         """Change the limits, and when a tag is idle. O(tags)."""
+        self.capacity = capacity
+        self.limits = LimitsByTag(limits)
         self.soft_limit = soft_limit
         self.max_limit = max_limit
         self.idle_timeout = idle_timeout
-        self.common_ceiling = self._lowest_ceiling(max(self.active - 1, 0))
-        for tag_state in self.tag_states.values():
+        self.common_ceiling.value = self._lowest_ceiling(max(self.active - 1, 0))
+        for tag, tag_state in self.tag_states.items():
+            own = self.limits.of(tag)
+            tag_state.limit(own, self._safe_ceiling(tag, own))
             if tag_state.active:
                 self._review.put(tag_state, self._idle_at(tag_state))
 
@@ -171,11 +217,12 @@ class Tags:
         prompt = active and not tag_state.silent
         count = self.active + (1 if active else -1)
         ceiling = self._lowest_ceiling(max(count - 1, 0))
+        common = self.common_ceiling
         # From here in one go, see the head of scheduler.py.
         tag_state.active = active
         tag_state.prompt = prompt
         self.active = count
-        self.common_ceiling = ceiling
+        common.value = ceiling
         if self.on_change is not None and not tag_state.silent:
             self.on_change(tag_state.tag, active, count, ceiling)
 

@@ -5,8 +5,17 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from .counters import BOUNDS, Counters
+from .limits import TagLimits
 
-__all__ = ["FREE", "GRANTED", "WAITING", "TagState", "LineFull", "Ticket"]
+__all__ = [
+    "FREE",
+    "GRANTED",
+    "WAITING",
+    "LineFull",
+    "SafeCeiling",
+    "TagState",
+    "Ticket",
+]
 
 FREE = "free"
 WAITING = "waiting"
@@ -28,6 +37,7 @@ class Ticket:
 
     __slots__ = (
         "again",
+        "granted_at",
         "held",
         "held_max",
         "long_holds",
@@ -43,6 +53,8 @@ class Ticket:
     number: int
     #: When it was requested (waiting), or last checked out (granted).
     since: float
+    #: When its slot was charged to its tag.
+    granted_at: float
 
     def __init__(self) -> None:
         self.state = FREE
@@ -80,19 +92,36 @@ class Ticket:
         self.held = self.held_max = self.notable = 0.0
 
 
+class SafeCeiling:
+    """A number that is not above the ceiling of any tag that has this object.
+
+    Shared by all tags that follow the same rule, so that it changes for all at once.
+    """
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
 class TagState:
     """What the scheduler knows of one tag."""
 
     __slots__ = (
         "active",
+        "charged",
         "checkouts",
         "counters",
         "hold_max",
         "hold_total",
         "in_use",
         "last_activity",
+        "lift",
+        "limits",
         "peak",
         "prompt",
+        "reserved",
+        "safe_ceiling",
         "silent",
         "tag",
         "timeouts",
@@ -103,12 +132,26 @@ class TagState:
     )
 
     def __init__(
-        self, tag: str, weight: float, silent: bool, counters: Counters
+        self,
+        tag: str,
+        limits: TagLimits,
+        silent: bool,
+        counters: Counters,
+        safe_ceiling: SafeCeiling,
     ) -> None:
         self.tag = tag
         #: What is counted for monitoring; other tags may share it.
         self.counters = counters
-        self.weight = weight
+        #: What it may have of its own; the two that are asked for often, apart.
+        self.limits = limits
+        self.weight = limits.weight
+        self.reserved = limits.reserved
+        #: Not above its ceiling.
+        self.safe_ceiling = safe_ceiling
+        #: Its usage, less what its slots in use come to, at the landmark: see `usage`.
+        self.charged = 0.0
+        #: What is added to that when it is ranked.
+        self.lift = 0.0
         #: True for the default tag: asking, waiting and returning are no
         #: activity of it, because the caller may still say who it is.
         self.silent = silent
@@ -126,6 +169,13 @@ class TagState:
         self.wait_max = 0.0
         self.hold_total = 0.0
         self.hold_max = 0.0
+
+    def limit(self, limits: TagLimits, safe_ceiling: SafeCeiling) -> None:
+        """Set what it may have of its own."""
+        self.limits = limits
+        self.weight = limits.weight
+        self.reserved = limits.reserved
+        self.safe_ceiling = safe_ceiling
 
     @property
     def waiting(self) -> int:

@@ -46,7 +46,7 @@ def test_usage_error(capsys, args, says):
     assert says in err
 
 
-_LEDGER = ["ledger show", "ledger reap", "ledger reset", "ledger limit"]
+_LEDGER = [f"ledger {one}" for one in ("show", "reap", "reset", "set", "limit")]
 
 
 @pytest.mark.parametrize("action", ["show", "reap", "reset", "limit"])

@@ -82,12 +82,35 @@ def rows_of(path):
             yield rows
 
 
+def test_limits_are_set_for_all_members(run, fails, member, path, tmp_path):
+    before = "capacity=20 soft_limit=10 max_limit=15 idle_timeout=60 tags={}"
+    (tmp_path / "tags.json").write_text('{"api": {"weight": 3}}')
+    status, out, _ = run(
+        "set",
+        *("--ledger", path, "pool_size=30", "idle_timeout=5"),
+        f"tags=@{tmp_path}/tags.json",
+    )
+    found, _, now = out.strip().partition(" -> ")
+    assert (status, found) == (0, before)
+    assert now.startswith("capacity=30 soft_limit=15 max_limit=23 idle_timeout=5 tags=")
+    assert "limits set by " in run("show", "--ledger", path)[1]
+    status, out, _ = run("set", "--ledger", path, "pool_size=30")
+    assert (status, out) == (0, "the limits are as they were\n")
+    said = fails("set", "--ledger", path, "timeout=3")
+    assert "timeout is none of a ledger's limits: pool_size, soft_limit, " in said
+    assert "max_limit='99' is not allowed" in fails(
+        "set", "--ledger", path, "max_limit=99"
+    )
+    assert run("show", "--ledger", path)[1].splitlines()[1].startswith("30 slots: ")
+
+
 def test_show_and_that_a_reset_is_refused_while_a_member_lives(
     run, fails, member, path
 ):
     status, out, _ = run("show", "--ledger", path)
-    first, second, who, tag = out.splitlines()
+    first, second, set_by, who, tag = out.splitlines()
     assert status == 0
+    assert set_by.startswith("limits set by ")
     assert first == f"ledger {path}"
     assert second.startswith("20 slots: 3 owned by 1 members, 0 in quarantine, 17 free")
     assert f":{os.getpid()}, since 20" in who

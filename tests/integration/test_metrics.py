@@ -314,7 +314,8 @@ def test_opentelemetry_follows_the_conventions(make_engine, reader, provider, cl
         if name.startswith("DB_CLIENT_CONNECTION_") and isinstance(value, str)
     }
     sizes = {"count", "max", "idle.max", "idle.min", "pending_requests", "timeouts"}
-    assert sizes <= set(found) <= conventions
+    own = {f"sqla_fairpool.tag.{name}" for name in ("weight", "reserved", "usage")}
+    assert sizes | own <= set(found) <= conventions | own
     pool = ("db.client.connection.pool.name", "main")
     used = (("db.client.connection.state", "used"), ("sqla_fairpool.tag", "a"))
     assert found["count"][(pool, *used)].value == 1
@@ -336,3 +337,17 @@ def test_opentelemetry_counts_tags_that_come_later(make_engine, reader, provider
     (use,) = found["use_time"].values()
     assert (create.count, use.count) == (1, 1)
     assert dict(use.attributes)["sqla_fairpool.tag"] == "late"
+
+
+def test_dry_run_is_counted_by_both_exporters(make_engine, registry, reader, provider):
+    engine = make_engine(4, enforce=False, tags={"a": {"max": 1}}, max_waiting=0)
+    register(engine, registry)
+    instrument(engine, provider)
+    tagged = engine.execution_options(scraper="a")
+    with tagged.connect(), tagged.connect():
+        pass
+    assert samples(registry, "would_refuse", tag="a") == {
+        "sqla_fairpool_would_refuse_total": 1
+    }
+    (point,) = points(reader)["sqla_fairpool.tag.would_refuse"].values()
+    assert point.value == 1

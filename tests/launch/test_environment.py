@@ -25,6 +25,7 @@ VALUES = {
     "IDLE_TIMEOUT": "5.5",
     "REALLOCATION_INTERVAL": "2",
     "FAIRPOOL_LEDGER": "/run/app.ledger",
+    "FAIRPOOL_TAGS": '{"api": {"weight": 3}}',
 }
 
 
@@ -56,13 +57,16 @@ def test_nothing_set_is_the_host_ledger_and_the_pools_defaults():
 
 def test_bad_value_names_the_variable_unless_it_is_an_arguments():
     for variable, name in VARIABLES.items():
-        if name != "ledger":
+        if name not in ("ledger", "tags"):
             settings = Settings.read({variable: "none"})
             with pytest.raises(ArgumentError, match=f"^{variable}='none' is not all"):
                 settings.with_arguments({})
             with pytest.raises(ArgumentError, match=f"^{name}=0 is not allowed"):
                 settings.with_arguments({name: 0})
             settings.with_arguments({name: 10})
+    settings = Settings.read({"FAIRPOOL_TAGS": '{"api": {"max": 0}}'})
+    with pytest.raises(ArgumentError, match=r"^FAIRPOOL_TAGS=\{'api': .*'max': 0"):
+        settings.with_arguments({})
     settings = Settings.read({"SCRAPER_SOFT_LIMIT": "12"})
     with pytest.raises(ArgumentError, match=r"^SCRAPER_SOFT_LIMIT=.12. is not"):
         settings.with_arguments({"max_limit": 11})

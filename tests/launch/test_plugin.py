@@ -104,7 +104,14 @@ def test_no_harm_in_memory(server):
     engine.dispose()
 
 
-OTHERS = {"tag_option": "tenant", "default_tag": "a", "ledger": "/a", "max_limit": "18"}
+OTHERS = {
+    "on_other_terms": "lead",
+    "tag_option": "tenant",
+    "default_tag": "a",
+    "ledger": "/a",
+    "max_limit": "18",
+}
+OTHERS["tags"] = '{"api": {"weight": 3}}'
 
 
 @pytest.mark.parametrize("name", OPTIONS)

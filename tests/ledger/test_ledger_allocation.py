@@ -14,6 +14,7 @@ from sqla_fairpool.ledger.allocation import allocate
 from sqla_fairpool.ledger.rows import Limits
 from sqla_fairpool.ledger.rows import TagDemand as Line
 from sqla_fairpool.scheduling import policy
+from sqla_fairpool.scheduling.limits import LimitsByTag, TagLimits
 
 TERMS = Limits(capacity=20, soft_limit=10, max_limit=15)
 
@@ -56,6 +57,20 @@ OF_SEVERAL_PROCESSES = [
     ([holding(7, 5, 90, stalled=True), wanting(y=99), wanting(z=99)], [7, 7, 6]),
     ([holding(6, 6, 90, stalled=True), wanting(2, x=99), wanting(y=99)], [6, 4, 10]),
 ]
+
+
+def test_weights_and_maxima_count_over_all_members():
+    tags = {"api": TagLimits(weight=3.0), "reports:*": TagLimits(max=2)}
+    limits = Limits(20, 20, 20, LimitsByTag(tags))
+    parties = {
+        "m0": wanting(1, api=9),
+        "m1": wanting(2, api=99, web=99),
+        "m2": wanting(3, **{"reports:a": 9, "jobs": 99}),
+        "m3": wanting(4, **{"reports:a": 9}),
+    }
+    found = allocate(parties, {"api": 1, "web": 2, "jobs": 3, "reports:a": 4}, limits)
+    assert found.shares["reports:a"] == found.ceilings["reports:a"] == 2
+    assert [found.shares[tag] for tag in ("api", "web", "jobs")] == [10, 4, 4]
 
 
 @pytest.mark.parametrize(("parties", "expected"), FOUR_SCENARIOS + OF_SEVERAL_PROCESSES)

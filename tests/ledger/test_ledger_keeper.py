@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 from support.ledger import TERMS, World, ask, close_idle, free, used
@@ -14,7 +15,7 @@ from support.threads import PATIENCE, eventually
 
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.demand import Pace, TagDemand, condense
-from sqla_fairpool.ledger.errors import LedgerError, TermsDiffer
+from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.keeper import Keeper
 from sqla_fairpool.ledger.rows import Left, Terms
 
@@ -342,20 +343,60 @@ def test_who_has_written_since_is_not_dead(world):
 # -- coming and going --------------------------------------------------------------
 
 
-def test_members_have_to_agree(world):
-    world.member("a", 1)
+def test_newcomer_adopts_the_terms_in_force(world, caplog):
+    world.member("a", 12)
     b = world.start(OTHER_TERMS)
-    ask(b, "b", 1)
-    world.run(0.1)
-    (refusal, *_) = b.pool.refusals
-    assert isinstance(refusal, TermsDiffer)
-    assert str(refusal) == (
-        "the members of a ledger have to agree on its limits: here capacity=10 "
-        "soft_limit=5 max_limit=8, there capacity=20 soft_limit=10 max_limit=15 "
-        "(members: here:m00001)"
+    ask(b, "b", 15)
+    world.run(2.0)
+    assert world.book.terms == b.pool.terms == TERMS
+    assert used(b) == [8]
+    assert not b.pool.refusals
+    (warning,) = caplog.messages
+    assert warning == (
+        "the ledger memory has capacity=20 soft_limit=10 max_limit=15, this process "
+        "had capacity=10 soft_limit=5 max_limit=8: the ledger's limits are in force"
     )
-    assert b.keeper.trouble == str(refusal)
-    assert b.store.member not in world.host.alive
+    b.kill()
+    b.server_notices()
+    world.run(2.0)
+    assert world.book.terms == TERMS
+
+
+@pytest.mark.parametrize("how", ["a newcomer leads", "a member sets", "an operator"])
+def test_terms_are_changed_for_all_members_at_once(world, how):
+    a, b = world.members(a=15, b=15)
+    world.churn(2.0)
+    assert used(a, b) == [10, 10]
+    if how == "a newcomer leads":
+        c = world.start(OTHER_TERMS, leads=True)
+        ask(c, "a", 1)
+    elif how == "a member sets":
+        a.keeper.set_terms(OTHER_TERMS)
+    else:
+        with a.store.transaction() as rows:
+            book = Book(rows)
+            book.set_terms(OTHER_TERMS, {"program": "set"})
+            book.tell()
+        a.store.ring_all()
+    world.run(0.1)
+    assert world.book.terms == OTHER_TERMS == a.pool.terms == b.pool.terms
+    assert used(a, b) == [10, 10]  # nothing is taken away
+    world.churn(3.0)
+    assert used(*world.living) == ([4, 5, 1] if "leads" in how else [5, 5])
+    a.keeper.set_terms(TERMS)
+    world.churn(2.0)
+    assert sum(used(*world.living)) == 20
+    assert world.server.most == 20
+
+
+def test_members_have_to_agree_on_the_limits_of_tags(world):
+    world.member("a", 1)
+    tags = '{"b": {"max": 2, "reserved": 0, "weight": 1.0}}'
+    b = world.start(replace(TERMS, tags=tags), leads=True)
+    ask(b, "b", 9)
+    world.run(0.1)
+    assert world.book.terms.tags == tags
+    assert used(b) == [2]
 
 
 def test_the_terms_of_the_dead_bind_nobody(world):

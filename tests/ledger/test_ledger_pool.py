@@ -24,8 +24,9 @@ from support.threads import (
 )
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
-from sqla_fairpool.ledger.errors import LedgerError, TermsDiffer
+from sqla_fairpool.ledger.errors import LedgerError, ServerDiffers
 from sqla_fairpool.ledger.host import HostStore
+from sqla_fairpool.ledger.rows import Terms
 
 
 class FakeKeeper:
@@ -38,6 +39,9 @@ class FakeKeeper:
 
     def ring(self, tag=None):
         self.rings.append(tag)
+
+    def set_terms(self, terms):
+        self.terms = terms
 
     def close(self):
         self.closed = True
@@ -259,8 +263,8 @@ def test_demand_tells_the_most_that_were_in_use(pool, share, allot):
 
 def test_refusal_reaches_who_waits_and_is_over_with_a_share(pool, share, allot):
     (caller,) = wait_in_line(pool)
-    share.refuse(TermsDiffer("other limits"))
-    with pytest.raises(TermsDiffer, match="other limits"):
+    share.refuse(ServerDiffers("other limits"))
+    with pytest.raises(ServerDiffers, match="other limits"):
         caller.result()
     assert pool.stats().waiting == 0
     allot(1)
@@ -286,11 +290,17 @@ def test_time_out_says_what_the_ledger_has_to_do_with_it(pool, keeper, allot):
     )
 
 
-def test_what_all_have_agreed_on_is_not_reconfigured(pool):
+def test_what_all_share_is_changed_by_way_of_the_ledger(pool, keeper):
+    before = pool.options
     for change in ({"soft_limit": 2}, {"pool_size": 12}, {"idle_timeout": 5}):
-        with pytest.raises(ArgumentError, match="as agreed with the ledger"):
-            pool.reconfigure(**change)
-    pool.reconfigure(timeout=3)
+        pool.reconfigure(**change, timeout=3)
+        asked = before.changed(change)
+        assert keeper.terms == Terms(**asked.terms)
+        assert (pool.options.terms, pool.options.timeout) == (before.terms, 3)
+    with pytest.raises(ArgumentError, match="soft_limit=99"):
+        pool.reconfigure(soft_limit=99)
+    state.share(pool).adopt(keeper.terms)
+    assert pool.options.terms == asked.terms
 
 
 def test_pool_that_nobody_has_any_more_is_told_to_its_keeper():
@@ -352,8 +362,15 @@ def test_two_pools_share_the_rules(member):
     for caller in more:
         give(caller.result())
     assert server.most == 20
-    with pytest.raises(TermsDiffer, match=r"capacity=10 .*capacity=20 "):
-        member(server, pool_size=10).connect()
+    # One with other limits has those of the ledger, until it leads.
+    other = member(server, pool_size=10, max_overflow=5)
+    with other.connect():
+        assert (other.pool.options.capacity, other.pool.size()) == (20, 15)
+        other.pool.reconfigure(pool_size=3, timeout=7)
+        assert other.pool.options.timeout == 7
+        pools = [one.pool, two.pool, other.pool]
+        eventually(lambda: {pool.options.capacity for pool in pools} == {8})
+        assert (other.pool.options.soft_limit, other.pool.options.max_limit) == (4, 6)
 
 
 def test_local_checkout_does_no_store_io(member, monkeypatch):

@@ -165,6 +165,25 @@ def test_members_killed_again_and_again(server, scraper):
         server.until(steady=15)
 
 
+def test_limits_change_while_members_come_and_go(server, scraper, ledger):
+    """Nobody is refused, and the server sees no more than the larger of the limits."""
+
+    def change(size):
+        main(["ledger", "set", "--ledger", ledger, f"pool_size={size}"])
+
+    with scraper("a"), scraper("b"):
+        victim = scraper.start("victim", 25, 0.2)
+        server.until(a=7, b=7, victim=6)
+        change(12)
+        kill(victim)
+        server.settles(a=6, b=6)
+        with scraper("late"):
+            server.settles(a=4, b=4, late=4)
+            change(20)
+            server.until(a=7, b=7, late=6)
+        server.settles(a=10, b=10)
+
+
 @pytest.fixture
 def limited(server, server_url, ledger, postgres_url, operator, capsys):
     """Have the server hold the role to what `ledger limit` prints, for 3 processes.

@@ -17,6 +17,7 @@ from sqla_fairpool.ledger.overview import (
     decode,
     encode,
 )
+from sqla_fairpool.scheduling.limits import LimitsByTag, TagLimits
 from sqla_fairpool.stats import TagStats
 
 LIMITS = Limits(20, 20, 10, 15)
@@ -182,3 +183,20 @@ def test_of_very_many_tags_those_are_named_that_want_most():
     rest = found[-1]
     assert (rest.name, rest.idle_for, rest.held_for) == ("", 0.0, 998.0)
     assert condensed(rows[:256]) == rows[:256]
+
+
+def test_limits_of_tags_are_in_the_ceilings_and_in_the_shares():
+    own = {"api": TagLimits(weight=3.0), "reports": TagLimits(max=2)}
+    wanted = [
+        TagStats(name, True, connections=1, waiting=30)
+        for name in ("api", "reports", "web")
+    ]
+    limits = Limits(20, 20, 20, 20, tags=LimitsByTag(own))
+    rows = compile_overview([Part(process("a", 1), wanted)], limits).scrapers
+    assert [row.limit for row in rows] == [20, 2, 20]
+    assert [row.fair_share for row in rows] == [13, 2, 5]
+    assert [(row.weight, row.max) for row in rows] == [
+        (3.0, None),
+        (1.0, 2),
+        (1.0, None),
+    ]

@@ -32,6 +32,9 @@ def test_defaults_are_the_contract():
         max_limit=15,
         idle_timeout=60.0,
         reallocation_interval=30.0,
+        tags=None,
+        usage_half_life=10.0,
+        enforce=True,
         max_waiting=None,
         tag_option="scraper",
         default_tag="unknown",
@@ -40,6 +43,7 @@ def test_defaults_are_the_contract():
         leak_threshold=None,
         deadlock_timeout=1.0,
         server_tag=False,
+        on_other_terms="adopt",
         ledger=None,
         defaulted=frozenset({"soft_limit", "max_limit"}),
     )

@@ -26,6 +26,7 @@ from support.worlds import make_world
 
 import sqla_fairpool
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
+from sqla_fairpool.scheduling import policy
 
 pytestmark = pytest.mark.postgres
 
@@ -314,3 +315,36 @@ def test_failed_connect_is_sqlalchemys_error_and_shows_no_password(postgres_url)
         assert "s3cret" not in str(caught.value)
     assert "s3cret" not in repr(engine.pool) + engine.pool.status()
     state.assert_quiet(engine.pool)
+
+
+# -- more tags than connections --------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("long", [30, 10])
+def test_hundred_tags_get_the_same_time_whether_they_hold_long_or_short(
+    make_engine, long
+):
+    """Time is virtual in tests/scheduling; here threads and a server have their own."""
+    engine = make_engine(pool_size=20, soft_limit=20, max_limit=20, pool_timeout=None)
+    holds = {f"tag{n}": 1.0 if n < long else 0.01 for n in range(100)}
+    done = threading.Event()
+
+    def work(tag, hold):
+        tagged = engine.execution_options(scraper=tag)
+        sleep = text(f"select pg_sleep({hold})")
+        while not done.is_set():
+            with tagged.connect() as connection:
+                connection.execute(sleep)
+
+    callers = [Caller(work, *item) for item in holds.items() for _ in range(4)]
+    eventually(lambda: len(engine.pool.stats().tags) == 100)
+    done.wait(10.0)
+    before = {row.name: row.hold_time.total for row in engine.pool.stats().tags}
+    done.wait(40.0)
+    rows = engine.pool.stats().tags
+    done.set()
+    for caller in callers:
+        caller.result()
+    times = [row.hold_time.total - before[row.name] for row in rows]
+    assert policy.jain(times) >= 0.98

@@ -94,10 +94,34 @@ def test_ceiling_is_the_soft_one_as_soon_as_another_tag_is_active():
     assert policy.ceiling(9, 10, 15) == 10
 
 
-def test_next_is_the_tag_that_holds_least_per_weight_then_the_first_that_came():
-    assert policy.rank(2, 1.0, 9) < policy.rank(3, 1.0, 1)
-    assert policy.rank(3, 2.0, 9) < policy.rank(2, 1.0, 1)
-    assert policy.rank(2, 1.0, 1) < policy.rank(2, 1.0, 2)
+def test_next_is_the_tag_that_holds_least_then_used_least_per_weight_then_came_first():
+    assert policy.rank(2, 1.0, 9.0, 9) < policy.rank(3, 1.0, 1.0, 1)
+    assert policy.rank(3, 2.0, 9.0, 9) < policy.rank(2, 1.0, 1.0, 1)
+    assert policy.rank(2, 1.0, 1.0, 9) < policy.rank(2, 1.0, 2.0, 1)
+    assert policy.rank(4, 2.0, 2.0, 9) < policy.rank(2, 1.0, 2.0, 1)
+    assert policy.rank(2, 1.0, 1.0, 1) < policy.rank(2, 1.0, 1.0, 2)
+
+
+def test_tag_below_its_reserve_is_before_all_others():
+    assert policy.rank(1, 1.0, 9.0, 9, 2) < policy.rank(0, 1.0, 0.0, 1)
+    assert policy.rank(0, 1.0, 0.0, 1) < policy.rank(2, 1.0, 0.0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("rule", "most", "reserved", "room", "ceiling"),
+    [
+        (10, None, 0, 20, 10),
+        (15, 2, 0, 20, 2),
+        (10, 18, 0, 20, 18),
+        (15, None, 0, 12, 12),
+        (10, 18, 0, 17, 17),
+        (2, None, 4, 20, 4),
+    ],
+)
+def test_own_ceiling_is_the_own_maximum_or_the_rule_within_what_is_not_reserved(
+    rule, most, reserved, room, ceiling
+):
+    assert policy.own_ceiling(rule, most, reserved, room) == ceiling
 
 
 @pytest.mark.parametrize(
@@ -143,3 +167,65 @@ def test_standing_shares_are_fair_and_the_remainder_stays_where_it_is(
 
 def test_seven_six_and_seven_in_use_is_what_is_fair():
     assert policy.standing_shares([7, 6, 7], [9, 9, 9], 20) == [7, 6, 7]
+
+
+def assert_fair_with_reserves(shares, demands, capacity, weights, reserved):
+    """The statements of `policy.standing_shares`, whatever the algorithm."""
+    parties = range(len(demands))
+    assert all(0 <= shares[i] <= demands[i] for i in parties)
+    taken = sum(max(shares[i], reserved[i]) for i in parties)
+    most = sum(max(demands[i], reserved[i]) for i in parties)
+    assert taken == min(capacity, most)
+    for i in parties:
+        if shares[i] < demands[i]:
+            assert shares[i] >= reserved[i]
+            for j in parties:
+                if shares[j] > reserved[j]:
+                    assert (shares[j] - 1) / weights[j] <= shares[i] / weights[i]
+
+
+@pytest.mark.parametrize(
+    "problems", [500, pytest.param(10_000, marks=pytest.mark.slow)]
+)
+def test_random_problems_with_own_limits_meet_the_definition_of_a_share(problems):
+    random.seed(15)
+    for _ in range(problems):
+        capacity = random.randint(1, 40)
+        left, parties = capacity - 1, []
+        soft = random.randint(1, capacity)
+        for _ in range(random.randint(1, 12)):
+            reserved = min(random.choice([0, 0, 0, 1, 3]), left)
+            left -= reserved
+            most = random.choice([None, None, random.randint(1, capacity)])
+            if most is not None:
+                most = max(most, reserved)
+            weight = random.choice([0.5, 1.0, 1.0, 2.0, 3.0])
+            active, waiting = random.random() < 0.8, random.randint(0, 30)
+            parties.append((active, waiting, most, weight, reserved))
+        room = {id(p): 1 + left + p[-1] for p in parties}
+        tags = [
+            policy.Party(
+                active,
+                0,
+                waiting,
+                policy.own_ceiling(soft, most, reserved, room[id(party)]),
+                weight,
+                reserved,
+            )
+            for party in parties
+            for active, waiting, most, weight, reserved in [party]
+        ]
+        shares = policy.shares_of_tags(tags, capacity)
+        demands = [min(t.waiting, t.ceiling) if t.active else 0 for t in tags]
+        assert_fair_with_reserves(
+            shares,
+            demands,
+            capacity,
+            [t.weight for t in tags],
+            [t.reserved for t in tags],
+        )
+
+
+def test_definition_rejects_a_share_of_what_is_reserved_for_another():
+    with pytest.raises(AssertionError):
+        assert_fair_with_reserves([5, 0], [9, 0], 5, [1.0, 1.0], [0, 1])

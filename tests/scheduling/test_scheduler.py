@@ -367,7 +367,7 @@ def test_cost_of_a_step_does_not_grow_with_the_line():
     [
         (Scheduler._grant, {"in_use", "state"}),
         (Scheduler.vacate, {"in_use", "state"}),
-        (tags.Tags._set_active, {"active", "prompt", "common_ceiling"}),
+        (tags.Tags._set_active, {"active", "prompt", "value"}),
     ],
 )
 def test_no_signal_is_handled_between_counters_that_belong_together(transition, fields):

@@ -102,8 +102,8 @@ class World:
         self.living = []
         self.dead = []
 
-    def start(self, terms=None):
-        process = Process(self, terms or self.terms)
+    def start(self, terms=None, leads=False):
+        process = Process(self, terms or self.terms, leads)
         self.living.append(process)
         return process
 
@@ -159,7 +159,7 @@ class World:
 
 
 class Process:
-    def __init__(self, world, terms):
+    def __init__(self, world, terms, leads=False):
         self.world = world
         self.terms = terms
         self.store = Store(world.host)
@@ -174,6 +174,7 @@ class Process:
             clock=self.clock,
             chance=lambda: 0.5,
             who=lambda: {"host": "here", "pid": self.store.member},
+            leads=leads,
         )
         self.pool.keeper = self.keeper
         self._begin()

@@ -213,6 +213,8 @@ class SimPool:
         self.at_server = server
         self.session = session
         self.keeper = None
+        #: The ledger's, if they are not those asked for.
+        self.terms = None
         self.slots = 0
         self.frozen = False
         self.ceilings, self.other = {}, 0
@@ -275,6 +277,9 @@ class SimPool:
     def freeze(self):
         self.frozen = True
         self.slots = min(self.slots, self.open)
+
+    def adopt(self, terms):
+        self.terms = terms
 
     def press(self, pressed):
         pass  # it looks at its keeper

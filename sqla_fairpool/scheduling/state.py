@@ -1,0 +1,131 @@
+"""What the scheduler keeps, and questions about it.
+
+Nothing here grants a slot or takes one back: the transitions are in :mod:`.scheduler`,
+and what is promised stands at the head of that file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from . import policy
+from .limits import TagLimits
+from .lines import Lines
+from .tags import Tags
+from .ticket import TagState, Ticket
+from .usage import Usage
+
+__all__ = ["SchedulerState"]
+
+
+class SchedulerState:
+    """The slots, the tags, and who waits.
+
+    :param capacity: most slots granted at a time.
+    :param soft_limit: ceiling of each tag while two or more are active.
+    :param max_limit: ceiling of a tag that is alone.
+    :param idle_timeout: seconds without activity after which a tag is idle.
+    :param reallocation_interval: seconds between looks for idle tags.
+    :param now: the time at which it starts.
+    :param max_waiting: most requests that may wait, None for no limit.
+    :param silent_tag: the tag for which only :meth:`activity` is activity.
+    :param limits: of tags that have their own, see :class:`.limits.LimitsByTag`.
+    :param usage_half_life: seconds in which what a tag has used counts half.
+    """
+
+    def __init__(
+        self,
+        *,
+        capacity: int,
+        soft_limit: int,
+        max_limit: int,
+        idle_timeout: float,
+        reallocation_interval: float,
+        now: float,
+        max_waiting: int | None = None,
+        silent_tag: str | None = None,
+        limits: Mapping[str, TagLimits] | None = None,
+        usage_half_life: float = 10.0,
+    ) -> None:
+        self.capacity = capacity
+        self.reallocation_interval = reallocation_interval
+        self.max_waiting = max_waiting
+        self.tags = Tags(
+            soft_limit=soft_limit,
+            max_limit=max_limit,
+            idle_timeout=idle_timeout,
+            silent_tag=silent_tag,
+            capacity=capacity,
+            limits=limits or {},
+        )
+        self.in_use = 0
+        #: Slots reserved for tags that do not use them now.
+        self.kept_free = self.tags.limits.reserved
+        self.waiting = 0
+        #: When idleness is to be looked for next: the shell calls `tick` then.
+        self.next_tick = now + reallocation_interval
+        #: What is known of each tag.
+        self.tag_states = self.tags.tag_states
+        #: Requests that had to wait, in all.
+        self.arrivals = 0
+        #: What was in use when the capacity last changed.
+        self.drains_from = 0
+        self.lines = Lines(self.tags)
+        self.usage = Usage(usage_half_life, now, self.tag_states)
+        self.usage.moved = self.lines.all_changed
+        #: The scheduler by whose rules the limits and shares of tags are: this one.
+        self.rules: SchedulerState = self
+        #: Returns the most slots that a tag may hold now.
+        self.ceiling = self.tags.ceiling
+
+    def free_for(self, tag_state: TagState) -> int:
+        """Return the slots that are free, but for those reserved for others.
+
+        Only if the tag has used up its own reserve; else, those that are free at all.
+        """
+        if tag_state.in_use < tag_state.reserved:
+            return self.capacity - self.in_use
+        return self.capacity - self.in_use - self.kept_free
+
+    def wanted(self, ticket: Ticket) -> bool:
+        """Tell if releasing this granted ticket would grant another one."""
+        if not self.waiting or self.in_use > self.capacity:
+            return False
+        tag_state = ticket.tag_state
+        is_kept = tag_state.in_use <= tag_state.reserved
+        if tag_state.waiters and tag_state.in_use <= self.ceiling(tag_state):
+            return is_kept or self.free_for(tag_state) >= 0
+        waiting = self.lines.next()
+        return waiting is not None and self.free_for(waiting) + 1 - is_kept > 0
+
+    def place(self, ticket: Ticket) -> int:
+        """Return a waiting ticket's place in its line, from 1. O(place)."""
+        line = ticket.tag_state.waiters or ()
+        return next(place for place, t in enumerate(line, 1) if t is ticket)
+
+    def knows(self, ticket: Ticket) -> bool:
+        """Tell if the ticket was last used here, not with another scheduler."""
+        tag_state = ticket.tag_state
+        return self.tag_states.get(tag_state.tag) is tag_state
+
+    def _is_next(self, newcomer: TagState) -> bool:
+        """Tell if a request under `newcomer`, arriving now, would be granted."""
+        free = self.free_for(newcomer)
+        if newcomer.waiters or free <= 0 or newcomer.in_use >= self.ceiling(newcomer):
+            return False
+        waiting = self.lines.next()
+        if waiting is None or free > 1 or self.free_for(waiting) <= 0:
+            return True  # no other one, or a slot for each
+        used = newcomer.charged + newcomer.lift
+        rank = policy.rank(
+            newcomer.in_use,
+            newcomer.weight,
+            used,
+            self.arrivals + 1,
+            newcomer.reserved,
+        )
+        return rank < self.lines.rank(waiting)
+
+    def _reserved_unused(self) -> int:
+        used = (min(a.in_use, a.reserved) for a in self.tag_states.values())
+        return self.tags.limits.reserved - sum(used)

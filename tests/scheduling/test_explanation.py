@@ -1,0 +1,122 @@
+"""Why a tag has what it has: the facts, and the text."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sqla_fairpool.scheduling.explanation import explain, facts_of
+from sqla_fairpool.scheduling.limits import TagLimits
+from sqla_fairpool.scheduling.scheduler import Scheduler
+from sqla_fairpool.scheduling.ticket import Ticket
+
+
+class Script:
+    def __init__(self, **options):
+        rules = {"capacity": 20, "soft_limit": 10, "max_limit": 15}
+        rules |= {"idle_timeout": 60.0, "reallocation_interval": 30.0}
+        self.scheduler = Scheduler(**{**rules, **options}, now=0.0)
+
+    def requests(self, **numbers):
+        for tag, number in numbers.items():
+            for _ in range(number):
+                self.scheduler.request(Ticket(), tag, 0.0)
+
+    def explain(self, tag):
+        return explain(facts_of(self.scheduler, tag, 10.0))
+
+
+LIMITS = {
+    "reports": TagLimits(max=2),
+    "health": TagLimits(reserved=3),
+    "huge": TagLimits(max=20),
+}
+
+
+@pytest.mark.parametrize(
+    ("tag", "requests", "ceiling", "rule"),
+    [
+        ("a", {"a": 1}, 15, "max_limit"),
+        ("a", {"a": 1, "b": 1}, 10, "soft_limit"),
+        ("new", {"a": 1}, 10, "soft_limit"),
+        ("new", {}, 15, "max_limit"),
+        ("reports", {}, 2, "max"),
+        ("huge", {"a": 1}, 17, "reserved for others"),
+        ("health", {"a": 1}, 10, "soft_limit"),
+    ],
+)
+def test_ceiling_and_the_rule_that_it_comes_from(tag, requests, ceiling, rule):
+    script = Script(limits=LIMITS)
+    script.requests(**requests)
+    explanation = script.explain(tag)
+    assert (explanation.ceiling, explanation.ceiling_rule) == (ceiling, rule)
+    assert tag in str(explanation).splitlines()[0]
+
+
+def test_reserve_may_be_above_the_soft_limit():
+    script = Script(soft_limit=2, limits=LIMITS)
+    script.requests(a=1, health=1)
+    explanation = script.explain("health")
+    assert (explanation.ceiling, explanation.ceiling_rule) == (3, "reserved")
+
+
+def test_ceiling_may_be_given_by_a_ledger():
+    script = Script(limits=LIMITS)
+    script.scheduler.impose(10, {"a": 4}, 3, 0.0)
+    assert script.explain("a").ceiling_rule == "ledger"
+    assert script.explain("reports").ceiling_rule == "max"
+
+
+def test_tag_in_line_is_told_its_place_and_who_is_before_it():
+    script = Script(capacity=6, soft_limit=6, max_limit=6)
+    script.requests(a=4, b=2, c=1)
+    script.requests(a=1, b=1)
+    explanation = script.explain("a")
+    assert (explanation.place, explanation.waiting_tags) == (3, 3)
+    assert [rival.name for rival in explanation.before] == ["c", "b"]
+    assert explanation.returns_needed == 3
+    assert explanation.fair_share == 3
+    assert json.loads(json.dumps(explanation.as_dict()))["before"][0]["name"] == "c"
+    assert str(explanation).splitlines() == [
+        "a (active) has 4, 1 wait; it used 28.9 connection-seconds lately",
+        "ceiling 6: soft_limit, 3 tags are active",
+        "fair share 3 of 6: max-min among 3 active tags, by what they want now "
+        "(weight 1)",
+        "place 3 of 3 tags in line; before it: c (has 0, used 0.0), b (has 2, used "
+        "14.4)",
+        "one more: when 3 of any tag have come back",
+    ]
+
+
+def test_tag_at_its_ceiling_is_told_that_only_its_own_connections_help():
+    script = Script()
+    script.requests(a=12, b=1)
+    explanation = script.explain("a")
+    assert explanation.place is explanation.returns_needed is None
+    assert str(explanation).splitlines()[-1] == (
+        "one more: when its own come back until it is below its ceiling, or when it "
+        "is the only active tag (15)"
+    )
+
+
+def test_new_tag_is_explained_and_not_remembered():
+    script = Script(limits=LIMITS)
+    script.requests(a=1)
+    explanation = script.explain("new")
+    assert (explanation.free, explanation.active) == (10, False)
+    assert list(script.scheduler.tag_states) == ["a"]
+    assert "at once" in str(explanation)
+
+
+def test_what_is_reserved_for_others_is_in_no_share():
+    script = Script(soft_limit=20, max_limit=20, limits=LIMITS)
+    script.requests(a=40)
+    explanation = script.explain("a")
+    assert (explanation.fair_share, explanation.shared) == (17, 17)
+    assert (explanation.ceiling, explanation.ceiling_rule) == (
+        17,
+        "reserved for others",
+    )
+    health = script.explain("health")
+    assert (health.free, health.shared, health.fair_share) == (3, 20, 0)

@@ -1,0 +1,200 @@
+"""Usage decides among tags that hold equally much: by time, in virtual time."""
+
+from __future__ import annotations
+
+import math
+import random
+from statistics import median
+
+import pytest
+
+from sqla_fairpool.scheduling import policy, usage
+from sqla_fairpool.scheduling.invariants import check_valid
+from sqla_fairpool.scheduling.limits import TagLimits
+from sqla_fairpool.scheduling.scheduler import Scheduler
+from sqla_fairpool.scheduling.ticket import GRANTED, Ticket
+
+from ..support.turns import Turns
+
+LONG, SHORT = 1.0, 0.01
+
+
+def many_tenants(long, short, turns):
+    """More tags than slots, some of which hold a hundred times as long as others."""
+    for n in range(long):
+        turns.come(f"long{n}", 4, LONG)
+    for n in range(short):
+        turns.come(f"short{n}", 4, SHORT)
+
+
+def waits_of(turns, beginning):
+    return [
+        wait
+        for tag, waits in turns.waits.items()
+        if tag.startswith(beginning)
+        for wait in waits
+    ]
+
+
+@pytest.mark.parametrize(("long", "short"), [(30, 70), (10, 90)])
+def test_tags_that_hold_long_and_tags_that_hold_short_get_the_same_time(long, short):
+    turns = Turns()
+    many_tenants(long, short, turns)
+    turns.run(10.0)
+    turns.forget()
+    turns.run(40.0)
+    assert len(turns.seconds) == 100
+    assert policy.jain([*turns.seconds.values()]) >= 0.98
+    assert median(waits_of(turns, "short")) <= 0.2
+
+
+@pytest.mark.parametrize("hold", [LONG, SHORT])
+def test_tag_that_was_quiet_for_an_hour_gets_its_share_and_no_more(hold):
+    turns = Turns()
+    turns.come("quiet", 4, hold)
+    turns.run(10.0)
+    turns.leave("quiet")
+    turns.run(3600.0)
+    many_tenants(30, 69, turns)
+    turns.run(20.0)
+    turns.forget()
+    turns.come("quiet", 4, hold)
+    turns.run(10.0)
+    share = 20 * 10.0 / 100
+    # One that holds for a second gets whole seconds.
+    assert share * 0.95 - hold <= turns.seconds["quiet"] <= share + hold
+
+
+def test_tag_that_had_everything_for_a_minute_is_not_shut_out_for_one():
+    turns = Turns()
+    turns.come("alone", 30, SHORT)
+    turns.run(60.0)
+    for n in range(99):
+        turns.come(f"tag{n}", 4, SHORT)
+    turns.run(30.0)
+    turns.forget()
+    turns.run(10.0)
+    assert turns.seconds["alone"] == pytest.approx(2.0, abs=0.1)
+
+
+def test_weights_divide_the_slots_in_proportion():
+    turns = Turns(limits={"api": TagLimits(weight=3.0)})
+    for tag in ("api", "b", "c"):
+        turns.come(tag, 30, LONG)
+        turns.run(0.3)
+    turns.run(20.0)
+    states = turns.scheduler.tag_states
+    assert [states[tag].in_use for tag in ("api", "b", "c")] == [12, 4, 4]
+
+
+def test_weights_divide_the_time_where_there_are_more_tags_than_slots():
+    turns = Turns(4, limits={"api": TagLimits(weight=3.0)})
+    for n in range(20):
+        turns.come(f"tag{n}", 4, 0.1)
+    turns.come("api", 4, 0.02)
+    turns.run(20.0)
+    turns.forget()
+    turns.run(60.0)
+    assert turns.seconds["api"] / turns.seconds["tag0"] == pytest.approx(3.0, rel=0.1)
+
+
+def test_of_tags_that_used_the_same_the_first_that_came_is_next():
+    scheduler = make_scheduler(1)
+    holder = Ticket()
+    scheduler.request(holder, "z", 0.0)
+    tickets = [Ticket() for _ in range(9)]
+    for n, ticket in enumerate(tickets):
+        scheduler.request(ticket, f"tag{-n}", 0.0)
+    for ticket in tickets:
+        assert list(scheduler.release(holder, 1.0)) == [ticket]
+        holder = ticket
+
+
+def make_scheduler(capacity, **options):
+    defaults = {"soft_limit": capacity, "max_limit": capacity, "idle_timeout": 60.0}
+    defaults |= {"reallocation_interval": 30.0, "now": 0.0}
+    return Scheduler(capacity=capacity, **{**defaults, **options})
+
+
+def test_usage_is_the_integral_of_what_was_held_decayed():
+    random.seed(3)
+    scheduler = make_scheduler(50)
+    held, now = [], 0.0
+    out = []
+    for _ in range(300):
+        now += random.expovariate(3.0)
+        if out and random.random() < 0.5:
+            ticket = out.pop(random.randrange(len(out)))
+            held.append((ticket.since, now))
+            scheduler.release(ticket, now)
+        else:
+            ticket = Ticket()
+            if scheduler.request(ticket, "a", now):
+                out.append(ticket)
+    assert out
+    held += [(ticket.since, now) for ticket in out]
+    rate = math.log(2) / 10.0
+    expected = sum(
+        (math.exp((end - now) * rate) - math.exp((begin - now) * rate)) / rate
+        for begin, end in held
+    )
+    state = scheduler.tag_states["a"]
+    assert scheduler.usage.seconds(state, now) == pytest.approx(expected)
+
+
+def test_time_in_which_a_connection_was_kept_warm_does_not_count():
+    scheduler = make_scheduler(5)
+    ticket = Ticket()
+    scheduler.request(ticket, "a", 0.0)
+    ticket.again, ticket.held = 3, 0.5  # four checkouts, without the scheduler
+    scheduler.vacate(ticket, 1000.0)
+    always = 10.0 / math.log(2)
+    used = scheduler.usage.seconds(scheduler.tag_states["a"], 1000.0)
+    assert used == pytest.approx(always * 0.5 / 1000.0)
+
+
+def test_order_outlasts_the_landmark():
+    scheduler = make_scheduler(1, usage_half_life=1.0, idle_timeout=1e6)
+    landmark = scheduler.usage.landmark
+    holder = Ticket()
+    scheduler.request(holder, "z", 0.0)
+    more, less = Ticket(), Ticket()
+    for tag, seconds in (("more", 0.3), ("less", 0.2)):
+        now = 899.0
+        scheduler.release(holder, now)
+        scheduler.request(holder, tag, now)
+        scheduler.release(holder, now + seconds)
+        scheduler.request(holder, "z", now + seconds)
+    scheduler.request(more, "more", 900.0)
+    scheduler.request(less, "less", 900.0)
+    third = Ticket()
+    scheduler.request(third, "more", 950.0)
+    scheduler.release(holder, 950.0)
+    assert scheduler.usage.landmark > landmark
+    assert less.state is GRANTED
+    check_valid(scheduler)
+
+
+def test_landmark_can_be_as_long_ago_as_the_clock_can_tell():
+    scheduler = make_scheduler(1, usage_half_life=0.001)
+    ticket = Ticket()
+    for now in (0.0, 0.5, 1e6, 1e9):
+        scheduler.request(ticket, "a", now)
+        scheduler.release(ticket, now + 0.001)
+        seconds = scheduler.usage.seconds(scheduler.tag_states["a"], now + 0.001)
+        assert 0.0 < seconds < 0.0015
+    assert math.isfinite(2.0**usage._LANDMARK_LIFE * 1e9)
+
+
+def test_half_life_can_change_while_connections_are_out():
+    scheduler = make_scheduler(4)
+    ticket = Ticket()
+    scheduler.request(ticket, "a", 0.0)
+    state = ticket.tag_state
+    before = scheduler.usage.seconds(state, 5.0)
+    rules = {"capacity": 4, "soft_limit": 4, "max_limit": 4, "idle_timeout": 60.0}
+    rules |= {"reallocation_interval": 30.0, "max_waiting": None}
+    scheduler.reconfigure(**rules, usage_half_life=2.0, now=5.0)
+    assert scheduler.usage.seconds(state, 5.0) == pytest.approx(before)
+    always = 2.0 / math.log(2)
+    assert scheduler.usage.seconds(state, 100.0) == pytest.approx(always)
