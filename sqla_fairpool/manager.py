@@ -40,11 +40,11 @@ from .ledger.drivers import for_asyncio, for_threads, translate_for_asyncpg
 from .ledger.errors import LedgerError
 from .ledger.inspector import Inspector
 from .ledger.keeper import describe_process
-from .ledger.overview import Overview
+from .ledger.overview import Limits, Overview, compile_overview
 from .ledger.store import StoreAway
 from .options import OPTIONS, PoolOptions, naming, refuse_timeout, validate_tag
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
-from .scheduling.limits import LimitsByTag
+from .pool.ledger_sessions import announce
 from .tagging import context_tag
 
 if TYPE_CHECKING:
@@ -113,11 +113,12 @@ class Started:
 
     def overview(self, registered: Iterable[str]) -> Overview:
         """Return the figures of all that share the budget, or of this process alone."""
-        stats, own, warnings = self.pool.stats(), self.pool.options, []
-        if own.ledger is not None:
-            inspector = Inspector(make_store(own.ledger, self._url, observes=True))
+        stats, ledger, warnings = self.pool.stats(), self.pool.options.ledger, []
+        own = Limits.of(self.pool.options)
+        if ledger is not None:
+            inspector = Inspector(make_store(ledger, self._url, observes=True))
             try:
-                return inspector.look(registered=registered)
+                return inspector.look(registered=registered, own=own)
             except StoreAway as error:
                 warnings = [f"the ledger is away: {error}"]
             except LedgerError as error:
@@ -125,22 +126,14 @@ class Started:
                     warnings = [str(error)]
             finally:
                 inspector.close()
-        rows, who = overview.condensed(stats.tags), {**describe_process()}
+        rows, who = overview.condensed(stats.tags), describe_process()
         tags, there = tuple(row.name for row in rows), stats.checked_out + stats.idle
-        now = who.pop("since")
-        process = overview.ProcessRow(**who, state="answers", tags=tags, open=there)
-        return overview.compile_overview(
-            [overview.Part(process, rows)],
-            overview.Limits(
-                own.pool_size,
-                own.capacity,
-                own.soft_limit,
-                own.max_limit,
-                tags=LimitsByTag(own.tags or {}),
-            ),
-            registered=registered,
-            warnings=warnings,
-            taken_at=now,
+        process = overview.ProcessRow(
+            *(who["host"], who["pid"], who["program"]), "answers", tags, open=there
+        )
+        parts = [overview.Part(process, rows)]
+        return compile_overview(
+            parts, own, registered=registered, warnings=warnings, taken_at=who["since"]
         )
 
 
@@ -257,6 +250,7 @@ class DynamicConnectionManager:
             else:
                 running = self._running[kind] = self._make(kind, url, options)
                 self._ended.discard(kind)
+                announce(running.pool, self._scrapers)
             return running
 
     def _make(self, kind: Kind, url: _Url, arguments: dict[str, Any]) -> Started:
@@ -309,11 +303,14 @@ class DynamicConnectionManager:
     # -- sessions -------------------------------------------------------------------
 
     def register_scraper(self, name: str) -> None:
-        """Have a scraper in the figures before its first session. Idempotent.
+        """Have a scraper in the figures of all processes, from the pool's start on.
 
         :raises sqlalchemy.exc.ArgumentError: if the name cannot be a tag.
         """
-        self._scrapers[validate_tag(name, "scraper")] = None
+        with self._lock:
+            self._scrapers[validate_tag(name, "scraper")] = None
+            for running in self._running.values():
+                announce(running.pool, [name])
 
     def get_session(
         self, name: str | None = None, **options: Any

@@ -109,11 +109,9 @@ def whole(least: int, why: str = "") -> _Check:
     return lambda name, value, known: _integer(name, value, least, math.inf, bounds)
 
 
-def _seconds(least: float) -> _Check:
-    allowed = f"seconds, at least {least:g} and at most {LONGEST_TIME:.0f}"
-    return lambda name, value, known: _between(
-        name, value, float, least, LONGEST_TIME, allowed
-    )
+def _seconds(least: float, most: float = LONGEST_TIME, of: str = "seconds") -> _Check:
+    allowed = f"{of}, at least {least:g} and at most {most:.0f}"
+    return lambda name, value, known: _between(name, value, float, least, most, allowed)
 
 
 _time = _seconds(SHORTEST_TIME)
@@ -397,6 +395,21 @@ class PoolOptions:
         _time,
         "seconds after which a checkout that waits for its own caller is refused",
         none="to look for no deadlocks",
+    )
+    failover_guard: bool = _option(
+        True,
+        read_switch,
+        "replace all connections when their server takes no writes any more",
+    )
+    reconnect_backoff: float = _option(
+        2.0,
+        _seconds(0, 5),
+        "longest pause between attempts to connect after a disconnect",
+    )
+    recycle_jitter: float = _option(
+        0.1,
+        _seconds(0, 1, "a part of pool_recycle"),
+        "connections live for `pool_recycle` less up to this part of it",
     )
     server_tag: bool = _option(
         False,

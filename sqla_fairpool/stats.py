@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from typing import Any
 
-__all__ = ["PoolStats", "Summary", "TagStats"]
+__all__ = ["LedgerStats", "PoolStats", "Summary", "TagStats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,24 @@ class Summary:
     def mean(self) -> float:
         """Average, 0.0 when nothing was counted."""
         return self.total / self.count if self.count else 0.0
+
+    @classmethod
+    def of(
+        cls,
+        bounds: Sequence[float],
+        counts: Sequence[int],
+        total: float,
+        longest: float,
+        *,
+        at_once: int = 0,
+    ) -> Summary:
+        """Return what was counted up to each bound, the last one infinite.
+
+        :param at_once: how many took no time, beside those in `counts`.
+        """
+        cumulated = list(accumulate(counts, initial=at_once))[1:]
+        buckets = tuple(zip((*bounds, float("inf")), cumulated, strict=True))
+        return cls(cumulated[-1], total, longest, buckets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +127,24 @@ SHARED: dict[str, Callable[[Sequence[Any]], Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
+class LedgerStats:
+    """A ledger as a member has seen it last, and what was counted by that member."""
+
+    #: Slots by state: ``owned`` by this pool, ``others``', ``free``, ``quarantined``.
+    #: Empty while the pool is no member: it has not needed a connection yet.
+    slots: Mapping[str, int] = field(default_factory=dict)
+    #: Pools that are members; None while this one is not.
+    members: int | None = None
+    #: Transactions of this pool in the ledger's store.
+    transactions: int | None = None
+    #: How long it took until a slot that is due to this pool was handed over, each time
+    #: that another pool had it.
+    handover_time: Summary = Summary()
+    #: Seconds for which this pool could not reach the ledger.
+    away_time: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PoolStats:
     """The pool at one moment, taken under one hold of its lock."""
 
@@ -139,8 +176,12 @@ class PoolStats:
     min_idle: int = 0
     #: False in a dry run.
     enforce: bool = True
+    #: Seconds for which no checkout has been served (`pool.pause()`), None else.
+    paused_for: float | None = None
     #: Connections closed, by reason.
     closures: Mapping[str, int] = field(default_factory=dict)
+    #: In `pool.metrics()` of a pool with a ledger, else None.
+    ledger: LedgerStats | None = None
 
     def tag(self, name: str) -> TagStats | None:
         """Return the row of tag `name`, None if the pool does not know it."""
@@ -150,14 +191,15 @@ class PoolStats:
         """Return everything as dicts, lists and numbers, ready for JSON."""
         plain = asdict(self)
         plain["tags"] = [_plain(row) for row in self.tags]
+        plain["ledger"] = self.ledger and _plain(self.ledger)
         return plain
 
 
-def _plain(row: TagStats) -> dict[str, Any]:
+def _plain(row: TagStats | LedgerStats) -> dict[str, Any]:
     plain = asdict(row)
-    for name in ("wait_time", "hold_time", "create_time", "would_wait"):
-        summary: Summary | None = getattr(row, name)
-        if summary is not None:
+    for name in plain:
+        summary = getattr(row, name)
+        if isinstance(summary, Summary):
             del plain[name]["buckets"]  # infinity is no JSON
             plain[name]["mean"] = summary.mean
     return plain

@@ -6,8 +6,8 @@ import argparse
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..ledger.inspector import LedgerReport, read
 from ..ledger.keeper import describe_process
 from ..ledger.overview_text import printable
 from ..ledger.postgres import PostgresStore
-from ..ledger.rows import Gone, Left, Member, Terms
+from ..ledger.rows import Left, Terms
 from ..ledger.store import StoreAway
 from ..ledger.watch import Present, look, still_there, unaccounted
 from ..options import OPTIONS, TERMS, PoolOptions, hide_passwords
@@ -174,8 +174,12 @@ def _opened(store: AnyStore) -> Iterator[AnyStore]:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    with _opened(find_store(arguments)[0]) as store:
+    meant, database = find_store(arguments)
+    with _opened(meant) as store:
         report = read(store)
+        if report.left() and report.book.server is not None:
+            with suppress(CommandError), _asking(database, store) as ask:
+                report = replace(report, present=ask())
     if arguments.json:
         print(json.dumps(report.as_dict(), indent=1))
     else:
@@ -206,10 +210,11 @@ def _lines(report: LedgerReport) -> Iterator[str]:
             f"its stated time: {hide_passwords(report.unasked)}"
         )
     for key, member in report.members:
-        state = " STOPPED" if member.stalled else ""
         if key not in report.living:
-            state = " DEAD"
-        yield f"  {_who(member.number, member)}{state}: {member.owned} slots"
+            continue
+        state = " STOPPED" if member.stalled else ""
+        who = f"#{member.number} {_describe(member.who)}"
+        yield f"  {who}{state}: {member.owned} slots"
         if asked := member.who.get("asked"):
             yield f"    asked for {printable(str(asked))}: the ledger has other limits"
         for tag, line in sorted(member.tags.items()):
@@ -218,14 +223,7 @@ def _lines(report: LedgerReport) -> Iterator[str]:
                 f"    {tag!r} at most {line.limit}{idle}; last posted: "
                 f"{line.in_use} in use, {line.waiting} waiting"
             )
-    for number, gone in sorted(book.gone.items()):
-        several = len(gone.sessions)
-        known = f"; {several} sessions are known" if several else ""
-        yield f"  {_who(number, gone)}: {gone.slots} in quarantine, {gone.why}{known}"
-
-
-def _who(number: int, row: Member | Gone) -> str:
-    return f"#{number} {_describe(row.who)}"
+    yield from (f"  #{row.number} {printable(str(row))}" for row in report.left())
 
 
 def _describe(who: Mapping[str, Any]) -> str:

@@ -12,11 +12,13 @@ import math
 import os
 import shutil
 import sys
+import threading
 import time
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from importlib.util import find_spec
 from typing import Any
 
+from ..ledger.overview import Overview
 from ..ledger.overview_text import lines, printable
 from . import EXIT_OK, CommandError
 from .ledger import add_places, find_store
@@ -28,6 +30,9 @@ _INTERVAL = 5.0
 #: Seconds after which a wait for an answer handles signals, on every system.
 _TICK = 0.2
 
+#: Seconds that a scrape waits for a look: less than Prometheus waits, 10.
+_SCRAPE = 5.0
+
 _EPILOG = """\
 examples:
   sqla-fairpool monitor                       every 5 seconds
@@ -35,6 +40,7 @@ examples:
   sqla-fairpool monitor --ledger /run/scrapers/app.ledger
   watch sqla-fairpool monitor --once
   sqla-fairpool monitor 60 --json >> pool.jsonl
+  sqla-fairpool monitor --prometheus 9187   for Prometheus, on port 9187
 
 keys: q quit, p pause, s sort, + and - interval; up and down choose a scraper, d or
 Enter shows it in detail, Esc all of them again; left and right scroll
@@ -68,13 +74,20 @@ def add_command(commands: Any) -> None:
         help="from one look to the next (default: %(default)g)",
     )
     parser.add_argument("--once", action="store_true", help="look once, as plain text")
+    parser.add_argument(
+        "--prometheus",
+        type=_address,
+        metavar="[HOST:]PORT",
+        help="serve the figures to Prometheus, on all interfaces without HOST; each "
+        "scrape is a look",
+    )
     stats = commands.add_parser(
         "stats",
         help="tell once who has the connections",
         description="Tell once who has the connections, as monitor --once does.",
         epilog="examples:\n  sqla-fairpool stats\n  sqla-fairpool stats --json",
     )
-    stats.set_defaults(once=True, seconds=_INTERVAL)
+    stats.set_defaults(once=True, seconds=_INTERVAL, prometheus=None)
     what = "for programs: one JSON document per look, each on a line if not once"
     for command in (parser, stats):
         command.set_defaults(run=run)
@@ -94,11 +107,20 @@ def _seconds(value: str) -> float:
     return number
 
 
+def _address(value: str) -> tuple[str, int]:
+    host, _, port = value.rpartition(":")
+    if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise argparse.ArgumentTypeError(f"{value!r} is not [HOST:]PORT")
+    return host.strip("[]") or "0.0.0.0", int(port)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Run the monitor, return the exit status.
 
     :raises CommandError: if there is nothing to watch.
     """
+    if arguments.prometheus is not None:
+        return _export(arguments)
     is_live = not (arguments.once or arguments.json) and _has_terminal()
     if is_live and find_spec("textual") is None:
         raise CommandError(
@@ -176,3 +198,61 @@ def _document(picture: Picture, indent: int | None) -> str:
             document["server"] = picture.server.as_dict()
     # DEL is the one control character that json leaves as it is.
     return json.dumps(document, indent=indent).replace("\x7f", "\\u007f")
+
+
+# -- for Prometheus --------------------------------------------------------------------
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    """Serve what is seen at each scrape, until a signal."""
+    if arguments.once or arguments.json:
+        raise CommandError("--prometheus goes with neither --once nor --json")
+    if find_spec("prometheus_client") is None:
+        raise CommandError(
+            "prometheus_client not installed: pip install 'sqla-fairpool[prometheus]'"
+        )
+    from prometheus_client import CollectorRegistry, start_http_server
+
+    from ..prometheus import OverviewCollector
+
+    store, _ = find_store(arguments)
+    poller = Poller(store, None)
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(OverviewCollector(store.name, _Looks(poller)))
+    host, port = arguments.prometheus
+    at = f"[{host}]" if ":" in host else host
+    try:
+        server, _ = start_http_server(port, host, registry)
+    except OSError as error:
+        what = f"cannot listen at {at}:{port}"
+        raise CommandError(f"{what}: {error.strerror or error}") from None
+    try:
+        at = f"http://{at}:{server.server_port}/metrics"
+        print(f"ledger {printable(store.name)}: {at}", flush=True)
+        while True:
+            time.sleep(3600.0)
+    finally:
+        server.shutdown()
+        server.server_close()
+        poller.close()
+
+
+class _Looks:
+    """Returns what is seen now; what takes too long goes on for the next caller.
+
+    For several threads.
+    """
+
+    def __init__(self, poller: Poller) -> None:
+        self._poller = poller
+        self._lock = threading.Lock()
+        self._looking: Future[Picture] | None = None
+
+    def __call__(self) -> Overview | None:
+        with self._lock:
+            if self._looking is None or self._looking.done():
+                self._looking = self._poller.start()
+            looking = self._looking
+        wait([looking], _SCRAPE)
+        picture = looking.result() if looking.done() else Picture(trouble="no answer")
+        return picture.overview if picture.trouble is None else None

@@ -107,8 +107,10 @@ class Poller:
                 text = f"the ledger is away: {text}"
             self._last = Picture(last.overview, last.server, last.seen_at, text)
         else:
-            now = self._clock()
-            self._last = Picture(overview, self._ask_server(overview), now)
+            now, server = self._clock(), self._ask_server(overview)
+            if server is not None and None is not server.name == self._inspector.server:
+                overview = overview.with_sessions(server.members)
+            self._last = Picture(overview, server, now)
         return self._last
 
     def _ask_server(self, overview: Overview) -> ServerFigures | None:

@@ -30,8 +30,12 @@ from ..ledger.addresses import (
     needs_database,
 )
 from ..ledger.errors import LedgerError
+from ..ledger.inspector import read
+from ..ledger.rows import Terms
+from ..ledger.store import StoreAway
 from ..options import OPTIONS, PoolOptions, hide_passwords, naming, validate_tag
 from . import EXIT_SIGNAL, CommandError, contents, one_line
+from .ledger import AnyStore, require_file
 from .server import ask_room, connected, missing_driver, need
 
 _EPILOG = """\
@@ -179,10 +183,37 @@ def _checked(
     with naming({name: _flag(name) for name in given}):
         options = settings.with_arguments(given)
         ledger = options["ledger"]
+        pool = PoolOptions.among(options)
         if ledger is not None and (url is not None or not needs_database(ledger)):
             with settings.naming(given):
-                make_store(ledger, url).close()
-        return PoolOptions.among(options)
+                store = make_store(ledger, url, observes=True)
+            _compare(store, pool)
+        return pool
+
+
+def _compare(store: AnyStore, pool: PoolOptions) -> None:
+    """Tell if those that use the ledger now have other limits than this script's."""
+    try:
+        require_file(store)
+        store.open()
+        report = read(store)
+    except (StoreAway, LedgerError):
+        return  # the script's pool waits for it, or says what is wrong
+    finally:
+        store.close()
+    ours, theirs = Terms(**pool.terms), report.book.terms
+    if report.living and ours != theirs:
+        there, here = theirs.differences(ours), ours.differences(theirs)
+        say(
+            f"the ledger {store.name} is in use with {_as_flags(there)}: these limits "
+            f"are in force, not {_as_flags(here)}"
+        )
+
+
+def _as_flags(terms: str) -> str:
+    # A pool of the launcher has no overflow.
+    terms = terms.replace("capacity=", "pool_size=")
+    return re.sub(r"(\w+)=", lambda match: f"{_flag(match[1])} ", terms)
 
 
 def _tag(arguments: argparse.Namespace, name: str) -> str:

@@ -21,6 +21,7 @@ from ..ledger.addresses import database_place, with_threads_driver
 from ..ledger.overview import Overview
 from ..ledger.overview_text import printable, seconds_text
 from ..ledger.rows import Session
+from ..ledger.watch import SERVER
 from ..options import hide_passwords
 from . import CommandError, one_line
 
@@ -34,17 +35,17 @@ LONG_IDLE = 60.0
 #: Bytes that PostgreSQL keeps of an application_name.
 _NAME_BYTES = 63
 
-# Superusers' and others' reserved slots are not for the role; neither are those that
-# other roles have now. The first comes with PostgreSQL 16. Of others' sessions a role
-# may see whose they are and in which database, and not what they are.
-_ROOM = text("""
+# Reserved slots, some from PostgreSQL 16 on, are not for the role; neither are those
+# that other roles have now. Of those it may see whose they are and in which database.
+_ROOM = text(f"""
     SELECT current_setting('max_connections')::int AS max_connections,
         coalesce(current_setting('reserved_connections', true)::int, 0)
         + current_setting('superuser_reserved_connections')::int AS reserved,
         (SELECT count(*) FROM pg_stat_activity
          WHERE usename <> current_user AND datid IS NOT NULL
          AND coalesce(backend_type, 'client backend') = 'client backend') AS others,
-        rolname AS role, rolsuper AS is_superuser, nullif(rolconnlimit, -1) AS limit
+        rolname AS role, rolsuper AS is_superuser, nullif(rolconnlimit, -1) AS limit,
+        {SERVER} AS server
     FROM pg_roles WHERE rolname = current_user
 """)
 
@@ -173,6 +174,7 @@ class Room:
     is_superuser: bool
     #: The role's own limit, None without one.
     limit: int | None
+    server: str | None = None
 
     def problems(self, wanted: int, of_role: int) -> Iterator[str]:
         """Yield, a line each, what stands against so many connections.
@@ -244,6 +246,7 @@ class ServerFigures:
     control: int = 0
     others: int = 0
     max_connections: int = 0
+    name: str | None = None
     #: Members use connections, and none of those is on this server.
     is_elsewhere: bool = False
     warnings: tuple[str, ...] = ()
@@ -351,6 +354,7 @@ def count(
         control=control,
         others=others,
         max_connections=room.max_connections,
+        name=room.server,
         is_elsewhere=overview.checked_out > 0 and not members,
         warnings=(
             *room.problems(capacity + control, capacity),

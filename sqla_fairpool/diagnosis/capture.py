@@ -27,7 +27,7 @@ from .callers import (
     has_ended,
     locations,
 )
-from .report import Diagnosis, Holding
+from .report import Diagnosis, Holding, Others
 
 #: Holders whose present location in the code is looked up: that takes time, and a
 #: message names no more.
@@ -133,8 +133,9 @@ class Pool(Protocol):
     #: The records in the pool, and how many of them are open.
     def count_idle(self) -> tuple[int, int]: ...
 
-    #: What a ledger allots, and why it cannot be reached; None without.
-    def allotment(self) -> tuple[int | None, str | None]: ...
+    #: What a ledger allots, and why it cannot be reached; None without. And what
+    #: returns what it tells of others.
+    def allotment(self) -> tuple[int | None, str | None, Callable[[], Others]]: ...
 
 
 class Capture(NamedTuple):
@@ -146,6 +147,8 @@ class Capture(NamedTuple):
     figures: Diagnosis
     out: Sequence[Out]
     waiting: Collection[Caller | None]
+    active: frozenset[str]
+    others: Callable[[], Others]
 
     def diagnose(self, frames: Iterable[FrameType]) -> Diagnosis:
         """Return the facts, without the lock; `frames` are the waiting caller's."""
@@ -154,7 +157,14 @@ class Capture(NamedTuple):
             for n, out in enumerate(sorted(self.out, key=lambda out: out.since))
         ]
         asked_at = describe_location(locations(frames))
-        return replace(self.figures, holdings=tuple(holdings), asked_at=asked_at)
+        others = self.others()
+        return replace(
+            self.figures,
+            active_tags=len(self.active | others.active_tags),
+            holdings=tuple(holdings),
+            asked_at=asked_at,
+            elsewhere=others.holders,
+        )
 
 
 def capture(pool: Pool, checkout: Checkout, now: float) -> Capture:
@@ -162,7 +172,9 @@ def capture(pool: Pool, checkout: Checkout, now: float) -> Capture:
     scheduler, tag_state = pool.scheduler, checkout.tag_state
     tag_states = scheduler.tags.tag_states.values()
     holders = [(other.tag, other.in_use) for other in tag_states if other.in_use]
-    allotted, trouble = pool.allotment()
+    active = frozenset(other.tag for other in tag_states if other.active)
+    allotted, trouble, others = pool.allotment()
+    paused_at = scheduler.tags.paused_at
     figures = Diagnosis(
         tag=tag_state.tag,
         waited=now - checkout.since,
@@ -170,7 +182,7 @@ def capture(pool: Pool, checkout: Checkout, now: float) -> Capture:
         ceiling=scheduler.ceiling(tag_state),
         waiting=tag_state.waiting,
         position=scheduler.place(cast(Ticket, checkout)),
-        active_tags=scheduler.tags.active,
+        active_tags=len(active),
         pool_in_use=scheduler.in_use,
         capacity=pool.options.capacity,
         idle=pool.count_idle()[0],
@@ -178,11 +190,14 @@ def capture(pool: Pool, checkout: Checkout, now: float) -> Capture:
         holdings=(),
         allotted=allotted,
         ledger_trouble=trouble,
+        uncounted=tuple(tag for tag, _ in holders if tag not in active),
         weight=tag_state.weight,
         max=tag_state.limits.max,
         reserved=tag_state.reserved,
         usage=scheduler.usage.seconds(tag_state, now),
         kept_free=scheduler.kept_free,
+        paused_for=None if paused_at is None else now - paused_at,
     )
     waiting = {other.holder for other in pool.checkouts_waiting()}
-    return Capture(now, checkout.holder, figures, pool.checkouts_out(), waiting)
+    out = pool.checkouts_out()
+    return Capture(now, checkout.holder, figures, out, waiting, active, others)

@@ -12,19 +12,20 @@ pool's.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 from ..background import start_thread
 from .callers import describe_stack
 from .capture import Checkout, Out, Pool
-from .report import describe_holders, duration
+from .report import Elsewhere, describe_holders, duration
 
 #: Seconds without a waiting caller after which an exhaustion is over. A pool that works
 #: at its limit runs empty many times a second, and that is one exhaustion.
@@ -48,6 +49,8 @@ class EventLog:
         self._later = later
         # Since when the pool is exhausted, and when a caller last had to wait.
         self._since = self._last = math.inf
+        # With a ledger: tags that have become active, or idle, since it was read.
+        self._changed: dict[str, bool] = {}
         # How many callers had had to wait at the last look.
         self._waits = 0
         #: When it has to be looked if the exhaustion is over.
@@ -66,13 +69,45 @@ class EventLog:
             now = f"{is_one} may have {ceiling}"
         self._log("Tag %r is %s: %s", tag, "active" if active else "idle", now)
 
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[deque[Callable[[], object]]]:
+        """Collect what is to be done after the lock, for a thread of the ledger's.
+
+        That does nothing else which is left for after the lock of a pool of tasks.
+        """
+        later, self._later = self._later, deque()
+        try:
+            yield self._later
+        finally:
+            self._later = later
+
+    def will_change(self, tag: str, active: bool, *_: int) -> None:
+        """As :meth:`changed`, with numbers that only the ledger knows."""
+        if self._changed.pop(tag, active) == active:  # else it is as it was
+            self._changed[tag] = active
+
+    def change(self, count: int, ceiling: int) -> None:
+        """Log what has changed: `count` tags are active now in all processes."""
+        while self._changed:
+            tag = next(iter(self._changed))
+            self.changed(tag, self._changed.pop(tag), count, ceiling)
+
+    @property
+    def has_changes(self) -> bool:
+        return bool(self._changed)
+
     def begin(
-        self, tag: str, now: float, capacity: int, holders: list[tuple[str, int]]
+        self,
+        tag: str,
+        now: float,
+        capacity: int,
+        holders: list[tuple[str, int]],
+        elsewhere: Sequence[Elsewhere] = (),
     ) -> None:
         """Log that a caller has to wait because all slots are in use."""
         self._since = self._last = now
         self.next_look = now + _OVER_AFTER
-        held = describe_holders(holders)
+        held = describe_holders(holders, elsewhere)
         text = "Pool exhausted: tag %r has to wait, all %d connections are in use; %s"
         self._log(text, tag, capacity, held)
 

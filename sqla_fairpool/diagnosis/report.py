@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 #: Holders named in a message; the others are summed up. Six fit on a line.
 _HOLDERS_NAMED = 6
@@ -68,6 +69,37 @@ class Holding:
 
 
 @dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Connections of another process that shares the ledger, by what it has posted."""
+
+    #: None for those that no caller uses.
+    tag: str | None
+    connections: int
+    program: str
+    host: str
+    pid: int | None
+    #: ``in use``; ``unused``, so that it gives them back; ``in quarantine``, since it
+    #: has ended or lost them.
+    state: str = "in use"
+
+    def __str__(self) -> str:
+        what = self.state if self.tag is None else self.tag
+        return f"{what}={self.connections} in {self.program} ({self.host}:{self.pid})"
+
+
+class Others(NamedTuple):
+    """What a ledger tells of other processes: the largest holders first."""
+
+    holders: tuple[Elsewhere, ...] = ()
+    active_tags: frozenset[str] = frozenset()
+
+    @property
+    def number(self) -> int:
+        """Connections that none of this process can have now."""
+        return sum(h.connections for h in self.holders if h.state != "unused")
+
+
+@dataclass(frozen=True, slots=True)
 class Diagnosis:
     """What the pool looked like when a checkout was given up."""
 
@@ -80,7 +112,7 @@ class Diagnosis:
     ceiling: int
     waiting: int
     position: int
-    #: How many tags were active: the reason for the ceiling.
+    #: How many tags were active, in all processes: the reason for the ceiling.
     active_tags: int
     #: The pool's slots in use, how many there are, connections in the pool.
     pool_in_use: int
@@ -96,6 +128,10 @@ class Diagnosis:
     #: not be reached, if it could not.
     allotted: int | None = None
     ledger_trouble: str | None = None
+    #: With a ledger: connections of other processes, the largest holders first.
+    elsewhere: tuple[Elsewhere, ...] = ()
+    #: Tags that hold connections and are not active.
+    uncounted: tuple[str, ...] = ()
     #: What the tag has of its own, and the connection-seconds that it used lately.
     weight: float = 1.0
     max: int | None = None
@@ -103,6 +139,8 @@ class Diagnosis:
     usage: float = 0.0
     #: Connections that are free, and reserved for other tags.
     kept_free: int = 0
+    #: Seconds since `pool.pause()`, None if the pool was not paused.
+    paused_for: float | None = None
 
     def __str__(self) -> str:
         oldest = "; ".join(map(str, self.oldest[:_OLDEST_NAMED]))
@@ -112,12 +150,19 @@ class Diagnosis:
     @property
     def figures(self) -> str:
         """The counts, on one line."""
+        paused = "" if self.paused_for is None else "paused "
         return (
             f"tag {self.tag!r} in_use={self.in_use} ceiling={self.ceiling} "
             f"waiting={self.waiting} position={self.position}{self._own}; "
-            f"pool in_use={self.pool_in_use}/{self.capacity} idle={self.idle} "
-            f"active_tags={self.active_tags}; {describe_holders(self.holders)}"
+            f"pool {paused}in_use={self.pool_in_use}/{self.capacity} idle={self.idle} "
+            f"active_tags={self.active_tags}{self._uncounted}; "
+            f"{describe_holders(self.holders, self.elsewhere)}"
         )
+
+    @property
+    def _uncounted(self) -> str:
+        tags = ", ".join(map(repr, self.uncounted[:_HOLDERS_NAMED]))
+        return f" (uncounted: {tags}, without a statement lately)" if tags else ""
 
     @property
     def _own(self) -> str:
@@ -170,6 +215,14 @@ class Diagnosis:
 # -- one sentence of advice: each yields its own if that fits the case -----------------
 
 
+def _paused(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
+    if case.paused_for is not None:
+        yield (
+            f"the pool was paused {duration(case.paused_for)} ago, and serves again "
+            "after pool.resume()"
+        )
+
+
 def _only_nested(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
     alone = all(h.own or h.waits for h in held) and not case.without_caller
     if alone and (case.at_ceiling or not case.goes_short):
@@ -195,10 +248,11 @@ def _no_ledger(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
 
 def _other_processes(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
     if case.goes_short:
+        most = f", most of them {case.elsewhere[0]}" if case.elsewhere else ""
         yield (
             f"the ledger lets this process have {case.allotted} of {case.capacity} "
-            "connections now, the others are other processes': sqla-fairpool monitor "
-            "shows whose"
+            f"connections now, the others are other processes'{most}: sqla-fairpool "
+            "monitor shows whose"
         )
 
 
@@ -287,6 +341,7 @@ def _are_most(some: Sequence[Holding], held: Sequence[Holding]) -> bool:
 
 #: What an advice may be about; the first that fits is given. The last one always does.
 _ADVICE = (
+    _paused,
     _only_nested,
     _no_ledger,
     _connecting,
@@ -309,10 +364,22 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
 
 
-def describe_holders(holders: Sequence[tuple[str, int]]) -> str:
-    """Return ``held by web=12 jobs=6``, the largest holders first."""
+def describe_holders(
+    holders: Sequence[tuple[str, int]], elsewhere: Sequence[Elsewhere] = ()
+) -> str:
+    """Return ``held by web=12 jobs=6``, the largest holders first.
+
+    With other processes: ``held by web=12 here, jobs=6 in a.py (host1:4711)``.
+    """
     ordered = sorted(holders, key=lambda holder: (-holder[1], holder[0]))
     named = [f"{tag}={in_use}" for tag, in_use in ordered[:_HOLDERS_NAMED]]
     if rest := ordered[_HOLDERS_NAMED:]:
         named.append(f"and {len(rest)} more tags={sum(n for _, n in rest)}")
-    return "held by " + (" ".join(named) or "no tag")
+    here = " ".join(named)
+    if not elsewhere:
+        return f"held by {here or 'no tag'}"
+    others = [f"{here} here"] if here else []
+    others += map(str, elsewhere[:_HOLDERS_NAMED])
+    if more := elsewhere[_HOLDERS_NAMED:]:
+        others.append(f"and {sum(one.connections for one in more)} more elsewhere")
+    return f"held by {', '.join(others)}"

@@ -72,7 +72,7 @@ def make_store(
             needed = "a path, where no URL says which database"
             raise BadOption("ledger", ledger, needed)
         if ledger == "host":
-            return HostStore(default_path(database))
+            return HostStore(default_path(database), makes_directory=True)
         return _in_database(ledger, database, observes)
     if "://" in ledger:
         try:

@@ -18,6 +18,7 @@ from .errors import LedgerError, RowBroken, ServerDiffers
 from .rows import (
     DUE,
     GONE,
+    LOST,
     MEMBER,
     META,
     PROTOCOL,
@@ -296,17 +297,22 @@ class Book:
         del self.members[key], self._rows[member_key(key)], self.texts[key]
 
     def quarantine(
-        self, key: str, lost: Sequence[Session | None], why: str = "lost connections"
+        self,
+        key: str,
+        lost: Sequence[Session | None],
+        why: str = LOST,
+        *,
+        open_: int = 0,
     ) -> list[Session | None]:
         """Put slots of a living member into quarantine, under a number of its own.
 
         Return those of `lost` for which a slot is there now: all, or none while it owns
-        too few.
+        too few for them and for what it has `open_` beside them.
         """
         known = self.in_quarantine
         new = [session for session in lost if session not in known]
         member = self.members[key]
-        if member.owned < len(new):
+        if member.owned < len(new) + open_:
             return []
         if new:
             sessions = [session for session in new if session is not None]

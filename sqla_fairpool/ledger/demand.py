@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from ..scheduling.counters import Histogram
 from .errors import LedgerError
 from .rows import Gone, Member, Session, TagDemand, Terms
 
@@ -56,6 +57,9 @@ class Local(Protocol):
 
     def close_surplus(self) -> None:
         """Close idle connections above the allotment."""
+
+    def read(self, rows: Mapping[str, str], member: str) -> None:
+        """Note the ledger's rows in the last transaction, and who this process is."""
 
     def adopt(self, terms: Terms) -> None:
         """Have the ledger's limits in force, in the place of those asked for."""
@@ -248,6 +252,9 @@ class Demand:
         self._gone_since: float | None = None
         self._had_since: dict[str, float] = {}
         self._turn = pace.turn
+        #: How long each slot took that is due here and was another member's.
+        self.handovers = Histogram()
+        self._due_since: float | None = None
         # When the pool was asked last, and is to be asked again.
         self._asked_at = self._ask_at = float("-inf")
 
@@ -313,7 +320,13 @@ class Demand:
         return [t for t, s in self._had_since.items() if _over(s, self._turn, now)]
 
     def note(self, allotment: Allotment, now: float) -> None:
-        old = self.allotment.row.tags if self.allotment else {}
+        before = self.allotment.row if self.allotment else Member(0)
+        old, row = before.tags, allotment.row
+        if self._due_since is not None:
+            for _ in range(row.owned - before.owned):
+                self.handovers.add(now - self._due_since)
+        is_due = row.owned < allotment.target and allotment.fresh is None
+        self._due_since = _since(self._due_since, is_due, now)
         self.allotment = allotment
         self._slack_since = self._gone_since = None
         self._turn = self._pace.turn_length(allotment.turns)

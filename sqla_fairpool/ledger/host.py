@@ -66,7 +66,10 @@ _RING, _NUDGE, _ASK = b"r", b"n", b"a"
 
 
 class HostStore(Store):
-    """See the head of this file, and :class:`.store.Store` for the methods."""
+    """See the head of this file, and :class:`.store.Store` for the methods.
+
+    :param makes_directory: of a default place; another one is there, or mistyped.
+    """
 
     kind = "host"
     #: The kernel loses no sign, but the file may go away.
@@ -74,10 +77,12 @@ class HostStore(Store):
     watches_place = True
     control_connections = 0
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], makes_directory: bool = False
+    ) -> None:
         self._path = Path(path).absolute()
         self.name = str(self._path)
-        self._file = LedgerFile(self._path)
+        self._file = LedgerFile(self._path, makes_directory)
         self._members = Path(f"{self._path}.members")
         self._begin()
         _stores.add(self)

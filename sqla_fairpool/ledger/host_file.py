@@ -111,10 +111,15 @@ def share(path: Path, mode: int, like: os.stat_result) -> None:
 
 
 class LedgerFile:
-    """See the head of this file. Not for several threads at once."""
+    """See the head of this file. Not for several threads at once.
 
-    def __init__(self, path: Path) -> None:
+    :param makes_directory: the file's directory is made if it is not there. Else only
+      if it has vanished since the file was opened.
+    """
+
+    def __init__(self, path: Path, makes_directory: bool = False) -> None:
         self._path = path
+        self._makes_directory = makes_directory
         self.name = str(path)
         #: The file without symbolic links; what lies beside it lies beside this.
         self.real = path
@@ -183,6 +188,11 @@ class LedgerFile:
 
     def _open(self) -> None:
         self.real = Path(os.path.realpath(self._path))
+        if not (self._makes_directory or self.real.parent.exists()):
+            raise LedgerError(
+                f"the directory {self.real.parent} does not exist: make it, or mend "
+                f"the path of the ledger {self.name}"
+            )
         self.real.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with no_fork:
             try:
@@ -195,6 +205,7 @@ class LedgerFile:
         if not stat.S_ISREG(os.fstat(self._handle).st_mode):
             self.close()
             raise LedgerError(f"the ledger {self.name} is not a file")
+        self._makes_directory = True
 
     def connect(self, *, repair: bool) -> None:
         """Let SQLite open the file; make the tables, or check or `repair` them."""

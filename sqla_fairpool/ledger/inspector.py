@@ -17,11 +17,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..diagnosis.report import Elsewhere, Others
 from ..scheduling import policy
 from ..stats import TagStats
 from .book import Book
 from .errors import LedgerError
 from .overview import (
+    LeftRow,
     Limits,
     Overview,
     Part,
@@ -30,8 +32,10 @@ from .overview import (
     decode,
     utc_now,
 )
-from .rows import Member, Session, limits_of_tags
+from .overview_text import printable
+from .rows import Gone, Member, Session, among, limits_of_tags
 from .store import Store
+from .watch import Present
 
 #: Seconds that members have for an answer. They take a millisecond or two; a process
 #: that computes in many threads lets its keeper wait for its turn.
@@ -51,6 +55,8 @@ class LedgerReport:
     book: Book
     targets: Mapping[str, int]
     living: Collection[str]
+    #: The sessions at the server, if it was asked.
+    present: Present | None = None
 
     @property
     def members(self) -> list[tuple[str, Member]]:
@@ -61,6 +67,28 @@ class LedgerReport:
     def unasked(self) -> str | None:
         """Why a member cannot ask the server what is to be freed of the quarantines."""
         return next((m.unasked for _, m in self.members if m.unasked), None)
+
+    def is_free(self, row: Member | Gone) -> bool:
+        """Tell if no session can have the slots of a row that nobody answers for."""
+        if self.book.server is None:  # nobody can ask it
+            return not self.living
+        present = self.present
+        return (
+            present is not None
+            and present.server == self.book.server
+            and not among(row.sessions, present.sessions)
+        )
+
+    def left(self) -> list[LeftRow]:
+        """Return the slots of dead members, and those in quarantine."""
+        return [
+            LeftRow(row.number, row.owned, _who(row), is_free=self.is_free(row))
+            for key, row in self.members
+            if key not in self.living
+        ] + [
+            LeftRow(number, gone.slots, _who(gone), gone.why, self.is_free(gone))
+            for number, gone in sorted(self.book.gone.items())
+        ]
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as dicts, lists and numbers, ready for JSON."""
@@ -145,6 +173,8 @@ class Inspector:
         #: The server sessions that were in a row at the last look, and the number of
         #: the member, or the quarantine, whose row that was.
         self.sessions: Mapping[Session, int] = {}
+        #: At which server they are, once it is known.
+        self.server: str | None = None
         # Who did not answer, and what they had said before.
         self._silent: dict[str, str | None] = {}
 
@@ -152,8 +182,13 @@ class Inspector:
     def name(self) -> str:
         return self._store.name
 
-    def look(self, *, registered: Iterable[str] = ()) -> Overview:
+    def look(
+        self, *, registered: Iterable[str] = (), own: Limits | None = None
+    ) -> Overview:
         """Return the picture of this moment. See :func:`.compile_overview`.
+
+        :param own: the limits of the one who asks: while no member lives, those in the
+          ledger are of a former run, and who joins first sets others.
 
         :raises StoreAway: if the ledger cannot be reached now.
         :raises LedgerError: if it cannot be used, or has no member yet.
@@ -165,28 +200,27 @@ class Inspector:
         # After the answers: sessions that they tell of are posted by then.
         report = read(self._store)
         book = report.book
+        self.server = book.server
         posted = [(gone.sessions, number) for number, gone in book.gone.items()]
         posted += [(row.sessions, row.number) for row in book.members.values()]
         self.sessions = {one: number for several, number in posted for one in several}
-        dead = [row.owned for key, row in report.members if key not in report.living]
+        terms = book.terms
         sizes = [figures["size"] for figures in said.values() if "size" in figures]
         return compile_overview(
             [
                 self._part(key, row, key in report.living, said.get(key))
                 for key, row in report.members
             ],
-            Limits(
-                size=max(sizes, default=book.terms.capacity),
-                capacity=book.terms.capacity,
-                soft_limit=book.terms.soft_limit,
-                max_limit=book.terms.max_limit,
-                tags=limits_of_tags(book.terms.tags),
-                # The slots of the dead are to be in quarantine in a moment.
-                quarantined=book.quarantined + sum(dead),
+            own
+            if own is not None and not report.living
+            else Limits(
+                max(sizes, default=terms.capacity),
+                *(terms.capacity, terms.soft_limit, terms.max_limit),
+                tags=limits_of_tags(terms.tags),
             ),
             ledger=report.name,
             registered=registered,
-            warnings=_quarantines(book),
+            left=report.left(),
             taken_at=utc_now(),
         )
 
@@ -251,7 +285,37 @@ def _posted(member: Member) -> list[TagStats]:
     ]
 
 
-def _quarantines(book: Book) -> Iterable[str]:
-    for _, gone in sorted(book.gone.items()):
-        host, pid, program = (gone.who.get(n, "?") for n in ("host", "pid", "program"))
-        yield f"{gone.slots} slots in quarantine: {program} ({host}:{pid}) {gone.why}"
+def others(rows: Mapping[str, str], me: str) -> Others:
+    """Return what the rows of a ledger say of all processes but one, the largest first.
+
+    Nothing of what cannot be read.
+    """
+    try:
+        book = Book(dict(rows))
+        members = [row for key, row in book.members.items() if key != me]
+        gone = book.gone.values()
+    except LedgerError:
+        return Others()
+    found = []
+    for row in members:
+        stats = _posted(row)
+        found += [_elsewhere(row, s.connections, s.name) for s in stats]
+        unused = row.owned - sum(s.connections for s in stats)
+        found.append(_elsewhere(row, unused, state="unused"))
+    found += [_elsewhere(row, row.slots, state="in quarantine") for row in gone]
+    holders = [one for one in found if one.connections > 0]
+    holders.sort(key=lambda one: -one.connections)
+    active = {tag for row in members for tag, line in row.tags.items() if line.active}
+    return Others(tuple(holders), frozenset(active))
+
+
+def _elsewhere(
+    row: Member | Gone, number: int, tag: str | None = None, state: str = "in use"
+) -> Elsewhere:
+    host, program = (printable(str(row.who.get(n, "?"))) for n in ("host", "program"))
+    return Elsewhere(tag, number, program, host, row.who.get("pid"), state)
+
+
+def _who(row: Member | Gone) -> str:
+    parts = {name: row.who.get(name, "?") for name in ("host", "pid", "program")}
+    return "{program} ({host}:{pid})".format(**parts)

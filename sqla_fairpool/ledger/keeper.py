@@ -10,6 +10,7 @@ grows, and the pool's shrinking goes on by itself; giving back follows.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import random
@@ -17,12 +18,14 @@ import socket
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from ..background import start_thread
+from ..stats import LedgerStats
 from .demand import Local, Pace
 from .errors import LedgerError
 from .member import Membership
@@ -112,12 +115,27 @@ class Keeper:
         self._new_terms: deque[Terms] = deque(maxlen=1)
         # To be called when the row is as the pool was then, see `post`.
         self._posts: deque[Callable[[bool], None]] = deque()
-        #: Since when the store does not answer, and why; or why we are refused.
-        self.away_since: float | None = None
+        # Seconds for which the store did not answer, and since when it does not: in one
+        # object, for other threads.
+        self._away: tuple[float, float | None] = 0.0, None
+        #: Why it does not, or why we are refused.
         self.trouble: str | None = None
         # How often in a row that did not work, and when to try again.
         self._failures = 0
         self._retry_at = 0.0
+
+    @property
+    def away_since(self) -> float | None:
+        """Since when the store does not answer."""
+        return self._away[1]
+
+    def stats(self) -> LedgerStats:
+        """Return what is known of the ledger. From any thread."""
+        return self.member.stats(self._away_time())
+
+    def _away_time(self) -> float:
+        away, since = self._away
+        return away if since is None else away + max(self._clock() - since, 0.0)
 
     @property
     def pressed(self) -> bool:
@@ -173,6 +191,8 @@ class Keeper:
     def _start(self) -> None:
         # It may be interrupted anywhere: the next caller starts another thread, which
         # ends at once if it is not the first.
+        _started.add(self)
+        _leave_before_exit()
         start_thread(self._run, "sqla_fairpool-keeper", self._not_started)
 
     def _not_started(self) -> None:
@@ -265,8 +285,9 @@ class Keeper:
                 allotment = self.member.allotment
                 has_posted = allotment is not None and allotment.covered
                 if self.member.transactions > transactions:
-                    self.away_since = self.trouble = None
+                    self._away, self.trouble = (self._away_time(), None), None
                     self._failures = 0
+                    self._local.read(self.member.rows, self._store.member)
         except LedgerError as error:
             self._refuse(error, now)
         except Exception as error:
@@ -289,7 +310,7 @@ class Keeper:
         if not isinstance(error, StoreAway):
             _log.error("the ledger %s: %r", self._store.name, error, exc_info=error)
         if self.away_since is None:
-            self.away_since = now
+            self._away = self._away[0], now
             _log.warning("the ledger %s is away: %s", self._store.name, error)
         self.trouble = str(error)
         self.member.away()
@@ -304,7 +325,38 @@ class Keeper:
         allotment = self.member.allotment
         if allotment is None:
             self.member.exclude()
+        else:
+            self.member.away()  # to be opened again: the store may have closed it
         if allotment is None or not allotment.row.owned:
             self._local.refuse(error)
         elif trouble != self.trouble:
             _log.warning("the ledger %s cannot be used: %s", self._store.name, error)
+
+
+# -- leaving in good order -------------------------------------------------------------
+
+# Those that are to leave before the process ends.
+_started: weakref.WeakSet[Keeper] = weakref.WeakSet()
+
+
+@atexit.register
+def _leave_all(**_: object) -> None:
+    for keeper in list(_started):
+        keeper.close()
+
+
+def _leave_before_exit() -> None:
+    """Have them leave also in children that end by ``os._exit()``, without ``atexit``.
+
+    In children only: elsewhere, functions of the user's that ``atexit`` calls may need
+    connections after multiprocessing's finalizers.
+    """
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and process.parent_process() is not None:
+        from multiprocessing.util import Finalize
+
+        # Below 0: after the child has joined those of its own.
+        Finalize(None, _leave_all, exitpriority=-1)
+    signals = sys.modules.get("celery.signals")
+    if signals is not None:  # its workers leave multiprocessing's finalizers out
+        signals.worker_process_shutdown.connect(_leave_all, weak=False)

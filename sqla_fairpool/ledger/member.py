@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from dataclasses import InitVar, dataclass
 from typing import Any
 
+from ..scheduling.counters import BOUNDS, Histogram
+from ..stats import LedgerStats, Summary
 from .book import Book
 from .demand import Allotment, Demand, Local, Pace, PoolSide, State
 from .rows import Terms
@@ -56,6 +58,10 @@ class Membership:
         self._watch = Watch(self.store, sessions, self.pace)
         self.is_open = False
         self.transactions = 0
+        #: As they were in the last transaction. Nobody changes them any more.
+        self.rows: Mapping[str, str] = {}
+        #: Members and slots by state, as they were seen last while we are one of them.
+        self.seen: tuple[int, Mapping[str, int]] | None = None
         #: Others go short: the pool rings when a connection falls idle.
         self.pressed = False
         #: Tags of which it is known that more waiting changes nothing.
@@ -82,6 +88,30 @@ class Membership:
     @property
     def unasked(self) -> str | None:
         return self._watch.unasked
+
+    @property
+    def handovers(self) -> Histogram:
+        return self._demand.handovers
+
+    def stats(self, away: float) -> LedgerStats:
+        """Return what was seen and counted. From any thread."""
+        members, slots = self.seen or (None, {})
+        times, done = self.handovers, self.transactions
+        handovers = Summary.of(BOUNDS, times.counts[:], times.total, times.max)
+        return LedgerStats(slots, members, done, handovers, away)
+
+    def _see(self, book: Book) -> None:
+        row = book.members.get(self.store.member)
+        if row is not None:
+            self.seen = (
+                len(book.members),
+                {
+                    "owned": row.owned,
+                    "others": book.owned - row.owned,
+                    "free": book.left,
+                    "quarantined": book.quarantined,
+                },
+            )
 
     @property
     def is_uneasy(self) -> bool:
@@ -130,8 +160,12 @@ class Membership:
             self._look(now, state, post)
 
     def away(self) -> None:
-        """The store is away: what is owned is kept if the sign of life stands."""
-        if not self.store.signed:
+        """The store is away: what is owned is kept if the sign of life stands.
+
+        What is lost may be in quarantine now, and its slot out of it before this is
+        heard: until then it is not known how many slots are left for other connections.
+        """
+        if not self.store.signed or self._pool.local.lost():
             self._pool.freeze()
         self.is_open = False
         self._returning = True
@@ -160,7 +194,7 @@ class Membership:
             # Others find us dead, and our slots with us.
             _log.warning("could not leave the ledger %s: %s", self.store.name, error)
         finally:
-            self._demand.allotment = self.number = None
+            self._demand.allotment = self.number = self.seen = None
             self.is_open = False
             self.store.close()
 
@@ -187,6 +221,7 @@ class Membership:
         self.transactions += 1
         with self.store.transaction() as rows:
             yield rows
+        self.rows = rows
 
     def _join(self, now: float, state: State) -> None:
         """Become a member, in one transaction as a rule."""
@@ -202,10 +237,12 @@ class Membership:
                     has = settle(
                         book, key, state, state.tags, self._pool.allowed, sign=True
                     )
+                    self._see(book)
                     break
                 texts = dict(book.texts)
             living = self.store.living(list(texts))
             dead = {key: text for key, text in texts.items() if key not in living}
+        _log.info("joined the ledger %s, member #%d", self.store.name, has.row.number)
         self._slow_at = now + self.pace.slow
         self._obey(has, now)
         if has.fresh is not None and not self._settle(now, self._pool.look(), True):
@@ -266,6 +303,7 @@ class Membership:
                         sign=self._returning or key in book.due,
                         unasked=self.unasked,
                     )
+                    self._see(book)
                 else:
                     self._demand.allotment = None
                     book.tell()
@@ -364,6 +402,7 @@ class Membership:
         self._watched_at = now
         with self._transaction() as rows:
             book = Book(dict(rows))
+        self._see(book)
         findings = self._watch.look(book, self.store.member, now)
         if findings.any or self.unasked != has.row.unasked:
             if not self._settle(now, self._pool.look(), True, findings):

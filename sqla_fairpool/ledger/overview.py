@@ -7,13 +7,14 @@ here, over all of them, by the same rules that divide the connections.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from time import gmtime, strftime
 from typing import Any, NamedTuple
 
+from ..options import PoolOptions
 from ..scheduling import policy
-from ..scheduling.limits import LimitsByTag
+from ..scheduling.limits import LimitsByTag, TagLimits
 from ..stats import SHARED, TagStats
 
 #: Seconds after which a connection that is out is worth a warning.
@@ -21,6 +22,7 @@ _LONG_HOLD = 60.0
 #: Tags that one process names.
 _MAX_TAGS = 256
 _REST = ""
+_FREE = "are free for whoever comes next"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,8 @@ class ProcessRow:
     pid: int | None
     program: str
     #: ``answers``; ``silent``: it lives, and does not answer (it is stopped, or very
-    #: busy), so its figures are those it posted last; ``dead``: its slots are to be
-    #: freed.
+    #: busy), so its figures are those it posted last; ``dead``: it has ended and not
+    #: left the ledger, see :class:`LeftRow`.
     state: str
     tags: tuple[str, ...] = ()
     #: Slots it owns: connections it may have open.
@@ -43,6 +45,31 @@ class ProcessRow:
     number: int | None = None
     #: Limits that it asked for when it joined, which are not those of the ledger.
     asked: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftRow:
+    """Slots that a process which has ended, or a connection, has left behind."""
+
+    number: int
+    slots: int
+    #: ``program (host:pid)``
+    who: str
+    #: Why they are in quarantine; None if the process only did not leave the ledger.
+    why: str | None = None
+    #: No session at the server has them: a process that needs slots gets them.
+    is_free: bool = False
+
+    def __str__(self) -> str:
+        if self.is_free:
+            how = "has ended" if self.why in (None, "died") else self.why
+            return f"{self.who} {how}: its {self.slots} slots {_FREE}"
+        if self.why is not None:
+            return f"{self.slots} slots in quarantine: {self.who} {self.why}"
+        return (
+            f"{self.who} has ended without leaving: its {self.slots} slots are free "
+            "when the server has no session of it"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +119,13 @@ class Limits:
     #: Of tags that have their own.
     tags: LimitsByTag = LimitsByTag({})  # noqa: RUF009  (it is not changed)
 
+    @classmethod
+    def of(cls, options: PoolOptions) -> Limits:
+        """Return those of one process's own pool."""
+        limits = options.capacity, options.soft_limit, options.max_limit
+        tags = LimitsByTag(options.tags or {})
+        return cls(options.pool_size, *limits, tags=tags)
+
 
 @dataclass(frozen=True, slots=True)
 class Overview:
@@ -112,6 +146,8 @@ class Overview:
     warnings: tuple[str, ...] = ()
     #: When, UTC, in ISO 8601.
     taken_at: str = ""
+    #: What those have left behind that are gone.
+    left: tuple[LeftRow, ...] = ()
 
     @property
     def available(self) -> int:
@@ -152,6 +188,20 @@ class Overview:
         ]
         return policy.jain(parts) if parts else None
 
+    def with_sessions(self, numbers: Collection[int]) -> Overview:
+        """Return it with what the server says: only these members have sessions."""
+        left = tuple(
+            replace(row, is_free=row.is_free or row.number not in numbers)
+            for row in self.left
+        )
+        texts = {str(a): str(b) for a, b in zip(self.left, left, strict=True)}
+        return replace(
+            self,
+            left=left,
+            limits=replace(self.limits, quarantined=_kept(left)),
+            warnings=tuple(texts.get(text, text) for text in self.warnings),
+        )
+
     def as_dict(self) -> dict[str, Any]:
         """Return everything as dicts, lists and numbers, ready for JSON."""
         return {
@@ -183,6 +233,10 @@ class Overview:
 
     def _figures(self, names: str) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names.split()}
+
+
+def _kept(left: Iterable[LeftRow]) -> int:
+    return sum(row.slots for row in left if not row.is_free)
 
 
 def utc_now() -> str:
@@ -224,6 +278,7 @@ def compile_overview(
     *,
     ledger: str | None = None,
     registered: Iterable[str] = (),
+    left: Sequence[LeftRow] = (),
     warnings: Iterable[str] = (),
     taken_at: str = "",
 ) -> Overview:
@@ -233,6 +288,7 @@ def compile_overview(
     :param warnings: more of them, to stand before those that follow from the parts.
     """
     parts = list(parts)
+    limits = replace(limits, quarantined=limits.quarantined + _kept(left))
     processes = tuple(part.process for part in parts)
     found: dict[str, list[tuple[ProcessRow, TagStats]]] = {n: [] for n in registered}
     for process, rows in parts:
@@ -250,20 +306,17 @@ def compile_overview(
         strategy=policy.strategy(
             sum(row.active for row in scrapers), limits.soft_limit, limits.max_limit
         ),
-        warnings=(*warnings, *_warnings(scrapers, processes)),
+        warnings=(*warnings, *map(str, left), *_warnings(scrapers, processes)),
         taken_at=taken_at,
+        left=tuple(left),
     )
 
 
-def _scrapers(
-    found: Mapping[str, Sequence[tuple[ProcessRow, TagStats]]], limits: Limits
-) -> tuple[ScraperRow, ...]:
-    tags = [
-        TagStats.merged(name, [row for _, row in found[name]])
-        for name in sorted(found, key=_natural)
-    ]
+def _rules(
+    tags: Sequence[TagStats], own: Sequence[TagLimits], limits: Limits
+) -> tuple[list[int], list[int]]:
+    """Return the ceilings of tags, and their fair shares."""
     active = sum(tag.active for tag in tags)
-    own = [limits.tags.of(tag.name) for tag in tags]
     room = limits.capacity - limits.tags.reserved
     ceilings = [
         policy.own_ceiling(
@@ -287,7 +340,18 @@ def _scrapers(
     ]
     unknown = limits.tags.reserved - sum(one.reserved for one in own)
     there = max(limits.capacity - limits.quarantined - unknown, 0)
-    shares = policy.shares_of_tags(wanted, there)
+    return ceilings, policy.shares_of_tags(wanted, there)
+
+
+def _scrapers(
+    found: Mapping[str, Sequence[tuple[ProcessRow, TagStats]]], limits: Limits
+) -> tuple[ScraperRow, ...]:
+    tags = [
+        TagStats.merged(name, [row for _, row in found[name]])
+        for name in sorted(found, key=_natural)
+    ]
+    own = [limits.tags.of(tag.name) for tag in tags]
+    ceilings, shares = _rules(tags, own, limits)
     several = len({process.host for rows in found.values() for process, _ in rows}) > 1
     scrapers = []
     for tag, one, ceiling, share in zip(tags, own, ceilings, shares, strict=True):
@@ -329,8 +393,6 @@ def _warnings(
         who = f"{process.program} ({process.host}:{process.pid})"
         if process.state == "silent":
             yield f"{who} does not answer: it keeps its {process.slots} slots"
-        elif process.state == "dead":
-            yield f"{who} is dead: its {process.slots} slots are to be freed"
         if process.asked:
             yield f"{who} asked for {process.asked}: the ledger has other limits"
     for row in rows:

@@ -45,6 +45,8 @@ _ASK = "ask"
 _EXCLUSIVE, _CREATION = 0x66616972, 0
 #: SQLSTATEs for a table and for a schema that does not exist.
 _MISSING = frozenset({"42P01", "3F000"})
+#: And the one for a write on a server that may not be the one to write to any more.
+_DEMOTED = "25006"
 # A level that a role may have by default would show the rows as they were before the
 # lock was there.
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
@@ -265,7 +267,8 @@ class PostgresStore(Store):
             words = first_line(error.orig)
             # psycopg has the one, psycopg2 the other.
             state = getattr(error.orig, "sqlstate", getattr(error.orig, "pgcode", None))
-            if error.connection_invalidated or self._connection is None:
+            is_lost = error.connection_invalidated or state == _DEMOTED
+            if is_lost or self._connection is None:
                 self._lost()
             elif state in _MISSING:
                 self._miss_tables()

@@ -38,6 +38,8 @@ from .errors import LedgerError, RowBroken
 PROTOCOL = 2
 
 META, TAGS, DUE, MEMBER, GONE = "meta", "tags", "due", "member/", "gone/"
+#: Why slots of a living member are in quarantine.
+LOST = "lost connections"
 #: Fields that rows of the protocol's first version do not have.
 _LATER = frozenset({"sessions", "unasked", "server", "fresh", "tags", "set_by"})
 
@@ -277,8 +279,11 @@ class Gone(_Row):
 
     @property
     def unposted(self) -> int:
-        """Slots of which no session is known."""
-        return max(self.slots - len(self.sessions), 0)
+        """Slots that a session may have which was in no row."""
+        if self.why == LOST:
+            return max(self.slots - len(self.sessions), 0)
+        # Of the sessions some may have ended before, with others in their place.
+        return self.slots
 
 
 class Left(NamedTuple):

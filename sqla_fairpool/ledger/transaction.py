@@ -48,7 +48,8 @@ def settle(
     member = replace(before, stalled=False, sessions=sessions, unasked=unasked)
     book.members[key] = _covering(book, member, state)
     # Of the lost ones, those are not open any more for which a slot is kept.
-    buried = book.quarantine(key, state.lost)
+    open_ = state.open - len(state.lost)
+    buried = book.quarantine(key, state.lost, open_=open_)
     open_ = state.open - len(buried)
     floor = max(allowed - len(buried), open_)
     _post(book, key, demand)

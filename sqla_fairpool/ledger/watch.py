@@ -14,7 +14,9 @@ A slot is kept for each session of the row that is there; and for each unposted 
 while there is a *suspect*: a session of our role that was there at the first look, is
 there still, and was never in any row. That may be one that was opened just before its
 member died; it may also be a stranger's, so it counts for `reclaim_after` at most. As
-long count the sessions in the row where the server cannot be asked.
+long count the sessions in the row where the server cannot be asked. Of a member that is
+gone each slot may be unposted: the session in its row may have ended before, with
+another in its place.
 """
 
 from __future__ import annotations
@@ -40,9 +42,9 @@ _REASON = 200
 _USES = 0x706F6F6C
 
 _BEGAN = "(extract(epoch from backend_start) * 1000000)::bigint"
-# What tells a server from all others. A standby has its primary's number, and keeps it
-# when it is promoted.
-_SERVER = "(SELECT 'postgresql ' || system_identifier FROM pg_control_system())"
+#: What tells a server from all others. A standby has its primary's number, and keeps it
+#: when it is promoted.
+SERVER = "(SELECT 'postgresql ' || system_identifier FROM pg_control_system())"
 
 
 class Present(NamedTuple):
@@ -68,7 +70,7 @@ def identify(cursor: Any, backend_pid: int | None) -> tuple[str, Session]:
     :param backend_pid: the server process as the driver knows it, None if it does not.
     """
     cursor.execute(
-        f"SELECT {_SERVER}, pid, {_BEGAN} FROM pg_stat_activity "
+        f"SELECT {SERVER}, pid, {_BEGAN} FROM pg_stat_activity "
         "WHERE pid = pg_backend_pid()"
     )
     server, pid, began = cursor.fetchone()
@@ -87,7 +89,7 @@ def look(cursor: Any) -> Present:
     # another role's processes are may be hidden.
     cursor.execute(
         f"SELECT pid, {_BEGAN}, usename = current_user AND pid <> pg_backend_pid() "
-        f"AND application_name <> 'sqla_fairpool ledger', {_SERVER} "
+        f"AND application_name <> 'sqla_fairpool ledger', {SERVER} "
         "FROM pg_stat_activity "
         "WHERE coalesce(backend_type, 'client backend') = 'client backend'"
     )

@@ -43,7 +43,14 @@ class Core(Protocol):
 class RecordState:
     """What the pool notes on a connection record."""
 
-    __slots__ = ("checkout", "close_reason", "doomed", "idle_since", "physical")
+    __slots__ = (
+        "checkout",
+        "close_reason",
+        "doomed",
+        "idle_since",
+        "physical",
+        "recycle_at",
+    )
 
     def __init__(self, physical: PhysicalConnection, checkout: Checkout) -> None:
         #: Its connection, or the last one that it had.
@@ -56,6 +63,8 @@ class RecordState:
         self.doomed = False
         #: Why it is closed, once that is decided.
         self.close_reason: str | None = None
+        #: When its connection is to be replaced, so that not all end together.
+        self.recycle_at = math.inf
 
 
 class Record(ConnectionPoolEntry):
@@ -96,6 +105,7 @@ class Checkout(Ticket):
     __slots__ = (
         "__weakref__",
         "alive",
+        "asked",
         "core",
         "holder",
         "may_keep",
@@ -114,6 +124,9 @@ class Checkout(Ticket):
         self.core = core
         #: Tells if the core is in use, or garbage together with this checkout.
         self.alive = core.alive
+        #: When it was asked for, and how long it may wait, None for the pool's options;
+        #: not of a checkout that was served by the warm cache.
+        self.asked: tuple[float, float | None] | None = None
         #: The record that was handed over, until the caller picks it up.
         self.record: Record | None = None
         #: Not for another checkout: what refers to it may give it up late.

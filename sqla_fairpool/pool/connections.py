@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
 from sqlalchemy import exc
 
+from ..diagnosis.report import Others
 from ..options import PoolOptions
+from ..scheduling.counters import Histogram
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import GRANTED
+from ..stats import LedgerStats
 from .checkout import Checkout, Record
 from .lock import PoolLock
 from .physical import PhysicalConnection, PhysicalConnections
@@ -104,12 +107,16 @@ class Member(Protocol):
     @property
     def refusal(self) -> exc.SQLAlchemyError | None: ...
     @property
+    def handovers(self) -> Histogram: ...
+    def stats(self) -> LedgerStats: ...
+    @property
     def trouble(self) -> str | None: ...
     def ring(self, tag: str | None = None) -> None: ...
     def lead(self, terms: Mapping[str, Any]) -> None: ...
     def note_loop(self) -> None: ...
     def before_opening(self) -> None: ...
     def after_fork(self) -> None: ...
+    def others(self) -> Others: ...
 
 
 class Reservation:
@@ -219,9 +226,12 @@ class Slots:
         self.allotted += options.capacity - before.capacity
         return options
 
-    def describe(self) -> tuple[int | None, str | None]:
-        """Return what a ledger allots, and why it is no more; None without one."""
-        return None, None
+    def describe(self) -> tuple[int | None, str | None, Callable[[], Others]]:
+        """Return what a ledger allots, and why it is no more; None without one.
+
+        And what returns what it tells of others, without the lock.
+        """
+        return None, None, Others
 
     def after_fork(self) -> None:
         """Begin anew in a forked child. No lock."""
@@ -281,8 +291,8 @@ class LedgerSlots(Slots):
         self._wake_ups.append(partial(self.member.lead, options.terms))
         return options.with_terms(before.terms)
 
-    def describe(self) -> tuple[int | None, str | None]:
-        return self.allotted, self.member.trouble
+    def describe(self) -> tuple[int | None, str | None, Callable[[], Others]]:
+        return self.allotted, self.member.trouble, self.member.others
 
     def before_creating(self) -> None:
         self.member.note_loop()

@@ -34,6 +34,7 @@ from .housekeeping import Housekeeping
 from .lock import PoolLock
 from .nested import NestedCheckouts
 from .opening import Opening
+from .pausing import Pausing
 from .physical import PhysicalConnections
 from .transitions import Transitions
 from .waiters import Waiter
@@ -42,6 +43,12 @@ from .waiting import Waiting
 __all__ = ["PoolCore", "TracedCore"]
 
 _numbers = itertools.count(1)
+
+#: Why connections are closed.
+_CLOSURES = (
+    *("detached", "disposed", "invalidated"),
+    *("overflow", "recycled", "resized", "unused"),
+)
 
 #: Long checkouts that are noted before they are booked, which takes the lock: so many
 #: that it happens rarely, so few that the list is no burden.
@@ -68,8 +75,11 @@ class PoolCore:
         self.number = next(_numbers)
         self._waiter_class = waiter_class
         self._use_lifo = use_lifo
-        self._member = member
+        #: Its side of a ledger, if it has one.
+        self.member = member
         self.clock = clock
+        #: Tags that others are to see before any caller has asked under them.
+        self.announced: dict[str, None] = {}
         self.logger: Any = logging.getLogger(__name__)
         self.here = waiter_class.here
         # With a callback: only such a reference is sure to be cleared before the
@@ -89,10 +99,10 @@ class PoolCore:
             weakref.WeakMethod(self.connection_ended), self._waiter_class.may_block
         )
         shared = self.scheduler, self.connections, existing
-        if self._member is None:
+        if self.member is None:
             self.slots = Slots(options.capacity, *shared)
         else:
-            self.slots = LedgerSlots(self._member, self.lock, *shared)
+            self.slots = LedgerSlots(self.member, self.lock, *shared)
             self.scheduler.impose(0, {}, 0, self.clock())
         self.state = Transitions(
             options, self.here, self.lock, self.scheduler, self.connections, self.slots
@@ -104,8 +114,11 @@ class PoolCore:
         self.opening = Opening(
             self.state, self.housekeeping, self._waiting, self._waiter_class
         )
+        self.pausing = Pausing(self.state, self.housekeeping, self._waiter_class)
         #: Connections closed, by reason.
-        self.closures: Counter[str] = Counter()
+        self.closures = Counter(dict.fromkeys(_CLOSURES, 0))
+        #: A connection was opened on a server that takes writes.
+        self.has_written = False
 
     def log_to(self, logger: Any) -> None:
         """Write what an operator is to read to a pool's logger."""
@@ -172,6 +185,7 @@ class PoolCore:
         try:
             since = lock.run(self._request, begun, tag)
             checkout = begun[0]
+            checkout.asked = since, timeout
             record = checkout.record
             if record is None:
                 return self._obtain(checkout, opener, since, timeout)

@@ -18,6 +18,7 @@ from ..ledger.drivers import has_private_memory, warn_of_memory
 from ..scheduling.ticket import GRANTED
 from . import sqlalchemy_private
 from .core import PoolCore
+from .failover import note_mode
 
 __all__ = ["await_url", "observe", "warn_of_private_memory"]
 
@@ -33,6 +34,8 @@ def observe(pool: Pool, core: PoolCore) -> None:
     def on_connect(dbapi_connection: Any, record: Any) -> None:
         if record.fair.checkout.state is GRANTED:  # which pays for it
             record.fair.physical.opening = False
+        core.housekeeping.note_lifetime(record, sqlalchemy_private.recycle(pool))
+        note_mode(core, getattr(pool, "_dialect", None), dbapi_connection, record)
 
     @event.listens_for(pool, "close")
     def on_close(dbapi_connection: Any, record: Any) -> None:

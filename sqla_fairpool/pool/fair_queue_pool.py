@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
-from sqlalchemy import exc
 from sqlalchemy.engine import Dialect
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry, Pool
@@ -28,16 +27,18 @@ from .checkout import Generation
 from .core import PoolCore, TracedCore
 from .events import await_url, observe, warn_of_private_memory
 from .execution_options import make_request, requested, watch_dialect
+from .failover import watch_errors
 from .ledger_member import LedgerMember
 from .ledger_sessions import join_ledger
+from .pausing import AsyncPausable, Pausable
 from .server_tag import tell_on_checkout
-from .snapshot import Source, metrics, snapshot
+from .snapshot import metrics, snapshot
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
 
-__all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool", "metrics_source"]
+__all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool"]
 
 
-class FairQueuePool(Pool):
+class FairQueuePool(Pausable, Pool):
     """A connection pool that divides its connections fairly among tags.
 
     Used in the place of :class:`sqlalchemy.pool.QueuePool`::
@@ -89,6 +90,12 @@ class FairQueuePool(Pool):
     :param deadlock_timeout: seconds a checkout waits before it is refused with
       :class:`.SelfDeadlock`, if only its own caller, or callers that wait in the same
       way, could serve it. Default 1.0; None: it waits for its `timeout`.
+    :param failover_guard: replace all connections when their server takes no writes
+      any more, though it did as they were opened, or shuts down. Default True.
+    :param reconnect_backoff: after a disconnect, one caller at a time tries to connect;
+      the longest pause between failures, in seconds. Default 2.0, at most 5.
+    :param recycle_jitter: connections are replaced after `recycle` seconds less up to
+      this part of them, so that not all end at the same moment. Default 0.1.
     :param server_tag: tell PostgreSQL the tag as ``application_name``, when a
       connection goes from one tag to another. Default False.
     :param ledger: share the connections with all processes that name the same
@@ -136,6 +143,9 @@ class FairQueuePool(Pool):
         idle_connection_ttl: float | None = None,
         leak_threshold: float | None = None,
         deadlock_timeout: float | None = 1.0,
+        failover_guard: bool = True,
+        reconnect_backoff: float = 2.0,
+        recycle_jitter: float = 0.1,
         server_tag: bool = False,
         ledger: str | None = None,
         use_lifo: bool = False,
@@ -380,9 +390,10 @@ class FairQueuePool(Pool):
             super().__setattr__(name, value)
             if name == "_dialect" and isinstance(value, Dialect):
                 watch_dialect(value, self.options)
+                watch_errors(value, self._core)
 
 
-class AsyncAdaptedFairQueuePool(FairQueuePool):
+class AsyncAdaptedFairQueuePool(AsyncPausable, FairQueuePool):
     """:class:`FairQueuePool` for :func:`sqlalchemy.ext.asyncio.create_async_engine`.
 
     The same class with the same options and the same accounting; only that a
@@ -407,20 +418,6 @@ class AsyncAdaptedFairQueuePool(FairQueuePool):
     async def upkeep(self) -> None:  # type: ignore[override]
         """Do what is left to the next visitor. See :meth:`FairQueuePool.upkeep`."""
         await greenlet_spawn(super().upkeep)
-
-
-def metrics_source(engine: Any) -> Source:
-    """Return what exporters read from: the figures of an engine's pool.
-
-    :param engine: an engine, an asyncio engine, or a pool.
-    :raises sqlalchemy.exc.ArgumentError: if its pool is not a fair one.
-    """
-    pool = getattr(engine, "pool", engine)
-    if not isinstance(pool, FairQueuePool):
-        raise exc.ArgumentError(
-            f"{engine!r} has no FairQueuePool, so there are no figures of it"
-        )
-    return Source(pool._core, pool.metrics_name)
 
 
 def _open_for_record(core: PoolCore, invoke: Callable[[Any], Any], record: Any) -> Any:

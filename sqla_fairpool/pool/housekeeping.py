@@ -1,8 +1,9 @@
 """What is done with a pool's connections while no caller asks for one.
 
 They are closed when they were not used for a while (``idle_connection_ttl``) and when
-another pool takes over, and become fewer when the pool is made smaller. (For those that
-are opened ahead see :mod:`.opening`.)
+another pool takes over, and become fewer when the pool is made smaller. Each one is
+replaced somewhat before ``pool_recycle`` (``recycle_jitter``). (For those that are
+opened ahead see :mod:`.opening`.)
 
 Rules of this file:
 
@@ -15,12 +16,14 @@ Rules of this file:
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, cast
 
 from ..options import PoolOptions
 from ..scheduling.ticket import GRANTED
-from .checkout import Generation
+from .checkout import Generation, Record
 from .physical import PhysicalConnection
 from .transitions import Transitions
 
@@ -42,6 +45,7 @@ class Housekeeping:
         self._use_lifo = use_lifo
         #: The pool whose connections are kept.
         self.owner = Generation()
+        self._next_recycling = math.inf
         self.plan(state.lock.clock())
 
     # -- what is due -----------------------------------------------------------------
@@ -57,7 +61,9 @@ class Housekeeping:
     def plan_visit(self) -> None:
         """Note when a caller has to look around."""
         #: When a caller has to look around.
-        self.next_visit = min(self.next_duty, self._state.event_log.next_look)
+        self.next_visit = min(
+            self.next_duty, self._state.event_log.next_look, self._next_recycling
+        )
 
     @property
     def next_duty(self) -> float:
@@ -74,6 +80,8 @@ class Housekeeping:
         if now >= self._next_look:
             self._close_unused(now)
             self.plan(now)
+        if now >= self._next_recycling:
+            self._recycle(now)
         if now >= state.event_log.next_look:
             state.event_log.look(now, state.scheduler.waiting, state.scheduler.arrivals)
         self.plan_visit()
@@ -92,6 +100,30 @@ class Housekeeping:
         unused.sort(key=lambda record: record.fair.idle_since)
         for record in unused[: max(spare, 0)]:
             state.retire(record, now, "unused")
+
+    # -- lifetimes -------------------------------------------------------------------
+
+    def note_lifetime(self, record: Record, recycle: float) -> None:
+        """Note when a new connection is to be replaced. No section.
+
+        :param recycle: the seconds after which SQLAlchemy replaces it in any case.
+        """
+        jitter = self._state.options.recycle_jitter
+        if recycle > 0 and jitter:
+            lifetime = recycle * (1.0 - jitter * random.random())
+            with self._state.lock.mutex:
+                due = record.fair.recycle_at = self._state.lock.clock() + lifetime
+                self._next_recycling = min(self._next_recycling, due)
+                self.plan_visit()
+
+    def _recycle(self, now: float) -> None:
+        """Have those replaced at their next checkout whose time has come."""
+        self._next_recycling = math.inf
+        for record in list(self._state.connections.all):
+            if record.fair.recycle_at <= now:
+                record.fair.recycle_at = math.inf
+                self._state.lock.deferred.append(partial(_replace, record))
+            self._next_recycling = min(self._next_recycling, record.fair.recycle_at)
 
     # -- changed options -------------------------------------------------------------
 
@@ -159,3 +191,10 @@ class Housekeeping:
         self._state.drain(now)
         apart = self._state.slots.apart()
         return [p for p in apart if p.record() is not None and not p.ending]
+
+
+def _replace(record: Record) -> None:
+    """Have a record's connection replaced at its next checkout."""
+    if record.dbapi_connection is not None:
+        record.fair.close_reason = "recycled"
+        record.invalidate(soft=True)

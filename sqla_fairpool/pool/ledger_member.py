@@ -27,10 +27,14 @@ from typing import Any
 from sqlalchemy import exc
 from sqlalchemy.util import greenlet_spawn
 
+from ..diagnosis.report import Others
 from ..errors import CheckoutTimeout
 from ..ledger.errors import LedgerError
+from ..ledger.inspector import others
 from ..ledger.keeper import Keeper
 from ..ledger.rows import Session, TagDemand, Terms
+from ..scheduling.counters import Histogram
+from ..stats import LedgerStats
 from .core import PoolCore
 from .physical import PhysicalConnection
 from .transitions import Transitions
@@ -72,6 +76,8 @@ class LedgerMember:
         self.server_name: str | None = None
         # Those of `lost`, until they are buried.
         self._lost: Collection[PhysicalConnection] = ()
+        # The ledger's rows, and who we are there.
+        self._rows: tuple[Mapping[str, str], str] = {}, ""
         # The last order to a loop to close connections, and when it was given.
         self._closing: concurrent.futures.Future[Any] | None = None
         self._ordered_at = 0.0
@@ -91,6 +97,19 @@ class LedgerMember:
     def trouble(self) -> str | None:
         """Why there can be no other share than this, None if there can."""
         return None if self.keeper is None else self.keeper.trouble
+
+    @property
+    def handovers(self) -> Histogram:
+        """How long it took until slots were handed over."""
+        return Histogram() if self.keeper is None else self.keeper.member.handovers
+
+    def stats(self) -> LedgerStats:
+        """Return the ledger's figures as of the last look at it."""
+        return (
+            LedgerStats(transactions=0, away_time=0.0)
+            if self.keeper is None
+            else self.keeper.stats()
+        )
 
     def ring(self, tag: str | None = None) -> None:
         """Have the keeper look. Called without the lock.
@@ -174,6 +193,10 @@ class LedgerMember:
             _CONFIRMED_WITHIN,
         )
 
+    def others(self) -> Others:
+        """Return what the ledger told of other processes when it was last read."""
+        return others(*self._rows)
+
     def lead(self, terms: Mapping[str, Any]) -> None:
         """Have other limits in force, for all members of the ledger; soon."""
         if self.keeper is not None:
@@ -195,17 +218,31 @@ class LedgerMember:
                 self.keeper.close()  # the pool has no user any more
             return 0, {}
         core.slots.existing.end_abandoned()
+        self._log(core, core.housekeeping.look_around)  # who is idle?
         return core.lock.run(self._demand, core)
+
+    @staticmethod
+    def _log(core: PoolCore, function: Callable[..., None], *args: Any) -> None:
+        """Run a function in a section, and write what it has to say to the log."""
+
+        def run(now: float) -> Collection[Callable[[], object]]:
+            with core.state.event_log.apart() as lines:
+                function(*args, now)
+            return lines
+
+        for write in core.lock.run(run):
+            write()
 
     def _demand(
         self, core: PoolCore, now: float
     ) -> tuple[int, Mapping[str, TagDemand]]:
-        core.housekeeping.look_around(now)  # others want to know who is idle
         tags = {}
+        is_paused = core.scheduler.tags.paused_at is not None
         for state in core.scheduler.tag_states.values():
             peak, state.peak = state.peak, state.in_use
             if peak or state.waiting or state.active:
-                tags[state.tag] = TagDemand(peak, state.waiting, state.active)
+                waiting = 0 if is_paused else state.waiting
+                tags[state.tag] = TagDemand(peak, waiting, state.active)
         detached = core.slots.existing.detached()
         if detached:
             default = tags.get(self._default_tag, TagDemand(0, 0, False))
@@ -264,6 +301,14 @@ class LedgerMember:
                 coroutine.close()
         elif time.monotonic() - self._ordered_at > _LOOP_ANSWERS_WITHIN:
             core.housekeeping.hang_up_surplus()  # it is blocked, or does not run
+
+    def read(self, rows: Mapping[str, str], member: str) -> None:
+        """Note what the ledger says; log what was waiting for that."""
+        self._rows = rows, member
+        core = self._core()
+        if core is not None and core.state.awaits_the_ledger:
+            self._log(core, core.state.read, self.others())
+            core.housekeeping.plan_visit()
 
     def freeze(self) -> None:
         """Let those connections be used that there are, and no other be opened."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
 import weakref
 from collections.abc import Callable, Collection
@@ -22,13 +21,14 @@ from ..ledger.overview import encode
 from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Session, Terms
 from ..ledger.watch import Present, identify, look, other_ledgers, sign_stands
+from ..stats import TagStats
 from .core import PoolCore
 from .endings import SocketCopy
 from .ledger_member import LedgerMember
 from .physical import PhysicalConnection, driver_of
 from .snapshot import snapshot
 
-__all__ = ["join_ledger"]
+__all__ = ["announce", "join_ledger"]
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +58,6 @@ def join_ledger(
     )
     member.can_lose_slots = store.can_lose_sign
     sessions.listen(core)
-    _keepers.add(member.keeper)
 
 
 def _figures(ref: weakref.ref[PoolCore]) -> dict[str, Any]:
@@ -66,11 +65,25 @@ def _figures(ref: weakref.ref[PoolCore]) -> dict[str, Any]:
     core = ref()
     if core is None:
         return {}
+    tags = snapshot(core).tags
+    silent = set(core.announced).difference(row.name for row in tags)
     return {
         "size": core.options.pool_size,
         "open": core.lock.run(lambda now: core.slots.there()),
-        "tags": encode(snapshot(core).tags),
+        "tags": encode([*tags, *map(TagStats, sorted(silent))]),
     }
+
+
+def announce(pool: Any, tags: Collection[str]) -> None:
+    """Have tags in the figures of all processes before any caller has asked.
+
+    :param pool: one of ours.
+    """
+    core: PoolCore = pool._core
+    core.announced.update(dict.fromkeys(tags))
+    member = core.member
+    if tags and isinstance(member, LedgerMember) and member.keeper is not None:
+        member.keeper.post(lambda joined: None)
 
 
 class _Sessions:
@@ -181,13 +194,3 @@ def _backend_pid(dbapi_connection: Any) -> int | None:
         return int(driver.get_server_pid())
     pid = getattr(getattr(driver, "info", None), "backend_pid", None)
     return None if pid is None else int(pid)
-
-
-# Those that are to leave before the interpreter goes.
-_keepers: weakref.WeakSet[Keeper] = weakref.WeakSet()
-
-
-@atexit.register
-def _leave_all() -> None:
-    for keeper in list(_keepers):
-        keeper.close()

@@ -24,6 +24,7 @@ from .checkout import Checkout, Core, Generation, Opener, Record, RecordState
 from .connections import Reservation
 from .housekeeping import Housekeeping
 from .physical import PhysicalConnection
+from .reconnects import Reconnects
 from .transitions import Transitions
 from .waiters import Waiter
 from .waiting import Waiting
@@ -49,6 +50,7 @@ class Opening:
         self._housekeeping = housekeeping
         self._waiting = waiting
         self._waiter_class = waiter_class
+        self.reconnects = Reconnects(state, waiter_class)
 
     def open(self, checkout: Checkout, opener: Opener) -> Record:
         """Open a connection for a checkout that has a slot."""
@@ -57,7 +59,8 @@ class Opening:
             if record is not None:
                 return record
         create = partial(self._create, checkout, opener)
-        return cast(Record, self._waiter_class.run_through(create, checkout))
+        run = partial(self._waiter_class.run_through, create, checkout)
+        return cast(Record, self.reconnects.paced(run, checkout))
 
     def _create(self, checkout: Checkout, opener: Opener) -> Record:
         state, tag_state = self._state, checkout.tag_state
@@ -85,8 +88,19 @@ class Opening:
         :param invoke: the pool's creator, made to take a record.
         """
         fair: RecordState | None = getattr(record, "fair", None)  # None: a new record
-        if fair is not None:
-            self._make_sure_of_a_slot(fair.checkout)
+        connect = partial(self._connect, core, invoke, record, fair)
+        if fair is None:
+            return connect()  # in its turn already
+        self._make_sure_of_a_slot(fair.checkout)
+        return self.reconnects.paced(connect, fair.checkout)
+
+    def _connect(
+        self,
+        core: Core,
+        invoke: Callable[[Any], Any],
+        record: Any,
+        fair: RecordState | None,
+    ) -> Any:
         state = self._state
         state.slots.before_opening()
         began, existing = state.lock.clock(), state.slots.existing
@@ -214,7 +228,8 @@ class Opening:
             return False
         began, record = lock.clock(), None
         try:
-            record = cast(Record, opener._create_connection())
+            opened = self.reconnects.paced(opener._create_connection, None)
+            record = cast(Record, opened)
             record.fair.idle_since = lock.run(self._count_opening, began)
         finally:
             lock.run(self._add_idle, slot, record, opener.generation)
@@ -226,7 +241,8 @@ class Opening:
         idle, slots, scheduler = state.connections.idle, state.slots, state.scheduler
         # Among those out of use are the ones that others open at this moment.
         there = slots.in_pool() + slots.out_of_use()
-        if there >= state.options.min_idle or slots.frozen:
+        is_paused = scheduler.tags.paused_at is not None
+        if there >= state.options.min_idle or slots.frozen or is_paused:
             return None
         hollow = [r for r in list(idle) if r.dbapi_connection is None]
         if hollow:

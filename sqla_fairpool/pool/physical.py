@@ -59,6 +59,7 @@ class PhysicalConnection:
         "_record",
         "ending",
         "lost",
+        "mode",
         "opening",
         "session",
         "socket",
@@ -79,6 +80,8 @@ class PhysicalConnection:
         #: What the server calls it, if that is known.
         self.session: Session | None = None
         self.socket: SocketCopy | None = None
+        #: What its server took when it was opened, see :mod:`.failover`.
+        self.mode: str | None = None
 
     @property
     def driver(self) -> Any:
@@ -221,7 +224,13 @@ class PhysicalConnections(set[PhysicalConnection]):
         finally:
             self.closed(physical)
 
-    def closed(self, physical: PhysicalConnection, *, may_wait: bool = True) -> None:
+    def closed(
+        self,
+        physical: PhysicalConnection,
+        *,
+        may_wait: bool = True,
+        in_thread: bool = False,
+    ) -> None:
         """Note that the client has closed it; wait for the server for a moment."""
         physical.opening = False
         line = physical.socket
@@ -234,7 +243,7 @@ class PhysicalConnections(set[PhysicalConnection]):
         try:
             physical.ending = time.monotonic()
             line.hang_up()  # the copy would keep the connection up
-            if may_wait and self._may_block:
+            if in_thread or (may_wait and self._may_block):
                 state = line.look(_GOODBYE)
             elif may_wait and in_greenlet():
                 state = await_only(line.look_in_loop(_GOODBYE))
@@ -271,10 +280,13 @@ class PhysicalConnections(set[PhysicalConnection]):
         return there
 
     def hang_up(self, physical: PhysicalConnection) -> None:
-        """End a session without the driver: its loop may be gone, or blocked."""
+        """End a session without the driver: its loop may be gone, or blocked.
+
+        Called in a thread of ours, which waits for the server.
+        """
         if physical.socket is None and hasattr(physical.driver, "stop"):
             physical.driver.stop()  # aiosqlite: the end of its thread
-        self.closed(physical)
+        self.closed(physical, in_thread=True)
 
     def _is_gone(self, physical: PhysicalConnection) -> None:
         """End it: no object refers to the driver's any more. Called by a finaliser."""

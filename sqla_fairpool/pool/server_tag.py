@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import event, exc
 from sqlalchemy.pool import Pool
 
-__all__ = ["TOLD", "tell", "tell_on_checkout"]
+__all__ = ["TOLD", "parameter", "tell", "tell_on_checkout"]
 
 #: Where the last tag is noted, in a record's ``info``, which a new connection empties:
 #: the record that is preferred for the tag. Not what the server knows now.
@@ -41,7 +41,7 @@ def tell(dbapi_connection: Any, record: Any, dialect: Any) -> None:
     tag = record.fair.checkout.tag_state.tag
     name = _as_name(tag)
     driver_connection = dialect.get_driver_connection(dbapi_connection)
-    if _name_known_to(driver_connection) != name:
+    if parameter(driver_connection, "application_name") != name:
         try:
             _say(dbapi_connection, name)
         except dialect.loaded_dbapi.Error as error:
@@ -60,16 +60,16 @@ def _as_name(tag: str) -> str:
     return tag.encode().decode("ascii", "backslashreplace")[:_LONGEST]
 
 
-def _name_known_to(driver_connection: Any) -> str | None:
-    """Return the session's name as last reported to the driver, None if unknown."""
+def parameter(driver_connection: Any, name: str) -> str | None:
+    """Return what PostgreSQL last reported of a session's setting, None if unknown."""
     try:
         if hasattr(driver_connection, "get_settings"):  # asyncpg
-            name = driver_connection.get_settings().application_name
+            value = getattr(driver_connection.get_settings(), name)
         else:  # psycopg and psycopg2
-            name = driver_connection.info.parameter_status("application_name")
+            value = driver_connection.info.parameter_status(name)
     except Exception:
-        return None  # another driver, or a connection that is closed
-    return name if isinstance(name, str) else None
+        return None  # another driver, or a connection that is closed, or not reported
+    return value if isinstance(value, str) else None
 
 
 def _say(dbapi_connection: Any, name: str) -> None:

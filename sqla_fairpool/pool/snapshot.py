@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import accumulate, repeat
+from itertools import repeat
 from operator import attrgetter
 from typing import Any, TypeAlias
+
+from sqlalchemy import exc
 
 from ..scheduling import policy
 from ..scheduling.counters import BOUNDS, OTHER, Counters, Histogram
@@ -22,13 +24,10 @@ from ..scheduling.state import SchedulerState
 from ..stats import PoolStats, Summary, TagStats
 from .core import PoolCore
 
-__all__ = ["Source", "metrics", "snapshot"]
+__all__ = ["Source", "metrics", "metrics_source", "snapshot"]
 
 #: Durations kept between two exports; a minute's worth of a very busy tag.
 _DURATIONS_KEPT = 100_000
-
-#: Upper bounds of a histogram's buckets.
-_BOUNDS = (*BOUNDS, float("inf"))
 
 #: What durations of a tag are counted by size.
 _HISTOGRAMS = ("wait", "hold", "create")
@@ -103,10 +102,10 @@ def _copy(
         copied.append((_figures(state), *by_rules, since, usage))
     for checkout in core.connections.granted():
         unbooked[checkout.tag_state.tag].append(_unbooked(checkout))
-    return _pool(core, name), copied, unbooked, now
+    return _pool(core, name, now), copied, unbooked, now
 
 
-def _pool(core: PoolCore, name: str) -> PoolStats:
+def _pool(core: PoolCore, name: str, now: float) -> PoolStats:
     """Return the figures without the tags. Caller holds the lock."""
     options, scheduler = core.options, core.scheduler
     records, idle = core.state.count_idle()
@@ -126,6 +125,7 @@ def _pool(core: PoolCore, name: str) -> PoolStats:
         name=name,
         min_idle=options.min_idle,
         enforce=options.enforce,
+        paused_for=_age(scheduler.tags.paused_at, now),
         closures=dict(core.closures),
     )
 
@@ -199,23 +199,27 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
             usage=usage,
             checkouts=checkouts + unbooked,
             timeouts=timeouts,
-            wait_time=_summary(*wait, at_once=at_once + unbooked),
-            hold_time=_summary(*hold),
+            wait_time=Summary.of(BOUNDS, *wait, at_once=at_once + unbooked),
+            hold_time=Summary.of(BOUNDS, *hold),
             refusals=refusals,
             deadlocks=deadlocks,
-            create_time=_summary(*create),
+            create_time=Summary.of(BOUNDS, *create),
             create_failures=failures,
         )
         rows.append(row)
-    return replace(pool, tags=tuple(rows if pool.enforce else _with_would(core, rows)))
+    ledger = None if core.member is None else core.member.stats()
+    tags = tuple(rows if pool.enforce else _with_would(core, rows))
+    return replace(pool, tags=tags, ledger=ledger)
 
 
 def _with_would(core: PoolCore, rows: Iterable[TagStats]) -> Iterable[TagStats]:
     """Add what the rules would have done, in a dry run."""
     counted = core.lock.run(_copy_would, core)
+    none = [0] * (len(BOUNDS) + 1), 0.0, 0.0
     for row in rows:
-        waits, refusals = counted.get(row.name, ([[0] * len(_BOUNDS), 0.0, 0.0], 0))
-        yield replace(row, would_wait=_summary(*waits), would_refuse=refusals)
+        waits, refusals = counted.get(row.name, (none, 0))
+        wait = Summary.of(BOUNDS, *waits)
+        yield replace(row, would_wait=wait, would_refuse=refusals)
 
 
 def _copy_would(core: PoolCore, now: float) -> dict[str, tuple[Any, int]]:
@@ -229,7 +233,7 @@ def _copy_metrics(
     """Copy what :func:`metrics` works with. Caller is in a section."""
     counters_by_tag = core.scheduler.tags.counters.by_tag
     counters = {tag: (_counts(m), _histograms(m)) for tag, m in counters_by_tag.items()}
-    return _pool(core, name), counters, _live_by_counters(core, now)
+    return _pool(core, name, now), counters, _live_by_counters(core, now)
 
 
 def _live_by_counters(core: PoolCore, now: float) -> dict[str, list[Any]]:
@@ -258,14 +262,6 @@ def _histograms(counters: Counters) -> list[tuple[list[int], float, float]]:
     return [(h.counts[:], h.total, h.max) for h in histograms]
 
 
-def _summary(
-    counts: Sequence[int], total: float, longest: float, *, at_once: int = 0
-) -> Summary:
-    cumulated = list(accumulate(counts, initial=at_once))[1:]
-    buckets = tuple(zip(_BOUNDS, cumulated, strict=True))
-    return Summary(cumulated[-1], total, longest, buckets)
-
-
 class Source:
     """A pool that exporters read from, for as long as it is in use."""
 
@@ -275,6 +271,9 @@ class Source:
         self.name = name
         # Checkouts by tag that had not to wait, as far as they were taken.
         self._at_once: dict[str, int] = {}
+        # What counts without a tag is exported before it is counted the first time.
+        default_tag = core.options.default_tag
+        core.lock.run(lambda now: core.scheduler.tags.counters.of(default_tag))
 
     def read(self) -> PoolStats | None:
         """Return its figures as :func:`metrics` does, None if it is gone."""
@@ -292,6 +291,8 @@ class Source:
         for tag, counters in counters_by_tag.by_tag.items():
             _keep_durations(tag, counters)
             self._at_once[tag] = counters.at_once
+        if core.member is not None:
+            core.member.handovers.raw = deque(maxlen=_DURATIONS_KEPT)
 
     def take_durations(self) -> list[tuple[str, str, Iterable[float]]]:
         """Return what was kept: ``wait``, ``hold`` or ``create``, the tag, seconds."""
@@ -311,6 +312,30 @@ class Source:
                 taken.append((name, tag, histogram.raw or ()))
                 histogram.raw = deque(maxlen=_DURATIONS_KEPT)
         return taken
+
+    def take_handovers(self) -> Iterator[float]:
+        """Return how long slots took that were handed over, likewise."""
+        core = self.core()
+        if core is None or core.member is None:
+            return
+        kept = core.member.handovers.raw
+        while kept:  # another thread adds to it
+            yield kept.popleft()
+
+
+def metrics_source(engine: Any) -> Source:
+    """Return what exporters read from: the figures of an engine's pool.
+
+    :param engine: an engine, an asyncio engine, or a pool.
+    :raises sqlalchemy.exc.ArgumentError: if its pool is not a fair one.
+    """
+    pool = getattr(engine, "pool", engine)
+    core = getattr(pool, "_core", None)
+    if not isinstance(core, PoolCore):
+        raise exc.ArgumentError(
+            f"{engine!r} has no FairQueuePool, so there are no figures of it"
+        )
+    return Source(core, pool.metrics_name)
 
 
 def _keep_durations(tag: str, counters: Counters) -> None:

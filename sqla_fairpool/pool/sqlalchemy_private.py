@@ -122,6 +122,11 @@ def bare_record(pool: Pool) -> Any:
     return _ConnectionRecord(pool, connect=False)
 
 
+def recycle(pool: Pool) -> float:
+    """Return ``pool_recycle``, -1 for never."""
+    return pool._recycle
+
+
 def expired(pool: Pool, record: ConnectionPoolEntry) -> bool:
     """Tell if a record's connection is as old as the pool's ``recycle``."""
     recycle = pool._recycle

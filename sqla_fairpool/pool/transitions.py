@@ -9,14 +9,16 @@ Rules of this file:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
 from ..diagnosis.callers import TaskHere, ThreadHere
 from ..diagnosis.capture import Out
 from ..diagnosis.event_log import EventLog, LeakWatch
+from ..diagnosis.report import Others
 from ..options import PoolOptions
+from ..scheduling import policy
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import GRANTED, Ticket
 from . import sqlalchemy_private
@@ -24,6 +26,7 @@ from .checkout import Checkout, Record
 from .connections import Connections, Slots
 from .lock import PoolLock
 from .physical import PhysicalConnection
+from .waiters import Waiter
 from .warm import WarmCache
 
 __all__ = ["Transitions"]
@@ -56,7 +59,13 @@ class Transitions:
         self.leaks: LeakWatch | None = None
         #: The waiting checkout whose caller wakes up for what is due.
         self.watcher: Checkout | None = None
-        scheduler.tags.on_change = self.event_log.changed
+        #: Those that wait until nothing is out, see :mod:`.pausing`.
+        self.drainers: list[Waiter] = []
+        scheduler.tags.on_change = (
+            self.event_log.changed
+            if slots.sees_all_callers
+            else self.event_log.will_change
+        )
 
     # -- granting --------------------------------------------------------------------
 
@@ -131,7 +140,7 @@ class Transitions:
         """Return the records in the pool, and how many of them are open."""
         return len(self.connections.idle), self.connections.count_open()
 
-    def allotment(self) -> tuple[int | None, str | None]:
+    def allotment(self) -> tuple[int | None, str | None, Callable[[], Others]]:
         """Return what a ledger allots, and why it is no more; None without one."""
         return self.slots.describe()
 
@@ -202,6 +211,11 @@ class Transitions:
             connections.idle.append(record)
             is_idle = True
         self.slots.returned(idle=is_idle)
+        self._wake_drainers()
+
+    def _wake_drainers(self) -> None:
+        if self.drainers:
+            self.lock.wake_ups.extend(waiter.wake for waiter in self.drainers)
 
     def _close_and_release(self, record: Record) -> None:
         """Close a record, and then take its slot back. Called after the lock."""
@@ -233,6 +247,7 @@ class Transitions:
         if slots.frozen:
             slots.allotted = min(slots.allotted, slots.there())
         self.deliver(self.scheduler.set_capacity(slots.usable(), now))
+        self._wake_drainers()
 
     def drain(self, now: float) -> None:
         """Have the oldest idle records closed if a limit has fallen below them."""
@@ -266,6 +281,25 @@ class Transitions:
         usable = self.slots.usable()
         self.deliver(self.scheduler.impose(usable, ceilings, other, now))
         self.drain(now)
+
+    @property
+    def awaits_the_ledger(self) -> bool:
+        """There may be something to be logged, when the ledger was read."""
+        log = self.event_log
+        return log.has_changes or (self.scheduler.waiting > 0 and not log.exhausted)
+
+    def read(self, others: Others, now: float) -> None:
+        """Log what has changed, with what the ledger tells of other processes."""
+        log, options, scheduler = self.event_log, self.options, self.scheduler
+        tag_states = scheduler.tag_states.values()
+        active = others.active_tags.union(a.tag for a in tag_states if a.active)
+        limits = options.soft_limit, options.max_limit
+        log.change(len(active), policy.ceiling(max(len(active) - 1, 0), *limits))
+        waits = next((a.tag for a in tag_states if a.waiting), None)
+        is_full = scheduler.in_use + others.number >= options.capacity
+        if waits is not None and is_full and not log.exhausted:
+            holders = [(a.tag, a.in_use) for a in tag_states if a.in_use]
+            log.begin(waits, now, options.capacity, holders, others.holders)
 
     def freeze(self, now: float) -> None:
         """Let those connections be used that there are, until the next `allot`."""

@@ -205,11 +205,8 @@ class Scheduler(SchedulerState):
         if not target.silent:
             self.tags.touch(target, now)
         scale = self.usage.scale(now)
-        self._shift(source, -1, scale)
-        if not self._is_next(target):
-            self._shift(source, +1, scale)
+        if not self._exchange(source, target, scale):
             return None
-        self._shift(target, +1, scale)
         if source.silent:
             ticket.again -= 1
             self.usage.was_unused(ticket, now, scale, now - ticket.since)
@@ -296,7 +293,31 @@ class Scheduler(SchedulerState):
         self.lines.all_changed()
         return self.set_capacity(capacity, now)
 
+    def pause(self, at: float | None, now: float) -> Sequence[Ticket]:
+        """Grant nothing from a time on, or with None again; return who is granted."""
+        self.tags.pause(at)
+        self.lines.all_changed()
+        return self._dispatch(now, self.usage.scale(now))
+
     # -- the parts of a transition -------------------------------------------
+
+    def _exchange(self, source: TagState, target: TagState, scale: float) -> bool:
+        """Move a slot from one tag to another, if that one is next; tell if it was."""
+        if self.waiting or self.tags.limits.reserved:
+            self._shift(source, -1, scale)
+            is_next = self._is_next(target)
+            self._shift(target if is_next else source, +1, scale)
+            return is_next
+        # As above, with no other that could be next.
+        if self.in_use > self.capacity or target.in_use >= self.ceiling(target):
+            return False
+        source.in_use -= 1
+        source.charged += scale
+        target.in_use += 1
+        target.charged -= scale
+        if target.in_use > target.peak:
+            target.peak = target.in_use
+        return True
 
     def _shift(self, tag_state: TagState, by: int, scale: float) -> None:
         before = min(tag_state.in_use, tag_state.reserved)

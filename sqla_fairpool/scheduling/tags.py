@@ -63,6 +63,10 @@ class Tags:
         #: Ceilings from outside, by tag, and for all others; None without.
         self.imposed: Mapping[str, int] | None = None
         self.imposed_other = 0
+        # The lowest of those of tags without a maximum of their own.
+        self._imposed_lowest = 0
+        #: Since when no tag may have more than it holds; None: they may.
+        self.paused_at: float | None = None
         #: For every active tag without a maximum of its own: the ceiling, which is the
         #: same for all without a reserve; while ceilings are imposed, the lowest.
         #: Code that looks only at this one errs on the safe side.
@@ -75,6 +79,8 @@ class Tags:
 
     def ceiling(self, tag_state: TagState) -> int:
         """Return the most slots a tag may hold now."""
+        if self.paused_at is not None:
+            return 0
         if self.imposed is not None:
             imposed = self.imposed.get(tag_state.tag, self.imposed_other)
             most = tag_state.limits.max
@@ -95,18 +101,27 @@ class Tags:
     def impose(self, ceilings: Mapping[str, int], other: int) -> None:
         """Replace the rules for ceilings by numbers from outside."""
         self.imposed, self.imposed_other = ceilings, other
-        lowest = other
-        for tag, ceiling in ceilings.items():
-            tag_state = self.tag_states.get(tag)
-            if tag_state is None or tag_state.limits.max is None:
-                lowest = min(lowest, ceiling)
-            else:
-                tag_state.safe_ceiling.value = min(ceiling, tag_state.limits.max)
-        self.common_ceiling.value = lowest
+        rest = [n for tag, n in ceilings.items() if self.limits.of(tag).max is None]
+        self._imposed_lowest = min([other, *rest])
+        self._set_ceilings()
+
+    def pause(self, at: float | None) -> None:
+        """Let all ceilings be 0 from a time on, or with None what they are else."""
+        self.paused_at = at
+        self._set_ceilings()
+
+    def _set_ceilings(self) -> None:
+        self.common_ceiling.value = self._lowest_ceiling(max(self.active - 1, 0))
+        for tag, tag_state in self.tag_states.items():
+            if tag_state.safe_ceiling is not self.common_ceiling:
+                ceiling = self._safe_ceiling(tag, tag_state.limits)
+                tag_state.safe_ceiling.value = ceiling.value
 
     def _lowest_ceiling(self, others: int) -> int:
+        if self.paused_at is not None:
+            return 0
         if self.imposed is not None:
-            return self.common_ceiling.value
+            return self._imposed_lowest
         rule = policy.ceiling(others, self.soft_limit, self.max_limit)
         return min(rule, self.capacity - self.limits.reserved)
 
@@ -131,6 +146,8 @@ class Tags:
     def _safe_ceiling(self, tag: str, limits: TagLimits) -> SafeCeiling:
         if limits.max is None:
             return self.common_ceiling
+        if self.paused_at is not None:
+            return SafeCeiling(0)
         if self.imposed is not None:
             imposed = self.imposed.get(tag, self.imposed_other)
             return SafeCeiling(min(imposed, limits.max))

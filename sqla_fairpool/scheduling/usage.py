@@ -35,6 +35,8 @@ class Usage:
     __slots__ = (
         "_half_life_since",
         "_mean_life",
+        "_now",
+        "_scale",
         "_tag_states",
         "half_life",
         "landmark",
@@ -51,6 +53,8 @@ class Usage:
         self._mean_life = half_life / math.log(2)
         self._half_life_since = now
         self.landmark = now
+        # The last moment for which the scale was computed, and what it was then.
+        self._now, self._scale = now, self._mean_life
         #: What the tag that was served last had used, per weight: of those that waited
         #: and held nothing, and have no reserve.
         self.level = 0.0
@@ -59,11 +63,14 @@ class Usage:
 
     def scale(self, now: float) -> float:
         """Return what one slot that is held without end comes to, at the landmark."""
+        if now == self._now:
+            return self._scale  # as in other steps of the same transition
         half_lives = (now - self.landmark) / self.half_life
         if half_lives > _LANDMARK_LIFE:
             self.rebase(now, self.half_life)
             return self._mean_life
-        return self._mean_life * math.pow(2.0, half_lives)
+        self._now, self._scale = now, self._mean_life * 2.0**half_lives
+        return self._scale
 
     def rebase(self, now: float, half_life: float) -> None:
         """Move the landmark to now, and let usage decay by `half_life`. O(tags)."""
@@ -77,6 +84,7 @@ class Usage:
         if half_life != self.half_life:
             self._half_life_since = now
         self.landmark, self.half_life, self._mean_life = now, half_life, after
+        self._now, self._scale = now, after
         self.moved()
 
     def seconds(self, tag_state: TagState, now: float) -> float:

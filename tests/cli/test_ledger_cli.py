@@ -209,7 +209,9 @@ def test_reset_asks_first(run, left, monkeypatch):
         monkeypatch.setattr("builtins.input", lambda question, said=said: answer(said))
         status, out, err = run("reset")
         assert (status, out.strip(), err) == (1, "nothing done", "")
-        assert "DEAD: 2 slots" in run("show")[1]
+        assert (
+            "has ended: its 2 slots are free for whoever comes next" in run("show")[1]
+        )
     monkeypatch.setattr("builtins.input", lambda question: "y")
     assert run("reset")[:2] == (0, "done\n")
     assert ": 0 owned by 0 members" in run("show")[1]
@@ -250,7 +252,7 @@ def test_reap_keeps_what_the_server_cannot_be_asked_about(run, left):
         "1 dead found, 0 slots freed\n2 slots stay in quarantine: without --url of a "
         "PostgreSQL the server cannot be asked\n",
     )
-    assert "2 in quarantine, died" in run("show")[1]
+    assert "has ended: its 2 slots are free for whoever comes next" in run("show")[1]
 
 
 @pytest.fixture
@@ -289,7 +291,7 @@ def test_reap_frees_what_no_session_has_on_the_server_in_any_database(
         "1 dead found, 1 slots freed\n"
         "2 slots stay in quarantine: their sessions live on the server\n",
     )
-    assert ": 2 in quarantine, died; 2 sessions are known" in run("show")[1]
+    assert "2 slots in quarantine: ? (?:4711) died" in run("show")[1]
     held[0].close()
     eventually(lambda: "0 dead found, 1 slots freed" in reap()[1])
     held[1].close()
@@ -307,7 +309,7 @@ def test_reap_keeps_what_it_cannot_tell(run, fails, dead, path):
         rows["meta"] = Meta(TERMS, 9, 9, "postgresql 42").text
     said = "the members' sessions are on postgresql 42: give the URL of their"
     assert said in fails(*args)
-    assert "DEAD: 3 slots" in run("show")[1]
+    assert "has ended without leaving: its 3 slots are" in run("show")[1]
     with rows_of(path) as rows:
         rows["meta"] = meta
     with held[0].engine.connect() as more:

@@ -14,6 +14,7 @@ import termios
 import threading
 import time
 from pathlib import Path
+from urllib.request import urlopen
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
@@ -294,6 +295,62 @@ def test_again_and_again(capsys, show, monkeypatch, as_json):
         away = r"20\S+ \S+ UTC  the ledger is away: locked, last seen \d+ s ago"
         assert re.fullmatch(away, second)
         assert "\nb " in third
+
+
+# -- for Prometheus --------------------------------------------------------------------
+
+
+def test_served_to_prometheus(capsys, show, monkeypatch):
+    show(overview(), StoreAway("locked"))
+    said, scraped = "", []
+
+    def scrape(seconds):
+        nonlocal said
+        said += capsys.readouterr().out
+        with urlopen(said.split()[-1], timeout=PATIENCE) as answer:
+            scraped.append(answer.read().decode())
+        if len(scraped) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("sqla_fairpool.cli.monitor.time.sleep", scrape)
+    assert run(capsys, "monitor", "--prometheus", "127.0.0.1:0")[0] == 130
+    name = re.escape(os.environ["FAIRPOOL_LEDGER"])
+    up = rf'sqla_fairpool_ledger_up\{{pool="{name}"\}}'
+    assert re.search(up + r" 1\.0\n", scraped[0])
+    assert 'tag="layer1_5"} 2.0\n' in scraped[0]
+    assert re.search(up + r" 0\.0\n", scraped[1])
+
+
+def test_a_scrape_does_not_wait_for_a_look_that_hangs(make, monkeypatch):
+    go_on, view = threading.Event(), overview()
+    watch, _, inspector = make(view)
+    inspector.look = lambda: go_on.wait(PATIENCE) and view
+    looks = monitor._Looks(watch)
+    monkeypatch.setattr(monitor, "_SCRAPE", 0.01)
+    assert looks() is None
+    monkeypatch.setattr(monitor, "_SCRAPE", PATIENCE)
+    go_on.set()
+    assert looks() is view  # the look that was under way
+    watch.close()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["host:"], "'host:' is not [HOST:]PORT"),
+        (["65536"], "'65536' is not [HOST:]PORT"),
+        (["1", "--json"], "--prometheus goes with neither --once nor --json"),
+        (["host.invalid:0"], "cannot listen at host.invalid:0: "),
+    ],
+)
+def test_what_cannot_be_served(capsys, show, args, says):
+    show(overview())
+    try:
+        status = main(["monitor", "--prometheus", *args])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert says in capsys.readouterr().err
 
 
 # -- on a terminal ---------------------------------------------------------------------

@@ -10,7 +10,9 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 from support import state
+from support.stub import all_for_one
 from support.threads import Caller, Gate
+from support.worlds import world_of
 
 from sqla_fairpool import (
     AsyncAdaptedFairQueuePool,
@@ -186,6 +188,31 @@ def test_message_names_thread_age_statement_and_line(make_engine, clock):
     assert f"asked for at {facts.asked_at}; advice:" in message
     assert "advice: 'layer2' keeps 1 of 1 connections unused" in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("driver", ["sqlite", "sqlite+aiosqlite"])
+def test_connection_that_makes_no_tag_active_is_explained(tmp_path, driver):
+    """One without a tag counts from its first statement; one that is idle does not."""
+    world = world_of(f"sqlite:///{tmp_path / 'test.db'}", driver)
+
+    def refused(engine):
+        with pytest.raises(CheckoutTimeout) as caught:
+            engine.connect()
+        return caught.value.diagnosis, str(caught.value)
+
+    def test():
+        engine = world.engine(**all_for_one(1), pool_timeout=0)
+        with engine.connect() as connection:
+            facts, message = refused(engine)
+            assert (facts.active_tags, facts.uncounted) == (0, ("unknown",))
+            words = "(uncounted: 'unknown', without a statement lately); held by"
+            assert f"active_tags=0 {words} unknown=1" in message
+            connection.execute(text("select 1"))
+            facts, message = refused(engine)
+            assert (facts.active_tags, facts.uncounted) == (1, ())
+            assert "active_tags=1; held by unknown=1" in message
+
+    world.run(test)
 
 
 def test_where_it_was_taken_is_told_with_leak_threshold(make_engine):

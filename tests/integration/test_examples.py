@@ -37,6 +37,10 @@ SAYS = {
         "{'greedy': 30, 'quick': 30}; greedy checked out 30 times; housekeeping "
         "checked out 1 times; quick checked out 30 times; unknown checked out 1 times"
     ),
+    "scrapy_spiders.py": (
+        "news checked out 3 times; shops checked out 3 times; "
+        "unknown checked out 1 times"
+    ),
 }
 
 
@@ -111,6 +115,46 @@ def test_unchanged_scripts_do_what_they_do_under_the_launcher(postgres_url):
         assert script.returncode == 0, err
         assert out.startswith(f"{name}: ")
         assert f"fair pool, tag {name!r}, ledger host" in err
+
+
+_SPIDER = """
+import os, scrapy, sqlalchemy
+class Store:
+    def open_spider(self):
+        self.engine = sqlalchemy.create_engine(os.environ["DATABASE_URL"])
+    def process_item(self, item):
+        with self.engine.connect():
+            return item
+    def close_spider(self):
+        print({row.name: row.checkouts for row in self.engine.pool.stats().tags})
+        self.engine.dispose()
+class News(scrapy.Spider):
+    name = "news"
+    start_urls = ["data:,page"]
+    custom_settings = {"ITEM_PIPELINES": {Store: 100}}
+    def parse(self, response):
+        yield {}
+"""
+
+
+def test_unchanged_spider_is_tagged_by_a_setting(tmp_path):
+    (tmp_path / "spider.py").write_text(_SPIDER)
+    program = ["-m", "scrapy", "runspider", "spider.py", "-L", "ERROR"]
+    setting = "ITEM_PROCESSOR=scrapy_spiders.TaggedPipelines"
+    environment = {
+        **os.environ,
+        "DATABASE_URL": f"sqlite:///{tmp_path}/pages.db",
+        "PYTHONPATH": str(EXAMPLES),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "sqla_fairpool", "run", *program, "-s", setting],
+        cwd=tmp_path,
+        env=environment,
+        timeout=60,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("{'news': 1}\n", "")
 
 
 def test_postgresql_to_try_prints_its_url_and_is_gone_with_ctrl_c():

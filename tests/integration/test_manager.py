@@ -453,6 +453,61 @@ def test_figures_are_of_all_processes_that_share_the_budget(one):
     assert stats["strategy"].endswith("at most 10 each")
 
 
+@pytest.mark.parametrize("kind", ["startup", "startup_async"])
+def test_figures_before_the_first_session_are_not_of_a_former_run(
+    make, default_ledger, kind
+):
+    former = make(pool_size=8)
+    with former.get_session("a") as session:
+        session.execute(SELECT_1)
+        assert former.get_connection_stats()["pool"]["capacity"] == 8
+        # While a member lives, its limits are in force for all.
+        assert make(pool_size=9).get_connection_stats()["pool"]["capacity"] == 8
+    state.keeper(pool_of(former)).close()
+    one = make()
+    getattr(one, kind)(pool_size=12, max_overflow=4)
+    pool = one.get_connection_stats()["pool"]
+    assert (pool["size"], pool["capacity"], pool["available"]) == (12, 16, 16)
+    assert (pool["soft_limit"], pool["max_limit"]) == (8, 12)
+
+
+REGISTERING = """
+import sys
+from sqla_fairpool import manager
+for call in sys.argv[1].split(","):
+    name, _, argument = call.partition(" ")
+    getattr(manager, name)(*filter(None, [argument]))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        "register_scraper later,startup_dynamic_pool",
+        "startup_dynamic_pool,register_scraper later",
+        "startup_dynamic_async_pool,register_scraper later",
+    ],
+)
+def test_registered_scraper_is_in_the_figures_of_all_processes(one, calls):
+    command = [sys.executable, "-c", REGISTERING, calls]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdout.readline() == "ready\n"
+
+        def rows():
+            rows = one.get_connection_stats()["scrapers"]
+            return {row["scraper"]: row for row in rows}
+
+        eventually(lambda: "later" in rows())
+        later = rows()["later"]
+        process.communicate(timeout=30)
+    assert later["processes"] == [str(process.pid)]
+    assert (later["active"], later["connections"]) == (False, 0)
+    assert "later" not in rows()
+
+
 @contextmanager
 def rows_of(url):
     """The rows of the default ledger; no process gets at them in the block."""

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import re
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,12 +18,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import create_engine
 from sqlalchemy.exc import ArgumentError
 from support import state
+from support.overviews import process
 from support.stub import StubError
-from support.threads import Caller, ensure_waiting, give, take
+from support.threads import Caller, ensure_waiting, eventually, give, take
 
 from sqla_fairpool import CheckoutTimeout, SelfDeadlock, TooManyWaiting
+from sqla_fairpool.ledger.overview import Limits, Part, compile_overview
 from sqla_fairpool.opentelemetry import instrument
-from sqla_fairpool.prometheus import register
+from sqla_fairpool.prometheus import OverviewCollector, register
 from sqla_fairpool.scheduling.counters import (
     BOUNDS,
     MAX_COUNTED_TAGS,
@@ -30,8 +33,14 @@ from sqla_fairpool.scheduling.counters import (
     CountersByTag,
     Histogram,
 )
+from sqla_fairpool.stats import TagStats
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+
+CLOSURES = {
+    *("detached", "disposed", "invalidated"),
+    *("overflow", "recycled", "resized", "unused"),
+}
 
 
 def metrics_of(engine, name="a"):
@@ -139,8 +148,9 @@ def test_tags_under_which_is_counted(make_engine):
 def test_closures_are_counted_by_reason(make_engine, clock, monkeypatch):
     clock.now = 1000.0
     sizes = {"pool_size": 3, "max_overflow": 1, "max_limit": 4, "soft_limit": 4}
-    engine = make_engine(**sizes, pool_recycle=100, idle_connection_ttl=100, min_idle=1)
-    expected = {}
+    sizes |= {"pool_recycle": 100, "recycle_jitter": 0}
+    engine = make_engine(**sizes, idle_connection_ttl=100, min_idle=1)
+    expected = dict.fromkeys(CLOSURES, 0)
 
     def counts(**more):
         expected.update(more)
@@ -253,6 +263,7 @@ def test_exporters_refuse_another_pool(registry):
 
 def test_dashboard_shows_all_that_is_exported_and_nothing_else(make_engine, registry):
     register(make_engine(), registry)
+    registry.register(OverviewCollector("app", lambda: None))
     families = list(registry.collect())
     exported = {name for family in families for name in _series_of(family)}
     dashboard = json.loads((EXAMPLES / "grafana_dashboard.json").read_text())
@@ -261,6 +272,105 @@ def test_dashboard_shows_all_that_is_exported_and_nothing_else(make_engine, regi
     assert len(queries) >= 8
     assert used <= exported
     assert all(any(u.startswith(family.name) for u in used) for family in families)
+
+
+def test_counters_are_there_before_what_they_count(make_engine, registry, provider):
+    engine = make_engine()
+    register(engine, registry)
+    instrument(engine, provider)
+    families = {family.name: family for family in registry.collect()}
+    for name, label, expected in (
+        ("connections_closed", "reason", CLOSURES),
+        ("checkout_failures", "reason", {"timeout", "refused", "deadlock"}),
+        ("checkouts", "tag", {"unknown"}),
+        ("connect_failures", "tag", {"unknown"}),
+    ):
+        found = families[f"sqla_fairpool_{name}"].samples
+        assert {s.labels[label]: s.value for s in found} == dict.fromkeys(expected, 0)
+
+
+def test_ledger_is_exported_by_its_members(server, tmp_path, registry, provider):
+    ledger = str(tmp_path / "app.ledger")
+    pools = [server.engine(ledger=ledger, pool_logging_name=n) for n in ("one", "two")]
+    register(pools[0], registry)
+    instrument(pools[0], provider)
+    stats = pools[0].pool.metrics().ledger
+    assert (stats.slots, stats.members, stats.transactions) == ({}, None, 0)
+    assert samples(registry, "ledger_members") == {}
+    held = [pool.connect() for pool in pools]
+    eventually(lambda: pools[0].pool.metrics().ledger.members == 2)
+    stats = pools[0].pool.metrics().ledger
+    assert set(stats.slots) == {"owned", "others", "free", "quarantined"}
+    assert sum(stats.slots.values()) == pools[0].pool.options.capacity
+    assert (stats.away_time, stats.handover_time.count) == (0.0, 0)
+    slots = samples(registry, "ledger_slots", state="owned")
+    assert slots == {"sqla_fairpool_ledger_slots": stats.slots["owned"]}
+    assert json.loads(json.dumps(pools[0].pool.metrics().as_dict()))["ledger"]
+    give(held)
+    for pool in pools:
+        pool.dispose()
+        state.keeper(pool).close()
+    assert pools[0].pool.metrics().ledger.members is None
+
+
+def test_one_exporter_for_all_processes(registry):
+    """Figures are those of the moment, and no counter falls when a process ends."""
+    scenes = []
+    registry.register(OverviewCollector("app", lambda: scenes.pop(0)))
+
+    def seen(*parts):
+        limits = Limits(20, 20, 10, 11, quarantined=3)
+        scenes.append(
+            compile_overview(
+                [
+                    Part(process("a", number), [TagStats("a", True, **told)])
+                    for number, told in parts
+                ],
+                limits,
+            )
+        )
+        return generate_latest(registry).decode()
+
+    def has(text, *rows):
+        assert [row for row in rows if f"sqla_fairpool_{row}\n" not in text] == []
+
+    text = seen((1, {"connections": 2, "checkouts": 5}), (2, {"checkouts": 7}))
+    has(
+        text,
+        'ledger_up{pool="app"} 1.0',
+        'ledger_members{pool="app"} 2.0',
+        'ledger_slots{pool="app",state="owned"} 4.0',
+        'ledger_slots{pool="app",state="free"} 13.0',
+        'ledger_slots{pool="app",state="quarantined"} 3.0',
+        'connections{pool="app",state="used"} 2.0',
+        'connections{pool="app",state="idle"} 2.0',
+        'tag_connections{pool="app",tag="a"} 2.0',
+        'checkouts_total{pool="app",tag="a"} 12.0',
+        'checkout_failures_total{pool="app",reason="timeout",tag="a"} 0.0',
+    )
+    # What only the processes themselves know is left out.
+    assert 'reason="refused"' not in text and "hold_seconds_" not in text
+    # One has ended, the other one is silent: its row does not tell of checkouts.
+    has(seen((2, {"timeouts": 1})), 'checkouts_total{pool="app",tag="a"} 12.0')
+    text = seen((2, {"checkouts": 9, "timeouts": 1}))
+    has(text, 'checkouts_total{pool="app",tag="a"} 14.0')
+    has(seen(), 'checkouts_total{pool="app",tag="a"} 14.0')
+    scenes.append(None)
+    text = generate_latest(registry).decode()
+    has(text, 'ledger_up{pool="app"} 0.0')
+    assert "checkouts_total{" not in text
+
+
+def test_pause_is_exported(make_engine, registry, reader, provider):
+    engine = make_engine(pool_logging_name="main")
+    register(engine, registry)
+    instrument(engine, provider)
+    for change, value in ((engine.pool.pause, 1), (engine.pool.resume, 0)):
+        change()
+        label = {"pool": "main"}
+        assert registry.get_sample_value("sqla_fairpool_paused", label) == value
+        (point,) = points(reader)["sqla_fairpool.paused"].values()
+        assert point.value == value
 
 
 def _series_of(family):
@@ -315,6 +425,7 @@ def test_opentelemetry_follows_the_conventions(make_engine, reader, provider, cl
     }
     sizes = {"count", "max", "idle.max", "idle.min", "pending_requests", "timeouts"}
     own = {f"sqla_fairpool.tag.{name}" for name in ("weight", "reserved", "usage")}
+    own.add("sqla_fairpool.paused")
     assert sizes | own <= set(found) <= conventions | own
     pool = ("db.client.connection.pool.name", "main")
     used = (("db.client.connection.state", "used"), ("sqla_fairpool.tag", "a"))
@@ -325,6 +436,25 @@ def test_opentelemetry_follows_the_conventions(make_engine, reader, provider, cl
     assert (use.count, use.sum) == (4, pytest.approx(3.2))
     (wait,) = found["wait_time"].values()
     assert (wait.count, wait.sum) == (4, 0)
+
+
+def test_opentelemetry_names_its_version_and_the_ledger(
+    server, tmp_path, reader, provider
+):
+    engine = server.engine(ledger=str(tmp_path / "app.ledger"))
+    instrument(engine, provider)
+    with engine.connect():
+        state.keeper(engine).member.handovers.add(0.5)
+        (resource,) = reader.get_metrics_data().resource_metrics
+    (scope,) = resource.scope_metrics
+    assert scope.scope.version == version("sqla-fairpool")
+    found = {metric.name: metric for metric in scope.metrics}
+    names = {"slots", "members", "transactions", "away_time", "handover_time"}
+    prefix = "sqla_fairpool.ledger."
+    assert {prefix + name for name in names} == {n for n in found if prefix in n}
+    (handover,) = found[prefix + "handover_time"].data.data_points
+    assert (handover.count, handover.sum) == (1, 0.5)
+    state.keeper(engine).close()
 
 
 def test_opentelemetry_counts_tags_that_come_later(make_engine, reader, provider):
@@ -349,5 +479,5 @@ def test_dry_run_is_counted_by_both_exporters(make_engine, registry, reader, pro
     assert samples(registry, "would_refuse", tag="a") == {
         "sqla_fairpool_would_refuse_total": 1
     }
-    (point,) = points(reader)["sqla_fairpool.tag.would_refuse"].values()
-    assert point.value == 1
+    found = points(reader)["sqla_fairpool.tag.would_refuse"].values()
+    assert sorted(point.value for point in found) == [0, 1]  # of all other tags, none

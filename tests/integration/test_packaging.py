@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from packaging.requirements import Requirement
 from sqlalchemy import make_url
 from support import documents
 from support.imports import MODULES
@@ -45,6 +46,17 @@ def test_index_shows_where_the_project_lives_and_finds_it_by_what_people_look_fo
     wanted = {"tenants", "workloads", "worker fleets", "QueuePool limit"}
     assert wanted <= set(fields["Keywords"].split(","))
     assert fields["Author"] == "sqla_fairpool contributors"
+
+
+def test_too_old_a_python_is_refused_before_what_an_extra_needs():
+    """Else pip looks for versions of all that for minutes, before it says why not."""
+    needed = [Requirement(text) for text in metadata.requires("sqla-fairpool")]
+    extras = metadata.metadata("sqla-fairpool").get_all("Provides-Extra")
+    for extra in extras:
+        for version, is_any in (("3.9", False), ("3.10", True)):
+            python = {"extra": extra, "python_version": version}
+            found = [r.name for r in needed if r.marker and r.marker.evaluate(python)]
+            assert bool(found) is is_any, (extra, found)
 
 
 @pytest.mark.parametrize("extra", ["postgresql", "demo"])

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import make_url
+from support import state
+from support.stub import StubServer
 from support.threads import PATIENCE
 
 import sqla_fairpool
@@ -627,6 +629,27 @@ def test_bad_variable_is_named_and_nothing_starts(refused, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setenv(variable, "nonsense")
             assert refused("x.py").startswith(f"{variable}='")
+
+
+def test_other_limits_than_the_ledger_in_use_has(told, tmp_path):
+    """One line before the start; the script's pool has those of the ledger."""
+    path = str(tmp_path / "app.ledger")
+    engine = StubServer().engine(ledger=path, pool_size=20, max_overflow=10)
+    same = ("--ledger", path, "--pool-size", 30)
+    with engine.connect():
+        status, _, said = told("--ledger", path, "--idle-timeout", 5, "x.py")
+        assert (status, said) == (
+            0,
+            f"sqla-fairpool run: the ledger {path} is in use with --pool-size 30 "
+            "--soft-limit 15 --max-limit 23 --idle-timeout 60: these limits are in "
+            "force, not --pool-size 20 --soft-limit 10 --max-limit 15 "
+            "--idle-timeout 5\n",
+        )
+        assert told(*same, "x.py")[::2] == (0, "")
+    # Limits that nobody has any more bind nobody.
+    engine.dispose()
+    state.keeper(engine).close()
+    assert told("--ledger", path, "x.py")[::2] == (0, "")
 
 
 def test_what_cannot_be_started(refused, monkeypatch, capsys):

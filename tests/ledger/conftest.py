@@ -16,8 +16,10 @@ def world():
 
 @pytest.fixture
 def path(tmp_path):
-    """Where a host ledger is to be, in a directory that is to be made."""
-    return tmp_path / "run" / "app.ledger"
+    """Where a host ledger is to be, in a directory of its own."""
+    path = tmp_path / "run" / "app.ledger"
+    path.parent.mkdir()
+    return path
 
 
 @pytest.fixture(

@@ -167,7 +167,8 @@ def test_dead_ones_and_quarantines_are_told(join, inspector):
     dead.store.close()
     overview = inspector.look()
     assert overview.warnings[0] == (
-        "a.py (here:4711) is dead: its 4 slots are to be freed"
+        "a.py (here:4711) has ended without leaving: its 4 slots are free when the "
+        "server has no session of it"
     )
     assert overview.scrapers == ()
     assert (overview.checked_out, overview.available) == (0, 16)

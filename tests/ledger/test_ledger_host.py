@@ -507,7 +507,6 @@ NEWER = f"pragma user_version = {host_file.SCHEMA + 1}"
 def test_what_is_no_ledger_of_this_version_is_refused_and_left_alone(
     path, statements, words
 ):
-    path.parent.mkdir()
     if statements is None:
         path.write_text("no database " * 1000)
     else:
@@ -524,7 +523,6 @@ def test_what_is_no_ledger_of_this_version_is_refused_and_left_alone(
 
 @pytest.mark.parametrize("name", ["app.ledger", "app.ledger-journal"])
 def test_fifo_in_the_place_of_a_file_is_refused(path, name):
-    path.parent.mkdir()
     os.mkfifo(path.with_name(name))
     with pytest.raises(LedgerError, match="is not a file"):
         HostStore(path).open()
@@ -591,7 +589,6 @@ def test_nobody_else_may_read_it_unless_an_operator_lets_a_group(
     make, path, given, file_mode, mode
 ):
     if given is not None:
-        path.parent.mkdir()
         path.touch()
         path.chmod(given)
     store = make()
@@ -665,7 +662,6 @@ def test_several_users_share_a_ledger(shared, mode, opened, elsewhere):
 def test_what_root_leaves_is_the_owners(path):
     """An operator who looks at the ledger of a service."""
     store = HostStore(path)
-    path.parent.mkdir()
     path.touch(0o600)
     os.chown(path, USERS[0], GROUP)
     store.open()

@@ -237,6 +237,39 @@ def test_while_the_store_is_away_nothing_grows_and_it_is_tried_less_and_less(wor
     assert a.keeper.away_since is None
 
 
+def test_stats_of_a_member(world):
+    """Slots by state, transactions, time away, time until a slot was handed over."""
+    a, b = world.members(a=15, b=15)
+    world.run(2.0)
+    stats = b.keeper.stats()
+    assert stats.slots == {"owned": 5, "others": 15, "free": 0, "quarantined": 0}
+    assert stats.members == 2
+    assert stats.handover_time.count == 0
+    transactions = stats.transactions
+    world.run(1.0)
+    free(a, "a", 3)
+    world.run(0.1)
+    stats = b.keeper.stats()
+    assert stats.slots == {"owned": 8, "others": 12, "free": 0, "quarantined": 0}
+    assert stats.transactions > transactions
+    assert stats.handover_time.count == 3
+    assert stats.handover_time.max == pytest.approx(3.0, abs=0.2)
+    world.host.is_away = True
+    ask(b, "b", 1)
+    world.run(4.0)
+    assert 2.9 < b.keeper.stats().away_time <= 4.0
+    world.host.is_away = False
+    world.run(6.0)
+    away = b.keeper.stats().away_time
+    assert 4.0 < away < 10.0
+    world.run(2.0)
+    assert b.keeper.stats().away_time == away
+    a.kill()
+    world.run(3.0)
+    stats = b.keeper.stats()
+    assert (stats.members, stats.slots["quarantined"]) == (1, 12)
+
+
 def test_what_was_closed_while_the_store_was_away_is_given_back_after(world):
     a, b = world.member("a", 15), world.start()
     ask(b, "b", 10)

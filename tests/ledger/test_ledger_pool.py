@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
+import logging
+import pickle
+import shutil
 
 import pytest
 from sqlalchemy import create_engine
@@ -11,7 +15,7 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import create_async_engine
 from support import state
 from support.state import assert_consistent
-from support.stub import StubServer
+from support.stub import StubServer, all_for_one
 from support.threads import (
     Caller,
     Gate,
@@ -22,10 +26,13 @@ from support.threads import (
     take,
     wait_in_line,
 )
+from support.worlds import contract, world_of
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
+from sqla_fairpool.diagnosis.report import Elsewhere
 from sqla_fairpool.ledger.errors import LedgerError, ServerDiffers
 from sqla_fairpool.ledger.host import HostStore
+from sqla_fairpool.ledger.keeper import describe_process
 from sqla_fairpool.ledger.rows import Terms
 
 
@@ -261,6 +268,20 @@ def test_demand_tells_the_most_that_were_in_use(pool, share, allot):
     assert [in_use(), in_use()] == [1, 0]
 
 
+def test_paused_pool_asks_for_no_slots_and_stays_paused_with_more(pool, share, allot):
+    allot(1)
+    held = connect(pool)
+    (caller,) = wait_in_line(pool)
+    assert share.demand()[1]["a"].waiting == 1
+    pool.pause()
+    assert share.demand()[1]["a"].waiting == 0
+    allot(5)
+    assert_consistent(pool)
+    assert state.waiting(pool) == 1
+    pool.resume()
+    give([held, caller.result()])
+
+
 def test_refusal_reaches_who_waits_and_is_over_with_a_share(pool, share, allot):
     (caller,) = wait_in_line(pool)
     share.refuse(ServerDiffers("other limits"))
@@ -410,6 +431,129 @@ def test_ledger_is_where_the_engine_the_plugin_or_the_environment_says(
     pool = StubServer().pool(ledger="host")  # without an engine there is no URL
     with pytest.raises(LedgerError, match="name a path as the ledger"):
         pool.connect()
+
+
+@pytest.fixture(params=["sqlite", "sqlite+aiosqlite"])
+def world(request, tmp_path):
+    """Make members of one ledger in a world of threads, or of tasks."""
+    world = world_of(f"sqlite:///{tmp_path}/x.db", request.param)
+    engines = []
+
+    def make(ledger=f"{tmp_path}/app.ledger", **options):
+        options = {"poolclass": world.pool_class, "ledger": ledger, **options}
+        engines.append(world.make(world.url, **options))
+        return engines[-1]
+
+    def close():
+        for engine in engines:
+            engine.dispose()
+            state.keeper(engine).close()
+
+    world.member, world.close = make, close
+    return world
+
+
+@pytest.fixture
+def lines(caplog):
+    """Return the lines of pool and ledger since the last call."""
+    for name in ("sqlalchemy.pool", "sqla_fairpool"):
+        caplog.set_level(logging.INFO, name)
+
+    def lines():
+        found = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return found
+
+    return lines
+
+
+@contract
+def test_path_without_its_directory_is_mistyped(world, tmp_path, lines):
+    path = tmp_path / "mistyped" / "deeper" / "app.ledger"
+    engine = world.member(str(path))
+    words = f"directory {path.parent} does not exist: make it, or mend the path of"
+    with pytest.raises(LedgerError, match=words):
+        engine.connect()
+    assert not path.parent.parent.exists()
+    path.parent.mkdir(parents=True)
+    while not answers(engine):  # it is tried again, once a second
+        world.sleep(0.02)
+    assert f"joined the ledger {path}, member #1" in lines()
+    # One that was there may vanish, and is made again.
+    shutil.rmtree(path.parent)
+    world.eventually(path.exists)
+
+
+@contract
+def test_log_has_the_numbers_of_the_ledger(world, lines):
+    """As without one, over all processes; none from before the ledger was read."""
+    seen = []
+
+    def is_seen(line):
+        seen.extend(one for one in lines() if one.startswith("Tag"))
+        return line in seen
+
+    limits = {"pool_size": 4, "soft_limit": 3, "max_limit": 4}
+    limits |= {"idle_timeout": 0.5, "reallocation_interval": 0.1}
+    one, two = world.member(**limits), world.member(**limits)
+    give(take_from(one, 1, "a"))
+    active = "Tag 'a' is active: 1 active tag, which may have 4"
+    world.eventually(lambda: is_seen(active))
+    give(take_from(one, 1, "a"))
+    give(take_from(two, 1, "b"))
+    both = "Tag 'b' is active: 2 active tags, at most 3 each"
+    world.eventually(lambda: is_seen(both))
+    idle = "Tag 'a' is idle: 1 active tag, which may have 4"
+    while not is_seen(idle):
+        give(take_from(two, 1, "b"))
+        world.sleep(0.02)
+    last = "Tag 'b' is idle: no tag is active, the first may have 4"
+    world.eventually(lambda: is_seen(last))
+    assert seen == [active, both, idle, last]
+
+
+def log_of_exhaustion(lines):
+    found = [line for line in lines() if line.startswith("Pool")]
+    return [line.partition("connections are in use; ")[::2] for line in found]
+
+
+@contract
+def test_those_that_wait_are_told_who_holds_what_in_other_processes(world, lines):
+    """In the log, in the time-out and in its diagnosis: tag, program, host and pid."""
+    options = {**all_for_one(4), "pool_timeout": 1.0}
+    one, two = world.member(**options), world.member(**options)
+    begin = "Pool exhausted: tag 'a' has to wait, all 4 "
+    here = describe_process()
+    who = f"in {here['program']} ({here['host']}:{here['pid']})"
+    held = take_from(one, 4, "b")
+    caller = world.start(take_from, two, 1, "a")
+    with pytest.raises(CheckoutTimeout) as caught:
+        caller.result()
+    assert log_of_exhaustion(lines) == [(begin, f"held by b=4 {who}")]
+    facts, message = caught.value.diagnosis, str(caught.value)
+    assert f"active_tags=2; held by b=4 {who}" in message
+    assert f"the others are other processes', most of them b=4 {who}: " in message
+    parts = here["program"], here["host"], here["pid"]
+    assert facts.elsewhere == (Elsewhere("b", 4, *parts),)
+    assert pickle.loads(pickle.dumps(caught.value)).diagnosis == facts
+    give(held)
+
+
+@contract
+def test_exhaustion_is_logged_with_a_ledger_too(world, lines):
+    begin = "Pool exhausted: tag 'a' has to wait, all 4 "
+    engine = world.member(**all_for_one(4))
+    callers = [world.start(take_from, engine, 1, "a") for _ in range(10)]
+    world.eventually(lambda: log_of_exhaustion(lines) == [(begin, "held by a=4")])
+    for caller in callers:
+        give(caller.result())
+
+
+def answers(engine):
+    with contextlib.suppress(LedgerError):
+        engine.connect().close()
+        return True
+    return False
 
 
 def test_tasks_share_with_threads(tmp_path, member):

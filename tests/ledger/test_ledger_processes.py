@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -231,6 +233,38 @@ def test_role_that_is_limited_to_what_the_command_prints(server, scraper):
     for steady in steadies:
         finish(steady)
         assert steady.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    ("way", "leaves"),
+    [
+        *(("end", True), ("tasks", True), ("SystemExit", True)),
+        *(("fork", True), ("spawn", True), ("celery", True)),
+        *(("os._exit", False), ("SIGTERM", False)),
+    ],
+)
+def test_program_that_ends_properly_is_no_crash(
+    postgres_url, ledger, capsys, way, leaves
+):
+    """It leaves where Python tells of the end; else its slots are said to be free."""
+    program = [sys.executable, SUPPORT / "ending_program.py", postgres_url, ledger, way]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=PATIENCE)
+    assert (done.returncode, done.stderr) == (-15 * (way == "SIGTERM"), "")
+    place = ["--ledger", ledger, "--url", postgres_url]
+
+    def said(*command):
+        assert main([*command, *place]) == 0
+        return capsys.readouterr().out
+
+    shown = said("ledger", "show")
+    assert (": 0 owned by 0 members, 0 in quarantine" in shown) == leaves
+    if not leaves:
+        # The server notices the end of a session in a moment.
+        free = "has ended: its 1 slots are free for whoever comes next"
+        eventually(lambda: free in said("ledger", "show"))
+        stats = said("stats")
+        assert "Warning: ending_program.py" in stats and free in stats
+        assert "quarantined 0" in stats
 
 
 def test_store_that_is_away_under_load(

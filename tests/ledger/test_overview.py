@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sqla_fairpool.ledger.overview import (
+    LeftRow,
     Limits,
     Part,
     ProcessRow,
@@ -120,11 +121,32 @@ def test_warnings_say_who():
     assert overview.warnings == (
         "first",
         "scraper.py (here:1) does not answer: it keeps its 3 slots",
-        "scraper.py (here:2) is dead: its 2 slots are to be freed",
         "b holds a connection for 61 s",
     )
     assert [row.status for row in overview.scrapers] == ["silent", "active"]
     assert overview_of(busy("b", 1, held_for=59.9)).warnings == ()
+
+
+def test_what_is_left_is_free_as_soon_as_the_server_has_no_session_of_it():
+    left = [LeftRow(1, 2, "a (h:1)"), LeftRow(2, 3, "b (h:2)", "died")]
+    left.append(LeftRow(3, 1, "c (h:3)", "left connections open"))
+    overview = compile_overview([], LIMITS, left=left, warnings=["first"])
+    assert overview.limits.quarantined == 6
+    assert overview.warnings == (
+        "first",
+        "a (h:1) has ended without leaving: its 2 slots are free when the server has "
+        "no session of it",
+        "3 slots in quarantine: b (h:2) died",
+        "1 slots in quarantine: c (h:3) left connections open",
+    )
+    seen = overview.with_sessions({2})
+    assert seen.limits.quarantined == 3
+    assert seen.warnings == (
+        "first",
+        "a (h:1) has ended: its 2 slots are free for whoever comes next",
+        "3 slots in quarantine: b (h:2) died",
+        "c (h:3) left connections open: its 1 slots are free for whoever comes next",
+    )
 
 
 def test_it_is_ready_for_json():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import logging
 import threading
@@ -367,3 +368,49 @@ def test_limit_that_rises_while_connections_are_still_being_closed(threads):
     for caller in shrinking, growing, *callers:
         caller.result()
     assert threads.server.most == 4
+
+
+# -- recycle_jitter -------------------------------------------------------------------
+
+
+def test_connections_opened_together_are_not_recycled_together(world, clock):
+    pool = world.pool(6, recycle=1000, recycle_jitter=0.5)
+    first = take(pool, 6)
+    drivers = {c.dbapi_connection for c in first}
+    give(first)
+    ages = []
+    for age in range(0, 1001, 10):
+        out = take(pool, 6)
+        there = {c.dbapi_connection for c in out}
+        give(out)
+        ages += [age] * len(drivers - there)
+        drivers &= there
+        clock.advance(10)
+    assert len(ages) == 6
+    assert min(ages) >= 500
+    assert len(set(ages)) > 1
+    assert pool.stats().closures["recycled"] >= 6
+
+
+def test_connection_that_is_out_is_not_recycled_under_its_user(world, clock):
+    pool = world.pool(1, recycle=1000, recycle_jitter=1)
+    held = connect(pool)
+    clock.advance(1001)
+    state.look_around(pool)
+    assert not held.dbapi_connection.closed
+    old = held.dbapi_connection
+    held.close()
+    with contextlib.closing(connect(pool)) as other:
+        assert old.closed
+        assert other.dbapi_connection is not old
+
+
+@pytest.mark.parametrize(
+    "options", [{"recycle": -1}, {"recycle": 1000, "recycle_jitter": 0}]
+)
+def test_without_recycle_or_jitter_nothing_is_due(make_pool, clock, options):
+    pool = make_pool(2, **options)
+    give(take(pool, 2))
+    clock.advance(1e6)
+    give(take(pool, 2))
+    assert not pool.stats().closures

@@ -6,6 +6,7 @@ which all threads wait.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import inspect
 import os
@@ -16,13 +17,19 @@ from contextlib import suppress
 
 import pytest
 from sqlalchemy.event import attr
+from sqlalchemy.util import await_only, greenlet_spawn
 from support import state
 from support.schedules import CooperativeLock, Schedule
 from support.stub import StubServer
+from support.task_schedules import ScheduledLoop
 from support.threads import connect
 
 import sqla_fairpool
-from sqla_fairpool import CheckoutTimeout, FairQueuePool
+from sqla_fairpool import (
+    AsyncAdaptedFairQueuePool,
+    CheckoutTimeout,
+    FairQueuePool,
+)
 from sqla_fairpool.pool import lock, waiters
 from sqla_fairpool.pool.core import PoolCore
 from sqla_fairpool.pool.lock import PoolLock
@@ -300,5 +307,133 @@ def test_explorer_notices(name, monkeypatch, light_heap):
             try:
                 World(seed, patch).run(KINDS[kind])
             except Exception:
+                return
+    pytest.fail("it was not noticed")
+
+
+# -- tasks -----------------------------------------------------------------------------
+
+
+class TaskWorld(World):
+    """The same for tasks: any order of ready callbacks, cancelled anywhere."""
+
+    def __init__(self, seed, monkeypatch):
+        self.random = random.Random(f"tasks {seed}")
+        self.loop = ScheduledLoop(seed, self.random.choice([0.0, 0.02, 0.1]))
+        clock = staticmethod(self.loop.time)
+        monkeypatch.setattr(AsyncAdaptedFairQueuePool, "_clock", clock)
+        self.server = StubServer()
+        self.server.before["connect"] = self.passes
+        options = {"pool_size": CAPACITY, "max_limit": CAPACITY, "timeout": 30.0}
+        self.pool = self.server.pool(
+            AsyncAdaptedFairQueuePool, deadlock_timeout=None, **options
+        )
+
+    def passes(self, seconds=0):
+        for _ in range(self.random.randrange(3)):
+            await_only(asyncio.sleep(seconds))
+
+    def visit(self, tag, timeout, seconds):
+        with sqla_fairpool.tag(tag, timeout=timeout):
+            connection = self.pool.connect()
+        self.hold(connection)
+        try:
+            self.passes(seconds)
+        finally:
+            self.let_go(connection)
+            connection.close()
+
+    def all_at_once(self):
+        held = [connect(self.pool, tag) for tag in "ab"]
+        for connection in held:
+            self.hold(connection)
+        assert self.server.open == CAPACITY
+        for connection in held:
+            self.let_go(connection)
+            connection.close()
+        state.assert_quiet(self.pool)
+        self.pool.dispose()
+
+    def run(self, kind):
+        timed = kind == "time-outs"
+        expected = {asyncio.CancelledError, type(None)}
+        if timed:
+            expected.add(CheckoutTimeout)
+        try:
+            outcomes = self.loop.play(*(self.task(timed) for _ in range(4)))
+            for outcome in outcomes:
+                assert type(outcome) in expected, outcome
+            self.loop.cancellations = 0
+            assert self.loop.play(greenlet_spawn(self.all_at_once)) == [None]
+        finally:
+            self.loop.close()
+        assert self.server.most <= CAPACITY
+        assert self.server.open == 0
+
+    async def task(self, timed):
+        for _ in range(3):
+            timeout, seconds = (1.0, 0.6) if timed else (30.0, 0)
+            tag = self.random.choice("ab")
+            await greenlet_spawn(self.visit, tag, timeout, seconds)
+
+
+TASK_KINDS = ["uses", "time-outs"]
+
+
+@pytest.mark.parametrize("kind", TASK_KINDS)
+def test_no_order_of_callbacks_and_no_cancellation_breaks_a_promise(kind, monkeypatch):
+    for seed in range(FIRST, FIRST + COUNT // len(TASK_KINDS)):
+        with monkeypatch.context() as patch:
+            try:
+                TaskWorld(seed, patch).run(kind)
+            except BaseException as error:
+                error.add_note(f"tasks, kind {kind!r}, seed {seed}")
+                raise
+
+
+TASK_MUTANTS = {
+    "who was granted is not woken": (
+        waiters.TaskWaiter,
+        waiters.TaskWaiter._ring,
+        "if not self._future.done():",
+        "if False:",
+    ),
+    "one that is cancelled when it was granted keeps the slot": (
+        PoolCore,
+        PoolCore._give_up,
+        "if not has_waited:",
+        "if False:",
+    ),
+    "one that is cancelled in its line stays there": (
+        PoolCore,
+        PoolCore.give_up,
+        "self.lock.run(self._give_up, checkout)",
+        "pass",
+    ),
+    "one that is cancelled while it opens a connection gives up the slot twice": (
+        PoolCore,
+        PoolCore.give_up,
+        "if checkout.orphaned:",
+        "if False:",
+    ),
+    "nobody has what was opened for one that was cancelled": (
+        waiters,
+        waiters._adopt,
+        "owner.adopt(None if failed else running.result())",
+        "pass",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TASK_MUTANTS)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_explorer_of_tasks_notices(name, monkeypatch):
+    owner, function, old, new = TASK_MUTANTS[name]
+    mutate(monkeypatch, owner, function, old, new)
+    for seed in range(ENOUGH):
+        with monkeypatch.context() as patch:
+            try:
+                TaskWorld(seed, patch).run("uses")
+            except (Exception, asyncio.CancelledError):
                 return
     pytest.fail("it was not noticed")

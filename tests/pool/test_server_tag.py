@@ -216,7 +216,7 @@ def test_name_that_the_application_sets_is_replaced_at_the_next_checkout(world):
 
 
 def test_driver_that_does_not_say_the_name_is_told_each_time(world, told, monkeypatch):
-    monkeypatch.setattr(server_tag, "_name_known_to", lambda connection: None)
+    monkeypatch.setattr(server_tag, "parameter", lambda connection, name: None)
     engine = world.engine(server_tag=True)
     tagged = engine.execution_options(scraper="a")
     for _ in range(2):

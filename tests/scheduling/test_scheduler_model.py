@@ -66,6 +66,7 @@ class Model:
         self.used = dict.fromkeys(TAGS, 0.0)  # decayed connection-seconds
         self.lift = dict.fromkeys(TAGS, 0.0)  # what counts beside them
         self.level = 0.0
+        self.paused = False
 
     def limits_of(self, tag):
         return self.limits.get(tag, NO_LIMITS)
@@ -92,6 +93,8 @@ class Model:
         return (self.used[tag] + self.lift[tag]) / self.limits_of(tag).weight
 
     def ceiling(self, tag):
+        if self.paused:
+            return 0
         own = self.limits_of(tag)
         others = len(self.active - {tag})
         rule = policy.ceiling(others, self.soft_limit, self.max_limit)
@@ -273,6 +276,12 @@ class SchedulerAgreesWithModel(RuleBasedStateMachine):
             )
         ]
         vars(self.model).update(rules)
+        assert granted == self.model.dispatch(self.now, granted)
+
+    @rule(paused=st.booleans())
+    def pause(self, paused):
+        granted = [*self.scheduler.pause(self.now if paused else None, self.now)]
+        self.model.paused = paused
         assert granted == self.model.dispatch(self.now, granted)
 
     @rule(seconds=st.sampled_from([0.0, 0.5, 1.0, 30.0, 61.0, 400.0]))

@@ -113,11 +113,12 @@ def prometheus_metrics():
 def opentelemetry_metrics():
     """Yield a row for each instrument of OpenTelemetry."""
     yield from ("| name | unit | meaning |", "|---|---|---|")
-    for name, unit, text, _ in opentelemetry._FIGURES:
-        yield f"| `{opentelemetry._PREFIX}{name}` | `{unit}` | {text} |"
-    yield f"| `{opentelemetry._PREFIX}timeouts` | `{{timeout}}` | Connection timeouts |"
-    for _, name, text in opentelemetry._DURATIONS:
-        yield f"| `{opentelemetry._PREFIX}{name}` | `s` | {text} |"
+    o = opentelemetry
+    for name, unit, text, _ in o._FIGURES + o._COUNTERS + o._OWN_FIGURES:
+        yield f"| `{name}` | `{unit}` | {text} |"
+    yield f"| `{o._PREFIX}timeouts` | `{{timeout}}` | Connection timeouts |"
+    for _, name, text in o._DURATIONS:
+        yield f"| `{o._PREFIX}{name}` | `s` | {text} |"
 
 
 # -- the command line ------------------------------------------------------------------

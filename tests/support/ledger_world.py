@@ -264,6 +264,9 @@ class SimPool:
         for session in lost:
             self.interrupted.remove(session)
 
+    def read(self, rows, member):
+        pass
+
     def allot(self, slots, ceilings, other):
         self.slots, self.ceilings, self.other = slots, ceilings, other
         self.frozen = self.rebuffed = False

@@ -203,6 +203,16 @@ def leak_thread(pool):
     return None if leaks is None else leaks._runner.get("runner")
 
 
+def lose(pool, error):
+    """Have a pool know of a disconnect, by an error of its server."""
+    core(pool).opening.reconnects.lost(error)
+
+
+def reconnects(pool):
+    """What paces the opening of connections after a disconnect."""
+    return core(pool).opening.reconnects
+
+
 def is_collected(pool):
     """Return a function that tells if the core of a pool has been collected."""
     alive = core(pool).alive
@@ -233,7 +243,7 @@ def interrupted_checkout(pool, tag):
 
 def share(pool):
     """The pool's side of a ledger, None without one."""
-    return core(pool)._member
+    return core(pool).member
 
 
 def keeper(pool):
@@ -245,7 +255,7 @@ def join(pool, keeper):
     """Make a pool the member of a ledger with this keeper; return its share."""
     its_core = core(pool)
     member = LedgerMember(its_core._waiter_class, its_core.options.default_tag)
-    its_core._member = member
+    its_core.member = member
     its_core._begin(its_core.options)
     member.serve(its_core)
     member.keeper = keeper

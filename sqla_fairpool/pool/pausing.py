@@ -1,0 +1,139 @@
+"""Pausing: no checkout is served, for a migration or before the process ends.
+
+Rules of this file:
+
+* While a pool is paused, every ceiling is 0: who asks waits, and its own time-out goes
+  on. Nothing is taken away.
+* :meth:`Pausing.pause` and :meth:`Pausing.resume` are transitions. They are put into
+  the lock's inbox, so that a signal handler may call them in the middle of a section.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.util import greenlet_spawn
+
+from ..options import validate_timeout
+from .housekeeping import Housekeeping
+from .transitions import Transitions
+from .waiters import Waiter
+
+if TYPE_CHECKING:
+    from .core import PoolCore
+
+__all__ = ["AsyncPausable", "Pausable", "Pausing"]
+
+#: Seconds after which is looked again if all is back: for what ends without a word.
+_LOOK_AGAIN = 0.5
+
+
+class Pausing:
+    """Stops a pool from serving, and waits for what is out.
+
+    :param waiter_class: how callers sleep.
+    """
+
+    def __init__(
+        self,
+        state: Transitions,
+        housekeeping: Housekeeping,
+        waiter_class: type[Waiter],
+    ) -> None:
+        self._state = state
+        self._housekeeping = housekeeping
+        self._waiter_class = waiter_class
+
+    def pause(self, now: float) -> None:
+        """Serve no checkout from now on. Caller is in a section."""
+        scheduler = self._state.scheduler
+        if scheduler.tags.paused_at is None:
+            scheduler.pause(now, now)
+            self._state.connections.release_soon()
+
+    def resume(self, now: float) -> None:
+        """Serve again, those that wait first. Caller is in a section."""
+        scheduler = self._state.scheduler
+        if scheduler.tags.paused_at is not None:
+            self._state.deliver(scheduler.pause(None, now))
+
+    def drain(self, timeout: float | None) -> bool:
+        """Pause, and close connections as they come back; tell if all are closed."""
+        lock, drainers = self._state.lock, self._state.drainers
+        lock.do(self.pause)
+        if lock.in_section():
+            return False  # no thread can return anything before this one goes on
+        waiter, since = self._waiter_class(None), lock.clock()
+        drainers.append(waiter)
+        try:
+            while True:
+                lock.run(self._close_returned)
+                left = lock.run(self._left)  # after what was closed is closed
+                if not left:
+                    return left == 0
+                seconds = _LOOK_AGAIN
+                if timeout is not None:
+                    seconds = min(seconds, since + timeout - lock.clock())
+                if seconds <= 0:
+                    return False
+                waiter.wait(seconds)
+        finally:
+            drainers.remove(waiter)
+
+    def _close_returned(self, now: float) -> None:
+        if self._state.scheduler.tags.paused_at is not None:
+            self._housekeeping.doom(now)
+            self._housekeeping.close_idle(now)
+
+    def _left(self, now: float) -> int | None:
+        """Return how many connections there are, None if the pool serves again."""
+        state = self._state
+        if state.scheduler.tags.paused_at is None:
+            return None
+        return state.scheduler.in_use + len(state.slots.existing)
+
+
+class Pausable:
+    """The methods of a pool."""
+
+    _core: PoolCore
+    logger: Any
+
+    def pause(self) -> None:
+        """Serve no checkout until :meth:`resume`.
+
+        Who asks waits, and its own time-out goes on. What is out stays out. A signal
+        handler may call this, at any moment.
+        """
+        self._core.lock.do(self._core.pausing.pause)
+        self.logger.info("Pool paused")
+
+    def resume(self) -> None:
+        """Serve checkouts again, also after :meth:`drain`."""
+        self._core.lock.do(self._core.pausing.resume)
+        self.logger.info("Pool resumed")
+
+    def drain(self, timeout: float | None = None) -> Any:
+        """Serve no checkout any more, and close the connections, each when it is back.
+
+        Returns when all are closed, True then. False if `timeout` seconds have passed,
+        or another caller has resumed: the rest is closed when it comes back. In a
+        signal handler :meth:`pause` is the one to call: what the interrupted thread has
+        cannot come back before the handler ends.
+
+        :param timeout: seconds, None to wait without limit.
+        :raises sqlalchemy.exc.ArgumentError: for a bad time-out.
+        """
+        if timeout is not None:
+            timeout = validate_timeout(timeout, "timeout")
+        is_closed = self._core.pausing.drain(timeout)
+        self.logger.info("Pool drained" if is_closed else "Pool paused, not drained")
+        return is_closed
+
+
+class AsyncPausable(Pausable):
+    """The methods of a pool for asyncio."""
+
+    async def drain(self, timeout: float | None = None) -> bool:
+        """As :meth:`Pausable.drain`, while other tasks go on."""
+        return bool(await greenlet_spawn(super().drain, timeout))
