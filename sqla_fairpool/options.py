@@ -2,8 +2,8 @@
 
 The table is the fields of :class:`PoolOptions`. Derived from it are the check of the
 constructor and of ``reconfigure``, the keys in URLs (:mod:`.plugin`), the variables of
-the environment and the launcher's flags (:mod:`.launch.environment`), and README's
-tables.
+the environment and the launcher's flags (:mod:`.launch.environment`), and the
+documents' tables.
 
 Rules of this file: a bad value is one error, which says the option, the value and what
 is allowed. No password is shown, neither in an error nor by ``repr``.
@@ -250,7 +250,7 @@ class Option:
 
     default: Any
     check: _Check
-    #: In a sentence, as README has it.
+    #: In a sentence, as the documents have it.
     meaning: str
     #: The environment's variable. The launcher has flags for the same options.
     variable: str = ""

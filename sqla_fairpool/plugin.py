@@ -29,7 +29,7 @@ from .options import (
 )
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 
-__all__ = ["PREFIX", "SIZES", "FairPoolPlugin"]
+__all__ = ["FairPoolPlugin"]
 
 #: What each key of ours in a URL begins with.
 PREFIX = "fairpool_"

@@ -33,7 +33,7 @@ from .pool.snapshot import Source, metrics_source
 from .scheduling.counters import MAX_COUNTED_TAGS, OTHER
 from .stats import LedgerStats, PoolStats, Summary, TagStats
 
-__all__ = ["FairPoolCollector", "OverviewCollector", "register"]
+__all__ = ["FairPoolCollector", "register"]
 
 #: What each name begins with.
 _PREFIX = "sqla_fairpool_"

@@ -13,11 +13,12 @@ import contextlib
 import os
 import signal
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..options import hide_passwords
 
@@ -81,9 +82,39 @@ def contents(value: str, name: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **more: Any) -> None:
+        more.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**more)
+
+    def format_help(self) -> str:
+        """Return the help, for 80 columns, with the address of its page."""
+        paragraphs = super().format_help().rstrip().split("\n\n")
+        text = "\n\n".join(map(_narrow, paragraphs))
+        page = f"{_documentation()}/reference/command-line.md"
+        return f"{text}\n\ndocumentation:\n  {page}#{self.prog.replace(' ', '-')}\n"
+
     def error(self, message: str) -> NoReturn:
         # It quotes what it did not understand, which may be a URL.
         super().error(hide_passwords(message))
+
+
+def _narrow(paragraph: str) -> str:
+    """Return a paragraph of prose with lines of less than 80 characters."""
+    lines = paragraph.splitlines()
+    is_prose = not any(line.startswith(" ") for line in lines)
+    if is_prose and max(map(len, lines), default=0) >= 80:
+        return textwrap.fill(paragraph, 79)
+    return paragraph
+
+
+def _documentation() -> str:
+    """Return where the documentation is, which the package's metadata knows."""
+    with contextlib.suppress(PackageNotFoundError):
+        for link in metadata(_PROGRAM).get_all("Project-URL") or ():
+            name, address = str(link).split(", ", 1)
+            if name == "Documentation":
+                return address
+    return "docs"
 
 
 def one_line(error: object) -> str:

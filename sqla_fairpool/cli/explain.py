@@ -34,6 +34,8 @@ def add_command(commands: argparse._SubParsersAction[Any]) -> None:
         help="tell why a tag has what it has now",
         description="Tell why a tag has the connections that it has now, who is before "
         "it, and what has to happen for it to get one more.",
+        epilog="examples:\n  sqla-fairpool explain layer3\n"
+        "  sqla-fairpool explain layer3 --json",
     )
     parser.add_argument("tag", metavar="TAG", help="the tag, a scraper's name")
     parser.add_argument("--json", action="store_true", help="the facts as JSON")

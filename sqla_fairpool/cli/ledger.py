@@ -41,10 +41,10 @@ _TOOLS = 2
 
 _EPILOG = """\
 examples:
-  sqla-fairpool ledger show                                    the one in use
-  sqla-fairpool ledger show --url postgresql://app@db/app      its default ledger
-  sqla-fairpool ledger show --ledger /run/scrapers/app.ledger
+  sqla-fairpool ledger show                                  the one in use
+  sqla-fairpool ledger show --url postgresql://app@db/app    its default ledger
   sqla-fairpool ledger reap --ledger database --url postgresql://app@db/app
+  sqla-fairpool ledger reset --ledger /run/scrapers/app.ledger
   sqla-fairpool ledger set pool_size=30 soft_limit=15
   sqla-fairpool ledger limit --url postgresql://app@db/app --processes 8
 
@@ -60,19 +60,20 @@ def add_command(commands: Any) -> None:
         help="show and mend the budget that processes share",
         description="Show and mend the budget that processes share.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     actions = parser.add_subparsers(dest="action", metavar="action", required=True)
     for run, what in _ACTIONS.items():
         name = run.__name__.strip("_")
-        action = actions.add_parser(name, help=what, description=what.capitalize())
+        examples = [line for line in _EPILOG.splitlines() if f"ledger {name} " in line]
+        more = {"help": what, "epilog": "\n".join(["examples:", *examples])}
+        action = actions.add_parser(name, description=what.capitalize(), **more)
         action.set_defaults(run=run)
         add_places(action)
         if run is _set:
             action.add_argument("changes", nargs="+", metavar="LIMIT=VALUE")
         for flag, dest, kind, meaning in _FLAGS.get(name, ()):
-            more = {"type": kind} if kind else {"action": "store_true"}
-            action.add_argument(flag, dest=dest, help=meaning, **more)
+            how = {"type": kind} if kind else {"action": "store_true"}
+            action.add_argument(flag, dest=dest, help=meaning, **how)
 
 
 def add_places(parser: argparse.ArgumentParser) -> None:

@@ -40,7 +40,7 @@ examples:
   sqla-fairpool monitor --ledger /run/scrapers/app.ledger
   watch sqla-fairpool monitor --once
   sqla-fairpool monitor 60 --json >> pool.jsonl
-  sqla-fairpool monitor --prometheus 9187     for a Prometheus that scrapes port 9187
+  sqla-fairpool monitor --prometheus 9187   for Prometheus, on port 9187
 
 keys: q quit, p pause, s sort, + and - interval; up and down choose a scraper, d or
 Enter shows it in detail, Esc all of them again; left and right scroll
@@ -85,6 +85,7 @@ def add_command(commands: Any) -> None:
         "stats",
         help="tell once who has the connections",
         description="Tell once who has the connections, as monitor --once does.",
+        epilog="examples:\n  sqla-fairpool stats\n  sqla-fairpool stats --json",
     )
     stats.set_defaults(once=True, seconds=_INTERVAL, prometheus=None)
     what = "for programs: one JSON document per look, each on a line if not once"

@@ -40,10 +40,10 @@ from .server import ask_room, connected, missing_driver, need
 
 _EPILOG = """\
 examples:
-  DATABASE_URL=postgresql://app@db/app sqla-fairpool run scrapers/layer3.py --all
+  DATABASE_URL=postgresql://app@db/app sqla-fairpool run scrapers/layer3.py
   sqla-fairpool run --scraper layer3 --pool-size 30 -m scrapers.layer3 --all
   sqla-fairpool run --scraper news scrapy crawl news
-  sqla-fairpool run --url postgresql://app@db/app --strict -v scrapers/layer3.py
+  sqla-fairpool run --url postgresql://app@db/app --strict -v layer3.py
 
 Options of this command come before SCRIPT; all that follows it is the script's. A
 COMMAND is a Python program on PATH, if there is no file of that name here. Several

@@ -46,6 +46,9 @@ def test_usage_error(capsys, args, says):
     assert says in err
 
 
+_LEDGER = [f"ledger {one}" for one in ("show", "reap", "reset", "set", "limit")]
+
+
 @pytest.mark.parametrize("action", ["show", "reap", "reset", "limit"])
 def test_help_of_every_command_and_of_the_ledgers_places(capsys, action):
     text = make_argument_parser().format_help()
@@ -58,6 +61,19 @@ def test_help_of_every_command_and_of_the_ledgers_places(capsys, action):
         main(["ledger", action, "--help"])
     assert re.search(r"--ledger LEDGER +a path, 'host'", out := capsys.readouterr().out)
     assert re.search(r"--url URL +the database of the pools", out)
+
+
+@pytest.mark.parametrize("command", [*_COMMANDS, *_LEDGER])
+def test_help_fits_eighty_columns_has_examples_and_names_its_page(
+    capsys, monkeypatch, command
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*command.split(), "--help"])
+    *lines, page = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) < 80
+    assert "  sqla-fairpool " + command in "\n".join(lines)
+    assert page.endswith(f"#{'-'.join(['sqla-fairpool', *command.split()])}")
 
 
 def test_only_the_command_that_is_called_is_imported():

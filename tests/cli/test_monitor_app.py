@@ -136,7 +136,7 @@ def test_screen():
 
 
 def test_troubleshooting_looks_at_what_is_shown():
-    page = Path(__file__).parents[2] / "examples" / "migration.md"
+    page = Path(__file__).parents[2] / "docs" / "guides" / "static-pools.md"
     text = page.read_text(encoding="utf-8").partition("## Troubleshooting")[2]
     text = text.partition("\n## ")[0]
     named = set(re.findall(r"(?<!\*)\*([^*|]+)\*(?!\*)", text))

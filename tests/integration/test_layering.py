@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ast
-from pathlib import Path
+import re
 
 import pytest
+from support import documents
+from support.imports import MODULES, imports
 
 import sqla_fairpool
-
-PACKAGE = Path(sqla_fairpool.__file__).parent
+from sqla_fairpool import manager, opentelemetry, plugin, prometheus
 
 #: Each may import those before it, and what stands beside it in its own folder.
 ORDER = [
@@ -26,28 +27,6 @@ ORDER = [
     {"demo"},
     {"__main__"},
 ]
-
-
-def name_of(path):
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-
-
-MODULES = {name_of(p): ast.parse(p.read_text()) for p in PACKAGE.rglob("*.py")}
-
-
-def imports(name):
-    """Yield what a module imports, of ours by its name within the package."""
-    package = ["sqla_fairpool", *name.split(".")[:-1]]
-    for node in ast.walk(MODULES[name]):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else []
-            module = ".".join([*above, *([node.module] if node.module else [])])
-            for alias in node.names:
-                inner = f"{module}.{alias.name}".removeprefix("sqla_fairpool.")
-                is_module = inner in MODULES or f"{inner}.__init__" in MODULES
-                yield f"sqla_fairpool.{inner}" if is_module else module
 
 
 def level(part):
@@ -81,9 +60,13 @@ def test_only_one_module_uses_sqlalchemys_private_names():
             assert not used & private, f"{name} uses {used & private}"
 
 
-def test_public_names_are_these():
-    names = "AsyncAdaptedFairQueuePool CheckoutTimeout Diagnosis FairQueuePool Holding "
-    names += "PoolStats SelfDeadlock Summary TagLimits TagStats "
-    names += "TooManyWaiting set_tag tag"
-    assert " ".join(sorted(sqla_fairpool.__all__)) == names
-    assert all(hasattr(sqla_fairpool, name) for name in sqla_fairpool.__all__)
+def test_public_names_are_those_that_the_reference_lists():
+    text = (documents.ROOT / "docs" / "reference" / "api.md").read_text()
+    listed = re.findall(r"\.\. auto(?:class|function):: sqla_fairpool\.(\S+)", text)
+    names = list(sqla_fairpool.__all__)
+    for module in (manager, opentelemetry, plugin, prometheus):
+        short = module.__name__.removeprefix("sqla_fairpool.")
+        names += [f"{short}.{name}" for name in module.__all__]
+    assert sorted(listed) == sorted(names)
+    for module in (sqla_fairpool, manager, opentelemetry, plugin, prometheus):
+        assert all(hasattr(module, name) for name in module.__all__)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import json
 import os
 import re
 import signal
@@ -15,14 +18,13 @@ import pytest
 from packaging.requirements import Requirement
 from sqlalchemy import make_url
 from support import documents
+from support.imports import MODULES
 from support.threads import eventually
 
 import sqla_fairpool
-from sqla_fairpool.options import OPTIONS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-MIGRATION = (ROOT / "examples" / "migration.md").read_text()
 
 
 def test_metadata_names_the_one_hard_dependency():
@@ -32,6 +34,18 @@ def test_metadata_names_the_one_hard_dependency():
     assert re.match(r"SQLAlchemy\s*[<>!]", hard[0])
     extras = metadata.metadata("sqla-fairpool").get_all("Provides-Extra")
     assert {"postgresql", "demo", "test", "bench"} <= set(extras)
+    assert sqla_fairpool.__version__ == metadata.version("sqla-fairpool")
+
+
+def test_index_shows_where_the_project_lives_and_finds_it_by_what_people_look_for():
+    fields, address = metadata.metadata("sqla-fairpool"), documents.address()
+    links = dict(link.split(", ", 1) for link in fields.get_all("Project-URL"))
+    assert {"Source", "Documentation", "Changelog", "Issues"} <= set(links)
+    for link in [fields["Home-page"], *links.values()]:
+        assert (link + "/").startswith(address + "/")
+    wanted = {"tenants", "workloads", "worker fleets", "QueuePool limit"}
+    assert wanted <= set(fields["Keywords"].split(","))
+    assert fields["Author"] == "sqla_fairpool contributors"
 
 
 def test_too_old_a_python_is_refused_before_what_an_extra_needs():
@@ -91,11 +105,20 @@ def test_session_that_is_ended_by_sigterm_leaves_no_server():
     eventually(lambda: not psutil.pid_exists(said["server"]), "the server's end")
 
 
-def blocks(text):
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+def blocks(path):
+    """Return what a document says can be pasted; what it names is a file (start.md)."""
+    found = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    return [block for block in found if not re.match(r"# \w+\.py\n", block)]
 
 
-@pytest.mark.parametrize("block", [*blocks(README), *blocks(MIGRATION)])
+@pytest.mark.parametrize(
+    "block",
+    [
+        pytest.param(block, id=f"{path.relative_to(ROOT).as_posix()}-{n}")
+        for path in documents.DOCUMENTS
+        for n, block in enumerate(blocks(path))
+    ],
+)
 def test_code_of_the_documents_runs_when_pasted(block, tmp_path):
     for driver, file in (("psycopg2", "sqlite"), ("asyncpg", "sqlite+aiosqlite")):
         url = f"postgresql+{driver}://app@localhost/app"
@@ -107,15 +130,93 @@ def test_code_of_the_documents_runs_when_pasted(block, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_readmes_options_are_those_of_the_code():
-    assert documents.with_tables(README) == README
-    (text,) = re.findall(r"Any option can be\schanged but (.*?)\.\n", README, re.DOTALL)
-    fixed = {name for name, option in OPTIONS.items() if option.is_fixed}
-    assert set(re.findall(r"`(\w+)`", text)) == fixed | {"pool_use_lifo"}
+@pytest.mark.postgres
+def test_commands_of_the_first_page_end_with_two_programs_on_one_budget(
+    postgres_url, tmp_path
+):
+    """As pasted, but for installing, the server, the time and the monitor's screen."""
+    page = (ROOT / "docs" / "start.md").read_text()
+    (program,) = re.findall(r"```python\n# news\.py\n(.*?)```", page, re.DOTALL)
+    for name in ("news", "prices"):
+        (tmp_path / f"{name}.py").write_text(program)
+    commands = re.findall(r"^sqla-fairpool (run .*) &$", page, re.MULTILINE)
+    assert len(commands) == 2
+    assert "\nsqla-fairpool stats\n" in page
+    path = {"FAIRPOOL_LEDGER": str(tmp_path / "ledger"), "DATABASE_URL": postgres_url}
+    how = {"cwd": tmp_path, "env": {**os.environ, **path}}
+    command = [sys.executable, "-m", "sqla_fairpool"]
+    with contextlib.ExitStack() as stack:
+        for line in commands:
+            running = subprocess.Popen([*command, *line.split()], **how)
+            stack.enter_context(running)
+            stack.callback(running.kill)
+
+        def held():
+            look = [*command, "stats", "--json"]
+            done = subprocess.run(look, capture_output=True, text=True, **how)
+            rows = json.loads(done.stdout)["scrapers"] if done.returncode == 0 else ()
+            return {row["scraper"]: row["connections"] for row in rows}
+
+        eventually(lambda: held() == {"news": 10, "prices": 10}, "ten for each")
 
 
-def test_links_between_the_documents_lead_somewhere():
-    for name in ("README.md", "examples/migration.md", "examples/deployment.md"):
-        text = (ROOT / name).read_text()
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
-            assert (ROOT / name).parent.joinpath(target).exists(), f"{name}: {target}"
+def test_log_messages_of_the_reference_are_those_of_the_code():
+    page = (ROOT / "docs" / "reference" / "log.md").read_text()
+    listed = set(re.findall(r"^\| `(.*?)` \|", page, re.MULTILINE))
+    assert listed == set(logged()), listed ^ set(logged())
+
+
+def logged():
+    """Yield the text of each message that the package logs."""
+    for function in (node for tree in MODULES.values() for node in ast.walk(tree)):
+        if not isinstance(function, ast.FunctionDef):
+            continue
+        texts = {
+            ast.unparse(node.targets[0]): node.value
+            for node in ast.walk(function)
+            if isinstance(node, ast.Assign)
+        }
+        for call in ast.walk(function):
+            if isinstance(call, ast.Call) and _LOGS.search(ast.unparse(call.func)):
+                first = texts.get(ast.unparse(call.args[0]), call.args[0])
+                if isinstance(first, ast.Constant):
+                    yield first.value
+
+
+_LOGS = re.compile(r"log(ger)?\.(info|warning|error)$|self\._log$")
+
+
+def test_generated_parts_of_the_documents_are_those_of_the_code():
+    assert documents.main(check=True) == ""
+
+
+def test_readme_is_short_and_its_links_work_on_an_index_too():
+    assert len(README.splitlines()) <= 200
+    assert re.findall(r"\]\((?!https://|#)([^)]+)\)", README) == []
+
+
+def slugs(text):
+    """Return the anchors of a document: its headings' and its own."""
+    titles = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    plain = [
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles
+    ]
+    return {*plain, *re.findall(r"^\((\S+)\)=$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize(
+    "path", documents.DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+def test_links_of_the_documents_lead_somewhere(path):
+    absolute = re.escape(documents.address()) + r"/(?:blob|tree|raw)/main/"
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        inner = re.sub(absolute, "", target)
+        base = path.parent if inner == target else ROOT
+        name, _, anchor = inner.partition("#")
+        if "://" in name:
+            continue
+        linked = base / name if name else path
+        assert linked.exists(), target
+        if anchor and linked.suffix == ".md":
+            assert anchor in slugs(linked.read_text()), target

@@ -7,7 +7,6 @@ from unittest.mock import Mock
 import pytest
 from support.parts import Parts
 
-from sqla_fairpool.options import BadOption
 from sqla_fairpool.pool.connections import Reservation
 from sqla_fairpool.scheduling.ticket import GRANTED
 
@@ -137,11 +136,14 @@ def test_detached_connection_keeps_its_slot_of_a_ledger(allotted):
     assert not allotted.slots.is_over(record.fair.physical)  # the ledger says so
 
 
-def test_terms_of_a_ledger_stay(allotted):
+def test_terms_of_a_ledger_are_changed_by_way_of_the_ledger(allotted):
     before = allotted.options
-    allotted.slots.refuse_other_terms(before, before.changed({"timeout": 1}))
+    other = before.changed({"timeout": 1})
+    assert allotted.slots.change(before, other) is other
     for name in "pool_size", "idle_timeout":
-        other = before.changed({name: 5})
-        Parts().slots.refuse_other_terms(before, other)
-        with pytest.raises(BadOption, match="as agreed with the ledger"):
-            allotted.slots.refuse_other_terms(before, other)
+        other = before.changed({name: 5, "timeout": 1})
+        assert Parts().slots.change(before, other) is other
+        there = allotted.slots.change(before, other)
+        assert (there.terms, there.timeout) == (before.terms, 1)
+        allotted.lock.visit()
+        allotted.slots.member.lead.assert_called_with(other.terms)
