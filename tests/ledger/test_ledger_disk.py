@@ -202,6 +202,7 @@ def test_fault_of_the_disk(fault, disk, caplog):
     busy = Busy(path)
     if fault is no_permission:  # to root everything is permitted
         os.seteuid(USER)
+    path.parent.mkdir()
     try:
         busy.start()
         busy.start()
