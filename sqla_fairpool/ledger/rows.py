@@ -279,11 +279,8 @@ class Gone(_Row):
 
     @property
     def unposted(self) -> int:
-        """Slots that a session may have which was in no row."""
-        if self.why == LOST:
-            return max(self.slots - len(self.sessions), 0)
-        # Of the sessions some may have ended before, with others in their place.
-        return self.slots
+        """Slots of which no session is known."""
+        return max(self.slots - len(self.sessions), 0)
 
 
 class Left(NamedTuple):

@@ -14,9 +14,7 @@ A slot is kept for each session of the row that is there; and for each unposted 
 while there is a *suspect*: a session of our role that was there at the first look, is
 there still, and was never in any row. That may be one that was opened just before its
 member died; it may also be a stranger's, so it counts for `reclaim_after` at most. As
-long count the sessions in the row where the server cannot be asked. Of a member that is
-gone each slot may be unposted: the session in its row may have ended before, with
-another in its place.
+long count the sessions in the row where the server cannot be asked.
 """
 
 from __future__ import annotations

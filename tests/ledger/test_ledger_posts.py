@@ -9,7 +9,6 @@ from support.ledger_world import Server
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError, ServerDiffers
 from sqla_fairpool.ledger.inspector import read
-from sqla_fairpool.ledger.rows import Terms
 
 # -- posts -------------------------------------------------------------------------
 
@@ -61,7 +60,8 @@ def test_a_transaction_that_fails_denies_its_posts(world, where):
 
 
 def test_one_that_is_closed_or_refused_is_denied(world):
-    a, refused = world.member(), world.start(Terms(10, 5, 8, 60.0, 30.0))
+    a, refused = world.member(), elsewhere(world)
+    world.run(1.0)
     assert posted(refused) == [False]
     assert posted(a, a.close) == [False]
     assert posted(a, lambda: None) == [False]

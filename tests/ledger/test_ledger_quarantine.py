@@ -70,8 +70,7 @@ def test_no_slot_is_free_whose_session_may_be_there(slots, why, known, there, su
         if any(k.pid == t.pid and (k[1] == t[1] or None in (k[1], t[1])) for t in there)
     ]
     assert sorted(left.sessions, key=str) == sorted(alive, key=str)
-    # In the row of a member that died there may be others than those that it had.
-    unposted = max(slots - len(known), 0) if why == LOST else slots
+    unposted = max(slots - len(known), 0)
     assert left.slots == min(slots, len(alive) + min(unposted, suspects))
 
 
