@@ -153,7 +153,8 @@ class FairQueuePool(Pool):
             if _core.options.server_tag:
                 tell_on_checkout(self)
             warn_of_private_memory(self, self._dialect)
-            if getattr(self._dialect, "name", None) == "postgresql":
+            is_postgresql = getattr(self._dialect, "name", None) == "postgresql"
+            if is_postgresql and not self._is_asyncio:
                 # Others interrupt: a killed greenlet leaves a session that has begun.
                 _core.slots.existing.failures = (Exception,)
             if member is not None:
