@@ -153,8 +153,7 @@ class FairQueuePool(Pool):
             if _core.options.server_tag:
                 tell_on_checkout(self)
             warn_of_private_memory(self, self._dialect)
-            is_postgresql = getattr(self._dialect, "name", None) == "postgresql"
-            if is_postgresql and not self._is_asyncio:
+            if getattr(self._dialect, "name", None) == "postgresql":
                 # Others interrupt: a killed greenlet leaves a session that has begun.
                 _core.slots.existing.failures = (Exception,)
             if member is not None:
