@@ -258,6 +258,7 @@ class PoolCore:
             return  # its connection is being opened: see `Checkout.adopt`
         checkout.spent = True  # its caller may give it up once more
         self.lock.run(self._give_up, checkout)
+        checkout.may_keep = False  # nor is it kept warm if its record comes back
 
     def _give_up(self, checkout: Checkout, now: float) -> None:
         has_waited = self.scheduler.cancel(checkout)

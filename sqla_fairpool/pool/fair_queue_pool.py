@@ -210,8 +210,7 @@ class FairQueuePool(Pausable, Pool):
     def _close_connection(
         self, connection: DBAPIConnection, *, terminate: bool = False
     ) -> None:
-        # Every way of closing comes through here: records, detached connections,
-        # those whose `connect` events failed.
+        # Also for detached connections, and those whose `connect` events failed.
         close = partial(super()._close_connection, connection, terminate=terminate)
         self._core.slots.existing.close(connection, close)
 

@@ -140,10 +140,14 @@ class Opening:
 
     def _request_again(self, checkout: Checkout) -> Record | None:
         """Give a slot back and ask for another one; return the record with it."""
-        since = self._state.lock.run(self._release_and_request, checkout)
-        waiter = checkout.waiter
-        if waiter is not None:
-            self._waiting.wait(checkout, waiter, since, None)
+        try:
+            since = self._state.lock.run(self._release_and_request, checkout)
+            waiter = checkout.waiter
+            if waiter is not None:
+                self._waiting.wait(checkout, waiter, since, None)
+        except BaseException:
+            checkout.core.give_up(checkout)
+            raise
         record, checkout.record = checkout.record, None
         return record
 

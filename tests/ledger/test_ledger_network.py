@@ -103,7 +103,15 @@ class Member:
                 self.errors.append(error)
 
     def reaches_the_ledger(self):
-        eventually(lambda: self.keeper.trouble is None, "the ledger is there")
+        """Return once it has read it after this moment: it may not know of a cut yet."""
+        before = self.keeper.member.transactions
+        eventually(
+            lambda: (
+                self.keeper.trouble is None
+                and self.keeper.member.transactions > before
+            ),
+            "the ledger is there",
+        )
 
     def close(self):
         self.over.set()

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import create_engine, event, text
-from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, TimeoutError
 from sqlalchemy.ext.asyncio import create_async_engine
 from support import state
 from support.sessions import Sessions
@@ -420,13 +420,13 @@ def drop(objects):
 
 
 @pytest.fixture
-def world(tmp_path):
+def tasks(tmp_path):
     return make_world("asyncio", f"sqlite+aiosqlite:///{tmp_path / 'leak.db'}")
 
 
-def test_leaked_connection_of_tasks_is_replaced(world):
+def test_leaked_connection_of_tasks_is_replaced(tasks):
     """The collector ends it; its slot is free again."""
-    engine = world.engine(pool_size=1, pool_timeout=PATIENCE)
+    engine = tasks.engine(pool_size=1, pool_timeout=PATIENCE)
     leaked = [engine.connect()]
     leaked[0].scalar(text("select 1"))
     with pytest.warns(Warning, match="garbage collector"):
@@ -448,3 +448,37 @@ def test_thread_that_waits_is_served_when_a_session_ends(threads):
     driver.server.close()
     caller.result().close()
     pool.dispose()
+
+
+@pytest.mark.usefixtures("no_patience")
+@pytest.mark.parametrize("how", ["interrupted", "granted", "refused"])
+def test_caller_that_waits_again_leaves_the_line(world, monkeypatch, how):
+    """It had a slot, found its connection dead, and waits for the session's end."""
+    driver = Driver()
+    driver.rollback = lambda: None
+    drivers = iter([driver])
+    pool = world.pool(1)
+    pool._creator = lambda: next(drivers, None) or world.server.connect()
+    error = TimeoutError if how == "refused" else world.interruption
+
+    @event.listens_for(pool, "checkout")
+    def on_checkout(dbapi_connection, record, proxied):
+        if dbapi_connection is driver:
+            raise DisconnectionError
+
+    def wait(*args):
+        assert state.waiting(pool) == 1
+        if how == "granted":  # in the moment in which the caller goes
+            driver.server.close()
+            world.eventually(lambda: state.in_use(pool) == 1)
+        raise error("now")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool._waiter_class, "wait", wait)
+        with pytest.raises(error):
+            pool.connect()
+    assert state.waiting(pool) == state.in_use(pool) == 0
+    driver.server.close()
+    world.eventually(lambda: state.capacity(pool) == 1)
+    world.connect(pool)
+    assert state.in_use(pool) == 1
