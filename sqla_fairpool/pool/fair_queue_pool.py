@@ -180,6 +180,9 @@ class FairQueuePool(Pausable, Pool):
             if _core.options.server_tag:
                 tell_on_checkout(self)
             warn_of_private_memory(self, self._dialect)
+            if getattr(self._dialect, "name", None) == "postgresql":
+                # Others interrupt: a killed greenlet leaves a session that has begun.
+                _core.slots.existing.failures = (Exception,)
             if member is not None:
                 member.serve(_core)
                 join_ledger(self, _core, member)
