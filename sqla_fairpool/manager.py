@@ -32,6 +32,7 @@ from sqlalchemy import create_engine, exc
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
+from .checks import naming, refuse_timeout, validate_tag
 from .diagnosis.callers import users_level
 from .launch.environment import DATABASE, VARIABLES, Settings
 from .ledger import overview, overview_text
@@ -42,7 +43,7 @@ from .ledger.inspector import Inspector
 from .ledger.keeper import describe_process
 from .ledger.overview import Limits, Overview, compile_overview
 from .ledger.store import StoreAway
-from .options import OPTIONS, PoolOptions, naming, refuse_timeout, validate_tag
+from .options import OPTIONS, PoolOptions
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 from .pool.ledger_sessions import announce
 from .tagging import context_tag

@@ -1,247 +1,35 @@
-"""The pool's options: one table, and the checks of its values.
+"""The pool's options: one table.
 
 The table is the fields of :class:`PoolOptions`. Derived from it are the check of the
 constructor and of ``reconfigure``, the keys in URLs (:mod:`.plugin`), the variables of
 the environment and the launcher's flags (:mod:`.launch.environment`), and the
-documents' tables.
-
-Rules of this file: a bad value is one error, which says the option, the value and what
-is allowed. No password is shown, neither in an error nor by ``repr``.
+documents' tables. Each value goes through a check of :mod:`.checks`.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import operator
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, TypeAlias, cast
+from typing import Any
 
-from sqlalchemy import exc
-
-from .scheduling.limits import TagLimits
-
-#: Bounds of times, in seconds. With a shorter one a waiting caller would do nothing but
-#: look at the clock; a longer one, some thirty years, no operating system can wait.
-SHORTEST_TIME, LONGEST_TIME = 0.001, 1e9
-
-#: Longest tag. Tags stand in log lines, error messages and monitors' columns.
-MAX_TAG_LENGTH = 128
-
-_PASSWORD = re.compile(r"(://[^/\s:@]*):\S*@|\b((?:ssl)?password=)[^&\s'\"]+")
-
-
-def hide_passwords(text: str) -> str:
-    """Return `text` with three asterisks for each password in a URL."""
-    return _PASSWORD.sub(lambda m: f"{m[1]}:***@" if m[1] else f"{m[2]}***", text)
-
-
-class BadOption(exc.ArgumentError):
-    """A value that is not allowed, with what its message was made of."""
-
-    def __init__(self, name: str, value: object, allowed: str) -> None:
-        shown = hide_passwords(repr(value))  # it may be a URL
-        super().__init__(f"{name}={shown} is not allowed: {allowed}")
-        self.name = name
-        self.value = value
-        self.allowed = allowed
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.name, self.value, self.allowed)
-
-
-@contextmanager
-def naming(names: Mapping[str, str]) -> Iterator[None]:
-    """Have a bad value's error name it as the user did.
-
-    :param names: from the options' names to those, an environment variable's say.
-    """
-    try:
-        yield
-    except BadOption as bad:
-        if bad.name not in names:
-            raise
-        raise BadOption(names[bad.name], bad.value, bad.allowed) from None
-
-
-def refuse_timeout(arguments: Mapping[str, Any]) -> None:
-    """Refuse the pool's own name for what ``create_engine`` calls otherwise."""
-    if "timeout" in arguments:
-        raise BadOption(
-            "timeout", arguments["timeout"], "the argument's name is pool_timeout"
-        )
-
-
-# -- checks: from an option's name, a value and the options above it -------------------
-
-_Known: TypeAlias = Mapping[str, Any]
-_Check: TypeAlias = Callable[[str, Any, _Known], Any]
-
-
-def _between(
-    name: str,
-    value: Any,
-    read: Callable[[Any], Any],
-    least: float,
-    most: float,
-    of: str,
-) -> Any:
-    try:
-        number = math.nan if isinstance(value, bool) else read(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not least <= number <= most:  # nor is NaN
-        raise BadOption(name, value, of)
-    return number
-
-
-def _integer(name: str, value: Any, least: int, most: float, bounds: str) -> Any:
-    read = int if isinstance(value, str) else operator.index
-    return _between(name, value, read, least, most, f"a whole number {bounds}")
-
-
-def whole(least: int, why: str = "") -> _Check:
-    """Return a check for a whole number."""
-    bounds = f"of at least {least}{why}"
-    return lambda name, value, known: _integer(name, value, least, math.inf, bounds)
-
-
-def _seconds(least: float, most: float = LONGEST_TIME, of: str = "seconds") -> _Check:
-    allowed = f"{of}, at least {least:g} and at most {most:.0f}"
-    return lambda name, value, known: _between(name, value, float, least, most, allowed)
-
-
-_time = _seconds(SHORTEST_TIME)
-
-
-def _max_limit(name: str, value: Any, known: _Known) -> Any:
-    capacity = known["pool_size"] + known["max_overflow"]
-    value = -(-capacity * 3 // 4) if value is None else value
-    return _integer(name, value, 1, capacity, f"from 1 to the capacity, {capacity}")
-
-
-def _soft_limit(name: str, value: Any, known: _Known) -> Any:
-    most, capacity = known["max_limit"], known["pool_size"] + known["max_overflow"]
-    half, bounds = -(-capacity // 2), f"from 1 to max_limit, {most}"
-    if value is None and half > most:
-        allowed = f"soft_limit, by default half the capacity, is {half}; it must not "
-        allowed += "be above max_limit, so give soft_limit as well"
-        raise BadOption("max_limit", most, allowed)
-    if most == _max_limit(name, None, known):
-        bounds += f" (by default three quarters of the capacity, {capacity})"
-    return _integer(name, half if value is None else value, 1, most, bounds)
-
-
-def _min_idle(name: str, value: Any, known: _Known) -> Any:
-    size = known["pool_size"]
-    return _integer(name, value, 0, size, f"from 0 to pool_size, {size}")
-
-
-def _text(allowed: str, is_allowed: Callable[[str], bool]) -> _Check:
-    def check(name: str, value: Any, known: _Known) -> str:
-        if isinstance(value, str):
-            # A member of an Enum, say, shows itself as another text than it is.
-            text = str.__str__(value)
-            if is_allowed(text):
-                return text
-            value = text if len(text) <= MAX_TAG_LENGTH else text[:32] + "..."
-        raise BadOption(name, value, allowed)
-
-    return check
-
-
-_tag = _text(
-    f"a tag is a non-empty string of at most {MAX_TAG_LENGTH} printable characters",
-    lambda text: 0 < len(text) <= MAX_TAG_LENGTH and text.isprintable(),
+from .checks import (
+    BadOption,
+    Check,
+    Known,
+    any_time,
+    hide_passwords,
+    plain_text,
+    read_max_limit,
+    read_min_idle,
+    read_soft_limit,
+    read_switch,
+    read_tag,
+    read_tags,
+    seconds,
+    whole,
 )
-
-
-def read_switch(name: str, value: Any, known: _Known) -> bool:
-    """Return a yes or no, which may come as a word."""
-    word = str(value).lower() if isinstance(value, (bool, str)) else ""
-    if word not in ("true", "yes", "on", "1", "false", "no", "off", "0"):
-        raise BadOption(name, value, "true or false")
-    return word in ("true", "yes", "on", "1")
-
-
-def validate_timeout(value: object, name: str) -> float:
-    """Return the seconds that a checkout may wait."""
-    return cast(float, _seconds(0)(name, value, {}))
-
-
-def validate_tag(value: object, name: str = "tag") -> str:
-    """Return `value` as plain text if it may be a tag, else raise ``ArgumentError``.
-
-    :param name: what to call it in the error, the option's name as a rule.
-    """
-    return cast(str, _tag(name, value, {}))
-
-
-def _read_tags(name: str, value: Any, known: _Known) -> Mapping[str, TagLimits]:
-    """Return the limits by tag, which may come as JSON."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            allowed = f'JSON, like {{"api": {{"weight": 3}}}} ({error})'
-            raise BadOption(name, value, allowed) from None
-    if not isinstance(value, Mapping):
-        raise BadOption(name, value, "TagLimits, or a dict of its fields, by tag")
-    limits = {
-        _tag(name, key, known): _read_limits(name, key, given, known)
-        for key, given in value.items()
-    }
-    capacity = known["pool_size"] + known["max_overflow"]
-    reserved = {key: one.reserved for key, one in limits.items() if one.reserved}
-    if sum(reserved.values()) >= capacity:
-        allowed = f"what is reserved is at most the capacity less one, {capacity - 1}"
-        raise BadOption(name, reserved, f"{allowed}, for all tags together")
-    return limits
-
-
-def _read_limits(name: str, key: str, given: Any, known: _Known) -> TagLimits:
-    """Return the limits of one tag."""
-    raw = given
-    if isinstance(given, TagLimits):
-        raw = {one.name: getattr(given, one.name) for one in fields(TagLimits)}
-
-    def refuse(allowed: str) -> BadOption:
-        return BadOption(name, {key: raw}, allowed)
-
-    names = [one.name for one in fields(TagLimits)]
-    if not isinstance(raw, Mapping) or not set(raw) <= set(names):
-        raise refuse(f"a tag may have {', '.join(names)}")
-    values = dict(raw)
-    capacity = known["pool_size"] + known["max_overflow"]
-    reserved = values.get("reserved", 0)
-    try:
-        values["weight"] = _weight(values.get("weight", 1.0))
-        values["reserved"] = _integer("", reserved, 0, capacity - 1, "")
-        if values.get("max") is not None:
-            least = max(values["reserved"], 1)
-            values["max"] = _integer("", values["max"], least, capacity, "")
-    except (BadOption, TypeError, ValueError, OverflowError):
-        raise refuse(
-            "weight is a number above 0, reserved a whole number from 0 to the "
-            f"capacity less one, {capacity - 1}, and max one from 1, or from what is "
-            f"reserved, to the capacity, {capacity}"
-        ) from None
-    if values["reserved"] and key.endswith("*"):
-        raise refuse("connections are reserved for one tag, and not for all of a *")
-    return TagLimits(**values)
-
-
-def _weight(value: Any) -> float:
-    weight = math.nan if isinstance(value, bool) else float(value)
-    if not 0 < weight < math.inf:  # nor is NaN
-        raise ValueError
-    return weight
-
-
-# -- the table -------------------------------------------------------------------------
+from .scheduling.limits import TagLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +37,7 @@ class Option:
     """A row of the table."""
 
     default: Any
-    check: _Check
+    check: Check
     #: In a sentence, as the documents have it.
     meaning: str
     #: The environment's variable. The launcher has flags for the same options.
@@ -259,7 +47,7 @@ class Option:
     #: A living pool cannot change it: its engines and connections know it already.
     is_fixed: bool = False
 
-    def read(self, name: str, value: Any, known: _Known) -> Any:
+    def read(self, name: str, value: Any, known: Known) -> Any:
         """Return the value, checked.
 
         :param known: the values of the options above it, on which bounds depend.
@@ -309,34 +97,37 @@ class PoolOptions:
     )
     timeout: float | None = _option(
         30.0,
-        _seconds(0),
+        seconds(0),
         "seconds a checkout waits; `pool_timeout` in `create_engine`",
         none="to wait without limit",
     )
     max_limit: int = _option(
         None,
-        _max_limit,
+        read_max_limit,
         "most connections of a tag that is alone; 3/4 of the capacity, rounded up",
         "SCRAPER_MAX_LIMIT",
     )
     soft_limit: int = _option(
         None,
-        _soft_limit,
+        read_soft_limit,
         "most of each tag while two or more are active; half the capacity, rounded up",
         "SCRAPER_SOFT_LIMIT",
     )
     idle_timeout: float = _option(
         60.0,
-        _time,
+        any_time,
         "seconds without activity after which a tag is idle",
         "IDLE_TIMEOUT",
     )
     reallocation_interval: float = _option(
-        30.0, _time, "seconds between two looks for idle tags", "REALLOCATION_INTERVAL"
+        30.0,
+        any_time,
+        "seconds between two looks for idle tags",
+        "REALLOCATION_INTERVAL",
     )
     tags: Mapping[str, TagLimits] | None = _option(
         None,
-        _read_tags,
+        read_tags,
         "limits of a tag's own, by its name or by the beginning of names and `*`: "
         "`weight`, `max`, `reserved`; as JSON in texts",
         "FAIRPOOL_TAGS",
@@ -344,7 +135,7 @@ class PoolOptions:
     )
     usage_half_life: float = _option(
         10.0,
-        _time,
+        any_time,
         "seconds after which what a tag has used counts half; who has used least "
         "lately is next of those that hold equally much",
     )
@@ -363,36 +154,36 @@ class PoolOptions:
     )
     tag_option: str = _option(
         "scraper",
-        _text("the name of an execution option", str.isidentifier),
+        plain_text("the name of an execution option", str.isidentifier),
         "the execution option that carries the tag",
         is_fixed=True,
     )
     default_tag: str = _option(
-        "unknown", _tag, "the tag of a checkout that has none", is_fixed=True
+        "unknown", read_tag, "the tag of a checkout that has none", is_fixed=True
     )
     min_idle: int = _option(
         0,
-        _min_idle,
+        read_min_idle,
         "connections opened in the background after the first, or by "
         "`pool.warm_up()`, and left open by `idle_connection_ttl`",
     )
     idle_connection_ttl: float | None = _option(
         None,
-        _time,
+        any_time,
         "seconds after which an unused connection in the pool is closed, by the next "
         "call that uses the pool",
         none="to keep unused connections open",
     )
     leak_threshold: float | None = _option(
         None,
-        _time,
+        any_time,
         "seconds after which a connection that is out is reported in the log",
         none="to look for no leaks",
         is_fixed=True,
     )
     deadlock_timeout: float | None = _option(
         1.0,
-        _time,
+        any_time,
         "seconds after which a checkout that waits for its own caller is refused",
         none="to look for no deadlocks",
     )
@@ -403,12 +194,12 @@ class PoolOptions:
     )
     reconnect_backoff: float = _option(
         2.0,
-        _seconds(0, 5),
+        seconds(0, 5),
         "longest pause between attempts to connect after a disconnect",
     )
     recycle_jitter: float = _option(
         0.1,
-        _seconds(0, 1, "a part of pool_recycle"),
+        seconds(0, 1, "a part of pool_recycle"),
         "connections live for `pool_recycle` less up to this part of it",
     )
     server_tag: bool = _option(
@@ -419,7 +210,7 @@ class PoolOptions:
     )
     ledger: str | None = _option(
         None,
-        _text("'host', a path", lambda text: True),
+        plain_text("'host', a path", lambda text: True),
         "one budget for all processes that name the same ledger: `host`, a path, a URL",
         "FAIRPOOL_LEDGER",
         none="for no ledger",
@@ -427,7 +218,7 @@ class PoolOptions:
     )
     on_other_terms: str = _option(
         "adopt",
-        _text("adopt or lead", lambda text: text in ("adopt", "lead")),
+        plain_text("adopt or lead", lambda text: text in ("adopt", "lead")),
         "where the ledger has other limits: `adopt` these, or `lead`, so that those of "
         "the newest process are in force",
         is_fixed=True,
@@ -511,7 +302,7 @@ class PoolOptions:
         size = capacity - overflow
         limits["min_idle"] = min(self.min_idle, size)
         sizes = {"pool_size": size, "max_overflow": overflow}
-        limits["tags"] = _read_tags("tags", terms["tags"] or {}, sizes) or None
+        limits["tags"] = read_tags("tags", terms["tags"] or {}, sizes) or None
         return replace(self, **sizes, **limits)
 
     def changed(self, changes: Mapping[str, Any]) -> PoolOptions:

@@ -15,11 +15,7 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL, CreateEnginePlugin, Dialect
 from sqlalchemy.pool import Pool
 
-from .diagnosis.callers import users_level
-from .ledger.drivers import has_private_memory, warn_of_memory
-from .options import (
-    OPTIONS,
-    PoolOptions,
+from .checks import (
     hide_passwords,
     naming,
     read_switch,
@@ -27,6 +23,9 @@ from .options import (
     validate_tag,
     whole,
 )
+from .diagnosis.callers import users_level
+from .ledger.drivers import has_private_memory, warn_of_memory
+from .options import OPTIONS, PoolOptions
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 
 __all__ = ["FairPoolPlugin"]

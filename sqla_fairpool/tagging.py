@@ -29,7 +29,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 from sqlalchemy import exc
 
-from .options import validate_tag, validate_timeout
+from .checks import validate_tag, validate_timeout
 
 __all__ = ["set_tag", "tag"]
 

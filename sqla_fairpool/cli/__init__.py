@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, metadata, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..options import hide_passwords
+from ..checks import hide_passwords
 
 __all__ = [
     "EXIT_CANNOT_RUN",

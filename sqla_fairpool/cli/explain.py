@@ -14,15 +14,15 @@ from typing import Any
 
 from sqlalchemy import exc
 
+from ..checks import validate_tag
 from ..ledger.overview import Overview
-from ..options import validate_tag
 from ..scheduling import policy
 from ..scheduling.explanation import Explanation, Observed, TagFacts, explain
 from ..scheduling.limits import TagLimits
 from ..stats import TagStats
 from . import EXIT_OK, CommandError
-from .ledger import add_places, find_store
 from .poller import Poller
+from .which_ledger import add_places, find_store
 
 __all__ = ["add_command", "explain_tag"]
 

@@ -1,4 +1,4 @@
-"""``sqla-fairpool ledger``: which one is meant, and what an operator does with it."""
+"""``sqla-fairpool ledger``: what an operator does with one."""
 
 from __future__ import annotations
 
@@ -9,29 +9,24 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from sqlalchemy import exc, text
 from sqlalchemy.engine import URL
 
-from ..launch.environment import DATABASE, LEDGER, Settings
-from ..ledger.addresses import known_ledgers, make_store
+from ..checks import hide_passwords
+from ..launch.environment import DATABASE, LEDGER
 from ..ledger.book import Book
-from ..ledger.errors import LedgerError, RowBroken
-from ..ledger.host import HostStore
 from ..ledger.inspector import LedgerReport, read
 from ..ledger.keeper import describe_process
 from ..ledger.overview_text import printable
 from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Left, Terms
-from ..ledger.store import StoreAway
 from ..ledger.watch import Present, look, still_there, unaccounted
-from ..options import OPTIONS, TERMS, PoolOptions, hide_passwords
+from ..options import TERMS, PoolOptions
 from . import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError, contents
-from .server import ask_room, connected, given_url, missing_driver, need
-
-AnyStore = HostStore | PostgresStore
+from .server import ask_room, connected, given_url, need
+from .which_ledger import AnyStore, add_places, find_store, opened
 
 #: What `set` changes.
 _LIMITS = ("pool_size", *TERMS[1:])
@@ -76,106 +71,12 @@ def add_command(commands: Any) -> None:
             action.add_argument(flag, dest=dest, help=meaning, **how)
 
 
-def add_places(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say which ledger is meant, see :func:`find_store`."""
-    parser.add_argument(
-        "--ledger",
-        help="a path, 'host' (this host's file for the database of --url), 'database' "
-        "(in that database), or a PostgreSQL's URL; default: FAIRPOOL_LEDGER of the "
-        "environment, or host",
-    )
-    parser.add_argument(
-        "--url",
-        help="the database of the pools, whose server is asked for its sessions; "
-        "default: DATABASE_URL of the environment",
-    )
-
-
-# -- which ledger ----------------------------------------------------------------------
-
-
-def find_store(arguments: argparse.Namespace) -> tuple[AnyStore, URL | None]:
-    """Return the ledger, closed, and the pools' database if it is known.
-
-    It is what arguments and environment name, or else this user's only one.
-    """
-    named = {"ledger": arguments.ledger} if arguments.ledger else {}
-    given = {name: OPTIONS[name].from_text(text) for name, text in named.items()}
-    try:
-        settings = Settings.read()
-        ledger = settings.with_arguments(given)["ledger"]
-        database = settings.database(arguments.url, "--url")
-        if ledger == "host" and database is None:
-            ledger = _only_ledger()
-        if ledger is None:
-            raise CommandError(
-                f"there is no ledger to look at ({LEDGER} says so, or the system has "
-                "no default one): give --ledger"
-            )
-        with settings.naming(given):
-            return make_store(ledger, database, observes=True), database
-    except (exc.ArgumentError, LedgerError) as error:
-        raise CommandError(str(error)) from None
-    except ImportError as error:
-        raise missing_driver(error) from None
-
-
-def _only_ledger() -> str:
-    paths = known_ledgers()
-    if not paths:
-        raise CommandError(
-            f"no process has used a ledger here yet, and no {DATABASE} says which "
-            "one to wait for: give --url or --ledger PATH"
-        )
-    # Files that are left from earlier do not count, beside one that is in use.
-    paths = [path for path in paths if _is_in_use(path)] or paths
-    if len(paths) > 1:
-        text = f"there are {len(paths)} ledgers, give --url or --ledger PATH:"
-        raise CommandError(text, items=[str(path) for path in paths])
-    return str(paths[0])
-
-
-def _is_in_use(path: Path) -> bool:
-    store = HostStore(path)
-    try:
-        store.open()
-        return bool(read(store).living)
-    except (StoreAway, RowBroken):
-        return True  # it may be
-    except LedgerError:  # no member has ever joined
-        return False
-    finally:
-        store.close()
-
-
-def require_file(store: AnyStore) -> None:
-    """Raise `LedgerError` if the ledger's file is not there: it would be created."""
-    if isinstance(store, HostStore) and not os.path.exists(store.name):
-        raise LedgerError(
-            f"there is no ledger at {store.name}: no process has used it yet"
-        )
-
-
-@contextmanager
-def _opened(store: AnyStore) -> Iterator[AnyStore]:
-    try:
-        require_file(store)
-        store.open()
-        yield store
-    except RowBroken as error:
-        raise CommandError(f"{store.name}: {error}", EXIT_NOT_AS_EXPECTED) from None
-    except (StoreAway, LedgerError) as error:
-        raise CommandError(str(error)) from None
-    finally:
-        store.close()
-
-
 # -- show, reap, reset -----------------------------------------------------------------
 
 
 def _show(arguments: argparse.Namespace) -> int:
     meant, database = find_store(arguments)
-    with _opened(meant) as store:
+    with opened(meant) as store:
         report = read(store)
         if report.left() and report.book.server is not None:
             with suppress(CommandError), _asking(database, store) as ask:
@@ -244,7 +145,7 @@ def _set(arguments: argparse.Namespace) -> int:
             raise CommandError(
                 f"{name} is none of a ledger's limits: {', '.join(_LIMITS)}"
             )
-    with _opened(find_store(arguments)[0]) as store:
+    with opened(find_store(arguments)[0]) as store:
         with store.transaction() as rows:
             book = Book(rows)
             before = book.terms
@@ -267,7 +168,7 @@ def _set(arguments: argparse.Namespace) -> int:
 def _reap(arguments: argparse.Namespace) -> int:
     """Do what the next keeper that goes short would do."""
     meant, database = find_store(arguments)
-    with _opened(meant) as store, _asking(database, store) as ask:
+    with opened(meant) as store, _asking(database, store) as ask:
         with store.transaction() as rows:
             book = Book(rows)
             texts, server = dict(book.texts), book.server
@@ -335,7 +236,7 @@ def _asking(
 
 def _reset(arguments: argparse.Namespace) -> int:
     """Forget all members. The rows may be broken: only their keys are looked at."""
-    with _opened(find_store(arguments)[0]) as store:
+    with opened(find_store(arguments)[0]) as store:
         with store.transaction() as rows:
             members = list(Book(rows).texts)
             number = len(rows)
@@ -404,7 +305,7 @@ def _wanted(arguments: argparse.Namespace) -> tuple[int, int]:
             raise CommandError(f"--{name}: {given} is not a number of at least 1")
     wanted, processes = arguments.connections, arguments.processes
     if wanted is None:
-        with _opened(find_store(arguments)[0]) as store:
+        with opened(find_store(arguments)[0]) as store:
             report = read(store)
         wanted = report.book.terms.capacity
         if processes is None:

@@ -21,8 +21,8 @@ from typing import Any
 from ..ledger.overview import Overview
 from ..ledger.overview_text import lines, printable
 from . import EXIT_OK, CommandError
-from .ledger import add_places, find_store
 from .poller import Picture, Poller
+from .which_ledger import add_places, find_store
 
 #: Seconds from one look to the next.
 _INTERVAL = 5.0

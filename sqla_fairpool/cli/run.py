@@ -21,6 +21,7 @@ from typing import Any
 from sqlalchemy import exc
 from sqlalchemy.engine import URL
 
+from ..checks import hide_passwords, naming, validate_tag
 from ..launch.adoption import say, show_place
 from ..launch.environment import DATABASE, LEDGER, RUN, VARIABLES, Run, Settings
 from ..ledger.addresses import (
@@ -33,10 +34,10 @@ from ..ledger.errors import LedgerError
 from ..ledger.inspector import read
 from ..ledger.rows import Terms
 from ..ledger.store import StoreAway
-from ..options import OPTIONS, PoolOptions, hide_passwords, naming, validate_tag
+from ..options import OPTIONS, PoolOptions
 from . import EXIT_SIGNAL, CommandError, contents, one_line
-from .ledger import AnyStore, require_file
 from .server import ask_room, connected, missing_driver, need
+from .which_ledger import AnyStore, require_file
 
 _EPILOG = """\
 examples:

@@ -16,13 +16,13 @@ from sqlalchemy import create_engine, exc, text
 from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.pool import NullPool
 
+from ..checks import hide_passwords
 from ..launch.environment import parse_url
 from ..ledger.addresses import database_place, with_threads_driver
 from ..ledger.overview import Overview
 from ..ledger.overview_text import printable, seconds_text
 from ..ledger.rows import Session
 from ..ledger.watch import SERVER
-from ..options import hide_passwords
 from . import CommandError, one_line
 
 #: How the names of our sessions begin that are no pool's: those of ledgers, of

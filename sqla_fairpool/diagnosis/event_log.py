@@ -2,7 +2,7 @@
 
 A tag has become active or idle, and with it the others' limits; the pool is exhausted,
 or is not any more; with ``leak_threshold``, a connection does not come back. Tags are
-printable by definition (:func:`.options.validate_tag`) and shown as Python shows
+printable by definition (:func:`.checks.validate_tag`) and shown as Python shows
 strings, so that no line can be forged.
 
 Rule of this file: nothing is logged under the pool's lock. Logging takes locks of its

@@ -13,9 +13,10 @@ from typing import Any
 
 from sqlalchemy.engine import URL, Dialect, make_url
 
+from ..checks import hide_passwords
 from ..ledger.addresses import database_place, default_path, with_threads_driver
 from ..ledger.drivers import has_private_memory
-from ..options import PoolOptions, hide_passwords
+from ..options import PoolOptions
 from ..pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 from .environment import RUN, Run, Settings
 

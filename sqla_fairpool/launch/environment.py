@@ -16,8 +16,9 @@ from typing import Any
 from sqlalchemy import exc
 from sqlalchemy.engine import URL, make_url
 
+from ..checks import BadOption, naming
 from ..ledger.addresses import default_ledger
-from ..options import OPTIONS, BadOption, PoolOptions, naming
+from ..options import OPTIONS, PoolOptions
 
 #: The pool's options by their variables.
 VARIABLES = {one.variable: name for name, one in OPTIONS.items() if one.variable}

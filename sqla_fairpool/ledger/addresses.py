@@ -15,7 +15,7 @@ from pathlib import Path
 from sqlalchemy import exc
 from sqlalchemy.engine import URL, make_url
 
-from ..options import BadOption
+from ..checks import BadOption
 from .drivers import with_libpq_keys
 from .errors import LedgerError
 from .host import HostStore

@@ -25,8 +25,8 @@ from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
+from ..checks import BadOption
 from ..diagnosis.callers import users_level
-from ..options import BadOption
 
 _log = logging.getLogger(__name__)
 

@@ -30,8 +30,6 @@ from .watch import Findings, Sessions, Watch
 
 _log = logging.getLogger(__name__)
 
-#: How many keepers of those that go short watch the others, at each beat, on average.
-_WATCHERS = 4
 #: How many of those that do not go short look for dead members within `slow`.
 _PATROL = 20
 #: Rounds of giving back within one step: what it closes itself is closed after one.
@@ -55,7 +53,7 @@ class Membership:
     def __post_init__(self, local: Local, sessions: Sessions | None) -> None:
         self._pool = PoolSide(local)
         self._demand = Demand(self.pace)
-        self._watch = Watch(self.store, sessions, self.pace)
+        self.watch = Watch(self.store, sessions, self.pace)
         self.is_open = False
         self.transactions = 0
         #: As they were in the last transaction. Nobody changes them any more.
@@ -68,9 +66,8 @@ class Membership:
         self.vain: frozenset[str] = frozenset()
         #: Our number, kept while the row is lost: see `Book.join`.
         self.number: int | None = None
-        # Times: of the next look; of the next one without need; of the last watch.
+        # Times: of the next look; of the next one without need.
         self._look_at = self._slow_at = 0.0
-        self._watched_at = float("-inf")
         # Most connections that were open since the last slow look.
         self._peak = 0
         # How many were found that live at the ledger's place and are in no row.
@@ -86,10 +83,6 @@ class Membership:
         return self._demand.allotment
 
     @property
-    def unasked(self) -> str | None:
-        return self._watch.unasked
-
-    @property
     def handovers(self) -> Histogram:
         return self._demand.handovers
 
@@ -103,15 +96,9 @@ class Membership:
     def _see(self, book: Book) -> None:
         row = book.members.get(self.store.member)
         if row is not None:
-            self.seen = (
-                len(book.members),
-                {
-                    "owned": row.owned,
-                    "others": book.owned - row.owned,
-                    "free": book.left,
-                    "quarantined": book.quarantined,
-                },
-            )
+            slots = {"owned": row.owned, "others": book.owned - row.owned}
+            slots |= {"free": book.left, "quarantined": book.quarantined}
+            self.seen = len(book.members), slots
 
     @property
     def is_uneasy(self) -> bool:
@@ -292,16 +279,12 @@ class Membership:
                     book.leave(key, len(there), there)
                 if key in book.members:
                     told = settle(
-                        book,
-                        key,
-                        state,
-                        posted,
-                        self._pool.allowed,
+                        *(book, key, state, posted, self._pool.allowed),
                         ready=self._demand.ready(now),
                         keep=True,
                         # It answers, though it may have nothing to give yet.
                         sign=self._returning or key in book.due,
-                        unasked=self.unasked,
+                        unasked=self.watch.unasked,
                     )
                     self._see(book)
                 else:
@@ -391,25 +374,22 @@ class Membership:
 
     def _watch_others(self, now: float, patrol: bool = False) -> None:
         """Look for dead and stopped members, if it is for us to do that."""
-        has, pace = self.allotment, self.pace
-        pause = pace.grace if self._guards else pace.beat * 0.9
-        if has is None or now - self._watched_at < pause:
+        if (has := self.allotment) is None:
             return
-        is_short = bool(self.vain) or has.row.owned < has.target
-        is_lucky = self.chance() * max(has.starved, 1) < _WATCHERS
-        if not (patrol or self._guards or (is_lucky and (is_short or has.gone))):
+        suspects = bool(self.vain) or has.row.owned < has.target or bool(has.gone)
+        starved = has.starved if suspects else None
+        if not self.watch.is_due(now, starved, self.chance, patrol, self._guards):
             return
-        self._watched_at = now
         with self._transaction() as rows:
             book = Book(dict(rows))
         self._see(book)
-        findings = self._watch.look(book, self.store.member, now)
-        if findings.any or self.unasked != has.row.unasked:
+        findings = self.watch.look(book, self.store.member, now)
+        if findings.any or self.watch.unasked != has.row.unasked:
             if not self._settle(now, self._pool.look(), True, findings):
                 return
             self._guards = self._guards or bool(findings.dead)
             if self.allotment is not None:
-                self._watch.note(self.allotment.gone, now)
+                self.watch.note(self.allotment.gone, now)
             self._give_back(now)
         if self.allotment is not None:
             self._guards = self._guards and bool(self.allotment.gone)

@@ -20,6 +20,7 @@ long count the sessions in the row where the server cannot be asked.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -32,6 +33,9 @@ from .rows import Gone, Left, Session, among
 from .store import Store
 
 _log = logging.getLogger(__name__)
+
+#: How many keepers of those that go short watch the others, at each beat, on average.
+_WATCHERS = 4
 
 #: Most characters of a reason that are written down.
 _REASON = 200
@@ -196,6 +200,30 @@ class Watch:
         self._gone: dict[int, _Quarantine] = {}
         #: Why the server could not be asked the last time, one line.
         self.unasked: str | None = None
+        self._looked_at = -math.inf
+
+    def is_due(
+        self,
+        now: float,
+        starved: int | None,
+        chance: Callable[[], float],
+        patrols: bool,
+        guards: bool,
+    ) -> bool:
+        """Tell if it is for this keeper to look at the others now.
+
+        :param starved: how many go short, if there is a reason to look; else None.
+        :param patrols: it looks without one.
+        :param guards: it looks until what it put into quarantine is out.
+        """
+        pause = self._pace.grace if guards else self._pace.beat * 0.9
+        if now - self._looked_at < pause:
+            return False
+        is_lucky = chance() * max(starved or 0, 1) < _WATCHERS
+        if not (patrols or guards or (is_lucky and starved is not None)):
+            return False
+        self._looked_at = now
+        return True
 
     def look(self, book: Book, me: str, now: float) -> Findings:
         """Look after the others, in no transaction: `book` is a copy of the rows."""

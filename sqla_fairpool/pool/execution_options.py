@@ -27,7 +27,8 @@ from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from ..options import BadOption, PoolOptions, validate_tag, validate_timeout
+from ..checks import BadOption, validate_tag, validate_timeout
+from ..options import PoolOptions
 from . import sqlalchemy_private
 from .checkout import RecordState
 from .server_tag import tell

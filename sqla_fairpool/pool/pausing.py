@@ -14,7 +14,7 @@ from typing import Any
 
 from sqlalchemy.util import greenlet_spawn
 
-from ..options import validate_timeout
+from ..checks import validate_timeout
 from .housekeeping import Housekeeping
 from .transitions import Transitions
 from .waiters import Waiter

@@ -8,9 +8,9 @@ import sys
 import pytest
 
 from sqla_fairpool import demo
+from sqla_fairpool.checks import hide_passwords
 from sqla_fairpool.cli import _COMMANDS, CommandError, main, make_argument_parser
 from sqla_fairpool.demo.server import Signals
-from sqla_fairpool.options import hide_passwords
 
 
 def failure(capsys, *args):

@@ -103,12 +103,11 @@ class Member:
                 self.errors.append(error)
 
     def reaches_the_ledger(self):
-        """Return once it has read it after this moment: it may not know of a cut yet."""
+        """Return once it was read after this moment: a cut may not be known yet."""
         before = self.keeper.member.transactions
         eventually(
             lambda: (
-                self.keeper.trouble is None
-                and self.keeper.member.transactions > before
+                self.keeper.trouble is None and self.keeper.member.transactions > before
             ),
             "the ledger is there",
         )
@@ -183,7 +182,7 @@ def test_only_the_clients_learn_of_the_end(member, proxy, operator, driver, no_l
         for m in (one, other):
             # Also where the server has not noticed the end of a control connection.
             m.reaches_the_ledger()
-            assert m.keeper.member.unasked is None
+            assert m.keeper.member.watch.unasked is None
     proxy.let_go()
     eventually(lambda: one.done and other.done, "there are slots again")
     for m in (one, other):

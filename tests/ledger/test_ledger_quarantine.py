@@ -159,7 +159,7 @@ def test_a_failed_question_is_one_warning_and_said_in_the_ledger(world, caplog):
     world.run(5.0)
     assert len(b.sessions) == 10
     reason = "RuntimeError: no token for this record"
-    assert b.keeper.member.unasked == read(b.store).unasked == reason
+    assert b.keeper.member.watch.unasked == read(b.store).unasked == reason
     (warning,) = [r for r in caplog.records if "cannot be asked" in r.message]
     assert (warning.levelname, warning.exc_info) == ("WARNING", None)
     assert warning.message.endswith(reason)
@@ -168,7 +168,7 @@ def test_a_failed_question_is_one_warning_and_said_in_the_ledger(world, caplog):
     world.run(2.0)
     assert len(b.sessions) == 20
     world.run(15.0)
-    assert b.keeper.member.unasked is read(b.store).unasked is None
+    assert b.keeper.member.watch.unasked is read(b.store).unasked is None
 
 
 def test_another_server_is_not_asked(world):
@@ -177,7 +177,7 @@ def test_another_server_is_not_asked(world):
     a.kill()
     world.run(9.0)
     assert len(b.sessions) == 10
-    assert b.keeper.member.unasked == (
+    assert b.keeper.member.watch.unasked == (
         "asked server another, the sessions are on the server"
     )
     a.server_notices()

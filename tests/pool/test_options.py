@@ -13,13 +13,8 @@ from sqlalchemy import engine_from_config
 from sqlalchemy.exc import ArgumentError
 
 from sqla_fairpool import FairQueuePool, TooManyWaiting, tag, tagging
-from sqla_fairpool.options import (
-    OPTIONS,
-    BadOption,
-    PoolOptions,
-    describe_changes,
-    validate_tag,
-)
+from sqla_fairpool.checks import BadOption, validate_tag
+from sqla_fairpool.options import OPTIONS, PoolOptions, describe_changes
 
 
 def test_defaults_are_the_contract():
