@@ -10,6 +10,7 @@ from support.parts import Parts
 from sqla_fairpool.pool.checkout import Generation
 from sqla_fairpool.pool.opening import Opening
 from sqla_fairpool.pool.waiters import ThreadWaiter
+from sqla_fairpool.pool.waiting import Waiting
 
 TTL = 40.0
 
@@ -76,7 +77,8 @@ def test_what_lies_in_a_former_pool_is_closed_by_the_next(parts):
 
 def test_connections_are_opened_ahead_until_there_are_enough(parts):
     opener = parts.opener()
-    ahead = Opening(parts.state, parts.housekeeping, None, ThreadWaiter)
+    waiting = Waiting(parts.state, parts.housekeeping, ThreadWaiter)
+    ahead = Opening(parts.state, parts.housekeeping, waiting, ThreadWaiter)
     assert ahead.warm_up(None, opener) == 1
     assert parts.housekeeping.owner is opener.generation  # it has taken over
     assert parts.connections.count_open() == 1
