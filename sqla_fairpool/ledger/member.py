@@ -23,7 +23,7 @@ from ..scheduling.counters import BOUNDS, Histogram
 from ..stats import LedgerStats, Summary
 from .book import Book
 from .demand import Allotment, Demand, Local, Pace, PoolSide, State
-from .rows import Terms
+from .rows import Terms, limits_of_tags
 from .store import Store, StoreAway
 from .transaction import has_news, settle
 from .watch import Findings, Sessions, Watch
@@ -52,6 +52,7 @@ class Membership:
 
     def __post_init__(self, local: Local, sessions: Sessions | None) -> None:
         self._pool = PoolSide(local)
+        self._pool.named = limits_of_tags(self.terms.tags).given
         self._demand = Demand(self.pace)
         self.watch = Watch(self.store, sessions, self.pace)
         self.is_open = False
@@ -321,7 +322,7 @@ class Membership:
             self._pool.bury(allotment.buried)
             self._guards = True
         slots = min(allotment.row.owned, allotment.target)
-        self._pool.tell(slots, allotment.ceilings, allotment.other)
+        self._pool.tell(slots, allotment.orders)
         if allotment.bells:
             self.store.ring(allotment.bells)
         if allotment.row.pressed != self.pressed:
@@ -339,6 +340,7 @@ class Membership:
             self.terms.differences(terms),
         )
         self.terms = terms
+        self._pool.named = limits_of_tags(terms.tags).given
         self._pool.local.adopt(terms)
 
     def set_terms(self, terms: Terms) -> None:

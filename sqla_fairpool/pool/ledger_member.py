@@ -22,6 +22,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import exc
@@ -258,10 +259,16 @@ class LedgerMember:
         if core is not None:
             core.lock.run(transition, core.state, *args)
 
-    def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
-        """Set how many connections there may be, and the ceiling of each tag."""
+    def allot(
+        self,
+        slots: int,
+        ceilings: Mapping[str, int],
+        other: int,
+        reserves: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
+        """Set how many connections there may be, and what each tag may have."""
         self.refusal = None
-        self._change(Transitions.allot, slots, ceilings, other)
+        self._change(Transitions.allot, slots, ceilings, other, reserves)
 
     def sessions(self) -> Collection[Session]:
         """Return the server sessions that exist, as far as they are known."""

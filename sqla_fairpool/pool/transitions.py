@@ -271,15 +271,20 @@ class Transitions:
     # -- a ledger's ------------------------------------------------------------------
 
     def allot(
-        self, slots: int, ceilings: Mapping[str, int], other: int, now: float
+        self,
+        slots: int,
+        ceilings: Mapping[str, int],
+        other: int,
+        reserves: Mapping[str, int],
+        now: float,
     ) -> None:
-        """Set how many connections there may be, and the ceiling of each tag."""
+        """Set how many connections there may be, and what each tag may have."""
         self.slots.allotted = slots
         self.slots.frozen = False
         if self.slots.there() > slots:
             self.connections.release_soon()
         usable = self.slots.usable()
-        self.deliver(self.scheduler.impose(usable, ceilings, other, now))
+        self.deliver(self.scheduler.impose(usable, ceilings, other, now, reserves))
         self.drain(now)
 
     @property

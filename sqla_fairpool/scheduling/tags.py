@@ -56,6 +56,9 @@ class Tags:
         self.silent_tag = silent_tag
         self.capacity = capacity
         self.limits = LimitsByTag(limits)
+        #: Slots reserved here, by tag, and for all together.
+        self.reserves: Mapping[str, int] = self.limits.reserves
+        self.reserved = self.limits.reserved
         self.tag_states: dict[str, TagState] = {}
         self.counters = CountersByTag()
         #: How many tags are active.
@@ -98,9 +101,14 @@ class Tags:
         """Return the most that is not reserved for others."""
         return self.capacity - self.limits.reserved + reserved
 
-    def impose(self, ceilings: Mapping[str, int], other: int) -> None:
-        """Replace the rules for ceilings by numbers from outside."""
+    def impose(
+        self, ceilings: Mapping[str, int], other: int, reserves: Mapping[str, int]
+    ) -> None:
+        """Replace the rules for ceilings and reserves by numbers from outside."""
         self.imposed, self.imposed_other = ceilings, other
+        self.reserves, self.reserved = reserves, sum(reserves.values())
+        for tag, tag_state in self.tag_states.items():
+            tag_state.reserved = reserves.get(tag, 0)
         rest = [n for tag, n in ceilings.items() if self.limits.of(tag).max is None]
         self._imposed_lowest = min([other, *rest])
         self._set_ceilings()
@@ -141,7 +149,9 @@ class Tags:
         ceiling = self.common_ceiling
         if limits.max is not None:
             ceiling = self._safe_ceiling(tag, limits)
-        return TagState(tag, limits, tag == self.silent_tag, counters, ceiling)
+        reserved = self.reserves.get(tag, 0)
+        is_silent = tag == self.silent_tag
+        return TagState(tag, limits, reserved, is_silent, counters, ceiling)
 
     def _safe_ceiling(self, tag: str, limits: TagLimits) -> SafeCeiling:
         if limits.max is None:
@@ -164,13 +174,16 @@ class Tags:
         """Change the limits, and when a tag is idle. O(tags)."""
         self.capacity = capacity
         self.limits = LimitsByTag(limits)
+        if self.imposed is None:
+            self.reserves, self.reserved = self.limits.reserves, self.limits.reserved
         self.soft_limit = soft_limit
         self.max_limit = max_limit
         self.idle_timeout = idle_timeout
         self.common_ceiling.value = self._lowest_ceiling(max(self.active - 1, 0))
         for tag, tag_state in self.tag_states.items():
             own = self.limits.of(tag)
-            tag_state.limit(own, self._safe_ceiling(tag, own))
+            reserved = self.reserves.get(tag, 0)
+            tag_state.limit(own, reserved, self._safe_ceiling(tag, own))
             if tag_state.active:
                 self._review.put(tag_state, self._idle_at(tag_state))
 

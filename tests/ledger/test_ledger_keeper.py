@@ -432,6 +432,38 @@ def test_members_have_to_agree_on_the_limits_of_tags(world):
     assert used(b) == [2]
 
 
+def test_reserved_slot_is_used_under_its_tag_only():
+    world = World(Terms(8, 8, 8, 60.0, 30.0, '{"health": {"reserved": 1}}'))
+    a, b = world.members(web=30, jobs=30)
+
+    def busy():
+        for process in world.living:
+            for tag in (
+                process.pool.in_use.elements() if world.now * 7 % 1 < 0.1 else ()
+            ):
+                process.pool.release(tag)
+                process.pool.request(tag)
+        members = world.book.members.values()
+        assert sum(member.owned - member.kept for member in members) <= 7
+
+    world.run(1.0, busy)
+    assert (sum(used(a, b)), world.book.free) == (7, 1)
+    ask(b, "health", 1)
+    world.run(0.02, busy)
+    assert b.pool.in_use["health"] == 1
+    free(b, "health")
+    world.run(3.0, busy)
+    # Its process keeps it, and the next time it asks nobody.
+    assert (b.row.kept, b.row.owned) == (1, used(b)[0] + 1)
+    ask(b, "health", 1)
+    assert b.pool.in_use["health"] == 1
+    free(b, "health")
+    b.kill()
+    b.server_notices()
+    world.run(5.0, busy)
+    assert (used(a), world.book.free) == ([7], 1)
+
+
 def test_the_terms_of_the_dead_bind_nobody(world):
     a = world.member("a", 15)
     a.kill()

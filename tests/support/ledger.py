@@ -46,9 +46,9 @@ class Pool(SimPool):
         self.process.point("demand")
         return super().demand()
 
-    def allot(self, slots, ceilings, other):
+    def allot(self, *orders):
         self.process.point("allot")
-        super().allot(slots, ceilings, other)
+        super().allot(*orders)
         self.process.point("allotted")
 
     def buried(self, lost):

@@ -217,7 +217,7 @@ class SimPool:
         self.terms = None
         self.slots = 0
         self.frozen = False
-        self.ceilings, self.other = {}, 0
+        self.ceilings, self.other, self.reserves = {}, 0, {}
         #: By tag.
         self.in_use, self.waiting, self.peak = Counter(), Counter(), Counter()
         self.active = set()
@@ -267,7 +267,8 @@ class SimPool:
     def read(self, rows, member):
         pass
 
-    def allot(self, slots, ceilings, other):
+    def allot(self, slots, ceilings, other, reserves):
+        self.reserves = reserves
         self.slots, self.ceilings, self.other = slots, ceilings, other
         self.frozen = self.rebuffed = False
         self._dispatch()
@@ -352,7 +353,7 @@ class SimPool:
             eligible = {
                 tag: min(n, self.ceiling(tag) - self.in_use[tag])
                 for tag, n in self.waiting.items()
-                if n and self.in_use[tag] < self.ceiling(tag)
+                if n and self.in_use[tag] < self.ceiling(tag) and self._is_free(tag)
             }
             if not eligible or self.open > self.slots:
                 return  # nobody can be served; or what is idle is to be closed
@@ -368,6 +369,12 @@ class SimPool:
             self.peak[tag] = max(self.peak[tag], self.in_use[tag])
             self.waiting[tag] -= 1
             self.served.append(tag)
+
+    def _is_free(self, tag):
+        """Tell if there is a slot that is not reserved for another tag."""
+        kept = sum(max(n - self.in_use[t], 0) for t, n in self.reserves.items())
+        is_below = self.in_use[tag] < self.reserves.get(tag, 0)
+        return is_below or self.in_use.total() + self.detached + kept < self.slots
 
     def _open_another(self):
         session = self.connect()
