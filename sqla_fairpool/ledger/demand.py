@@ -59,10 +59,12 @@ class Local(Protocol):
         ceilings: Mapping[str, int],
         other: int,
         reserves: Mapping[str, int],
+        elsewhere: Mapping[str, Mapping[str, float]],
     ) -> None:
         """Open a connection only while there are less than `slots`, at first 0.
 
         :param reserves: by tag, how many of these no other tag may use.
+        :param elsewhere: by tag and other member, what it has used there lately.
         """
 
     def close_surplus(self) -> None:
@@ -91,6 +93,7 @@ class Orders(NamedTuple):
     #: The ceiling of any other tag.
     other: int = 0
     reserves: Mapping[str, int] = MappingProxyType({})
+    elsewhere: Mapping[str, Mapping[str, float]] = MappingProxyType({})
 
 
 class State(NamedTuple):

@@ -41,7 +41,9 @@ META, TAGS, DUE, MEMBER, GONE = "meta", "tags", "due", "member/", "gone/"
 #: Why slots of a living member are in quarantine.
 LOST = "lost connections"
 #: Fields that rows of the protocol's first version do not have.
-_LATER = frozenset({"sessions", "unasked", "server", "fresh", "tags", "set_by", "kept"})
+_LATER = frozenset(
+    {"sessions", "unasked", "server", "fresh", "tags", "set_by", "kept", "used"}
+)
 
 _T = TypeVar("_T")
 
@@ -168,6 +170,8 @@ class TagDemand(NamedTuple):
     limit: int = 0
     #: Slots that its process owns and that only the tag may use: of its reserve.
     kept: int = 0
+    #: What it has used lately: connection-seconds that decay.
+    used: float = 0.0
 
     @property
     def wants(self) -> int:

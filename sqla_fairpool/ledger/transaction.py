@@ -130,8 +130,15 @@ def _yield(book: Book, key: str, turns: Collection[str], plan: Allocation) -> No
     book.members[key] = replace(member, tags=tags)
 
 
-def _kept(member: Member) -> Mapping[str, int]:
-    return {tag: line.kept for tag, line in member.tags.items() if line.kept}
+def _used_elsewhere(book: Book, key: str) -> Mapping[str, Mapping[str, float]]:
+    """Return what other members have used of tags that wait here."""
+    waiting = {tag for tag, line in book.members[key].tags.items() if line.waiting}
+    used: dict[str, dict[str, float]] = {}
+    for other, member in book.members.items():
+        for tag, line in member.tags.items() if other != key else ():
+            if line.used and tag in waiting:
+                used.setdefault(tag, {})[other] = line.used
+    return used
 
 
 def _allotment(
@@ -156,7 +163,12 @@ def _allotment(
             tag: min(plan.claims.get((tag, key), 0), line.wants)
             for tag, line in member.tags.items()
         },
-        orders=Orders(ceilings, plan.newcomer, _kept(member)),
+        orders=Orders(
+            ceilings,
+            plan.newcomer,
+            {tag: line.kept for tag, line in member.tags.items() if line.kept},
+            _used_elsewhere(book, key) if plan.unmet else {},
+        ),
         unmet=plan.unmet,
         asked=frozenset(tag for tag, asked in plan.asked if asked == key),
         turns=len(plan.asked),

@@ -244,7 +244,8 @@ class LedgerMember:
             peak, state.peak = state.peak, state.in_use
             if peak or state.waiting or state.active:
                 waiting = 0 if is_paused else state.waiting
-                tags[state.tag] = TagDemand(peak, waiting, state.active)
+                used = round(core.scheduler.usage.seconds(state, now), 3)
+                tags[state.tag] = TagDemand(peak, waiting, state.active, used=used)
         detached = core.slots.existing.detached()
         if detached:
             default = tags.get(self._default_tag, TagDemand(0, 0, False))
@@ -265,10 +266,12 @@ class LedgerMember:
         ceilings: Mapping[str, int],
         other: int,
         reserves: Mapping[str, int] = MappingProxyType({}),
+        elsewhere: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
     ) -> None:
         """Set how many connections there may be, and what each tag may have."""
         self.refusal = None
-        self._change(Transitions.allot, slots, ceilings, other, reserves)
+        orders = slots, ceilings, other, reserves, elsewhere
+        self._change(Transitions.allot, *orders)
 
     def sessions(self) -> Collection[Session]:
         """Return the server sessions that exist, as far as they are known."""

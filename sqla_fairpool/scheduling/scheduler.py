@@ -288,6 +288,7 @@ class Scheduler(SchedulerState):
         other: int,
         now: float,
         reserves: Mapping[str, int] = _NOTHING,
+        elsewhere: Mapping[str, Mapping[str, float]] = _NOTHING,
     ) -> Sequence[Ticket]:
         """Replace the rules' numbers by others from outside, until the next call.
 
@@ -297,7 +298,9 @@ class Scheduler(SchedulerState):
         :param ceilings: by tag.
         :param other: the ceiling of any tag not named.
         :param reserves: by tag, the slots of these that are kept for it.
+        :param elsewhere: what tags have used there, see :meth:`.Usage.hear`.
         """
+        self.usage.hear(elsewhere, now)
         self.tags.impose(ceilings, other, reserves)
         self.kept_free = self._reserved_unused()
         self.lines.all_changed()

@@ -112,6 +112,7 @@ class TagState:
         "charged",
         "checkouts",
         "counters",
+        "elsewhere",
         "hold_max",
         "hold_total",
         "in_use",
@@ -154,6 +155,8 @@ class TagState:
         self.charged = 0.0
         #: What is added to that when it is ranked.
         self.lift = 0.0
+        #: Of that, what it has used in other processes.
+        self.elsewhere = 0.0
         #: True for the default tag: asking, waiting and returning are no
         #: activity of it, because the caller may still say who it is.
         self.silent = silent

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from support.ledger import TERMS, World, ask, close_idle, free, used
 from support.ledger_simulation import simulate
+from support.ledger_turns import LedgerTurns
 from support.ledger_world import Host, MemoryStore, Server, SimPool
 from support.threads import PATIENCE, eventually
 
@@ -18,6 +19,7 @@ from sqla_fairpool.ledger.demand import Pace, TagDemand, condense
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.keeper import Keeper
 from sqla_fairpool.ledger.rows import Left, Terms
+from sqla_fairpool.scheduling import policy
 
 #: Those of members that do not agree with the others.
 OTHER_TERMS = Terms(10, 5, 8, 60.0, 30.0)
@@ -462,6 +464,22 @@ def test_reserved_slot_is_used_under_its_tag_only():
     b.server_notices()
     world.run(5.0, busy)
     assert (used(a), world.book.free) == ([7], 1)
+
+
+@pytest.mark.parametrize("where", ["apart", "both"])
+def test_tags_get_the_same_time_whether_they_hold_long_or_in_several_processes(where):
+    turns = LedgerTurns(2, capacity=4)
+    for n in range(16):
+        tag, hold = f"tag{n}", 0.5 if n < 5 else 0.02
+        turns.come(n % 2, tag, 2, hold)
+        if where == "both" and not n % 4:
+            turns.come(1 - n % 2, tag, 2, hold)
+    turns.run(10.0)
+    turns.forget()
+    turns.run(50.0)
+    turns.check()
+    assert policy.jain([turns.seconds[tag] for tag in turns.holds]) >= 0.98
+    assert turns.server.most == 4
 
 
 def test_the_terms_of_the_dead_bind_nobody(world):

@@ -267,7 +267,7 @@ class SimPool:
     def read(self, rows, member):
         pass
 
-    def allot(self, slots, ceilings, other, reserves):
+    def allot(self, slots, ceilings, other, reserves, elsewhere=()):
         self.reserves = reserves
         self.slots, self.ceilings, self.other = slots, ceilings, other
         self.frozen = self.rebuffed = False
