@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
-from support.overviews import EVIL, overview
+from dataclasses import replace
 
+import pytest
+from support.overviews import EVIL, overview, process
+
+from sqla_fairpool.ledger.overview import Limits, Part, compile_overview
 from sqla_fairpool.ledger.overview_text import (
     cells,
     cut,
@@ -13,6 +16,8 @@ from sqla_fairpool.ledger.overview_text import (
     printable,
     seconds_text,
 )
+from sqla_fairpool.scheduling.limits import LimitsByTag, TagLimits
+from sqla_fairpool.stats import TagStats
 
 
 @pytest.mark.parametrize(
@@ -118,3 +123,24 @@ def test_a_long_name_is_cut():
 
 def test_the_sum_of_very_many_has_a_name():
     assert any(line.startswith("(others)  ") for line in lines(overview([""])))
+
+
+def test_own_limits_and_usage_are_columns_where_there_are_any():
+    own = {"a": TagLimits(weight=3.0, reserved=1), "b*": TagLimits(max=2)}
+    parts = [
+        Part(process(name, n), [TagStats(name, True, 1, usage=12.0)])
+        for n, name in enumerate(["a", "b1", "c"])
+    ]
+    limits = Limits(20, 20, 10, 15)
+    tags = LimitsByTag(own)
+    table = lines(compile_overview(parts, replace(limits, tags=tags)))[3:7]
+    assert [row.split("  ")[-2].strip() for row in table] == [
+        "own limits",
+        "weight 3, 1 reserved",
+        "max 2",
+        "-",
+    ]
+    assert all("12 s" in row for row in table[1:])
+    assert "own limits" not in lines(compile_overview(parts, limits))[3]
+    few = Limits(2, 2, 2, 2)  # connections, for three tags
+    assert "used  own limits" in lines(compile_overview(parts, few))[3]
