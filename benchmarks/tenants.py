@@ -180,7 +180,8 @@ def main() -> None:
     parser.add_argument("--checkouts", type=int, default=10_000)
     parser.add_argument("--pause", type=float, default=0.001)
     options = parser.parse_args()
-    with open_database(options.url) as database, tempfile.TemporaryDirectory() as place:
+    with open_database(options.url) as database:
+        place = tempfile.mkdtemp()  # processes leave the ledger when they end
         url = database.url.render_as_string(hide_password=False)
         ledger = f"{place}/tenants.ledger" if options.processes > 1 else None
         (reserved if options.reserved else by_time)(options, url, ledger)
