@@ -228,10 +228,17 @@ class Book:
 
         :param who: by whom, and since when, for people.
         """
-        self.meta = replace(self._known_meta, terms=terms, set_by=who)
+        self._change(terms=terms, set_by=who)
+
+    def _change(self, **fields: Any) -> None:
+        """Change what all members are to hear of; each is to look."""
+        meta = self._known_meta
+        if self.members and meta.protocol != PROTOCOL:
+            raise self._difference(None)
+        self.meta = replace(meta, protocol=PROTOCOL, **fields)
         for key, member in list(self.members.items()):
             self.write(key, replace(member, beat=member.beat + 1))
-        self._rows[META] = self._known_meta.text
+        self._rows[META] = self.meta.text
 
     def note_server(self, key: str, server: str | None) -> bool:
         """Note where a member's connections go to; tell if they may go there."""

@@ -35,12 +35,12 @@ from .errors import LedgerError, RowBroken
 
 #: Version of the rows' meaning. Members refuse a ledger with a higher one, and raise
 #: a lower one when they join and no other member lives.
-PROTOCOL = 2
+PROTOCOL = 3
 
 META, TAGS, DUE, MEMBER, GONE = "meta", "tags", "due", "member/", "gone/"
 #: Why slots of a living member are in quarantine.
 LOST = "lost connections"
-#: Fields that rows of the protocol's first version do not have.
+#: Fields that rows of earlier versions of the protocol do not have.
 _LATER = frozenset({"sessions", "unasked", "server", "fresh", "tags", "set_by"})
 
 _T = TypeVar("_T")

@@ -222,7 +222,7 @@ def test_reset_asks_first(run, left, monkeypatch):
     [
         ("meta", "nonsense"),
         ("meta", "[]"),
-        ("meta", '{"protocol": 2}'),
+        ("meta", '{"protocol": 3}'),
         ("member/x", "{"),
         ("member/x", "{}"),
         ("gone/1", "null"),

@@ -17,7 +17,7 @@ from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.demand import Pace, TagDemand, condense
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.keeper import Keeper
-from sqla_fairpool.ledger.rows import Left, Terms
+from sqla_fairpool.ledger.rows import PROTOCOL, Left, Terms
 
 #: Those of members that do not agree with the others.
 OTHER_TERMS = Terms(10, 5, 8, 60.0, 30.0)
@@ -448,10 +448,10 @@ def test_the_terms_of_the_dead_bind_nobody(world):
 def test_rows_of_a_later_version_are_refused(world):
     world.member("a", 1)
     meta = json.loads(world.host.rows["meta"])
-    world.host.rows["meta"] = json.dumps(meta | {"protocol": 3})
+    world.host.rows["meta"] = json.dumps(meta | {"protocol": PROTOCOL + 1})
     b = world.member("b", 1)
     assert type(b.pool.refusals[0]) is LedgerError
-    assert "protocol version 3" in str(b.pool.refusals[0])
+    assert f"protocol version {PROTOCOL + 1}" in str(b.pool.refusals[0])
 
 
 def test_numbers_are_given_once():
