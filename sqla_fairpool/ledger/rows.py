@@ -41,7 +41,9 @@ META, TAGS, DUE, MEMBER, GONE = "meta", "tags", "due", "member/", "gone/"
 #: Why slots of a living member are in quarantine.
 LOST = "lost connections"
 #: Fields that rows of earlier versions of the protocol do not have.
-_LATER = frozenset({"sessions", "unasked", "server", "fresh", "tags", "set_by"})
+_LATER = frozenset(
+    {"sessions", "unasked", "server", "fresh", "tags", "set_by", "pauses"}
+)
 
 _T = TypeVar("_T")
 
@@ -233,6 +235,8 @@ class Meta(_Row):
     protocol: int = PROTOCOL
     #: For people: who has set the terms, and since when they are in force.
     set_by: Mapping[str, Any] = field(default_factory=dict)
+    #: By tag, or under `ALL`: who has paused it, likewise.
+    pauses: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

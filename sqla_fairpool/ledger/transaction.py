@@ -133,6 +133,7 @@ def _allotment(
     ceilings |= {tag: line.limit for tag, line in member.tags.items()}
     return Allotment(
         terms=book.terms,
+        pauses=book.pauses,
         row=member,
         target=plan.targets[key],
         claims={tag: plan.claims.get((tag, key), 0) for tag in member.tags},

@@ -25,7 +25,7 @@ TESTS = Path(__file__).parent.parent
 BEFORE = "919f852d5e5f84a65d0a4f219b973a78b3167360"
 
 #: What members have to hear of.
-COMMANDS = (["set", "pool_size=9"],)
+COMMANDS = (["set", "pool_size=9"], ["pause"])
 
 #: Prints what becomes of a checkout, and holds the connection until it is told to end.
 MEMBER = """
