@@ -15,6 +15,7 @@ from sqla_fairpool import manager, opentelemetry, plugin, prometheus
 #: Each may import those before it, and what stands beside it in its own folder.
 ORDER = [
     {"background", "scheduling", "stats"},
+    {"checks"},
     {"options"},
     {"diagnosis"},
     {"errors", "tagging"},
