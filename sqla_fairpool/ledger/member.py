@@ -110,6 +110,7 @@ class Membership:
             or bool(has.asked)
             or bool(self.vain)
             or self._guards
+            or bool(has.pauses and has.gone)
         )
 
     def rung(self, now: float) -> None:
@@ -318,6 +319,7 @@ class Membership:
         self.number = allotment.row.number
         if allotment.terms != self.terms:
             self._adopt(allotment.terms)
+        self._pool.pause(allotment.pauses)
         if allotment.buried:
             self._pool.bury(allotment.buried)
             self._guards = True
@@ -379,7 +381,9 @@ class Membership:
         if (has := self.allotment) is None:
             return
         suspects = bool(self.vain) or has.row.owned < has.target or bool(has.gone)
-        starved = has.starved if suspects else None
+        # Who has paused waits for the end of those sessions, too.
+        short = has.members if has.pauses else has.starved
+        starved = short if suspects else None
         if not self.watch.is_due(now, starved, self.chance, patrol, self._guards):
             return
         with self._transaction() as rows:

@@ -152,8 +152,8 @@ class FairQueuePool(Figures, Pausable, Pool):
         tags: Mapping[str, TagLimits] | None = None,
         usage_half_life: float = 10.0,
         enforce: bool = True,
+        on_other_terms: str = "adopt",  # by position, for create_engine() to know it
         *,
-        on_other_terms: str = "adopt",
         _core: PoolCore | None = None,
         **kw: Any,
     ) -> None:

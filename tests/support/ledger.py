@@ -143,6 +143,15 @@ class World:
                     process.step()
             self.now += tick
 
+    def pause(self, tag, paused=True):
+        """Pause a tag, or resume it, as the command does."""
+        rows = dict(self.host.rows)
+        book = Book(rows)
+        book.pause(tag, {"since": "now", "program": "p"} if paused else None)
+        book.tell()
+        self.host.commit(rows)
+        self.host.rung |= self.host.alive
+
     def churn(self, seconds, tick=0.002):
         """Let time pass while all connections are returned and asked for again."""
         count = itertools.count(1)
