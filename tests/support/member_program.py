@@ -64,9 +64,6 @@ def observe(engine, ledger):
 
 def fork_in_checkouts(engine):
     """Ten threads are in checkouts while children are forked."""
-    # SQLAlchemy holds a mutex during an engine's first connect: a child that is forked
-    # then never connects, with any pool.
-    work(engine, 1)
     over = threading.Event()
 
     def go_on():
