@@ -82,6 +82,7 @@ class PostgresStore(Store):
     def __init__(
         self, url: URL, ledger: str = "default", *, observes: bool = False
     ) -> None:
+        self._url = url
         self._engine = make_engine(url)
         self._observes = observes
         # Of the place: the lock that each member shares, as a key of its own and as a
@@ -204,6 +205,8 @@ class PostgresStore(Store):
                 os.close(nothing)
             for one in (self._driver, self._connection):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
+        # Another thread may be in the first connect of this one, under a lock.
+        self._engine = make_engine(self._url)
         self._close_pipe()
         self._begin()
 

@@ -24,7 +24,12 @@ from ..tagging import blocks, context_tag
 from . import sqlalchemy_private
 from .checkout import Generation
 from .core import PoolCore, TracedCore
-from .events import await_url, observe, warn_of_private_memory
+from .events import (
+    await_url,
+    guard_first_connect,
+    observe,
+    warn_of_private_memory,
+)
 from .execution_options import make_request, requested, watch_dialect
 from .failover import watch_errors
 from .figures import Figures
@@ -174,6 +179,8 @@ class FairQueuePool(Figures, Pausable, Pool):
             _core.housekeeping.owner = self.generation
         super().__init__(creator, **kw)
         _core.log_to(self.logger)
+        if not self._is_asyncio:
+            guard_first_connect(self)
         if owns:  # its successors inherit what listens
             observe(self, _core)
             if _core.options.server_tag:
