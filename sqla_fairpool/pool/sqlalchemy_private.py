@@ -13,7 +13,6 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import partial
 from types import MethodType
 from typing import Any
 

@@ -248,7 +248,7 @@ def test_one_more_than_max_waiting_is_refused_and_takes_no_connection_away(world
     world.wait_in_line(pool, "a")
     with pytest.raises(TooManyWaiting) as caught:
         connect(pool, "b")
-    assert str(caught.value) == (
+    assert caught.value.args[0] == (
         "too many waiting: tag 'b' refused, waiting=1 max_waiting=1; pool in_use=1/1"
     )
     assert caught.value.tag == "b"
