@@ -41,7 +41,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 from .limits import TagLimits
@@ -52,7 +51,7 @@ from .ticket import FREE, GRANTED, WAITING, LineFull, TagState, Ticket
 __all__ = ["Scheduler"]
 
 _NO_GRANTS: tuple[Ticket, ...] = ()
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
+_NOTHING: Mapping[str, Any] = {}
 
 
 class Scheduler(SchedulerState):
