@@ -160,13 +160,7 @@ class PoolCore:
             scheduler.waiting
             or now >= housekeeping.next_visit
             or tag_state.in_use > tag_state.safe_ceiling.value
-            or not (
-                tag_state.prompt
-                or (
-                    tag_state.silent
-                    and tag_state.in_use <= scheduler.ceiling(tag_state)
-                )
-            )
+            or not (tag_state.prompt or tag_state.silent)
         ):
             # The slot is not this tag's to keep any more, or there is work to do.
             self.warm.put(tag_state.tag, record)

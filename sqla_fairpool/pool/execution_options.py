@@ -117,24 +117,24 @@ class _Hooks:
         self, connection: Connection, opts: Mapping[str, Any]
     ) -> None:
         before = accepted = _accepted_of(connection)
-        after, others = connection.get_execution_options(), opts.keys() - self._ours
+        after = now = connection.get_execution_options()
+        has_others = not self._ours.issuperset(opts)
         try:
-            if len(others) < len(opts):
+            if not self._ours.isdisjoint(opts):
                 tag, timeout = None, opts.get(TIMEOUT_OPTION)
                 if timeout is not None:
                     validate_timeout(timeout, TIMEOUT_OPTION)
                 if self._option in opts:  # None is refused: it would say nothing
                     tag = validate_tag(opts[self._option], self._option)
-                now = after
-                if others:
-                    ours = {key: opts[key] for key in opts if key not in others}
+                if has_others:
+                    ours = {key: opts[key] for key in opts if key in self._ours}
                     now = before.union(ours)
                 setattr(connection, _ACCEPTED, now)
                 sqlalchemy_private.check_out_by(connection, self._check_out)
                 if tag is not None:
                     _retag(connection, tag)
                 accepted = now
-            if others:
+            if has_others:
                 self._apply(connection, opts)
                 setattr(connection, _ACCEPTED, after)
         except BaseException:

@@ -95,7 +95,7 @@ class SchedulerState:
             and not self.waiting
             and not self.tags.limits.reserved
             and self.in_use <= self.capacity
-            and tag_state.in_use + slots <= self.ceiling(tag_state)
+            and tag_state.in_use + slots <= tag_state.safe_ceiling.value
         )
 
     def wanted(self, ticket: Ticket) -> bool:
