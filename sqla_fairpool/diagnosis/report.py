@@ -152,7 +152,7 @@ class Diagnosis:
         """The counts, on one line."""
         paused = "" if self.paused_for is None else "paused "
         return (
-            f"tag {self.tag!r} in_use={self.in_use} ceiling={self.ceiling} "
+            f"tag {self.tag!r} in_use={self.in_use} limit={self.ceiling} "
             f"waiting={self.waiting} position={self.position}{self._own}; "
             f"pool {paused}in_use={self.pool_in_use}/{self.capacity} idle={self.idle} "
             f"active_tags={self.active_tags}{self._uncounted}; "
@@ -324,7 +324,7 @@ def _ceiling(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
         elif case.kept_free:
             why += f", and {case.kept_free} of these are reserved for others"
         yield (
-            f"tag {case.tag!r} is at its ceiling while the pool has "
+            f"tag {case.tag!r} is at its limit while the pool has "
             f"{case.capacity - case.pool_in_use} free: {why}"
         )
 

@@ -93,7 +93,7 @@ class Explanation:
             "reserved for others": "the rest is reserved for others",
             "ledger": "given by the ledger",
         }
-        return f"ceiling {self.ceiling}: {rules[self.ceiling_rule]}"
+        return f"limit {self.ceiling}: {rules[self.ceiling_rule]}"
 
     def _ought(self) -> str:
         own = f"weight {self.weight:g}"
@@ -106,7 +106,7 @@ class Explanation:
 
     def _stands(self) -> str:
         if self.place is None:
-            return f"not in line; {self.waiting_tags} tags wait below their ceilings"
+            return f"not in line; {self.waiting_tags} tags wait below their limits"
         line = f"place {self.place} of {self.waiting_tags} tags in line"
         if not self.before:
             return line
@@ -121,7 +121,7 @@ class Explanation:
         if self.returns_needed is not None:
             return f"one more: when {self.returns_needed} of any tag have come back"
         if self.connections >= self.ceiling:
-            text = "one more: when its own come back until it is below its ceiling"
+            text = "one more: when its own come back until it is below its limit"
             if self.ceiling_alone > self.ceiling:
                 text += f", or when it is the only active tag ({self.ceiling_alone})"
             return text
