@@ -44,8 +44,8 @@ from .waiters import Waiter
 __all__ = ["LedgerMember"]
 
 #: Seconds that a new connection waits for the ledger to know it: a transaction takes a
-#: millisecond, one that waits for a stopped process two seconds.
-_CONFIRMED_WITHIN = 3.0
+#: millisecond, but waits for a stopped process, or for many that are far away.
+_CONFIRMED_WITHIN = 5.0
 
 #: Seconds after which the ledger is asked again if it did not confirm.
 _PAUSE = 0.02

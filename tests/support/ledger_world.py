@@ -16,6 +16,7 @@ from functools import partial
 from sqla_fairpool.ledger.demand import TagDemand
 from sqla_fairpool.ledger.keeper import Keeper
 from sqla_fairpool.ledger.rows import Session
+from sqla_fairpool.ledger.store import Store as RealStore
 from sqla_fairpool.ledger.store import StoreAway
 from sqla_fairpool.ledger.watch import Present
 from sqla_fairpool.scheduling.tags import ALL
@@ -86,16 +87,19 @@ class MemoryStore:
     def in_place(self):
         return self._deletions == self.host.deletions
 
-    @contextmanager
-    def transaction(self):
-        host = self.host
-        self.point("begin")
+    def _look(self):
         self._reach()
         if not self.is_open:
             raise StoreAway("the connection was lost")
         if not self.in_place():
             self.is_open = self.signed = False  # the sign of life itself stands
             raise StoreAway("the rows were deleted")
+
+    @contextmanager
+    def transaction(self):
+        host = self.host
+        self.point("begin")
+        self._look()
         if host.holder is not None:
             raise StoreAway("the lock is taken")
         host.holder = self
@@ -111,6 +115,13 @@ class MemoryStore:
         finally:
             host.holder = None
         self.point("committed")
+
+    def read(self):
+        self.point("read")
+        self._look()
+        return dict(self.host.rows)
+
+    swap = RealStore.swap
 
     def living(self, members):
         self.point("living")
