@@ -31,6 +31,7 @@ from prometheus_client.registry import Collector
 from .ledger.overview import Overview
 from .pool.snapshot import Source, metrics_source
 from .scheduling.counters import MAX_COUNTED_TAGS, OTHER
+from .scheduling.tags import ALL
 from .stats import LedgerStats, PoolStats, Summary, TagStats
 
 __all__ = ["FairPoolCollector", "register"]
@@ -118,6 +119,7 @@ class OverviewCollector(Collector):
             strategy=overview.strategy,
             tags=tuple(rows),
             name=self._name,
+            paused_for=0.0 if ALL in overview.paused else None,
             ledger=LedgerStats(slots, len(overview.processes)),
         )
 

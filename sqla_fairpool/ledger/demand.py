@@ -76,6 +76,9 @@ class Local(Protocol):
     def adopt(self, terms: Terms) -> None:
         """Have the ledger's limits in force, in the place of those asked for."""
 
+    def pause(self, pauses: Mapping[str, str]) -> None:
+        """Serve no checkout of just these tags, `ALL` for all: since when, by whom."""
+
     def freeze(self) -> None:
         """Use what is open, and open nothing until the next :meth:`allot`."""
 
@@ -135,6 +138,7 @@ class PoolSide:
         # Slots, and orders for tags; None if it may open nothing until it is told anew.
         self._told: tuple[int, Orders] | None = None
         self._peaks: dict[str, int] = {}
+        self._pauses: Mapping[str, str] = {}
 
     @property
     def allowed(self) -> int:
@@ -164,6 +168,12 @@ class PoolSide:
             self.local.allot(slots, *orders)
             self._told = slots, orders
 
+    def pause(self, pauses: Mapping[str, str]) -> None:
+        """Have it serve no checkout of just these tags, see :class:`Local`."""
+        if pauses != self._pauses:
+            self.local.pause(pauses)
+            self._pauses = pauses
+
     def shrink(self, slots: int) -> None:
         """Have it open no more than `slots`, before the row says so."""
         if self._told is not None and slots < self.allowed:
@@ -192,6 +202,8 @@ class Allotment:
 
     #: The limits in force.
     terms: Terms
+    #: The tags of which no checkout is to be served: since when, and by whom.
+    pauses: Mapping[str, str]
     #: Its row: the slots that it owns, what it posted.
     row: Member
     #: The slots that it is to have.

@@ -320,7 +320,7 @@ class Keeper:
 
     def _refuse(self, error: LedgerError, now: float) -> None:
         """The operator has to mend something: tell callers that have no slot."""
-        trouble, self.trouble = self.trouble, str(error)
+        trouble, self.trouble = self.trouble, str(error.args[0])
         self._retry_at = now + self._pace.beat
         allotment = self.member.allotment
         if allotment is None:

@@ -7,8 +7,8 @@ module has been through :func:`printable`, so that it cannot control a terminal.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ..stats import TagStats
 from .overview import Overview, ScraperRow
@@ -27,6 +27,13 @@ def printable(text: str) -> str:
         char if char.isprintable() else char.encode("unicode_escape").decode()
         for char in text
     )
+
+
+def since_and_by(who: Mapping[str, Any]) -> str:
+    """Return since when a process, described for people, has done something."""
+    keys = ("since", "program", "host", "pid")
+    parts = {key: str(who.get(key, "?")) for key in keys}
+    return printable("{since} by {program} ({host}:{pid})".format(**parts))
 
 
 def seconds_text(seconds: float | None) -> str:

@@ -35,14 +35,17 @@ from .errors import LedgerError, RowBroken
 
 #: Version of the rows' meaning. Members refuse a ledger with a higher one, and raise
 #: a lower one when they join and no other member lives.
-PROTOCOL = 2
+PROTOCOL = 3
 
 META, TAGS, DUE, MEMBER, GONE = "meta", "tags", "due", "member/", "gone/"
 #: Why slots of a living member are in quarantine.
 LOST = "lost connections"
-#: Fields that rows of the protocol's first version do not have.
+#: Fields that rows of earlier versions of the protocol do not have.
 _LATER = frozenset(
-    {"sessions", "unasked", "server", "fresh", "tags", "set_by", "kept", "used"}
+    {
+        *("sessions", "unasked", "server", "fresh", "tags", "set_by"),
+        *("kept", "used", "pauses"),
+    }
 )
 
 _T = TypeVar("_T")
@@ -246,6 +249,8 @@ class Meta(_Row):
     protocol: int = PROTOCOL
     #: For people: who has set the terms, and since when they are in force.
     set_by: Mapping[str, Any] = field(default_factory=dict)
+    #: By tag, or under `ALL`: who has paused it, likewise.
+    pauses: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,6 +157,7 @@ def _allotment(
     ceilings |= {tag: line.limit for tag, line in member.tags.items()}
     return Allotment(
         terms=book.terms,
+        pauses=book.pauses,
         row=member,
         target=plan.targets[key],
         claims={

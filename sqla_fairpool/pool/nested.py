@@ -44,7 +44,7 @@ class NestedCheckouts:
         state = self._state
         if isinstance(state.here, TaskHere):
             refuse_inner_call("nothing can be awaited there")
-        if state.scheduler.tags.paused_at is not None:
+        if state.scheduler.tags.paused(tag) is not None:
             refuse_inner_call("the pool is paused")
         checkout.holder, checkout.since = state.here.caller, state.lock.clock()
         # Not one of the scheduler's, which may be about to change.

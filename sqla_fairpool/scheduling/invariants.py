@@ -64,7 +64,9 @@ def _check_tags(scheduler: Scheduler) -> None:
     assert all(tags.is_reviewed(a) for a in tag_states if a.active)
     assert all(a.prompt == (a.active and not a.silent) for a in tag_states)
     for a in tag_states:
-        if a.active and tags.imposed is None and not a.reserved:
+        if not (a.active or a.silent):
+            continue
+        if tags.imposed is None and not a.reserved:
             assert tags.ceiling(a) == a.safe_ceiling.value
-        elif a.active:
+        else:
             assert tags.ceiling(a) >= a.safe_ceiling.value

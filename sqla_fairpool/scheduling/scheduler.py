@@ -45,6 +45,7 @@ from typing import Any
 
 from .limits import TagLimits
 from .state import SchedulerState
+from .tags import Pause
 from .ticket import FREE, GRANTED, WAITING, LineFull, TagState, Ticket
 
 __all__ = ["Scheduler"]
@@ -305,9 +306,9 @@ class Scheduler(SchedulerState):
         self.lines.all_changed()
         return self.set_capacity(capacity, now)
 
-    def pause(self, at: float | None, now: float) -> Sequence[Ticket]:
-        """Grant nothing from a time on, or with None again; return who is granted."""
-        self.tags.pause(at)
+    def pause(self, pauses: Mapping[str, Pause], now: float) -> Sequence[Ticket]:
+        """Grant nothing under these tags, and else again; return who is granted."""
+        self.tags.pause(pauses)
         self.lines.all_changed()
         return self._dispatch(now, self.usage.scale(now))
 

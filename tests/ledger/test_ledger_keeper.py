@@ -18,8 +18,9 @@ from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.demand import Pace, TagDemand, condense
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.keeper import Keeper
-from sqla_fairpool.ledger.rows import Left, Terms
+from sqla_fairpool.ledger.rows import PROTOCOL, Left, Terms, member_key
 from sqla_fairpool.scheduling import policy
+from sqla_fairpool.scheduling.tags import ALL
 
 #: Those of members that do not agree with the others.
 OTHER_TERMS = Terms(10, 5, 8, 60.0, 30.0)
@@ -424,6 +425,48 @@ def test_terms_are_changed_for_all_members_at_once(world, how):
     assert world.server.most == 20
 
 
+@pytest.mark.parametrize("tag", [ALL, "a"])
+def test_pause_holds_for_members_and_newcomers_until_it_is_resumed(world, tag):
+    (a,) = members = world.members(a=4)
+    for _ in range(2):
+        world.pause(tag)
+    ask(a, "a", 2)
+    world.run(0.1)
+    members.append(world.start())
+    ask(members[1], "a", 2)
+    free(a, "a", 4)
+    world.run(2.0)
+    assert used(*members) == [0, 0]
+    if tag != ALL:
+        ask(a, "b", 3)
+        world.run(0.1)
+        assert used(*members) == [3, 0]
+        free(a, "b", 3)
+    began = world.now
+    for _ in range(2):
+        world.pause(tag, False)
+    while used(*members) != [2, 2]:
+        world.run(0.01)
+    assert world.now - began < 0.1
+
+
+def test_quarantine_of_the_dead_ends_while_it_is_paused(world):
+    a, b = world.members(a=4, b=4)
+    world.pause(ALL)
+    world.run(0.1)
+    a.kill()
+    with b.store.transaction() as rows:  # as the command does that waits
+        book = Book(rows)
+        book.reap({a.store.member: rows[member_key(a.store.member)]})
+        book.change()
+    b.store.ring_all()
+    world.run(2.0)
+    assert world.quarantined == 4
+    a.server_notices()
+    world.run(2.0)
+    assert world.quarantined == 0
+
+
 def test_members_have_to_agree_on_the_limits_of_tags(world):
     world.member("a", 1)
     tags = '{"b": {"max": 2, "reserved": 0, "weight": 1.0}}'
@@ -498,10 +541,10 @@ def test_the_terms_of_the_dead_bind_nobody(world):
 def test_rows_of_a_later_version_are_refused(world):
     world.member("a", 1)
     meta = json.loads(world.host.rows["meta"])
-    world.host.rows["meta"] = json.dumps(meta | {"protocol": 3})
+    world.host.rows["meta"] = json.dumps(meta | {"protocol": PROTOCOL + 1})
     b = world.member("b", 1)
     assert type(b.pool.refusals[0]) is LedgerError
-    assert "protocol version 3" in str(b.pool.refusals[0])
+    assert f"protocol version {PROTOCOL + 1}" in str(b.pool.refusals[0])
 
 
 def test_numbers_are_given_once():
