@@ -79,7 +79,7 @@ class Waiting:
         if interval is None or not state.slots.sees_all_callers:
             interval = math.inf
         check, now = since + interval, since
-        while checkout.waiter is not None:
+        while not _is_granted(checkout):
             until = min(deadline, check)
             if state.watcher is checkout:
                 until = min(until, self._housekeeping.next_duty)
@@ -151,3 +151,7 @@ class Waiting:
             diagnosis.waited,
             diagnosis,
         )
+
+
+def _is_granted(checkout: Checkout) -> bool:
+    return checkout.waiter is None
