@@ -28,12 +28,13 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeAlias
 
-from sqlalchemy import create_engine, exc
+from sqlalchemy import create_engine
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
 from .checks import naming, refuse_timeout, validate_tag
 from .diagnosis.callers import users_level
+from .documented import BadArgument, BadState
 from .launch.environment import DATABASE, VARIABLES, Settings
 from .ledger import overview, overview_text
 from .ledger.addresses import make_store
@@ -108,7 +109,7 @@ class Started:
             elif value != self._options.get(name):
                 differing.append(f"another {name}")  # it may be a secret
         if differing:
-            raise exc.InvalidRequestError(
+            raise BadState(
                 "the dynamic pool runs already and cannot be started with "
                 f"{', '.join(differing)}: shut it down before"
             )
@@ -125,7 +126,7 @@ class Started:
                 warnings = [f"the ledger is away: {error}"]
             except LedgerError as error:
                 if stats.checked_out or stats.idle:  # else it has joined none
-                    warnings = [str(error)]
+                    warnings = [str(error.args[0])]
             finally:
                 inspector.close()
         rows, who = condensed(stats.tags), describe_process()
@@ -278,7 +279,7 @@ class DynamicConnectionManager:
     def _database(self, kind: Kind, url: _Url) -> URL:
         found = Settings.read().database(self._url if url is None else url, "url")
         if found is None:
-            raise exc.ArgumentError(
+            raise BadArgument(
                 f"no database is named: set {DATABASE}, or start the pool with a URL"
             )
         return kind.driver(found)
@@ -296,7 +297,7 @@ class DynamicConnectionManager:
             return running
         with self._lock:
             if kind in self._ended:
-                raise exc.InvalidRequestError(
+                raise BadState(
                     "the dynamic pool has been shut down: "
                     f"{kind.startup}() starts it again"
                 )

@@ -194,7 +194,7 @@ def capture(pool: Pool, checkout: Checkout, now: float) -> Capture:
         uncounted=tuple(tag for tag, _ in holders if tag not in active),
         weight=tag_state.weight,
         max=tag_state.limits.max,
-        reserved=tag_state.reserved,
+        reserved=tag_state.limits.reserved,
         usage=scheduler.usage.seconds(tag_state, now),
         kept_free=scheduler.kept_free,
         paused_for=None if pause is None else now - pause.at,

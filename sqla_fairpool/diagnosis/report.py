@@ -157,7 +157,7 @@ class Diagnosis:
         paused = "" if self.paused_for is None else "paused "
         of_tag, of_pool = (paused, "") if self.paused_tag else ("", paused)
         return (
-            f"tag {self.tag!r} {of_tag}in_use={self.in_use} ceiling={self.ceiling} "
+            f"tag {self.tag!r} {of_tag}in_use={self.in_use} limit={self.ceiling} "
             f"waiting={self.waiting} position={self.position}{self._own}; "
             f"pool {of_pool}in_use={self.pool_in_use}/{self.capacity} idle={self.idle} "
             f"active_tags={self.active_tags}{self._uncounted}; "
@@ -336,7 +336,7 @@ def _ceiling(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
         elif case.kept_free:
             why += f", and {case.kept_free} of these are reserved for others"
         yield (
-            f"tag {case.tag!r} is at its ceiling while the pool has "
+            f"tag {case.tag!r} is at its limit while the pool has "
             f"{case.capacity - case.pool_in_use} free: {why}"
         )
 

@@ -138,8 +138,7 @@ class LedgerReport:
 
 def read(store: Store) -> LedgerReport:
     """Return what an open store holds; a LedgerError if no member has ever joined."""
-    with store.transaction() as rows:
-        book = Book(dict(rows))
+    book = Book(dict(store.read()))
     if book.meta is None:
         raise LedgerError(f"the ledger {store.name} is empty: no process has joined")
     living = store.living(list(book.members))
@@ -195,8 +194,7 @@ class Inspector:
         :raises LedgerError: if it cannot be used, or has no member yet.
         """
         self._store.open()
-        with self._store.transaction() as rows:
-            there = Book(rows).members
+        there = Book(dict(self._store.read())).members
         said = self._ask(self._store.living(list(there)))
         # After the answers: sessions that they tell of are posted by then.
         report = read(self._store)

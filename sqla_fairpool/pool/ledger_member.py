@@ -22,6 +22,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import exc
@@ -43,8 +44,8 @@ from .waiters import Waiter
 __all__ = ["LedgerMember"]
 
 #: Seconds that a new connection waits for the ledger to know it: a transaction takes a
-#: millisecond, one that waits for a stopped process two seconds.
-_CONFIRMED_WITHIN = 3.0
+#: millisecond, but waits for a stopped process, or for many that are far away.
+_CONFIRMED_WITHIN = 5.0
 
 #: Seconds after which the ledger is asked again if it did not confirm.
 _PAUSE = 0.02
@@ -243,7 +244,8 @@ class LedgerMember:
             peak, state.peak = state.peak, state.in_use
             if peak or state.waiting or state.active:
                 waiting = state.waiting if paused(state.tag) is None else 0
-                tags[state.tag] = TagDemand(peak, waiting, state.active)
+                used = round(core.scheduler.usage.seconds(state, now), 3)
+                tags[state.tag] = TagDemand(peak, waiting, state.active, used=used)
         detached = core.slots.existing.detached()
         if detached:
             default = tags.get(self._default_tag, TagDemand(0, 0, False))
@@ -258,10 +260,18 @@ class LedgerMember:
         if core is not None:
             core.lock.run(transition, core.state, *args)
 
-    def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
-        """Set how many connections there may be, and the ceiling of each tag."""
+    def allot(
+        self,
+        slots: int,
+        ceilings: Mapping[str, int],
+        other: int,
+        reserves: Mapping[str, int] = MappingProxyType({}),
+        elsewhere: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+    ) -> None:
+        """Set how many connections there may be, and what each tag may have."""
         self.refusal = None
-        self._change(Transitions.allot, slots, ceilings, other)
+        orders = slots, ceilings, other, reserves, elsewhere
+        self._change(Transitions.allot, *orders)
 
     def sessions(self) -> Collection[Session]:
         """Return the server sessions that exist, as far as they are known."""

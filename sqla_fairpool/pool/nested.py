@@ -48,7 +48,9 @@ class NestedCheckouts:
             refuse_inner_call("the pool is paused")
         checkout.holder, checkout.since = state.here.caller, state.lock.clock()
         # Not one of the scheduler's, which may be about to change.
-        checkout.tag_state = TagState(tag, NO_LIMITS, False, Counters(), SafeCeiling(0))
+        checkout.tag_state = TagState(
+            tag, NO_LIMITS, 0, False, Counters(), SafeCeiling(0)
+        )
         loan = _Loan(checkout, tag)
         # First of all: another handler may come on top of this one.
         self.loans.append(loan)

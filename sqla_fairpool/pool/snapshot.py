@@ -15,8 +15,7 @@ from itertools import repeat
 from operator import attrgetter
 from typing import Any, TypeAlias
 
-from sqlalchemy import exc
-
+from ..documented import BadArgument
 from ..scheduling import policy
 from ..scheduling.counters import BOUNDS, OTHER, Counters, Histogram
 from ..scheduling.limits import TagLimits
@@ -336,7 +335,7 @@ def metrics_source(engine: Any) -> Source:
     pool = getattr(engine, "pool", engine)
     core = getattr(pool, "_core", None)
     if not isinstance(core, PoolCore):
-        raise exc.ArgumentError(
+        raise BadArgument(
             f"{engine!r} has no FairQueuePool, so there are no figures of it"
         )
     return Source(core, pool.metrics_name)

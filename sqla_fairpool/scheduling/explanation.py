@@ -94,7 +94,7 @@ class Explanation:
             "ledger": "given by the ledger",
             "paused": "no checkout is served while it is paused",
         }
-        return f"ceiling {self.ceiling}: {rules[self.ceiling_rule]}"
+        return f"limit {self.ceiling}: {rules[self.ceiling_rule]}"
 
     def _ought(self) -> str:
         own = f"weight {self.weight:g}"
@@ -107,7 +107,7 @@ class Explanation:
 
     def _stands(self) -> str:
         if self.place is None:
-            return f"not in line; {self.waiting_tags} tags wait below their ceilings"
+            return f"not in line; {self.waiting_tags} tags wait below their limits"
         line = f"place {self.place} of {self.waiting_tags} tags in line"
         if not self.before:
             return line
@@ -124,7 +124,7 @@ class Explanation:
         if self.ceiling_rule == "paused":
             return "one more: when it is resumed"
         if self.connections >= self.ceiling:
-            text = "one more: when its own come back until it is below its ceiling"
+            text = "one more: when its own come back until it is below its limit"
             if self.ceiling_alone > self.ceiling:
                 text += f", or when it is the only active tag ({self.ceiling_alone})"
             return text

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from support.ledger import TERMS, World, ask, close_idle, free, used
 from support.ledger_simulation import simulate
+from support.ledger_turns import LedgerTurns
 from support.ledger_world import Host, MemoryStore, Server, SimPool
 from support.threads import PATIENCE, eventually
 
@@ -18,6 +19,7 @@ from sqla_fairpool.ledger.demand import Pace, TagDemand, condense
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.keeper import Keeper
 from sqla_fairpool.ledger.rows import PROTOCOL, Left, Terms, member_key
+from sqla_fairpool.scheduling import policy
 from sqla_fairpool.scheduling.tags import ALL
 
 #: Those of members that do not agree with the others.
@@ -473,6 +475,54 @@ def test_members_have_to_agree_on_the_limits_of_tags(world):
     world.run(0.1)
     assert world.book.terms.tags == tags
     assert used(b) == [2]
+
+
+def test_reserved_slot_is_used_under_its_tag_only():
+    world = World(Terms(8, 8, 8, 60.0, 30.0, '{"health": {"reserved": 1}}'))
+    a, b = world.members(web=30, jobs=30)
+
+    def busy():
+        for process in world.living:
+            for tag in (
+                process.pool.in_use.elements() if world.now * 7 % 1 < 0.1 else ()
+            ):
+                process.pool.release(tag)
+                process.pool.request(tag)
+        members = world.book.members.values()
+        assert sum(member.owned - member.kept for member in members) <= 7
+
+    world.run(1.0, busy)
+    assert (sum(used(a, b)), world.book.free) == (7, 1)
+    ask(b, "health", 1)
+    world.run(0.02, busy)
+    assert b.pool.in_use["health"] == 1
+    free(b, "health")
+    world.run(3.0, busy)
+    # Its process keeps it, and the next time it asks nobody.
+    assert (b.row.kept, b.row.owned) == (1, used(b)[0] + 1)
+    ask(b, "health", 1)
+    assert b.pool.in_use["health"] == 1
+    free(b, "health")
+    b.kill()
+    b.server_notices()
+    world.run(5.0, busy)
+    assert (used(a), world.book.free) == ([7], 1)
+
+
+@pytest.mark.parametrize("where", ["apart", "both"])
+def test_tags_get_the_same_time_whether_they_hold_long_or_in_several_processes(where):
+    turns = LedgerTurns(2, capacity=4)
+    for n in range(16):
+        tag, hold = f"tag{n}", 0.5 if n < 5 else 0.02
+        turns.come(n % 2, tag, 2, hold)
+        if where == "both" and not n % 4:
+            turns.come(1 - n % 2, tag, 2, hold)
+    turns.run(10.0)
+    turns.forget()
+    turns.run(50.0)
+    turns.check()
+    assert policy.jain([turns.seconds[tag] for tag in turns.holds]) >= 0.98
+    assert turns.server.most == 4
 
 
 def test_the_terms_of_the_dead_bind_nobody(world):

@@ -257,25 +257,7 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
         assert world.server.most <= world.terms.capacity
         if book.meta is not None:
             assert book.owned + book.quarantined <= world.terms.capacity
-        for process in world.living + world.dead:
-            if self.is_unknown(process):
-                continue
-            # For each connection a slot is kept: in the row, or in a quarantine.
-            row, key = process.row, process.store.member
-            slots = row.owned if row else 0
-            gone = [gone for gone in book.gone.values() if gone.member == key]
-            assert len(process.sessions) <= slots + sum(one.slots for one in gone)
-            if process in world.dead:
-                continue
-            # What is used is posted.
-            pool = process.pool
-            assert book.accounted >= set(pool.there) - pool.pending
-            # No pool may open more than its process owns.
-            if key in world.host.alive and process.store.signed and not process.left:
-                former = book.gone.get(process.keeper.member.number)
-                kept = row.owned if row else former.slots if former else 0
-                # It may not know yet that these are in quarantine; they are open.
-                assert pool.slots <= kept + len(pool.interrupted)
+        world.check(self.is_unknown)
 
     def teardown(self):
         if self.made():

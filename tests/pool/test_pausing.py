@@ -93,7 +93,7 @@ def test_time_out_goes_on_and_says_that_the_pool_is_paused(world, clock):
     clock.advance(75)
     with pytest.raises(CheckoutTimeout) as caught:
         connect(pool)
-    assert "ceiling=0" in str(caught.value)
+    assert "limit=0" in str(caught.value)
     assert "pool paused in_use=1/2" in str(caught.value)
     assert (
         "advice: the pool was paused 1m15s ago, and serves again after pool.resume()"
