@@ -19,7 +19,7 @@ from typing import Any
 
 from ..diagnosis.report import Elsewhere, Others
 from ..scheduling import policy
-from ..stats import TagStats
+from ..stats import TagStats, decode
 from .book import Book
 from .errors import LedgerError
 from .overview import (
@@ -29,7 +29,6 @@ from .overview import (
     Part,
     ProcessRow,
     compile_overview,
-    decode,
     utc_now,
 )
 from .overview_text import printable
@@ -130,6 +129,7 @@ class LedgerReport:
             "server": book.server,
             "fresh": book.is_fresh,
             "unasked": self.unasked,
+            "paused": book.pauses,
             "members": members,
             "left": [asdict(row) for row in self.left()],
             "gone": gone,
@@ -221,6 +221,7 @@ class Inspector:
             registered=registered,
             left=report.left(),
             taken_at=utc_now(),
+            paused=book.pauses,
         )
 
     def close(self) -> None:
@@ -269,6 +270,8 @@ class Inspector:
             open=None if said is None else said.get("open"),
             number=member.number,
             asked=str(member.who.get("asked", "")),
+            paused=tuple((said or {}).get("paused", ())),
+            detached=(said or {}).get("detached", 0),
         )
         return Part(process, figures)
 

@@ -23,7 +23,7 @@ from ..scheduling.counters import BOUNDS, Histogram
 from ..stats import LedgerStats, Summary
 from .book import Book
 from .demand import Allotment, Demand, Local, Pace, PoolSide, State
-from .rows import Terms, in_order, member_key
+from .rows import Terms, in_order, limits_of_tags, member_key
 from .store import Store, StoreAway
 from .transaction import has_news, settle
 from .watch import Findings, Sessions, Watch
@@ -52,6 +52,7 @@ class Membership:
 
     def __post_init__(self, local: Local, sessions: Sessions | None) -> None:
         self._pool = PoolSide(local)
+        self._pool.named = limits_of_tags(self.terms.tags).given
         self._demand = Demand(self.pace)
         self.watch = Watch(self.store, sessions, self.pace)
         self.is_open = False
@@ -111,6 +112,7 @@ class Membership:
             or bool(has.asked)
             or bool(self.vain)
             or self._guards
+            or bool(has.pauses and has.gone)
         )
 
     def rung(self, now: float) -> None:
@@ -339,11 +341,12 @@ class Membership:
         self.number = allotment.row.number
         if allotment.terms != self.terms:
             self._adopt(allotment.terms)
+        self._pool.pause(allotment.pauses)
         if allotment.buried:
             self._pool.bury(allotment.buried)
             self._guards = True
         slots = min(allotment.row.owned, allotment.target)
-        self._pool.tell(slots, allotment.ceilings, allotment.other)
+        self._pool.tell(slots, allotment.orders)
         if allotment.bells:
             self.store.ring(allotment.bells)
         if allotment.row.pressed != self.pressed:
@@ -361,6 +364,7 @@ class Membership:
             self.terms.differences(terms),
         )
         self.terms = terms
+        self._pool.named = limits_of_tags(terms.tags).given
         self._pool.local.adopt(terms)
 
     def set_terms(self, terms: Terms) -> None:
@@ -399,7 +403,9 @@ class Membership:
         if (has := self.allotment) is None:
             return
         suspects = bool(self.vain) or has.row.owned < has.target or bool(has.gone)
-        starved = has.starved if suspects else None
+        # Who has paused waits for the end of those sessions, too.
+        short = has.members if has.pauses else has.starved
+        starved = short if suspects else None
         if not self.watch.is_due(now, starved, self.chance, patrol, self._guards):
             return
         book = Book(dict(self._read()))

@@ -85,6 +85,7 @@ class PostgresStore(Store):
     def __init__(
         self, url: URL, ledger: str = "default", *, observes: bool = False
     ) -> None:
+        self._url = url
         self._engine = make_engine(url, self._connected)
         self._observes = observes
         # Of the place: the lock that each member shares, as a key of its own and as a
@@ -223,6 +224,8 @@ class PostgresStore(Store):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
         if self._line is not None:
             self._line.after_fork()
+        # Another thread may be in the first connect of this one, under a lock.
+        self._engine = make_engine(self._url, self._connected)
         self._close_pipe()
         self._begin()
 

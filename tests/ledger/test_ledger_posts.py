@@ -148,7 +148,7 @@ def test_members_whose_connections_go_to_another_server_are_refused(world):
     world.run(5.0)
     refusal = b.pool.refusals[0]
     assert isinstance(refusal, ServerDiffers)
-    assert str(refusal) == (
+    assert refusal.args[0] == (
         "the members of this ledger use server the server, and this pool's "
         "connections go to server another: name another ledger for it "
         "(members: here:m00001)"
