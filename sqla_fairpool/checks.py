@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, TypeAlias, cast
 
-from sqlalchemy import exc
-
+from .documented import BadArgument
 from .scheduling.limits import TagLimits
 
 #: Bounds of times, in seconds. With a shorter one a waiting caller would do nothing but
@@ -34,7 +33,7 @@ def hide_passwords(text: str) -> str:
     return _PASSWORD.sub(lambda m: f"{m[1]}:***@" if m[1] else f"{m[2]}***", text)
 
 
-class BadOption(exc.ArgumentError):
+class BadOption(BadArgument):
     """A value that is not allowed, with what its message was made of."""
 
     def __init__(self, name: str, value: object, allowed: str) -> None:

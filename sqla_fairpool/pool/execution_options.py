@@ -29,6 +29,7 @@ from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
 from ..checks import BadOption, validate_tag, validate_timeout
+from ..documented import BadState
 from ..options import PoolOptions
 from . import sqlalchemy_private
 from .checkout import RecordState
@@ -220,7 +221,7 @@ def _retag(connection: Connection, tag: str) -> None:
         return
     core, options = checkout.core, checkout.core.options
     if connection.in_transaction():
-        raise exc.InvalidRequestError(
+        raise BadState(
             "This connection has already initialized a SQLAlchemy Transaction() "
             f"object via begin() or autobegin; {options.tag_option} may not be "
             "altered unless rollback() or commit() is called first."

@@ -26,7 +26,12 @@ from ..tagging import blocks, context_tag
 from . import sqlalchemy_private
 from .checkout import Generation, Opener, Record
 from .core import PoolCore
-from .events import await_url, observe, warn_of_private_memory
+from .events import (
+    await_url,
+    guard_first_connect,
+    observe,
+    warn_of_private_memory,
+)
 from .execution_options import make_request, requested, watch_dialect
 from .failover import watch_errors
 from .figures import Figures
@@ -154,8 +159,8 @@ class FairQueuePool(Figures, Pausable, Pool):
         tags: Mapping[str, TagLimits] | None = None,
         usage_half_life: float = 10.0,
         enforce: bool = True,
+        on_other_terms: str = "adopt",  # by position, for create_engine() to know it
         *,
-        on_other_terms: str = "adopt",
         _core: PoolCore | None = None,
         **kw: Any,
     ) -> None:
@@ -176,6 +181,8 @@ class FairQueuePool(Figures, Pausable, Pool):
             _core.housekeeping.owner = self.generation
         super().__init__(creator, **kw)
         _core.log_to(self.logger)
+        if not self._is_asyncio:
+            guard_first_connect(self)
         if owns:  # its successors inherit what listens
             observe(self, _core)
             if _core.options.server_tag:

@@ -12,6 +12,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any
 
@@ -119,6 +120,16 @@ def set_options(target: Engine | Connection, options: Any) -> None:
 def bare_record(pool: Pool) -> Any:
     """Return a record without a connection, for creators and ``do_connect``."""
     return _ConnectionRecord(pool, connect=False)
+
+
+def guard_first_connects(pool: Pool, lock: AbstractContextManager[object]) -> None:
+    """Have the listeners of a pool's first connect, which run once, run under `lock`.
+
+    SQLAlchemy makes a mutex of its own for each kind of event where there is none.
+    """
+    dispatch: Any = pool.dispatch
+    for listeners in (dispatch.first_connect, dispatch.connect):
+        listeners.for_modify(dispatch)._exec_once_mutex = lock
 
 
 def recycle(pool: Pool) -> float:

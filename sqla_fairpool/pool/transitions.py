@@ -277,15 +277,19 @@ class Transitions:
     # -- a ledger's ------------------------------------------------------------------
 
     def allot(
-        self, slots: int, ceilings: Mapping[str, int], other: int, now: float
+        self, slots: int, ceilings: Mapping[str, int], other: int, *more: Any
     ) -> None:
-        """Set how many connections there may be, and the ceiling of each tag."""
+        """Set how many connections there may be, and what each tag may have.
+
+        :param more: of a :meth:`.Scheduler.impose` what is left; the time at last.
+        """
+        *rest, now = more
         self.slots.allotted = slots
         self.slots.frozen = False
         if self.slots.there() > slots:
             self.connections.release_soon()
         usable = self.slots.usable()
-        self.deliver(self.scheduler.impose(usable, ceilings, other, now))
+        self.deliver(self.scheduler.impose(usable, ceilings, other, now, *rest))
         self.drain(now)
 
     @property

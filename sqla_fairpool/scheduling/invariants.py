@@ -28,7 +28,7 @@ def check_valid(
     assert all(a.in_use >= 0 for a in tag_states)
     assert scheduler.in_use <= max(scheduler.capacity, scheduler.drains_from)
     kept = sum(max(a.reserved - a.in_use, 0) for a in tag_states)
-    unknown = scheduler.tags.limits.reserved - sum(a.reserved for a in tag_states)
+    unknown = scheduler.tags.reserved - sum(a.reserved for a in tag_states)
     assert scheduler.kept_free == kept + unknown
     if not scheduler.drains_from:
         assert scheduler.in_use + scheduler.kept_free <= scheduler.capacity

@@ -60,7 +60,7 @@ class SchedulerState:
         )
         self.in_use = 0
         #: Slots reserved for tags that do not use them now.
-        self.kept_free = self.tags.limits.reserved
+        self.kept_free = self.tags.reserved
         self.waiting = 0
         #: When idleness is to be looked for next: the shell calls `tick` then.
         self.next_tick = now + reallocation_interval
@@ -139,4 +139,4 @@ class SchedulerState:
 
     def _reserved_unused(self) -> int:
         used = (min(a.in_use, a.reserved) for a in self.tag_states.values())
-        return self.tags.limits.reserved - sum(used)
+        return self.tags.reserved - sum(used)

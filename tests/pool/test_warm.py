@@ -131,7 +131,7 @@ def test_warm_connection_without_a_tag_above_its_ceiling_is_not_taken(make_pool)
     held = [pool.connect(), pool.connect()]
     with connect(pool, "a"):
         give(held)
-        with pool.connect(), pytest.raises(CheckoutTimeout, match="ceiling=1"):
+        with pool.connect(), pytest.raises(CheckoutTimeout, match="limit=1"):
             pool.connect()
 
 
