@@ -13,5 +13,5 @@ class ServerDiffers(LedgerError):  # noqa: N818  (says what is so)
     """The connections of other members go to another database server."""
 
 
-class RowBroken(LedgerError):  # noqa: N818
+class RowBroken(LedgerError):  # noqa: N818  (says what is so)
     """The ledger holds something that no member has written."""
