@@ -186,6 +186,26 @@ def test_limits_change_while_members_come_and_go(server, scraper, ledger):
         server.settles(a=10, b=10)
 
 
+def test_nothing_is_active_while_it_is_paused(server, scraper, ledger, capsys):
+    """Under load, with a member that was killed; its last statements end before."""
+
+    def command(*args):
+        assert main(["ledger", *args, "--ledger", ledger]) == 0
+        return capsys.readouterr().out
+
+    with scraper("a"), scraper("b"):
+        victim = scraper.start("victim", 25, 0.2)
+        server.until(a=7, b=7, victim=6)
+        kill(victim)
+        assert command("pause", "--wait", "30") == "paused\nnothing is out\n"
+        server.until()
+        looks = server.looks
+        eventually(lambda: server.now or server.looks > looks + 50)
+        assert server.now == {}
+        command("resume")
+        server.until(a=10, b=10)
+
+
 @pytest.fixture
 def limited(server, server_url, ledger, postgres_url, operator, capsys):
     """Have the server hold the role to what `ledger limit` prints, for 3 processes.
