@@ -363,18 +363,22 @@ class Book:
             if self.texts.get(key) == text:
                 self.write(key, replace(self.members[key], stalled=True))
 
-    def restore(self, living: Collection[str]) -> None:
+    def restore(self, living: Collection[str]) -> bool:
         """Of a copy that was put back, keep what is still so: the terms and the dead.
 
-        The living are members again when they have said what they have.
+        The living are members again when they have said what they have. Left alone are
+        rows of another version.
         """
         try:
+            if self.meta is not None and self.meta.protocol != PROTOCOL:
+                return False
             self.reap({k: text for k, text in self.texts.items() if k not in living})
             gone = {f"{GONE}{number}": row.text for number, row in self.gone.items()}
         except RowBroken:
             gone = {}
         self.reset()
         self._rows.update(gone)
+        return True
 
     def reset(self) -> None:
         """Forget all, also what cannot be read. Numbers are not given again."""

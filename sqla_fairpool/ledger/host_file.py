@@ -63,9 +63,8 @@ _PATIENCE = 2.0
 #: Seconds between two attempts to get the lock: the first, and the longest. The first
 #: is about what a transaction takes, and the least that a system sleeps.
 _FIRST, _LONGEST = 50e-6, 2e-3
-#: Version of the file. Version 1 was in WAL mode, under SQLite's own locks; version 2
-#: had no count beside it.
-SCHEMA = 3
+#: Version of the file. Version 1 was in WAL mode, under SQLite's own locks.
+SCHEMA = 2
 #: A ledger's commits and its number: as noted, and as they stand in SQLite's file.
 _COUNT, _FOUND, _FOUND_AT = struct.Struct(">III"), struct.Struct(">I40xI"), 24
 
@@ -176,11 +175,12 @@ class LedgerFile:
         self._makes_directory = True
 
     def connect(
-        self, recover: Callable[[MutableMapping[str, str]], None], *, repair: bool
+        self, recover: Callable[[MutableMapping[str, str]], bool], *, repair: bool
     ) -> None:
         """Let SQLite open the file; make the tables, or check or `repair` them.
 
-        :param recover: is to change the rows of a copy that was put back.
+        :param recover: is to change the rows of a copy that was put back; False if they
+          are those of another version, which does not note the count.
         """
         try:
             self._connect()
@@ -194,10 +194,10 @@ class LedgerFile:
         if self._is_copy(self._found()):
             assert self.database is not None
             with self._rows(self.database, None) as rows:
-                # Who has the file open is to find out; and this copy ends here.
-                key = self._new_key(self.database)
-                recover(rows)
-            self.key = key
+                if recover(rows):
+                    # Who has the file open is to find out; and this copy ends here.
+                    self._new_key(self.database)
+            self.key = self._found()[1]
         commits, key = self._found()
         self._note_count(commits, commits, key)
 
