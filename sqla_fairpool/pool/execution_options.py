@@ -96,8 +96,8 @@ def watch_dialect(dialect: Dialect, options: PoolOptions) -> None:
     seen = getattr(dialect, _MARK, None)
     if seen != option:
         hooks = _Hooks(dialect, option)
-        dialect.set_engine_execution_options = hooks.set_on_engine  # type: ignore[method-assign]
-        dialect.set_connection_execution_options = hooks.set_on_connection  # type: ignore[method-assign]
+        dialect.set_engine_execution_options = hooks.set_on_engine  # type: ignore[method-assign]  # a hook
+        dialect.set_connection_execution_options = hooks.set_on_connection  # type: ignore[method-assign]  # a hook
         setattr(dialect, _MARK, option)
     if seen is None:
         sqlalchemy_private.note_statements(dialect)

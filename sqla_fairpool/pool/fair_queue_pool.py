@@ -212,7 +212,7 @@ class FairQueuePool(Figures, Pausable, Pool):
         return self._core.checkout(tag, self, request.timeout)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        self._core.checkin(record, self.generation)  # type: ignore[arg-type]
+        self._core.checkin(record, self.generation)  # type: ignore[arg-type]  # with `fair`
 
     # Pool's own would only call the other: one frame less on every checkin.
     _return_conn = _do_return_conn
@@ -356,7 +356,7 @@ class AsyncAdaptedFairQueuePool(AsyncPausable, FairQueuePool):
         """
         return await greenlet_spawn(super().warm_up)
 
-    async def upkeep(self) -> None:  # type: ignore[override]
+    async def upkeep(self) -> None:  # type: ignore[override]  # a task's
         """Do what is left to the next visitor. See :meth:`FairQueuePool.upkeep`."""
         await greenlet_spawn(super().upkeep)
 
