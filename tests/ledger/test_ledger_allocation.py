@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sqla_fairpool.ledger.allocation import allocate
+from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.rows import Limits
 from sqla_fairpool.ledger.rows import TagDemand as Line
 from sqla_fairpool.scheduling import policy
@@ -256,3 +257,17 @@ def test_a_thousand_processes_and_a_hundred_tags_are_divided_exactly():
     assert sum(found.targets.values()) == 250
     assert set(found.shares.values()) == {2, 3}
     assert set(found.targets.values()) == {0, 1}
+
+
+def test_a_member_that_is_stalled_is_asked_for_nothing():
+    parties = {
+        "m0": holding(1, 1, 9, stalled=True),
+        "m1": holding(1, 1, 9),
+        "m2": wanting(2, x=9),
+    }
+    plan = allocate(parties, {}, Limits(2, 2, 2))
+    assert {member for _, member in plan.asked} == {"m1"}
+
+
+def test_an_empty_ledger_has_limits_of_nobody():
+    assert Book({}).set_by is None

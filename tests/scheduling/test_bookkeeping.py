@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqla_fairpool.scheduling import tags
+from sqla_fairpool.scheduling import counters, tags
 from sqla_fairpool.scheduling.heap import IndexedHeap
 from sqla_fairpool.scheduling.invariants import check_valid
 from sqla_fairpool.scheduling.scheduler import Scheduler
@@ -64,3 +64,44 @@ def test_tag_that_is_forgotten_to_make_room_is_not_counted(monkeypatch):
         scheduler.release(ticket, 0.0)
         assert scheduler.tags.active == len(scheduler.tag_states) <= 8
     check_valid(scheduler, [])
+
+
+def request(scheduler, tag, now=0.0):
+    ticket = Ticket()
+    assert scheduler.request(ticket, tag, now)
+    return ticket
+
+
+def test_seconds_of_a_connection_are_charged_until_they_are_forgiven():
+    scheduler = make()
+    tickets = [request(scheduler, "a") for _ in range(3)]
+    state = scheduler.tag_states["a"]
+    for ticket in tickets[1:]:
+        scheduler.release(ticket, 600.0)
+    scheduler.release(tickets[0], 600.0)
+    scale = scheduler.usage.scale(600.0)
+    assert state.charged > 0
+    assert abs(state.charged + state.lift - scale) < 1e-6 * scale
+
+
+def test_move_is_activity_of_the_tag_that_it_goes_to():
+    scheduler = make()
+    moved = request(scheduler, "a")
+    assert scheduler.move(moved, "b", 1.0) is not None
+    assert scheduler.tag_states["b"].active
+    assert scheduler.tag_states["b"].last_activity == 1.0
+    check_valid(scheduler, [moved])
+
+
+def test_tags_above_the_number_that_is_counted_share_their_counters(monkeypatch):
+    monkeypatch.setattr(counters, "MAX_COUNTED_TAGS", 3)
+    of_tags = counters.CountersByTag()
+    made = [of_tags.of(f"tag{n}") for n in range(6)]
+    assert [*of_tags.by_tag] == ["tag0", "tag1", "tag2", counters.OTHER]
+    assert made[3] is made[4] is made[5] is of_tags.by_tag[counters.OTHER]
+    assert of_tags.of("tag1") is made[1]
+
+
+def test_what_a_tag_has_used_counts_half_after_ten_seconds():
+    scale = Scheduler(**RULES, now=1000.0).usage.scale
+    assert abs(scale(1010.0) / scale(1000.0) - 2.0) < 1e-9
