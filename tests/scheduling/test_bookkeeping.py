@@ -105,3 +105,25 @@ def test_tags_above_the_number_that_is_counted_share_their_counters(monkeypatch)
 def test_what_a_tag_has_used_counts_half_after_ten_seconds():
     scale = Scheduler(**RULES, now=1000.0).usage.scale
     assert abs(scale(1010.0) / scale(1000.0) - 2.0) < 1e-9
+
+
+def test_move_from_the_silent_tag_takes_back_the_checkout_that_was_counted():
+    scheduler = Scheduler(**RULES, now=0.0, silent_tag="unknown")
+    ticket = request(scheduler, "unknown")
+    assert scheduler.move(ticket, "a", 1.0) is not None
+    scheduler.release(ticket, 2.0)
+    states = scheduler.tag_states
+    assert [states[tag].checkouts for tag in ("unknown", "a")] == [0, 1]
+    assert states["unknown"].counters.checkouts == 0
+    assert states["a"].counters.checkouts == 1
+
+
+def test_ceilings_from_outside_rank_those_that_wait_anew():
+    scheduler = make()
+    scheduler.impose(4, {"a": 1, "b": 1, "c": 1}, 1, 0.0)
+    held = [request(scheduler, tag) for tag in "abc"]
+    waiting = [Ticket() for _ in "ab"]
+    for ticket, tag in zip(waiting, "ab", strict=True):
+        assert not scheduler.request(ticket, tag, 0.0)
+    assert [*scheduler.impose(5, {"a": 2, "b": 2, "c": 1}, 1, 0.0)] == waiting
+    check_valid(scheduler, held + waiting)
