@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sqla_fairpool.ledger.allocation import allocate
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.demand import State
-from sqla_fairpool.ledger.rows import Limits, Session, Terms
+from sqla_fairpool.ledger.rows import Limits, Member, Session, Terms
 from sqla_fairpool.ledger.rows import TagDemand as Line
 from sqla_fairpool.ledger.transaction import settle
 from sqla_fairpool.scheduling import policy
@@ -291,6 +291,7 @@ def test_a_row_that_changes_is_a_sign_of_life_and_one_that_does_not_is_none():
     before = book.members["a"].beat
     settle(book, "a", state, {"x": Line(0, 2, True)}, 0)
     assert book.members["a"].beat == before + 1
+    assert book.members["a"].tags["x"].place > 0, "a place in the line"
     settle(book, "a", state, {"x": Line(0, 2, True)}, 0)
     assert book.members["a"].beat == before + 1
     settle(book, "a", state, {"x": Line(0, 2, True)}, 0, sign=True)
@@ -308,3 +309,12 @@ def test_four_of_the_members_are_named_to_one_that_differs():
     assert "(members: h:a, h:b, h:c, h:d)" in str(book._difference(None))
     book = joined(a=0, b=0, c=0, d=0, e=0, f=0)
     assert "h:c, h:d and 2 more)" in str(book._difference(None))
+
+
+def test_a_member_is_told_of_a_limit_that_binds_it_anew():
+    known = {"x": Line(2, 3, True, 1, limit=2)}
+    plan = allocate({"a": Party(5, tags=known)}, {}, TERMS)
+    members = {"a": Member(1, {}, 5, tags=known)}
+    assert plan.due(members, 0) == {"a": "limit"}
+    told = {"x": known["x"]._replace(limit=plan.limits["x", "a"])}
+    assert plan.due({"a": Member(1, {}, 5, tags=told)}, 0) == {}

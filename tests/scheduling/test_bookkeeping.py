@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 from sqla_fairpool.scheduling import counters, tags
+from sqla_fairpool.scheduling.dry_run import DryRunScheduler
 from sqla_fairpool.scheduling.heap import IndexedHeap
 from sqla_fairpool.scheduling.invariants import check_valid
 from sqla_fairpool.scheduling.scheduler import Scheduler
@@ -102,6 +105,11 @@ def test_tags_above_the_number_that_is_counted_share_their_counters(monkeypatch)
     assert of_tags.of("tag1") is made[1]
 
 
+def test_counters_have_no_more_than_their_names():
+    with pytest.raises(AttributeError):
+        _ = counters.Counters().waits
+
+
 def test_what_a_tag_has_used_counts_half_after_ten_seconds():
     scale = Scheduler(**RULES, now=1000.0).usage.scale
     assert abs(scale(1010.0) / scale(1000.0) - 2.0) < 1e-9
@@ -127,3 +135,44 @@ def test_ceilings_from_outside_rank_those_that_wait_anew():
         assert not scheduler.request(ticket, tag, 0.0)
     assert [*scheduler.impose(5, {"a": 2, "b": 2, "c": 1}, 1, 0.0)] == waiting
     check_valid(scheduler, held + waiting)
+
+
+def test_only_a_ticket_that_waits_expires_and_counts_as_one():
+    scheduler = make()
+    held = [request(scheduler, "a") for _ in range(15)]
+    late = Ticket()
+    assert not scheduler.request(late, "a", 0.0)
+    assert scheduler.tag_states["a"].counters.checkouts == 15
+    assert scheduler.expire(late)
+    assert not scheduler.expire(late)
+    assert not scheduler.expire(held[0])
+    state = scheduler.tag_states["a"]
+    assert state.timeouts == state.counters.timeouts == 1
+
+
+def test_ceilings_from_outside_hold_for_what_is_checked_without_the_lock():
+    scheduler = make()
+    request(scheduler, "a")
+    scheduler.impose(4, {"a": 3}, 2, 0.0)
+    assert scheduler.tags.common_ceiling.value == 2
+
+
+def test_longest_of_many_is_that_of_all_before():
+    histogram = counters.Histogram()
+    histogram.add_all(2, 3.0, 2.0, [1.0, 2.0])
+    histogram.add_all(1, 0.5, 0.5, [0.5])
+    assert (histogram.max, histogram.total, sum(histogram.counts)) == (2.0, 3.5, 3)
+
+
+def test_dry_run_says_what_was_granted_and_moves_on_both_sides():
+    scheduler = DryRunScheduler(**RULES, silent_tag=None, max_waiting=None, now=0.0)
+    request(scheduler, "a")
+    held = [request(scheduler, "b") for _ in range(19)]
+    assert not scheduler.request(Ticket(), "a", 0.0)
+    scheduler.cancel(scheduler.lines.newest())
+    by_rule = scheduler.rules.tag_states
+    assert len(by_rule["b"].waiters) == 9
+    assert scheduler.move(held[-1], "c", 1.0) is not None
+    assert by_rule["c"].in_use == 1
+    assert len(by_rule["b"].waiters) == 8
+    check_valid(scheduler.rules)
