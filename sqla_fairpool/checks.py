@@ -15,8 +15,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, TypeAlias, cast
 
-from sqlalchemy import exc
-
+from .documented import BadArgument
 from .scheduling.limits import TagLimits
 
 #: Bounds of times, in seconds. With a shorter one a waiting caller would do nothing but
@@ -34,7 +33,7 @@ def hide_passwords(text: str) -> str:
     return _PASSWORD.sub(lambda m: f"{m[1]}:***@" if m[1] else f"{m[2]}***", text)
 
 
-class BadOption(exc.ArgumentError):
+class BadOption(BadArgument):
     """A value that is not allowed, with what its message was made of."""
 
     def __init__(self, name: str, value: object, allowed: str) -> None:
@@ -148,9 +147,13 @@ def plain_text(allowed: str, is_allowed: Callable[[str], bool]) -> Check:
     return check
 
 
+def _is_tag(text: str) -> bool:
+    return 0 < len(text) <= MAX_TAG_LENGTH and text.isprintable()
+
+
 read_tag = plain_text(
     f"a tag is a non-empty string of at most {MAX_TAG_LENGTH} printable characters",
-    lambda text: 0 < len(text) <= MAX_TAG_LENGTH and text.isprintable(),
+    _is_tag,
 )
 
 
@@ -172,6 +175,8 @@ def validate_tag(value: object, name: str = "tag") -> str:
 
     :param name: what to call it in the error, the option's name as a rule.
     """
+    if type(value) is str and _is_tag(value):
+        return value
     return cast(str, read_tag(name, value, {}))
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from sqlalchemy import exc
 
 from .diagnosis.report import Diagnosis
+from .documented import Documented
 
 __all__ = ["CheckoutTimeout", "SelfDeadlock", "TooManyWaiting"]
 
 
-class CheckoutTimeout(exc.TimeoutError):
+class CheckoutTimeout(Documented, exc.TimeoutError):
     """A checkout waited for as long as it may and got nothing."""
 
     __module__ = "sqla_fairpool"
+    page = "checkouttimeout"
 
     #: The tag that waited, and for how many seconds.
     tag: str
@@ -41,12 +43,14 @@ class SelfDeadlock(CheckoutTimeout):
     """
 
     __module__ = "sqla_fairpool"
+    page = "selfdeadlock"
 
 
-class TooManyWaiting(exc.TimeoutError):
+class TooManyWaiting(Documented, exc.TimeoutError):
     """A checkout was refused at once: ``max_waiting`` callers wait already."""
 
     __module__ = "sqla_fairpool"
+    page = "toomanywaiting"
 
     #: The tag that was refused.
     tag: str

@@ -28,12 +28,13 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeAlias
 
-from sqlalchemy import create_engine, exc
+from sqlalchemy import create_engine
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
 from .checks import naming, refuse_timeout, validate_tag
 from .diagnosis.callers import users_level
+from .documented import BadArgument, BadState
 from .launch.environment import DATABASE, VARIABLES, Settings
 from .ledger import overview, overview_text
 from .ledger.addresses import make_store
@@ -46,6 +47,7 @@ from .ledger.store import StoreAway
 from .options import OPTIONS, PoolOptions
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 from .pool.ledger_sessions import announce
+from .stats import condensed
 from .tagging import context_tag
 
 if TYPE_CHECKING:
@@ -107,7 +109,7 @@ class Started:
             elif value != self._options.get(name):
                 differing.append(f"another {name}")  # it may be a secret
         if differing:
-            raise exc.InvalidRequestError(
+            raise BadState(
                 "the dynamic pool runs already and cannot be started with "
                 f"{', '.join(differing)}: shut it down before"
             )
@@ -124,10 +126,10 @@ class Started:
                 warnings = [f"the ledger is away: {error}"]
             except LedgerError as error:
                 if stats.checked_out or stats.idle:  # else it has joined none
-                    warnings = [str(error)]
+                    warnings = [str(error.args[0])]
             finally:
                 inspector.close()
-        rows, who = overview.condensed(stats.tags), describe_process()
+        rows, who = condensed(stats.tags), describe_process()
         tags, there = tuple(row.name for row in rows), stats.checked_out + stats.idle
         process = overview.ProcessRow(
             *(who["host"], who["pid"], who["program"]), "answers", tags, open=there
@@ -277,7 +279,7 @@ class DynamicConnectionManager:
     def _database(self, kind: Kind, url: _Url) -> URL:
         found = Settings.read().database(self._url if url is None else url, "url")
         if found is None:
-            raise exc.ArgumentError(
+            raise BadArgument(
                 f"no database is named: set {DATABASE}, or start the pool with a URL"
             )
         return kind.driver(found)
@@ -295,7 +297,7 @@ class DynamicConnectionManager:
             return running
         with self._lock:
             if kind in self._ended:
-                raise exc.InvalidRequestError(
+                raise BadState(
                     "the dynamic pool has been shut down: "
                     f"{kind.startup}() starts it again"
                 )

@@ -24,6 +24,7 @@ from .checks import (
     whole,
 )
 from .diagnosis.callers import users_level
+from .documented import BadArgument
 from .ledger.drivers import has_private_memory, warn_of_memory
 from .options import OPTIONS, PoolOptions
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
@@ -152,7 +153,7 @@ def _read(found: Mapping[str, str | tuple[str, ...]]) -> dict[str, Any]:
     for key, value in found.items():
         name = key.removeprefix(PREFIX)
         if not isinstance(value, str):
-            raise exc.ArgumentError(f"key {key!r} stands twice in the database URL")
+            raise BadArgument(f"key {key!r} stands twice in the database URL")
         if name in OPTIONS:
             options[name] = OPTIONS[name].from_text(value)
         elif name in _OTHERS:
@@ -161,7 +162,7 @@ def _read(found: Mapping[str, str | tuple[str, ...]]) -> dict[str, Any]:
             options[name] = validate_tag(value, key)
         else:
             known = ", ".join(PREFIX + name for name in ("scraper", *OPTIONS, *_OTHERS))
-            raise exc.ArgumentError(
+            raise BadArgument(
                 f"unknown key {key!r} in the database URL; the known ones are {known}"
             )
     return options

@@ -27,9 +27,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, cast
 
-from sqlalchemy import exc
-
 from .checks import validate_tag, validate_timeout
+from .documented import BadArgument
 
 __all__ = ["set_tag", "tag"]
 
@@ -169,7 +168,7 @@ class tag:  # noqa: N801  (read as a verb: with tag(...))
         is_generator = inspect.isgeneratorfunction(function)
         if is_generator or inspect.isasyncgenfunction(function):
             # Its body runs in pieces, and what runs between them would be tagged.
-            raise exc.ArgumentError(
+            raise BadArgument(
                 f"a generator function cannot be tagged: {function!r}; "
                 f"write `with tag({self._name!r}):` inside, around what checks out"
             )

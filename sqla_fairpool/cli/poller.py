@@ -102,7 +102,7 @@ class Poller:
             overview = self._inspector.look()
         except (StoreAway, LedgerError) as error:
             self._inspector.close()  # the next look opens it again
-            text = printable(hide_passwords(one_line(error)))
+            text = printable(hide_passwords(one_line(error.args[0])))
             if isinstance(error, StoreAway):
                 text = f"the ledger is away: {text}"
             self._last = Picture(last.overview, last.server, last.seen_at, text)

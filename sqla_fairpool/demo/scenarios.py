@@ -70,7 +70,7 @@ def judge(
             most = max(one.get(tag, 0) for one in found)
             limit = ceiling if tag in running else 0
             if most > limit:
-                problems.append(f"{side}: {tag} had {most}, its ceiling is {limit}")
+                problems.append(f"{side}: {tag} had {most}, its limit is {limit}")
     for active in {sample.active for sample in samples} - {running}:
         problems.append(f"pool: active was {', '.join(sorted(active))}")
     sums = [max(sum(s.pool.values()), s.sessions) for s in (*before, *samples)]

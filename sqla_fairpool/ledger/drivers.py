@@ -27,6 +27,7 @@ from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from ..checks import BadOption
 from ..diagnosis.callers import users_level
+from ..documented import BadArgument
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def _with_one_of(url: URL, drivers: dict[str, dict[str, str]], what: str) -> URL
             return url.set(drivername=f"{backend}+{driver}")
     if "+" not in url.drivername and what == "threads":
         return url  # SQLAlchemy's own choice, or its own complaint
-    raise exc.ArgumentError(
+    raise BadArgument(
         f"no driver of {url.drivername} for {what} is installed"
         + (f": install one of {', '.join(known)}" if known else "")
     )

@@ -25,7 +25,7 @@ from itertools import islice
 from threading import get_ident
 from typing import Any, NoReturn, TypeVar
 
-from sqlalchemy import exc
+from ..documented import BadState
 
 __all__ = ["PoolLock", "refuse_inner_call"]
 
@@ -154,7 +154,7 @@ def _do_nothing(now: float) -> None:
 
 def refuse_inner_call(why: str = "this call is not possible there") -> NoReturn:
     """Raise for a call in the middle of a section of the same thread."""
-    raise exc.InvalidRequestError(
+    raise BadState(
         "a signal handler or a finaliser has called the pool in the middle of the "
         f"pool's own bookkeeping, on the same thread, and {why}: let the handler set a "
         "flag and do the work outside of it, or give it an engine of its own"

@@ -58,21 +58,21 @@ def test_what_is_right(scenario, samples):
         ]),
         (ALONE, [sample(ALONE, 14, server=(15,))], ["pool: 14, expected 15"]),
         (TWO, [sample(TWO)] * 99 + [sample(TWO, 10, 10, server=(10, 11))], [
-            "server: layer3 had 11, its ceiling is 10",
+            "server: layer3 had 11, its limit is 10",
         ]),
         (TWO, [sample(TWO)] * 99 + [sample(TWO, 9, 11, server=(10, 10))], [
-            "pool: layer3 had 11, its ceiling is 10",
+            "pool: layer3 had 11, its limit is 10",
         ]),
         (GONE, [sample(GONE)] * 9 + [sample(GONE, 9, 1, 10, server=(9, 0, 10))], [
-            "pool: layer2 had 1, its ceiling is 0",
+            "pool: layer2 had 1, its limit is 0",
         ]),
         (GONE, [sample(GONE, 10, 10, 0, server=(10, 0, 10))], [
             "pool: 10 / 10 / 0, expected 10 / 0 / 10",
-            "pool: layer2 had 10, its ceiling is 0",
+            "pool: layer2 had 10, its limit is 0",
         ]),
         (ALONE, [sample(ALONE)] * 2
             + [sample(ALONE)._replace(pool={"layer1_5": 15, "unknown": 1})], [
-            "pool: unknown had 1, its ceiling is 0",
+            "pool: unknown had 1, its limit is 0",
         ]),
         (TWO, [sample(TWO, sessions=21)], ["21 in all, the capacity is 20"]),
         (GONE, [sample(GONE, active=frozenset(SCENARIOS[GONE]))], [

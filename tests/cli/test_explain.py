@@ -58,7 +58,7 @@ def test_command_prints_a_few_lines_or_the_facts(capsys, ledger):
     assert main(["explain", "layer2", "--ledger", ledger]) == 0
     (has, ceiling, *_) = capsys.readouterr().out.splitlines()
     assert has.startswith("layer2 (idle) has 2, 2 wait")
-    assert ceiling == "ceiling 10: soft_limit, 2 tags are active"
+    assert ceiling == "limit 10: soft_limit, 2 tags are active"
     assert main(["explain", "layer2", "--json", "--ledger", ledger]) == 0
     assert json.loads(capsys.readouterr().out)["tag"] == "layer2"
 

@@ -112,7 +112,7 @@ def test_there_is_nothing_to_show(capsys, show, error):
     show(error)
     status, out, err = run(capsys, "monitor", "--once")
     assert (status, out) == (2, "")
-    assert str(error) in err
+    assert error.args[0] in err
 
 
 # -- once ------------------------------------------------------------------------------

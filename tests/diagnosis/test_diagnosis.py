@@ -90,7 +90,7 @@ def test_advice():
         assert case(*some, *[holding()] * (4 - len(some))).advice == advice
     # One slot without a caller is no reason beside three that work.
     assert case(*[holding()] * 3).advice == ADVICE[0][1]
-    ceiling = "tag 'reports' is at its ceiling while the pool has 2 free: "
+    ceiling = "tag 'reports' is at its limit while the pool has 2 free: "
     for active, why in (
         (3, "of 3 active tags each may have 2 (soft_limit)"),
         (1, "alone it may have 2 (max_limit)"),

@@ -91,7 +91,7 @@ def test_one_connection_serves_one_caller_after_the_other(world):
 def test_tag_at_its_ceiling_times_out_and_others_do_not(world):
     engine = world.engine(pool_size=4, soft_limit=2, max_limit=2, pool_timeout=0)
     held = take(engine, 2, "a")
-    with pytest.raises(CheckoutTimeout, match="tag 'a' in_use=2 ceiling=2"):
+    with pytest.raises(CheckoutTimeout, match="tag 'a' in_use=2 limit=2"):
         connect(engine, "a")
     with connect(engine, "b") as connection:
         assert connection.scalar(text("select 1")) == 1

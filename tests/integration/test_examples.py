@@ -57,6 +57,40 @@ def test_program_says_what_it_did(request, database, program):
     assert "; ".join(run(program, url)) == SAYS[program]
 
 
+_DJANGO = """
+import django_app, os
+django_app.main()
+from django.db import connection, OperationalError, InterfaceError
+from django.core.signals import request_finished
+try:
+    with connection.cursor() as cursor:
+        cursor.execute("select pg_terminate_backend(pg_backend_pid())")
+except (OperationalError, InterfaceError):
+    print("lost")
+request_finished.send(sender=None)
+django_app.visit("acme")
+django_app.pools["default"].dispose()
+"""
+
+
+@pytest.mark.postgres
+def test_django_gets_its_connections_from_the_pool_and_replaces_a_lost_one(
+    postgres_url, tmp_path
+):
+    (tmp_path / "program.py").write_text(_DJANGO)
+    environment = {"PYTHONPATH": str(EXAMPLES), "DATABASE_URL": str(postgres_url)}
+    command = [sys.executable, "-W", "error", "program.py"]
+    how = {"cwd": tmp_path, "env": {**os.environ, **environment}, "timeout": 60}
+    done = subprocess.run(command, capture_output=True, text=True, **how)
+    assert done.stdout.splitlines() == [
+        "acme {'acme': 1}",
+        "umbrella {'umbrella': 1}",
+        "still held: {}; idle: 1",
+        "lost",
+        "acme {'acme': 1}",
+    ], done.stderr
+
+
 _CLIENT = """
 import json, sys
 from celery_app import app

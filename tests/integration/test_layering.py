@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 
 import pytest
+from sqlalchemy import exc
 from support import documents
 from support.imports import MODULES, imports
 
 import sqla_fairpool
 from sqla_fairpool import manager, opentelemetry, plugin, prometheus
+from sqla_fairpool.documented import PAGES, Documented
 
 #: Each may import those before it, and what stands beside it in its own folder.
 ORDER = [
-    {"background", "scheduling", "stats"},
+    {"background", "documented", "scheduling", "stats"},
+    {"checks"},
     {"options"},
     {"diagnosis"},
     {"errors", "tagging"},
@@ -70,3 +74,44 @@ def test_public_names_are_those_that_the_reference_lists():
     assert sorted(listed) == sorted(names)
     for module in (sqla_fairpool, manager, opentelemetry, plugin, prometheus):
         assert all(hasattr(module, name) for name in module.__all__)
+
+
+def error_classes(below=Documented):
+    """Yield our errors that are raised, by way of their base."""
+    for error in below.__subclasses__():
+        yield error
+        yield from error_classes(error)
+
+
+def test_each_error_is_on_one_line_that_ends_with_the_address_of_its_page():
+    for name in (n for n, tree in MODULES.items() if "Documented" in ast.dump(tree)):
+        importlib.import_module(f"sqla_fairpool.{name}")
+    folder = documents.ROOT / "docs" / "reference" / "errors"
+    assert (
+        f"{documents.address()}/blob/main/{folder.relative_to(documents.ROOT)}" == PAGES
+    )
+    found = set(error_classes())
+    assert {error.__name__ for error in found} >= {
+        "SelfDeadlock",
+        "RowBroken",
+        "BadOption",
+    }
+    for error in found:
+        plain = exc.SQLAlchemyError.__new__(error, "what is wrong")
+        Exception.__init__(plain, "what is wrong")
+        text = f"what is wrong (Background on this error at: {PAGES}/{error.page}.md)"
+        assert str(plain) == text
+        page = (folder / f"{error.page}.md").read_text()
+        assert "**Cause.**" in page and "**Cure.**" in page, error
+    assert {path.stem for path in folder.iterdir()} == {error.page for error in found}
+
+
+def test_each_error_of_ours_has_a_page():
+    """What is raised is of a class of ours, not one of SQLAlchemy's as it is."""
+    undocumented = (
+        r"^exc\.(ArgumentError|InvalidRequestError|TimeoutError|SQLAlchemyError)$"
+    )
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                assert not re.match(undocumented, ast.unparse(node.func)), name

@@ -204,7 +204,7 @@ def test_start_up_twice_is_one_and_with_others_is_refused(world, url):
     secret = {"password": "s3cret"}
     with pytest.raises(InvalidRequestError) as caught:
         world.start(f"{url}/s3cret.db", pool_size=21, connect_args=secret)
-    assert str(caught.value) == (
+    assert caught.value.args[0] == (
         "the dynamic pool runs already and cannot be started with another URL, "
         "pool_size=21, which is 20, another connect_args: shut it down before"
     )

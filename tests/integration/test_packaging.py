@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from support.imports import MODULES
 from support.threads import eventually
 
 import sqla_fairpool
+from sqla_fairpool import plugin
+from sqla_fairpool.cli import make_argument_parser
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -128,6 +131,34 @@ def test_code_of_the_documents_runs_when_pasted(block, tmp_path):
     how = {"cwd": tmp_path, "env": environment, "timeout": 60}
     done = subprocess.run(command, capture_output=True, text=True, **how)
     assert done.returncode == 0, done.stderr
+
+
+def _shown(path):
+    """Yield each line of a document that is set as code, without its comment."""
+    text = path.read_text()
+    for block in re.findall(r"```(?:console|text|yaml)\n(.*?)```", text, re.DOTALL):
+        yield from block.splitlines()
+    yield from re.findall(r"^    (\S.*)", text, re.MULTILINE)
+
+
+#: What a reader has to fill in.
+_PLACEHOLDER = re.compile(r"\.\.\.|[\[<]|\b[A-Z]+\b(?!=)")
+
+
+def test_commands_and_urls_of_the_documents_are_known():
+    seen = []
+    for line in (line for path in documents.DOCUMENTS for line in _shown(path)):
+        command = re.search(r"(?<![\w/.-])sqla-fairpool ((?:[a-z]+ ?)[^#&;>|]*)", line)
+        if command and not _PLACEHOLDER.search(command[1]):
+            words, _, _ = command[1].partition("  ")  # what follows explains it
+            arguments = shlex.split(words)
+            make_argument_parser().parse_args(arguments)
+            seen.append(arguments[0])
+        if url := re.search(r"postgresql\S*\?plugin=fairpool[^\s'\"`]*", line):
+            query = make_url(url[0]).query
+            plugin._read({key: query[key] for key in query if key != "plugin"})
+            seen.append("url")
+    assert {"run", "monitor", "ledger", "explain", "url"} <= set(seen)
 
 
 @pytest.mark.postgres

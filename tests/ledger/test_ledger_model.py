@@ -27,6 +27,7 @@ from support.ledger import World, ask
 from sqla_fairpool.ledger.demand import Pace
 from sqla_fairpool.ledger.rows import Terms
 from sqla_fairpool.scheduling import policy
+from sqla_fairpool.scheduling.tags import ALL
 
 TAGS = ["x", "y", "z"]
 
@@ -238,6 +239,11 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
     def bells_are_lost(self):
         self.world.host.rung.clear()
 
+    @precondition(lambda self: self.world.host.rows and self.world.host.holder is None)
+    @rule(tag=st.sampled_from([*TAGS, ALL]), paused=st.booleans())
+    def somebody_pauses_or_resumes(self, tag, paused):
+        self.world.pause(tag, paused)
+
     # -- the promises --------------------------------------------------------------
 
     def made(self):
@@ -284,6 +290,8 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
         book = world.book
         if book.meta is None:
             return
+        self.just_what_is_paused_is_not_served()
+        book = world.book
         plan = book.allocation()
         for process in world.living:
             if process.stopped:
@@ -302,6 +310,16 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
             # Nothing is unused that somebody else could use.
             if plan.unmet:
                 assert not pool.idle or pool.open <= plan.claimed[process.store.member]
+
+    def just_what_is_paused_is_not_served(self):
+        world, pauses = self.world, self.world.book.pauses
+        for process in world.living:
+            if not process.stopped and process.row is not None:
+                assert process.pool.paused == pauses
+        for tag in pauses:
+            world.pause(tag, False)
+        if pauses:
+            world.run(5.0, tick=0.05)
 
     def all_are_saturated(self):
         """Who is not stopped wants everything: the shares are max-min."""

@@ -97,7 +97,7 @@ def test_reserved_connection_is_there_while_all_others_are_out(make_engine):
     held = [connect(engine, "web") for _ in range(2)]
     stats = engine.pool.stats()
     assert (stats.checked_out, stats.available) == (2, 0)
-    with pytest.raises(exc.TimeoutError, match="ceiling=2"):
+    with pytest.raises(exc.TimeoutError, match="limit=2"):
         connect(engine, "web")
     for _ in range(3):
         connect(engine, "health").close()
@@ -111,11 +111,6 @@ def test_usage_is_in_the_figures(make_engine):
     assert engine.pool.stats().tag("a").usage >= 0.0
 
 
-def test_nothing_can_be_reserved_with_a_ledger():
-    with pytest.raises(exc.ArgumentError, match=r"^tags=.*'health': 1.*ledger"):
-        PoolOptions.parse(tags={"health": {"reserved": 1}}, ledger="host")
-
-
 def test_time_out_says_what_the_tag_has_of_its_own(make_engine):
     engine = make_engine(
         4, tags={"a": {"max": 1, "weight": 2.5}, "b": {"reserved": 1}}, pool_timeout=0
@@ -123,7 +118,7 @@ def test_time_out_says_what_the_tag_has_of_its_own(make_engine):
     with connect(engine, "a"), pytest.raises(exc.TimeoutError) as caught:
         Caller(connect, engine, "a").result()
     message = str(caught.value)
-    assert "ceiling=1 waiting=1 position=1 weight=2.5 max=1 usage=0.0s; pool" in message
+    assert "limit=1 waiting=1 position=1 weight=2.5 max=1 usage=0.0s; pool" in message
     assert "it may have 1 (max, its own)" in message
 
 

@@ -80,7 +80,7 @@ def test_tag_in_line_is_told_its_place_and_who_is_before_it():
     assert json.loads(json.dumps(explanation.as_dict()))["before"][0]["name"] == "c"
     assert str(explanation).splitlines() == [
         "a (active) has 4, 1 wait; it used 28.9 connection-seconds lately",
-        "ceiling 6: soft_limit, 3 tags are active",
+        "limit 6: soft_limit, 3 tags are active",
         "fair share 3 of 6: max-min among 3 active tags, by what they want now "
         "(weight 1)",
         "place 3 of 3 tags in line; before it: c (has 0, used 0.0), b (has 2, used "
@@ -95,7 +95,7 @@ def test_tag_at_its_ceiling_is_told_that_only_its_own_connections_help():
     explanation = script.explain("a")
     assert explanation.place is explanation.returns_needed is None
     assert str(explanation).splitlines()[-1] == (
-        "one more: when its own come back until it is below its ceiling, or when it "
+        "one more: when its own come back until it is below its limit, or when it "
         "is the only active tag (15)"
     )
 

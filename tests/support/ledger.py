@@ -51,9 +51,9 @@ class Pool(SimPool):
         self.process.point("demand")
         return super().demand()
 
-    def allot(self, slots, ceilings, other):
+    def allot(self, *orders):
         self.process.point("allot")
-        super().allot(slots, ceilings, other)
+        super().allot(*orders)
         self.process.point("allotted")
 
     def buried(self, lost):
@@ -171,6 +171,15 @@ class World:
                         break
                     process.step()
             self.now += tick
+
+    def pause(self, tag, paused=True):
+        """Pause a tag, or resume it, as the command does."""
+        rows = dict(self.host.rows)
+        book = Book(rows)
+        book.pause(tag, {"since": "now", "program": "p"} if paused else None)
+        book.tell()
+        self.host.commit(rows)
+        self.host.rung |= self.host.alive
 
     def churn(self, seconds, tick=0.002):
         """Let time pass while all connections are returned and asked for again."""

@@ -1,4 +1,4 @@
-"""What a type checker sees of the public names: mypy reads this, nothing runs it."""
+"""What type checkers see of the public names: mypy and pyright read it."""
 
 from __future__ import annotations
 
