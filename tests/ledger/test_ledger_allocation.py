@@ -430,8 +430,8 @@ def test_all_slots_of_a_member_can_go_into_quarantine():
 def test_four_of_the_members_are_named_to_one_that_differs():
     book = joined(a=0, b=0, c=0, d=0)
     assert "(members: h:a, h:b, h:c, h:d)" in str(book._difference(None))
-    book = joined(a=0, b=0, c=0, d=0, e=0, f=0)
-    assert "h:c, h:d and 2 more)" in str(book._difference(None))
+    book = joined(a=0, b=0, c=0, d=0, e=0)
+    assert "h:c, h:d and 1 more)" in str(book._difference(None))
 
 
 def test_a_member_is_told_of_a_limit_that_binds_it_anew():

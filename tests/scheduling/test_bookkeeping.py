@@ -112,7 +112,8 @@ def test_counters_have_no_more_than_their_names():
 
 def test_what_a_tag_has_used_counts_half_after_ten_seconds():
     scale = Scheduler(**RULES, now=1000.0).usage.scale
-    assert abs(scale(1010.0) / scale(1000.0) - 2.0) < 1e-9
+    before = scale(1000.0)
+    assert abs(scale(1010.0) / before - 2.0) < 1e-9
 
 
 def test_move_from_the_silent_tag_takes_back_the_checkout_that_was_counted():
@@ -176,3 +177,16 @@ def test_dry_run_says_what_was_granted_and_moves_on_both_sides():
     assert by_rule["c"].in_use == 1
     assert len(by_rule["b"].waiters) == 8
     check_valid(scheduler.rules)
+
+
+def test_place_and_charge_are_those_of_the_transition():
+    scheduler = make()
+    held = [request(scheduler, "a", 5.0) for _ in range(15)]
+    waits = [Ticket(), Ticket()]
+    for ticket in waits:
+        assert not scheduler.request(ticket, "a", 5.0)
+    assert [scheduler.place(ticket) for ticket in waits] == [1, 2]
+    assert [ticket.number for ticket in waits] == [1, 2]
+    assert scheduler.tag_states["a"].charged == -15 * scheduler.usage.scale(5.0)
+    assert scheduler.move(held[0], "a", 6.0) == ()
+    assert held[0].tag_state.counters.checkouts == 15

@@ -44,6 +44,8 @@ PATIENCE = 2
 PAIRS = "Lt LtE, Gt GtE, Eq NotEq, Is IsNot, In NotIn, And Or, Add Sub, Mult Div"
 SWAPS = {getattr(ast, a): getattr(ast, b) for a, b in map(str.split, PAIRS.split(","))}
 SWAPS |= {b: a for a, b in SWAPS.items()}
+#: Defaults are made with the function, which keeps its own.
+SKIPPED = {"annotation", "returns", "args"}
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
@@ -102,7 +104,7 @@ def mutants_of(path):
                 for n, one in enumerate(value):
                     if isinstance(one, ast.AST) and not isinstance(one, ast.JoinedStr):
                         visit(one, function, partial(value.__setitem__, n))
-            elif isinstance(value, ast.AST) and field not in {"annotation", "returns"}:
+            elif isinstance(value, ast.AST) and field not in SKIPPED:
                 visit(value, function, partial(setattr, node, field))
 
     visit(tree, None, None)
