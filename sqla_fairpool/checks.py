@@ -147,9 +147,13 @@ def plain_text(allowed: str, is_allowed: Callable[[str], bool]) -> Check:
     return check
 
 
+def _is_tag(text: str) -> bool:
+    return 0 < len(text) <= MAX_TAG_LENGTH and text.isprintable()
+
+
 read_tag = plain_text(
     f"a tag is a non-empty string of at most {MAX_TAG_LENGTH} printable characters",
-    lambda text: 0 < len(text) <= MAX_TAG_LENGTH and text.isprintable(),
+    _is_tag,
 )
 
 
@@ -171,6 +175,8 @@ def validate_tag(value: object, name: str = "tag") -> str:
 
     :param name: what to call it in the error, the option's name as a rule.
     """
+    if type(value) is str and _is_tag(value):
+        return value
     return cast(str, read_tag(name, value, {}))
 
 

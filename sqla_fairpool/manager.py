@@ -47,6 +47,7 @@ from .ledger.store import StoreAway
 from .options import OPTIONS, PoolOptions
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 from .pool.ledger_sessions import announce
+from .stats import condensed
 from .tagging import context_tag
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class Started:
                     warnings = [str(error.args[0])]
             finally:
                 inspector.close()
-        rows, who = overview.condensed(stats.tags), describe_process()
+        rows, who = condensed(stats.tags), describe_process()
         tags, there = tuple(row.name for row in rows), stats.checked_out + stats.idle
         process = overview.ProcessRow(
             *(who["host"], who["pid"], who["program"]), "answers", tags, open=there

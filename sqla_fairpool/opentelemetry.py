@@ -126,9 +126,11 @@ def _of_pool(attribute: str) -> _Read:
 
 
 def _by_tag(attribute: str) -> _Read:
-    return lambda pool: [
-        (getattr(tag, attribute), {_TAG: tag.name}) for tag in pool.tags
-    ]
+    def read(pool: PoolStats) -> Iterable[tuple[Any, dict[str, str]]]:
+        found = [(getattr(tag, attribute), {_TAG: tag.name}) for tag in pool.tags]
+        return [one for one in found if one[0] is not None]
+
+    return read
 
 
 def _paused(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
@@ -145,12 +147,6 @@ def _would_wait(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
     for tag in pool.tags:
         if tag.would_wait is not None:
             yield tag.would_wait.count, {_TAG: tag.name}
-
-
-def _would_refuse(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
-    for tag in pool.tags:
-        if tag.would_refuse is not None:
-            yield tag.would_refuse, {_TAG: tag.name}
 
 
 def _of_ledger(attribute: str) -> _Read:
@@ -220,6 +216,12 @@ _OWN_FIGURES: _Figures = (
     ("sqla_fairpool.paused", "1", "1 while no checkout is served", _paused),
     (_OWN_PREFIX + "weight", "1", "Relative entitlement of a tag", _by_tag("weight")),
     (
+        _OWN_PREFIX + "max",
+        "{connection}",
+        "A maximum of a tag's own",
+        _by_tag("max"),
+    ),
+    (
         _OWN_PREFIX + "reserved",
         "{connection}",
         "Kept for a tag alone",
@@ -241,6 +243,6 @@ _OWN_FIGURES: _Figures = (
         _OWN_PREFIX + "would_refuse",
         "{request}",
         "Would have been refused",
-        _would_refuse,
+        _by_tag("would_refuse"),
     ),
 )

@@ -248,11 +248,6 @@ class PoolOptions:
         known: dict[str, Any] = {}
         for name, option in OPTIONS.items():
             known[name] = option.read(name, given.pop(name, option.default), known)
-        tags = known["tags"] or {}
-        reserved = {key: one.reserved for key, one in tags.items() if one.reserved}
-        if reserved and known["ledger"] is not None:
-            allowed = "with a ledger, tags may have weight and max, but not reserved"
-            raise BadOption("tags", {"reserved": reserved}, allowed)
         if known["ledger"] is not None and not known["enforce"]:
             raise BadOption("enforce", False, "with a ledger the rules are in force")
         return cls(**known, **given, defaulted=defaulted)

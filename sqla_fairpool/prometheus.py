@@ -31,6 +31,7 @@ from prometheus_client.registry import Collector
 from .ledger.overview import Overview
 from .pool.snapshot import Source, metrics_source
 from .scheduling.counters import MAX_COUNTED_TAGS, OTHER
+from .scheduling.tags import ALL
 from .stats import LedgerStats, PoolStats, Summary, TagStats
 
 __all__ = ["FairPoolCollector", "register"]
@@ -118,6 +119,7 @@ class OverviewCollector(Collector):
             strategy=overview.strategy,
             tags=tuple(rows),
             name=self._name,
+            paused_for=0.0 if ALL in overview.paused else None,
             ledger=LedgerStats(slots, len(overview.processes)),
         )
 
@@ -175,15 +177,11 @@ def _pool(attribute: str) -> _Rows:
 
 
 def _tag(attribute: str) -> _Rows:
-    return lambda pool: [((tag.name,), getattr(tag, attribute)) for tag in pool.tags]
+    def rows(pool: PoolStats) -> Iterable[tuple[Any, ...]]:
+        found = [((tag.name,), getattr(tag, attribute)) for tag in pool.tags]
+        return [row for row in found if row[1] is not None]
 
-
-def _would_refuse(pool: PoolStats) -> Iterable[tuple[Any, ...]]:
-    return [
-        ((tag.name,), tag.would_refuse)
-        for tag in pool.tags
-        if tag.would_refuse is not None
-    ]
+    return rows
 
 
 def _ledger(attribute: str) -> _Rows:
@@ -279,6 +277,7 @@ _FIGURES: dict[tuple[Any, ...], tuple[tuple[str, str, _Rows], ...]] = {
         ("tag_connections_max", "Most the tag may hold now", _tag("limit")),
         ("tag_pending_requests", "Callers that wait", _tag("waiting")),
         ("tag_weight", "Its relative entitlement", _tag("weight")),
+        ("tag_connections_own_max", "A maximum of its own", _tag("max")),
         ("tag_connections_reserved", "Kept for the tag alone", _tag("reserved")),
         ("tag_usage_seconds", "Connection-seconds, decayed", _tag("usage")),
     ),
@@ -289,7 +288,11 @@ _FIGURES: dict[tuple[Any, ...], tuple[tuple[str, str, _Rows], ...]] = {
             "Connections that could not be opened",
             _tag("create_failures"),
         ),
-        ("would_refuse", "Checkouts that would have been refused", _would_refuse),
+        (
+            "would_refuse",
+            "Checkouts that would have been refused",
+            _tag("would_refuse"),
+        ),
     ),
     (core.CounterMetricFamily, "tag", "reason"): (
         (

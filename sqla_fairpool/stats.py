@@ -7,7 +7,7 @@ overview of a ledger sums up those of several processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -124,6 +124,36 @@ SHARED: dict[str, Callable[[Sequence[Any]], Any]] = {
     "checkouts": sum,
     "timeouts": sum,
 }
+#: What a process tells others of each tag.
+TOLD = ("name", *SHARED)
+
+#: Tags that one process names.
+_MAX_TAGS = 256
+_REST = ""
+
+
+def condensed(rows: Sequence[TagStats]) -> Sequence[TagStats]:
+    """Return the rows that a process shows to others.
+
+    Of very many those that want most; the others are summed up under the name of none.
+    """
+    if len(rows) <= _MAX_TAGS:
+        return rows
+    ordered = sorted(
+        rows, key=lambda row: (-row.connections - row.waiting, not row.active, row.name)
+    )
+    rest = TagStats.merged(_REST, ordered[_MAX_TAGS:])
+    return [*ordered[:_MAX_TAGS], rest]
+
+
+def encode(rows: Sequence[TagStats]) -> list[dict[str, Any]]:
+    """Return what a process tells others of its tags, ready for JSON."""
+    return [{name: getattr(row, name) for name in TOLD} for row in condensed(rows)]
+
+
+def decode(rows: Iterable[Mapping[str, Any]]) -> list[TagStats]:
+    """Return the rows of :func:`encode`. A later version may tell more."""
+    return [TagStats(**{n: row[n] for n in TOLD if n in row}) for row in rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +206,13 @@ class PoolStats:
     min_idle: int = 0
     #: False in a dry run.
     enforce: bool = True
-    #: Seconds for which no checkout has been served (`pool.pause()`), None else.
+    #: Seconds for which no checkout has been served (`pool.pause()`, or the ledger's
+    #: pause, since this pool knows of it), None else.
     paused_for: float | None = None
+    #: Of a ledger's pause: since when, and by whom.
+    paused_by: str = ""
+    #: The tags that are paused, one by one.
+    paused_tags: tuple[str, ...] = ()
     #: Connections closed, by reason.
     closures: Mapping[str, int] = field(default_factory=dict)
     #: In `pool.metrics()` of a pool with a ledger, else None.

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 from support.state import assert_quiet
@@ -27,7 +27,16 @@ settings.register_profile(
     "dev", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile("ci", settings.get_profile("dev"), derandomize=True)
-settings.load_profile("ci" if os.environ.get("CI") else "dev")
+# For mutants: to notice one is enough.
+settings.register_profile(
+    "mutants",
+    settings.get_profile("ci"),
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+)
+settings.load_profile(
+    os.environ.get("HYPOTHESIS_PROFILE") or ("ci" if os.environ.get("CI") else "dev")
+)
 
 
 def pytest_configure():

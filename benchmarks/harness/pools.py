@@ -15,6 +15,7 @@ from sqlalchemy import Engine, create_engine
 from sqlalchemy.dialects import registry
 from sqlalchemy.engine import Connection
 from sqlalchemy.engine.default import DefaultDialect
+from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.pool import ConnectionPoolEntry, Pool, QueuePool
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
@@ -153,6 +154,10 @@ def handoff_engine(size: int = 20) -> Engine:
 
 def floor_engine() -> Engine:
     return _engine(FloorPool)
+
+
+def async_engine(pool: type[Pool], size: int = 20) -> AsyncEngine:
+    return AsyncEngine(_engine(pool, "null+async://", **fixed(pool, size)))
 
 
 def _engine(pool_class: type[Pool], url: Any = "null://", **options: Any) -> Engine:

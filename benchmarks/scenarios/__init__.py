@@ -14,19 +14,36 @@ from .peers import PEERS
 from .scale import SCALE
 from .static import ALONE, BURSTS, SATURATED, SHIFT
 
+#: The other roads to the tag, in threads and in asyncio.
+ROADS = (
+    *("road: block", "road: connection", "road: none", "road: session"),
+    *("asyncio: engine", "asyncio: block", "asyncio: connection"),
+    *("asyncio: none", "asyncio: session"),
+)
+
 POOL = Scenario(
     "pool",
     *TEXTS["pool"],
     (
         uncontended.uncontended_tag_on_engine,
+        uncontended.uncontended_other_roads,
+        uncontended.uncontended_in_asyncio,
         contention.with_hold,
         contention.without_hold,
         contention.light_tag,
         uncontended.statement_on_postgresql,
     ),
-    ("uncontended", "floor", "hold", "fair 200", "no hold", "light", "statement"),
+    (
+        "uncontended",
+        *ROADS,
+        "floor",
+        "hold",
+        "fair 200",
+        "no hold",
+        "light",
+        "statement",
+    ),
     more=(
-        uncontended.uncontended_other_tags,
         contention.without_hold_on_all_cores,
         partial(contention.light_tag, key="light, full"),
         partial(contention.light_tag, key="light, connection"),

@@ -7,6 +7,7 @@ thread's own processor time that counts, which a busy machine disturbs less.
 
 from __future__ import annotations
 
+import asyncio
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +15,16 @@ from functools import partial
 from typing import Any
 
 from sqlalchemy import Engine, text
-from sqlalchemy.pool import NullPool, QueuePool
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool
 
-from sqla_fairpool import FairQueuePool
+from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool, tag
 
 from ..harness.bench import Bench, Runs
 from ..harness.figures import figure
 from ..harness.findings import Finding
-from ..harness.pools import fair_engine, floor_engine, queue_engine
+from ..harness.pools import async_engine, fair_engine, floor_engine, queue_engine
 
 #: In a round of some 2 ms: most of them fall between two disturbances.
 CYCLES = 250
@@ -31,6 +34,9 @@ PEERS: dict[str, Callable[[], Engine]] = {
     "QueuePool": queue_engine,
     "floor": floor_engine,
 }
+
+#: Beside whom in asyncio.
+ASYNC_PEERS = (AsyncAdaptedFairQueuePool, AsyncAdaptedQueuePool)
 
 Cycle = Callable[[], object]
 
@@ -43,6 +49,15 @@ def by_engine(engine: Engine) -> Cycle:
 def by_connection(engine: Engine) -> Cycle:
     connect = engine.connect
     return lambda: connect().execution_options(scraper="a").close()
+
+
+def by_session(engine: Engine) -> Cycle:
+    def cycle() -> None:
+        session = Session(engine)
+        session.connection(execution_options={"scraper": "a"})
+        session.close()
+
+    return cycle
 
 
 def untagged(engine: Engine) -> Cycle:
@@ -85,16 +100,61 @@ def uncontended_tag_on_engine(bench: Bench) -> Iterator[Finding]:
     yield runs.bars("Uncontended checkout and checkin", "µs, less is better")
 
 
-def uncontended_other_tags(bench: Bench) -> Iterator[Finding]:
-    for what, way in {
-        "the same, tag set on the connection": by_connection,
-        "the same, no tag": untagged,
+def uncontended_other_roads(bench: Bench) -> Iterator[Finding]:
+    """The other ways by which a tag arrives, in threads; in asyncio, all of them."""
+    for key, way in {
+        "road: block": untagged,
+        "road: connection": by_connection,
+        "road: none": untagged,
+        "road: session": by_session,
         "the same, two tags in turn": alternating,
     }.items():
         contenders = {name: timed(way(make())) for name, make in PEERS.items()}
-        runs = bench.interleave(what, contenders, 200)
-        yield runs.ratio(what)
-        yield runs.ratio(what, over="floor")
+        if key == "road: block":
+            contenders = {name: tag("a")(run) for name, run in contenders.items()}
+        yield bench.interleave(key, contenders, bench.pick(400, 200)).ratio(key)
+
+
+def uncontended_in_asyncio(bench: Bench) -> Iterator[Finding]:
+    loop = asyncio.new_event_loop()
+    for road in ("engine", "block", "connection", "none", "session"):
+        contenders = {
+            pool.__name__: partial(_round_of_tasks, loop, async_engine(pool), road)
+            for pool in ASYNC_PEERS
+        }
+        runs = bench.interleave(f"asyncio: {road}", contenders, bench.pick(200, 100))
+        yield runs.ratio(f"asyncio: {road}")
+    loop.close()
+
+
+def _round_of_tasks(
+    loop: asyncio.AbstractEventLoop, engine: AsyncEngine, road: str
+) -> float:
+    async def by_connection() -> None:
+        connection = await engine.connect()
+        await connection.execution_options(scraper="a")
+        await connection.close()
+
+    async def by_session() -> None:
+        session = AsyncSession(engine)
+        await session.connection(execution_options={"scraper": "a"})
+        await session.close()
+
+    async def plain() -> None:
+        await (await engine.connect()).close()
+
+    if road == "engine":
+        engine = engine.execution_options(scraper="a")
+    cycle = {"connection": by_connection, "session": by_session}.get(road, plain)
+
+    async def run() -> float:
+        began = time.thread_time()
+        for _ in range(CYCLES):
+            await cycle()
+        return (time.thread_time() - began) / CYCLES * 1e6
+
+    run = tag("a")(run) if road == "block" else run
+    return loop.run_until_complete(run())
 
 
 # -- settings -------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from ..ledger.overview import Overview
 from ..scheduling import policy
 from ..scheduling.explanation import Explanation, Observed, TagFacts, explain
 from ..scheduling.limits import TagLimits
+from ..scheduling.tags import ALL
 from ..stats import TagStats
 from . import EXIT_OK, CommandError
 from .poller import Poller
@@ -95,6 +96,7 @@ def explain_tag(overview: Overview, tag: str) -> Explanation:
             (limits.soft_limit, limits.max_limit),
             overview.available,
             max(overview.checked_out - there, 0),
+            not overview.paused.keys().isdisjoint((tag, ALL)),
         )
     )
 

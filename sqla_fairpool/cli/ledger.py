@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 from sqlalchemy import exc, text
-from sqlalchemy.engine import URL
 
 from ..checks import hide_passwords
 from ..launch.environment import DATABASE, LEDGER
@@ -20,11 +18,10 @@ from ..ledger.book import Book
 from ..ledger.inspector import LedgerReport, read
 from ..ledger.keeper import describe_process
 from ..ledger.overview_text import printable
-from ..ledger.postgres import PostgresStore
-from ..ledger.rows import Left, Terms
-from ..ledger.watch import Present, look, still_there, unaccounted
+from ..ledger.rows import Terms
 from ..options import TERMS, PoolOptions
 from . import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError, contents
+from .ledger_pause import asking, pause, reap, resume
 from .server import ask_room, connected, given_url, need
 from .which_ledger import AnyStore, add_places, find_store, opened
 
@@ -41,6 +38,8 @@ examples:
   sqla-fairpool ledger reap --ledger database --url postgresql://app@db/app
   sqla-fairpool ledger reset --ledger /run/scrapers/app.ledger
   sqla-fairpool ledger set pool_size=30 soft_limit=15
+  sqla-fairpool ledger pause --wait 30                       0: nothing is out
+  sqla-fairpool ledger resume
   sqla-fairpool ledger limit --url postgresql://app@db/app --processes 8
 
 The environment's FAIRPOOL_LEDGER and DATABASE_URL stand in for --ledger and --url.
@@ -71,7 +70,7 @@ def add_command(commands: Any) -> None:
             action.add_argument(flag, dest=dest, help=meaning, **how)
 
 
-# -- show, reap, reset -----------------------------------------------------------------
+# -- show, set, reset ------------------------------------------------------------------
 
 
 def _show(arguments: argparse.Namespace) -> int:
@@ -79,7 +78,7 @@ def _show(arguments: argparse.Namespace) -> int:
     with opened(meant) as store:
         report = read(store)
         if report.left() and report.book.server is not None:
-            with suppress(CommandError), _asking(database, store) as ask:
+            with suppress(CommandError), asking(database, store) as ask:
                 report = replace(report, present=ask())
     if arguments.json:
         print(json.dumps(report.as_dict(), indent=1))
@@ -102,6 +101,8 @@ def _lines(report: LedgerReport) -> Iterator[str]:
     )
     if (set_by := book.set_by) is not None:
         yield f"limits set by {_describe(set_by)}"
+    for tag, since in sorted(book.pauses.items()):
+        yield f"PAUSED{f', tag {tag!r}' if tag else ''}, since {since}"
     if report.control_connections:
         yield f"{report.control_connections} control connections beside them"
     if book.is_fresh:
@@ -163,75 +164,6 @@ def _set(arguments: argparse.Namespace) -> int:
         said = f"{before.differences(terms)} -> {terms.differences(before)}"
     print(said)
     return EXIT_OK
-
-
-def _reap(arguments: argparse.Namespace) -> int:
-    """Do what the next keeper that goes short would do."""
-    meant, database = find_store(arguments)
-    with opened(meant) as store, _asking(database, store) as ask:
-        with store.transaction() as rows:
-            book = Book(rows)
-            texts, server = dict(book.texts), book.server
-        present = ask()
-        if present is not None and server is not None and present.server != server:
-            raise CommandError(
-                f"--url is of the server {present.server}, and the members' sessions "
-                f"are on {server}: give the URL of their database"
-            )
-        living = store.living(list(texts))
-        with store.transaction() as rows:
-            book = Book(rows)
-            dead = book.reap({k: v for k, v in texts.items() if k not in living})
-            view = Book(dict(rows))
-            book.tell()
-        # After the dead were found: what they have opened before is seen now.
-        present = ask()
-        can_tell = present is not None and present.server == server
-        found = _less(view, present) if present is not None and can_tell else {}
-        with store.transaction() as rows:
-            book = Book(rows)
-            book.release(found)
-            wake_ups = book.tell()
-        store.ring(wake_ups)
-    freed = sum(left.gone.slots - left.slots for left in found.values())
-    print(f"{len(dead)} dead found, {freed} slots freed")
-    kept = sum(gone.slots for gone in view.gone.values()) - freed
-    if kept:
-        reason = "no member has said on which server its sessions are"
-        if can_tell:
-            reason = "their sessions live on the server"
-        elif present is None:
-            reason = "without --url of a PostgreSQL the server cannot be asked"
-        print(f"{kept} slots stay in quarantine: {reason}")
-        return EXIT_NOT_AS_EXPECTED
-    return EXIT_OK
-
-
-def _less(view: Book, present: Present) -> dict[int, Left]:
-    suspects = len(unaccounted(present.peers, view.accounted))
-    found = {n: still_there(gone, present, suspects) for n, gone in view.gone.items()}
-    return {number: left for number, left in found.items() if left.is_less}
-
-
-@contextmanager
-def _asking(
-    database: URL | None, store: AnyStore
-) -> Iterator[Callable[[], Present | None]]:
-    """What asks the server for its sessions, and returns None if it cannot be asked."""
-    if database is None or database.get_backend_name() != "postgresql":
-        if database is None and isinstance(store, PostgresStore):
-            yield store.look
-        else:
-            yield lambda: None
-        return
-    with connected(database) as connection:
-        cursor = connection.connection.cursor()
-        try:
-            yield partial(look, cursor)
-        except connection.dialect.loaded_dbapi.Error as error:
-            raise CommandError(f"the server cannot be asked: {error}") from None
-        finally:
-            cursor.close()
 
 
 def _reset(arguments: argparse.Namespace) -> int:
@@ -318,7 +250,9 @@ def _wanted(arguments: argparse.Namespace) -> tuple[int, int]:
 
 _ACTIONS = {
     _show: "who owns what, and what is in quarantine",
-    _reap: "free what lost members have left; by the pools' --url, with their role",
+    pause: "serve no new checkout in any process, for a migration or a failover",
+    resume: "serve checkouts again",
+    reap: "free what lost members have left; by the pools' --url, with their role",
     _set: "change limits, for all members at once: pool_size=30 soft_limit=15",
     _reset: "forget all members; refused while one lives",
     _limit: "check the budget against the server, and hold it there",
@@ -326,6 +260,16 @@ _ACTIONS = {
 
 #: By action: the flag, where its value goes, the value's type, and what it means.
 _FLAGS: dict[str, list[tuple[str, str, Any, str]]] = {
+    "pause": [
+        ("--tag", "tag", str, "only those of this tag"),
+        (
+            "--wait",
+            "wait",
+            float,
+            "seconds to wait until nothing is out; exit 1 if something is then",
+        ),
+    ],
+    "resume": [("--tag", "tag", str, "those of a tag that was paused alone")],
     "show": [("--json", "json", None, "for programs")],
     "reset": [("--yes", "yes", None, "do not ask")],
     "limit": [

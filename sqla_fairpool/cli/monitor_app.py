@@ -66,6 +66,8 @@ _DETAILS: dict[str, Callable[[Any], str]] = {
     "longest wait": lambda row: texts.seconds_text(row.waiting_for),
     "checkouts": lambda row: f"{row.checkouts:,}",
     "time-outs": lambda row: f"{row.timeouts:,}",
+    "used lately": lambda row: texts.seconds_text(row.usage),
+    "own limits": texts.own_text,
 }
 
 
@@ -312,7 +314,7 @@ class Monitor(App[None]):
     def _cells(self, row: ScraperRow, overview: Overview) -> dict[str, Any]:
         """Return the cells of a scraper by their headings."""
         cells: dict[str, Any] = {}
-        for column in texts.COLUMNS:
+        for column in texts.columns(overview):
             justify: Any = "right" if column.is_number else "left"
             cells[column.heading] = Text(column.text(row), justify=justify)
         cells["status"].stylize(_STATUS.get(row.status, ""))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, cast
 
 from ..options import PoolOptions
 from ..scheduling.scheduler import Scheduler
+from ..scheduling.tags import ALL
 from ..scheduling.ticket import TagState, Ticket
 from .callers import (
     Caller,
@@ -174,7 +175,7 @@ def capture(pool: Pool, checkout: Checkout, now: float) -> Capture:
     holders = [(other.tag, other.in_use) for other in tag_states if other.in_use]
     active = frozenset(other.tag for other in tag_states if other.active)
     allotted, trouble, others = pool.allotment()
-    paused_at = scheduler.tags.paused_at
+    pause = scheduler.tags.paused(tag_state.tag)
     figures = Diagnosis(
         tag=tag_state.tag,
         waited=now - checkout.since,
@@ -193,10 +194,12 @@ def capture(pool: Pool, checkout: Checkout, now: float) -> Capture:
         uncounted=tuple(tag for tag, _ in holders if tag not in active),
         weight=tag_state.weight,
         max=tag_state.limits.max,
-        reserved=tag_state.reserved,
+        reserved=tag_state.limits.reserved,
         usage=scheduler.usage.seconds(tag_state, now),
         kept_free=scheduler.kept_free,
-        paused_for=None if paused_at is None else now - paused_at,
+        paused_for=None if pause is None else now - pause.at,
+        paused_by="" if pause is None else pause.by,
+        paused_tag=ALL not in scheduler.tags.pauses,
     )
     waiting = {other.holder for other in pool.checkouts_waiting()}
     out = pool.checkouts_out()

@@ -139,8 +139,12 @@ class Diagnosis:
     usage: float = 0.0
     #: Connections that are free, and reserved for other tags.
     kept_free: int = 0
-    #: Seconds since `pool.pause()`, None if the pool was not paused.
+    #: Seconds since `pool.pause()`, None if the tag was not paused.
     paused_for: float | None = None
+    #: Of a ledger's pause: since when, and by whom.
+    paused_by: str = ""
+    #: If it was paused: the tag alone, not the pool.
+    paused_tag: bool = False
 
     def __str__(self) -> str:
         oldest = "; ".join(map(str, self.oldest[:_OLDEST_NAMED]))
@@ -151,10 +155,11 @@ class Diagnosis:
     def figures(self) -> str:
         """The counts, on one line."""
         paused = "" if self.paused_for is None else "paused "
+        of_tag, of_pool = (paused, "") if self.paused_tag else ("", paused)
         return (
-            f"tag {self.tag!r} in_use={self.in_use} limit={self.ceiling} "
+            f"tag {self.tag!r} {of_tag}in_use={self.in_use} limit={self.ceiling} "
             f"waiting={self.waiting} position={self.position}{self._own}; "
-            f"pool {paused}in_use={self.pool_in_use}/{self.capacity} idle={self.idle} "
+            f"pool {of_pool}in_use={self.pool_in_use}/{self.capacity} idle={self.idle} "
             f"active_tags={self.active_tags}{self._uncounted}; "
             f"{describe_holders(self.holders, self.elsewhere)}{self._here}"
         )
@@ -222,11 +227,18 @@ class Diagnosis:
 
 
 def _paused(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
-    if case.paused_for is not None:
-        yield (
-            f"the pool was paused {duration(case.paused_for)} ago, and serves again "
-            "after pool.resume()"
-        )
+    if case.paused_for is None:
+        return
+    what, how = "the pool", "pool.resume()"
+    if case.paused_by:
+        what, how = "the ledger", "`sqla-fairpool ledger resume`"
+    if case.paused_tag:
+        what = f"tag {case.tag!r}"
+        how = how.replace("()", f"({case.tag!r})").replace("e`", f"e --tag {case.tag}`")
+    since = f"is paused since {case.paused_by}"
+    if not case.paused_by:
+        since = f"was paused {duration(case.paused_for)} ago"
+    yield f"{what} {since}, and serves again after {how}"
 
 
 def _only_nested(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:

@@ -13,7 +13,9 @@ What is promised, and tested against this definition:
 2. Slots that are not claimed stay where they are.
 3. Nothing depends on the order of the rows, on a clock or on chance. Remainders go to
    the first in the *line* (see below), and stay there.
-4. The claim of one that gets less than it wants does not depend on how much more it
+4. A slot that is reserved for a tag is claimed under that tag only, by the members that
+   work under it, wanted or not; while no member does, it stays free.
+5. The claim of one that gets less than it wants does not depend on how much more it
    wants: while all are saturated, changes of demand move nothing.
 
 The line. Each tag has a place, and each member under it: numbers from a
@@ -28,6 +30,7 @@ and takes nothing: it counts with the slots that it has, not with what it wanted
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -61,21 +64,53 @@ class Allocation:
     limits: dict[tuple[str, str], int] = field(default_factory=dict)
     #: By tag: members that wait there for more than their claim.
     starved: dict[str, frozenset[str]] = field(default_factory=dict)
+    #: Of the claims what is from the tag's reserve; and the slots that are reserved for
+    #: tags under which no member works.
+    reserves: dict[tuple[str, str], int] = field(default_factory=dict)
+    kept_free: int = 0
     #: The pairs that are asked to yield; and the tags that are.
     asked: set[tuple[str, str]] = field(default_factory=set)
     asked_tags: set[str] = field(default_factory=set)
 
     def grants(self, members: Mapping[str, Member], free: int) -> dict[str, int]:
-        """Divide the free slots among the members that are below their targets."""
+        """Divide the free slots among the members that are below their targets.
+
+        First go the slots that are reserved for tags and that no member keeps for them.
+        """
         short = [key for key, m in members.items() if m.owned < self.targets[key]]
         owned = [members[key].owned for key in short]
         wanted = [self.targets[key] for key in short]
-        shares = policy.fair_shares(wanted, free + sum(owned), floors=owned)
+        missing = [self._missing(key, members[key]) for key in short]
+        floors = [*map(operator.add, owned, policy.fair_shares(missing, free))]
+        rest = max(free - self.kept_free - sum(missing), 0)
+        shares = policy.fair_shares(wanted, rest + sum(floors), floors=floors)
         return {
             key: share - had
             for key, share, had in zip(short, shares, owned, strict=True)
             if share > had
         }
+
+    def _reserved_at(self, key: str, member: Member) -> dict[str, int]:
+        found = {tag: self.reserves.get((tag, key), 0) for tag in member.tags}
+        return {tag: slots for tag, slots in found.items() if slots}
+
+    def _missing(self, key: str, member: Member) -> int:
+        """Return what a member lacks of reserved slots."""
+        missing = sum(self._reserved_at(key, member).values()) - member.kept
+        return max(min(missing, self.targets[key] - member.owned), 0)
+
+    def kept_at(self, key: str, member: Member, more: int) -> dict[str, int]:
+        """Return how many of a member's slots are each tag's alone, of its reserve.
+
+        :param more: slots that it gets now.
+        """
+        reserves = self._reserved_at(key, member)
+        owned = member.owned + more
+        if owned >= self.claimed[key]:
+            return reserves
+        slots = min(member.kept + min(self._missing(key, member), more), owned)
+        kept = policy.fair_shares([*reserves.values()], slots)
+        return {tag: n for tag, n in zip(reserves, kept, strict=True) if n}
 
     def due(self, members: Mapping[str, Member], free: int) -> dict[str, str]:
         """Return the members that are expected to look, and why."""
@@ -91,7 +126,7 @@ class Allocation:
                 found[key] = f"take {grants[key]}"
             elif not member.owned:
                 continue
-            elif self._binds_anew(key, member.tags):
+            elif self._binds_anew(key, member):
                 found[key] = "limit"
             elif key in asked:
                 found[key] = TURN
@@ -99,12 +134,17 @@ class Allocation:
                 found[key] = "press"
         return found
 
-    def _binds_anew(self, member: str, tags: Mapping[str, TagDemand]) -> bool:
-        """Tell if a ceiling that it does not know yet makes a difference."""
+    def _binds_anew(self, key: str, member: Member) -> bool:
+        """Tell if a ceiling that it does not know yet makes a difference.
+
+        So does a reserve.
+        """
         return any(
-            min(line.wants, line.limit) != min(line.wants, self.limits[tag, member])
-            for tag, line in tags.items()
-        )
+            min(line.wants, line.limit) != min(line.wants, self.limits[tag, key])
+            for tag, line in member.tags.items()
+        ) or self.kept_at(key, member, 0) != {
+            tag: line.kept for tag, line in member.tags.items() if line.kept
+        }
 
     def presses(self, member: str, tags: Mapping[str, TagDemand]) -> bool:
         """Tell if others go short of what `member` does not use."""
@@ -133,33 +173,46 @@ def allocate(
     Costs O(n log n) for n pairs of tag and member, and O(capacity * log n).
     """
     lines, active, locked = _lines(members)
-    order = sorted(lines, key=lambda tag: (places.get(tag, 0), tag))
+    reserves, room = limits.tags.reserves, limits.capacity - limits.tags.reserved
+    order = sorted({*lines, *reserves}, key=lambda tag: (places.get(tag, 0), tag))
 
     def ceiling(others: int) -> int:
         return policy.ceiling(others, limits.soft_limit, limits.max_limit)
 
     own = {tag: limits.tags.of(tag) for tag in order}
     ceilings = {tag: own[tag].max or ceiling(len(active - {tag})) for tag in order}
+    if reserves:
+        ceilings = {
+            tag: policy.own_ceiling(
+                most, None, own[tag].reserved, max(room + own[tag].reserved, 1)
+            )
+            for tag, most in ceilings.items()
+        }
     weights = [own[tag].weight for tag in order]
-    floors = [sum(row.fixed or 0 for row in lines[tag]) for tag in order]
+    there = max(limits.capacity - locked, 0)
+    fixed = [sum(row.fixed or 0 for row in lines.get(tag, ())) for tag in order]
+    kept = _kept([own[tag].reserved for tag in order], fixed, there)
+    floors = [*map(operator.add, fixed, kept)]
     demands = [
-        max(floor, min(sum(row.wants for row in lines[tag]), ceilings[tag]))
+        max(floor, min(sum(row.wants for row in lines.get(tag, ())), ceilings[tag]))
         for tag, floor in zip(order, floors, strict=True)
     ]
-    there = max(limits.capacity - locked, 0)
     shares = policy.fair_shares(
         demands, there, weights if set(weights) - {1.0} else None, floors
     )
     found = Allocation(
         ceilings=ceilings,
         shares=dict(zip(order, shares, strict=True)),
-        newcomer=ceiling(len(active)),
+        newcomer=min(ceiling(len(active)), max(room, 1))
+        if reserves
+        else ceiling(len(active)),
         unmet=sum(demands) - sum(shares),
         claimed=dict.fromkeys(members, 0),
     )
-    for tag in order:
-        _divide_tag(found, tag, lines[tag])
-    _ask_tags(found, order, lines)
+    for tag, slots in zip(order, kept, strict=True):
+        _divide_tag(found, tag, lines.get(tag, []), slots)
+    above = [tag for tag in order if found.shares[tag] > own[tag].reserved]
+    _ask_tags(found, above, lines)
     _set_targets(found, members, limits.capacity)
     return found
 
@@ -189,15 +242,35 @@ def _lines(
     return lines, active, locked
 
 
-def _divide_tag(found: Allocation, tag: str, line: list[_Place]) -> None:
-    """Divide a tag's share among its members, and its ceiling as their limits."""
+def _kept(reserved: list[int], fixed: list[int], there: int) -> list[int]:
+    """Return what is to be kept for each tag, beside what stalled members hold."""
+    missing = [max(n - held, 0) for n, held in zip(reserved, fixed, strict=True)]
+    if not any(missing):
+        return missing
+    return policy.fair_shares(missing, max(there - sum(fixed), 0))
+
+
+def _divide_tag(found: Allocation, tag: str, line: list[_Place], kept: int) -> None:
+    """Divide a tag's share among its members, and its ceiling as their limits.
+
+    :param kept: slots of the share that are the tag's whether it wants them or not.
+    """
+    if not any(row.fixed is None for row in line):
+        found.kept_free += kept
+        kept = 0
     share, ceiling = found.shares[tag], found.ceilings[tag]
-    claims, rooms, starved, asked = _divide_line(tuple(line), share, ceiling)
+    claims, rooms, starved, asked = _divide_line(tuple(line), share, ceiling, kept)
     for row, claim, room in zip(line, claims, rooms, strict=True):
         found.limits[tag, row.member] = room
         if claim:
             found.claims[tag, row.member] = claim
             found.claimed[row.member] += claim
+    if kept:
+        most = [
+            0 if r.fixed is not None else c for r, c in zip(line, claims, strict=True)
+        ]
+        for row, slots in zip(line, policy.fair_shares(most, kept), strict=True):
+            found.reserves[tag, row.member] = slots
     if starved:
         found.starved[tag] = starved
     found.asked.update((tag, member) for member in asked)
@@ -206,11 +279,18 @@ def _divide_tag(found: Allocation, tag: str, line: list[_Place]) -> None:
 # Of many tags few change between two looks.
 @lru_cache(maxsize=1024)
 def _divide_line(
-    line: tuple[_Place, ...], share: int, ceiling: int
+    line: tuple[_Place, ...], share: int, ceiling: int, kept: int
 ) -> tuple[list[int], list[int], frozenset[str], list[str]]:
     """Return claims, limits, those that go short and those that are asked to yield."""
     floors = [row.fixed or 0 for row in line]
-    claims = policy.fair_shares([row.wants for row in line], share, floors=floors)
+    wants = [row.wants for row in line]
+    answered = sum(row.wants for row in line if row.fixed is None)
+    if answered < kept:
+        most = [
+            row.wants if row.fixed is not None else max(row.wants, kept) for row in line
+        ]
+        wants = policy.fair_shares(most, sum(wants) + kept - answered, floors=wants)
+    claims = policy.fair_shares(wants, share, floors=floors)
     rooms = policy.fair_shares([ceiling] * len(line), ceiling, floors=claims)
     pairs = [*zip(line, claims, strict=True)]
     # One that wants nothing now is not to wait for an answer when it does.
@@ -228,7 +308,8 @@ def _ask_tags(
 ) -> None:
     """Round robin among tags, when there are more of them than slots."""
     empty = sum(
-        not found.shares[tag] and any(row.waits for row in lines[tag]) for tag in order
+        not share and any(row.waits for row in lines.get(tag, ()))
+        for tag, share in found.shares.items()
     )
     for tag in order if empty else ():
         rows = {
@@ -252,5 +333,5 @@ def _set_targets(
         for key in keys
     ]
     spare = [max(had - slots, 0) for had, slots in zip(owned, held, strict=True)]
-    kept = policy.fair_shares(spare, max(capacity - sum(held), 0))
+    kept = policy.fair_shares(spare, max(capacity - found.kept_free - sum(held), 0))
     found.targets = dict(zip(keys, map(sum, zip(held, kept, strict=True)), strict=True))

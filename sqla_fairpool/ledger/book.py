@@ -15,6 +15,7 @@ from typing import Any
 
 from .allocation import STALLED, Allocation, allocate
 from .errors import LedgerError, RowBroken, ServerDiffers
+from .overview_text import since_and_by
 from .rows import (
     DUE,
     GONE,
@@ -95,6 +96,12 @@ class Book:
     def set_by(self) -> Mapping[str, Any] | None:
         """Who has set the terms, and since when; None if that is not known."""
         return self.meta.set_by or None if self.meta is not None else None
+
+    @property
+    def pauses(self) -> dict[str, str]:
+        """The paused tags, `ALL` for all: since when, and by whom."""
+        pauses = {} if self.meta is None else self.meta.pauses
+        return {tag: since_and_by(who) for tag, who in pauses.items()}
 
     @property
     def server(self) -> str | None:
@@ -228,10 +235,25 @@ class Book:
 
         :param who: by whom, and since when, for people.
         """
-        self.meta = replace(self._known_meta, terms=terms, set_by=who)
+        self.change(terms=terms, set_by=who)
+
+    def pause(self, tag: str, who: Mapping[str, Any] | None) -> bool:
+        """Have no checkout of a tag served, or with None again; tell if that is new."""
+        pauses = self._known_meta.pauses
+        is_new = (tag in pauses) == (who is None)
+        if is_new:
+            self.change(pauses={t: w for t, w in {**pauses, tag: who}.items() if w})
+        return is_new
+
+    def change(self, **fields: Any) -> None:
+        """Change what all members are to hear of, or nothing; each is to look."""
+        meta = self._known_meta
+        if self.members and meta.protocol != PROTOCOL:
+            raise self._difference(None)
+        self.meta = replace(meta, protocol=PROTOCOL, **fields)
         for key, member in list(self.members.items()):
             self.write(key, replace(member, beat=member.beat + 1))
-        self._rows[META] = self._known_meta.text
+        self._rows[META] = self.meta.text
 
     def note_server(self, key: str, server: str | None) -> bool:
         """Note where a member's connections go to; tell if they may go there."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from ..scheduling.counters import Histogram
@@ -52,8 +53,19 @@ class Local(Protocol):
     def buried(self, lost: Sequence[Session | None]) -> None:
         """Forget `lost`, which is in quarantine now, and lower the allotment by it."""
 
-    def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
-        """Open a connection only while there are less than `slots`, at first 0."""
+    def allot(
+        self,
+        slots: int,
+        ceilings: Mapping[str, int],
+        other: int,
+        reserves: Mapping[str, int],
+        elsewhere: Mapping[str, Mapping[str, float]],
+    ) -> None:
+        """Open a connection only while there are less than `slots`, at first 0.
+
+        :param reserves: by tag, how many of these no other tag may use.
+        :param elsewhere: by tag and other member, what it has used there lately.
+        """
 
     def close_surplus(self) -> None:
         """Close idle connections above the allotment."""
@@ -64,6 +76,9 @@ class Local(Protocol):
     def adopt(self, terms: Terms) -> None:
         """Have the ledger's limits in force, in the place of those asked for."""
 
+    def pause(self, pauses: Mapping[str, str]) -> None:
+        """Serve no checkout of just these tags, `ALL` for all: since when, by whom."""
+
     def freeze(self) -> None:
         """Use what is open, and open nothing until the next :meth:`allot`."""
 
@@ -72,6 +87,16 @@ class Local(Protocol):
 
     def refuse(self, error: LedgerError) -> None:
         """Raise this in the callers that wait now."""
+
+
+class Orders(NamedTuple):
+    """What the tags may have in a pool, see :meth:`Local.allot`."""
+
+    ceilings: Mapping[str, int] = MappingProxyType({})
+    #: The ceiling of any other tag.
+    other: int = 0
+    reserves: Mapping[str, int] = MappingProxyType({})
+    elsewhere: Mapping[str, Mapping[str, float]] = MappingProxyType({})
 
 
 class State(NamedTuple):
@@ -89,15 +114,18 @@ class State(NamedTuple):
         return bool(self.open) or any(want.wants for want in self.tags.values())
 
 
-def condense(demand: Tags) -> Tags:
-    """Return the demand with a bounded number of tags."""
+def condense(demand: Tags, named: Collection[str] = ()) -> Tags:
+    """Return the demand with a bounded number of tags.
+
+    :param named: tags that have limits of their own: these are not summed up.
+    """
     if len(demand) <= _MAX_TAGS:
         return demand
-    ordered = sorted(demand, key=lambda tag: (-demand[tag].wants, tag))
-    named = {tag: demand[tag] for tag in ordered[:_MAX_TAGS]}
+    ordered = sorted(demand, key=lambda t: (t not in named, -demand[t].wants, t))
+    first = {tag: demand[tag] for tag in ordered[:_MAX_TAGS]}
     rest = [demand[tag] for tag in ordered[_MAX_TAGS:]]
     in_use, waiting = sum(d.in_use for d in rest), sum(d.waiting for d in rest)
-    return {**named, _REST: TagDemand(in_use, waiting, any(d.active for d in rest))}
+    return {**first, _REST: TagDemand(in_use, waiting, any(d.active for d in rest))}
 
 
 class PoolSide:
@@ -105,9 +133,12 @@ class PoolSide:
 
     def __init__(self, local: Local) -> None:
         self.local = local
-        # Slots, ceilings, other; None if it may open nothing until it is told anew.
-        self._told: tuple[int, Mapping[str, int], int] | None = None
+        #: Tags that have limits of their own.
+        self.named: Collection[str] = ()
+        # Slots, and orders for tags; None if it may open nothing until it is told anew.
+        self._told: tuple[int, Orders] | None = None
         self._peaks: dict[str, int] = {}
+        self._pauses: Mapping[str, str] = {}
 
     @property
     def allowed(self) -> int:
@@ -124,33 +155,40 @@ class PoolSide:
             peaks[tag] = max(peaks.get(tag, 0), want.in_use)
             tags[tag] = want._replace(in_use=peaks[tag])
         sessions -= frozenset(lost)
-        return State(open_, condense(tags), sessions, lost, self.local.server())
+        return State(
+            open_, condense(tags, self.named), sessions, lost, self.local.server()
+        )
 
     def forget_peaks(self) -> None:
         self._peaks.clear()
 
-    def tell(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
+    def tell(self, slots: int, orders: Orders) -> None:
         """Have it open no more than that, unless it was told so the last time."""
-        told = slots, ceilings, other
-        if told != self._told:
-            self.local.allot(*told)
-            self._told = told
+        if (slots, orders) != self._told:
+            self.local.allot(slots, *orders)
+            self._told = slots, orders
+
+    def pause(self, pauses: Mapping[str, str]) -> None:
+        """Have it serve no checkout of just these tags, see :class:`Local`."""
+        if pauses != self._pauses:
+            self.local.pause(pauses)
+            self._pauses = pauses
 
     def shrink(self, slots: int) -> None:
         """Have it open no more than `slots`, before the row says so."""
         if self._told is not None and slots < self.allowed:
-            self.tell(slots, *self._told[1:])
+            self.tell(slots, self._told[1])
             self.local.close_surplus()
 
     def close(self) -> None:
         """Have it open nothing, and close what is idle."""
-        self.tell(0, *(self._told or (0, {}, 0))[1:])
+        self.tell(0, self._told[1] if self._told else Orders())
         self.local.close_surplus()
 
     def bury(self, lost: Sequence[Session | None]) -> None:
         self.local.buried(lost)
         if self._told is not None:
-            self._told = max(self._told[0] - len(lost), 0), *self._told[1:]
+            self._told = max(self._told[0] - len(lost), 0), self._told[1]
 
     def freeze(self) -> None:
         """Have it open nothing until it is told anew."""
@@ -164,15 +202,15 @@ class Allotment:
 
     #: The limits in force.
     terms: Terms
+    #: The tags of which no checkout is to be served: since when, and by whom.
+    pauses: Mapping[str, str]
     #: Its row: the slots that it owns, what it posted.
     row: Member
     #: The slots that it is to have.
     target: int
-    #: By tag: what it got of what it posted, and what is the most for its pool; `other`
-    #: is that of any other tag.
+    #: By tag, what it got of what it posted: without what is only kept for the tag.
     claims: Mapping[str, int]
-    ceilings: Mapping[str, int]
-    other: int
+    orders: Orders
     #: Slots wanted by any member that there are not.
     unmet: int
     #: Tags under which it is asked to yield, and how many are asked of all members.

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..diagnosis.report import Elsewhere, Others
 from ..scheduling import policy
-from ..stats import TagStats
+from ..stats import TagStats, decode
 from .book import Book
 from .errors import LedgerError
 from .overview import (
@@ -29,7 +29,6 @@ from .overview import (
     Part,
     ProcessRow,
     compile_overview,
-    decode,
     utc_now,
 )
 from .overview_text import printable
@@ -130,6 +129,7 @@ class LedgerReport:
             "server": book.server,
             "fresh": book.is_fresh,
             "unasked": self.unasked,
+            "paused": book.pauses,
             "members": members,
             "left": [asdict(row) for row in self.left()],
             "gone": gone,
@@ -138,8 +138,7 @@ class LedgerReport:
 
 def read(store: Store) -> LedgerReport:
     """Return what an open store holds; a LedgerError if no member has ever joined."""
-    with store.transaction() as rows:
-        book = Book(dict(rows))
+    book = Book(dict(store.read()))
     if book.meta is None:
         raise LedgerError(f"the ledger {store.name} is empty: no process has joined")
     living = store.living(list(book.members))
@@ -195,8 +194,7 @@ class Inspector:
         :raises LedgerError: if it cannot be used, or has no member yet.
         """
         self._store.open()
-        with self._store.transaction() as rows:
-            there = Book(rows).members
+        there = Book(dict(self._store.read())).members
         said = self._ask(self._store.living(list(there)))
         # After the answers: sessions that they tell of are posted by then.
         report = read(self._store)
@@ -223,6 +221,7 @@ class Inspector:
             registered=registered,
             left=report.left(),
             taken_at=utc_now(),
+            paused=book.pauses,
         )
 
     def close(self) -> None:
@@ -271,6 +270,8 @@ class Inspector:
             open=None if said is None else said.get("open"),
             number=member.number,
             asked=str(member.who.get("asked", "")),
+            paused=tuple((said or {}).get("paused", ())),
+            detached=(said or {}).get("detached", 0),
         )
         return Part(process, figures)
 

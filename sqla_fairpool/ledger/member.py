@@ -16,14 +16,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from typing import Any
 
 from ..scheduling.counters import BOUNDS, Histogram
 from ..stats import LedgerStats, Summary
 from .book import Book
 from .demand import Allotment, Demand, Local, Pace, PoolSide, State
-from .rows import Terms
+from .rows import Terms, in_order, limits_of_tags, member_key
 from .store import Store, StoreAway
 from .transaction import has_news, settle
 from .watch import Findings, Sessions, Watch
@@ -52,6 +52,7 @@ class Membership:
 
     def __post_init__(self, local: Local, sessions: Sessions | None) -> None:
         self._pool = PoolSide(local)
+        self._pool.named = limits_of_tags(self.terms.tags).given
         self._demand = Demand(self.pace)
         self.watch = Watch(self.store, sessions, self.pace)
         self.is_open = False
@@ -74,6 +75,8 @@ class Membership:
         self._strangers = 0
         # We have put slots into quarantine and look until they are out.
         self._guards = False
+        # The server that was last posted as that of our sessions.
+        self._server: str | None = None
         # Our sign of life may have been lost; write something, so that others see.
         self._returning = False
 
@@ -109,6 +112,7 @@ class Membership:
             or bool(has.asked)
             or bool(self.vain)
             or self._guards
+            or bool(has.pauses and has.gone)
         )
 
     def rung(self, now: float) -> None:
@@ -136,15 +140,29 @@ class Membership:
                 self._look_at = self._slow_at = now + self.pace.slow
             return
         post = (
-            asked
+            (asked and not (has.covered and state.open <= has.row.owned))
             or bool(state.lost)
-            or not state.sessions.issubset(has.row.sessions)
             or has.row.owned > max(self._pool.allowed, state.open)
             or self._returning
+            or state.server != self._server
             or self._demand.is_news(state.tags, now)
         )
-        if post or rung or now >= self._look_at:
+        if not state.sessions.issubset(has.row.sessions):
+            noted = not post and self._note_sessions(state, has)
+            post, asked = post or not noted, asked and not noted
+        if post or asked or rung or now >= self._look_at:
             self._look(now, state, post)
+
+    def _note_sessions(self, state: State, has: Allotment) -> bool:
+        """Have new sessions in our row if nothing else is news, without a reading."""
+        sessions, beat = in_order(state.sessions), has.row.beat + 1
+        row = replace(has.row, sessions=sessions, beat=beat)
+        self.transactions += 1
+        key, before = member_key(self.store.member), has.row.text
+        if not self.store.swap(key, before, row.text):
+            return False
+        self._demand.allotment = replace(has, row=row)
+        return True
 
     def away(self) -> None:
         """The store is away: what is owned is kept if the sign of life stands.
@@ -210,6 +228,11 @@ class Membership:
             yield rows
         self.rows = rows
 
+    def _read(self) -> Mapping[str, str]:
+        self.transactions += 1
+        self.rows = self.store.read()
+        return self.rows
+
     def _join(self, now: float, state: State) -> None:
         """Become a member, in one transaction as a rule."""
         key, dead = self.store.member, dict[str, str]()
@@ -264,42 +287,43 @@ class Membership:
         has, key = self._demand.known, self.store.member
         posted = self._demand.steady(state.tags, now)
         all_there = self._are_all_there(has)
+        is_due = post or findings or has.fresh is not None
+        # As a rule there is no news, and nobody has to wait for this look.
+        if not is_due and not has_news(self._read(), key, has):
+            self._plan_looks(now)
+            return True
         told = None
         with self._transaction() as rows:
-            if post or findings or has.fresh is not None or has_news(rows, key, has):
-                book = Book(rows)
-                if findings is not None:
-                    findings.apply(book)
-                if all_there is not None:
-                    book.confirm(all_there)
-                if key in book.members and not book.note_server(key, state.server):
-                    # As a newcomer, it may be refused. What it had open at the other
-                    # server is in its row.
-                    there = book.members[key].sessions
-                    book.leave(key, len(there), there)
-                if key in book.members:
-                    told = settle(
-                        *(book, key, state, posted, self._pool.allowed),
-                        ready=self._demand.ready(now),
-                        keep=True,
-                        # It answers, though it may have nothing to give yet.
-                        sign=self._returning or key in book.due,
-                        unasked=self.watch.unasked,
-                    )
-                    self._see(book)
-                else:
-                    self._demand.allotment = None
-                    book.tell()
-        if self.allotment is None:
+            book = Book(rows)
+            if findings is not None:
+                findings.apply(book)
+            if all_there is not None:
+                book.confirm(all_there)
+            if key in book.members and not book.note_server(key, state.server):
+                # As a newcomer, it may be refused. What it had open at the other
+                # server is in its row.
+                there = book.members[key].sessions
+                book.leave(key, len(there), there)
+            if key in book.members:
+                told = settle(
+                    *(book, key, state, posted, self._pool.allowed),
+                    ready=self._demand.ready(now),
+                    keep=True,
+                    # It answers, though it may have nothing to give yet.
+                    sign=self._returning or key in book.due,
+                    unasked=self.watch.unasked,
+                )
+                self._see(book)
+            else:
+                self._demand.allotment = None
+                book.tell()
+        if told is None:
             # Taken for dead, or the ledger was reset: as a newcomer, with the number
             # we had and the connections that are open.
             self._join(now, state)
             return False
-        self._returning = False
-        if told is not None:
-            self._obey(told, now)
-        else:
-            self._plan_looks(now)
+        self._returning, self._server = False, state.server
+        self._obey(told, now)
         return True
 
     def _are_all_there(self, has: Allotment) -> frozenset[str] | None:
@@ -317,11 +341,12 @@ class Membership:
         self.number = allotment.row.number
         if allotment.terms != self.terms:
             self._adopt(allotment.terms)
+        self._pool.pause(allotment.pauses)
         if allotment.buried:
             self._pool.bury(allotment.buried)
             self._guards = True
         slots = min(allotment.row.owned, allotment.target)
-        self._pool.tell(slots, allotment.ceilings, allotment.other)
+        self._pool.tell(slots, allotment.orders)
         if allotment.bells:
             self.store.ring(allotment.bells)
         if allotment.row.pressed != self.pressed:
@@ -339,6 +364,7 @@ class Membership:
             self.terms.differences(terms),
         )
         self.terms = terms
+        self._pool.named = limits_of_tags(terms.tags).given
         self._pool.local.adopt(terms)
 
     def set_terms(self, terms: Terms) -> None:
@@ -377,11 +403,12 @@ class Membership:
         if (has := self.allotment) is None:
             return
         suspects = bool(self.vain) or has.row.owned < has.target or bool(has.gone)
-        starved = has.starved if suspects else None
+        # Who has paused waits for the end of those sessions, too.
+        short = has.members if has.pauses else has.starved
+        starved = short if suspects else None
         if not self.watch.is_due(now, starved, self.chance, patrol, self._guards):
             return
-        with self._transaction() as rows:
-            book = Book(dict(rows))
+        book = Book(dict(self._read()))
         self._see(book)
         findings = self.watch.look(book, self.store.member, now)
         if findings.any or self.watch.unasked != has.row.unasked:

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from time import gmtime, strftime
 from typing import Any, NamedTuple
 
 from ..options import PoolOptions
 from ..scheduling import policy
 from ..scheduling.limits import LimitsByTag, TagLimits
-from ..stats import SHARED, TagStats
+from ..stats import TOLD, TagStats
 
 #: Seconds after which a connection that is out is worth a warning.
 _LONG_HOLD = 60.0
-#: Tags that one process names.
-_MAX_TAGS = 256
-_REST = ""
 _FREE = "are free for whoever comes next"
 
 
@@ -45,6 +42,10 @@ class ProcessRow:
     number: int | None = None
     #: Limits that it asked for when it joined, which are not those of the ledger.
     asked: str = ""
+    #: The tags of which it serves no checkout, `ALL` for all.
+    paused: tuple[str, ...] = ()
+    #: Connections that its users have taken out of the pool.
+    detached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,8 @@ class Overview:
     taken_at: str = ""
     #: What those have left behind that are gone.
     left: tuple[LeftRow, ...] = ()
+    #: The tags that the ledger has paused, `ALL` for all: since when, and by whom.
+    paused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def available(self) -> int:
@@ -207,6 +210,7 @@ class Overview:
         return {
             "taken_at": self.taken_at,
             "ledger": self.ledger,
+            "paused": dict(self.paused),
             "pool": {
                 **asdict(self.limits),
                 "tags": {
@@ -244,34 +248,6 @@ def utc_now() -> str:
     return strftime("%Y-%m-%dT%H:%M:%SZ", gmtime())
 
 
-def condensed(rows: Sequence[TagStats]) -> Sequence[TagStats]:
-    """Return the rows that a process shows to others.
-
-    Of very many those that want most; the others are summed up under the name of none.
-    """
-    if len(rows) <= _MAX_TAGS:
-        return rows
-    ordered = sorted(
-        rows, key=lambda row: (-row.connections - row.waiting, not row.active, row.name)
-    )
-    rest = TagStats.merged(_REST, ordered[_MAX_TAGS:])
-    return [*ordered[:_MAX_TAGS], rest]
-
-
-#: What a process tells others of each tag.
-_TOLD = ("name", *SHARED)
-
-
-def encode(rows: Sequence[TagStats]) -> list[dict[str, Any]]:
-    """Return what a process tells others of its tags, ready for JSON."""
-    return [{name: getattr(row, name) for name in _TOLD} for row in condensed(rows)]
-
-
-def decode(rows: Iterable[Mapping[str, Any]]) -> list[TagStats]:
-    """Return the rows of :func:`encode`. A later version may tell more."""
-    return [TagStats(**{n: row[n] for n in _TOLD if n in row}) for row in rows]
-
-
 def compile_overview(
     parts: Iterable[Part],
     limits: Limits,
@@ -281,6 +257,7 @@ def compile_overview(
     left: Sequence[LeftRow] = (),
     warnings: Iterable[str] = (),
     taken_at: str = "",
+    paused: Mapping[str, str] | None = None,
 ) -> Overview:
     """Put what the processes tell into one picture.
 
@@ -306,10 +283,23 @@ def compile_overview(
         strategy=policy.strategy(
             sum(row.active for row in scrapers), limits.soft_limit, limits.max_limit
         ),
-        warnings=(*warnings, *map(str, left), *_warnings(scrapers, processes)),
+        warnings=(
+            *warnings,
+            *_pauses(paused or {}),
+            *map(str, left),
+            *_warnings(scrapers, processes),
+        ),
         taken_at=taken_at,
         left=tuple(left),
+        paused=paused or {},
     )
+
+
+def _pauses(paused: Mapping[str, str]) -> Iterable[str]:
+    """Return what an operator is to know of what the ledger has paused."""
+    for tag, since in sorted(paused.items()):
+        what, flag = (f"tag {tag!r}", f" --tag {tag}") if tag else ("all", "")
+        yield f"{what} paused since {since}, until `ledger resume{flag}`"
 
 
 def _rules(
@@ -361,7 +351,7 @@ def _scrapers(
         if processes and all(process.state != "answers" for process in processes):
             status = "silent"
         row = ScraperRow(
-            **{name: getattr(tag, name) for name in _TOLD},
+            **{name: getattr(tag, name) for name in TOLD},
             limit=ceiling,
             fair_share=share,
             weight=one.weight,

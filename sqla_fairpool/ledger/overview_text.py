@@ -7,9 +7,10 @@ module has been through :func:`printable`, so that it cannot control a terminal.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
+from ..stats import TagStats
 from .overview import Overview, ScraperRow
 
 #: Characters of the bar that shows the utilization.
@@ -26,6 +27,13 @@ def printable(text: str) -> str:
         char if char.isprintable() else char.encode("unicode_escape").decode()
         for char in text
     )
+
+
+def since_and_by(who: Mapping[str, Any]) -> str:
+    """Return since when a process, described for people, has done something."""
+    keys = ("since", "program", "host", "pid")
+    parts = {key: str(who.get(key, "?")) for key in keys}
+    return printable("{since} by {program} ({host}:{pid})".format(**parts))
 
 
 def seconds_text(seconds: float | None) -> str:
@@ -112,6 +120,34 @@ COLUMNS: Sequence[Column] = (
 )
 
 
+def own_text(row: TagStats) -> str:
+    """Return what a tag has of its own: ``weight 3, max 2, 1 reserved``."""
+    found = [f"weight {row.weight:g}"] if row.weight != 1 else []
+    found += [f"max {row.max}"] if row.max is not None else []
+    found += [f"{row.reserved} reserved"] if row.reserved else []
+    return ", ".join(found) or "-"
+
+
+#: Where it matters what is a tag's own, and what it has used.
+_OWN_COLUMNS = (
+    Column("used", lambda row: seconds_text(row.usage)),
+    Column("own limits", own_text, False),
+)
+
+
+def columns(overview: Overview) -> Sequence[Column]:
+    """Return the columns of the table.
+
+    With those of tags' own limits and usage if there are such limits, or more tags
+    than connections.
+    """
+    rows, capacity = overview.scrapers, overview.limits.capacity
+    is_plain = all(own_text(row) == "-" for row in rows)
+    if is_plain and overview.active_scrapers <= capacity:
+        return COLUMNS
+    return (*COLUMNS[:-1], *_OWN_COLUMNS, COLUMNS[-1])
+
+
 def cells(text: str) -> int:
     """Return how many terminal columns a text takes: two for a wide character."""
     return sum(
@@ -131,16 +167,17 @@ def cut(text: str, width: int) -> str:
     return text + dots
 
 
-def _table(rows: Sequence[ScraperRow]) -> list[str]:
+def _table(overview: Overview) -> list[str]:
+    rows, shown = overview.scrapers, columns(overview)
     if not rows:
         return ["no scrapers"]
-    table = [[column.heading for column in COLUMNS]]
-    table += [[column.text(row) for column in COLUMNS] for row in rows]
+    table = [[column.heading for column in shown]]
+    table += [[column.text(row) for column in shown] for row in rows]
     widths = [max(map(cells, texts)) for texts in zip(*table, strict=True)]
     lines = []
     for texts in table:
         padded = []
-        for text, width, column in zip(texts, widths, COLUMNS, strict=True):
+        for text, width, column in zip(texts, widths, shown, strict=True):
             space = " " * (width - cells(text))
             padded.append(space + text if column.is_number else text + space)
         lines.append("  ".join(padded).rstrip())
@@ -157,7 +194,7 @@ def lines(overview: Overview, width: int | None = None) -> list[str]:
         where = f"ledger {printable(overview.ledger)}"
     full = min(round(overview.utilization * _BAR), _BAR)
     bar = f"[{'#' * full}{'-' * (_BAR - full)}]"
-    table = _table(overview.scrapers)
+    table = _table(overview)
     return [
         f"{time_text(overview)}  {where}".strip(),
         f"Pool: {pool_text(overview)}",

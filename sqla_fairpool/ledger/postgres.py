@@ -9,6 +9,11 @@ lock.
 Rules of this file:
 
 * Only the keeper's thread uses the control connection; a nudge goes through a pipe.
+* The server may be far away. What can be said at once is one message of several
+  statements; while the lock is held there is one round trip, from the reading of the
+  rows to the message that writes and commits. The server serves the lock in turn.
+* Each message is answered within :data:`_ANSWER_WITHIN`, or the connection is hung up
+  on, and lost.
 * A session that ends takes the sign of life with it while the process lives on. That
   is known from then on (`signed`), until the store is opened again.
 * Tables may be dropped, or restored from a copy, while members live. So what all
@@ -23,21 +28,36 @@ import ctypes
 import hashlib
 import os
 import uuid
-from collections.abc import Collection, Iterable, Iterator, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import DBAPIError, ProgrammingError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from . import watch
 from .errors import LedgerError
-from .postgres_tables import Heard, Tables, first_line, make_engine, notifications
+from .postgres_tables import (
+    END_HOLDERS,
+    SIGNS,
+    Heard,
+    Line,
+    Tables,
+    execute,
+    first_line,
+    literal,
+    literals,
+    make_engine,
+    notifications,
+)
 from .store import Store, StoreAway, drain, notify, wait_for
 
 #: How long a transaction waits for another one, and for the server.
-_LOCK_TIMEOUT, _STATEMENT_TIMEOUT = "2s", "5s"
+_LOCK_TIMEOUT, _STATEMENT_TIMEOUT = "4s", "5s"
+#: Seconds until an answer is there, or the connection is taken to be lost: the server
+#: itself answers within its time limits, with an error if need be.
+_ANSWER_WITHIN = 8.0
 #: What a notification says when its receiver is to publish.
 _ASK = "ask"
 #: First key of the locks for transactions (any number would do; this one is "fair"),
@@ -47,24 +67,7 @@ _EXCLUSIVE, _CREATION = 0x66616972, 0
 _MISSING = frozenset({"42P01", "3F000"})
 #: And the one for a write on a server that may not be the one to write to any more.
 _DEMOTED = "25006"
-# A level that a role may have by default would show the rows as they were before the
-# lock was there.
-_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
-
-_SIGNS = """
-    SELECT pid, (classid::bigint << 32) | objid::bigint FROM pg_locks
-    WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND database =
-    (SELECT oid FROM pg_database WHERE datname = current_database())
-"""
-
-
-# Of another role's session that would be an error.
-_END_HOLDERS = (
-    "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_stat_activity USING (pid) "
-    "WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND database = datid "
-    "AND datname = current_database() AND usename = current_user "
-    "AND (classid::bigint << 32) | objid::bigint = :sign AND pid <> pg_backend_pid()"
-)
+_LOCK = f"SELECT pg_advisory_xact_lock({_EXCLUSIVE}, {{lock}})"
 
 
 class PostgresStore(Store):
@@ -82,7 +85,8 @@ class PostgresStore(Store):
     def __init__(
         self, url: URL, ledger: str = "default", *, observes: bool = False
     ) -> None:
-        self._engine = make_engine(url)
+        self._url = url
+        self._engine = make_engine(url, self._connected)
         self._observes = observes
         # Of the place: the lock that each member shares, as a key of its own and as a
         # second one, and the channel to which all listen.
@@ -101,6 +105,7 @@ class PostgresStore(Store):
         #: The identity of the server, once it is connected.
         self.server: str | None = None
         self._connection: Connection | None = None
+        self._line: Line | None = None
         # The tables were found. Not the same as being connected: see `_miss_tables`.
         self._is_open = False
         self._inbox: list[Heard] = []
@@ -133,8 +138,11 @@ class PostgresStore(Store):
                 with self._translated():
                     self._connection = self._engine.connect()
                 self._prepare()
-            with self._exclusive(_CREATION):
-                self._tables.open()
+            if not self._tables.find():
+                with self._rolled_back():
+                    self._run("BEGIN", _LOCK, lock=_CREATION)
+                    self._tables.open()
+                    self._run("COMMIT")
             if not is_connected and not self._observes:
                 self._appear()
         except BaseException:
@@ -144,15 +152,21 @@ class PostgresStore(Store):
             raise
         self.signed = self._is_open = True
 
+    def _connected(self, driver_connection: Any) -> None:
+        self._line = Line(driver_connection.fileno())
+        self._line.expect(_ANSWER_WITHIN)  # to what the dialect asks first
+
     def _prepare(self) -> None:
         # A process that is stopped in a transaction must not keep the others from
         # theirs. Its session is ended, and with it its sign of life: it finds that out.
-        for setting, time in (
-            ("lock_timeout", _LOCK_TIMEOUT),
-            ("statement_timeout", _STATEMENT_TIMEOUT),
-            ("idle_in_transaction_session_timeout", _STATEMENT_TIMEOUT),
-        ):
-            self._run(f"SET {setting} = '{time}'")
+        self._run(
+            f"SET lock_timeout = '{_LOCK_TIMEOUT}'",
+            f"SET statement_timeout = '{_STATEMENT_TIMEOUT}'",
+            f"SET idle_in_transaction_session_timeout = '{_STATEMENT_TIMEOUT}'",
+            # A level that a role may have by default would show the rows as they were
+            # before the lock was there.
+            "SET default_transaction_isolation = 'read committed'",
+        )
         driver, inbox = self._driver, self._inbox
         with self._cursor() as cursor:
             try:
@@ -169,12 +183,13 @@ class PostgresStore(Store):
         """Give the sign of life, at this place, and listen."""
         # The session before this one may hold it still: where only we have learned of
         # its end, the server would take minutes or hours to notice.
-        self._run(_END_HOLDERS, {"sign": self.sign})
-        for channel in (_channel(self.member), self._everybody):
-            self._run(f"LISTEN {channel}")
+        channels = (_channel(self.member), self._everybody)
         self._run(
-            f"SELECT pg_advisory_lock({self.sign}), "
-            f"pg_advisory_lock_shared({self._place})"
+            END_HOLDERS,
+            *(f"LISTEN {channel}" for channel in channels),
+            "SELECT pg_advisory_lock({sign}), pg_advisory_lock_shared({place})",
+            sign=self.sign,
+            place=self._place,
         )
 
     def close(self) -> None:
@@ -184,11 +199,14 @@ class PostgresStore(Store):
 
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
+        line, self._line = self._line, None
         self._is_open, self._inbox = False, []
         if connection is not None:
             with contextlib.suppress(SQLAlchemyError):
                 connection.invalidate()
                 connection.close()
+        if line is not None:
+            line.close()
 
     def _close_pipe(self) -> None:
         for end in self._pipe or ():
@@ -204,31 +222,43 @@ class PostgresStore(Store):
                 os.close(nothing)
             for one in (self._driver, self._connection):
                 ctypes.pythonapi.Py_IncRef(ctypes.py_object(one))
+        if self._line is not None:
+            self._line.after_fork()
+        # Another thread may be in the first connect of this one, under a lock.
+        self._engine = make_engine(self._url, self._connected)
         self._close_pipe()
         self._begin()
 
     @contextmanager
     def transaction(self) -> Iterator[MutableMapping[str, str]]:
-        if not self._is_open:
-            raise StoreAway("the ledger is not open")
-        with self._exclusive(self._exclusion):
-            before = self._tables.read()
-            if before is None:
-                self._miss_tables()
-                why = "the ledger was deleted from its tables, or made anew"
-                raise StoreAway(f"{self.name}: {why}")
+        with self._rolled_back():
+            before = self._rows("BEGIN", _LOCK)
             rows = dict(before)
             yield rows
-            self._tables.write(before, rows)
+            self._tables.write(before, rows, "COMMIT")
+
+    def read(self) -> Mapping[str, str]:
+        return self._rows()
+
+    def swap(self, key: str, before: str, after: str) -> bool:
+        lock = _LOCK.format(lock=self._exclusion)
+        return self._tables.swap(lock, key, before, after)
+
+    def _rows(self, *before: str) -> dict[str, str]:
+        if not self._is_open:
+            raise StoreAway("the ledger is not open")
+        rows = self._tables.read(*before, lock=self._exclusion)
+        if rows is None:
+            self._miss_tables()
+            why = "the ledger was deleted from its tables, or made anew"
+            raise StoreAway(f"{self.name}: {why}")
+        return rows
 
     @contextmanager
-    def _exclusive(self, key: int) -> Iterator[None]:
-        """A transaction of the server's that no other with the same key overlaps."""
+    def _rolled_back(self) -> Iterator[None]:
+        """End a transaction, which is begun here, if it has not come to its commit."""
         try:
-            self._run(_BEGIN)
-            self._run(f"SELECT pg_advisory_xact_lock({_EXCLUSIVE}, {key})")
             yield
-            self._run("COMMIT")
         except BaseException:
             with contextlib.suppress(SQLAlchemyError, StoreAway, LedgerError):
                 self._run("ROLLBACK")
@@ -244,9 +274,12 @@ class PostgresStore(Store):
     def _driver(self) -> Any:
         return self._live.connection.driver_connection
 
-    def _run(self, statement: str, values: Any = None) -> Any:
+    def _run(self, *statements: str, **values: object) -> list[Any]:
+        """Execute statements in one round trip; return the rows of the last one."""
+        texts = {name: literal(value) for name, value in values.items()}
+        message = "; ".join(statements).format_map(texts)
         with self._translated():
-            return self._live.execute(text(statement), values)
+            return execute(self._driver, message)
 
     @contextmanager
     def _cursor(self) -> Iterator[Any]:
@@ -261,25 +294,35 @@ class PostgresStore(Store):
     @contextmanager
     def _translated(self) -> Iterator[None]:
         """Raise `StoreAway` or `LedgerError` for what the server or the driver says."""
+        line = self._line
+        watch = (
+            contextlib.nullcontext()
+            if line is None
+            else line.answers_within(_ANSWER_WITHIN)
+        )
         try:
-            yield
-        except DBAPIError as error:
-            words = first_line(error.orig)
+            with watch:
+                yield
+        except (DBAPIError, self._engine.dialect.loaded_dbapi.Error) as error:
+            said = getattr(error, "orig", error)
+            words = first_line(said)
+            if line is not None and line.is_cut:
+                words = f"no answer within {_ANSWER_WITHIN:g} s"
             # psycopg has the one, psycopg2 the other.
-            state = getattr(error.orig, "sqlstate", getattr(error.orig, "pgcode", None))
-            is_lost = error.connection_invalidated or state == _DEMOTED
-            if is_lost or self._connection is None:
+            state = getattr(said, "sqlstate", getattr(said, "pgcode", None))
+            if (
+                state in (None, _DEMOTED)
+                or self._connection is None
+                or self._driver.closed
+            ):
                 self._lost()
             elif state in _MISSING:
                 self._miss_tables()
                 words = f"the tables were dropped ({words})"
-            elif isinstance(error, ProgrammingError):
+            elif isinstance(said, self._engine.dialect.loaded_dbapi.ProgrammingError):
                 # Not allowed, or a table of another shape.
                 raise self._tables.unusable(words) from None
             raise StoreAway(f"{self.name}: {words}") from error
-        except self._engine.dialect.loaded_dbapi.Error as error:
-            self._lost()  # from a cursor of the driver's own
-            raise StoreAway(f"{self.name}: {first_line(error)}") from error
 
     def _lost(self) -> None:
         if self._connection is not None:
@@ -304,7 +347,7 @@ class PostgresStore(Store):
     def _signs(self) -> dict[int, set[int]]:
         """Return the keys that sessions hold, of members and of places."""
         signs: dict[int, set[int]] = {}
-        for pid, key in self._run(_SIGNS):
+        for pid, key in self._run(SIGNS):
             signs.setdefault(pid, set()).add(key)
         return signs
 
@@ -321,9 +364,11 @@ class PostgresStore(Store):
         self._notify(map(_channel, members), _ASK)
 
     def _notify(self, channels: Iterable[str], what: str) -> None:
-        values = [{"channel": channel, "what": what} for channel in channels]
-        if values:
-            self._run("SELECT pg_notify(:channel, :what)", values)
+        if names := literals([*channels]):
+            notifying = (
+                "SELECT pg_notify(name, {what}) FROM unnest(ARRAY[{names}]) name"
+            )
+            self._run(notifying, names=names, what=what)
 
     def wait(self, seconds: float | None) -> bool:
         assert self._pipe is not None

@@ -35,13 +35,18 @@ from .errors import LedgerError, RowBroken
 
 #: Version of the rows' meaning. Members refuse a ledger with a higher one, and raise
 #: a lower one when they join and no other member lives.
-PROTOCOL = 2
+PROTOCOL = 3
 
 META, TAGS, DUE, MEMBER, GONE = "meta", "tags", "due", "member/", "gone/"
 #: Why slots of a living member are in quarantine.
 LOST = "lost connections"
-#: Fields that rows of the protocol's first version do not have.
-_LATER = frozenset({"sessions", "unasked", "server", "fresh", "tags", "set_by"})
+#: Fields that rows of earlier versions of the protocol do not have.
+_LATER = frozenset(
+    {
+        *("sessions", "unasked", "server", "fresh", "tags", "set_by"),
+        *("kept", "used", "pauses"),
+    }
+)
 
 _T = TypeVar("_T")
 
@@ -100,10 +105,17 @@ def _reader(kind: Any) -> Callable[[Any], Any]:
         of = _reader(kinds[0])
         return lambda row: tuple(map(of, _checked(row, (list,))))
     if hasattr(kind, "_fields"):
-        of_each = [*_field_readers(kind).values()]
-        most = len(of_each)
+        named = _field_readers(kind)
+        later = [read_one for name, read_one in named.items() if name in _LATER]
+        first = [*named.values()][: len(named) - len(later)]
         return lambda row: kind(
-            *(r(v) for r, v in zip(of_each, _checked(row, (list,))[:most], strict=True))
+            *(
+                r(v)
+                for r, v in zip(
+                    first, _checked(row, (list,))[: len(first)], strict=True
+                )
+            ),
+            *(r(v) for r, v in zip(later, row[len(first) :], strict=False)),
         )
     allowed = (int, float) if kind is float else kinds or (kind,)
     return lambda value: value if kind is Any else _checked(value, allowed)
@@ -159,6 +171,10 @@ class TagDemand(NamedTuple):
     #: Its place among the tag's members, and the tag's ceiling as far as it knows.
     place: int = 0
     limit: int = 0
+    #: Slots that its process owns and that only the tag may use: of its reserve.
+    kept: int = 0
+    #: What it has used lately: connection-seconds that decay.
+    used: float = 0.0
 
     @property
     def wants(self) -> int:
@@ -233,6 +249,8 @@ class Meta(_Row):
     protocol: int = PROTOCOL
     #: For people: who has set the terms, and since when they are in force.
     set_by: Mapping[str, Any] = field(default_factory=dict)
+    #: By tag, or under `ALL`: who has paused it, likewise.
+    pauses: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +272,11 @@ class Member(_Row):
     sessions: tuple[Session, ...] = ()
     #: Why it cannot ask the server for sessions, if it has tried in vain.
     unasked: str | None = None
+
+    @property
+    def kept(self) -> int:
+        """Of its slots those that only one tag may use."""
+        return sum(line.kept for line in self.tags.values())
 
 
 # Of many members' rows few change between two looks.

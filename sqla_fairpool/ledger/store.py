@@ -60,6 +60,25 @@ class Store(Protocol):
         """
         ...
 
+    def read(self) -> Mapping[str, str]:
+        """Return the rows that there are, of one moment, without the lock if possible.
+
+        :raises StoreAway: as :meth:`transaction`.
+        """
+        with self.transaction() as rows:
+            return rows
+
+    def swap(self, key: str, before: str, after: str) -> bool:
+        """Write a row if it stands there as it was `before`; return if it did.
+
+        :raises StoreAway: as :meth:`transaction`.
+        """
+        with self.transaction() as rows:
+            stands = rows.get(key) == before
+            if stands:
+                rows[key] = after
+        return stands
+
     def living(self, members: Collection[str]) -> set[str]:
         """Return those whose sign of life stands, by kernel or server, not by time.
 

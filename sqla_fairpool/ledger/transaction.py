@@ -10,8 +10,17 @@ from dataclasses import replace
 
 from .allocation import TURN, Allocation
 from .book import Book
-from .demand import Allotment, State
-from .rows import DUE, Member, Session, TagDemand, in_order, member_key, read
+from .demand import Allotment, Orders, State
+from .rows import (
+    DUE,
+    Member,
+    Session,
+    TagDemand,
+    in_order,
+    limits_of_tags,
+    member_key,
+    read,
+)
 
 
 def has_news(rows: Mapping[str, str], member: str, allotment: Allotment) -> bool:
@@ -62,17 +71,19 @@ def settle(
         least = min(plan.targets[key], floor)
         plan.targets[key] = max(least, plan.claimed[key])
     member, target = book.members[key], plan.targets[key]
-    owned = member.owned
+    owned, more = member.owned, 0
     if owned > target:
         owned = min(owned, max(target, floor))
     else:
-        owned += plan.grants(book.members, book.free).get(key, 0)
+        more = plan.grants(book.members, book.free).get(key, 0)
+    kept = plan.kept_at(key, member, more)
+    owned += more
     member = replace(
         member,
         owned=owned,
         pressed=plan.presses(key, member.tags),
         tags={
-            tag: line._replace(limit=plan.limits[tag, key])
+            tag: line._replace(limit=plan.limits[tag, key], kept=kept.get(tag, 0))
             for tag, line in member.tags.items()
         },
     )
@@ -96,13 +107,15 @@ def _covering(book: Book, member: Member, state: State) -> Member:
 def _post(book: Book, key: str, demand: Mapping[str, TagDemand]) -> None:
     """Write down what is wanted, with places for what was not wanted before."""
     member, tags = book.members[key], {}
+    reserves = limits_of_tags(book.terms.tags).reserves
     for tag, want in demand.items():
         if want.wants or want.active:
             line = member.tags.get(tag, TagDemand())
-            place = (line.place or book.next_place()) if want.wants else 0
+            has_place = want.wants or tag in reserves
+            place = (line.place or book.next_place()) if has_place else 0
             if tag not in book.places:
                 book.places[tag] = book.next_place()
-            tags[tag] = want._replace(place=place, limit=line.limit)
+            tags[tag] = want._replace(place=place, limit=line.limit, kept=line.kept)
     book.members[key] = replace(member, tags=tags)
 
 
@@ -117,6 +130,17 @@ def _yield(book: Book, key: str, turns: Collection[str], plan: Allocation) -> No
     book.members[key] = replace(member, tags=tags)
 
 
+def _used_elsewhere(book: Book, key: str) -> Mapping[str, Mapping[str, float]]:
+    """Return what other members have used of tags that wait here."""
+    waiting = {tag for tag, line in book.members[key].tags.items() if line.waiting}
+    used: dict[str, dict[str, float]] = {}
+    for other, member in book.members.items():
+        for tag, line in member.tags.items() if other != key else ():
+            if line.used and tag in waiting:
+                used.setdefault(tag, {})[other] = line.used
+    return used
+
+
 def _allotment(
     book: Book,
     key: str,
@@ -127,17 +151,25 @@ def _allotment(
     bells = book.tell(plan)
     member = book.members[key]
     ceilings = {
-        tag: max(1, ceiling - plan.shares[tag])
+        tag: max(1, ceiling - plan.shares.get(tag, 0))
         for tag, ceiling in plan.ceilings.items()
     }
     ceilings |= {tag: line.limit for tag, line in member.tags.items()}
     return Allotment(
         terms=book.terms,
+        pauses=book.pauses,
         row=member,
         target=plan.targets[key],
-        claims={tag: plan.claims.get((tag, key), 0) for tag in member.tags},
-        ceilings=ceilings,
-        other=plan.newcomer,
+        claims={
+            tag: min(plan.claims.get((tag, key), 0), line.wants)
+            for tag, line in member.tags.items()
+        },
+        orders=Orders(
+            ceilings,
+            plan.newcomer,
+            {tag: line.kept for tag, line in member.tags.items() if line.kept},
+            _used_elsewhere(book, key) if plan.unmet else {},
+        ),
         unmet=plan.unmet,
         asked=frozenset(tag for tag, asked in plan.asked if asked == key),
         turns=len(plan.asked),

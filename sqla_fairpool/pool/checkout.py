@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -14,6 +14,9 @@ from ..options import PoolOptions
 from ..scheduling.ticket import FREE, GRANTED, Ticket
 from .physical import PhysicalConnection
 from .waiters import Waiter
+
+if TYPE_CHECKING:
+    from .warm import WarmCache
 
 __all__ = ["Checkout", "Core", "Generation", "Opener", "Record", "RecordState"]
 
@@ -27,6 +30,8 @@ class Core(Protocol):
     def clock(self) -> Callable[[], float]: ...
     @property
     def options(self) -> PoolOptions: ...
+    @property
+    def warm(self) -> WarmCache: ...
     @property
     def here(self) -> ThreadHere | TaskHere: ...
 
@@ -106,6 +111,7 @@ class Checkout(Ticket):
         "__weakref__",
         "alive",
         "asked",
+        "borrowed",
         "core",
         "holder",
         "may_keep",
@@ -139,6 +145,8 @@ class Checkout(Ticket):
         self.may_keep = False
         #: It is kept warm.
         self.warm = False
+        #: Its caller has said no tag yet, and it is charged to that which had it warm.
+        self.borrowed = False
         #: Who asked for it, or used it last. Stale while it is warm.
         self.holder: Caller | None = None
         #: When a statement was last executed, by any caller.

@@ -21,8 +21,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ..diagnosis.callers import locations
-from ..diagnosis.event_log import LeakWatch
 from ..options import PoolOptions
 from ..scheduling.dry_run import DryRunScheduler
 from ..scheduling.scheduler import Scheduler
@@ -40,7 +38,7 @@ from .transitions import Transitions
 from .waiters import Waiter
 from .waiting import Waiting
 
-__all__ = ["PoolCore", "TracedCore"]
+__all__ = ["PoolCore"]
 
 _numbers = itertools.count(1)
 
@@ -108,6 +106,9 @@ class PoolCore:
             options, self.here, self.lock, self.scheduler, self.connections, self.slots
         )
         self.warm = self.state.warm
+        #: The tag of those that may borrow. A server that knows the tag of a session
+        #: would not be told that it has changed.
+        self._may_borrow = None if options.server_tag else options.default_tag
         self.nested = NestedCheckouts(self.state)
         self.housekeeping = Housekeeping(self.state, self._use_lifo)
         self._waiting = Waiting(self.state, self.housekeeping, self._waiter_class)
@@ -143,6 +144,8 @@ class PoolCore:
                 return self.nested.lend(Checkout(self), tag, opener)
             self.lock.run(housekeeping.hand_over, opener.generation)
         records, record = self.warm.by_tag.get(tag), None
+        if not records and tag == self._may_borrow:
+            records = self.warm.latest
         if records:
             try:
                 record = records.pop(self.connections.end)
@@ -157,23 +160,20 @@ class PoolCore:
             scheduler.waiting
             or now >= housekeeping.next_visit
             or tag_state.in_use > tag_state.safe_ceiling.value
-            or not (
-                tag_state.prompt
-                or (
-                    tag_state.silent
-                    and tag_state.in_use <= scheduler.ceiling(tag_state)
-                )
-            )
+            or not (tag_state.prompt or tag_state.silent)
         ):
             # The slot is not this tag's to keep any more, or there is work to do.
-            self.warm.put(tag, record)
+            self.warm.put(tag_state.tag, record)
             return self._acquire(tag, opener, timeout)
         checkout.warm = False
-        checkout.again += 1
         checkout.holder = self.here.caller
         checkout.since = now
-        if tag_state.prompt:
-            tag_state.last_activity = now
+        if tag_state.tag == tag:
+            checkout.again += 1
+            if tag_state.prompt:
+                tag_state.last_activity = now
+        elif not self.warm.borrow(record, tag):
+            return self._acquire(tag, opener, timeout)
         return record
 
     def _acquire(self, tag: str, opener: Opener, timeout: float | None) -> Record:
@@ -278,6 +278,7 @@ class PoolCore:
             waiting
             or checkout.warm
             or not checkout.may_keep
+            or checkout.borrowed
             or not (tag_state.prompt or tag_state.silent)
             or (
                 record.dbapi_connection is None
@@ -297,10 +298,12 @@ class PoolCore:
         if tag_state.prompt:
             tag_state.last_activity = now
         checkout.warm = True
+        warm = self.warm
         try:
-            records = self.warm.by_tag[tag_state.tag]
+            records = warm.by_tag[tag_state.tag]
         except KeyError:
-            records = self.warm.of(tag_state.tag)
+            records = warm.of(tag_state.tag)
+        warm.latest = records
         # Listed before, so that an interrupt leaves no record that is not found;
         # and after, if a section has looked in between.
         if not records.listed:
@@ -367,25 +370,6 @@ class PoolCore:
         self.slots.existing.failures = failures
         self.log_to(self.logger)
         self.slots.after_fork()
-
-
-class TracedCore(PoolCore):
-    """With ``leak_threshold``: notes where callers check out, and reports leaks."""
-
-    def _begin(self, options: PoolOptions) -> None:
-        super()._begin(options)
-        assert options.leak_threshold is not None
-        self.state.leaks = LeakWatch(self.state, options.leak_threshold)
-
-    def checkout(
-        self, tag: str, opener: Opener, timeout: float | None = None
-    ) -> Record:
-        assert self.state.leaks is not None
-        self.state.leaks.start()
-        stack = locations(self.here.frames())
-        record = super().checkout(tag, opener, timeout)
-        record.fair.checkout.stack = stack
-        return record
 
 
 _living: weakref.WeakSet[PoolCore] = weakref.WeakSet()

@@ -7,20 +7,28 @@ touched.
 
 from __future__ import annotations
 
+import os
+import threading
+import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Dialect
 from sqlalchemy.pool import Pool
 
+from ..ledger import host_file  # noqa: F401  (its hook at a fork, see below)
 from ..ledger.drivers import has_private_memory, warn_of_memory
 from ..scheduling.ticket import GRANTED
 from . import sqlalchemy_private
 from .core import PoolCore
 from .failover import note_mode
 
-__all__ = ["await_url", "observe", "warn_of_private_memory"]
+__all__ = ["await_url", "guard_first_connect", "observe", "warn_of_private_memory"]
+
+#: Seconds that a fork waits for a first connect: a few statements, as a rule.
+_FORK_WAITS = 5.0
 
 
 def observe(pool: Pool, core: PoolCore) -> None:
@@ -84,3 +92,41 @@ def warn_of_private_memory(pool: Any, dialect: Any) -> None:
                 warn_of_memory(f"{name} is of no use here")
 
         await_url(dialect, told)
+
+
+# -- fork ------------------------------------------------------------------------------
+
+# Held during the first connects of pools, by their number in this process.
+_first_connects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+def guard_first_connect(pool: Pool) -> None:
+    """Have a fork wait until the first connect of a pool of threads is over.
+
+    SQLAlchemy sets a dialect up in it, once and under a lock, which would be held for
+    ever in a child that is forked meanwhile. A thread may fork in its own one.
+    """
+    lock = threading.RLock()
+    _first_connects[id(lock)] = lock
+    sqlalchemy_private.guard_first_connects(pool, lock)
+
+
+def _before_fork() -> None:
+    for lock in _first_connects.copy().values():
+        lock.acquire(timeout=_FORK_WAITS)
+
+
+def _after_fork() -> None:
+    for lock in _first_connects.copy().values():
+        with suppress(RuntimeError):  # not had in time, or made by another thread
+            lock.release()
+
+
+if hasattr(os, "register_at_fork"):
+    # After the host store's, so that this one is called first: a first connect may wait
+    # for a transaction.
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=_after_fork,
+        after_in_child=_after_fork,
+    )

@@ -19,7 +19,8 @@ it; nothing else in the process is touched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Mapping
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -91,6 +92,8 @@ class _Hooks:
 
     def __init__(self, dialect: Dialect, option: str) -> None:
         self._option = option
+        self._ours = {option, TIMEOUT_OPTION}
+        self._check_out = self._check_out_again  # made once, not for each connection
         self._apply_to_engine = dialect.set_engine_execution_options
         self._apply = dialect.set_connection_execution_options
 
@@ -114,40 +117,44 @@ class _Hooks:
         self, connection: Connection, opts: Mapping[str, Any]
     ) -> None:
         before = accepted = _accepted_of(connection)
-        ours = {key: opts[key] for key in (self._option, TIMEOUT_OPTION) if key in opts}
+        after = now = connection.get_execution_options()
+        has_others = not self._ours.issuperset(opts)
         try:
-            if ours:
-                tag, timeout = None, ours.get(TIMEOUT_OPTION)
+            if not self._ours.isdisjoint(opts):
+                tag, timeout = None, opts.get(TIMEOUT_OPTION)
                 if timeout is not None:
                     validate_timeout(timeout, TIMEOUT_OPTION)
-                if self._option in ours:  # None is refused: it would say nothing
-                    tag = validate_tag(ours[self._option], self._option)
-                now = before.union(ours)
-                vars(connection)[_ACCEPTED] = now
+                if self._option in opts:  # None is refused: it would say nothing
+                    tag = validate_tag(opts[self._option], self._option)
+                if has_others:
+                    ours = {key: opts[key] for key in opts if key in self._ours}
+                    now = before.union(ours)
+                setattr(connection, _ACCEPTED, now)
                 sqlalchemy_private.check_out_by(connection, self._check_out)
-                _retag(connection, tag)
+                if tag is not None:
+                    _retag(connection, tag)
                 accepted = now
-            self._apply(connection, opts)
+            if has_others:
+                self._apply(connection, opts)
+                setattr(connection, _ACCEPTED, after)
         except BaseException:
             if connection.invalidated:
                 accepted = before  # there is no connection which could have the others
-            vars(connection)[_ACCEPTED] = accepted
+            setattr(connection, _ACCEPTED, accepted)
             sqlalchemy_private.set_options(connection, accepted)
             raise
-        if len(ours) < len(opts):
-            vars(connection)[_ACCEPTED] = before.union(opts)
 
-    def _check_out(
-        self, connection: Connection, check_out: Callable[[], PoolProxiedConnection]
-    ) -> PoolProxiedConnection:
+    def _check_out_again(self, ref: weakref.ref[Connection]) -> PoolProxiedConnection:
         """Check out again for a connection that has none.
 
         SQLAlchemy does not apply the options then, an isolation level say.
         """
+        connection = ref()
+        assert connection is not None
         options, outer = _accepted_of(connection), requested()
         make_request(self._request(connection.dialect, options, is_connections=True))
         try:
-            proxied = check_out()
+            proxied = sqlalchemy_private.check_out(connection)
         finally:
             make_request(outer)
         try:
@@ -172,7 +179,7 @@ class _Hooks:
 
 def _accepted_of(connection: Connection) -> Any:
     """Return the options that are in force on a connection, as SQLAlchemy has them."""
-    accepted = vars(connection).get(_ACCEPTED)
+    accepted = getattr(connection, _ACCEPTED, None)
     # The first that are set on it follow those with which it was made.
     return connection.engine.get_execution_options() if accepted is None else accepted
 
@@ -200,18 +207,19 @@ def _tag_engine(engine: Engine, request: Request) -> None:
     setattr(engine, raw_connection.__name__, raw_connection)
 
 
-def _retag(connection: Connection, tag: str | None) -> None:
+def _retag(connection: Connection, tag: str) -> None:
     """Charge a connection to the tag that was set on it, or have it wait there.
 
     If it is refused, it checks out again under its former tag when it is used next.
     """
-    if connection.closed or tag is None:
-        return
     record: Any = sqlalchemy_private.record_of(connection)
     fair: RecordState | None = getattr(record, "fair", None)
-    if fair is None or fair.checkout.tag_state.tag == tag:
-        return  # nothing to charge, or another class of pool
-    core, options = fair.checkout.core, fair.checkout.core.options
+    if fair is None:
+        return  # another class of pool
+    checkout = fair.checkout
+    if checkout.tag_state.tag == tag and not checkout.borrowed:
+        return
+    core, options = checkout.core, checkout.core.options
     if connection.in_transaction():
         raise BadState(
             "This connection has already initialized a SQLAlchemy Transaction() "
@@ -219,7 +227,9 @@ def _retag(connection: Connection, tag: str | None) -> None:
             "altered unless rollback() or commit() is called first."
         )
     try:
-        if not core.move(fair.checkout, tag):
+        if core.warm.claim(checkout, tag):
+            return
+        if not core.move(checkout, tag):
             sqlalchemy_private.check_out_again(connection)
         elif options.server_tag:
             _tell(connection)

@@ -18,13 +18,20 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import greenlet_spawn
 
 from ..checks import naming
+from ..diagnosis.callers import locations
+from ..diagnosis.event_log import LeakWatch
 from ..options import PoolOptions, describe_changes
 from ..scheduling.limits import TagLimits
 from ..tagging import blocks, context_tag
 from . import sqlalchemy_private
-from .checkout import Generation
-from .core import PoolCore, TracedCore
-from .events import await_url, observe, warn_of_private_memory
+from .checkout import Generation, Opener, Record
+from .core import PoolCore
+from .events import (
+    await_url,
+    guard_first_connect,
+    observe,
+    warn_of_private_memory,
+)
 from .execution_options import make_request, requested, watch_dialect
 from .failover import watch_errors
 from .figures import Figures
@@ -152,8 +159,8 @@ class FairQueuePool(Figures, Pausable, Pool):
         tags: Mapping[str, TagLimits] | None = None,
         usage_half_life: float = 10.0,
         enforce: bool = True,
+        on_other_terms: str = "adopt",  # by position, for create_engine() to know it
         *,
-        on_other_terms: str = "adopt",
         _core: PoolCore | None = None,
         **kw: Any,
     ) -> None:
@@ -164,7 +171,7 @@ class FairQueuePool(Figures, Pausable, Pool):
             if options.ledger is not None:
                 member = LedgerMember(self._waiter_class, options.default_tag)
             traced = options.leak_threshold is not None
-            _core = (TracedCore if traced else PoolCore)(
+            _core = (_TracedCore if traced else PoolCore)(
                 options, self._waiter_class, use_lifo, self._clock, member
             )
         self._core = _core
@@ -174,6 +181,8 @@ class FairQueuePool(Figures, Pausable, Pool):
             _core.housekeeping.owner = self.generation
         super().__init__(creator, **kw)
         _core.log_to(self.logger)
+        if not self._is_asyncio:
+            guard_first_connect(self)
         if owns:  # its successors inherit what listens
             observe(self, _core)
             if _core.options.server_tag:
@@ -344,6 +353,25 @@ class AsyncAdaptedFairQueuePool(AsyncPausable, FairQueuePool):
     async def upkeep(self) -> None:  # type: ignore[override]
         """Do what is left to the next visitor. See :meth:`FairQueuePool.upkeep`."""
         await greenlet_spawn(super().upkeep)
+
+
+class _TracedCore(PoolCore):
+    """With ``leak_threshold``: notes where callers check out, and reports leaks."""
+
+    def _begin(self, options: PoolOptions) -> None:
+        super()._begin(options)
+        assert options.leak_threshold is not None
+        self.state.leaks = LeakWatch(self.state, options.leak_threshold)
+
+    def checkout(
+        self, tag: str, opener: Opener, timeout: float | None = None
+    ) -> Record:
+        assert self.state.leaks is not None
+        self.state.leaks.start()
+        stack = locations(self.here.frames())
+        record = super().checkout(tag, opener, timeout)
+        record.fair.checkout.stack = stack
+        return record
 
 
 def _open_for_record(core: PoolCore, invoke: Callable[[Any], Any], record: Any) -> Any:

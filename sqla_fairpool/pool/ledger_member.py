@@ -22,6 +22,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 from sqlalchemy import exc
@@ -43,8 +44,8 @@ from .waiters import Waiter
 __all__ = ["LedgerMember"]
 
 #: Seconds that a new connection waits for the ledger to know it: a transaction takes a
-#: millisecond, one that waits for a stopped process two seconds.
-_CONFIRMED_WITHIN = 3.0
+#: millisecond, but waits for a stopped process, or for many that are far away.
+_CONFIRMED_WITHIN = 5.0
 
 #: Seconds after which the ledger is asked again if it did not confirm.
 _PAUSE = 0.02
@@ -238,12 +239,13 @@ class LedgerMember:
         self, core: PoolCore, now: float
     ) -> tuple[int, Mapping[str, TagDemand]]:
         tags = {}
-        is_paused = core.scheduler.tags.paused_at is not None
+        paused = core.scheduler.tags.paused
         for state in core.scheduler.tag_states.values():
             peak, state.peak = state.peak, state.in_use
             if peak or state.waiting or state.active:
-                waiting = 0 if is_paused else state.waiting
-                tags[state.tag] = TagDemand(peak, waiting, state.active)
+                waiting = state.waiting if paused(state.tag) is None else 0
+                used = round(core.scheduler.usage.seconds(state, now), 3)
+                tags[state.tag] = TagDemand(peak, waiting, state.active, used=used)
         detached = core.slots.existing.detached()
         if detached:
             default = tags.get(self._default_tag, TagDemand(0, 0, False))
@@ -258,10 +260,18 @@ class LedgerMember:
         if core is not None:
             core.lock.run(transition, core.state, *args)
 
-    def allot(self, slots: int, ceilings: Mapping[str, int], other: int) -> None:
-        """Set how many connections there may be, and the ceiling of each tag."""
+    def allot(
+        self,
+        slots: int,
+        ceilings: Mapping[str, int],
+        other: int,
+        reserves: Mapping[str, int] = MappingProxyType({}),
+        elsewhere: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+    ) -> None:
+        """Set how many connections there may be, and what each tag may have."""
         self.refusal = None
-        self._change(Transitions.allot, slots, ceilings, other)
+        orders = slots, ceilings, other, reserves, elsewhere
+        self._change(Transitions.allot, *orders)
 
     def sessions(self) -> Collection[Session]:
         """Return the server sessions that exist, as far as they are known."""
@@ -314,6 +324,13 @@ class LedgerMember:
     def freeze(self) -> None:
         """Let those connections be used that there are, and no other be opened."""
         self._change(Transitions.freeze)
+
+    def pause(self, pauses: Mapping[str, str]) -> None:
+        """Serve no checkout of the tags that the ledger has paused."""
+        core = self._core()
+        if core is not None:
+            core.lock.run(core.pausing.obey, pauses)
+            core.logger.info("Pool paused by its ledger: %s", pauses or "no more")
 
     def press(self, pressed: bool) -> None:
         """Call :meth:`ring` when a connection falls idle, or do not any more."""

@@ -17,11 +17,11 @@ from sqlalchemy.util import greenlet_spawn
 from ..ledger.addresses import make_store, needs_database
 from ..ledger.host import HostStore
 from ..ledger.keeper import Keeper
-from ..ledger.overview import encode
 from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Session, Terms
 from ..ledger.watch import Present, identify, look, other_ledgers, sign_stands
-from ..stats import TagStats
+from ..scheduling.tags import ALL
+from ..stats import TagStats, encode
 from .core import PoolCore
 from .endings import SocketCopy
 from .ledger_member import LedgerMember
@@ -65,11 +65,14 @@ def _figures(ref: weakref.ref[PoolCore]) -> dict[str, Any]:
     core = ref()
     if core is None:
         return {}
-    tags = snapshot(core).tags
+    stats = snapshot(core)
+    tags, everything = stats.tags, stats.paused_for is not None
     silent = set(core.announced).difference(row.name for row in tags)
     return {
         "size": core.options.pool_size,
         "open": core.lock.run(lambda now: core.slots.there()),
+        "paused": [*[ALL][:everything], *stats.paused_tags],
+        "detached": core.slots.existing.detached(),
         "tags": encode([*tags, *map(TagStats, sorted(silent))]),
     }
 

@@ -44,11 +44,13 @@ class NestedCheckouts:
         state = self._state
         if isinstance(state.here, TaskHere):
             refuse_inner_call("nothing can be awaited there")
-        if state.scheduler.tags.paused_at is not None:
+        if state.scheduler.tags.paused(tag) is not None:
             refuse_inner_call("the pool is paused")
         checkout.holder, checkout.since = state.here.caller, state.lock.clock()
         # Not one of the scheduler's, which may be about to change.
-        checkout.tag_state = TagState(tag, NO_LIMITS, False, Counters(), SafeCeiling(0))
+        checkout.tag_state = TagState(
+            tag, NO_LIMITS, 0, False, Counters(), SafeCeiling(0)
+        )
         loan = _Loan(checkout, tag)
         # First of all: another handler may come on top of this one.
         self.loans.append(loan)

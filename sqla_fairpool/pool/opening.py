@@ -18,6 +18,7 @@ from typing import Any, cast
 
 from sqlalchemy import exc
 
+from ..scheduling.tags import ALL
 from ..scheduling.ticket import GRANTED, LineFull, TagState
 from ..tagging import outside_of_blocks
 from .checkout import Checkout, Core, Generation, Opener, Record, RecordState
@@ -244,7 +245,7 @@ class Opening:
         idle, slots, scheduler = state.connections.idle, state.slots, state.scheduler
         # Among those out of use are the ones that others open at this moment.
         there = slots.in_pool() + slots.out_of_use()
-        is_paused = scheduler.tags.paused_at is not None
+        is_paused = ALL in scheduler.tags.pauses
         if there >= state.options.min_idle or slots.frozen or is_paused:
             return None
         hollow = [r for r in list(idle) if r.dbapi_connection is None]

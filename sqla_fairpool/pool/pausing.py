@@ -2,19 +2,23 @@
 
 Rules of this file:
 
-* While a pool is paused, every ceiling is 0: who asks waits, and its own time-out goes
-  on. Nothing is taken away.
+* While a pool is paused, every ceiling is 0, or that of a paused tag: who asks waits,
+  and its own time-out goes on. Nothing is taken away.
+* A pool is paused by itself or by its ledger. It serves when neither pauses it.
 * :meth:`Pausing.pause` and :meth:`Pausing.resume` are transitions. They are put into
   the lock's inbox, so that a signal handler may call them in the middle of a section.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from sqlalchemy.util import greenlet_spawn
 
-from ..checks import validate_timeout
+from ..checks import validate_tag, validate_timeout
+from ..scheduling.tags import ALL, Pause
 from .housekeeping import Housekeeping
 from .transitions import Transitions
 from .waiters import Waiter
@@ -40,24 +44,40 @@ class Pausing:
         self._state = state
         self._housekeeping = housekeeping
         self._waiter_class = waiter_class
+        # By tag: by calls of this pool's methods, and by the ledger.
+        self._own: Mapping[str, Pause] = {}
+        self._ledgers: Mapping[str, Pause] = {}
 
-    def pause(self, now: float) -> None:
-        """Serve no checkout from now on. Caller is in a section."""
-        scheduler = self._state.scheduler
-        if scheduler.tags.paused_at is None:
-            scheduler.pause(now, now)
-            self._state.connections.release_soon()
+    def pause(self, tag: str, now: float) -> None:
+        """Serve no checkout of a tag from now on. Caller is in a section."""
+        self._put_in_force({tag: Pause(now), **self._own}, self._ledgers, now)
 
-    def resume(self, now: float) -> None:
+    def resume(self, tag: str, now: float) -> None:
         """Serve again, those that wait first. Caller is in a section."""
+        own = {other: pause for other, pause in self._own.items() if other != tag}
+        self._put_in_force(own, self._ledgers, now)
+
+    def obey(self, pauses: Mapping[str, str], now: float) -> None:
+        """Have just these tags paused by the ledger: by whom, since when."""
+        new = {tag: Pause(now, by) for tag, by in pauses.items()}
+        known = {tag: p for tag, p in self._ledgers.items() if pauses.get(tag) == p.by}
+        self._put_in_force(self._own, new | known, now)
+
+    def _put_in_force(
+        self, own: Mapping[str, Pause], ledgers: Mapping[str, Pause], now: float
+    ) -> None:
+        self._own, self._ledgers = own, ledgers
+        pauses = {**own, **ledgers}
         scheduler = self._state.scheduler
-        if scheduler.tags.paused_at is not None:
-            self._state.deliver(scheduler.pause(None, now))
+        if pauses != scheduler.tags.pauses:
+            self._state.deliver(scheduler.pause(pauses, now))
+            self._state.connections.release_soon()
+            self._state.slots.recounted()  # with a ledger: it is to hear of it
 
     def drain(self, timeout: float | None) -> bool:
         """Pause, and close connections as they come back; tell if all are closed."""
         lock, drainers = self._state.lock, self._state.drainers
-        lock.do(self.pause)
+        lock.do(partial(self.pause, ALL))
         if lock.in_section():
             return False  # no thread can return anything before this one goes on
         waiter, since = self._waiter_class(None), lock.clock()
@@ -78,14 +98,14 @@ class Pausing:
             drainers.remove(waiter)
 
     def _close_returned(self, now: float) -> None:
-        if self._state.scheduler.tags.paused_at is not None:
+        if ALL in self._own:
             self._housekeeping.doom(now)
             self._housekeeping.close_idle(now)
 
     def _left(self, now: float) -> int | None:
         """Return how many connections there are, None if the pool serves again."""
         state = self._state
-        if state.scheduler.tags.paused_at is None:
+        if ALL not in self._own:
             return None
         return state.scheduler.in_use + len(state.slots.existing)
 
@@ -96,19 +116,27 @@ class Pausable:
     _core: Any
     logger: Any
 
-    def pause(self) -> None:
-        """Serve no checkout until :meth:`resume`.
+    def pause(self, tag: str | None = None) -> None:
+        """Serve no checkout until :meth:`resume`, or none of a tag.
 
         Who asks waits, and its own time-out goes on. What is out stays out. A signal
         handler may call this, at any moment.
-        """
-        self._core.lock.do(self._core.pausing.pause)
-        self.logger.info("Pool paused")
 
-    def resume(self) -> None:
-        """Serve checkouts again, also after :meth:`drain`."""
-        self._core.lock.do(self._core.pausing.resume)
-        self.logger.info("Pool resumed")
+        :raises sqlalchemy.exc.ArgumentError: for what is no tag.
+        """
+        self._do(self._core.pausing.pause, tag, "paused")
+
+    def resume(self, tag: str | None = None) -> None:
+        """Serve checkouts again, also after :meth:`drain`; or those of a paused tag.
+
+        What its ledger has paused stays so until ``sqla-fairpool ledger resume``.
+        """
+        self._do(self._core.pausing.resume, tag, "resumed")
+
+    def _do(self, change: Callable[..., None], tag: str | None, done: str) -> None:
+        which = ALL if tag is None else validate_tag(tag)
+        self._core.lock.do(partial(change, which))
+        self.logger.info("Pool %s%s", done, f" for tag {which!r}" if which else "")
 
     def drain(self, timeout: float | None = None) -> Any:
         """Serve no checkout any more, and close the connections, each when it is back.

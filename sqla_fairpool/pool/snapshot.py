@@ -20,6 +20,7 @@ from ..scheduling import policy
 from ..scheduling.counters import BOUNDS, OTHER, Counters, Histogram
 from ..scheduling.limits import TagLimits
 from ..scheduling.state import SchedulerState
+from ..scheduling.tags import ALL
 from ..stats import PoolStats, Summary, TagStats
 from .core import PoolCore
 
@@ -108,6 +109,7 @@ def _pool(core: PoolCore, name: str, now: float) -> PoolStats:
     """Return the figures without the tags. Caller holds the lock."""
     options, scheduler = core.options, core.scheduler
     records, idle = core.state.count_idle()
+    pause = scheduler.tags.pauses.get(ALL)
     return PoolStats(
         size=options.pool_size,
         capacity=options.capacity,
@@ -124,7 +126,9 @@ def _pool(core: PoolCore, name: str, now: float) -> PoolStats:
         name=name,
         min_idle=options.min_idle,
         enforce=options.enforce,
-        paused_for=_age(scheduler.tags.paused_at, now),
+        paused_for=None if pause is None else max(now - pause.at, 0.0),
+        paused_by="" if pause is None else pause.by,
+        paused_tags=tuple(sorted(scheduler.tags.pauses.keys() - {ALL})),
         closures=dict(core.closures),
     )
 
@@ -190,7 +194,7 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
             name=tag,
             active=bool(active),
             connections=connections,
-            limit=limit or core.options.max_limit,
+            limit=core.options.max_limit if limit is None else limit,
             waiting=waiting,
             weight=own.weight,
             max=own.max,
@@ -240,13 +244,13 @@ def _live_by_counters(core: PoolCore, now: float) -> dict[str, list[Any]]:
     and usage."""
     scheduler = core.scheduler
     live: dict[str, list[Any]] = {
-        tag: [0, 0, 0, 0, 0, 0.0] for tag in scheduler.tags.counters.by_tag
+        tag: [0, 0, None, 0, 0, 0.0] for tag in scheduler.tags.counters.by_tag
     }
     for tag_state in scheduler.tag_states.values():
         figures = live[tag_state.tag if tag_state.tag in live else OTHER]
         figures[0] |= tag_state.active
         figures[1] += tag_state.in_use
-        figures[2] = max(figures[2], scheduler.ceiling(tag_state))
+        figures[2] = max(figures[2] or 0, scheduler.ceiling(tag_state))
         figures[3] += tag_state.waiting
         figures[5] += scheduler.usage.seconds(tag_state, now)
     for checkout in core.connections.granted():

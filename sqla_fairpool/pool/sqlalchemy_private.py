@@ -12,7 +12,8 @@ import math
 import time
 import weakref
 from collections.abc import Callable
-from functools import partial
+from contextlib import AbstractContextManager
+from types import MethodType
 from typing import Any
 
 from sqlalchemy.engine import Connection, Dialect, Engine
@@ -42,7 +43,8 @@ def record_of(connection: Connection) -> ConnectionPoolEntry | None:
 
     ``PoolProxiedConnection`` offers the record's ``record_info`` publicly, no more.
     """
-    return getattr(connection._dbapi_connection, "_connection_record", None)
+    proxied: Any = connection._dbapi_connection
+    return None if proxied is None else proxied._connection_record
 
 
 def note_statements(dialect: Dialect) -> None:
@@ -70,10 +72,12 @@ def _note(context: Any) -> None:
         tag_state, core = checkout.tag_state, checkout.core
     except AttributeError:
         return  # no connection of ours, or its first
-    tag_state.last_activity = checkout.used = core.clock()
+    checkout.used = now = core.clock()
     # The caller that works with it has it, whichever caller checked it out.
     checkout.holder = core.here.caller
-    if not tag_state.active:
+    if tag_state.active and not checkout.borrowed:
+        tag_state.last_activity = now
+    else:
         core.activity(checkout)
 
 
@@ -92,24 +96,20 @@ def check_out_again(connection: Connection) -> None:
 
 def check_out_by(
     connection: Connection,
-    check_out: Callable[
-        [Connection, Callable[[], PoolProxiedConnection]], PoolProxiedConnection
-    ],
+    check_out: Callable[[weakref.ref[Connection]], PoolProxiedConnection],
 ) -> None:
     """Have a connection's later checkouts, after an invalidation, made by a function.
 
-    It is called with the connection and what SQLAlchemy would do. Nothing public tells
-    which connection a checkout is for. A weak reference, because a cycle would keep a
-    leaked connection until the collector's next run.
+    Nothing public tells which connection a checkout is for. A weak reference, because a
+    cycle would keep a leaked connection until the collector's next run.
     """
-    ref = weakref.ref(connection)
+    method = MethodType(check_out, weakref.ref(connection))
+    connection._revalidate_connection = method  # type: ignore[method-assign]
 
-    def revalidate() -> PoolProxiedConnection:
-        this = ref()
-        assert this is not None
-        return check_out(this, partial(type(this)._revalidate_connection, this))
 
-    vars(connection)["_revalidate_connection"] = revalidate
+def check_out(connection: Connection) -> PoolProxiedConnection:
+    """Check out for a connection that has none, as SQLAlchemy does."""
+    return type(connection)._revalidate_connection(connection)
 
 
 def set_options(target: Engine | Connection, options: Any) -> None:
@@ -120,6 +120,16 @@ def set_options(target: Engine | Connection, options: Any) -> None:
 def bare_record(pool: Pool) -> Any:
     """Return a record without a connection, for creators and ``do_connect``."""
     return _ConnectionRecord(pool, connect=False)
+
+
+def guard_first_connects(pool: Pool, lock: AbstractContextManager[object]) -> None:
+    """Have the listeners of a pool's first connect, which run once, run under `lock`.
+
+    SQLAlchemy makes a mutex of its own for each kind of event where there is none.
+    """
+    dispatch: Any = pool.dispatch
+    for listeners in (dispatch.first_connect, dispatch.connect):
+        listeners.for_modify(dispatch)._exec_once_mutex = lock
 
 
 def recycle(pool: Pool) -> float:

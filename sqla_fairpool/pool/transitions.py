@@ -54,7 +54,9 @@ class Transitions:
         self.scheduler = scheduler
         self.connections = connections
         self.slots = slots
-        self.warm = WarmCache(lock.inbox, self._give_up_warm)
+        self.warm = WarmCache(
+            lock, scheduler, self._give_up_warm, self._charge_borrowed
+        )
         self.event_log = EventLog(lock.deferred)
         self.leaks: LeakWatch | None = None
         #: The waiting checkout whose caller wakes up for what is due.
@@ -90,7 +92,7 @@ class Transitions:
             and not self.slots.pressed
             and self.options.enforce  # a dry run hears of every checkout
         )
-        checkout.reported = False
+        checkout.reported = checkout.borrowed = False
         if record is not None:
             record.fair.checkout = checkout
             checkout.record = record
@@ -171,6 +173,10 @@ class Transitions:
         else:
             self.connections.idle.append(record)
             self.drain(now)
+
+    def _charge_borrowed(self, checkout: Checkout) -> None:
+        """Charge what its caller has borrowed to the default tag, from its start on."""
+        self.move(checkout, self.options.default_tag, checkout.since)
 
     def take_back(
         self, checkout: Checkout, record: Record | None, keep: bool, now: float
@@ -271,15 +277,19 @@ class Transitions:
     # -- a ledger's ------------------------------------------------------------------
 
     def allot(
-        self, slots: int, ceilings: Mapping[str, int], other: int, now: float
+        self, slots: int, ceilings: Mapping[str, int], other: int, *more: Any
     ) -> None:
-        """Set how many connections there may be, and the ceiling of each tag."""
+        """Set how many connections there may be, and what each tag may have.
+
+        :param more: of a :meth:`.Scheduler.impose` what is left; the time at last.
+        """
+        *rest, now = more
         self.slots.allotted = slots
         self.slots.frozen = False
         if self.slots.there() > slots:
             self.connections.release_soon()
         usable = self.slots.usable()
-        self.deliver(self.scheduler.impose(usable, ceilings, other, now))
+        self.deliver(self.scheduler.impose(usable, ceilings, other, now, *rest))
         self.drain(now)
 
     @property

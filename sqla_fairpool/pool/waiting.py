@@ -117,8 +117,8 @@ class Waiting:
 
     def _is_stuck(self, checkout: Checkout, deadline: float, now: float) -> bool | None:
         """Tell if only callers that wait likewise could serve it; None: it never is."""
-        if self._state.scheduler.tags.paused_at is not None:
-            return False  # it may be served when the pool is resumed
+        if self._state.scheduler.tags.paused(checkout.tag_state.tag) is not None:
+            return False  # it may be served when that is resumed
         if not holds_another(self._state, checkout):
             return None
         return is_stuck(self._state, checkout, deadline)

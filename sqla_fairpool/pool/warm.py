@@ -1,7 +1,9 @@
 """The warm cache: connections that keep their slot, for the next checkout of a tag.
 
 While no caller waits, a connection that comes back is kept *warm*: its slot stays with
-its tag, and the next checkout under that tag takes it without the lock.
+its tag, and the next checkout under that tag takes it without the lock. A caller that
+has said no tag may *borrow* it: the slot stays charged to that tag until the caller
+says one, or the next section charges it to the default tag. Nothing is granted before.
 
 Rules of this file:
 
@@ -16,10 +18,11 @@ Rules of this file:
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 
-from .checkout import Record
+from ..scheduling.scheduler import Scheduler
+from .checkout import Checkout, Record
+from .lock import PoolLock
 
 __all__ = ["WarmCache", "WarmRecords"]
 
@@ -42,6 +45,8 @@ class WarmRecords(list[Record]):
     def __call__(self, now: float) -> None:
         """Give up all that is warm. Caller is in a section."""
         self.listed = False  # first: what is added from now on is listed again
+        if self._cache.borrowed:
+            self._cache.charge_borrowed()
         while self:
             try:
                 record = self.pop(0)
@@ -61,19 +66,28 @@ class WarmRecords(list[Record]):
 class WarmCache:
     """What each tag's next checkout may take without the lock.
 
-    :param inbox: the lock's.
     :param give_up: called in a section for each record that is kept warm no more.
+    :param charge: called in a section for each checkout that is borrowed no more.
     """
 
     def __init__(
         self,
-        inbox: deque[Callable[[float], object]],
+        lock: PoolLock,
+        scheduler: Scheduler,
         give_up: Callable[[Record, float], None],
+        charge: Callable[[Checkout], None],
     ) -> None:
         #: No more than `_EMPTY_LISTS_KEPT`, and those used since the last section.
         self.by_tag: dict[str, WarmRecords] = {}
-        self.inbox = inbox
+        self._lock = lock
+        self._scheduler = scheduler
         self.give_up = give_up
+        #: What may be borrowed: the list to which a record came last.
+        self.latest = WarmRecords(self, "")
+        #: What is borrowed. Who takes it out decides to which tag it is charged.
+        self.borrowed: dict[Checkout, None] = {}
+        self._charge = charge
+        self.inbox = lock.inbox
 
     def of(self, tag: str) -> WarmRecords:
         """Return the list of a tag."""
@@ -88,6 +102,57 @@ class WarmCache:
         records.list()
         records.append(record)
         records.list()
+        self.latest = records
+
+    def borrow(self, record: Record, tag: str) -> bool:
+        """Leave what was taken charged where it is, or put it back; tell which.
+
+        :param tag: to which it will be charged if its caller says none.
+        """
+        checkout = record.fair.checkout
+        records = self.of(checkout.tag_state.tag)
+        checkout.borrowed = True
+        self.borrowed[checkout] = None
+        if not records.listed:
+            records.list()
+        # From here on no section grants anything before it has charged this.
+        if self._lock.busy_in is None and self._scheduler.may_take_over(
+            tag, len(self.borrowed)
+        ):
+            return True
+        if not self._end_loan(checkout):
+            self._lock.visit()  # a section has charged it by then, if the tag has room
+        if not checkout.borrowed:
+            return True
+        checkout.borrowed, checkout.warm = False, True
+        self.put(checkout.tag_state.tag, record)
+        return False
+
+    def claim(self, checkout: Checkout, tag: str) -> bool:
+        """Have what is borrowed from a tag be that tag's; tell if it could.
+
+        Needs no lock.
+        """
+        tag_state = checkout.tag_state
+        if tag_state.tag != tag or not self._end_loan(checkout):
+            return False
+        checkout.borrowed = False
+        checkout.again += 1
+        tag_state.last_activity = self._lock.clock()
+        return True
+
+    def _end_loan(self, checkout: Checkout) -> bool:
+        """Decide to which tag it is charged; tell if no section has. Needs no lock."""
+        return self.borrowed.pop(checkout, self) is None
+
+    def charge_borrowed(self) -> None:
+        """Charge all that is borrowed to the default tag. Caller is in a section."""
+        while self.borrowed:
+            try:
+                checkout, _ = self.borrowed.popitem()
+            except KeyError:
+                break  # its caller was faster
+            self._charge(checkout)
 
     def pop_any(self) -> Record | None:
         """Take a record of any tag, None if there is none."""

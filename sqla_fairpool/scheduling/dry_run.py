@@ -101,9 +101,7 @@ class DryRunScheduler(Scheduler):
         self._rules.reconfigure(**options, now=now)
         return super().reconfigure(**_without_rules(options), now=now)
 
-    def impose(
-        self, capacity: int, ceilings: Mapping[str, int], other: int, now: float
-    ) -> Sequence[Ticket]:
+    def impose(self, capacity: int, *numbers: Any, **more: Any) -> Sequence[Ticket]:
         raise NotImplementedError("with a ledger the rules are in force")
 
     # -- the parts of a transition -------------------------------------------

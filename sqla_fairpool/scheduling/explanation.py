@@ -47,8 +47,8 @@ class Explanation:
     #: Connection-seconds that it has used lately.
     usage: float
     #: The most that it may hold now, and from which rule that comes: ``max`` (its own),
-    #: ``max_limit``, ``soft_limit``, ``reserved``, ``reserved for others`` or
-    #: ``ledger``.
+    #: ``max_limit``, ``soft_limit``, ``reserved``, ``reserved for others``, ``ledger``
+    #: or ``paused``.
     ceiling: int
     ceiling_rule: str
     #: Its ceiling if it were the only active tag.
@@ -92,6 +92,7 @@ class Explanation:
             "reserved": "what is reserved for it",
             "reserved for others": "the rest is reserved for others",
             "ledger": "given by the ledger",
+            "paused": "no checkout is served while it is paused",
         }
         return f"limit {self.ceiling}: {rules[self.ceiling_rule]}"
 
@@ -120,6 +121,8 @@ class Explanation:
     def _needs(self) -> str:
         if self.returns_needed is not None:
             return f"one more: when {self.returns_needed} of any tag have come back"
+        if self.ceiling_rule == "paused":
+            return "one more: when it is resumed"
         if self.connections >= self.ceiling:
             text = "one more: when its own come back until it is below its limit"
             if self.ceiling_alone > self.ceiling:
@@ -152,6 +155,7 @@ class Observed(NamedTuple):
     limits: tuple[int, int] | None
     free: int
     missing: int
+    is_paused: bool
 
 
 def facts_of(scheduler: SchedulerState, tag: str, now: float) -> Observed:
@@ -167,6 +171,7 @@ def facts_of(scheduler: SchedulerState, tag: str, now: float) -> Observed:
         None if tags.imposed is not None else (tags.soft_limit, tags.max_limit),
         max(scheduler.free_for(own), 0),
         max(scheduler.in_use - scheduler.capacity, 0),
+        tags.paused(tag) is not None,
     )
 
 
@@ -236,6 +241,8 @@ def _rank(tag: TagFacts) -> policy.Rank:
 def _ceiling_rule(observed: Observed, others: int, room: int) -> str:
     """Return from which rule a tag's ceiling comes: see `policy.own_ceiling`."""
     own, ceiling = observed.tag.limits, observed.tag.party.ceiling
+    if observed.is_paused:
+        return "paused"
     if own.max is not None and ceiling == own.max:
         return "max"
     if observed.limits is None:

@@ -28,7 +28,7 @@ def check_valid(
     assert all(a.in_use >= 0 for a in tag_states)
     assert scheduler.in_use <= max(scheduler.capacity, scheduler.drains_from)
     kept = sum(max(a.reserved - a.in_use, 0) for a in tag_states)
-    unknown = scheduler.tags.limits.reserved - sum(a.reserved for a in tag_states)
+    unknown = scheduler.tags.reserved - sum(a.reserved for a in tag_states)
     assert scheduler.kept_free == kept + unknown
     if not scheduler.drains_from:
         assert scheduler.in_use + scheduler.kept_free <= scheduler.capacity
@@ -64,7 +64,9 @@ def _check_tags(scheduler: Scheduler) -> None:
     assert all(tags.is_reviewed(a) for a in tag_states if a.active)
     assert all(a.prompt == (a.active and not a.silent) for a in tag_states)
     for a in tag_states:
-        if a.active and tags.imposed is None and not a.reserved:
+        if not (a.active or a.silent):
+            continue
+        if tags.imposed is None and not a.reserved:
             assert tags.ceiling(a) == a.safe_ceiling.value
-        elif a.active:
+        else:
             assert tags.ceiling(a) >= a.safe_ceiling.value

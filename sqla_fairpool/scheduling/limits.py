@@ -35,8 +35,10 @@ class LimitsByTag:
         beginnings = [key[:-1] for key in limits if key.endswith("*")]
         # The longest first: it is the one that counts.
         self._beginnings = sorted(beginnings, key=len, reverse=True)
-        #: Slots reserved, for all tags together. A beginning reserves nothing.
-        self.reserved = sum(one.reserved for one in limits.values())
+        #: Slots reserved, by tag, and for all together. A beginning reserves nothing.
+        self.reserves = {tag: one.reserved for tag, one in limits.items()}
+        self.reserves = {tag: slots for tag, slots in self.reserves.items() if slots}
+        self.reserved = sum(self.reserves.values())
 
     def of(self, tag: str) -> TagLimits:
         """Return the limits of `tag`. O(keys that end in ``*``)."""

@@ -41,14 +41,17 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .limits import TagLimits
 from .state import SchedulerState
+from .tags import Pause
 from .ticket import FREE, GRANTED, WAITING, LineFull, TagState, Ticket
 
 __all__ = ["Scheduler"]
 
 _NO_GRANTS: tuple[Ticket, ...] = ()
+_NOTHING: Mapping[str, Any] = {}
 
 
 class Scheduler(SchedulerState):
@@ -279,23 +282,33 @@ class Scheduler(SchedulerState):
         return self.set_capacity(capacity if usable is None else usable, now)
 
     def impose(
-        self, capacity: int, ceilings: Mapping[str, int], other: int, now: float
+        self,
+        capacity: int,
+        ceilings: Mapping[str, int],
+        other: int,
+        now: float,
+        reserves: Mapping[str, int] = _NOTHING,
+        elsewhere: Mapping[str, Mapping[str, float]] = _NOTHING,
     ) -> Sequence[Ticket]:
-        """Replace capacity and ceilings by numbers from outside, until the next call.
+        """Replace the rules' numbers by others from outside, until the next call.
 
         Returns who is granted by it. Nothing is taken away: what is in use above
         a lower number drains.
 
         :param ceilings: by tag.
         :param other: the ceiling of any tag not named.
+        :param reserves: by tag, the slots of these that are kept for it.
+        :param elsewhere: what tags have used there, see :meth:`.Usage.hear`.
         """
-        self.tags.impose(ceilings, other)
+        self.usage.hear(elsewhere, now)
+        self.tags.impose(ceilings, other, reserves)
+        self.kept_free = self._reserved_unused()
         self.lines.all_changed()
         return self.set_capacity(capacity, now)
 
-    def pause(self, at: float | None, now: float) -> Sequence[Ticket]:
-        """Grant nothing from a time on, or with None again; return who is granted."""
-        self.tags.pause(at)
+    def pause(self, pauses: Mapping[str, Pause], now: float) -> Sequence[Ticket]:
+        """Grant nothing under these tags, and else again; return who is granted."""
+        self.tags.pause(pauses)
         self.lines.all_changed()
         return self._dispatch(now, self.usage.scale(now))
 
@@ -303,7 +316,7 @@ class Scheduler(SchedulerState):
 
     def _exchange(self, source: TagState, target: TagState, scale: float) -> bool:
         """Move a slot from one tag to another, if that one is next; tell if it was."""
-        if self.waiting or self.tags.limits.reserved:
+        if self.waiting or self.tags.reserved:
             self._shift(source, -1, scale)
             is_next = self._is_next(target)
             self._shift(target if is_next else source, +1, scale)

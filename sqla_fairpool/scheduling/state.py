@@ -60,7 +60,7 @@ class SchedulerState:
         )
         self.in_use = 0
         #: Slots reserved for tags that do not use them now.
-        self.kept_free = self.tags.limits.reserved
+        self.kept_free = self.tags.reserved
         self.waiting = 0
         #: When idleness is to be looked for next: the shell calls `tick` then.
         self.next_tick = now + reallocation_interval
@@ -86,6 +86,17 @@ class SchedulerState:
         if tag_state.in_use < tag_state.reserved:
             return self.capacity - self.in_use
         return self.capacity - self.in_use - self.kept_free
+
+    def may_take_over(self, tag: str, slots: int) -> bool:
+        """Tell if slots of others could be moved to a tag, all of them. Reads only."""
+        tag_state = self.tag_states.get(tag)
+        return (
+            tag_state is not None
+            and not self.waiting
+            and not self.tags.limits.reserved
+            and self.in_use <= self.capacity
+            and tag_state.in_use + slots <= tag_state.safe_ceiling.value
+        )
 
     def wanted(self, ticket: Ticket) -> bool:
         """Tell if releasing this granted ticket would grant another one."""
@@ -128,4 +139,4 @@ class SchedulerState:
 
     def _reserved_unused(self) -> int:
         used = (min(a.in_use, a.reserved) for a in self.tag_states.values())
-        return self.tags.limits.reserved - sum(used)
+        return self.tags.reserved - sum(used)

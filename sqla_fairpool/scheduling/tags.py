@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from . import policy
 from .counters import Counters, CountersByTag
@@ -19,7 +20,10 @@ from .heap import IndexedHeap
 from .limits import NO_LIMITS, LimitsByTag, TagLimits
 from .ticket import SafeCeiling, TagState
 
-__all__ = ["Tags"]
+__all__ = ["ALL", "Pause", "Tags"]
+
+#: In the place of a tag: all of them.
+ALL = ""
 
 #: For how many idle timeouts the figures of an idle tag are kept: long enough
 #: for a monitor to show a scraper that has stopped, five minutes by default.
@@ -31,6 +35,14 @@ _MAX_REMEMBERED = 16_384
 
 #: How many tags are looked at to find one that may be forgotten early.
 _FORGET_TRIES = 4
+
+
+class Pause(NamedTuple):
+    """Since when a tag gets no slot."""
+
+    at: float
+    #: Of a ledger's: who has paused it, and since when, for people.
+    by: str = ""
 
 
 class Tags:
@@ -56,6 +68,9 @@ class Tags:
         self.silent_tag = silent_tag
         self.capacity = capacity
         self.limits = LimitsByTag(limits)
+        #: Slots reserved here, by tag, and for all together.
+        self.reserves: Mapping[str, int] = self.limits.reserves
+        self.reserved = self.limits.reserved
         self.tag_states: dict[str, TagState] = {}
         self.counters = CountersByTag()
         #: How many tags are active.
@@ -65,12 +80,15 @@ class Tags:
         self.imposed_other = 0
         # The lowest of those of tags without a maximum of their own.
         self._imposed_lowest = 0
-        #: Since when no tag may have more than it holds; None: they may.
-        self.paused_at: float | None = None
+        #: The tags that get no slot, :data:`ALL` among them or not.
+        self.pauses: Mapping[str, Pause] = {}
         #: For every active tag without a maximum of its own: the ceiling, which is the
         #: same for all without a reserve; while ceilings are imposed, the lowest.
         #: Code that looks only at this one errs on the safe side.
         self.common_ceiling = SafeCeiling(self._lowest_ceiling(0))
+        #: The same for the silent tag, which has a ceiling while it is not active, too.
+        self.silent_ceiling = SafeCeiling(self._lowest_ceiling(0))
+        self._silent_is_active = False
         #: Called after a tag has become active or idle: its name, which of the two, how
         #: many are active, and the ceiling that follows.
         self.on_change: Callable[[str, bool, int, int], None] | None = None
@@ -79,7 +97,7 @@ class Tags:
 
     def ceiling(self, tag_state: TagState) -> int:
         """Return the most slots a tag may hold now."""
-        if self.paused_at is not None:
+        if self.pauses and self.paused(tag_state.tag) is not None:
             return 0
         if self.imposed is not None:
             imposed = self.imposed.get(tag_state.tag, self.imposed_other)
@@ -98,27 +116,36 @@ class Tags:
         """Return the most that is not reserved for others."""
         return self.capacity - self.limits.reserved + reserved
 
-    def impose(self, ceilings: Mapping[str, int], other: int) -> None:
-        """Replace the rules for ceilings by numbers from outside."""
+    def impose(
+        self, ceilings: Mapping[str, int], other: int, reserves: Mapping[str, int]
+    ) -> None:
+        """Replace the rules for ceilings and reserves by numbers from outside."""
         self.imposed, self.imposed_other = ceilings, other
+        self.reserves, self.reserved = reserves, sum(reserves.values())
+        for tag, tag_state in self.tag_states.items():
+            tag_state.reserved = reserves.get(tag, 0)
         rest = [n for tag, n in ceilings.items() if self.limits.of(tag).max is None]
         self._imposed_lowest = min([other, *rest])
         self._set_ceilings()
 
-    def pause(self, at: float | None) -> None:
-        """Let all ceilings be 0 from a time on, or with None what they are else."""
-        self.paused_at = at
+    def pause(self, pauses: Mapping[str, Pause]) -> None:
+        """Let the ceilings of these tags be 0, and the others what they are else."""
+        self.pauses = pauses
         self._set_ceilings()
 
+    def paused(self, tag: str) -> Pause | None:
+        """Return since when a tag gets no slot, None if it may get one."""
+        return self.pauses.get(ALL) or self.pauses.get(tag)
+
     def _set_ceilings(self) -> None:
+        others = self.active - self._silent_is_active
         self.common_ceiling.value = self._lowest_ceiling(max(self.active - 1, 0))
+        self.silent_ceiling.value = self._lowest_ceiling(others)
         for tag, tag_state in self.tag_states.items():
-            if tag_state.safe_ceiling is not self.common_ceiling:
-                ceiling = self._safe_ceiling(tag, tag_state.limits)
-                tag_state.safe_ceiling.value = ceiling.value
+            tag_state.safe_ceiling = self._safe_ceiling(tag, tag_state.limits)
 
     def _lowest_ceiling(self, others: int) -> int:
-        if self.paused_at is not None:
+        if ALL in self.pauses:
             return 0
         if self.imposed is not None:
             return self._imposed_lowest
@@ -137,17 +164,17 @@ class Tags:
 
     def new_state(self, tag: str, counters: Counters) -> TagState:
         """Return what is known of a tag of which nothing is; keeps nothing of it."""
-        limits = self.limits.of(tag)
-        ceiling = self.common_ceiling
-        if limits.max is not None:
-            ceiling = self._safe_ceiling(tag, limits)
-        return TagState(tag, limits, tag == self.silent_tag, counters, ceiling)
+        limits, silent = self.limits.of(tag), tag == self.silent_tag
+        ceiling, reserved = self._safe_ceiling(tag, limits), self.reserves.get(tag, 0)
+        return TagState(tag, limits, reserved, silent, counters, ceiling)
 
     def _safe_ceiling(self, tag: str, limits: TagLimits) -> SafeCeiling:
-        if limits.max is None:
-            return self.common_ceiling
-        if self.paused_at is not None:
+        if self.pauses and self.paused(tag) is not None:
             return SafeCeiling(0)
+        if limits.max is None:
+            return (
+                self.silent_ceiling if tag == self.silent_tag else self.common_ceiling
+            )
         if self.imposed is not None:
             imposed = self.imposed.get(tag, self.imposed_other)
             return SafeCeiling(min(imposed, limits.max))
@@ -164,13 +191,16 @@ class Tags:
         """Change the limits, and when a tag is idle. O(tags)."""
         self.capacity = capacity
         self.limits = LimitsByTag(limits)
+        if self.imposed is None:
+            self.reserves, self.reserved = self.limits.reserves, self.limits.reserved
         self.soft_limit = soft_limit
         self.max_limit = max_limit
         self.idle_timeout = idle_timeout
-        self.common_ceiling.value = self._lowest_ceiling(max(self.active - 1, 0))
+        self._set_ceilings()
         for tag, tag_state in self.tag_states.items():
             own = self.limits.of(tag)
-            tag_state.limit(own, self._safe_ceiling(tag, own))
+            reserved = self.reserves.get(tag, 0)
+            tag_state.limit(own, reserved, self._safe_ceiling(tag, own))
             if tag_state.active:
                 self._review.put(tag_state, self._idle_at(tag_state))
 
@@ -233,13 +263,17 @@ class Tags:
     def _set_active(self, tag_state: TagState, active: bool) -> None:
         prompt = active and not tag_state.silent
         count = self.active + (1 if active else -1)
+        silent_is_active = active if tag_state.silent else self._silent_is_active
         ceiling = self._lowest_ceiling(max(count - 1, 0))
-        common = self.common_ceiling
+        of_silent = self._lowest_ceiling(count - silent_is_active)
+        common, silent = self.common_ceiling, self.silent_ceiling
         # From here in one go, see the head of scheduler.py.
         tag_state.active = active
         tag_state.prompt = prompt
         self.active = count
         common.value = ceiling
+        self._silent_is_active = silent_is_active
+        silent.value = of_silent
         if self.on_change is not None and not tag_state.silent:
             self.on_change(tag_state.tag, active, count, ceiling)
 

@@ -112,6 +112,7 @@ class TagState:
         "charged",
         "checkouts",
         "counters",
+        "elsewhere",
         "hold_max",
         "hold_total",
         "in_use",
@@ -135,6 +136,7 @@ class TagState:
         self,
         tag: str,
         limits: TagLimits,
+        reserved: int,
         silent: bool,
         counters: Counters,
         safe_ceiling: SafeCeiling,
@@ -142,16 +144,19 @@ class TagState:
         self.tag = tag
         #: What is counted for monitoring; other tags may share it.
         self.counters = counters
-        #: What it may have of its own; the two that are asked for often, apart.
+        #: What it may have of its own; the weight, which is asked for often, apart.
         self.limits = limits
         self.weight = limits.weight
-        self.reserved = limits.reserved
+        #: Slots that are kept for it here: of a ledger's, those of this process.
+        self.reserved = reserved
         #: Not above its ceiling.
         self.safe_ceiling = safe_ceiling
         #: Its usage, less what its slots in use come to, at the landmark: see `usage`.
         self.charged = 0.0
         #: What is added to that when it is ranked.
         self.lift = 0.0
+        #: Of that, what it has used in other processes.
+        self.elsewhere = 0.0
         #: True for the default tag: asking, waiting and returning are no
         #: activity of it, because the caller may still say who it is.
         self.silent = silent
@@ -170,11 +175,13 @@ class TagState:
         self.hold_total = 0.0
         self.hold_max = 0.0
 
-    def limit(self, limits: TagLimits, safe_ceiling: SafeCeiling) -> None:
+    def limit(
+        self, limits: TagLimits, reserved: int, safe_ceiling: SafeCeiling
+    ) -> None:
         """Set what it may have of its own."""
         self.limits = limits
         self.weight = limits.weight
-        self.reserved = limits.reserved
+        self.reserved = reserved
         self.safe_ceiling = safe_ceiling
 
     @property

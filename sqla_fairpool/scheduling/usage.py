@@ -34,6 +34,7 @@ class Usage:
 
     __slots__ = (
         "_half_life_since",
+        "_heard",
         "_mean_life",
         "_now",
         "_scale",
@@ -60,6 +61,8 @@ class Usage:
         self.level = 0.0
         #: Called when the landmark has moved.
         self.moved: Callable[[], None] = lambda: None
+        # By tag and process: what that has said, and how much it is at the landmark.
+        self._heard: dict[str, dict[str, tuple[float, float]]] = {}
 
     def scale(self, now: float) -> float:
         """Return what one slot that is held without end comes to, at the landmark."""
@@ -80,6 +83,9 @@ class Usage:
             charged = tag_state.charged * to_now
             tag_state.charged = charged + tag_state.in_use * (before - after)
             tag_state.lift *= to_now
+            tag_state.elsewhere *= to_now
+        for tag, heard in self._heard.items():
+            self._heard[tag] = {k: (said, n * to_now) for k, (said, n) in heard.items()}
         self.level *= to_now
         if half_life != self.half_life:
             self._half_life_since = now
@@ -92,6 +98,29 @@ class Usage:
         scale = self.scale(now)
         seconds = tag_state.charged / scale * self._mean_life
         return max(seconds + tag_state.in_use * self._mean_life, 0.0)
+
+    def hear(self, said: Mapping[str, Mapping[str, float]], now: float) -> None:
+        """Count what tags have used in other processes. O(tags).
+
+        What a process has said before decays from when it was heard first.
+
+        :param said: decayed connection-seconds by tag and process.
+        """
+        scale, before = self.scale(now) / self._mean_life, self._heard
+        self._heard = {}
+        for tag in before.keys() | said.keys():
+            old, heard = before.get(tag, {}), {}
+            for process, seconds in said.get(tag, {}).items():
+                known = old.get(process, (-1.0, 0.0))
+                is_new = known[0] != seconds
+                heard[process] = (seconds, seconds * scale) if is_new else known
+            if heard:
+                self._heard[tag] = heard
+            tag_state = self._tag_states.get(tag)
+            if tag_state is not None:
+                elsewhere = sum(counted for _, counted in heard.values())
+                tag_state.lift += elsewhere - tag_state.elsewhere
+                tag_state.elsewhere = elsewhere
 
     def join_line(self, tag_state: TagState, now: float) -> None:
         """Take from a tag that begins to wait the lead it has from being quiet.

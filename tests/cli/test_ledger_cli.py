@@ -16,6 +16,7 @@ from support import state
 from support.stub import StubServer
 from support.threads import eventually
 
+from sqla_fairpool import CheckoutTimeout
 from sqla_fairpool.cli import main
 from sqla_fairpool.cli.server import ask_room, connected
 from sqla_fairpool.ledger.book import Book
@@ -102,6 +103,62 @@ def test_limits_are_set_for_all_members(run, fails, member, path, tmp_path):
         "set", "--ledger", path, "max_limit=99"
     )
     assert run("show", "--ledger", path)[1].splitlines()[1].startswith("30 slots: ")
+
+
+def test_pause_waits_until_nothing_is_out_and_all_is_served_after_resume(
+    run, fails, path
+):
+    assert "there is no ledger at" in fails("pause")
+    engine = StubServer().engine(ledger=path, pool_timeout=0.05)
+    held = engine.execution_options(scraper="api").connect()
+    assert run("pause") == (0, "paused\n", "")
+    eventually(lambda: engine.pool.stats().paused_for is not None)
+    status, out, _ = run("pause", "--wait", 0.05)
+    assert status == 1
+    assert re.fullmatch(
+        r"it is paused already\n.* \(.*:\d+\) uses 1 under 'api'\n", out
+    )
+    assert run("pause", "--tag", "x")[1] == "paused; paused beside it: all\n"
+    with pytest.raises(CheckoutTimeout) as caught:
+        engine.connect()
+    assert re.search(
+        r"pool paused in_use=1/.*; advice: the ledger is paused since 20\S+ by \S+ "
+        r"\(\S+:\d+\), and serves again after `sqla-fairpool ledger resume`",
+        str(caught.value),
+    )
+    stats = engine.pool.stats()
+    assert (stats.paused_by[:2], stats.paused_tags) == ("20", ("x",))
+    shown = run("show")[1]
+    assert "\nPAUSED, since 20" in shown and "\nPAUSED, tag 'x', since 20" in shown
+    assert json.loads(run("show", "--json")[1])["paused"].keys() == {"", "x"}
+    held.detach()
+    assert "uses 1 outside of its pool\n" in run("pause", "--wait", 0.05)[1]
+    held.close()
+    assert run("pause", "--wait", 30)[:2] == (
+        0,
+        "it is paused already; paused beside it: tag 'x'\nnothing is out\n",
+    )
+    assert run("resume")[1] == "resumed; paused beside it: tag 'x'\n"
+    engine.pool.reconfigure(timeout=30.0)
+    engine.connect().close()
+    assert run("resume")[1] == "it is resumed already; paused beside it: tag 'x'\n"
+    assert run("resume", "--tag", "x")[1] == "resumed\n"
+    for wrong in (("--wait", "-1"), ("--wait", "nan"), ("--tag", "")):
+        assert f"{wrong[0]}=" in fails("pause", *wrong)
+    engine.dispose()
+    state.keeper(engine).close()
+
+
+def test_pause_waits_for_what_a_dead_member_has_left(run, left):
+    engine = StubServer().engine(ledger=left)
+    engine.connect().close()  # a member that cannot ask the server either
+    status, out, _ = run("pause", "--wait", 0.05)
+    assert (status, out[:7]) == (1, "paused\n")
+    assert "2 slots in quarantine: -c (" in out and " died\n" in out
+    assert run("resume")[0] == 0
+    engine.connect().close()
+    engine.dispose()
+    state.keeper(engine).close()
 
 
 def test_show_and_that_a_reset_is_refused_while_a_member_lives(
@@ -222,7 +279,7 @@ def test_reset_asks_first(run, left, monkeypatch):
     [
         ("meta", "nonsense"),
         ("meta", "[]"),
-        ("meta", '{"protocol": 2}'),
+        ("meta", '{"protocol": 3}'),
         ("member/x", "{"),
         ("member/x", "{}"),
         ("gone/1", "null"),
@@ -328,7 +385,7 @@ def test_reap_that_the_server_does_not_help(
         "1 dead found, 0 slots freed\n2 slots stay in quarantine: no member has said "
         "on which server its sessions are\n",
     )
-    look = "sqla_fairpool.cli.ledger.look"
+    look = "sqla_fairpool.cli.ledger_pause.look"
     monkeypatch.setattr(look, lambda cursor: cursor.execute("select 1/0"))
     assert "the server cannot be asked: division by zero" in fails(*args)
 

@@ -209,12 +209,12 @@ def test_a_scraper_in_detail_with_each_of_its_processes():
             ]
             assert ", ".join(headings) == (
                 "scraper, processes, status, connections, longest hold, waiting, "
-                "longest wait, checkouts, time-outs"
+                "longest wait, checkouts, time-outs, used lately, own limits"
             )
             assert rows == [
-                "a active 3 18 s 0 - 3 0",
-                "  a.py (host1:1001) answers 1 9.0 s 0 - 1 0",
-                "  a.py (host1:1002) answers 2 18 s 0 - 2 0",
+                "a active 3 18 s 0 - 3 0 0.0 s -",
+                "  a.py (host1:1001) answers 1 9.0 s 0 - 1 0 0.0 s -",
+                "  a.py (host1:1002) answers 2 18 s 0 - 2 0 0.0 s -",
             ]
             await pilot.press(keys[1])
             assert names_in(app) == ["a", "b"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
+from random import Random
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sqla_fairpool.ledger.allocation import allocate
-from sqla_fairpool.ledger.rows import Limits
+from sqla_fairpool.ledger.rows import Limits, Member
 from sqla_fairpool.ledger.rows import TagDemand as Line
 from sqla_fairpool.scheduling import policy
 from sqla_fairpool.scheduling.limits import LimitsByTag, TagLimits
@@ -71,6 +73,127 @@ def test_weights_and_maxima_count_over_all_members():
     found = allocate(parties, {"api": 1, "web": 2, "jobs": 3, "reports:a": 4}, limits)
     assert found.shares["reports:a"] == found.ceilings["reports:a"] == 2
     assert [found.shares[tag] for tag in ("api", "web", "jobs")] == [10, 4, 4]
+
+
+HEALTH = LimitsByTag({"health": TagLimits(reserved=2)})
+QUIET = Line(0, 0, True, 1)
+BUSY = Line(1, 0, True, 5)
+
+
+@pytest.mark.parametrize(
+    ("health", "claims", "kept_free"),
+    [
+        # No member works under it: its slots stay free.
+        ({}, {}, 2),
+        # The one that does has them, wanted or not; the first in line, of several.
+        ({"A": QUIET}, {"A": 2}, 0),
+        ({"A": QUIET, "B": QUIET}, {"A": 1, "B": 1}, 0),
+        ({"A": QUIET._replace(place=9), "B": BUSY}, {"A": 1, "B": 1}, 0),
+        ({"A": QUIET, "B": Line(2, 0, True, 9)}, {"B": 2}, 0),
+        # Above its reserve it is a tag as others are.
+        ({"A": Line(9, 0, True, 1)}, {"A": 9}, 0),
+    ],
+)
+def test_reserved_slots_are_claimed_under_their_tag_only(health, claims, kept_free):
+    parties = {m: Party(tags={"web": Line(0, 99, True, 3)}) for m in "AB"}
+    for member, line in health.items():
+        parties[member] = Party(tags={**parties[member].tags, "health": line})
+    found = allocate(parties, {}, Limits(20, 20, 20, HEALTH))
+    got = {m: n for (tag, m), n in found.claims.items() if tag == "health"}
+    assert (got, found.kept_free) == (claims, kept_free)
+    assert found.shares["web"] == 20 - max(sum(claims.values()), 2)
+    assert sum(found.targets.values()) == 20 - kept_free
+    reserves = {m: n for (tag, m), n in found.reserves.items() if n}
+    assert sum(reserves.values()) == 2 - kept_free
+
+
+def test_reserved_slots_of_a_stalled_member_are_not_kept_twice():
+    parties = {"A": holding(2, 2, stalled=True, tag="health"), "B": wanting(web=99)}
+    found = allocate(parties, {}, Limits(20, 20, 20, HEALTH))
+    assert (found.shares["web"], found.kept_free) == (18, 0)
+
+
+def test_tag_within_its_reserve_is_not_asked_to_yield():
+    parties = {
+        "A": wanting(health=1),
+        **{f"m{n}": wanting(**{f"t{n}": 9}) for n in range(3)},
+    }
+    places = {"health": 1, "t0": 2, "t1": 3, "t2": 4}
+    found = allocate(parties, places, Limits(4, 4, 4, HEALTH))
+    assert found.asked_tags == {"t0"}
+
+
+@pytest.mark.parametrize("free", range(8))
+def test_free_slots_that_are_reserved_go_to_the_tag_they_are_kept_for(free):
+    wants = Line(0, 9, True, 1)
+    parties = {
+        "A": Party(12 - free, tags={"web": Line(9, 9, True, 1), "health": QUIET}),
+        "B": Party(0, tags={"web": wants}),
+    }
+    members = {m: Member(1, owned=p.owned, tags=p.tags) for m, p in parties.items()}
+    limits = LimitsByTag({"health": TagLimits(reserved=2), "z": TagLimits(reserved=1)})
+    found = allocate(members, {}, Limits(12, 12, 12, limits))
+    grants = found.grants(members, free)
+    assert found.kept_free == 1
+    # Two for A's health, one stays free, and B gets of the rest only.
+    missing = min(2, found.targets["A"] - (12 - free)) if free else 0
+    assert grants.get("B", 0) <= max(free - max(missing, 0) - 1, 0)
+
+
+def test_random_boards_keep_what_is_reserved():
+    random = Random(15)
+    for _ in range(300):
+        reserves = {t: random.randint(0, 2) for t in random.sample("xyzuvw", 3)}
+        capacity = sum(reserves.values()) + random.randint(1, 20)
+        weights = {t: random.choice([0.5, 1.0, 3.0]) for t in "xyzuvw"}
+        own = {
+            t: TagLimits(
+                weight=weights[t],
+                reserved=reserves.get(t, 0),
+                max=random.choice([None, max(reserves.get(t, 0), 1), capacity]),
+            )
+            for t in "xyzuvw"
+        }
+        members = {
+            m: Party(
+                tags={
+                    t: Line(random.randint(0, 5), random.randint(0, 5), True, n)
+                    for n, t in enumerate(random.sample("xyzuvw", random.randint(0, 4)))
+                }
+            )
+            for m in "ABCD"
+        }
+        most = random.randint(1, capacity)
+        limits = Limits(capacity, random.randint(1, most), most, LimitsByTag(own))
+        found = allocate(members, {}, limits)
+        claimed, wants = Counter(), Counter()
+        for (tag, member), n in found.claims.items():
+            claimed[tag] += n
+            assert found.limits[tag, member] >= n
+        for party in members.values():
+            for tag, line in party.tags.items():
+                wants[tag] += line.wants
+        known = {t for p in members.values() for t in p.tags}
+        kept = {t: n for t, n in reserves.items() if t not in known}
+        assert found.kept_free == sum(kept.values())
+        demand = {
+            t: max(min(wants[t], found.ceilings[t]), reserves.get(t, 0)) for t in known
+        }
+        there = capacity - found.kept_free
+        assert claimed.total() == min(there, sum(demand.values()))
+        for tag in known:
+            assert claimed[tag] >= reserves.get(tag, 0)
+            assert found.ceilings[tag] <= max(own[tag].max or capacity, 1)
+            for other in known:
+                if claimed[tag] < demand[tag] and claimed[other] > reserves.get(
+                    other, 0
+                ):
+                    had = (claimed[other] - 1) / weights[other]
+                    assert had <= claimed[tag] / weights[tag]
+        for tag in known & reserves.keys():
+            got = [found.reserves.get((tag, m), 0) for m in members]
+            assert sum(got) == min(reserves[tag], claimed[tag])
+        assert sum(found.targets.values()) <= there
 
 
 @pytest.mark.parametrize(("parties", "expected"), FOUR_SCENARIOS + OF_SEVERAL_PROCESSES)

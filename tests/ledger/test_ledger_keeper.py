@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from support.ledger import TERMS, World, ask, close_idle, free, used
 from support.ledger_simulation import simulate
+from support.ledger_turns import LedgerTurns
 from support.ledger_world import Host, MemoryStore, Server, SimPool
 from support.threads import PATIENCE, eventually
 
@@ -17,7 +18,9 @@ from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.demand import Pace, TagDemand, condense
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.keeper import Keeper
-from sqla_fairpool.ledger.rows import Left, Terms
+from sqla_fairpool.ledger.rows import PROTOCOL, Left, Terms, member_key
+from sqla_fairpool.scheduling import policy
+from sqla_fairpool.scheduling.tags import ALL
 
 #: Those of members that do not agree with the others.
 OTHER_TERMS = Terms(10, 5, 8, 60.0, 30.0)
@@ -422,6 +425,48 @@ def test_terms_are_changed_for_all_members_at_once(world, how):
     assert world.server.most == 20
 
 
+@pytest.mark.parametrize("tag", [ALL, "a"])
+def test_pause_holds_for_members_and_newcomers_until_it_is_resumed(world, tag):
+    (a,) = members = world.members(a=4)
+    for _ in range(2):
+        world.pause(tag)
+    ask(a, "a", 2)
+    world.run(0.1)
+    members.append(world.start())
+    ask(members[1], "a", 2)
+    free(a, "a", 4)
+    world.run(2.0)
+    assert used(*members) == [0, 0]
+    if tag != ALL:
+        ask(a, "b", 3)
+        world.run(0.1)
+        assert used(*members) == [3, 0]
+        free(a, "b", 3)
+    began = world.now
+    for _ in range(2):
+        world.pause(tag, False)
+    while used(*members) != [2, 2]:
+        world.run(0.01)
+    assert world.now - began < 0.1
+
+
+def test_quarantine_of_the_dead_ends_while_it_is_paused(world):
+    a, b = world.members(a=4, b=4)
+    world.pause(ALL)
+    world.run(0.1)
+    a.kill()
+    with b.store.transaction() as rows:  # as the command does that waits
+        book = Book(rows)
+        book.reap({a.store.member: rows[member_key(a.store.member)]})
+        book.change()
+    b.store.ring_all()
+    world.run(2.0)
+    assert world.quarantined == 4
+    a.server_notices()
+    world.run(2.0)
+    assert world.quarantined == 0
+
+
 def test_members_have_to_agree_on_the_limits_of_tags(world):
     world.member("a", 1)
     tags = '{"b": {"max": 2, "reserved": 0, "weight": 1.0}}'
@@ -430,6 +475,54 @@ def test_members_have_to_agree_on_the_limits_of_tags(world):
     world.run(0.1)
     assert world.book.terms.tags == tags
     assert used(b) == [2]
+
+
+def test_reserved_slot_is_used_under_its_tag_only():
+    world = World(Terms(8, 8, 8, 60.0, 30.0, '{"health": {"reserved": 1}}'))
+    a, b = world.members(web=30, jobs=30)
+
+    def busy():
+        for process in world.living:
+            for tag in (
+                process.pool.in_use.elements() if world.now * 7 % 1 < 0.1 else ()
+            ):
+                process.pool.release(tag)
+                process.pool.request(tag)
+        members = world.book.members.values()
+        assert sum(member.owned - member.kept for member in members) <= 7
+
+    world.run(1.0, busy)
+    assert (sum(used(a, b)), world.book.free) == (7, 1)
+    ask(b, "health", 1)
+    world.run(0.02, busy)
+    assert b.pool.in_use["health"] == 1
+    free(b, "health")
+    world.run(3.0, busy)
+    # Its process keeps it, and the next time it asks nobody.
+    assert (b.row.kept, b.row.owned) == (1, used(b)[0] + 1)
+    ask(b, "health", 1)
+    assert b.pool.in_use["health"] == 1
+    free(b, "health")
+    b.kill()
+    b.server_notices()
+    world.run(5.0, busy)
+    assert (used(a), world.book.free) == ([7], 1)
+
+
+@pytest.mark.parametrize("where", ["apart", "both"])
+def test_tags_get_the_same_time_whether_they_hold_long_or_in_several_processes(where):
+    turns = LedgerTurns(2, capacity=4)
+    for n in range(16):
+        tag, hold = f"tag{n}", 0.5 if n < 5 else 0.02
+        turns.come(n % 2, tag, 2, hold)
+        if where == "both" and not n % 4:
+            turns.come(1 - n % 2, tag, 2, hold)
+    turns.run(10.0)
+    turns.forget()
+    turns.run(50.0)
+    turns.check()
+    assert policy.jain([turns.seconds[tag] for tag in turns.holds]) >= 0.98
+    assert turns.server.most == 4
 
 
 def test_the_terms_of_the_dead_bind_nobody(world):
@@ -448,10 +541,10 @@ def test_the_terms_of_the_dead_bind_nobody(world):
 def test_rows_of_a_later_version_are_refused(world):
     world.member("a", 1)
     meta = json.loads(world.host.rows["meta"])
-    world.host.rows["meta"] = json.dumps(meta | {"protocol": 3})
+    world.host.rows["meta"] = json.dumps(meta | {"protocol": PROTOCOL + 1})
     b = world.member("b", 1)
     assert type(b.pool.refusals[0]) is LedgerError
-    assert "protocol version 3" in str(b.pool.refusals[0])
+    assert f"protocol version {PROTOCOL + 1}" in str(b.pool.refusals[0])
 
 
 def test_numbers_are_given_once():

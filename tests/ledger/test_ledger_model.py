@@ -27,6 +27,7 @@ from support.ledger import World, ask
 from sqla_fairpool.ledger.demand import Pace
 from sqla_fairpool.ledger.rows import Terms
 from sqla_fairpool.scheduling import policy
+from sqla_fairpool.scheduling.tags import ALL
 
 TAGS = ["x", "y", "z"]
 
@@ -238,6 +239,11 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
     def bells_are_lost(self):
         self.world.host.rung.clear()
 
+    @precondition(lambda self: self.world.host.rows and self.world.host.holder is None)
+    @rule(tag=st.sampled_from([*TAGS, ALL]), paused=st.booleans())
+    def somebody_pauses_or_resumes(self, tag, paused):
+        self.world.pause(tag, paused)
+
     # -- the promises --------------------------------------------------------------
 
     def made(self):
@@ -251,25 +257,7 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
         assert world.server.most <= world.terms.capacity
         if book.meta is not None:
             assert book.owned + book.quarantined <= world.terms.capacity
-        for process in world.living + world.dead:
-            if self.is_unknown(process):
-                continue
-            # For each connection a slot is kept: in the row, or in a quarantine.
-            row, key = process.row, process.store.member
-            slots = row.owned if row else 0
-            gone = [gone for gone in book.gone.values() if gone.member == key]
-            assert len(process.sessions) <= slots + sum(one.slots for one in gone)
-            if process in world.dead:
-                continue
-            # What is used is posted.
-            pool = process.pool
-            assert book.accounted >= set(pool.there) - pool.pending
-            # No pool may open more than its process owns.
-            if key in world.host.alive and process.store.signed and not process.left:
-                former = book.gone.get(process.keeper.member.number)
-                kept = row.owned if row else former.slots if former else 0
-                # It may not know yet that these are in quarantine; they are open.
-                assert pool.slots <= kept + len(pool.interrupted)
+        world.check(self.is_unknown)
 
     def teardown(self):
         if self.made():
@@ -302,6 +290,8 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
         book = world.book
         if book.meta is None:
             return
+        self.just_what_is_paused_is_not_served()
+        book = world.book
         plan = book.allocation()
         for process in world.living:
             if process.stopped:
@@ -320,6 +310,16 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
             # Nothing is unused that somebody else could use.
             if plan.unmet:
                 assert not pool.idle or pool.open <= plan.claimed[process.store.member]
+
+    def just_what_is_paused_is_not_served(self):
+        world, pauses = self.world, self.world.book.pauses
+        for process in world.living:
+            if not process.stopped and process.row is not None:
+                assert process.pool.paused == pauses
+        for tag in pauses:
+            world.pause(tag, False)
+        if pauses:
+            world.run(5.0, tick=0.05)
 
     def all_are_saturated(self):
         """Who is not stopped wants everything: the shares are max-min."""

@@ -24,11 +24,14 @@ from sqlalchemy.pool import NullPool
 from support import state
 from support.proxy import Proxy
 from support.sessions import Sessions
+from support.stores import rows_of, write
 from support.threads import PATIENCE, Caller, eventually
 
 from sqla_fairpool import CheckoutTimeout, FairQueuePool
+from sqla_fairpool.ledger import postgres
 from sqla_fairpool.ledger.keeper import Keeper, Pace
-from sqla_fairpool.pool import ledger_sessions
+from sqla_fairpool.ledger.postgres import PostgresStore
+from sqla_fairpool.pool import ledger_member, ledger_sessions
 
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
@@ -122,10 +125,11 @@ class Member:
 def member(monkeypatch, postgres_url, proxy, ledger):
     """Make members; all of them never have more sessions than there are slots."""
     monkeypatch.setattr(ledger_sessions, "Keeper", partial(Keeper, pace=PACE))
+    monkeypatch.setattr(ledger_member, "_CONFIRMED_WITHIN", 2.5)
     name = f"network {uuid.uuid4().hex[:12]}"
     members = []
 
-    def make(driver="psycopg2", past=False):
+    def make(driver="psycopg2", past=False, ledger=ledger):
         """Make one that connects through the proxy, or past it."""
         url = postgres_url if past else proxy.url
         members.append(Member(url, ledger, driver, name))
@@ -143,6 +147,28 @@ def member(monkeypatch, postgres_url, proxy, ledger):
     # Who asks for sessions that are lost does it beside the budget, for a moment.
     beside = 0 if ledger.startswith("postgresql") else len(members)
     assert SLOTS <= sessions.most <= SLOTS + beside + make.beside
+
+
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_store_needs_few_round_trips_and_one_while_it_has_the_lock(proxy, driver):
+    """Members may be far away from it."""
+    url = proxy.url.set(drivername=f"postgresql+{driver}")
+    store = PostgresStore(url, uuid.uuid4().hex)
+    store.open()
+
+    def trips(function, *args):
+        before = proxy.messages
+        function(*args)
+        return proxy.messages - before
+
+    assert trips(store.read) == 1
+    assert trips(lambda: write(store, **{f"k{i}": "{'\\%}" for i in range(9)})) == 2
+    assert trips(rows_of, store) == 2
+    assert rows_of(store)["k8"] == "{'\\%}"
+    assert trips(store.ring, ["a", "b", "c"]) == 1
+    store.close()
+    assert trips(store.open) <= 10
+    store.close()
 
 
 LOCK = 4711
@@ -289,6 +315,23 @@ def test_member_whose_control_connection_is_silent_opens_nothing(
         connection.close()
     for connection in take_all(one):
         connection.close()
+
+
+@SILENCED
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_control_connection_that_says_nothing_is_hung_up_on_and_made_anew(
+    member, ledger, proxy, driver, monkeypatch, caplog
+):
+    """A proxy takes everything: no keepalive and no time limit of TCP notices that."""
+    monkeypatch.setattr(postgres, "_ANSWER_WITHIN", 1.0)
+    one = member(driver, past=True, ledger=ledger.replace("psycopg2", driver))
+    one.work("select 1")
+    one.engine.dispose()
+    proxy.silence()
+    for connection in take_all(one):
+        connection.close()
+    assert "no answer within 1 s" in caplog.text
+    one.reaches_the_ledger()
 
 
 @SILENCED

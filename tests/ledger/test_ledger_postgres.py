@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import uuid
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import create_engine, make_url, text
+from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 from support import state
 from support.ledger_world import Server as SimServer
 from support.ledger_world import SimPool
 from support.stores import rows_of, write
-from support.threads import PATIENCE, Caller, eventually, give
+from support.threads import PATIENCE, Caller, Gate, eventually, give
 
 from sqla_fairpool import FairQueuePool
 from sqla_fairpool.cli import main
@@ -573,4 +575,25 @@ def test_session_that_ends_while_it_is_prepared_is_a_store_that_is_away(
             store.open()
     assert store.control_connections == 0
     store.open()
+    store.close()
+
+
+def test_store_that_is_forked_in_its_first_connect(driver_url):
+    """SQLAlchemy holds a lock in it, which would be held for ever in the child."""
+    store, gate = PostgresStore(driver_url), Gate()
+    event.listen(store._engine, "connect", gate)
+    opening = Caller(store.open)
+    gate.reached()
+    child = os.fork()
+    if not child:
+        signal.alarm(int(PATIENCE))
+        try:
+            store.after_fork()
+            store.open()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    gate.open()
+    opening.result()
     store.close()

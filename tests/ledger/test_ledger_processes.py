@@ -145,7 +145,7 @@ def test_children_forked_in_the_middle_of_checkouts(server, server_url, ledger, 
     """Each of them gets a connection; ten threads of their parent go on meanwhile."""
     url = server_url.replace("psycopg2", driver)
     said = run(SUPPORT / "member_program.py", url, ledger, "threads")
-    assert said == "done\n" * 41
+    assert said == "done\n" * 26  # of 25 children and their parent
     eventually(lambda: not server.open)
 
 
@@ -184,6 +184,26 @@ def test_limits_change_while_members_come_and_go(server, scraper, ledger):
             change(20)
             server.until(a=7, b=7, late=6)
         server.settles(a=10, b=10)
+
+
+def test_nothing_is_active_while_it_is_paused(server, scraper, ledger, capsys):
+    """Under load, with a member that was killed; its last statements end before."""
+
+    def command(*args):
+        assert main(["ledger", *args, "--ledger", ledger]) == 0
+        return capsys.readouterr().out
+
+    with scraper("a"), scraper("b"):
+        victim = scraper.start("victim", 25, 0.2)
+        server.until(a=7, b=7, victim=6)
+        kill(victim)
+        assert command("pause", "--wait", "30") == "paused\nnothing is out\n"
+        server.until()
+        looks = server.looks
+        eventually(lambda: server.now or server.looks > looks + 50)
+        assert server.now == {}
+        command("resume")
+        server.until(a=10, b=10)
 
 
 @pytest.fixture

@@ -14,7 +14,16 @@ from sqla_fairpool.ledger import rows as ledger_rows
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.inspector import read
-from sqla_fairpool.ledger.rows import LOST, Gone, Left, Member, Session, among, dump
+from sqla_fairpool.ledger.rows import (
+    LOST,
+    PROTOCOL,
+    Gone,
+    Left,
+    Member,
+    Session,
+    among,
+    dump,
+)
 from sqla_fairpool.ledger.watch import Present, still_there, unaccounted
 
 
@@ -302,7 +311,7 @@ GONE = {"slots": "3", "why": "", "who": {}, "member": "", "stamp": 1}
     [
         ("meta", "nonsense"),
         ("meta", "[]"),
-        ("meta", dump({"protocol": 2})),
+        ("meta", dump({"protocol": PROTOCOL})),
         ("tags", dump({"a": "one"})),
         ("due", "[1]"),
         ("member/x", "{"),
@@ -360,7 +369,7 @@ def test_rows_of_an_earlier_version_are_raised_by_who_joins_alone(world, alone):
     a = world.member("a", 3)
     for key, text in world.host.rows.items():
         row = json.loads(text)
-        for name in ("sessions", "unasked", "server", "fresh"):
+        for name in ("sessions", "unasked", "server", "fresh", "set_by"):
             row.pop(name, None)
         world.host.rows[key] = dump(row | ({"protocol": 1} if key == "meta" else {}))
     rows = dict(world.host.rows)
@@ -372,7 +381,7 @@ def test_rows_of_an_earlier_version_are_raised_by_who_joins_alone(world, alone):
     b = world.member("b", 30)
     world.run(2.0)
     if alone:
-        assert world.book.meta.protocol == 2
+        assert world.book.meta.protocol == PROTOCOL
         assert world.quarantined == 1  # that session is no one's that is known
         assert len(b.sessions) == 15
     else:

@@ -7,8 +7,10 @@ import signal
 import threading
 
 import pytest
+from support import state
 from support.stores import join, rows_of, store_at, write
-from support.threads import PATIENCE, Caller, eventually
+from support.stub import all_for_one
+from support.threads import PATIENCE, Caller, connect, eventually, give
 
 from sqla_fairpool.ledger.store import StoreAway, changes
 
@@ -61,6 +63,20 @@ def test_closed_store_is_away(place):
         store.open()
         assert rows_of(store) == {}
         store.close()
+
+
+def test_reserved_connection_is_kept_in_every_process(server, ledger):
+    limits = {"tags": {"health": {"reserved": 1}}, **all_for_one(3)}
+    one, two = [server.engine(ledger=ledger, **limits) for _ in range(2)]
+    held = [Caller(connect, engine, "web").result() for engine in (one, two)]
+    waiting = [Caller(connect, engine, "web") for engine in (one, two)]
+    for _ in range(3):
+        Caller(connect, two, "health").result().close()
+    assert two.pool.stats().tag("web").connections == 1
+    give(held)
+    give([caller.result() for caller in waiting])
+    for engine in (one, two):
+        state.keeper(engine).close()
 
 
 # -- signs of life --------------------------------------------------------------------

@@ -14,12 +14,9 @@ from sqla_fairpool.ledger.overview import (
     Part,
     ProcessRow,
     compile_overview,
-    condensed,
-    decode,
-    encode,
 )
 from sqla_fairpool.scheduling.limits import LimitsByTag, TagLimits
-from sqla_fairpool.stats import TagStats
+from sqla_fairpool.stats import TagStats, condensed, decode, encode
 
 LIMITS = Limits(20, 20, 10, 15)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-from support.overviews import EVIL, overview
+import re
+from dataclasses import replace
 
+import pytest
+from support.overviews import EVIL, overview, process
+
+from sqla_fairpool.ledger.overview import Limits, Part, compile_overview
 from sqla_fairpool.ledger.overview_text import (
     cells,
     cut,
@@ -13,6 +17,8 @@ from sqla_fairpool.ledger.overview_text import (
     printable,
     seconds_text,
 )
+from sqla_fairpool.scheduling.limits import LimitsByTag, TagLimits
+from sqla_fairpool.stats import TagStats
 
 
 @pytest.mark.parametrize(
@@ -118,3 +124,22 @@ def test_a_long_name_is_cut():
 
 def test_the_sum_of_very_many_has_a_name():
     assert any(line.startswith("(others)  ") for line in lines(overview([""])))
+
+
+def test_own_limits_and_usage_are_columns_where_there_are_any():
+    own = {"a": TagLimits(weight=3.0, reserved=1), "b*": TagLimits(max=2)}
+    parts = [
+        Part(process(name, n), [TagStats(name, True, 1, usage=12.0)])
+        for n, name in enumerate(["a", "b1", "c"])
+    ]
+    limits = Limits(20, 20, 10, 15)
+    tags = LimitsByTag(own)
+    table = lines(compile_overview(parts, replace(limits, tags=tags)))[3:7]
+    own_limits = ["own limits", "weight 3, 1 reserved", "max 2", "-"]
+    used = ["used", *["12 s"] * 3]
+    cut = [row[table[0].index("used") : table[0].index("processes")] for row in table]
+    expected = [list(pair) for pair in zip(used, own_limits, strict=True)]
+    assert [re.split("  +", row.strip()) for row in cut] == expected
+    assert "own limits" not in lines(compile_overview(parts, limits))[3]
+    few = Limits(2, 2, 2, 2)  # connections, for three tags
+    assert "used  own limits" in lines(compile_overview(parts, few))[3]

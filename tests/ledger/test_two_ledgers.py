@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import pytest
 from sqlalchemy import make_url, text
 from support import state
+from support.stores import end, start
 from support.stub import all_for_one
 from support.worlds import contract, make_world
 
@@ -115,3 +116,21 @@ def test_ledger_is_shown_by_another_connection_when_the_first_has_gone(
         visit(one)
         visit(other)
         assert len(warnings_in(caplog)) == 1
+
+
+@contract
+@pytest.mark.parametrize(("kinds", "warned"), [("a a", False), ("a b", True)])
+def test_other_ledger_may_be_another_processes(
+    world, engine, ledgers, kinds, warned, postgres_url, caplog
+):
+    caplog.set_level(logging.WARNING, "sqla_fairpool")
+    url = make_url(postgres_url).render_as_string(False)
+    theirs, ours = ledgers(kinds)
+    process = start("scraper_program.py", url, theirs, "theirs", 1, 0.01)
+    try:
+        with engines(engine, [ours]) as (one,):
+            visit(one)
+        assert len(warnings_in(caplog)) == warned
+        assert all("1 other ledger(s)" in text for text in warnings_in(caplog))
+    finally:
+        end(process)

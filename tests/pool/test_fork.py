@@ -155,6 +155,58 @@ def test_fork_in_a_connect_listener_gives_the_child_no_slot():
     )
 
 
+@pytest.mark.parametrize("before", ["", "connect(engine).close(); engine.dispose()"])
+def test_child_is_not_forked_in_the_first_connect_of_another_thread(before):
+    """SQLAlchemy holds a lock in it, and does some things in it once."""
+    run(
+        f"""
+        from sqlalchemy import event
+
+        {before}
+        reached, may_end = threading.Event(), threading.Event()
+        os.register_at_fork(before=may_end.set)
+        done = []
+
+        @event.listens_for(engine, "connect")
+        def listen(dbapi_connection, record):
+            reached.set()
+            may_end.wait()
+            for n in range(100):
+                os.sched_yield()  # not over as soon as it may be
+            done.append(os.getpid())
+
+        first = Caller(connect, engine)
+        reached.wait()
+        parent = [os.getpid()]
+
+        def child():
+            assert done == parent, "the first connect was not over"
+            connect(engine).close()  # would hang on SQLAlchemy's lock
+            assert len(done) == 2
+
+        forked(child)
+        first.result().close()
+        assert done == parent
+        """
+    )
+
+
+def test_fork_in_a_first_connect_of_the_same_thread():
+    run(
+        """
+        from sqlalchemy import event
+
+        pids = []
+        event.listen(engine, "connect", lambda *_: pids or pids.append(os.fork()))
+        with connect(engine) as one, connect(engine) as other:
+            pass
+        if pids == [0]:
+            os._exit(0)
+        assert os.waitpid(pids[0], 0)[1] == 0
+        """
+    )
+
+
 @pytest.mark.postgres
 def test_parents_connections_survive_a_child_on_postgresql(postgres_url):
     run(

@@ -11,6 +11,7 @@ import sys
 import pytest
 from sqlalchemy import engine_from_config
 from sqlalchemy.exc import ArgumentError
+from sqlalchemy.util import get_cls_kwargs
 
 from sqla_fairpool import FairQueuePool, TooManyWaiting, tag, tagging
 from sqla_fairpool.checks import BadOption, validate_tag
@@ -46,6 +47,11 @@ def test_defaults_are_the_contract():
         defaulted=frozenset({"soft_limit", "max_limit"}),
     )
     assert options.capacity == 20
+
+
+def test_create_engine_hands_each_option_on():
+    """It knows those only that may be given by position."""
+    assert OPTIONS.keys() <= set(get_cls_kwargs(FairQueuePool))
 
 
 @pytest.mark.parametrize(

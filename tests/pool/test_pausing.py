@@ -42,6 +42,41 @@ def test_no_checkout_is_served_until_it_is_resumed(world, tag, is_warm):
     assert world.server.opened == 2
 
 
+def test_tag_that_is_paused_alone(world, clock):
+    pool = world.pool(2, timeout=0)
+    give(take(pool, 2, "b"))
+    held = connect(pool, "a")
+    pool.pause("a")
+    clock.advance(5)
+    with pytest.raises(CheckoutTimeout) as caught:
+        connect(pool, "a")
+    assert "tag 'a' paused in_use=1 ceiling=0" in str(caught.value)
+    assert (
+        "advice: tag 'a' was paused 5.00s ago, and serves again after pool.resume('a')"
+    ) in str(caught.value)
+    assert "ceiling 0: no checkout is served while it is paused" in str(
+        pool.explain("a")
+    )
+    held.close()
+    connect(pool, "b").close()
+    stats = pool.stats()
+    assert (stats.paused_for, stats.paused_tags) == (None, ("a",))
+    assert (stats.tag("a").limit, stats.tag("b").limit > 0) == (0, True)
+    assert pool.metrics().tag("a").limit == 0
+    pool.resume()  # all, which was not paused
+    with pytest.raises(CheckoutTimeout):
+        connect(pool, "a")
+    pool.pause()
+    pool.resume("a")
+    with pytest.raises(CheckoutTimeout, match=r"after pool.resume\(\)"):
+        connect(pool, "a")
+    pool.resume()
+    connect(pool, "a").close()
+    for change in (pool.pause, pool.resume):
+        with pytest.raises(ArgumentError, match="tag='' is not allowed"):
+            change("")
+
+
 def test_other_tag_of_a_connection_is_a_new_checkout(make_engine):
     engine = make_engine(2, pool_timeout=0)
     with engine.connect() as connection:

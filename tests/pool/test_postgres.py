@@ -336,8 +336,9 @@ def test_hundred_tags_get_the_same_time_whether_they_hold_long_or_short(
     make_engine, long
 ):
     """Time is virtual in tests/scheduling; here threads and a server have their own."""
-    engine = make_engine(pool_size=20, soft_limit=20, max_limit=20, pool_timeout=None)
-    holds = {f"tag{n}": 1.0 if n < long else 0.01 for n in range(100)}
+    limits = {"pool_size": 20, "soft_limit": 20, "max_limit": 20}
+    engine = make_engine(**limits, pool_timeout=None, usage_half_life=2.5)
+    holds = {f"tag{n}": 0.25 if n < long else 0.005 for n in range(100)}
     done = threading.Event()
 
     def work(tag, hold):
@@ -349,9 +350,9 @@ def test_hundred_tags_get_the_same_time_whether_they_hold_long_or_short(
 
     callers = [Caller(work, *item) for item in holds.items() for _ in range(4)]
     eventually(lambda: len(engine.pool.stats().tags) == 100)
-    done.wait(10.0)
+    done.wait(2.5)
     before = {row.name: row.hold_time.total for row in engine.pool.stats().tags}
-    done.wait(40.0)
+    done.wait(10.0)
     rows = engine.pool.stats().tags
     done.set()
     for caller in callers:

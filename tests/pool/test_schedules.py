@@ -35,7 +35,7 @@ from sqla_fairpool.pool.core import PoolCore
 from sqla_fairpool.pool.lock import PoolLock
 from sqla_fairpool.pool.transitions import Transitions
 from sqla_fairpool.pool.waiting import Waiting
-from sqla_fairpool.pool.warm import WarmRecords
+from sqla_fairpool.pool.warm import WarmCache, WarmRecords
 
 #: Schedules of each kind; the environment may ask for more.
 COUNT = int(os.environ.get("SCHEDULES", "2000"))
@@ -179,7 +179,26 @@ def give_up(world, tag):
         connection.close()
 
 
+def borrow(world, tag):
+    """Say the tag later, as an option of a connection does, or execute a statement."""
+    connection = world.pool.connect()
+    world.hold(connection)
+    core = world.pool._core
+    checkout = connection._connection_record.fair.checkout
+    if world.random.random() < 0.5:
+        expected = tag
+        is_moved = core.warm.claim(checkout, tag) or core.move(checkout, tag)
+    else:
+        expected, is_moved = "unknown", True
+        core.activity(checkout)
+    if is_moved:
+        assert (checkout.tag_state.tag, checkout.borrowed) == (expected, False)
+    world.let_go(connection)
+    connection.close()
+
+
 KINDS = {
+    "borrows": [borrow, borrow, use],
     "uses": [use, use_again, use_both],
     "ends": [use, invalidate, drop, collect, detach],
     "changes": [use, use_both, replace, reconfigure, read],
@@ -187,12 +206,16 @@ KINDS = {
 }
 
 
+#: A ceiling that is always the same, so that it holds at every moment.
+CHANGES = {"borrows": {"soft_limit": 1, "max_limit": 1}}
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_order_of_bytecodes_breaks_a_promise(kind, monkeypatch, light_heap):
     for seed in range(FIRST, FIRST + COUNT // len(KINDS)):
         with monkeypatch.context() as patch:
             try:
-                World(seed, patch).run(KINDS[kind])
+                World(seed, patch, **CHANGES.get(kind, {})).run(KINDS[kind])
             except BaseException as error:
                 error.add_note(f"kind {kind!r}, seed {seed}")
                 raise
@@ -201,6 +224,18 @@ def test_no_order_of_bytecodes_breaks_a_promise(kind, monkeypatch, light_heap):
 # -- would it notice? ------------------------------------------------------------------
 
 MUTANTS = {
+    "a section that grants does not see what is borrowed": (
+        "borrows",
+        WarmCache.borrow,
+        "if self._lock.busy_in is None and ",
+        "if ",
+    ),
+    "a section and a caller both say whose it is": (
+        "borrows",
+        WarmCache._end_loan,
+        "return self.borrowed.pop(checkout, self) is None",
+        "self.borrowed.pop(checkout, None); return True",
+    ),
     "a waiter that comes during a checkin is forgotten": (
         "uses",
         PoolCore.checkin,
@@ -305,7 +340,7 @@ def test_explorer_notices(name, monkeypatch, light_heap):
     for seed in range(ENOUGH):
         with monkeypatch.context() as patch:
             try:
-                World(seed, patch).run(KINDS[kind])
+                World(seed, patch, **CHANGES.get(kind, {})).run(KINDS[kind])
             except Exception:
                 return
     pytest.fail("it was not noticed")

@@ -67,8 +67,8 @@ def test_connection_that_could_not_check_out_again_holds_nothing(server):
 def test_later_checkouts_are_made_by_a_function_without_a_cycle(engine):
     made = []
 
-    def check_out(connection, revalidate):
-        made.append((weakref.ref(connection), revalidate()))
+    def check_out(ref):
+        made.append((ref, private.check_out(ref())))
         return made[-1][1]
 
     gc.disable()

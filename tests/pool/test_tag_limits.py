@@ -111,11 +111,6 @@ def test_usage_is_in_the_figures(make_engine):
     assert engine.pool.stats().tag("a").usage >= 0.0
 
 
-def test_nothing_can_be_reserved_with_a_ledger():
-    with pytest.raises(exc.ArgumentError, match=r"^tags=.*'health': 1.*ledger"):
-        PoolOptions.parse(tags={"health": {"reserved": 1}}, ledger="host")
-
-
 def test_time_out_says_what_the_tag_has_of_its_own(make_engine):
     engine = make_engine(
         4, tags={"a": {"max": 1, "weight": 2.5}, "b": {"reserved": 1}}, pool_timeout=0

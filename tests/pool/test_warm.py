@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import InvalidRequestError
+from support import state
 from support.threads import connect, give
 
 from sqla_fairpool import CheckoutTimeout
 from sqla_fairpool.pool import warm
+from sqla_fairpool.pool.lock import PoolLock
 from sqla_fairpool.pool.warm import WarmCache
 
 
@@ -20,7 +22,9 @@ def given_up():
 
 @pytest.fixture
 def cache(given_up):
-    return WarmCache(deque(), lambda record, now: given_up.append(record))
+    lock = PoolLock(lambda: 7.0, lambda: True)
+    scheduler = None  # is asked when something is borrowed
+    return WarmCache(lock, scheduler, lambda record, now: given_up.append(record), None)
 
 
 def section(cache):
@@ -129,3 +133,102 @@ def test_warm_connection_without_a_tag_above_its_ceiling_is_not_taken(make_pool)
         give(held)
         with pool.connect(), pytest.raises(CheckoutTimeout, match="limit=1"):
             pool.connect()
+
+
+# -- borrowed from a tag ---------------------------------------------------------------
+
+
+def in_use(engine):
+    """Return what each tag has, without what settles it: a section."""
+    tag_states = engine.pool._core.scheduler.tag_states.values()
+    return {tag_state.tag: tag_state.in_use for tag_state in tag_states}
+
+
+def checkouts(engine):
+    return {row.name: row.checkouts for row in engine.pool.stats().tags}
+
+
+@pytest.fixture
+def engine(make_engine, clock):
+    """One whose connection is kept warm for a."""
+    engine = make_engine()
+    engine.connect().execution_options(scraper="a").close()
+    return engine
+
+
+def test_option_for_which_the_connection_was_warm_takes_no_lock(engine):
+    with state.lock_forbidden(engine):
+        for _ in range(3):
+            engine.connect().execution_options(scraper="a").close()
+    assert checkouts(engine) == {"a": 4}
+    hold = engine.pool.metrics().tag("a").hold_time
+    assert hold.count == 4
+
+
+def execute(connection):
+    connection.execute(text("select 1"))
+    return "unknown", True
+
+
+def read_figures(connection):
+    connection.engine.pool.stats()
+    return "unknown", False
+
+
+def check_out_another(connection):
+    with connection.engine.execution_options(scraper="b").connect():
+        return "unknown", False
+
+
+def name_another(connection):
+    connection.execution_options(scraper="b")
+    return "b", True
+
+
+def close(connection):
+    connection.close()
+    return "unknown", False
+
+
+@pytest.mark.parametrize(
+    "act", [execute, read_figures, check_out_another, name_another, close]
+)
+def test_borrower_that_does_not_name_the_tag_is_charged_to_its_own(engine, clock, act):
+    connection = engine.connect()
+    assert in_use(engine) == {"unknown": 0, "a": 1}
+    clock.advance(2.0)
+    tag, active = act(connection)
+    if act is not close:
+        assert in_use(engine)[tag] == 1
+        assert in_use(engine)["a"] == 0
+        assert engine.pool.stats().tag(tag).active == active
+        clock.advance(3.0)
+        connection.close()
+    rows = {row.name: row for row in engine.pool.stats().tags}
+    assert (rows["a"].checkouts, rows[tag].checkouts) == (1, 1)
+    held = {close: 2.0, name_another: 3.0}.get(act, 5.0)
+    assert (rows["a"].hold_time.total, rows[tag].hold_time.total) == (0.0, held)
+
+
+def test_nothing_is_borrowed_above_the_own_ceiling(make_pool):
+    pool = make_pool(pool_size=4, soft_limit=1, max_limit=3, timeout=0)
+    pool.connect().close()
+    give([connect(pool, "a"), connect(pool, "a")])
+    untagged = pool.connect()
+    with pytest.raises(CheckoutTimeout, match="ceiling=1"):
+        pool.connect()
+    untagged.close()
+    pool.connect().close()
+
+
+def test_tag_is_not_altered_in_a_transaction_whosever_the_connection_was(engine):
+    with engine.connect() as connection:
+        connection.begin()
+        with pytest.raises(InvalidRequestError, match="already initialized"):
+            connection.execution_options(scraper="a")
+
+
+def test_borrowed_connection_that_is_dropped_is_charged_and_comes_back(engine):
+    engine.pool._core.checkout("unknown", engine.pool)  # lost before SQLAlchemy has it
+    assert engine.pool.checkedout() == 0
+    assert checkouts(engine) == {"a": 1, "unknown": 1}

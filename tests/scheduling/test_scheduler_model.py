@@ -24,6 +24,7 @@ from sqla_fairpool.scheduling import policy
 from sqla_fairpool.scheduling.invariants import check_valid
 from sqla_fairpool.scheduling.limits import NO_LIMITS, TagLimits
 from sqla_fairpool.scheduling.scheduler import Scheduler
+from sqla_fairpool.scheduling.tags import ALL, Pause
 from sqla_fairpool.scheduling.ticket import FREE, GRANTED, WAITING, LineFull, Ticket
 
 TAGS = ["a", "b", "c", "d", "unknown"]
@@ -66,7 +67,7 @@ class Model:
         self.used = dict.fromkeys(TAGS, 0.0)  # decayed connection-seconds
         self.lift = dict.fromkeys(TAGS, 0.0)  # what counts beside them
         self.level = 0.0
-        self.paused = False
+        self.paused = set()
 
     def limits_of(self, tag):
         return self.limits.get(tag, NO_LIMITS)
@@ -93,7 +94,7 @@ class Model:
         return (self.used[tag] + self.lift[tag]) / self.limits_of(tag).weight
 
     def ceiling(self, tag):
-        if self.paused:
+        if self.paused & {tag, ALL}:
             return 0
         own = self.limits_of(tag)
         others = len(self.active - {tag})
@@ -278,9 +279,10 @@ class SchedulerAgreesWithModel(RuleBasedStateMachine):
         vars(self.model).update(rules)
         assert granted == self.model.dispatch(self.now, granted)
 
-    @rule(paused=st.booleans())
+    @rule(paused=st.sets(st.sampled_from([*TAGS, ALL]), max_size=2))
     def pause(self, paused):
-        granted = [*self.scheduler.pause(self.now if paused else None, self.now)]
+        pauses = dict.fromkeys(paused, Pause(self.now))
+        granted = [*self.scheduler.pause(pauses, self.now)]
         self.model.paused = paused
         assert granted == self.model.dispatch(self.now, granted)
 

@@ -198,3 +198,35 @@ def test_half_life_can_change_while_connections_are_out():
     assert scheduler.usage.seconds(state, 5.0) == pytest.approx(before)
     always = 2.0 / math.log(2)
     assert scheduler.usage.seconds(state, 100.0) == pytest.approx(always)
+
+
+def test_what_was_used_elsewhere_counts_and_decays_from_when_it_was_heard_first():
+    scheduler = make_scheduler(1)
+    scheduler.request(Ticket(), "a", 0.0)
+    state, counted = scheduler.tag_states["a"], scheduler.usage
+    always = 10.0 / math.log(2)
+
+    def elsewhere(now):
+        return state.elsewhere / counted.scale(now) * always
+
+    for now, said, expected in [
+        (0.0, {"p": 8.0}, 8.0),
+        (10.0, {"p": 8.0, "q": 1.0}, 5.0),
+        (20.0, {"p": 2.0, "q": 1.0}, 2.5),
+        (9100.0, {"p": 2.0, "q": 4.0}, 4.0),  # the landmark has moved
+        (9110.0, {}, 0.0),
+    ]:
+        scheduler.impose(1, {}, 1, now, {}, {"a": said, "unknown": said})
+        assert elsewhere(now) == pytest.approx(expected, abs=1e-9)
+        assert state.lift == pytest.approx(state.elsewhere)
+    assert "unknown" not in scheduler.tag_states
+
+
+def test_tag_that_used_more_elsewhere_is_served_after_one_that_used_less():
+    scheduler = make_scheduler(1)
+    holder, more, less = Ticket(), Ticket(), Ticket()
+    for ticket, tag in ((holder, "z"), (more, "more"), (less, "less")):
+        scheduler.request(ticket, tag, 0.0)
+    scheduler.impose(1, {}, 1, 0.0, {}, {"more": {"p": 3.0}, "less": {"p": 2.0}})
+    check_valid(scheduler)
+    assert list(scheduler.release(holder, 1.0)) == [less]

@@ -30,6 +30,11 @@ class Store(MemoryStore):
     def point(self, name):
         self.process.point(name)
 
+    def _reach(self):
+        super()._reach()
+        if self.process.store_cut:
+            raise StoreAway("no way there")
+
 
 class Pool(SimPool):
     """Connects only while the sign of life stands, as a real one makes sure of."""
@@ -40,15 +45,15 @@ class Pool(SimPool):
         if self.process.store.member not in self.process.world.host.alive:
             self.keeper.ring()
             return None
-        return super().connect()
+        return None if self.process.server_cut else super().connect()
 
     def demand(self):
         self.process.point("demand")
         return super().demand()
 
-    def allot(self, slots, ceilings, other):
+    def allot(self, *orders):
         self.process.point("allot")
-        super().allot(slots, ceilings, other)
+        super().allot(*orders)
         self.process.point("allotted")
 
     def buried(self, lost):
@@ -121,6 +126,30 @@ class World:
     def sessions(self, server):
         return self.server.look(server) if self.can_ask else None
 
+    def check(self, is_unknown=lambda process: False):
+        """Assert what is so of each process at any moment, but for those unknown."""
+        book = self.book
+        for process in self.living + self.dead:
+            if is_unknown(process):
+                continue
+            # For each connection a slot is kept: in the row, or in a quarantine.
+            key = process.store.member
+            row = book.members.get(key)
+            slots = row.owned if row else 0
+            gone = [gone for gone in book.gone.values() if gone.member == key]
+            assert len(process.sessions) <= slots + sum(one.slots for one in gone)
+            if process in self.dead:
+                continue
+            # What is used is posted.
+            pool = process.pool
+            assert book.accounted >= set(pool.there) - pool.pending
+            # No pool may open more than its process owns.
+            if key in self.host.alive and process.store.signed and not process.left:
+                former = book.gone.get(process.keeper.member.number)
+                kept = row.owned if row else former.slots if former else 0
+                # It may not know yet that these are in quarantine; they are open.
+                assert pool.slots <= kept + len(pool.interrupted)
+
     @property
     def quarantined(self):
         return self.book.quarantined
@@ -142,6 +171,15 @@ class World:
                         break
                     process.step()
             self.now += tick
+
+    def pause(self, tag, paused=True):
+        """Pause a tag, or resume it, as the command does."""
+        rows = dict(self.host.rows)
+        book = Book(rows)
+        book.pause(tag, {"since": "now", "program": "p"} if paused else None)
+        book.tell()
+        self.host.commit(rows)
+        self.host.rung |= self.host.alive
 
     def churn(self, seconds, tick=0.002):
         """Let time pass while all connections are returned and asked for again."""
@@ -169,7 +207,7 @@ class Process:
             self.store,
             terms,
             self.pool,
-            sessions=world.sessions,
+            sessions=self._look,
             pace=world.pace,
             clock=self.clock,
             chance=lambda: 0.5,
@@ -189,6 +227,8 @@ class Process:
         self.ahead = 0.0
         self.stopped = False
         self.left = False
+        #: It cannot reach the store, or the server; others can.
+        self.store_cut = self.server_cut = False
         # The round that is under way, and at how many more points it stops.
         self.round = None
         self.budget = None
@@ -201,6 +241,9 @@ class Process:
 
     def clock(self):
         return self.world.now + self.ahead
+
+    def _look(self, server):
+        return None if self.server_cut else self.world.sessions(server)
 
     @property
     def row(self):

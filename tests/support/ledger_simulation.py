@@ -96,7 +96,7 @@ class _Process:
         self.world, self.tag = world, tag
         self.works, self.alive = False, True
         self.store = MemoryStore(world.host)
-        self.pool = SimPool(world.server, number)
+        self.pool = self.new_pool(number)
         self.keeper = SimKeeper(
             self.store,
             world.terms,
@@ -112,6 +112,9 @@ class _Process:
         #: When each waiting thread began to wait.
         self.since = []
         self.connection_seconds = 0.0
+
+    def new_pool(self, number):
+        return SimPool(self.world.server, number)
 
     def step(self, at):
         """Do a round, if it is time for one still."""

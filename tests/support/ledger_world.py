@@ -16,8 +16,10 @@ from functools import partial
 from sqla_fairpool.ledger.demand import TagDemand
 from sqla_fairpool.ledger.keeper import Keeper
 from sqla_fairpool.ledger.rows import Session
+from sqla_fairpool.ledger.store import Store as RealStore
 from sqla_fairpool.ledger.store import StoreAway
 from sqla_fairpool.ledger.watch import Present
+from sqla_fairpool.scheduling.tags import ALL
 
 
 class Host:
@@ -85,16 +87,19 @@ class MemoryStore:
     def in_place(self):
         return self._deletions == self.host.deletions
 
-    @contextmanager
-    def transaction(self):
-        host = self.host
-        self.point("begin")
+    def _look(self):
         self._reach()
         if not self.is_open:
             raise StoreAway("the connection was lost")
         if not self.in_place():
             self.is_open = self.signed = False  # the sign of life itself stands
             raise StoreAway("the rows were deleted")
+
+    @contextmanager
+    def transaction(self):
+        host = self.host
+        self.point("begin")
+        self._look()
         if host.holder is not None:
             raise StoreAway("the lock is taken")
         host.holder = self
@@ -110,6 +115,13 @@ class MemoryStore:
         finally:
             host.holder = None
         self.point("committed")
+
+    def read(self):
+        self.point("read")
+        self._look()
+        return dict(self.host.rows)
+
+    swap = RealStore.swap
 
     def living(self, members):
         self.point("living")
@@ -217,7 +229,7 @@ class SimPool:
         self.terms = None
         self.slots = 0
         self.frozen = False
-        self.ceilings, self.other = {}, 0
+        self.ceilings, self.other, self.reserves = {}, 0, {}
         #: By tag.
         self.in_use, self.waiting, self.peak = Counter(), Counter(), Counter()
         self.active = set()
@@ -232,6 +244,8 @@ class SimPool:
         #: The keeper has said no: opens nothing until something changes.
         self.rebuffed = False
         self.refusals = []
+        #: The tags that the ledger has paused.
+        self.paused = {}
         #: Tags of callers who were served since somebody looked.
         self.served = deque()
 
@@ -246,7 +260,7 @@ class SimPool:
         peak, self.peak = self.peak, self.in_use.copy()
         tags = {t for t, n in (peak + self.waiting).items() if n} | self.active
         return self.open, {
-            tag: TagDemand(peak[tag], self.waiting[tag], tag in self.active)
+            tag: TagDemand(peak[tag], self.would_get(tag), tag in self.active)
             for tag in sorted(tags)
         }
 
@@ -267,7 +281,8 @@ class SimPool:
     def read(self, rows, member):
         pass
 
-    def allot(self, slots, ceilings, other):
+    def allot(self, slots, ceilings, other, reserves, elsewhere=()):
+        self.reserves = reserves
         self.slots, self.ceilings, self.other = slots, ceilings, other
         self.frozen = self.rebuffed = False
         self._dispatch()
@@ -283,6 +298,15 @@ class SimPool:
 
     def adopt(self, terms):
         self.terms = terms
+
+    def pause(self, pauses):
+        self.paused = pauses
+        self._dispatch()
+        self._ring()
+
+    def would_get(self, tag):
+        """Return how many wait under a tag that is not paused."""
+        return 0 if {tag, ALL} & self.paused.keys() else self.waiting[tag]
 
     def press(self, pressed):
         pass  # it looks at its keeper
@@ -352,7 +376,9 @@ class SimPool:
             eligible = {
                 tag: min(n, self.ceiling(tag) - self.in_use[tag])
                 for tag, n in self.waiting.items()
-                if n and self.in_use[tag] < self.ceiling(tag)
+                if self.would_get(tag)
+                and self.in_use[tag] < self.ceiling(tag)
+                and self._is_free(tag)
             }
             if not eligible or self.open > self.slots:
                 return  # nobody can be served; or what is idle is to be closed
@@ -368,6 +394,12 @@ class SimPool:
             self.peak[tag] = max(self.peak[tag], self.in_use[tag])
             self.waiting[tag] -= 1
             self.served.append(tag)
+
+    def _is_free(self, tag):
+        """Tell if there is a slot that is not reserved for another tag."""
+        kept = sum(max(n - self.in_use[t], 0) for t, n in self.reserves.items())
+        is_below = self.in_use[tag] < self.reserves.get(tag, 0)
+        return is_below or self.in_use.total() + self.detached + kept < self.slots
 
     def _open_another(self):
         session = self.connect()

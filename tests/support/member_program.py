@@ -18,6 +18,9 @@ from sqlalchemy import text
 
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.inspector import Inspector
+from sqla_fairpool.pool import ledger_member
+
+LONG = 100.0
 
 QUERY = text("select pg_sleep(0.01)")
 
@@ -63,10 +66,12 @@ def observe(engine, ledger):
 
 
 def fork_in_checkouts(engine):
-    """Ten threads are in checkouts while children are forked."""
-    # SQLAlchemy holds a mutex during an engine's first connect: a child that is forked
-    # then never connects, with any pool.
-    work(engine, 1)
+    """Ten threads are in checkouts, the first of them too, while children are forked.
+
+    Each child is to get a connection; how soon depends on what else the machine does.
+    """
+    engine.pool.reconfigure(timeout=LONG)
+    ledger_member._CONFIRMED_WITHIN = LONG
     over = threading.Event()
 
     def go_on():
@@ -75,7 +80,7 @@ def fork_in_checkouts(engine):
 
     with ThreadPoolExecutor(10) as pool:
         threads = [pool.submit(go_on) for _ in range(10)]
-        children = [in_child_saying_so(work, engine, 1) for _ in range(40)]
+        children = [in_child_saying_so(work, engine, 1) for _ in range(25)]
         try:
             wait_for(children)
         finally:

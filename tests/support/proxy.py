@@ -1,10 +1,12 @@
-"""A network that can be cut, between clients and a server's Unix socket."""
+"""A network that can be cut, or is slow, between clients and a server's Unix socket."""
 
 from __future__ import annotations
 
 import selectors
 import socket
 import threading
+import time
+from collections import deque
 
 from sqlalchemy import make_url
 
@@ -16,9 +18,13 @@ class Proxy:
     connection up, so that closing it resets nothing.
 
     :param url: the server's, whose query says where the socket is.
+    :param delay: seconds that everything needs to get through, each way.
     """
 
-    def __init__(self, url):
+    def __init__(self, url, delay=0.0):
+        self.delay = delay
+        # What is on its way: when it arrives, where from, what. The oldest first.
+        self._under_way = deque()
         url = make_url(url)
         self._server = f"{url.query['host']}/.s.PGSQL.{url.port or 5432}"
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -28,6 +34,8 @@ class Proxy:
         )
         #: Connections that were forwarded, ever.
         self.accepted = 0
+        #: Messages of clients, as they were read.
+        self.messages = 0
         # From each socket to the one to which its data goes, None if it goes nowhere.
         self._peers = {}
         # Server sides whose clients were reset, which nobody hears any more, and both
@@ -77,8 +85,13 @@ class Proxy:
             for sock in (self._listener, self._far):
                 self._selector.register(sock, selectors.EVENT_READ)
             while not self._over:
-                for key, _ in self._selector.select():
+                next_at = self._under_way[0][0] if self._under_way else None
+                wait = None if next_at is None else max(next_at - time.monotonic(), 0)
+                for key, _ in self._selector.select(wait):
                     self._serve(key.fileobj)
+                while self._under_way and self._under_way[0][0] <= time.monotonic():
+                    _, sock, data = self._under_way.popleft()
+                    self._deliver(sock, data)
         for sock in (self._listener, self._near, self._far):
             sock.close()
 
@@ -104,9 +117,23 @@ class Proxy:
             self._selector.register(sock, selectors.EVENT_READ)
 
     def _forward(self, sock):
-        peer = self._peers[sock]
         try:
             data = sock.recv(65536)
+        except OSError:
+            data = b""
+        self.messages += bool(data) and sock.family == socket.AF_INET
+        if not self.delay:
+            self._deliver(sock, data)
+            return
+        self._under_way.append((time.monotonic() + self.delay, sock, data))
+        if not data:  # or its end would be read again and again
+            self._selector.unregister(sock)
+
+    def _deliver(self, sock, data):
+        if sock not in self._peers:  # it was closed, or is silent, since then
+            return
+        peer = self._peers[sock]
+        try:
             if data and peer is not None:
                 peer.sendall(data)
         except OSError:
@@ -120,13 +147,17 @@ class Proxy:
         """Close one side."""
         if sock in self._peers:
             del self._peers[sock]
-            self._selector.unregister(sock)
+            self._unwatch(sock)
         if sock in self._orphans:
             self._orphans.remove(sock)
         if reset:
             linger = b"\1\0\0\0\0\0\0\0"
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         sock.close()
+
+    def _unwatch(self, sock):
+        if sock in self._selector.get_map():
+            self._selector.unregister(sock)
 
     def _clients(self):
         return [sock for sock in self._peers if sock.family == socket.AF_INET]
@@ -141,7 +172,7 @@ class Proxy:
     def _silence(self):
         for sock in list(self._peers):
             del self._peers[sock]
-            self._selector.unregister(sock)
+            self._unwatch(sock)
             self._silent.append(sock)
 
     def _notice(self):

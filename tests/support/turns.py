@@ -14,7 +14,7 @@ from sqla_fairpool.scheduling.ticket import Ticket
 class Turn(Ticket):
     """A ticket that knows when it was asked for."""
 
-    asked_at = 0.0
+    asked_at = served_at = 0.0
 
 
 class Turns:
