@@ -1,11 +1,11 @@
-"""The pictures in the documents: ``python tests/support/screenshots.py [PAGE.html ...]``.
+"""The pictures in the documents: ``python tests/support/screenshots.py [PAGE ...]``.
 
 Writes ``docs/_static/monitor.svg``, the monitor as it shows three busy scrapers. Look
 at it before it is committed.
 
-With pages as arguments, it makes pictures of these instead, with Chromium: a report of
-the benchmarks, pages of the documentation. Each is written as ``PAGE-WIDTH.png`` where
-the program is run, at the width of a desktop and of a phone.
+With HTML pages as arguments, it makes pictures of these instead, with Chromium: of a
+report of the benchmarks, or of the documentation. Each is ``PAGE-WIDTH.png`` in the
+current directory, at the width of a desktop and of a phone.
 """
 
 from __future__ import annotations
