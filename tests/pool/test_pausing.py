@@ -54,9 +54,7 @@ def test_tag_that_is_paused_alone(world, clock):
     assert (
         "advice: tag 'a' was paused 5.00s ago, and serves again after pool.resume('a')"
     ) in str(caught.value)
-    assert "limit 0: no checkout is served while it is paused" in str(
-        pool.explain("a")
-    )
+    assert "limit 0: no checkout is served while it is paused" in str(pool.explain("a"))
     held.close()
     connect(pool, "b").close()
     stats = pool.stats()
