@@ -32,6 +32,7 @@ settings.register_profile(
     "mutants",
     settings.get_profile("ci"),
     database=None,
+    max_examples=30,
     phases=[Phase.explicit, Phase.generate],
 )
 settings.load_profile(

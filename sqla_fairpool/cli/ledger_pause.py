@@ -220,6 +220,6 @@ def _reap(store: AnyStore, ask: _Ask) -> _Reaped:
 
 
 def _less(view: Book, present: Present) -> dict[int, Left]:
-    suspects = len(unaccounted(present.peers, view.accounted))
+    suspects = unaccounted(present.peers, view.accounted)
     found = {n: still_there(gone, present, suspects) for n, gone in view.gone.items()}
     return {number: left for number, left in found.items() if left.is_less}

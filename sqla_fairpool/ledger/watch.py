@@ -14,7 +14,9 @@ A slot is kept for each session of the row that is there; and for each unposted 
 while there is a *suspect*: a session of our role that was there at the first look, is
 there still, and was never in any row. That may be one that was opened just before its
 member died; it may also be a stranger's, so it counts for `reclaim_after` at most. As
-long count the sessions in the row where the server cannot be asked.
+long count the sessions in the row where the server cannot be asked. A member that died
+may have opened another session in the place of one in its row that had ended: for the
+slot of that one, the suspects count that are younger than all in the row.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from .allocation import STALLED, TURN
 from .book import Book
 from .demand import Pace
 from .errors import LedgerError
-from .rows import Gone, Left, Session, among
+from .rows import LOST, Gone, Left, Session, among
 from .store import Store
 
 _log = logging.getLogger(__name__)
@@ -130,10 +132,15 @@ def unaccounted(
     return frozenset(sessions).difference(among(sessions, accounted))
 
 
-def still_there(gone: Gone, present: Present, suspects: int) -> Left:
+def still_there(gone: Gone, present: Present, suspects: Collection[Session]) -> Left:
     """Return what is left of a quarantine; `suspects` may have its unposted slots."""
     alive = tuple(among(gone.sessions, present.sessions))
-    slots = len(alive) + min(gone.unposted, suspects)
+    unposted = gone.unposted
+    if gone.why != LOST:
+        newest = max((session.began or 0 for session in gone.sessions), default=0)
+        young = sum((session.began or 0) > newest for session in suspects)
+        unposted += min(len(gone.sessions) - len(alive), young)
+    slots = len(alive) + min(unposted, len(suspects))
     # Where it had more open than slots were left for it, there are fewer slots.
     return Left(gone, alive, min(slots, gone.slots))
 
@@ -162,7 +169,7 @@ class _Quarantine:
         if self.suspects is not None:
             there = frozenset(among(self.suspects, there))
         self.suspects = unaccounted(there, book.accounted)
-        left = still_there(gone, present, 0 if is_over else len(self.suspects))
+        left = still_there(gone, present, () if is_over else self.suspects)
         if left.sessions:
             self.seen_at = now
         return left

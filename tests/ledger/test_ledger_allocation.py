@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from random import Random
 from types import MappingProxyType
 from typing import NamedTuple
@@ -13,8 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sqla_fairpool.ledger.allocation import allocate
-from sqla_fairpool.ledger.rows import Limits, Member
+from sqla_fairpool.ledger.book import Book
+from sqla_fairpool.ledger.demand import State
+from sqla_fairpool.ledger.rows import Limits, Member, Session, Terms
 from sqla_fairpool.ledger.rows import TagDemand as Line
+from sqla_fairpool.ledger.transaction import settle
 from sqla_fairpool.scheduling import policy
 from sqla_fairpool.scheduling.limits import LimitsByTag, TagLimits
 
@@ -379,3 +383,61 @@ def test_a_thousand_processes_and_a_hundred_tags_are_divided_exactly():
     assert sum(found.targets.values()) == 250
     assert set(found.shares.values()) == {2, 3}
     assert set(found.targets.values()) == {0, 1}
+
+
+def test_a_member_that_is_stalled_is_asked_for_nothing():
+    parties = {
+        "m0": holding(1, 1, 9, stalled=True),
+        "m1": holding(1, 1, 9),
+        "m2": wanting(2, x=9),
+    }
+    plan = allocate(parties, {}, Limits(2, 2, 2))
+    assert {member for _, member in plan.asked} == {"m1"}
+
+
+def test_an_empty_ledger_has_limits_of_nobody():
+    assert Book({}).set_by is None
+
+
+def joined(capacity=9, **owned):
+    """A book of members that own so many."""
+    book = Book({})
+    for key, number in owned.items():
+        book.join(key, {"host": "h", "pid": key}, Terms(capacity, 9, 9, 60.0, 30.0))
+        book.write(key, replace(book.members[key], owned=number))
+    return book
+
+
+def test_a_row_that_changes_is_a_sign_of_life_and_one_that_does_not_is_none():
+    book = joined(a=0)
+    state = State(0, {}, frozenset(), (), None)
+    before = book.members["a"].beat
+    settle(book, "a", state, {"x": Line(0, 2, True)}, 0)
+    assert book.members["a"].beat == before + 1
+    assert book.members["a"].tags["x"].place > 0, "a place in the line"
+    settle(book, "a", state, {"x": Line(0, 2, True)}, 0)
+    assert book.members["a"].beat == before + 1
+    settle(book, "a", state, {"x": Line(0, 2, True)}, 0, sign=True)
+    assert book.members["a"].beat == before + 2
+
+
+def test_all_slots_of_a_member_can_go_into_quarantine():
+    book = joined(a=2)
+    assert book.quarantine("a", [None, Session(1, 1)]) == [None, Session(1, 1)]
+    assert (book.owned, book.quarantined) == (0, 2)
+
+
+def test_four_of_the_members_are_named_to_one_that_differs():
+    book = joined(a=0, b=0, c=0, d=0)
+    assert "(members: h:a, h:b, h:c, h:d)" in str(book._difference(None))
+    book = joined(a=0, b=0, c=0, d=0, e=0)
+    assert "h:c, h:d and 1 more)" in str(book._difference(None))
+
+
+def test_a_member_is_told_of_a_limit_that_binds_it_anew():
+    known = {"x": Line(2, 3, True, 1, limit=2)}
+    plan = allocate({"a": Party(5, tags=known)}, {}, TERMS)
+    members = {"a": Member(1, {}, 5, tags=known)}
+    assert plan.due(members, 0) == {"a": "limit"}
+    told = {"x": known["x"]._replace(limit=plan.limits["x", "a"])}
+    assert plan.due({"a": Member(1, {}, 5, tags=told)}, 0) == {}

@@ -289,7 +289,7 @@ def do_release(book, index, number, sessions):
     present = Present("", sessions, sessions)
     gone = book.gone[number]
     suspects = unaccounted(sessions, book.accounted)
-    left = still_there(gone, present, len(suspects))
+    left = still_there(gone, present, suspects)
     other = left._replace(gone=gone.__class__(gone.slots, "", {}, "", -1), slots=0)
     book.release({number: other})  # another quarantine that had this number
     assert book.gone[number] == gone

@@ -172,7 +172,8 @@ class Chaos:
         world.run(15.0 + early, self.check, tick=0.05)
         book = world.book
         plan = book.allocation()
-        assert not book.quarantined, "slots are left in quarantine"
+        # Where no member has said which server it is, none is asked; time decides.
+        assert book.server is None or not book.quarantined, "left in quarantine"
         owned = {member: row.owned for member, row in book.members.items()}
         assert sum(owned.values()) >= sum(plan.targets.values()), (owned, plan.targets)
         assert not (book.free and plan.unmet), "free slots that somebody waits for"

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
@@ -59,29 +60,24 @@ def member(url, ledger, how, seed):
     if how == "tasks":
         url = make_url(url).set(drivername="postgresql+asyncpg")
         options["connect_args"] = {"server_settings": {"application_name": NAME}}
-        engine = create_async_engine(
-            url, poolclass=AsyncAdaptedFairQueuePool, **options
-        )
+        options["poolclass"] = AsyncAdaptedFairQueuePool
+        engine = create_async_engine(url, **options)
         asyncio.run(_tasks(engine, over, seen, chance, tags))
     else:
         options["connect_args"] = {"application_name": NAME}
         engine = create_engine(url, poolclass=FairQueuePool, **options)
-        callers = [
-            threading.Thread(target=_thread, args=(engine, over, seen, chance, tag))
-            for tag in tags
-        ]
-        for caller in callers:
-            caller.start()
-        for caller in callers:
-            caller.join()
+        with ThreadPoolExecutor(CALLERS) as pool:
+            for tag in tags:
+                pool.submit(_thread, engine, over, seen, chance, tag)
         engine.dispose()
     print(json.dumps(seen), flush=True)
 
 
-def _note(seen, error):
-    """Count an error. That the server cuts what it has is no fault of the pool."""
+def _note(seen, error=None):
+    """Count a turn. That the server cuts what it has is no fault of the pool."""
     is_cut = isinstance(error, (DBAPIError, OSError))
-    seen["cut" if is_cut else f"{type(error).__name__}: {error}"[:200]] += 1
+    what = "cut" if is_cut else f"{type(error).__name__}: {error}"[:200]
+    seen[what if error else "served"] += 1
 
 
 def _thread(engine, over, seen, chance, tag):
@@ -89,7 +85,7 @@ def _thread(engine, over, seen, chance, tag):
         try:
             with sqla_fairpool.tag(tag), engine.connect() as connection:
                 connection.execute(WORK)
-            seen["served"] += 1
+            _note(seen)
         except Exception as error:
             _note(seen, error)
 
@@ -102,7 +98,7 @@ async def _tasks(engine, over, seen, chance, tags):
                 try:
                     async with engine.connect() as connection:
                         await connection.execute(WORK)
-                    seen["served"] += 1
+                    _note(seen)
                 except Exception as error:
                     _note(seen, error)
 
@@ -192,10 +188,8 @@ class Soak:
             sample[f"{how} OS threads"] = its.num_threads()
         sample["slots owned"], sample["in quarantine"] = self.slots()
         files = [path.stat() for path in Path(self.folder.name).rglob("*")]
-        sample["ledger files"], sample["ledger bytes"] = (
-            len(files),
-            sum(file.st_size for file in files),
-        )
+        sample["ledger files"] = len(files)
+        sample["ledger bytes"] = sum(file.st_size for file in files)
         self.samples.append(sample | {"most sessions": self.most})
         print(json.dumps(self.samples[-1]), flush=True)
 
@@ -203,21 +197,24 @@ class Soak:
         self.processes = {how: self.start(how) for how in ("threads", "tasks")}
         began = time.monotonic()
         end, next_restart = began + minutes * 60, began + RESTART
-        helpers = [threading.Thread(target=self.watch)]
-        helpers.append(threading.Thread(target=self.churn))
-        for helper in helpers:
-            helper.start()
-        while time.monotonic() < end:
-            time.sleep(SAMPLE)
-            self.sample(began)
-            if time.monotonic() > next_restart:
-                self.restart()
-                next_restart += RESTART
-        self.is_over.set()
-        for helper in helpers:
-            helper.join()
+        with ThreadPoolExecutor(2) as helpers:
+            others = [helpers.submit(self.watch), helpers.submit(self.churn)]
+            while time.monotonic() < end:
+                time.sleep(SAMPLE)
+                self.sample(began)
+                if time.monotonic() > next_restart:
+                    self.restart()
+                    next_restart += RESTART
+            self.is_over.set()
+            for other in others:
+                other.result()
         for process in self.processes.values():
             self.end(process)
+        last = self.start(
+            "threads"
+        )  # which frees what others had when they were killed
+        time.sleep(20)
+        self.end(last)
         while None in (left := self.slots()):
             time.sleep(1.0)
         self.store.close()
