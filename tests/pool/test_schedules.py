@@ -30,7 +30,7 @@ from sqla_fairpool import (
     CheckoutTimeout,
     FairQueuePool,
 )
-from sqla_fairpool.pool import lock, waiters
+from sqla_fairpool.pool import events, lock, waiters
 from sqla_fairpool.pool.core import PoolCore
 from sqla_fairpool.pool.lock import PoolLock
 from sqla_fairpool.pool.transitions import Transitions
@@ -57,7 +57,7 @@ class World:
         self.random = random.Random(f"program {seed}")
         self.schedule = Schedule(seed, FILES)
         # SQLAlchemy holds a lock of its own while a pool opens its first connection.
-        for module in (lock, waiters, attr):
+        for module in (lock, waiters, attr, events):
             monkeypatch.setattr(module, "threading", self.schedule.module())
         clock = staticmethod(self.schedule.clock)
         monkeypatch.setattr(FairQueuePool, "_clock", clock)
