@@ -42,7 +42,7 @@ after Ctrl-C (what has been measured is written, and nothing else left behind).
 def make_argument_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="benchmarks",
-        description="Measure FairQueuePool beside other pools, on a real PostgreSQL "
+        description="Measure FairQueuePool and other pools, on a real PostgreSQL "
         "and on none, and write a report with plots: PREFIX.html and PREFIX.json.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

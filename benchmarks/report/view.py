@@ -73,14 +73,16 @@ def figures_table(figures: Sequence[Figure], remarks: bool = False) -> Table:
         box=SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
-        caption="x: times what it was measured beside; else an index, or as it says",
+        caption="x: times what it is compared with; else an index, or as it says",
     )
     table.add_column("what")
     for heading in ("target", "median", "middle half", ""):
         table.add_column(heading, justify="right", no_wrap=True)
     for figure in figures:
         is_ratio = figure.beside not in ("", "-")
-        what = f"{figure.what}, beside {figure.beside}" if is_ratio else figure.what
+        what = (
+            f"{figure.what}, compared with {figure.beside}" if is_ratio else figure.what
+        )
         target = median = spread = ""
         if figure.target is not None:
             better = "less" if figure.target.at_most else "more"

@@ -204,7 +204,7 @@ class _Side:
             lambda outcome: light_p99(outcome) / 1e3 / HOLD,
             remark=f"ms: {runs.medians(light_p99, '.3g', others=True)}",
         )
-        title = f"Waits of a light tag beside a flood of 109 {self._name}"
+        title = f"Waits of a light tag during a flood of 109 {self._name}"
         yield runs.waits(title, "last_waits", starved)
 
     def _alone(self, seconds: float) -> Iterator[Finding]:

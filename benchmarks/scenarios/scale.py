@@ -261,7 +261,7 @@ def memory_of_a_waiter(bench: Bench) -> Iterator[Finding]:
         "memory of a task that waits for a connection",
         (fair / queue,),
         "AsyncAdaptedQueuePool",
-        f"bytes: {fair:,.0f} beside {queue:,.0f}, most of them SQLAlchemy's",
+        f"bytes: {fair:,.0f} instead of {queue:,.0f}, most of them SQLAlchemy's",
     )
     bars = tuple(Bar(name, size, size, size) for name, size in sizes.items())
     title = "Memory of a task that waits for a connection, all included"

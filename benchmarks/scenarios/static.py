@@ -122,7 +122,7 @@ def one_active(bench: Bench) -> Iterator[Finding]:
     yield _over_time(f"{fair.name}: fifteen while it is alone", new, 20, end=end)
     title = "Workflows per second, one active scraper"
     yield runs.bars(title, "per second", "throughput")
-    yield free.bars("Connections that nobody uses meanwhile", "connections")
+    yield free.bars("Connections that no caller uses meanwhile", "connections")
     yield _client(runs)
 
 

@@ -78,13 +78,13 @@ def test_table_shows_each_figure_with_its_verdict_and_remark():
     ]
     lines = [" ".join(line.split()) for line in figures_lines(figures, 100)]
     assert [line for line in lines if line][2:] == [
-        "cost, beside QueuePool 0.95 or less 0.500 x met",
+        "cost, compared with QueuePool 0.95 or less 0.500 x met",
         "a remark",
-        "throughput, beside QueuePool 0.80 or more 0.700 x NOT MET",
+        "throughput, compared with QueuePool 0.80 or more 0.700 x NOT MET",
         "fairness 0.80 or more 0.990 0.98..0.99 met",
-        "something else, beside floor 3.000 x",
-        "throughput, beside QueuePool 0.80 or more not run",
-        "x: times what it was measured beside; else an index, or as it says",
+        "something else, compared with floor 3.000 x",
+        "throughput, compared with QueuePool 0.80 or more not run",
+        "x: times what it is compared with; else an index, or as it says",
     ]
     # Eighty columns are enough, whatever it is.
     widest = [Figure(t.what, t.beside, (1234.5, 0.98765), t) for t in TARGETS.values()]

@@ -50,13 +50,11 @@ def test_tag_that_is_paused_alone(world, clock):
     clock.advance(5)
     with pytest.raises(CheckoutTimeout) as caught:
         connect(pool, "a")
-    assert "tag 'a' paused in_use=1 ceiling=0" in str(caught.value)
+    assert "tag 'a' paused in_use=1 limit=0" in str(caught.value)
     assert (
         "advice: tag 'a' was paused 5.00s ago, and serves again after pool.resume('a')"
     ) in str(caught.value)
-    assert "ceiling 0: no checkout is served while it is paused" in str(
-        pool.explain("a")
-    )
+    assert "limit 0: no checkout is served while it is paused" in str(pool.explain("a"))
     held.close()
     connect(pool, "b").close()
     stats = pool.stats()

@@ -215,7 +215,7 @@ def test_nothing_is_borrowed_above_the_own_ceiling(make_pool):
     pool.connect().close()
     give([connect(pool, "a"), connect(pool, "a")])
     untagged = pool.connect()
-    with pytest.raises(CheckoutTimeout, match="ceiling=1"):
+    with pytest.raises(CheckoutTimeout, match="limit=1"):
         pool.connect()
     untagged.close()
     pool.connect().close()

@@ -1,12 +1,18 @@
-"""The pictures in the documents: ``python tests/support/screenshots.py``.
+"""The pictures in the documents: ``python tests/support/screenshots.py [PAGE ...]``.
 
 Writes ``docs/_static/monitor.svg``, the monitor as it shows three busy scrapers. Look
 at it before it is committed.
+
+With HTML pages as arguments, it makes pictures of these instead, with Chromium: of a
+report of the benchmarks, or of the documentation. Each is ``PAGE-WIDTH.png`` in the
+current directory, at the width of a desktop and of a phone.
 """
 
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -75,5 +81,18 @@ async def monitor():
         app.save_screenshot("monitor.svg", str(STATIC))
 
 
+def pages(paths):
+    for path in map(Path, paths):
+        for width in (1280, 390):
+            options = ["--headless", "--no-sandbox", "--hide-scrollbars"]
+            options += [f"--window-size={width},3000"]
+            options += [f"--screenshot={path.stem}-{width}.png"]
+            command = ["chromium", *options, path.resolve().as_uri()]
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+
+
 if __name__ == "__main__":
-    asyncio.run(monitor())
+    if sys.argv[1:]:
+        pages(sys.argv[1:])
+    else:
+        asyncio.run(monitor())

@@ -210,7 +210,9 @@ class Soak:
                 other.result()
         for process in self.processes.values():
             self.end(process)
-        last = self.start("threads")  # which frees what others had when they were killed
+        last = self.start(
+            "threads"
+        )  # which frees what others had when they were killed
         time.sleep(20)
         self.end(last)
         while None in (left := self.slots()):
