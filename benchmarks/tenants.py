@@ -56,20 +56,21 @@ def hold(engine: Engine, tag: str, seconds: float, until: threading.Event, note:
     while not until.is_set():
         began = time.perf_counter()
         with tagged.connect() as connection:
-            got = time.perf_counter()
+            note(tag, time.perf_counter() - began)
             connection.execute(sleep)
-        note(tag, got - began, got, time.perf_counter())
 
 
 def tenants(number: int, options: Any, url: str, ledger: str | None, found: Any):
     """The callers of one process; puts connection-seconds and waits into a queue."""
     engine = make(url, ledger)
-    waits, seconds, start = [], Counter(), [float("inf")]
+    waits: list[float] = []
 
-    def note(tag: str, waited: float, got: float, back: float) -> None:
-        seconds[tag] += max(back - max(got, start[0]), 0.0)
-        if got > start[0] and int(tag[3:]) >= options.long:
+    def note(tag: str, waited: float) -> None:
+        if int(tag[3:]) >= options.long:
             waits.append(waited)
+
+    def held() -> Counter[str]:
+        return Counter({t.name: t.hold_time.total for t in engine.pool.stats().tags})
 
     places = {tag: {tag % options.processes} for tag in range(TAGS)}
     if options.spread:
@@ -88,9 +89,9 @@ def tenants(number: int, options: Any, url: str, ledger: str | None, found: Any)
             for _ in range(CALLERS if number in where else 0)
         )
         group.ended.wait(20.0)
-        start[0] = time.perf_counter()
+        first, before = len(waits), held()
         group.ended.wait(options.seconds)
-        got = dict(seconds), list(waits)
+        got = dict(held() - before), waits[first:]
     found.put(got)
     engine.dispose()
 
@@ -108,7 +109,7 @@ def flood(url: str, ledger: str | None, ready: Any, ended: Any) -> None:
     engine.dispose()
 
 
-def _ignore(*figures: Any) -> None:
+def _ignore(tag: str, waited: float) -> None:
     pass
 
 

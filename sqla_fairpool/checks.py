@@ -16,11 +16,14 @@ from dataclasses import fields
 from typing import Any, TypeAlias, cast
 
 from .documented import BadArgument
-from .scheduling.limits import TagLimits
+from .scheduling.limits import TIMES, TagLimits
 
 #: Bounds of times, in seconds. With a shorter one a waiting caller would do nothing but
 #: look at the clock; a longer one, some thirty years, no operating system can wait.
 SHORTEST_TIME, LONGEST_TIME = 0.001, 1e9
+
+#: The longest time limit that PostgreSQL takes: 2**31 milliseconds.
+_LONGEST_LIMIT = 2_147_483
 
 #: Longest tag. Tags stand in log lines, error messages and monitors' columns.
 MAX_TAG_LENGTH = 128
@@ -229,6 +232,14 @@ def _read_limits(name: str, key: str, given: Any, known: Known) -> TagLimits:
             f"capacity less one, {capacity - 1}, and max one from 1, or from what is "
             f"reserved, to the capacity, {capacity}"
         ) from None
+    for time in TIMES:
+        if values.get(time) is not None:
+            bounds = f"{time} is seconds, at least 0.001 and at most {_LONGEST_LIMIT}"
+            try:
+                own = seconds(SHORTEST_TIME, _LONGEST_LIMIT)("", values[time], {})
+            except BadOption:
+                raise refuse(f"{bounds}, or None for none") from None
+            values[time] = own
     if values["reserved"] and key.endswith("*"):
         raise refuse("connections are reserved for one tag, and not for all of a *")
     return TagLimits(**values)

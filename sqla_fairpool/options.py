@@ -29,7 +29,7 @@ from .checks import (
     seconds,
     whole,
 )
-from .scheduling.limits import TagLimits
+from .scheduling.limits import TIMES, LimitsByTag, TagLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,12 @@ TERMS = (
     "reallocation_interval",
     "tags",
 )
+
+
+def _of_ledgers(limits: Any) -> dict[str, Any]:
+    """Return what the members of a ledger share of a tag's limits."""
+    return {name: own for name, own in asdict(limits).items() if name not in TIMES}
+
 
 _NO_LIMIT = ", which is no limit in QueuePool, would leave nothing to share)"
 
@@ -129,7 +135,8 @@ class PoolOptions:
         None,
         read_tags,
         "limits of a tag's own, by its name or by the beginning of names and `*`: "
-        "`weight`, `max`, `reserved`; as JSON in texts",
+        "`weight`, `max`, `reserved`, and `statement_timeout`, "
+        "`idle_in_transaction_timeout`, `lock_timeout` of PostgreSQL; as JSON in texts",
         "FAIRPOOL_TAGS",
         none="for tags that are all alike",
     )
@@ -274,7 +281,7 @@ class PoolOptions:
     @property
     def terms(self) -> dict[str, Any]:
         """The limits that the members of a ledger share, those of tags as JSON."""
-        tags = json.dumps(self.tags, default=asdict, sort_keys=True)
+        tags = json.dumps(self.tags, default=_of_ledgers, sort_keys=True)
         terms = {name: getattr(self, name) for name in TERMS}
         return {**terms, "tags": tags if self.tags else ""}
 
@@ -297,8 +304,20 @@ class PoolOptions:
         size = capacity - overflow
         limits["min_idle"] = min(self.min_idle, size)
         sizes = {"pool_size": size, "max_overflow": overflow}
-        limits["tags"] = read_tags("tags", terms["tags"] or {}, sizes) or None
+        tags = read_tags("tags", terms["tags"] or {}, sizes)
+        limits["tags"] = {**tags, **self._with_times(tags)} or None
         return replace(self, **sizes, **limits)
+
+    def _with_times(self, tags: Mapping[str, TagLimits]) -> dict[str, TagLimits]:
+        """Return the limits of tags that have time limits here, else as in `tags`."""
+        of = LimitsByTag(tags).of
+        own = (self.tags or {}).items()
+        return {tag: replace(of(tag), **one.times) for tag, one in own if one.times}
+
+    @property
+    def tells_server(self) -> bool:
+        """PostgreSQL is told something at a checkout. O(tags)."""
+        return self.server_tag or any(one.times for one in (self.tags or {}).values())
 
     def changed(self, changes: Mapping[str, Any]) -> PoolOptions:
         """Return these options with some changed; limits not given follow along.

@@ -217,7 +217,7 @@ def light_tag(bench: Bench, key: str = "light") -> Iterator[Finding]:
     }
     runs = bench.interleave(key, contenders, bench.pick(3, 2))
     ours, theirs = map(_told_of_light, runs.values())
-    p99 = lambda o: percentile(o.waits[-1] or o.last_waits, 99) / _HOLD  # noqa: E731
+    p99 = lambda o: percentile(o.waits[-1] or o.last_waits, 99) / _HOLD  # noqa: E731  (used twice)
     remark = f"light: {ours}; with QueuePool: {theirs}"
     yield runs.value(key, p99, remark=remark)
     if key == "light":

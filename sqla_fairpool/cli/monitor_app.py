@@ -99,7 +99,7 @@ class Monitor(App[None]):
         Binding("escape", "leave", show=False),
         Binding("ctrl+z", "suspend_process", show=False, priority=True),
     ]
-    VERTICAL_BREAKPOINTS = [(0, "-low"), (16, "-high")]  # noqa: RUF012
+    VERTICAL_BREAKPOINTS = [(0, "-low"), (16, "-high")]  # noqa: RUF012  (as Textual has it)
     CSS = """
     Static, Horizontal { height: auto; }
     Horizontal > Static { width: auto; }

@@ -154,7 +154,7 @@ class Book:
     def _next(self, counter: str) -> int:
         meta = self._known_meta
         number: int = getattr(meta, counter)
-        self.meta = replace(meta, **{counter: number + 1})  # type: ignore[arg-type]
+        self.meta = replace(meta, **{counter: number + 1})  # type: ignore[arg-type]  # a counter
         return number
 
     def write(self, key: str, member: Member) -> None:
@@ -362,6 +362,23 @@ class Book:
         for key, text in texts.items():
             if self.texts.get(key) == text:
                 self.write(key, replace(self.members[key], stalled=True))
+
+    def restore(self, living: Collection[str]) -> bool:
+        """Of a copy that was put back, keep what is still so: the terms and the dead.
+
+        The living are members again when they have said what they have. Left alone are
+        rows of another version.
+        """
+        try:
+            if self.meta is not None and self.meta.protocol != PROTOCOL:
+                return False
+            self.reap({k: text for k, text in self.texts.items() if k not in living})
+            gone = {f"{GONE}{number}": row.text for number, row in self.gone.items()}
+        except RowBroken:
+            gone = {}
+        self.reset()
+        self._rows.update(gone)
+        return True
 
     def reset(self) -> None:
         """Forget all, also what cannot be read. Numbers are not given again."""

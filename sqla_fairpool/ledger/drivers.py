@@ -133,7 +133,7 @@ def asyncpg_arguments(query: Mapping[str, str | tuple[str, ...]]) -> dict[str, A
 
     :raises sqlalchemy.exc.ArgumentError: for one that cannot be translated.
     """
-    import asyncpg  # type: ignore[import-untyped]
+    import asyncpg  # type: ignore[import-untyped]  # optional
 
     own = _DIALECTS | inspect.signature(asyncpg.connect).parameters.keys()
     arguments: dict[str, Any] = {}

@@ -19,7 +19,7 @@ class ServerDiffers(LedgerError):  # noqa: N818  (says what is so)
     page = "serverdiffers"
 
 
-class RowBroken(LedgerError):  # noqa: N818
+class RowBroken(LedgerError):  # noqa: N818  (says what is so)
     """The ledger holds something that no member has written."""
 
     page = "rowbroken"

@@ -2,6 +2,7 @@
 
     app.ledger                 the rows, see :mod:`.host_file`
     app.ledger-journal         SQLite's
+    app.ledger-count           of commits, see :mod:`.host_file`
     app.ledger.members/        of each process that has the ledger open:
         <id>.sign              a file that it has locked as long as it lives
         <id>.bell              a FIFO that others write into to wake it
@@ -33,23 +34,27 @@ from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .book import Book
 from .errors import LedgerError
-from .host_file import (
-    LedgerFile,
-    Replaced,
+from .host_file import LedgerFile, Replaced
+from .rows import member_key
+from .store import (
+    Store,
+    StoreAway,
     close_copy,
+    drain,
     is_at,
     no_fork,
+    notify,
     share,
     unlock_and_close,
+    wait_for,
 )
-from .rows import member_key
-from .store import Store, StoreAway, drain, notify, wait_for
 
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # not used there
 
 # Under the last two names, a sign and figures are made.
 _KINDS = _BELL, _FIGURES, _SIGN, _NEW_SIGN, _NEW_FIGURES = (
@@ -131,9 +136,12 @@ class HostStore(Store):
     def _open_what_is_there(self) -> None:
         with self._file.opening() as there:
             was_used = self._use_directory(there)
-            others = self._remove_dead() - {self.member}
+            living = self._remove_dead() | {self.member}
             try:
-                self._file.connect(repair=was_used and not others)
+                self._file.connect(
+                    lambda rows: Book(rows).restore(living),
+                    repair=was_used and len(living) == 1,
+                )
             except LedgerError:
                 if not was_used:  # nor is it the next time
                     self._members.rmdir()

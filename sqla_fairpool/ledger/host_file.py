@@ -16,6 +16,10 @@ Rules of this file:
 The next process plays the rollback journal back if one was killed in a commit. Nothing
 is synced to the disk: that would cost half a millisecond under the lock, and after a
 power cut no member lives. Damage is recognised when the file is opened.
+
+A copy that is put back does not know what its members have taken since. Beside the file
+stands which ledger it is, and SQLite's count of its commits; while one is under way,
+also what the count is to be after it. What else is found is a copy.
 """
 
 from __future__ import annotations
@@ -26,22 +30,30 @@ import os
 import shutil
 import sqlite3
 import stat
-import threading
+import struct
 import time
 import uuid
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import quote
 
 from .errors import LedgerError
-from .store import StoreAway, changes
+from .store import (
+    StoreAway,
+    changes,
+    close_copy,
+    is_at,
+    no_fork,
+    share,
+    unlock_and_close,
+)
 
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # not used there
 
 _log = logging.getLogger(__name__)
 
@@ -53,61 +65,15 @@ _PATIENCE = 2.0
 _FIRST, _LONGEST = 50e-6, 2e-3
 #: Version of the file. Version 1 was in WAL mode, under SQLite's own locks.
 SCHEMA = 2
+#: A ledger's commits and its number: as noted, and as they stand in SQLite's file.
+_COUNT, _FOUND, _FOUND_AT = struct.Struct(">III"), struct.Struct(">I40xI"), 24
 
 _DELETE = "delete from row where key = ?"
 _WRITE = "insert or replace into row values (?, ?)"
 
-#: Held by a thread that must not see its process forked.
-no_fork = threading.RLock()
-
-
-def _end_of_fork() -> None:
-    with suppress(RuntimeError):  # forked by something that did not tell us before
-        no_fork.release()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=no_fork.acquire,
-        after_in_parent=_end_of_fork,
-        after_in_child=_end_of_fork,
-    )
-
 
 class Replaced(StoreAway):
     """What is open is not what is at the ledger's path any more."""
-
-
-def is_at(handle: int | None, path: Path) -> bool:
-    """Tell if an open file is the one at a path."""
-    try:
-        return handle is not None and os.path.samestat(os.fstat(handle), os.stat(path))
-    except OSError:
-        return False
-
-
-def unlock_and_close(handle: int | None) -> None:
-    """Close and unlock a file, whatever this process's children have open."""
-    if handle is not None:
-        with no_fork, suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)
-            os.close(handle)
-
-
-def close_copy(handle: int | None) -> None:
-    """Close a file in a forked child. Its parent, which has it open too, keeps it
-    locked."""
-    if handle is not None:
-        with suppress(OSError):
-            os.close(handle)
-
-
-def share(path: Path, mode: int, like: os.stat_result) -> None:
-    """Give what this process has made to the owner, from root, and group of `like`."""
-    with suppress(OSError):  # it stays in a group of this user
-        os.chown(path, like.st_uid if os.geteuid() == 0 else -1, like.st_gid)
-    # Setting the mode would take back that a directory hands down its group.
-    path.chmod(mode | path.stat().st_mode & stat.S_ISGID)
 
 
 class LedgerFile:
@@ -126,8 +92,9 @@ class LedgerFile:
         #: The ledger's own number; 0 until it is opened.
         self.key = 0
         self.database: sqlite3.Connection | None = None
-        # What the lock is on.
+        # What the lock is on, and the count beside it.
         self._handle: int | None = None
+        self._count: int | None = None
 
     def in_place(self) -> bool:
         return is_at(self._handle, self._path)
@@ -207,8 +174,14 @@ class LedgerFile:
             raise LedgerError(f"the ledger {self.name} is not a file")
         self._makes_directory = True
 
-    def connect(self, *, repair: bool) -> None:
-        """Let SQLite open the file; make the tables, or check or `repair` them."""
+    def connect(
+        self, recover: Callable[[MutableMapping[str, str]], bool], *, repair: bool
+    ) -> None:
+        """Let SQLite open the file; make the tables, or check or `repair` them.
+
+        :param recover: is to change the rows of a copy that was put back; False if they
+          are those of another version, which does not note the count.
+        """
         try:
             self._connect()
         except sqlite3.Error as error:
@@ -218,14 +191,24 @@ class LedgerFile:
                 raise self._translated(error) from None
             self._make_anew(error)
             self._connect()
+        if self._is_copy(self._found()):
+            assert self.database is not None
+            with self._rows(self.database, None) as rows:
+                if recover(rows):
+                    # Who has the file open is to find out; and this copy ends here.
+                    self._new_key(self.database)
+            self.key = self._found()[1]
+        commits, key = self._found()
+        self._note_count(commits, commits, key)
 
     def _connect(self) -> None:
         assert self._handle is not None
         if os.pread(self._handle, 2, 18) == b"\2\2":  # in WAL mode, as version 1
             raise self._older()
-        journal = Path(f"{self.real}-journal")
-        if journal.exists() and not journal.is_file():
-            raise LedgerError(f"{journal} is not a file: remove it")
+        beside = [Path(f"{self.real}-{name}") for name in ("journal", "count")]
+        for file in beside:
+            if file.exists() and not file.is_file():
+                raise LedgerError(f"{file} is not a file: remove it")
         # Never created by SQLite, which does not know of the lock.
         uri = f"file:{quote(os.fsencode(self.real))}?mode=rw&nolock=1"
         with no_fork:
@@ -238,9 +221,9 @@ class LedgerFile:
             (found,) = database.execute("pragma quick_check(1)").fetchone()
             if found != "ok":
                 raise sqlite3.DatabaseError(" ".join(found.split()))
-            self._make_tables(database, journal)
+            self._make_tables(database, beside)
 
-    def _make_tables(self, database: sqlite3.Connection, journal: Path) -> None:
+    def _make_tables(self, database: sqlite3.Connection, beside: list[Path]) -> None:
         database.execute("begin")
         (version,) = database.execute("pragma user_version").fetchone()
         tables = database.execute("select name from sqlite_master").fetchall()
@@ -253,23 +236,49 @@ class LedgerFile:
             raise LedgerError(f"the ledger {self.name} is a database of something else")
         if tables and version < SCHEMA:
             raise self._older()
-        if not journal.exists():
-            # Here, for SQLite knows the ledger's mode, but not its group.
-            journal.touch(0o600)
-            there = os.stat(self.real)
-            share(journal, there.st_mode & 0o777, there)
+        for file in beside:
+            if not file.exists():
+                # Here, for SQLite knows the ledger's mode, but not its group.
+                file.touch(0o600)
+                there = os.stat(self.real)
+                share(file, there.st_mode & 0o777, there)
+        if self._count is None:
+            self._count = os.open(beside[-1], os.O_RDWR | os.O_NOFOLLOW)
         if not tables:
-            # The number tells ledgers apart: the path may differ in each container.
-            key = uuid.uuid4().int & 0x7FFFFFFF
-            for statement in (
+            database.execute(
                 "create table row (key text primary key, value text not null) "
-                "without rowid",
-                f"pragma application_id = {key}",
-                f"pragma user_version = {SCHEMA}",
-            ):
-                database.execute(statement)
+                "without rowid"
+            )
+            self._new_key(database)
+            database.execute(f"pragma user_version = {SCHEMA}")
         (self.key,) = database.execute("pragma application_id").fetchone()
         database.execute("commit")
+
+    @staticmethod
+    def _new_key(database: sqlite3.Connection) -> int:
+        """Give a number that tells ledgers apart: the path may differ in containers."""
+        key = uuid.uuid4().int & 0x7FFFFFFF
+        database.execute(f"pragma application_id = {key}")
+        return key
+
+    def _found(self) -> tuple[int, int]:
+        """Return the ledger's commits and its number, as they stand in the file."""
+        assert self._handle is not None
+        head = os.pread(self._handle, _FOUND.size, _FOUND_AT)
+        return _FOUND.unpack(head.ljust(_FOUND.size, b"\0"))
+
+    def _is_copy(self, found: tuple[int, int]) -> bool:
+        """Tell if there were commits that the file does not know."""
+        assert self._count is not None
+        noted = os.pread(self._count, _COUNT.size, 0)
+        if len(noted) < _COUNT.size:  # it is new, or was removed
+            return False
+        before, after, key = _COUNT.unpack(noted)
+        return found not in ((before, key), (after, key))
+
+    def _note_count(self, before: int, after: int, key: int) -> None:
+        assert self._count is not None
+        os.pwrite(self._count, _COUNT.pack(before, after, key), 0)
 
     def _older(self) -> LedgerError:
         return LedgerError(
@@ -294,7 +303,9 @@ class LedgerFile:
 
     def close(self) -> None:
         self._disconnect()
+        count, self._count = self._count, None
         handle, self._handle = self._handle, None
+        unlock_and_close(count)
         unlock_and_close(handle)
 
     def _disconnect(self) -> None:
@@ -312,8 +323,9 @@ class LedgerFile:
 
     def forget(self) -> None:
         """In a forked child: become closed, without the lock of the parent."""
-        handle, self._handle = self._handle, None
-        close_copy(handle)
+        for handle in (self._handle, self._count):
+            close_copy(handle)
+        self._handle = self._count = None
         database, self.database = self.database, None
         if database is not None:
             # To close it might roll the parent's transaction back: it is never freed.
@@ -328,34 +340,43 @@ class LedgerFile:
         if database.in_transaction:
             raise RuntimeError("a transaction of the ledger in another one")
         with self._locked():
-            try:
-                with no_fork:
-                    # Of the pages that SQLite keeps it does not know that a copy was
-                    # written over the file: so it keeps none.
-                    database.execute("pragma shrink_memory")
-                    database.execute("begin")
-                    (key,) = database.execute("pragma application_id").fetchone()
-                    if key != self.key:  # written over, in place
-                        self._replaced()
-                    rows = dict(database.execute("select key, value from row"))
-                before = dict(rows)
+            found = self._found()
+            if found[1] != self.key or self._is_copy(found):
+                self._replaced()
+            with self._rows(database, found[0]) as rows:
                 yield rows
-                if self.database is not database:
-                    raise StoreAway("the ledger was closed in a transaction")
+
+    @contextmanager
+    def _rows(
+        self, database: sqlite3.Connection, commits: int | None
+    ) -> Iterator[MutableMapping[str, str]]:
+        """A transaction after so many `commits`, which is noted; the file is locked."""
+        try:
+            with no_fork:
+                database.execute("begin")
+                rows = dict(database.execute("select key, value from row"))
+            before = dict(rows)
+            yield rows
+            if self.database is not database:
+                raise StoreAway("the ledger was closed in a transaction")
+            with no_fork:
+                gone, changed = changes(before, rows)
+                if commits is not None and (gone or changed):
+                    self._note_count(commits, commits + 1, self.key)
+                database.executemany(_DELETE, [(key,) for key in gone])
+                database.executemany(_WRITE, changed)
+                database.execute("commit")
+                if commits is not None and (gone or changed):
+                    self._note_count(commits + 1, commits + 1, self.key)
+        except sqlite3.Error as error:
+            # When it is opened again, it is looked at what there is.
+            self.close()
+            raise self._translated(error) from None
+        except BaseException:
+            if self.database is database:
                 with no_fork:
-                    gone, changed = changes(before, rows)
-                    database.executemany(_DELETE, [(key,) for key in gone])
-                    database.executemany(_WRITE, changed)
-                    database.execute("commit")
-            except sqlite3.Error as error:
-                # When it is opened again, it is looked at what there is.
-                self.close()
-                raise self._translated(error) from None
-            except BaseException:
-                if self.database is database:
-                    with no_fork:
-                        self._roll_back(database)
-                raise
+                    self._roll_back(database)
+            raise
 
     def _translated(self, error: sqlite3.Error) -> Exception:
         reason = " ".join(str(error).split()) or type(error).__name__

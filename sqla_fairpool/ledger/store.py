@@ -1,12 +1,20 @@
-"""What the ledger asks of a store."""
+"""What the ledger asks of a store, and what stores ask of the system."""
 
 from __future__ import annotations
 
 import os
 import select
+import stat
+import threading
 from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, suppress
+from pathlib import Path
 from typing import Protocol
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]  # not used there
 
 
 class StoreAway(Exception):  # noqa: N818  (a state, not an error)
@@ -162,3 +170,54 @@ def changes(
         [key for key in before if key not in rows],
         [(key, text) for key, text in rows.items() if before.get(key) != text],
     )
+
+
+# -- files of several processes --------------------------------------------------------
+
+#: Held by a thread that must not see its process forked.
+no_fork = threading.RLock()
+
+
+def _end_of_fork() -> None:
+    with suppress(RuntimeError):  # forked by something that did not tell us before
+        no_fork.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=no_fork.acquire,
+        after_in_parent=_end_of_fork,
+        after_in_child=_end_of_fork,
+    )
+
+
+def is_at(handle: int | None, path: Path) -> bool:
+    """Tell if an open file is the one at a path."""
+    try:
+        return handle is not None and os.path.samestat(os.fstat(handle), os.stat(path))
+    except OSError:
+        return False
+
+
+def unlock_and_close(handle: int | None) -> None:
+    """Close and unlock a file, whatever this process's children have open."""
+    if handle is not None:
+        with no_fork, suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
+            os.close(handle)
+
+
+def close_copy(handle: int | None) -> None:
+    """Close a file in a forked child. Its parent, which has it open too, keeps it
+    locked."""
+    if handle is not None:
+        with suppress(OSError):
+            os.close(handle)
+
+
+def share(path: Path, mode: int, like: os.stat_result) -> None:
+    """Give what this process has made to the owner, from root, and group of `like`."""
+    with suppress(OSError):  # it stays in a group of this user
+        os.chown(path, like.st_uid if os.geteuid() == 0 else -1, like.st_gid)
+    # Setting the mode would take back that a directory hands down its group.
+    path.chmod(mode | path.stat().st_mode & stat.S_ISGID)

@@ -24,6 +24,7 @@ __all__ = ["Checkout", "Core", "Generation", "Opener", "Record", "RecordState"]
 class Core(Protocol):
     """What is asked of the pool's core."""
 
+    #: Tells if it is in use, or garbage together with those that refer to it.
     alive: weakref.ref[Any]
 
     @property
@@ -109,7 +110,6 @@ class Checkout(Ticket):
 
     __slots__ = (
         "__weakref__",
-        "alive",
         "asked",
         "borrowed",
         "core",
@@ -128,8 +128,6 @@ class Checkout(Ticket):
     def __init__(self, core: Core) -> None:
         super().__init__()
         self.core = core
-        #: Tells if the core is in use, or garbage together with this checkout.
-        self.alive = core.alive
         #: When it was asked for, and how long it may wait, None for the pool's options;
         #: not of a checkout that was served by the warm cache.
         self.asked: tuple[float, float | None] | None = None
@@ -171,5 +169,5 @@ class Checkout(Ticket):
 
     def __del__(self) -> None:
         # It may lack its fields if an interrupt came while it was made.
-        if getattr(self, "state", FREE) is GRANTED and self.alive() is not None:
+        if getattr(self, "state", FREE) is GRANTED and self.core.alive() is not None:
             self.core.lost(self)

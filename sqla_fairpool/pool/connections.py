@@ -262,7 +262,7 @@ class LedgerSlots(Slots):
         existing.on_lost = member.ring
 
     @property
-    def refusal(self) -> exc.SQLAlchemyError | None:  # type: ignore[override]
+    def refusal(self) -> exc.SQLAlchemyError | None:  # type: ignore[override]  # read only
         return self.member.refusal
 
     def is_over(self, physical: PhysicalConnection) -> bool:

@@ -115,6 +115,7 @@ class PoolCore:
         self.opening = Opening(
             self.state, self.housekeeping, self._waiting, self._waiter_class
         )
+        self.tells_server = False
         self.pausing = Pausing(self.state, self.housekeeping, self._waiter_class)
         #: Connections closed, by reason.
         self.closures = Counter(dict.fromkeys(_CLOSURES, 0))

@@ -18,7 +18,6 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL, Dialect
 from sqlalchemy.pool import Pool
 
-from ..ledger import host_file  # noqa: F401  (its hook at a fork, see below)
 from ..ledger.drivers import has_private_memory, warn_of_memory
 from ..scheduling.ticket import GRANTED
 from . import sqlalchemy_private
@@ -123,8 +122,8 @@ def _after_fork() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    # After the host store's, so that this one is called first: a first connect may wait
-    # for a transaction.
+    # After the ledger's, which core imports, so that this one is called first: a first
+    # connect may wait for a transaction.
     os.register_at_fork(
         before=_before_fork,
         after_in_parent=_after_fork,

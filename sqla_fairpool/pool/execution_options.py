@@ -33,9 +33,16 @@ from ..documented import BadState
 from ..options import PoolOptions
 from . import sqlalchemy_private
 from .checkout import RecordState
-from .server_tag import tell
+from .server_tag import TIMES_TOLD, tell
 
-__all__ = ["TIMEOUT_OPTION", "Request", "make_request", "requested", "watch_dialect"]
+__all__ = [
+    "TIMEOUT_OPTION",
+    "Request",
+    "check_server",
+    "make_request",
+    "requested",
+    "watch_dialect",
+]
 
 #: The execution option that says how long a checkout may wait.
 TIMEOUT_OPTION = "fairpool_timeout"
@@ -67,21 +74,30 @@ requested = _request.get
 make_request = _request.set
 
 
+def check_server(dialect: Any, options: PoolOptions) -> None:
+    """Raise if only PostgreSQL could be told what it is to be told."""
+    name = getattr(dialect, "name", "postgresql")  # a pool without an engine
+    if options.tells_server and name != "postgresql":
+        why = f"because {name} is not PostgreSQL"
+        if options.server_tag:
+            raise BadOption("server_tag", True, f"False, {why}")
+        given = {tag: one.times for tag, one in (options.tags or {}).items()}
+        times = {tag: one for tag, one in given.items() if one}
+        raise BadOption("tags", times, f"no time limits, {why}")
+
+
 def watch_dialect(dialect: Dialect, options: PoolOptions) -> None:
     """Hear of the options and statements of a dialect's engines and connections.
 
     Once for each dialect, however many pools it gets in turn.
     """
     option = options.tag_option
-    if options.server_tag and dialect.name != "postgresql":
-        raise BadOption(
-            "server_tag", True, f"False, because {dialect.name} is not PostgreSQL"
-        )
+    check_server(dialect, options)
     seen = getattr(dialect, _MARK, None)
     if seen != option:
         hooks = _Hooks(dialect, option)
-        dialect.set_engine_execution_options = hooks.set_on_engine  # type: ignore[method-assign]
-        dialect.set_connection_execution_options = hooks.set_on_connection  # type: ignore[method-assign]
+        dialect.set_engine_execution_options = hooks.set_on_engine  # type: ignore[method-assign]  # a hook
+        dialect.set_connection_execution_options = hooks.set_on_connection  # type: ignore[method-assign]  # a hook
         setattr(dialect, _MARK, option)
     if seen is None:
         sqlalchemy_private.note_statements(dialect)
@@ -231,11 +247,15 @@ def _retag(connection: Connection, tag: str) -> None:
             return
         if not core.move(checkout, tag):
             sqlalchemy_private.check_out_again(connection)
-        elif options.server_tag:
+        elif options.server_tag or TIMES_TOLD in record.info or _times_of(fair):
             _tell(connection)
     except BaseException as error:
         connection.invalidate(error)
         raise
+
+
+def _times_of(fair: RecordState) -> bool:
+    return bool(fair.checkout.tag_state.limits.times)
 
 
 def _tell(connection: Connection) -> None:

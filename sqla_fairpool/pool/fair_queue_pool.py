@@ -32,7 +32,7 @@ from .events import (
     observe,
     warn_of_private_memory,
 )
-from .execution_options import make_request, requested, watch_dialect
+from .execution_options import check_server, make_request, requested, watch_dialect
 from .failover import watch_errors
 from .figures import Figures
 from .ledger_member import LedgerMember
@@ -185,8 +185,7 @@ class FairQueuePool(Figures, Pausable, Pool):
             guard_first_connect(self)
         if owns:  # its successors inherit what listens
             observe(self, _core)
-            if _core.options.server_tag:
-                tell_on_checkout(self)
+            self._tell_server()
             warn_of_private_memory(self, self._dialect)
             if getattr(self._dialect, "name", None) == "postgresql":
                 # Others interrupt: a killed greenlet leaves a session that has begun.
@@ -213,7 +212,7 @@ class FairQueuePool(Figures, Pausable, Pool):
         return self._core.checkout(tag, self, request.timeout)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        self._core.checkin(record, self.generation)  # type: ignore[arg-type]
+        self._core.checkin(record, self.generation)  # type: ignore[arg-type]  # with `fair`
 
     # Pool's own would only call the other: one frame less on every checkin.
     _return_conn = _do_return_conn
@@ -290,10 +289,17 @@ class FairQueuePool(Figures, Pausable, Pool):
         :raises sqlalchemy.exc.ArgumentError: for a bad value, naming it. Nothing
           has changed then.
         """
+        check_server(self._dialect, self.options.changed(changes))
         change = self._core.housekeeping.reconfigure
         before, now = self._core.lock.run(change, changes)
+        self._tell_server()
         if before != now:
             self.logger.info("Pool reconfigured: %s", describe_changes(before, now))
+
+    def _tell_server(self) -> None:
+        if self.options.tells_server and not self._core.tells_server:
+            self._core.tells_server = True
+            tell_on_checkout(self)
 
     def warm_up(self) -> int:
         """Open connections until `min_idle` are open; return how many were opened.
@@ -350,7 +356,7 @@ class AsyncAdaptedFairQueuePool(AsyncPausable, FairQueuePool):
         """
         return await greenlet_spawn(super().warm_up)
 
-    async def upkeep(self) -> None:  # type: ignore[override]
+    async def upkeep(self) -> None:  # type: ignore[override]  # a task's
         """Do what is left to the next visitor. See :meth:`FairQueuePool.upkeep`."""
         await greenlet_spawn(super().upkeep)
 

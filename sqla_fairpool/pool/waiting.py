@@ -79,13 +79,15 @@ class Waiting:
         if interval is None or not state.slots.sees_all_callers:
             interval = math.inf
         check, now = since + interval, since
-        while True:
+        while not _is_granted(checkout):
             until = min(deadline, check)
             if state.watcher is checkout:
                 until = min(until, self._housekeeping.next_duty)
             waiter.wait(None if until == math.inf else until - now)
             if checkout.waiter is None:
                 return
+            # It may be granted at this moment: who is waking others has no lock. What
+            # follows waits for that, and is seen before it sleeps again.
             if state.slots.refusal is not None:
                 raise state.slots.refusal
             now, captured = state.lock.run(self._look, checkout, deadline)
@@ -149,3 +151,7 @@ class Waiting:
             diagnosis.waited,
             diagnosis,
         )
+
+
+def _is_granted(checkout: Checkout) -> bool:
+    return checkout.waiter is None

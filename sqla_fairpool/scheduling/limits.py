@@ -1,9 +1,10 @@
-"""What a tag may have of its own: weight, maximum and reserved slots."""
+"""What a tag may have of its own: weight, maximum, reserved slots, time limits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["NO_LIMITS", "LimitsByTag", "TagLimits"]
 
@@ -19,7 +20,22 @@ class TagLimits:
     max: int | None = None
     #: Slots that only this tag may use, kept free while it does not.
     reserved: int = 0
+    #: Seconds after which PostgreSQL cancels a statement, ends a session that does
+    #: nothing in its transaction, and gives up waiting for a lock. None for what the
+    #: session has without. These are each process's own: no ledger has them.
+    statement_timeout: float | None = None
+    idle_in_transaction_timeout: float | None = None
+    lock_timeout: float | None = None
 
+    @property
+    def times(self) -> dict[str, Any]:
+        """The time limits that it has, by name."""
+        given = {name: getattr(self, name) for name in TIMES}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+#: The names of the time limits.
+TIMES = ("statement_timeout", "idle_in_transaction_timeout", "lock_timeout")
 
 NO_LIMITS = TagLimits()
 

@@ -93,7 +93,7 @@ class SchedulerState:
         return (
             tag_state is not None
             and not self.waiting
-            and not self.tags.limits.reserved
+            and not self.tags.reserved
             and self.in_use <= self.capacity
             and tag_state.in_use + slots <= tag_state.safe_ceiling.value
         )

@@ -165,7 +165,9 @@ class Tags:
     def new_state(self, tag: str, counters: Counters) -> TagState:
         """Return what is known of a tag of which nothing is; keeps nothing of it."""
         limits, silent = self.limits.of(tag), tag == self.silent_tag
-        ceiling, reserved = self._safe_ceiling(tag, limits), self.reserves.get(tag, 0)
+        ceiling, reserved = self.common_ceiling, self.reserves.get(tag, 0)
+        if limits is not NO_LIMITS or silent or self.pauses:
+            ceiling = self._safe_ceiling(tag, limits)
         return TagState(tag, limits, reserved, silent, counters, ceiling)
 
     def _safe_ceiling(self, tag: str, limits: TagLimits) -> SafeCeiling:

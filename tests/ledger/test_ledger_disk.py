@@ -22,7 +22,7 @@ import pytest
 from support import state
 from support.stores import Elsewhere
 from support.stub import StubServer
-from support.threads import connect, eventually
+from support.threads import PATIENCE, Caller, connect, eventually, give
 
 from sqla_fairpool import CheckoutTimeout
 from sqla_fairpool.ledger.errors import LedgerError
@@ -225,3 +225,35 @@ def test_fault_of_the_disk(fault, disk, caplog):
     messages = [record.getMessage() for record in caplog.records]
     assert all(str(path) in message for message in messages)
     assert len(messages) <= len(busy.pools)
+
+
+@pytest.mark.parametrize("how", ["in place", "renamed"])
+def test_copy_of_before_others_joined_gives_away_no_slot_of_theirs(tmp_path, how):
+    """The slots of a process that the copy does not know are not free."""
+    server, path = StubServer(), tmp_path / "app.ledger"
+    limits = {"pool_size": SLOTS, "soft_limit": SLOTS, "max_limit": SLOTS}
+    pools = [server.pool(ledger=str(path), **limits) for _ in range(3)]
+    unknown, known, newcomer = pools
+    try:
+        connect(known, "b").close()
+        copy = path.read_bytes()
+        held = [connect(unknown) for _ in range(SLOTS - 1)]
+        if how == "renamed":
+            path.with_suffix(".copy").write_bytes(copy)
+            path.with_suffix(".copy").rename(path)
+        else:
+            path.write_bytes(copy)
+        for pool in (known, newcomer):
+            pool.reconfigure(timeout=0.3)
+            threads = [Caller(connect, pool, "b") for _ in range(SLOTS)]
+            for thread in threads:
+                with suppress(CheckoutTimeout):
+                    held.append(thread.result())
+            pool.reconfigure(timeout=PATIENCE)
+        assert server.most <= SLOTS
+        give(held)
+        give([connect(known, "b"), connect(newcomer, "b")])
+        assert server.most <= SLOTS
+    finally:
+        for pool in pools:
+            state.share(pool).keeper.close()

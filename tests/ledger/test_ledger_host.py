@@ -13,6 +13,7 @@ import sqlite3
 import stat
 import tempfile
 import threading
+from dataclasses import replace as changed
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -23,10 +24,11 @@ from support.stores import LONG, SUPPORT, join, rows_of, run, start, write
 from support.threads import PATIENCE, eventually
 
 from sqla_fairpool.ledger import host, host_file
+from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.host_file import LedgerFile
-from sqla_fairpool.ledger.rows import member_key
+from sqla_fairpool.ledger.rows import Terms, member_key
 from sqla_fairpool.ledger.store import StoreAway
 
 
@@ -409,17 +411,52 @@ def test_processes_meet_in_the_new_file_when_it_is_replaced_under_load(
     assert store.living(members) == members
 
 
-def test_copy_that_is_restored_in_place_is_read(make, path):
-    """As `cp` does it: the same file, with what it was before."""
-    store, other = make(), make()
-    write(store, a="old")
+@pytest.mark.parametrize("how", ["in place", "renamed"])
+def test_copy_that_is_put_back_keeps_only_what_is_still_so(make, path, how):
+    """The terms and the dead, and not what the living had then."""
+    store, other, terms = make(), make(), Terms(4, 2, 3, 60.0, 30.0)
+    with store.transaction() as rows:
+        for key in (store.member, other.member, "dead"):
+            Book(rows).join(key, {}, terms)
+        book = Book(rows)
+        book.write("dead", changed(book.members["dead"], owned=2))
+    book = Book(rows_of(other))
+    assert (len(book.members), book.gone) == (3, {})
+    copy, key = path.read_bytes(), store.key
+    for commits in ("1", "2"):  # the second is as old as the last one when it is back
+        write(store, a=commits)
+        if how == "renamed":
+            path.with_suffix(".copy").write_bytes(copy)
+            path.with_suffix(".copy").rename(path)
+        else:
+            path.write_bytes(copy)
+        for one in (store, other):
+            with pytest.raises(StoreAway, match="replaced"):
+                rows_of(one)
+            assert not one.signed
+            one.open()
+        assert store.key == other.key != key
+        book = Book(rows_of(store))
+        assert book.terms == terms and book.is_fresh
+        assert (book.members, book.quarantined) == ({}, 2)
+        assert rows_of(store) == rows_of(other)
+
+
+def test_newcomer_finds_that_a_copy_was_put_back(make, path):
+    """Also if it is killed before it has told of it."""
+    store = make()
+    write(store, **{member_key("somebody"): "no row"})
     copy = path.read_bytes()
-    write(store, a="new")
-    assert rows_of(other) == {"a": "new"}
+    write(store, a="1")
     path.write_bytes(copy)
-    write(store, b="2")  # as many changes as the other store has seen
-    assert rows_of(store) == rows_of(other) == {"a": "old", "b": "2"}
-    assert store.in_place()
+    count = Path(f"{path}-count")
+    noted = count.read_bytes()
+    newcomer = make()
+    assert rows_of(newcomer) == {}
+    assert newcomer.key != store.key
+    path.write_bytes(copy)
+    count.write_bytes(noted)
+    assert rows_of(make()) == {}
 
 
 def test_file_that_was_emptied_in_place_is_a_new_ledger(make, path):
@@ -521,9 +558,9 @@ def test_what_is_no_ledger_of_this_version_is_refused_and_left_alone(
         assert os.listdir(path.parent) == [path.name]
 
 
-@pytest.mark.parametrize("name", ["app.ledger", "app.ledger-journal"])
-def test_fifo_in_the_place_of_a_file_is_refused(path, name):
-    os.mkfifo(path.with_name(name))
+@pytest.mark.parametrize("suffix", ["", "-journal", "-count"])
+def test_fifo_in_the_place_of_a_file_is_refused(path, suffix):
+    os.mkfifo(f"{path}{suffix}")
     with pytest.raises(LedgerError, match="is not a file"):
         HostStore(path).open()
 

@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from support import state
 from support.ledger_world import Server as SimServer
 from support.ledger_world import SimPool
+from support.sessions import Sessions
 from support.stores import rows_of, write
 from support.threads import PATIENCE, Caller, Gate, eventually, give
 
@@ -215,6 +216,38 @@ def test_tables_that_are_dropped_under_load_do_not_raise_the_bound(url, sql):
     for engine in (member, newcomer):
         engine.dispose()
         state.keeper(engine).close()
+
+
+def test_two_databases_of_a_server_share_one_budget(url, postgres_url, ledger):
+    """Their engines name one ledger, wherever that is."""
+    name = f"budget {uuid.uuid4().hex[:12]}"
+    one, two = engines = [
+        create_engine(
+            database,
+            poolclass=FairQueuePool,
+            pool_size=4,
+            ledger=ledger,
+            connect_args={"application_name": name},
+        ).execution_options(scraper=tag)
+        for database, tag in ((url, "one"), (postgres_url, "two"))
+    ]
+    with Sessions(postgres_url, name) as sessions:
+        held = [one.connect() for _ in range(3)]  # alone, a tag has three of four
+        callers = [Caller(two.connect) for _ in range(2)]
+
+        def served():
+            return sum(not caller.is_alive() for caller in callers)
+
+        eventually(lambda: served() == 1)
+        held.pop().close()
+        eventually(lambda: served() == 2)
+        assert sessions.now == 4
+        give(held)
+        give([caller.result() for caller in callers])
+        for engine in engines:
+            engine.dispose()
+            state.keeper(engine).close()
+    assert sessions.most == 4
 
 
 # -- which tables ---------------------------------------------------------------------

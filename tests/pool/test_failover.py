@@ -63,8 +63,9 @@ def refuse(server, monkeypatch):
         def open_one():
             connection = server.connect()
             connection.mode = next(said, now)
-            parameter_status = lambda name: connection.mode.get(name)  # noqa: E731
-            connection.info = SimpleNamespace(parameter_status=parameter_status)
+            connection.info = SimpleNamespace(
+                parameter_status=lambda name: connection.mode.get(name)
+            )
             connection.character_set_name = lambda: "utf8mb4"
             connection.closed = 0
             opened.append(connection)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import deque
 from contextlib import nullcontext
 from unittest.mock import Mock
 
@@ -9,9 +11,10 @@ import pytest
 from sqlalchemy.exc import TimeoutError as SQLAlchemyTimeoutError
 from support import state
 from support.stub import StubError
-from support.threads import connect, give, take
+from support.threads import PATIENCE, connect, give, take, wait_in_line
 
 from sqla_fairpool import CheckoutTimeout, FairQueuePool, TooManyWaiting
+from sqla_fairpool.pool.connections import Slots
 from sqla_fairpool.pool.transitions import Transitions
 from sqla_fairpool.pool.waiters import ThreadWaiter
 from sqla_fairpool.pool.warm import WarmRecords
@@ -465,3 +468,23 @@ def test_lost_connection_is_refused_where_its_replacement_may_not_wait(threads):
         record.get_connection()
     give([first, second])
     connect(pool).close()
+
+
+def test_caller_that_another_thread_wakes_in_the_middle_of_its_grant(
+    make_pool, monkeypatch
+):
+    """It looks too early, and must not sleep again after that."""
+    pool = make_pool(1, timeout=1e6, deadlock_timeout=None)
+    held = connect(pool)
+    (caller,) = wait_in_line(pool)
+    looks = threading.Event()
+    monkeypatch.setattr(Slots, "refusal", property(lambda self: looks.set()))
+
+    class WakeUps(deque):
+        def append(self, wake):
+            wake()  # as a thread does that is waking others at this moment
+            assert looks.wait(PATIENCE)
+
+    monkeypatch.setattr(pool._core.lock, "wake_ups", WakeUps())
+    held.close()
+    caller.result().close()

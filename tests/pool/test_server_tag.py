@@ -37,9 +37,9 @@ def told(monkeypatch):
     names = []
     say = server_tag._say
 
-    def noted(dbapi_connection, name):
+    def noted(dbapi_connection, name, *settings):
         names.append(name)
-        say(dbapi_connection, name)
+        say(dbapi_connection, name, *settings)
 
     monkeypatch.setattr(server_tag, "_say", noted)
     return names
@@ -228,3 +228,100 @@ def test_driver_that_does_not_say_the_name_is_told_each_time(world, told, monkey
 def test_only_postgresql_has_it():
     with pytest.raises(ArgumentError, match=r"server_tag=True .*sqlite"):
         create_engine("sqlite://", poolclass=FairQueuePool, server_tag=True)
+
+
+SETTINGS = "statement_timeout", "idle_in_transaction_session_timeout", "lock_timeout"
+TIMES = {
+    "statement_timeout": 0.2,
+    "idle_in_transaction_timeout": "30",
+    "lock_timeout": 1.5,
+}
+NONE, SET = ["0", "0", "0"], ["200ms", "30s", "1500ms"]
+
+
+def settings_of(connection):
+    shown = ", ".join(f"current_setting('{name}')" for name in SETTINGS)
+    return list(connection.execute(text(f"select {shown}")).one())
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_time_limits_go_with_the_tag_and_are_told_once(world, told, named):
+    tags = {"web*": TIMES, "other": {"weight": 2}}
+    engine = world.engine(server_tag=named, pool_size=1, tags=tags)
+    web, other = (engine.execution_options(scraper=tag) for tag in ("web1", "other"))
+    for _ in range(2):
+        for _ in range(2):
+            with web.connect() as connection:
+                assert settings_of(connection) == SET
+        with other.connect() as connection:
+            assert settings_of(connection) == NONE
+    assert len(told) == 4
+    with engine.connect() as connection:
+        connection.execution_options(scraper="web2")
+        assert settings_of(connection) == SET
+        connection.rollback()
+        connection.execution_options(scraper="other")
+        assert settings_of(connection) == NONE
+        connection.invalidate()
+        connection.rollback()
+        assert settings_of(connection) == NONE
+    with web.connect() as connection:
+        for _ in range(2):  # the session goes on after a rollback
+            with pytest.raises(DBAPIError, match="due to statement timeout") as caught:
+                connection.execute(text("select pg_sleep(9)"))
+            assert not caught.value.connection_invalidated
+            connection.rollback()
+
+
+def test_session_that_is_idle_in_its_transaction_is_ended_by_the_server(world):
+    times = {"idle_in_transaction_timeout": 0.1}
+    engine = world.engine(pool_size=1, tags={"slow": times})
+    with engine.execution_options(scraper="slow").connect() as connection:
+        pid = connection.scalar(text("select pg_backend_pid()"))
+        url = engine.url.set(drivername="postgresql+psycopg2")
+        other = create_engine(url, poolclass=NullPool)
+        query = text("select count(*) from pg_stat_activity where pid = :pid")
+        with other.connect().execution_options(isolation_level="AUTOCOMMIT") as look:
+            eventually(lambda: look.scalar(query, {"pid": pid}) == 0, "its end")
+        with pytest.raises(DBAPIError) as caught:
+            connection.execute(text("select 1"))
+        assert caught.value.connection_invalidated
+        connection.rollback()
+        assert pid_of(connection) != pid  # the unit of work can be done again
+
+
+@pytest.mark.parametrize("world", ["psycopg2"], indirect=True)
+def test_time_limits_can_be_changed_and_what_the_url_says_comes_back(world):
+    arguments = {"options": "-c statement_timeout=7s"}
+    engine = world.engine(pool_size=1, connect_args=arguments)
+    tagged = engine.execution_options(scraper="a")
+    for tags, seen in [
+        (None, ["7s", "0", "0"]),
+        ({"a": TIMES}, SET),
+        ({"a": {"lock_timeout": 2}}, ["7s", "0", "2s"]),
+        (None, ["7s", "0", "0"]),
+    ]:
+        engine.pool.reconfigure(tags=tags)
+        with tagged.connect() as connection:
+            assert settings_of(connection) == seen
+
+
+@pytest.mark.parametrize("world", ["psycopg2"], indirect=True)
+def test_time_limits_are_told_again_with_a_name_that_was_lost(world):
+    engine = world.engine(server_tag=True, pool_size=1, tags={"a": TIMES})
+    tagged = engine.execution_options(scraper="a")
+    for _ in range(2):
+        with tagged.connect() as connection:
+            assert settings_of(connection) == SET
+            connection.execute(text("reset all"))
+            connection.commit()
+
+
+def test_only_postgresql_has_time_limits():
+    times = {"a": {"lock_timeout": 1}}
+    with pytest.raises(ArgumentError, match=r"tags=.*no time limits, because sqlite"):
+        create_engine("sqlite:///x.db", poolclass=FairQueuePool, tags=times)
+    engine = create_engine("sqlite:///x.db", poolclass=FairQueuePool)
+    with pytest.raises(ArgumentError, match=r"tags=.*no time limits, because sqlite"):
+        engine.pool.reconfigure(tags=times)
+    assert engine.pool.options.tags is None

@@ -64,6 +64,10 @@ def test_limits_stand_in_the_url():
         ({"a": {"reserved": 10}, "b": {"reserved": 10}}, "'b': 10", "less one, 19"),
         ({"t:*": {"reserved": 1}}, "t:*", "for one tag"),
         ({"": {"max": 1}}, "''", "a tag is"),
+        ({"api": {"lock_timeout": 0}}, "'lock_timeout': 0", "seconds, at least 0.001"),
+        ({"api": {"statement_timeout": True}}, "True", "statement_timeout is seconds"),
+        ({"api": {"statement_timeout": "5s"}}, "5s", "statement_timeout is seconds"),
+        ({"api": {"idle_in_transaction_timeout": 1e7}}, "10000000.0", "most 2147483"),
         (TagLimits(max=1), "TagLimits", "by tag"),
     ],
 )
@@ -103,6 +107,19 @@ def test_reserved_connection_is_there_while_all_others_are_out(make_engine):
         connect(engine, "health").close()
     for connection in held:
         connection.close()
+
+
+def test_time_limits_are_no_terms_of_a_ledger():
+    """A process of an earlier version would not know them."""
+    tags = {"a": {"max": 2, "lock_timeout": 1}, "b": {"statement_timeout": "5"}}
+    options = PoolOptions.parse(tags=tags, ledger="host")
+    assert "timeout" not in options.terms["tags"]
+    other = PoolOptions.parse(tags={"*": {"weight": 2}}, ledger="host")
+    assert options.with_terms(other.terms).tags == {
+        "*": TagLimits(weight=2),
+        "a": TagLimits(weight=2, lock_timeout=1),
+        "b": TagLimits(weight=2, statement_timeout=5),
+    }
 
 
 def test_usage_is_in_the_figures(make_engine):

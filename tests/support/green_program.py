@@ -75,21 +75,21 @@ from greenlet import GreenletExit  # noqa: E402 - the libraries need it
 LIBRARIES = {"gevent": Gevent, "eventlet": Eventlet}
 library = LIBRARIES[sys.argv[1]]()  # before all that uses what is patched
 
-import gc  # noqa: E402
-import random  # noqa: E402
-import tempfile  # noqa: E402
-import threading  # noqa: E402
-import time  # noqa: E402
-from pathlib import Path  # noqa: E402
+import gc  # noqa: E402  (patched first)
+import random  # noqa: E402  (patched first)
+import tempfile  # noqa: E402  (patched first)
+import threading  # noqa: E402  (patched first)
+import time  # noqa: E402  (patched first)
+from pathlib import Path  # noqa: E402  (patched first)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from sqlalchemy import create_engine, text  # noqa: E402
+from sqlalchemy import create_engine, text  # noqa: E402  (patched first)
 
-from sqla_fairpool import CheckoutTimeout, FairQueuePool, SelfDeadlock  # noqa: E402
-from support import state  # noqa: E402
-from support.stub import StubServer, all_for_one  # noqa: E402
-from support.threads import (  # noqa: E402
+from sqla_fairpool import CheckoutTimeout, FairQueuePool, SelfDeadlock  # noqa: E402  (patched first)
+from support import state  # noqa: E402  (patched first)
+from support.stub import StubServer, all_for_one  # noqa: E402  (patched first)
+from support.threads import (  # noqa: E402  (patched first)
     connect,
     ensure_waiting,
     eventually,
