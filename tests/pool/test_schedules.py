@@ -230,12 +230,6 @@ MUTANTS = {
         "if self._lock.busy_in is None and ",
         "if ",
     ),
-    "a section and a caller both say whose it is": (
-        "borrows",
-        WarmCache._end_loan,
-        "return self.borrowed.pop(checkout, self) is None",
-        "self.borrowed.pop(checkout, None); return True",
-    ),
     "a waiter that comes during a checkin is forgotten": (
         "uses",
         PoolCore.checkin,
