@@ -89,7 +89,7 @@ class Local(Protocol):
         """Raise this in the callers that wait now."""
 
 
-class Orders(NamedTuple):
+class TagBounds(NamedTuple):
     """What the tags may have in a pool, see :meth:`Local.allot`."""
 
     ceilings: Mapping[str, int] = MappingProxyType({})
@@ -135,8 +135,8 @@ class PoolSide:
         self.local = local
         #: Tags that have limits of their own.
         self.named: Collection[str] = ()
-        # Slots, and orders for tags; None if it may open nothing until it is told anew.
-        self._told: tuple[int, Orders] | None = None
+        # Slots, and bounds for tags; None if it may open nothing until it is told anew.
+        self._told: tuple[int, TagBounds] | None = None
         self._peaks: dict[str, int] = {}
         self._pauses: Mapping[str, str] = {}
 
@@ -162,11 +162,11 @@ class PoolSide:
     def forget_peaks(self) -> None:
         self._peaks.clear()
 
-    def tell(self, slots: int, orders: Orders) -> None:
+    def tell(self, slots: int, bounds: TagBounds) -> None:
         """Have it open no more than that, unless it was told so the last time."""
-        if (slots, orders) != self._told:
-            self.local.allot(slots, *orders)
-            self._told = slots, orders
+        if (slots, bounds) != self._told:
+            self.local.allot(slots, *bounds)
+            self._told = slots, bounds
 
     def pause(self, pauses: Mapping[str, str]) -> None:
         """Have it serve no checkout of just these tags, see :class:`Local`."""
@@ -182,7 +182,7 @@ class PoolSide:
 
     def close(self) -> None:
         """Have it open nothing, and close what is idle."""
-        self.tell(0, self._told[1] if self._told else Orders())
+        self.tell(0, self._told[1] if self._told else TagBounds())
         self.local.close_surplus()
 
     def bury(self, lost: Sequence[Session | None]) -> None:
@@ -210,7 +210,7 @@ class Allotment:
     target: int
     #: By tag, what it got of what it posted: without what is only kept for the tag.
     claims: Mapping[str, int]
-    orders: Orders
+    bounds: TagBounds
     #: Slots wanted by any member that there are not.
     unmet: int
     #: Tags under which it is asked to yield, and how many are asked of all members.

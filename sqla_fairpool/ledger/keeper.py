@@ -26,7 +26,7 @@ from typing import Any
 
 from ..background import start_thread
 from ..stats import LedgerStats
-from .demand import Local, Orders, Pace
+from .demand import Local, TagBounds, Pace
 from .errors import LedgerError
 from .member import Membership
 from .rows import Terms, dump
@@ -212,7 +212,7 @@ class Keeper:
         self._store.after_fork()
         self._terms = self.member.terms
         self._begin()
-        self._local.allot(0, *Orders())
+        self._local.allot(0, *TagBounds())
 
     def close(self) -> None:
         """Give everything back that is closed, and leave. Waits for the thread."""

@@ -346,7 +346,7 @@ class Membership:
             self._pool.bury(allotment.buried)
             self._guards = True
         slots = min(allotment.row.owned, allotment.target)
-        self._pool.tell(slots, allotment.orders)
+        self._pool.tell(slots, allotment.bounds)
         if allotment.bells:
             self.store.ring(allotment.bells)
         if allotment.row.pressed != self.pressed:

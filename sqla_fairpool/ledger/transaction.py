@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from .allocation import TURN, Allocation
 from .book import Book
-from .demand import Allotment, Orders, State
+from .demand import Allotment, TagBounds, State
 from .rows import (
     DUE,
     Member,
@@ -164,7 +164,7 @@ def _allotment(
             tag: min(plan.claims.get((tag, key), 0), line.wants)
             for tag, line in member.tags.items()
         },
-        orders=Orders(
+        bounds=TagBounds(
             ceilings,
             plan.newcomer,
             {tag: line.kept for tag, line in member.tags.items() if line.kept},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -15,10 +15,13 @@ from ..scheduling.ticket import FREE, GRANTED, Ticket
 from .physical import PhysicalConnection
 from .waiters import Waiter
 
-if TYPE_CHECKING:
-    from .warm import WarmCache
-
 __all__ = ["Checkout", "Core", "Generation", "Opener", "Record", "RecordState"]
+
+
+class Lender(Protocol):
+    """What lends what is kept warm: see :mod:`.warm`."""
+
+    def claim(self, checkout: Checkout, tag: str) -> bool: ...
 
 
 class Core(Protocol):
@@ -32,7 +35,7 @@ class Core(Protocol):
     @property
     def options(self) -> PoolOptions: ...
     @property
-    def warm(self) -> WarmCache: ...
+    def warm(self) -> Lender: ...
     @property
     def here(self) -> ThreadHere | TaskHere: ...
 
