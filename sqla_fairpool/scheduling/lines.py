@@ -43,7 +43,7 @@ class Lines:
         if tag_state.waiters:
             self.changed(tag_state)
         else:
-            del self._waiting[tag_state]
+            self._waiting.pop(tag_state, None)  # an interrupt may have hit `begun`
             self._ready.remove(tag_state)
 
     def changed(self, tag_state: TagState) -> None:

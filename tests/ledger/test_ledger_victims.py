@@ -170,5 +170,5 @@ def test_server_is_asked_with_what_a_listener_keeps_on_the_record(engine, role, 
     first = engine.connect()
     process.kill()
     connections = [first, *(engine.connect() for _ in range(SLOTS - 1))]
-    assert state.keeper(engine).member.unasked is None
+    assert state.keeper(engine).member.watch.unasked is None
     give(connections)

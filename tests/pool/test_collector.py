@@ -187,7 +187,7 @@ def test_handler_for_which_nothing_is_idle_is_told_what_to_do(make_engine):
     def handler():
         with pytest.raises(InvalidRequestError) as caught:
             engine.connect()
-        errors.append(str(caught.value))
+        errors.append(caught.value.args[0])
 
     handle(engine, handler)
     assert errors == [

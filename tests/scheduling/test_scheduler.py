@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import gc
 import sys
+from unittest.mock import Mock
 
 import pytest
 
@@ -168,6 +169,20 @@ def test_ticket_is_cancelled_once_and_not_after_its_grant():
     assert script.release(holder) == [second]
     assert script.cancel(second) is False
     assert second.state is GRANTED
+
+
+def test_ticket_whose_line_an_interrupt_kept_from_being_noted_is_cancelled(monkeypatch):
+    script = Script(1)
+    holder, ticket = script.request("a"), Ticket()
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            script.scheduler.lines, "begun", Mock(side_effect=KeyboardInterrupt)
+        )
+        with pytest.raises(KeyboardInterrupt):
+            script.scheduler.request(ticket, "b", script.now)
+    assert script.cancel(ticket)
+    waiting = script.request("b")
+    assert script.release(holder) == [waiting]
 
 
 def test_second_release_is_refused_and_changes_nothing():
