@@ -26,7 +26,7 @@ from typing import Any
 
 from ..background import start_thread
 from ..stats import LedgerStats
-from .demand import Local, TagBounds, Pace
+from .demand import Local, Pace, TagBounds
 from .errors import LedgerError
 from .member import Membership
 from .rows import Terms, dump

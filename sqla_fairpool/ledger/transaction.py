@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from .allocation import TURN, Allocation
 from .book import Book
-from .demand import Allotment, TagBounds, State
+from .demand import Allotment, State, TagBounds
 from .rows import (
     DUE,
     Member,
