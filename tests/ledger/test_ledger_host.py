@@ -720,7 +720,7 @@ def test_members_that_come_and_go_in_every_way_keep_to_the_capacity(postgres_url
     url = server.url.render_as_string(hide_password=False)
     program = "scraper_program.py", url, path
     steadies = [start(*program, name, 8, 0.02) for name in ("one", "two")]
-    ways = {"fresh": 4, "observer": 1, "used": 4, "threads": 41, "engines": 1}
+    ways = {"fresh": 4, "observer": 1, "used": 4, "threads": 26, "engines": 1}
     try:
         for how, number in ways.items():
             said = run(SUPPORT / "member_program.py", url, path, how)
