@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any
+
+from sqlalchemy.util import memoized_property
 
 from .allocation import STALLED, Allocation, allocate
 from .errors import LedgerError, RowBroken, ServerDiffers
@@ -45,6 +46,9 @@ class Book:
     that cannot be read are in :attr:`texts`, and can be :meth:`reset`.
     """
 
+    # Not functools.cached_property: up to Python 3.11 it has a lock for all objects of
+    # a class, which a child that is forked meanwhile would wait for without end.
+
     def __init__(self, rows: MutableMapping[str, str]) -> None:
         self._rows = rows
         #: The members' rows, sorted: nothing may depend on the store.
@@ -55,16 +59,16 @@ class Book:
             if key.startswith(kind):
                 yield key.removeprefix(kind), self._rows[key]
 
-    @cached_property
+    @memoized_property
     def meta(self) -> Meta | None:
         text = self._rows.get(META)
         return None if text is None else read(META, text, Meta)
 
-    @cached_property
+    @memoized_property
     def members(self) -> dict[str, Member]:
         return {key: parse_member(key, text) for key, text in self.texts.items()}
 
-    @cached_property
+    @memoized_property
     def gone(self) -> dict[int, Gone]:
         """What is in quarantine, by number."""
         return {
@@ -72,12 +76,12 @@ class Book:
             for number, text in self._texts(GONE)
         }
 
-    @cached_property
+    @memoized_property
     def places(self) -> dict[str, int]:
         """The tags' places in the line of tags."""
         return read(TAGS, self._rows.get(TAGS), dict[str, int])
 
-    @cached_property
+    @memoized_property
     def due(self) -> dict[str, str]:
         """The members that are expected to look, and why."""
         return read(DUE, self._rows.get(DUE), dict[str, str])

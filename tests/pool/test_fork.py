@@ -134,6 +134,31 @@ def test_fork_while_other_threads_are_in_the_pool():
     )
 
 
+def test_fork_while_another_thread_reads_the_rows_of_a_ledger():
+    run(
+        """
+        import signal
+        from sqla_fairpool.ledger.book import Book
+        inside = Gate()
+
+        class Rows(dict):
+            def get(self, key):
+                inside()
+
+        reader = Caller(lambda: Book(Rows()).meta)
+        inside.reached()
+
+        def child():
+            signal.alarm(10)  # it would hang on a lock of the class
+            assert Book({}).meta is None
+
+        forked(child)
+        inside.open()
+        assert reader.result() is None
+        """
+    )
+
+
 def test_fork_in_a_connect_listener_gives_the_child_no_slot():
     run(
         """
