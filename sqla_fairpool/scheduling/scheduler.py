@@ -145,7 +145,7 @@ class Scheduler(SchedulerState):
         tag_state.charged += scale
         # What is lost from here on is a figure, and no slot.
         if now - ticket.granted_at > ticket.held:
-            self.usage.was_unused(ticket, now, scale)
+            self.usage.was_unused(ticket, tag_state, now, scale)
         if not tag_state.in_use and tag_state.charged + tag_state.lift > scale:
             self.usage.forgive(tag_state, scale)
         ticket.book(tag_state)
@@ -208,22 +208,21 @@ class Scheduler(SchedulerState):
         if not target.silent:
             self.tags.touch(target, now)
         scale = self.usage.scale(now)
-        if not self._exchange(source, target, scale):
+        if not self._exchange(ticket, target, scale):
             return None
         if source.silent:
             ticket.again -= 1
-            self.usage.was_unused(ticket, now, scale, now - ticket.since)
+            self.usage.was_unused(ticket, source, now, scale, now - ticket.since)
         else:
             held = now - ticket.since
             ticket.held += held
             ticket.note(held)
-            self.usage.was_unused(ticket, now, scale)
+            self.usage.was_unused(ticket, source, now, scale)
         ticket.book(source)
         target.checkouts += 1
         if not target.silent:
             target.counters.checkouts += 1
         target.counters.at_once += 1
-        ticket.tag_state = target
         ticket.since = ticket.granted_at = now
         return self._dispatch(now, scale)
 
@@ -314,20 +313,25 @@ class Scheduler(SchedulerState):
 
     # -- the parts of a transition -------------------------------------------
 
-    def _exchange(self, source: TagState, target: TagState, scale: float) -> bool:
-        """Move a slot from one tag to another, if that one is next; tell if it was."""
+    def _exchange(self, ticket: Ticket, target: TagState, scale: float) -> bool:
+        """Have a slot be another tag's, if that one is next; tell if it was."""
+        source = ticket.tag_state
         if self.waiting or self.tags.reserved:
             self._shift(source, -1, scale)
             is_next = self._is_next(target)
             self._shift(target if is_next else source, +1, scale)
+            if is_next:
+                ticket.tag_state = target
             return is_next
         # As above, with no other that could be next.
         if self.in_use > self.capacity or target.in_use >= self.ceiling(target):
             return False
+        # From here in one go, see the head of this file.
         source.in_use -= 1
         source.charged += scale
         target.in_use += 1
         target.charged -= scale
+        ticket.tag_state = target
         if target.in_use > target.peak:
             target.peak = target.in_use
         return True

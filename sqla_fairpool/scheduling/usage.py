@@ -134,13 +134,19 @@ class Usage:
             tag_state.lift += lead
 
     def was_unused(
-        self, ticket: Ticket, now: float, scale: float, more: float = 0.0
+        self,
+        ticket: Ticket,
+        tag_state: TagState,
+        now: float,
+        scale: float,
+        more: float = 0.0,
     ) -> None:
         """Take back what was charged for a slot while its connection was kept warm.
 
         Its checkouts, :attr:`.Ticket.held` in all, are taken to have been spread evenly
         over the time from when the slot was granted.
 
+        :param tag_state: of the tag that it was charged to.
         :param more: seconds of a checkout that is not in that sum.
         """
         since = ticket.granted_at
@@ -148,7 +154,7 @@ class Usage:
         if unused > 0:
             # What was charged with another half-life stays.
             charged = scale - self.scale(max(since, self._half_life_since))
-            ticket.tag_state.charged -= charged * unused / (now - since)
+            tag_state.charged -= charged * unused / (now - since)
 
     def forgive(self, tag_state: TagState, scale: float) -> None:
         """Bound what counts of a tag that has returned its last slot.
