@@ -125,8 +125,11 @@ class SchedulerState:
         if newcomer.waiters or free <= 0 or newcomer.in_use >= self.ceiling(newcomer):
             return False
         waiting = self.lines.next()
-        if waiting is None or free > 1 or self.free_for(waiting) <= 0:
-            return True  # no other one, or a slot for each
+        if waiting is None or self.free_for(waiting) <= 0:
+            return True  # no other one
+        of_its_own = waiting.in_use < waiting.reserved
+        if free > 1 or (of_its_own and newcomer.in_use >= newcomer.reserved):
+            return True  # a slot for each
         used = newcomer.charged + newcomer.lift
         rank = policy.rank(
             newcomer.in_use,

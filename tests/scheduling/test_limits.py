@@ -141,6 +141,15 @@ def test_tag_below_its_reserve_takes_a_slot_that_another_tag_moves_to_it():
     assert (script.held("a"), script.held("web")) == (1, 2)
 
 
+def test_move_is_made_though_a_reserved_slot_is_granted_by_it_first():
+    limits = {"a": TagLimits(reserved=1), "d": TagLimits(reserved=1)}
+    script = Script(capacity=3, soft_limit=1, max_limit=1, limits=limits)
+    first, second = script.requests("a", 2)
+    assert script.scheduler.move(first, "b", 0.0) == [second]
+    check_valid(script.scheduler)
+    assert (script.held("a"), script.held("b")) == (1, 1)
+
+
 def test_release_is_said_to_be_wanted_only_if_it_would_grant_another():
     script = Script(
         capacity=3, soft_limit=3, max_limit=3, limits={"a": TagLimits(reserved=1)}
