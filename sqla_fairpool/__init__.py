@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .diagnosis.report import Diagnosis, Holding
 from .errors import CheckoutTimeout, SelfDeadlock, TooManyWaiting
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
-from .scheduling.limits import TagLimits
+from .scheduling.ticket import TagLimits
 from .stats import PoolStats, Summary, TagStats
 from .tagging import set_tag, tag
 

@@ -16,7 +16,7 @@ from dataclasses import fields
 from typing import Any, TypeAlias, cast
 
 from .documented import BadArgument
-from .scheduling.limits import TIMES, TagLimits
+from .scheduling.ticket import TIMES, TagLimits
 
 #: Bounds of times, in seconds. With a shorter one a waiting caller would do nothing but
 #: look at the clock; a longer one, some thirty years, no operating system can wait.

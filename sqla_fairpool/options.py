@@ -29,7 +29,7 @@ from .checks import (
     seconds,
     whole,
 )
-from .scheduling.limits import TIMES, LimitsByTag, TagLimits
+from .scheduling.ticket import TIMES, LimitsByTag, TagLimits
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from typing import (
     get_type_hints,
 )
 
-from ..scheduling.limits import LimitsByTag, TagLimits
+from ..scheduling.ticket import LimitsByTag, TagLimits
 from .errors import LedgerError, RowBroken
 
 #: Version of the rows' meaning. Members refuse a ledger with a higher one, and raise

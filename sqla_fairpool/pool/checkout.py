@@ -17,6 +17,13 @@ from .waiters import Waiter
 
 __all__ = ["Checkout", "Core", "Generation", "Opener", "Record", "RecordState"]
 
+#: Where the last tag is noted, in a record's ``info``, which a new connection empties:
+#: the record that is preferred for the tag. Not what the server knows now.
+TOLD = "sqla_fairpool_tag_told"
+
+#: Where the time limits are noted that the server was told, in the same way.
+TIMES_TOLD = "sqla_fairpool_times_told"
+
 
 class Lender(Protocol):
     """What lends what is kept warm: see :mod:`.warm`."""

@@ -27,10 +27,9 @@ from ..scheduling.counters import Histogram
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import GRANTED
 from ..stats import LedgerStats
-from .checkout import Checkout, Record
+from .checkout import TOLD, Checkout, Record
 from .lock import PoolLock
 from .physical import PhysicalConnection, PhysicalConnections
-from .server_tag import TOLD
 
 __all__ = ["Connections", "LedgerSlots", "Member", "Reservation", "Slots"]
 

@@ -32,8 +32,8 @@ from ..checks import BadOption, validate_tag, validate_timeout
 from ..documented import BadState
 from ..options import PoolOptions
 from . import sqlalchemy_private
-from .checkout import RecordState
-from .server_tag import TIMES_TOLD, tell
+from .checkout import TIMES_TOLD, RecordState
+from .events import tell
 
 __all__ = [
     "TIMEOUT_OPTION",

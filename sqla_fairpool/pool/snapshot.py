@@ -1,4 +1,4 @@
-"""Reads a pool's figures: copied in one hold of the lock, computed after it.
+"""What a pool tells of itself: copied in one hold of the lock, computed after it.
 
 :func:`snapshot` has a row for each tag that the pool remembers. :func:`metrics`, for
 exporters, has one for each tag with counters of its own, which are kept for as long as
@@ -11,20 +11,23 @@ import weakref
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import repeat
 from operator import attrgetter
 from typing import Any, TypeAlias
 
 from ..documented import BadArgument
+from ..options import PoolOptions
 from ..scheduling import policy
-from ..scheduling.counters import BOUNDS, OTHER, Counters, Histogram
-from ..scheduling.limits import TagLimits
-from ..scheduling.state import SchedulerState
+from ..scheduling.counters import BOUNDS, OTHER, Counters
+from ..scheduling.explanation import Explanation, explain, facts_of
 from ..scheduling.tags import ALL
+from ..scheduling.ticket import TagLimits
 from ..stats import PoolStats, Summary, TagStats
+from .checkout import Generation
 from .core import PoolCore
 
-__all__ = ["Source", "metrics", "metrics_source", "snapshot"]
+__all__ = ["Figures", "Source", "metrics", "metrics_source", "snapshot"]
 
 #: Durations kept between two exports; a minute's worth of a very busy tag.
 _DURATIONS_KEPT = 100_000
@@ -35,29 +38,16 @@ _HISTOGRAMS = ("wait", "hold", "create")
 
 # What is copied of a tag, in one call so that the lock is held as short as possible.
 _figures = attrgetter(
-    "tag",
-    "active",
-    "in_use",
-    "waiting",
-    "last_activity",
-    "checkouts",
-    "timeouts",
-    "wait_total",
-    "wait_max",
-    "hold_total",
-    "hold_max",
+    *("tag", "active", "in_use", "waiting", "last_activity", "checkouts", "timeouts"),
+    *("wait_total", "wait_max", "hold_total", "hold_max"),
 )
 
 #: Those figures, what the tag has of its own, its limit, since when the first in its
 #: line waits, its usage.
 _Copied: TypeAlias = tuple[tuple[Any, ...], TagLimits, int, float | None, float]
 
-
-def _by_rules(rules: SchedulerState, tag: str) -> tuple[TagLimits, int]:
-    """Return what a tag has of its own, and its ceiling by the rules."""
-    state = rules.tag_states.get(tag) or rules.tags.new_state(tag, _NO_COUNTERS)
-    return state.limits, rules.ceiling(state)
-
+#: Kinds of durations, their tags, and the seconds.
+_Durations: TypeAlias = list[tuple[str, str, Iterable[float]]]
 
 _NO_COUNTERS = Counters()
 
@@ -73,12 +63,10 @@ def snapshot(core: PoolCore, name: str = "") -> PoolStats:
         policy.Party(active, in_use, waiting, limit, own.weight, own.reserved)
         for (_, active, in_use, waiting, *_), own, limit, *_ in copied
     ]
-    others = core.scheduler.rules.tags.limits.reserved - sum(
-        tag.reserved for tag in wanted
-    )
+    others = core.scheduler.rules.tags.limits.reserved - sum(t.reserved for t in wanted)
     shares = policy.shares_of_tags(wanted, pool.capacity - others)
     rows: Iterable[TagStats] = (
-        _row(*tag, share, now, unbooked.get(tag[0][0], ()))
+        _row(tag, share, now, unbooked.get(tag[0][0], ()))
         for tag, share in zip(copied, shares, strict=True)
         # Else: the default tag, when all its callers named another one later.
         if any(tag[0][1:4]) or any(tag[0][5:7])
@@ -93,13 +81,14 @@ def _copy(
 ) -> tuple[PoolStats, list[_Copied], Mapping[str, list[Any]], float]:
     """Copy what :func:`snapshot` works with. Caller is in a section."""
     unbooked: dict[str, list[Any]] = defaultdict(list)
-    scheduler = core.scheduler
+    scheduler, rules = core.scheduler, core.scheduler.rules
     copied = []
-    for state in scheduler.tag_states.values():
+    for tag, state in scheduler.tag_states.items():
         since = next(iter(state.waiters)).since if state.waiters else None
         usage = scheduler.usage.seconds(state, now)
-        by_rules = _by_rules(scheduler.rules, state.tag)
-        copied.append((_figures(state), *by_rules, since, usage))
+        by_rules = rules.tag_states.get(tag) or rules.tags.new_state(tag, _NO_COUNTERS)
+        ceiling = rules.ceiling(by_rules)
+        copied.append((_figures(state), by_rules.limits, ceiling, since, usage))
     for checkout in core.connections.granted():
         unbooked[checkout.tag_state.tag].append(_unbooked(checkout))
     return _pool(core, name, now), copied, unbooked, now
@@ -133,16 +122,8 @@ def _pool(core: PoolCore, name: str, now: float) -> PoolStats:
     )
 
 
-def _row(
-    figures: tuple[Any, ...],
-    own: TagLimits,
-    limit: int,
-    waiting_since: float | None,
-    usage: float,
-    share: int,
-    now: float,
-    unbooked: Sequence[Any],
-) -> TagStats:
+def _row(copied: _Copied, share: int, now: float, unbooked: Sequence[Any]) -> TagStats:
+    figures, own, limit, waiting_since, usage = copied
     tag, active, in_use, waiting, last_activity, checkouts, timeouts = figures[:7]
     wait_total, wait_max, hold_total, hold_max = figures[7:]
     out_since = None
@@ -177,19 +158,17 @@ def _age(since: float | None, now: float) -> float | None:
 
 
 # Likewise, of a tag's counters.
-_counts = attrgetter(
-    "checkouts", "at_once", "timeouts", "refusals", "deadlocks", "create_failures"
-)
+_COUNTED = ("timeouts", "refusals", "deadlocks", "create_failures")
+_counts = attrgetter("checkouts", "at_once", *_COUNTED)
 
 
 def metrics(core: PoolCore, name: str) -> PoolStats:
-    """Return the pool's figures, with a row for each tag that has counters. O(tags)."""
     pool, counters, live = core.lock.run(_copy_metrics, core, name)
     rows = []
     for tag, (counted, (wait, hold, create)) in sorted(counters.items()):
         active, connections, limit, waiting, unbooked, usage = live[tag]
         own = core.scheduler.rules.tags.limits.of(tag)
-        checkouts, at_once, timeouts, refusals, deadlocks, failures = counted
+        checkouts, at_once, *others = counted
         row = TagStats(
             name=tag,
             active=bool(active),
@@ -201,13 +180,10 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
             reserved=own.reserved,
             usage=usage,
             checkouts=checkouts + unbooked,
-            timeouts=timeouts,
             wait_time=Summary.of(BOUNDS, *wait, at_once=at_once + unbooked),
             hold_time=Summary.of(BOUNDS, *hold),
-            refusals=refusals,
-            deadlocks=deadlocks,
             create_time=Summary.of(BOUNDS, *create),
-            create_failures=failures,
+            **dict(zip(_COUNTED, others, strict=True)),
         )
         rows.append(row)
     ledger = None if core.member is None else core.member.stats()
@@ -217,7 +193,10 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
 
 def _with_would(core: PoolCore, rows: Iterable[TagStats]) -> Iterable[TagStats]:
     """Add what the rules would have done, in a dry run."""
-    counted = core.lock.run(_copy_would, core)
+    by_tag = core.scheduler.rules.tags.counters.by_tag
+    counted = core.lock.run(
+        lambda now: {tag: (_histograms(c)[0], c.refusals) for tag, c in by_tag.items()}
+    )
     none = [0] * (len(BOUNDS) + 1), 0.0, 0.0
     for row in rows:
         waits, refusals = counted.get(row.name, (none, 0))
@@ -225,27 +204,18 @@ def _with_would(core: PoolCore, rows: Iterable[TagStats]) -> Iterable[TagStats]:
         yield replace(row, would_wait=wait, would_refuse=refusals)
 
 
-def _copy_would(core: PoolCore, now: float) -> dict[str, tuple[Any, int]]:
-    by_tag = core.scheduler.rules.tags.counters.by_tag
-    return {tag: (_histograms(c)[0], c.refusals) for tag, c in by_tag.items()}
-
-
 def _copy_metrics(
     core: PoolCore, name: str, now: float
 ) -> tuple[PoolStats, dict[str, tuple[Any, Any]], dict[str, list[Any]]]:
-    """Copy what :func:`metrics` works with. Caller is in a section."""
-    counters_by_tag = core.scheduler.tags.counters.by_tag
-    counters = {tag: (_counts(m), _histograms(m)) for tag, m in counters_by_tag.items()}
-    return _pool(core, name, now), counters, _live_by_counters(core, now)
+    """Copy what :func:`metrics` works with. Caller is in a section.
 
-
-def _live_by_counters(core: PoolCore, now: float) -> dict[str, list[Any]]:
-    """Return the tags with counters: active, connections, limit, line, not booked,
-    and usage."""
+    The last is of the tags with counters: active, connections, limit, line, not booked,
+    and usage.
+    """
     scheduler = core.scheduler
-    live: dict[str, list[Any]] = {
-        tag: [0, 0, None, 0, 0, 0.0] for tag in scheduler.tags.counters.by_tag
-    }
+    by_tag = scheduler.tags.counters.by_tag
+    counters = {tag: (_counts(c), _histograms(c)) for tag, c in by_tag.items()}
+    live: dict[str, list[Any]] = {tag: [0, 0, None, 0, 0, 0.0] for tag in by_tag}
     for tag_state in scheduler.tag_states.values():
         figures = live[tag_state.tag if tag_state.tag in live else OTHER]
         figures[0] |= tag_state.active
@@ -256,13 +226,96 @@ def _live_by_counters(core: PoolCore, now: float) -> dict[str, list[Any]]:
     for checkout in core.connections.granted():
         tag = checkout.tag_state.tag
         live[tag if tag in live else OTHER][4] += checkout.again
-    return live
+    return _pool(core, name, now), counters, live
 
 
 def _histograms(counters: Counters) -> list[tuple[list[int], float, float]]:
     """Copy them: durations by size, their sum, the longest."""
     histograms = (getattr(counters, name) for name in _HISTOGRAMS)
     return [(h.counts[:], h.total, h.max) for h in histograms]
+
+
+class Figures:
+    """The part of a pool that changes nothing."""
+
+    _core: PoolCore
+    _orig_logging_name: str | None
+    generation: Generation
+
+    @property
+    def options(self) -> PoolOptions:
+        """The options in force, checked, with the defaults filled in."""
+        return self._core.options
+
+    def size(self) -> int:
+        """Return the number of connections kept open, ``pool_size``."""
+        return self.options.pool_size
+
+    def timeout(self) -> float | None:
+        """Return how many seconds a checkout waits."""
+        return self.options.timeout
+
+    def checkedin(self) -> int:
+        """Return the number of records in the pool, invalidated ones included."""
+        if self._core.housekeeping.owner is self.generation:
+            self._core.lock.visit()
+            return len(self._core.connections.idle)
+        return 0  # not in use yet, or not any more
+
+    def checkedout(self) -> int:
+        """Return the number of connections out or being opened."""
+        self._core.lock.visit()
+        return self._core.scheduler.in_use
+
+    def overflow(self) -> int:
+        """Return the connections there are beyond ``pool_size``; below 0 if fewer."""
+        return self.checkedout() + self.checkedin() - self.size()
+
+    def status(self) -> str:
+        """Return the pool's figures in a sentence."""
+        return (
+            f"Pool size: {self.size()}  Connections in pool: {self.checkedin()} "
+            f"Current Overflow: {self.overflow()} Current Checked out connections: "
+            f"{self.checkedout()} Waiting: {self._core.scheduler.waiting}"
+        )
+
+    def explain(self, tag: str) -> Explanation:
+        """Return why a tag has what it has now, as data; ``print`` shows it as text.
+
+        Its ceiling and from which rule it comes, its fair share, its place in the line
+        of tags and who is before it, and what has to happen for it to get one more.
+        """
+        core = self._core
+        return explain(core.lock.run(partial(facts_of, core.scheduler.rules), tag))
+
+    def stats(self) -> PoolStats:
+        """Return a snapshot of the pool and a row for each tag. O(tags log tags)."""
+        return snapshot(self._core, self.metrics_name)
+
+    def metrics(self) -> PoolStats:
+        """Return the figures for monitoring: counters that never fall, histograms.
+
+        A row for each of the first hundred tags, also when the pool has forgotten it
+        since, and one named ``other`` for all others together. O(tags log tags).
+
+        :mod:`sqla_fairpool.prometheus` and :mod:`sqla_fairpool.opentelemetry` export
+        them.
+        """
+        return metrics(self._core, self.metrics_name)
+
+    @property
+    def metrics_name(self) -> str:
+        """What tells this pool from others: ``pool_logging_name``, or a number."""
+        return self._orig_logging_name or f"pool-{self._core.number}"
+
+    def __repr__(self) -> str:
+        core = self._core
+        scheduler = core.scheduler
+        return (
+            f"<{type(self).__name__} in_use={self.checkedout()}/"
+            f"{self.options.capacity} idle={len(core.connections.idle)} "
+            f"waiting={scheduler.waiting} active_tags={scheduler.tags.active}>"
+        )
 
 
 class Source:
@@ -297,23 +350,20 @@ class Source:
         if core.member is not None:
             core.member.handovers.raw = deque(maxlen=_DURATIONS_KEPT)
 
-    def take_durations(self) -> list[tuple[str, str, Iterable[float]]]:
+    def take_durations(self) -> _Durations:
         """Return what was kept: ``wait``, ``hold`` or ``create``, the tag, seconds."""
         core = self.core()
         return [] if core is None else core.lock.run(self._take_durations, core)
 
-    def _take_durations(
-        self, core: PoolCore, now: float
-    ) -> list[tuple[str, str, Iterable[float]]]:
-        taken: list[tuple[str, str, Iterable[float]]] = []
+    def _take_durations(self, core: PoolCore, now: float) -> _Durations:
+        taken: _Durations = []
         for tag, counters in core.scheduler.tags.counters.by_tag.items():
             more = counters.at_once - self._at_once.get(tag, 0)
             self._at_once[tag] = counters.at_once
             taken.append(("wait", tag, repeat(0.0, min(more, _DURATIONS_KEPT))))
             for name in _HISTOGRAMS:
-                histogram: Histogram = getattr(counters, name)
-                taken.append((name, tag, histogram.raw or ()))
-                histogram.raw = deque(maxlen=_DURATIONS_KEPT)
+                taken.append((name, tag, getattr(counters, name).raw or ()))
+            _keep_durations(tag, counters)
         return taken
 
     def take_handovers(self) -> Iterator[float]:
@@ -335,9 +385,8 @@ def metrics_source(engine: Any) -> Source:
     pool = getattr(engine, "pool", engine)
     core = getattr(pool, "_core", None)
     if not isinstance(core, PoolCore):
-        raise BadArgument(
-            f"{engine!r} has no FairQueuePool, so there are no figures of it"
-        )
+        why = "has no FairQueuePool, so there are no figures of it"
+        raise BadArgument(f"{engine!r} {why}")
     return Source(core, pool.metrics_name)
 
 

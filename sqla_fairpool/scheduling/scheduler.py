@@ -13,8 +13,8 @@ Rules of this file:
   jump in between, so that a signal handler's exception falls before it or
   after it. (CPython looks for signals at calls, and 3.10 at each jump.)
 
-What is promised, at every moment between two transitions (:mod:`.invariants` holds
-each of them, and the tests call it after every step):
+What is promised, at every moment between two transitions (``check_valid`` in the tests
+holds each of them, and is called after every step):
 
 1. Conservation: the tags' `in_use` add up to the scheduler's `in_use`, which is
    the number of granted tickets.
@@ -43,10 +43,9 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .limits import TagLimits
 from .state import SchedulerState
 from .tags import Pause
-from .ticket import FREE, GRANTED, WAITING, LineFull, TagState, Ticket
+from .ticket import FREE, GRANTED, WAITING, LineFull, TagLimits, TagState, Ticket
 
 __all__ = ["Scheduler"]
 
