@@ -411,7 +411,7 @@ def test_terms_are_changed_for_all_members_at_once(world, how):
     else:
         with a.store.transaction() as rows:
             book = Book(rows)
-            book.set_terms(OTHER_TERMS, {"program": "set"})
+            book.change(terms=OTHER_TERMS, set_by={"program": "set"})
             book.tell()
         a.store.ring_all()
     world.run(0.1)
