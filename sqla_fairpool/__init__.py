@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .diagnosis.report import Diagnosis, Holding
+from .diagnosis import Diagnosis, Holding
 from .errors import CheckoutTimeout, SelfDeadlock, TooManyWaiting
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 from .scheduling.ticket import TagLimits

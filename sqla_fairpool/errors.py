@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from sqlalchemy import exc
 
-from .diagnosis.report import Diagnosis
-from .documented import Documented
+from .checks import Documented
+from .diagnosis import Diagnosis
 
 __all__ = ["CheckoutTimeout", "SelfDeadlock", "TooManyWaiting"]
 

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import exc, text
 
 from ..checks import hide_passwords
-from ..launch.environment import DATABASE, LEDGER
+from ..launch import DATABASE, LEDGER
 from ..ledger.book import Book
 from ..ledger.inspector import LedgerReport, read
 from ..ledger.keeper import describe_process

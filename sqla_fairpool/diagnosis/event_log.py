@@ -23,9 +23,9 @@ from functools import partial
 from typing import Any
 
 from ..background import start_thread
+from . import Elsewhere, describe_holders, duration
 from .callers import describe_stack
 from .capture import Checkout, Out, Pool
-from .report import Elsewhere, describe_holders, duration
 
 #: Seconds without a waiting caller after which an exhaustion is over. A pool that works
 #: at its limit runs empty many times a second, and that is one exhaustion.

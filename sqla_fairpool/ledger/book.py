@@ -15,7 +15,6 @@ from typing import Any
 from sqlalchemy.util import memoized_property
 
 from .allocation import STALLED, Allocation, allocate
-from .errors import LedgerError, RowBroken, ServerDiffers
 from .overview_text import since_and_by
 from .rows import (
     DUE,
@@ -37,6 +36,7 @@ from .rows import (
     parse_member,
     read,
 )
+from .store import LedgerError, RowBroken, ServerDiffers
 
 
 class Book:

@@ -25,9 +25,8 @@ from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
-from ..checks import BadOption
+from ..checks import BadArgument, BadOption
 from ..diagnosis.callers import users_level
-from ..documented import BadArgument
 
 _log = logging.getLogger(__name__)
 

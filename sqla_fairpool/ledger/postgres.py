@@ -36,7 +36,6 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from . import watch
-from .errors import LedgerError
 from .postgres_tables import (
     END_HOLDERS,
     SIGNS,
@@ -50,7 +49,7 @@ from .postgres_tables import (
     make_engine,
     notifications,
 )
-from .store import Store, StoreAway, drain, notify, wait_for
+from .store import LedgerError, Store, StoreAway, drain, notify, wait_for
 
 #: How long a transaction waits for another one, and for the server.
 _LOCK_TIMEOUT, _STATEMENT_TIMEOUT = "4s", "5s"

@@ -31,7 +31,7 @@ from typing import (
 )
 
 from ..scheduling.ticket import LimitsByTag, TagLimits
-from .errors import LedgerError, RowBroken
+from .store import LedgerError, RowBroken
 
 #: Version of the rows' meaning. Members refuse a ledger with a higher one, and raise
 #: a lower one when they join and no other member lives.

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from sqlalchemy import exc
 
-from ..diagnosis.report import Others
+from ..diagnosis import Others
 from ..options import PoolOptions
 from ..scheduling.counters import Histogram
 from ..scheduling.scheduler import Scheduler

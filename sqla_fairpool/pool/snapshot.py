@@ -16,7 +16,7 @@ from itertools import repeat
 from operator import attrgetter
 from typing import Any, TypeAlias
 
-from ..documented import BadArgument
+from ..checks import BadArgument
 from ..options import PoolOptions
 from ..scheduling import policy
 from ..scheduling.counters import BOUNDS, OTHER, Counters

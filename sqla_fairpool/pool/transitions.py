@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
+from ..diagnosis import Others
 from ..diagnosis.callers import TaskHere, ThreadHere
 from ..diagnosis.capture import Out
 from ..diagnosis.event_log import EventLog, LeakWatch
-from ..diagnosis.report import Others
 from ..options import PoolOptions
 from ..scheduling import policy
 from ..scheduling.scheduler import Scheduler

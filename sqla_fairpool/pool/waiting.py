@@ -24,8 +24,7 @@ from typing import TypeVar
 
 from sqlalchemy import exc
 
-from ..diagnosis.capture import Capture, capture
-from ..diagnosis.deadlock import collect, holds_another, is_stuck
+from ..diagnosis.capture import Capture, capture, collect, holds_another, is_stuck
 from ..errors import CheckoutTimeout, SelfDeadlock, TooManyWaiting
 from ..tagging import context_timeout
 from .checkout import Checkout

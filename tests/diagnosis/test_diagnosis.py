@@ -20,8 +20,8 @@ from sqla_fairpool import (
     Diagnosis,
     Holding,
 )
+from sqla_fairpool.diagnosis import duration
 from sqla_fairpool.diagnosis.callers import ThreadHere, describe_caller, frames_of
-from sqla_fairpool.diagnosis.report import duration
 
 
 def case(*holdings, **changes):

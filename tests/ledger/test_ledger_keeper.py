@@ -16,9 +16,9 @@ from support.threads import PATIENCE, eventually
 
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.demand import Pace, TagDemand, condense
-from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.keeper import Keeper
 from sqla_fairpool.ledger.rows import PROTOCOL, Left, Terms, member_key
+from sqla_fairpool.ledger.store import LedgerError
 from sqla_fairpool.scheduling import policy
 from sqla_fairpool.scheduling.tags import ALL
 

@@ -27,7 +27,7 @@ from support.stub import all_for_one
 from support.threads import PATIENCE, Caller, eventually, give
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
-from sqla_fairpool.ledger.errors import ServerDiffers
+from sqla_fairpool.ledger.store import ServerDiffers
 from sqla_fairpool.pool import ledger_member, ledger_sessions
 
 pytestmark = pytest.mark.postgres
