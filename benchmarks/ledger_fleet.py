@@ -26,7 +26,7 @@ from sqlalchemy import create_engine, exc, make_url, text
 from sqlalchemy.pool import NullPool
 
 from sqla_fairpool import FairQueuePool, tag
-from sqla_fairpool.demo.server import EmbeddedServer
+from sqla_fairpool.demo import EmbeddedServer
 
 #: Members of the fleet, threads of each, and how long each holds a connection.
 MEMBERS, THREADS, HOLD = 6, 10, 0.1
