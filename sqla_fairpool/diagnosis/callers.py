@@ -15,9 +15,12 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from types import CodeType, FrameType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import sqlalchemy
+
+if TYPE_CHECKING:
+    from .report import Elsewhere
 
 #: A weak reference to a :class:`threading.Thread` or an :class:`asyncio.Task`.
 Caller: TypeAlias = "weakref.ref[Any]"
@@ -208,3 +211,39 @@ def describe_stack(stack: Sequence[Location]) -> str:
         code, line = location[0], _line_of(location)
         text += f'\n  File "{code.co_filename}", line {line}, in {code.co_name}'
     return text
+
+
+# -- in numbers ------------------------------------------------------------------------
+
+#: Holders named in a message; the others are summed up. Six fit on a line.
+HOLDERS_NAMED = 6
+
+
+def duration(seconds: float) -> str:
+    """Return ``0.25s``, ``41s`` or ``12m05s``."""
+    if seconds < 60:
+        return f"{seconds:.2f}s" if seconds < 10 else f"{seconds:.0f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
+
+
+def describe_holders(
+    holders: Sequence[tuple[str, int]], elsewhere: Sequence[Elsewhere] = ()
+) -> str:
+    """Return ``held by web=12 jobs=6``, the largest holders first.
+
+    With other processes: ``held by web=12 here, jobs=6 in a.py (host1:4711)``.
+    """
+    ordered = sorted(holders, key=lambda holder: (-holder[1], holder[0]))
+    named = [f"{tag}={in_use}" for tag, in_use in ordered[:HOLDERS_NAMED]]
+    if rest := ordered[HOLDERS_NAMED:]:
+        named.append(f"and {len(rest)} more tags={sum(n for _, n in rest)}")
+    here = " ".join(named)
+    if not elsewhere:
+        return f"held by {here or 'no tag'}"
+    others = [f"{here} here"] if here else []
+    others += map(str, elsewhere[:HOLDERS_NAMED])
+    if more := elsewhere[HOLDERS_NAMED:]:
+        others.append(f"and {sum(one.connections for one in more)} more elsewhere")
+    return f"held by {', '.join(others)}"

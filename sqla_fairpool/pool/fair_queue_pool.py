@@ -35,8 +35,6 @@ from .events import (
 from .execution_options import check_server, make_request, requested, watch_dialect
 from .failover import watch_errors
 from .figures import Figures
-from .ledger_member import LedgerMember
-from .ledger_sessions import join_ledger
 from .pausing import AsyncPausable, Pausable
 from .server_tag import tell_on_checkout
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
@@ -169,6 +167,8 @@ class FairQueuePool(Figures, Pausable, Pool):
             with naming({"timeout": "pool_timeout"}):  # as `create_engine` calls it
                 options = PoolOptions.among(locals())
             if options.ledger is not None:
+                from .ledger_member import LedgerMember  # most pools need none of it
+
                 member = LedgerMember(self._waiter_class, options.default_tag)
             traced = options.leak_threshold is not None
             _core = (_TracedCore if traced else PoolCore)(
@@ -191,6 +191,8 @@ class FairQueuePool(Figures, Pausable, Pool):
                 # Others interrupt: a killed greenlet leaves a session that has begun.
                 _core.slots.existing.failures = (Exception,)
             if member is not None:
+                from .ledger_sessions import join_ledger
+
                 member.serve(_core)
                 join_ledger(self, _core, member)
                 await_url(self._dialect, partial(join_ledger, self, _core, member))

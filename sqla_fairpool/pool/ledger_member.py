@@ -28,7 +28,7 @@ from typing import Any
 from sqlalchemy import exc
 from sqlalchemy.util import greenlet_spawn
 
-from ..diagnosis.report import Others
+from ..diagnosis.capture import Others
 from ..errors import CheckoutTimeout
 from ..ledger.errors import LedgerError
 from ..ledger.inspector import others

@@ -43,7 +43,8 @@ def engine(light_heap, make_engine):
 def test_warm_checkout_and_checkin(engine):
     tagged = engine.execution_options(scraper="a")
     tagged.connect().close()
-    assert our_calls(lambda: tagged.connect().close()) == [
+    names = our_calls(lambda: tagged.connect().close())
+    assert [n for n in names if n != "note"] == [  # of the longest one yet
         "raw_connection",
         "_do_get",
         "checkout",
