@@ -15,12 +15,9 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import sqlalchemy
-
-if TYPE_CHECKING:
-    from .report import Elsewhere
 
 #: A weak reference to a :class:`threading.Thread` or an :class:`asyncio.Task`.
 Caller: TypeAlias = "weakref.ref[Any]"
@@ -229,11 +226,13 @@ def duration(seconds: float) -> str:
 
 
 def describe_holders(
-    holders: Sequence[tuple[str, int]], elsewhere: Sequence[Elsewhere] = ()
+    holders: Sequence[tuple[str, int]], elsewhere: Sequence[Any] = ()
 ) -> str:
     """Return ``held by web=12 jobs=6``, the largest holders first.
 
     With other processes: ``held by web=12 here, jobs=6 in a.py (host1:4711)``.
+
+    :param elsewhere: :class:`.report.Elsewhere` of these.
     """
     ordered = sorted(holders, key=lambda holder: (-holder[1], holder[0]))
     named = [f"{tag}={in_use}" for tag, in_use in ordered[:HOLDERS_NAMED]]

@@ -21,7 +21,7 @@ from ..scheduling.counters import BOUNDS, OTHER, Counters, Histogram
 from ..scheduling.limits import TagLimits
 from ..scheduling.state import SchedulerState
 from ..scheduling.tags import ALL
-from ..stats import PoolStats, Summary, TagStats
+from ..stats import PoolStats, Summary, TagStats, quick
 from .core import PoolCore
 
 __all__ = ["Source", "metrics", "metrics_source", "snapshot"]
@@ -38,7 +38,6 @@ _figures = attrgetter(
     "tag",
     "active",
     "in_use",
-    "waiting",
     "last_activity",
     "checkouts",
     "timeouts",
@@ -48,9 +47,12 @@ _figures = attrgetter(
     "hold_max",
 )
 
-#: Those figures, what the tag has of its own, its limit, since when the first in its
-#: line waits, its usage.
-_Copied: TypeAlias = tuple[tuple[Any, ...], TagLimits, int, float | None, float]
+#: Those figures; its line's length, and since when the first in it waits; its usage,
+#: what it has of its own, and its ceiling.
+_Copied: TypeAlias = tuple[tuple[Any, ...], int, float | None, float, TagLimits, int]
+
+#: How long its checkouts would have waited by the rules, and how many been refused.
+_Would: TypeAlias = tuple[Summary | None, int | None]
 
 
 def _by_rules(rules: SchedulerState, tag: str) -> tuple[TagLimits, int]:
@@ -68,23 +70,22 @@ _unbooked = attrgetter("since", "again", "held", "held_max")
 def snapshot(core: PoolCore, name: str = "") -> PoolStats:
     """Return the pool's figures, with a row for each tag. O(tags log tags)."""
     pool, copied, unbooked, now = core.lock.run(_copy, core, name)
+    # Else: the default tag, when all its callers named another one later.
+    copied = [c for c in copied if c[1] or any(c[0][1:3]) or any(c[0][4:6])]
     copied.sort(key=lambda copy: copy[0][0])
     wanted = [
         policy.Party(active, in_use, waiting, limit, own.weight, own.reserved)
-        for (_, active, in_use, waiting, *_), own, limit, *_ in copied
+        for (_, active, in_use, *_), waiting, _, _, own, limit in copied
     ]
     others = core.scheduler.rules.tags.limits.reserved - sum(
         tag.reserved for tag in wanted
     )
     shares = policy.shares_of_tags(wanted, pool.capacity - others)
-    rows: Iterable[TagStats] = (
-        _row(*tag, share, now, unbooked.get(tag[0][0], ()))
+    would = _would(core)
+    rows = [
+        _row(tag, share, now, unbooked.get(tag[0][0], ()), would[tag[0][0]])
         for tag, share in zip(copied, shares, strict=True)
-        # Else: the default tag, when all its callers named another one later.
-        if any(tag[0][1:4]) or any(tag[0][5:7])
-    )
-    if not pool.enforce:
-        rows = _with_would(core, rows)
+    ]
     return replace(pool, tags=tuple(rows))
 
 
@@ -94,12 +95,13 @@ def _copy(
     """Copy what :func:`snapshot` works with. Caller is in a section."""
     unbooked: dict[str, list[Any]] = defaultdict(list)
     scheduler = core.scheduler
+    seconds, rules = scheduler.usage.seconds, scheduler.rules
     copied = []
     for state in scheduler.tag_states.values():
-        since = next(iter(state.waiters)).since if state.waiters else None
-        usage = scheduler.usage.seconds(state, now)
-        by_rules = _by_rules(scheduler.rules, state.tag)
-        copied.append((_figures(state), *by_rules, since, usage))
+        waiters = state.waiters
+        line = (len(waiters), next(iter(waiters)).since) if waiters else (0, None)
+        usage, by_rules = seconds(state, now), _by_rules(rules, state.tag)
+        copied.append((_figures(state), *line, usage, *by_rules))
     for checkout in core.connections.granted():
         unbooked[checkout.tag_state.tag].append(_unbooked(checkout))
     return _pool(core, name, now), copied, unbooked, now
@@ -133,47 +135,33 @@ def _pool(core: PoolCore, name: str, now: float) -> PoolStats:
     )
 
 
+_tag_stats, _summary = quick(TagStats), quick(Summary)
+
+
 def _row(
-    figures: tuple[Any, ...],
-    own: TagLimits,
-    limit: int,
-    waiting_since: float | None,
-    usage: float,
-    share: int,
-    now: float,
-    unbooked: Sequence[Any],
+    copied: _Copied, share: int, now: float, unbooked: Sequence[Any], would: _Would
 ) -> TagStats:
-    tag, active, in_use, waiting, last_activity, checkouts, timeouts = figures[:7]
-    wait_total, wait_max, hold_total, hold_max = figures[7:]
+    figures, waiting, waiting_since, usage, own, limit = copied
+    tag, active, in_use, last_activity, checkouts, timeouts = figures[:6]
+    wait_total, wait_max, hold_total, hold_max = figures[6:]
     out_since = None
     for since, again, held, held_max in unbooked:
         checkouts += again
         hold_total += held
         hold_max = max(hold_max, held_max)
         out_since = since if out_since is None else min(out_since, since)
-    return TagStats(
-        name=tag,
-        active=active,
-        connections=in_use,
-        limit=limit,
-        fair_share=share,
-        waiting=waiting,
-        weight=own.weight,
-        max=own.max,
-        reserved=own.reserved,
-        usage=usage,
-        idle_for=_age(last_activity, now),
-        waiting_for=_age(waiting_since, now),
-        held_for=_age(out_since, now),
-        checkouts=checkouts,
-        timeouts=timeouts,
-        wait_time=Summary(checkouts, wait_total, wait_max),
-        hold_time=Summary(checkouts - in_use, hold_total, hold_max),
+    return _tag_stats(
+        *(tag, active, in_use, limit, share, waiting),
+        *(own.weight, own.max, own.reserved, usage),
+        None if last_activity is None else max(now - last_activity, 0.0),
+        None if waiting_since is None else max(now - waiting_since, 0.0),
+        None if out_since is None else max(now - out_since, 0.0),
+        *(checkouts, timeouts),
+        _summary(checkouts, wait_total, wait_max),
+        _summary(checkouts - in_use, hold_total, hold_max),
+        *(None, None, None),
+        *would,
     )
-
-
-def _age(since: float | None, now: float) -> float | None:
-    return None if since is None else max(now - since, 0.0)
 
 
 # Likewise, of a tag's counters.
@@ -185,7 +173,7 @@ _counts = attrgetter(
 def metrics(core: PoolCore, name: str) -> PoolStats:
     """Return the pool's figures, with a row for each tag that has counters. O(tags)."""
     pool, counters, live = core.lock.run(_copy_metrics, core, name)
-    rows = []
+    rows, would = [], _would(core)
     for tag, (counted, (wait, hold, create)) in sorted(counters.items()):
         active, connections, limit, waiting, unbooked, usage = live[tag]
         own = core.scheduler.rules.tags.limits.of(tag)
@@ -208,21 +196,22 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
             deadlocks=deadlocks,
             create_time=Summary.of(BOUNDS, *create),
             create_failures=failures,
+            would_wait=would[tag][0],
+            would_refuse=would[tag][1],
         )
         rows.append(row)
     ledger = None if core.member is None else core.member.stats()
-    tags = tuple(rows if pool.enforce else _with_would(core, rows))
-    return replace(pool, tags=tags, ledger=ledger)
+    return replace(pool, tags=tuple(rows), ledger=ledger)
 
 
-def _with_would(core: PoolCore, rows: Iterable[TagStats]) -> Iterable[TagStats]:
-    """Add what the rules would have done, in a dry run."""
-    counted = core.lock.run(_copy_would, core)
-    none = [0] * (len(BOUNDS) + 1), 0.0, 0.0
-    for row in rows:
-        waits, refusals = counted.get(row.name, (none, 0))
-        wait = Summary.of(BOUNDS, *waits)
-        yield replace(row, would_wait=wait, would_refuse=refusals)
+def _would(core: PoolCore) -> Mapping[str, _Would]:
+    """Return by tag what the rules would have done, in a dry run."""
+    if core.options.enforce:
+        return defaultdict(lambda: (None, None))
+    counted = core.lock.run(_copy_would, core).items()
+    none = Summary.of(BOUNDS, [0] * (len(BOUNDS) + 1), 0.0, 0.0), 0
+    would = {tag: (Summary.of(BOUNDS, *wait), n) for tag, (wait, n) in counted}
+    return defaultdict(lambda: none, would)
 
 
 def _copy_would(core: PoolCore, now: float) -> dict[str, tuple[Any, int]]:
