@@ -71,8 +71,10 @@ class Scheduler(SchedulerState):
         :raises LineFull: when it would have to wait and may not.
         """
         assert ticket.state is FREE
-        tag_state = self.tags.get(tag, now)
-        if not tag_state.silent:
+        tag_state = self.tag_states.get(tag) or self.tags.get(tag, now)
+        if tag_state.prompt:
+            tag_state.last_activity = now
+        elif not tag_state.silent:
             self.tags.touch(tag_state, now)
         ticket.tag_state = tag_state
         ticket.since = now
@@ -81,8 +83,15 @@ class Scheduler(SchedulerState):
         # ceiling, so none of them is of this tag.
         if (
             self.in_use + self.kept_free < self.capacity or self.free_for(tag_state) > 0
-        ) and tag_state.in_use < self.ceiling(tag_state):
-            self._grant(ticket, now, self.usage.scale(now))
+        ) and (
+            tag_state.in_use < tag_state.safe_ceiling.value
+            or tag_state.in_use < self.ceiling(tag_state)
+        ):
+            usage = self.usage
+            scale = usage.base + (now - usage.since) * usage.rise
+            if now >= usage.until:
+                scale = usage.scale(now)
+            self._grant(ticket, now, scale)
             tag_state.counters.at_once += 1
             return True
         if self.max_waiting is not None and self.waiting >= self.max_waiting:
@@ -135,7 +144,10 @@ class Scheduler(SchedulerState):
         """
         tag_state = ticket.tag_state
         assert ticket.state is GRANTED, f"released a ticket that is {ticket.state}"
-        scale = self.usage.scale(now)
+        usage = self.usage
+        scale = usage.base + (now - usage.since) * usage.rise  # as Usage.scale()
+        if now >= usage.until:
+            scale = usage.scale(now)
         is_kept = tag_state.in_use <= tag_state.reserved
         # From here in one go, see the head of this file.
         ticket.state = FREE
