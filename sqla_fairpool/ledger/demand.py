@@ -269,7 +269,7 @@ class Pace:
     patience: float = 3.0
     grace: float = 0.5
     reclaim_after: float = 10.0
-    retry: float = 5.0
+    retry: float = 3.0
 
     def turn_length(self, asked: int) -> float:
         """Return how long a turn is when so many are asked to yield."""

@@ -252,6 +252,11 @@ class PostgresStore(Store):
             self._miss_tables()
             why = "the ledger was deleted from its tables, or made anew"
             raise StoreAway(f"{self.name}: {why}")
+        if not (self._tables.writable or self._observes):
+            # There is another one to write to, or there will be. Not to be found out
+            # by the next write: a pool waits for it that connects there already.
+            self._lost()
+            raise StoreAway(f"{self.name}: the server is read-only")
         return rows
 
     @contextmanager

@@ -122,6 +122,11 @@ def bare_record(pool: Pool) -> Any:
     return _ConnectionRecord(pool, connect=False)
 
 
+def pool_of(record: ConnectionPoolEntry) -> Any:
+    """Return the pool that has made a record."""
+    return record._ConnectionRecord__pool  # type: ignore[attr-defined]
+
+
 def guard_first_connects(pool: Pool, lock: AbstractContextManager[object]) -> None:
     """Have the listeners of a pool's first connect, which run once, run under `lock`.
 

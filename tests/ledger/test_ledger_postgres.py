@@ -445,6 +445,19 @@ def test_lost_control_connection_is_a_lost_sign(driver_url, make, sql):
     assert rows_of(store) == {}
 
 
+def test_server_that_became_read_only_is_left_by_the_next_reading(driver_url, make):
+    """The pool connects to its successor already, and waits for the sign there."""
+    store, observer = make(driver_url), make(driver_url, observes=True)
+    for one in store, observer:
+        one._run("SET default_transaction_read_only = on")
+    assert observer.read() == {}
+    with pytest.raises(StoreAway, match="read-only"):
+        store.read()
+    assert (store.control_connections, store.signed) == (0, False)
+    store.open()
+    assert rows_of(store) == {}
+
+
 def test_connection_that_is_lost_ends_the_wait(url, make, sql):
     store = make(url)
     caller = Caller(store.wait, PATIENCE)
