@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .diagnosis.report import Diagnosis, Holding
     from .errors import CheckoutTimeout, SelfDeadlock, TooManyWaiting
     from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
-    from .scheduling.limits import TagLimits
+    from .scheduling.ticket import TagLimits
     from .stats import PoolStats, Summary, TagStats
     from .tagging import set_tag, tag
 
@@ -39,7 +39,7 @@ else:
         "TooManyWaiting": "errors",
         "AsyncAdaptedFairQueuePool": "pool.fair_queue_pool",
         "FairQueuePool": "pool.fair_queue_pool",
-        "TagLimits": "scheduling.limits",
+        "TagLimits": "scheduling.ticket",
         **dict.fromkeys(("PoolStats", "Summary", "TagStats"), "stats"),
         **dict.fromkeys(("set_tag", "tag"), "tagging"),
     }

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy import exc
 
-from .documented import Documented
+from .checks import Documented
 
 if TYPE_CHECKING:
     from .diagnosis.report import Diagnosis

@@ -18,8 +18,8 @@ from ..checks import validate_tag
 from ..ledger.overview import Overview
 from ..scheduling import policy
 from ..scheduling.explanation import Explanation, Observed, TagFacts, explain
-from ..scheduling.limits import TagLimits
 from ..scheduling.tags import ALL
+from ..scheduling.ticket import TagLimits
 from ..stats import TagStats
 from . import EXIT_OK, CommandError
 from .poller import Poller

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import exc, text
 
 from ..checks import hide_passwords
-from ..launch.environment import DATABASE, LEDGER
+from ..launch import DATABASE, LEDGER
 from ..ledger.book import Book
 from ..ledger.inspector import LedgerReport, read
 from ..ledger.keeper import describe_process
@@ -156,7 +156,7 @@ def _set(arguments: argparse.Namespace) -> int:
             except exc.ArgumentError as error:
                 raise CommandError(str(error)) from None
             terms = Terms(**options.terms)
-            book.set_terms(terms, describe_process())
+            book.change(terms=terms, set_by=describe_process())
             book.tell()
         store.ring_all()
     said = "the limits are as they were"

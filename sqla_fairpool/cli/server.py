@@ -17,7 +17,7 @@ from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.pool import NullPool
 
 from ..checks import hide_passwords
-from ..launch.environment import parse_url
+from ..launch import parse_url
 from ..ledger.addresses import database_place, with_threads_driver
 from ..ledger.overview import Overview
 from ..ledger.overview_text import printable, seconds_text

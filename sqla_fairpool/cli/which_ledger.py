@@ -12,13 +12,12 @@ from typing import TypeAlias
 from sqlalchemy import exc
 from sqlalchemy.engine import URL
 
-from ..launch.environment import DATABASE, LEDGER, Settings
+from ..launch import DATABASE, LEDGER, Settings
 from ..ledger.addresses import known_ledgers, make_store
-from ..ledger.errors import LedgerError, RowBroken
 from ..ledger.host import HostStore
 from ..ledger.inspector import read
 from ..ledger.postgres import PostgresStore
-from ..ledger.store import StoreAway
+from ..ledger.store import LedgerError, RowBroken, StoreAway
 from ..options import OPTIONS
 from . import EXIT_NOT_AS_EXPECTED, CommandError
 from .server import missing_driver

@@ -23,7 +23,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..background import start_thread
-from .callers import describe_holders, describe_stack, duration
+from . import describe_holders, describe_stack, duration
 from .capture import Checkout, Out, Pool
 
 if TYPE_CHECKING:

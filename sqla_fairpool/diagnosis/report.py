@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .callers import HOLDERS_NAMED, describe_holders, duration
+from . import HOLDERS_NAMED, describe_holders, duration
 
 #: Oldest checkouts that a message tells of.
 _OLDEST_NAMED = 3
@@ -142,24 +142,18 @@ class Diagnosis:
         """The counts, on one line."""
         paused = "" if self.paused_for is None else "paused "
         of_tag, of_pool = (paused, "") if self.paused_tag else ("", paused)
+        tags = ", ".join(map(repr, self.uncounted[:HOLDERS_NAMED]))
+        uncounted = f" (uncounted: {tags}, without a statement lately)" if tags else ""
+        # With a ledger, others may hold some of which it has not told yet.
+        is_all = self.allotted is None or bool(self.holders or self.elsewhere)
         return (
             f"tag {self.tag!r} {of_tag}in_use={self.in_use} limit={self.ceiling} "
             f"waiting={self.waiting} position={self.position}{self._own}; "
             f"pool {of_pool}in_use={self.pool_in_use}/{self.capacity} idle={self.idle} "
-            f"active_tags={self.active_tags}{self._uncounted}; "
-            f"{describe_holders(self.holders, self.elsewhere)}{self._here}"
+            f"active_tags={self.active_tags}{uncounted}; "
+            f"{describe_holders(self.holders, self.elsewhere)}"
+            f"{'' if is_all else ' here'}"
         )
-
-    @property
-    def _here(self) -> str:
-        # With a ledger, others may hold some of which it has not told yet.
-        is_all = self.allotted is None or bool(self.holders or self.elsewhere)
-        return "" if is_all else " here"
-
-    @property
-    def _uncounted(self) -> str:
-        tags = ", ".join(map(repr, self.uncounted[:HOLDERS_NAMED]))
-        return f" (uncounted: {tags}, without a statement lately)" if tags else ""
 
     @property
     def _own(self) -> str:

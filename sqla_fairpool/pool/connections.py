@@ -26,10 +26,9 @@ from ..options import PoolOptions
 from ..scheduling.counters import Histogram
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import GRANTED
-from .checkout import Checkout, Record
+from .checkout import TOLD, Checkout, Record
 from .lock import PoolLock
 from .physical import PhysicalConnection, PhysicalConnections
-from .server_tag import TOLD
 
 if TYPE_CHECKING:
     from ..stats import LedgerStats

@@ -26,10 +26,10 @@ class Figures:
     _orig_logging_name: str | None
     generation: Generation
 
-    if TYPE_CHECKING:
-
-        @property
-        def options(self) -> PoolOptions: ...
+    @property
+    def options(self) -> PoolOptions:
+        """The options in force, checked, with the defaults filled in."""
+        return self._core.options
 
     def size(self) -> int:
         """Return the number of connections kept open, ``pool_size``."""
@@ -59,9 +59,8 @@ class Figures:
         """Return the pool's figures in a sentence."""
         return (
             f"Pool size: {self.size()}  Connections in pool: {self.checkedin()} "
-            f"Current Overflow: {self.overflow()} Current Checked out "
-            f"connections: {self.checkedout()} Waiting: "
-            f"{self._core.scheduler.waiting}"
+            f"Current Overflow: {self.overflow()} Current Checked out connections: "
+            f"{self.checkedout()} Waiting: {self._core.scheduler.waiting}"
         )
 
     def explain(self, tag: str) -> Explanation:

@@ -85,7 +85,7 @@ class PhysicalConnection:
         #: What the server calls it, if that is known.
         self.session: Session | None = None
         self.socket: SocketCopy | None = None
-        #: What its server took when it was opened, see :mod:`.failover`.
+        #: What its server took when it was opened, see :mod:`.events`.
         self.mode: str | None = None
 
     @property

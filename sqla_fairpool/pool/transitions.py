@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-from ..diagnosis.callers import TaskHere, ThreadHere
+from ..diagnosis import TaskHere, ThreadHere
 from ..diagnosis.capture import Others, Out
 from ..diagnosis.event_log import EventLog, LeakWatch
 from ..options import PoolOptions

@@ -13,8 +13,8 @@ Rules of this file:
   jump in between, so that a signal handler's exception falls before it or
   after it. (CPython looks for signals at calls, and 3.10 at each jump.)
 
-What is promised, at every moment between two transitions (:mod:`.invariants` holds
-each of them, and the tests call it after every step):
+What is promised, at every moment between two transitions (``check_valid`` in the tests
+holds each of them, and is called after every step):
 
 1. Conservation: the tags' `in_use` add up to the scheduler's `in_use`, which is
    the number of granted tickets.
@@ -43,10 +43,9 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .limits import TagLimits
 from .state import SchedulerState
 from .tags import Pause
-from .ticket import FREE, GRANTED, WAITING, LineFull, TagState, Ticket
+from .ticket import FREE, GRANTED, WAITING, LineFull, TagLimits, TagState, Ticket
 
 __all__ = ["Scheduler"]
 
@@ -256,8 +255,6 @@ class Scheduler(SchedulerState):
         """
         self.capacity = capacity
         self.drains_from = self.in_use
-        if not self.waiting:
-            return _NO_GRANTS
         return self._dispatch(now, self.usage.scale(now))
 
     def reconfigure(
@@ -369,9 +366,8 @@ class Scheduler(SchedulerState):
             if self.kept_free and self.free_for(tag_state) <= 0:
                 break  # those below their reserve are ranked first: none waits
             if not tag_state.in_use and not tag_state.reserved:
-                self.usage.level = (
-                    tag_state.charged + tag_state.lift
-                ) / tag_state.weight
+                used = tag_state.charged + tag_state.lift
+                self.usage.level = used / tag_state.weight
             ticket, _ = tag_state.waiters.popitem(last=False)
             self.waiting -= 1
             waited = now - ticket.since

@@ -20,7 +20,7 @@ from sqla_fairpool.ledger.rows import Limits, Member, Session, Terms
 from sqla_fairpool.ledger.rows import TagDemand as Line
 from sqla_fairpool.ledger.transaction import settle
 from sqla_fairpool.scheduling import policy
-from sqla_fairpool.scheduling.limits import LimitsByTag, TagLimits
+from sqla_fairpool.scheduling.ticket import LimitsByTag, TagLimits
 
 TERMS = Limits(capacity=20, soft_limit=10, max_limit=15)
 

@@ -7,12 +7,11 @@ import random
 from statistics import median
 
 import pytest
+from support.invariants import check_valid
 
 from sqla_fairpool.scheduling import policy, usage
-from sqla_fairpool.scheduling.invariants import check_valid
-from sqla_fairpool.scheduling.limits import TagLimits
 from sqla_fairpool.scheduling.scheduler import Scheduler
-from sqla_fairpool.scheduling.ticket import GRANTED, Ticket
+from sqla_fairpool.scheduling.ticket import GRANTED, TagLimits, Ticket
 
 from ..support.turns import Turns
 
