@@ -8,6 +8,7 @@ from sqla_fairpool.scheduling import counters, tags
 from sqla_fairpool.scheduling.dry_run import DryRunScheduler
 from sqla_fairpool.scheduling.heap import IndexedHeap
 from sqla_fairpool.scheduling.invariants import check_valid
+from sqla_fairpool.scheduling.limits import TagLimits
 from sqla_fairpool.scheduling.scheduler import Scheduler
 from sqla_fairpool.scheduling.ticket import GRANTED, Ticket
 
@@ -271,6 +272,30 @@ def test_no_slot_is_granted_below_a_ceiling_that_has_fallen():
     assert [*scheduler.release(held[1], 0.0)] == [waiting[1]]
 
 
+def test_of_tags_that_used_the_same_one_that_waits_is_before_one_that_comes():
+    scheduler, waiting = Scheduler(**RULES | {"capacity": 1}, now=0.0), Ticket()
+    held = request(scheduler, "a")
+    assert not scheduler.request(waiting, "b", 0.0)
+    assert scheduler.move(held, "c", 0.0) is None
+    assert [*scheduler.release(held, 0.0)] == [waiting]
+
+
+def test_slot_that_is_reserved_is_not_wanted_for_others():
+    limits = {"health": TagLimits(reserved=2)}
+    scheduler = Scheduler(**RULES | {"capacity": 3}, now=0.0, limits=limits)
+    reserved, held = request(scheduler, "health"), request(scheduler, "web")
+    assert not scheduler.request(Ticket(), "web", 0.0)
+    assert (scheduler.wanted(reserved), scheduler.wanted(held)) == (False, True)
+
+
+def test_reserves_from_outside_stay_when_options_change():
+    scheduler = make()
+    scheduler.impose(20, {}, 9, 0.0, {"a": 3})
+    limits = {"b": TagLimits(reserved=2)}
+    scheduler.reconfigure(**RULES, max_waiting=None, now=0.0, limits=limits)
+    assert (scheduler.tags.reserves, scheduler.kept_free) == ({"a": 3}, 3)
+
+
 def test_slots_in_excess_are_not_moved_while_another_tag_waits():
     scheduler = make()
     held = [request(scheduler, "a") for _ in range(15)]
@@ -342,6 +367,9 @@ def test_idle_tag_that_is_forgotten_to_make_room_was_not_active(monkeypatch):
     scheduler.tick(61.0)
     request(scheduler, "c", 62.0)
     assert (scheduler.tags.active, len(scheduler.tag_states)) == (1, 2)
+    scheduler = Scheduler(**RULES, now=0.0, silent_tag="unknown")
+    held = [request(scheduler, tag) for tag in ("unknown", *"abc")]
+    check_valid(scheduler, held)  # what is in use is known
 
 
 def test_tag_that_worked_again_is_not_the_one_that_is_forgotten(monkeypatch):
