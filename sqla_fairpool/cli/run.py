@@ -22,23 +22,27 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL
 
 from ..checks import hide_passwords, naming, validate_tag
-from ..launch.adoption import say, show_place
-from ..launch.environment import DATABASE, LEDGER, RUN, VARIABLES, Run, Settings
+from ..launch import DATABASE, LEDGER, RUN, VARIABLES, Run, Settings, say, show_place
 from ..ledger.addresses import (
     database_place,
     default_ledger,
     make_store,
     needs_database,
 )
-from ..ledger.errors import LedgerError
 from ..ledger.host import HostStore
 from ..ledger.inspector import read
 from ..ledger.rows import Terms
-from ..ledger.store import StoreAway
+from ..ledger.store import LedgerError, StoreAway
 from ..options import OPTIONS, PoolOptions
-from . import EXIT_SIGNAL, CommandError, contents, one_line
-from .server import ask_room, connected, missing_driver, need
-from .which_ledger import AnyStore
+from . import (
+    EXIT_SIGNAL,
+    AnyStore,
+    CommandError,
+    contents,
+    missing_driver,
+    one_line,
+)
+from .server import ask_room, connected, need
 
 _EPILOG = """\
 examples:

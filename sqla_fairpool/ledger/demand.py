@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from ..scheduling.counters import Histogram
-from .errors import LedgerError
 from .rows import Gone, Member, Session, TagDemand, Terms
+from .store import LedgerError
 
 #: Tags of one process in its row. Tags may be made from user data; those beyond are
 #: summed up under the name of none.

@@ -17,11 +17,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..diagnosis.report import Elsewhere, Others
+from ..diagnosis.capture import Others
+from ..diagnosis.report import Elsewhere
 from ..scheduling import policy
 from ..stats import TagStats, decode
 from .book import Book
-from .errors import LedgerError
 from .overview import (
     LeftRow,
     Limits,
@@ -33,7 +33,7 @@ from .overview import (
 )
 from .overview_text import printable
 from .rows import Gone, Member, Session, among, limits_of_tags
-from .store import Store
+from .store import LedgerError, Store
 from .watch import Present
 
 #: Seconds that members have for an answer. They take a millisecond or two; a process

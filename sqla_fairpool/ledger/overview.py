@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..options import PoolOptions
 from ..scheduling import policy
-from ..scheduling.limits import LimitsByTag, TagLimits
+from ..scheduling.ticket import LimitsByTag, TagLimits
 from ..stats import TOLD, TagStats
 
 #: Seconds after which a connection that is out is worth a warning.

@@ -25,8 +25,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 
 from ..background import start_thread
-from .errors import LedgerError
-from .store import StoreAway, changes
+from .store import LedgerError, StoreAway, changes
 
 #: Version of the tables.
 SCHEMA = 1

@@ -28,12 +28,11 @@ from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from ..checks import BadOption, validate_tag, validate_timeout
-from ..documented import BadState
+from ..checks import BadOption, BadState, validate_tag, validate_timeout
 from ..options import PoolOptions
 from . import sqlalchemy_private
-from .checkout import RecordState
-from .server_tag import TIMES_TOLD, tell
+from .checkout import TIMES_TOLD, RecordState
+from .events import tell
 
 __all__ = [
     "TIMEOUT_OPTION",

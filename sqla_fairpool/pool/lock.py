@@ -25,7 +25,7 @@ from itertools import islice
 from threading import get_ident
 from typing import Any, NoReturn, TypeVar
 
-from ..documented import BadState
+from ..checks import BadState
 
 __all__ = ["PoolLock", "refuse_inner_call"]
 

@@ -20,8 +20,7 @@ from support.threads import PATIENCE
 
 import sqla_fairpool
 from sqla_fairpool.cli import main, run
-from sqla_fairpool.launch.adoption import show_place
-from sqla_fairpool.launch.environment import RUN, VARIABLES, Run
+from sqla_fairpool.launch import RUN, VARIABLES, Run, show_place
 from sqla_fairpool.ledger.addresses import database_place
 
 LAUNCHER = [sys.executable, "-m", "sqla_fairpool", "run"]

@@ -23,11 +23,10 @@ from sqla_fairpool.cli import main
 from sqla_fairpool.ledger import postgres, watch
 from sqla_fairpool.ledger.addresses import make_store
 from sqla_fairpool.ledger.book import Book
-from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.keeper import Keeper
 from sqla_fairpool.ledger.postgres import PostgresStore
 from sqla_fairpool.ledger.rows import Terms
-from sqla_fairpool.ledger.store import StoreAway
+from sqla_fairpool.ledger.store import LedgerError, StoreAway
 
 pytestmark = pytest.mark.postgres
 

@@ -33,7 +33,7 @@ from sqla_fairpool import (
     FairQueuePool,
     tag,
 )
-from sqla_fairpool.ledger.errors import ServerDiffers
+from sqla_fairpool.ledger.store import ServerDiffers
 from sqla_fairpool.pool import ledger_member, ledger_sessions
 
 pytestmark = pytest.mark.postgres

@@ -8,9 +8,9 @@ import sys
 from unittest.mock import Mock
 
 import pytest
+from support.invariants import check_valid
 
 from sqla_fairpool.scheduling import tags
-from sqla_fairpool.scheduling.invariants import check_valid
 from sqla_fairpool.scheduling.scheduler import Scheduler
 from sqla_fairpool.scheduling.ticket import FREE, GRANTED, WAITING, Ticket
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sqla_fairpool import opentelemetry, plugin, prometheus
 from sqla_fairpool.cli import make_argument_parser
-from sqla_fairpool.launch.environment import DATABASE, VARIABLES
+from sqla_fairpool.launch import DATABASE, VARIABLES
 from sqla_fairpool.options import OPTIONS, PoolOptions
 
 if __package__:
