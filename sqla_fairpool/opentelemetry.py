@@ -137,6 +137,11 @@ def _paused(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
     return [(float(pool.paused_for is not None), {})]
 
 
+def _paused_tags(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
+    known = {tag.name for tag in pool.tags}.union(pool.paused_tags)
+    return [(float(tag in pool.paused_tags), {_TAG: tag}) for tag in sorted(known)]
+
+
 def _count(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
     yield pool.idle, {_STATE: "idle"}
     for tag in pool.tags:
@@ -214,6 +219,12 @@ _COUNTERS: _Figures = (
 #: Likewise, of what the conventions have no name for.
 _OWN_FIGURES: _Figures = (
     ("sqla_fairpool.paused", "1", "1 while no checkout is served", _paused),
+    (
+        _OWN_PREFIX + "paused",
+        "1",
+        "1 while no checkout of the tag is served",
+        _paused_tags,
+    ),
     (_OWN_PREFIX + "weight", "1", "Relative entitlement of a tag", _by_tag("weight")),
     (
         _OWN_PREFIX + "max",
