@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from sqlalchemy import exc
 
 from .checks import Documented
-from .diagnosis import Diagnosis
+
+if TYPE_CHECKING:
+    from .diagnosis.report import Diagnosis
 
 __all__ = ["CheckoutTimeout", "SelfDeadlock", "TooManyWaiting"]
 

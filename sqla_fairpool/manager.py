@@ -33,7 +33,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
 from .checks import BadArgument, BadState, naming, refuse_timeout, validate_tag
-from .diagnosis.callers import users_level
+from .diagnosis import users_level
 from .launch import DATABASE, VARIABLES, Settings
 from .ledger import overview_text
 from .ledger.addresses import make_store

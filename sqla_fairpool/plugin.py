@@ -24,7 +24,7 @@ from .checks import (
     validate_tag,
     whole,
 )
-from .diagnosis.callers import users_level
+from .diagnosis import users_level
 from .ledger.drivers import has_private_memory, warn_of_memory
 from .options import OPTIONS, PoolOptions
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool

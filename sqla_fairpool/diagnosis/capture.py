@@ -1,7 +1,7 @@
 """What diagnosis reads of a pool under its lock, and the facts that it makes of that.
 
 Rule of this file: under the lock, values are copied and no more. Names, lines and ages
-are found after it.
+are found after it, and the classes of :mod:`.report` imported.
 
 The pool is known by the protocols here alone; it imports this folder, not the reverse.
 """
@@ -12,16 +12,14 @@ import gc
 import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
 from types import FrameType
-from typing import Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from ..options import PoolOptions
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.tags import ALL
 from ..scheduling.ticket import WAITING, TagState, Ticket
-from . import Diagnosis, Holding, Others
-from .callers import (
+from . import (
     Caller,
     Location,
     TaskHere,
@@ -32,6 +30,9 @@ from .callers import (
     has_ended,
     locations,
 )
+
+if TYPE_CHECKING:
+    from .report import Diagnosis, Elsewhere, Holding
 
 #: Holders whose present location in the code is looked up: that takes time, and a
 #: message names no more.
@@ -96,6 +97,8 @@ class Out(NamedTuple):
         :param asking: the caller that has waited in vain.
         :param waiting: all callers that wait.
         """
+        from .report import Holding
+
         own = self.holder is not None and self.holder is asking
         frames = frames_of(self.holder) if look_up and not own else []
         is_used = self.used >= self.since
@@ -111,6 +114,18 @@ class Out(NamedTuple):
             waits=self.holder is not None and self.holder in waiting,
             abandoned=has_ended(self.holder),
         )
+
+
+class Others(NamedTuple):
+    """What a ledger tells of other processes: the largest holders first."""
+
+    holders: tuple[Elsewhere, ...] = ()
+    active_tags: frozenset[str] = frozenset()
+
+    @property
+    def number(self) -> int:
+        """Connections that none of this process can have now."""
+        return sum(h.connections for h in self.holders if h.state != "unused")
 
 
 class Pool(Protocol):
@@ -147,8 +162,8 @@ class Capture(NamedTuple):
 
     now: float
     caller: Caller | None
-    #: The diagnosis without the holdings.
-    figures: Diagnosis
+    #: Of the diagnosis, what is known under the lock.
+    figures: dict[str, Any]
     out: Sequence[Out]
     waiting: Collection[Caller | None]
     active: frozenset[str]
@@ -156,14 +171,16 @@ class Capture(NamedTuple):
 
     def diagnose(self, frames: Iterable[FrameType]) -> Diagnosis:
         """Return the facts, without the lock; `frames` are the waiting caller's."""
+        from .report import Diagnosis
+
         holdings = [
             out.as_holding(self.now, self.caller, self.waiting, look_up=n < _LOOKED_UP)
             for n, out in enumerate(sorted(self.out, key=lambda out: out.since))
         ]
         asked_at = describe_location(locations(frames))
         others = self.others()
-        return replace(
-            self.figures,
+        return Diagnosis(
+            **self.figures,
             active_tags=len(self.active | others.active_tags),
             holdings=tuple(holdings),
             asked_at=asked_at,
@@ -179,19 +196,17 @@ def capture(pool: Pool, checkout: Checkout, now: float) -> Capture:
     active = frozenset(other.tag for other in tag_states if other.active)
     allotted, trouble, others = pool.allotment()
     pause = scheduler.tags.paused(tag_state.tag)
-    figures = Diagnosis(
+    figures = dict[str, Any](
         tag=tag_state.tag,
         waited=now - checkout.since,
         in_use=tag_state.in_use,
         ceiling=scheduler.ceiling(tag_state),
         waiting=tag_state.waiting,
         position=scheduler.place(cast(Ticket, checkout)),
-        active_tags=len(active),
         pool_in_use=scheduler.in_use,
         capacity=pool.options.capacity,
         idle=pool.count_idle()[0],
         holders=tuple(sorted(holders, key=lambda holder: (-holder[1], holder[0]))),
-        holdings=(),
         allotted=allotted,
         ledger_trouble=trouble,
         uncounted=tuple(tag for tag, _ in holders if tag not in active),

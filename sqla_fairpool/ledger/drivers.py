@@ -26,7 +26,7 @@ from sqlalchemy.engine import URL, Engine
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
 from ..checks import BadArgument, BadOption
-from ..diagnosis.callers import users_level
+from ..diagnosis import users_level
 
 _log = logging.getLogger(__name__)
 

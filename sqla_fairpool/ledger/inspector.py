@@ -17,7 +17,8 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..diagnosis import Elsewhere, Others
+from ..diagnosis.capture import Others
+from ..diagnosis.report import Elsewhere
 from ..scheduling import policy
 from ..stats import TagStats, decode
 from .book import Book

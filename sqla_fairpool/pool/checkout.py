@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ..diagnosis.callers import Caller, Location, TaskHere, ThreadHere
+from ..diagnosis import Caller, Location, TaskHere, ThreadHere
 from ..options import PoolOptions
 from ..scheduling.ticket import FREE, GRANTED, Ticket
 from .physical import PhysicalConnection

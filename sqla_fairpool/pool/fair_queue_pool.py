@@ -18,7 +18,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import greenlet_spawn
 
 from ..checks import naming
-from ..diagnosis.callers import locations
+from ..diagnosis import locations
 from ..diagnosis.event_log import LeakWatch
 from ..options import PoolOptions, describe_changes
 from ..scheduling.ticket import TagLimits
@@ -35,10 +35,8 @@ from .events import (
     watch_errors,
 )
 from .execution_options import check_server, make_request, requested, watch_dialect
-from .ledger_member import LedgerMember
-from .ledger_sessions import join_ledger
+from .figures import Figures
 from .pausing import AsyncPausable, Pausable
-from .snapshot import Figures
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
 
 __all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool"]
@@ -169,6 +167,8 @@ class FairQueuePool(Figures, Pausable, Pool):
             with naming({"timeout": "pool_timeout"}):  # as `create_engine` calls it
                 options = PoolOptions.among(locals())
             if options.ledger is not None:
+                from .ledger_member import LedgerMember  # most pools need none of it
+
                 member = LedgerMember(self._waiter_class, options.default_tag)
             traced = options.leak_threshold is not None
             _core = (_TracedCore if traced else PoolCore)(
@@ -191,6 +191,8 @@ class FairQueuePool(Figures, Pausable, Pool):
                 # Others interrupt: a killed greenlet leaves a session that has begun.
                 _core.slots.existing.failures = (Exception,)
             if member is not None:
+                from .ledger_sessions import join_ledger
+
                 member.serve(_core)
                 join_ledger(self, _core, member)
                 await_url(self._dialect, partial(join_ledger, self, _core, member))

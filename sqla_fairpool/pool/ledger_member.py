@@ -28,7 +28,7 @@ from typing import Any
 from sqlalchemy import exc
 from sqlalchemy.util import greenlet_spawn
 
-from ..diagnosis import Others
+from ..diagnosis.capture import Others
 from ..errors import CheckoutTimeout
 from ..ledger.inspector import others
 from ..ledger.keeper import Keeper

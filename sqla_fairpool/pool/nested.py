@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-from ..diagnosis.callers import TaskHere
+from ..diagnosis import TaskHere
 from ..scheduling.counters import Counters
 from ..scheduling.ticket import GRANTED, NO_LIMITS, SafeCeiling, TagState
 from .checkout import Checkout, Opener, Record

@@ -20,14 +20,16 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Container, Iterator
 from functools import cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy.util import await_only
 
-from ..ledger.rows import Session
 from ..scheduling.ticket import GRANTED
 from .endings import ENDED, OPEN, UNKNOWN, SocketCopy, silence, stop_statement, watcher
 from .sqlalchemy_private import in_greenlet
+
+if TYPE_CHECKING:
+    from ..ledger.rows import Session
 
 __all__ = ["PhysicalConnection", "PhysicalConnections"]
 

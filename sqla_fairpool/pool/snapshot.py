@@ -1,4 +1,4 @@
-"""What a pool tells of itself: copied in one hold of the lock, computed after it.
+"""Reads a pool's figures: copied in one hold of the lock, computed after it.
 
 :func:`snapshot` has a row for each tag that the pool remembers. :func:`metrics`, for
 exporters, has one for each tag with counters of its own, which are kept for as long as
@@ -11,23 +11,19 @@ import weakref
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import repeat
 from operator import attrgetter
 from typing import Any, TypeAlias
 
 from ..checks import BadArgument
-from ..options import PoolOptions
 from ..scheduling import policy
 from ..scheduling.counters import BOUNDS, OTHER, Counters
-from ..scheduling.explanation import Explanation, explain, facts_of
 from ..scheduling.tags import ALL
 from ..scheduling.ticket import TagLimits
-from ..stats import PoolStats, Summary, TagStats
-from .checkout import Generation
+from ..stats import PoolStats, Summary, TagStats, quick
 from .core import PoolCore
 
-__all__ = ["Figures", "Source", "metrics", "metrics_source", "snapshot"]
+__all__ = ["Source", "metrics", "metrics_source", "snapshot"]
 
 #: Durations kept between two exports; a minute's worth of a very busy tag.
 _DURATIONS_KEPT = 100_000
@@ -38,13 +34,16 @@ _HISTOGRAMS = ("wait", "hold", "create")
 
 # What is copied of a tag, in one call so that the lock is held as short as possible.
 _figures = attrgetter(
-    *("tag", "active", "in_use", "waiting", "last_activity", "checkouts", "timeouts"),
+    *("tag", "active", "in_use", "last_activity", "checkouts", "timeouts"),
     *("wait_total", "wait_max", "hold_total", "hold_max"),
 )
 
-#: Those figures, what the tag has of its own, its limit, since when the first in its
-#: line waits, its usage.
-_Copied: TypeAlias = tuple[tuple[Any, ...], TagLimits, int, float | None, float]
+#: Those figures; its line's length, and since when the first in it waits; its usage,
+#: what it has of its own, and its ceiling.
+_Copied: TypeAlias = tuple[tuple[Any, ...], int, float | None, float, TagLimits, int]
+
+#: How long its checkouts would have waited by the rules, and how many been refused.
+_Would: TypeAlias = tuple[Summary | None, int | None]
 
 #: Kinds of durations, their tags, and the seconds.
 _Durations: TypeAlias = list[tuple[str, str, Iterable[float]]]
@@ -58,21 +57,20 @@ _unbooked = attrgetter("since", "again", "held", "held_max")
 def snapshot(core: PoolCore, name: str = "") -> PoolStats:
     """Return the pool's figures, with a row for each tag. O(tags log tags)."""
     pool, copied, unbooked, now = core.lock.run(_copy, core, name)
+    # Else: the default tag, when all its callers named another one later.
+    copied = [c for c in copied if c[1] or any(c[0][1:3]) or any(c[0][4:6])]
     copied.sort(key=lambda copy: copy[0][0])
     wanted = [
         policy.Party(active, in_use, waiting, limit, own.weight, own.reserved)
-        for (_, active, in_use, waiting, *_), own, limit, *_ in copied
+        for (_, active, in_use, *_), waiting, _, _, own, limit in copied
     ]
     others = core.scheduler.rules.tags.limits.reserved - sum(t.reserved for t in wanted)
     shares = policy.shares_of_tags(wanted, pool.capacity - others)
-    rows: Iterable[TagStats] = (
-        _row(tag, share, now, unbooked.get(tag[0][0], ()))
+    would = _would(core)
+    rows = [
+        _row(tag, share, now, unbooked.get(tag[0][0], ()), would[tag[0][0]])
         for tag, share in zip(copied, shares, strict=True)
-        # Else: the default tag, when all its callers named another one later.
-        if any(tag[0][1:4]) or any(tag[0][5:7])
-    )
-    if not pool.enforce:
-        rows = _with_would(core, rows)
+    ]
     return replace(pool, tags=tuple(rows))
 
 
@@ -81,14 +79,15 @@ def _copy(
 ) -> tuple[PoolStats, list[_Copied], Mapping[str, list[Any]], float]:
     """Copy what :func:`snapshot` works with. Caller is in a section."""
     unbooked: dict[str, list[Any]] = defaultdict(list)
-    scheduler, rules = core.scheduler, core.scheduler.rules
+    scheduler = core.scheduler
+    seconds, rules = scheduler.usage.seconds, scheduler.rules
     copied = []
     for tag, state in scheduler.tag_states.items():
-        since = next(iter(state.waiters)).since if state.waiters else None
-        usage = scheduler.usage.seconds(state, now)
-        by_rules = rules.tag_states.get(tag) or rules.tags.new_state(tag, _NO_COUNTERS)
-        ceiling = rules.ceiling(by_rules)
-        copied.append((_figures(state), by_rules.limits, ceiling, since, usage))
+        waiters = state.waiters
+        line = (len(waiters), next(iter(waiters)).since) if waiters else (0, None)
+        own = rules.tag_states.get(tag) or rules.tags.new_state(tag, _NO_COUNTERS)
+        by_rules = own.limits, rules.ceiling(own)
+        copied.append((_figures(state), *line, seconds(state, now), *by_rules))
     for checkout in core.connections.granted():
         unbooked[checkout.tag_state.tag].append(_unbooked(checkout))
     return _pool(core, name, now), copied, unbooked, now
@@ -122,39 +121,33 @@ def _pool(core: PoolCore, name: str, now: float) -> PoolStats:
     )
 
 
-def _row(copied: _Copied, share: int, now: float, unbooked: Sequence[Any]) -> TagStats:
-    figures, own, limit, waiting_since, usage = copied
-    tag, active, in_use, waiting, last_activity, checkouts, timeouts = figures[:7]
-    wait_total, wait_max, hold_total, hold_max = figures[7:]
+_tag_stats, _summary = quick(TagStats), quick(Summary)
+
+
+def _row(
+    copied: _Copied, share: int, now: float, unbooked: Sequence[Any], would: _Would
+) -> TagStats:
+    figures, waiting, waiting_since, usage, own, limit = copied
+    tag, active, in_use, last_activity, checkouts, timeouts = figures[:6]
+    wait_total, wait_max, hold_total, hold_max = figures[6:]
     out_since = None
     for since, again, held, held_max in unbooked:
         checkouts += again
         hold_total += held
         hold_max = max(hold_max, held_max)
         out_since = since if out_since is None else min(out_since, since)
-    return TagStats(
-        name=tag,
-        active=active,
-        connections=in_use,
-        limit=limit,
-        fair_share=share,
-        waiting=waiting,
-        weight=own.weight,
-        max=own.max,
-        reserved=own.reserved,
-        usage=usage,
-        idle_for=_age(last_activity, now),
-        waiting_for=_age(waiting_since, now),
-        held_for=_age(out_since, now),
-        checkouts=checkouts,
-        timeouts=timeouts,
-        wait_time=Summary(checkouts, wait_total, wait_max),
-        hold_time=Summary(checkouts - in_use, hold_total, hold_max),
+    return _tag_stats(
+        *(tag, active, in_use, limit, share, waiting),
+        *(own.weight, own.max, own.reserved, usage),
+        None if last_activity is None else max(now - last_activity, 0.0),
+        None if waiting_since is None else max(now - waiting_since, 0.0),
+        None if out_since is None else max(now - out_since, 0.0),
+        *(checkouts, timeouts),
+        _summary(checkouts, wait_total, wait_max),
+        _summary(checkouts - in_use, hold_total, hold_max),
+        *(None, None, None),
+        *would,
     )
-
-
-def _age(since: float | None, now: float) -> float | None:
-    return None if since is None else max(now - since, 0.0)
 
 
 # Likewise, of a tag's counters.
@@ -164,7 +157,7 @@ _counts = attrgetter("checkouts", "at_once", *_COUNTED)
 
 def metrics(core: PoolCore, name: str) -> PoolStats:
     pool, counters, live = core.lock.run(_copy_metrics, core, name)
-    rows = []
+    rows, would = [], _would(core)
     for tag, (counted, (wait, hold, create)) in sorted(counters.items()):
         active, connections, limit, waiting, unbooked, usage = live[tag]
         own = core.scheduler.rules.tags.limits.of(tag)
@@ -183,25 +176,26 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
             wait_time=Summary.of(BOUNDS, *wait, at_once=at_once + unbooked),
             hold_time=Summary.of(BOUNDS, *hold),
             create_time=Summary.of(BOUNDS, *create),
+            would_wait=would[tag][0],
+            would_refuse=would[tag][1],
             **dict(zip(_COUNTED, others, strict=True)),
         )
         rows.append(row)
     ledger = None if core.member is None else core.member.stats()
-    tags = tuple(rows if pool.enforce else _with_would(core, rows))
-    return replace(pool, tags=tags, ledger=ledger)
+    return replace(pool, tags=tuple(rows), ledger=ledger)
 
 
-def _with_would(core: PoolCore, rows: Iterable[TagStats]) -> Iterable[TagStats]:
-    """Add what the rules would have done, in a dry run."""
+def _would(core: PoolCore) -> Mapping[str, _Would]:
+    """Return by tag what the rules would have done, in a dry run."""
+    if core.options.enforce:
+        return defaultdict(lambda: (None, None))
     by_tag = core.scheduler.rules.tags.counters.by_tag
     counted = core.lock.run(
         lambda now: {tag: (_histograms(c)[0], c.refusals) for tag, c in by_tag.items()}
     )
-    none = [0] * (len(BOUNDS) + 1), 0.0, 0.0
-    for row in rows:
-        waits, refusals = counted.get(row.name, (none, 0))
-        wait = Summary.of(BOUNDS, *waits)
-        yield replace(row, would_wait=wait, would_refuse=refusals)
+    none = Summary.of(BOUNDS, [0] * (len(BOUNDS) + 1), 0.0, 0.0), 0
+    would = {tag: (Summary.of(BOUNDS, *wait), n) for tag, (wait, n) in counted.items()}
+    return defaultdict(lambda: none, would)
 
 
 def _copy_metrics(
@@ -233,89 +227,6 @@ def _histograms(counters: Counters) -> list[tuple[list[int], float, float]]:
     """Copy them: durations by size, their sum, the longest."""
     histograms = (getattr(counters, name) for name in _HISTOGRAMS)
     return [(h.counts[:], h.total, h.max) for h in histograms]
-
-
-class Figures:
-    """The part of a pool that changes nothing."""
-
-    _core: PoolCore
-    _orig_logging_name: str | None
-    generation: Generation
-
-    @property
-    def options(self) -> PoolOptions:
-        """The options in force, checked, with the defaults filled in."""
-        return self._core.options
-
-    def size(self) -> int:
-        """Return the number of connections kept open, ``pool_size``."""
-        return self.options.pool_size
-
-    def timeout(self) -> float | None:
-        """Return how many seconds a checkout waits."""
-        return self.options.timeout
-
-    def checkedin(self) -> int:
-        """Return the number of records in the pool, invalidated ones included."""
-        if self._core.housekeeping.owner is self.generation:
-            self._core.lock.visit()
-            return len(self._core.connections.idle)
-        return 0  # not in use yet, or not any more
-
-    def checkedout(self) -> int:
-        """Return the number of connections out or being opened."""
-        self._core.lock.visit()
-        return self._core.scheduler.in_use
-
-    def overflow(self) -> int:
-        """Return the connections there are beyond ``pool_size``; below 0 if fewer."""
-        return self.checkedout() + self.checkedin() - self.size()
-
-    def status(self) -> str:
-        """Return the pool's figures in a sentence."""
-        return (
-            f"Pool size: {self.size()}  Connections in pool: {self.checkedin()} "
-            f"Current Overflow: {self.overflow()} Current Checked out connections: "
-            f"{self.checkedout()} Waiting: {self._core.scheduler.waiting}"
-        )
-
-    def explain(self, tag: str) -> Explanation:
-        """Return why a tag has what it has now, as data; ``print`` shows it as text.
-
-        Its ceiling and from which rule it comes, its fair share, its place in the line
-        of tags and who is before it, and what has to happen for it to get one more.
-        """
-        core = self._core
-        return explain(core.lock.run(partial(facts_of, core.scheduler.rules), tag))
-
-    def stats(self) -> PoolStats:
-        """Return a snapshot of the pool and a row for each tag. O(tags log tags)."""
-        return snapshot(self._core, self.metrics_name)
-
-    def metrics(self) -> PoolStats:
-        """Return the figures for monitoring: counters that never fall, histograms.
-
-        A row for each of the first hundred tags, also when the pool has forgotten it
-        since, and one named ``other`` for all others together. O(tags log tags).
-
-        :mod:`sqla_fairpool.prometheus` and :mod:`sqla_fairpool.opentelemetry` export
-        them.
-        """
-        return metrics(self._core, self.metrics_name)
-
-    @property
-    def metrics_name(self) -> str:
-        """What tells this pool from others: ``pool_logging_name``, or a number."""
-        return self._orig_logging_name or f"pool-{self._core.number}"
-
-    def __repr__(self) -> str:
-        core = self._core
-        scheduler = core.scheduler
-        return (
-            f"<{type(self).__name__} in_use={self.checkedout()}/"
-            f"{self.options.capacity} idle={len(core.connections.idle)} "
-            f"waiting={scheduler.waiting} active_tags={scheduler.tags.active}>"
-        )
 
 
 class Source:

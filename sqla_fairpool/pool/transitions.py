@@ -13,9 +13,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-from ..diagnosis import Others
-from ..diagnosis.callers import TaskHere, ThreadHere
-from ..diagnosis.capture import Out
+from ..diagnosis import TaskHere, ThreadHere
+from ..diagnosis.capture import Others, Out
 from ..diagnosis.event_log import EventLog, LeakWatch
 from ..options import PoolOptions
 from ..scheduling import policy

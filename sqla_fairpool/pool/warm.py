@@ -116,8 +116,10 @@ class WarmCache:
         if not records.listed:
             records.list()
         # From here on no section grants anything before it has charged this.
-        if self._lock.busy_in is None and self._scheduler.may_take_over(
-            tag, len(self.borrowed)
+        if (
+            self._lock.busy_in is None
+            and self._scheduler.may_take_over(tag, len(self.borrowed))
+            and checkout in self.borrowed  # else a section was faster
         ):
             return True
         if not self._end_loan(checkout):
@@ -146,13 +148,13 @@ class WarmCache:
         return self.borrowed.pop(checkout, self) is None
 
     def charge_borrowed(self) -> None:
-        """Charge all that is borrowed to the default tag. Caller is in a section."""
-        while self.borrowed:
-            try:
-                checkout, _ = self.borrowed.popitem()
-            except KeyError:
-                break  # its caller was faster
-            self._charge(checkout)
+        """Charge all that is borrowed to the default tag. Caller is in a section.
+
+        In their order: for the last ones it may not have been looked if there is room.
+        """
+        for checkout in list(self.borrowed):
+            if self._end_loan(checkout):  # else its caller was faster
+                self._charge(checkout)
 
     def pop_any(self) -> Record | None:
         """Take a record of any tag, None if there is none."""

@@ -70,8 +70,10 @@ class Scheduler(SchedulerState):
         :raises LineFull: when it would have to wait and may not.
         """
         assert ticket.state is FREE
-        tag_state = self.tags.get(tag, now)
-        if not tag_state.silent:
+        tag_state = self.tag_states.get(tag) or self.tags.get(tag, now)
+        if tag_state.prompt:
+            tag_state.last_activity = now
+        elif not tag_state.silent:
             self.tags.touch(tag_state, now)
         ticket.tag_state = tag_state
         ticket.since = now
@@ -80,8 +82,15 @@ class Scheduler(SchedulerState):
         # ceiling, so none of them is of this tag.
         if (
             self.in_use + self.kept_free < self.capacity or self.free_for(tag_state) > 0
-        ) and tag_state.in_use < self.ceiling(tag_state):
-            self._grant(ticket, now, self.usage.scale(now))
+        ) and (
+            tag_state.in_use < tag_state.safe_ceiling.value
+            or tag_state.in_use < self.ceiling(tag_state)
+        ):
+            usage = self.usage
+            scale = usage.base + (now - usage.since) * usage.rise
+            if now >= usage.until:
+                scale = usage.scale(now)
+            self._grant(ticket, now, scale)
             tag_state.counters.at_once += 1
             return True
         if self.max_waiting is not None and self.waiting >= self.max_waiting:
@@ -134,7 +143,10 @@ class Scheduler(SchedulerState):
         """
         tag_state = ticket.tag_state
         assert ticket.state is GRANTED, f"released a ticket that is {ticket.state}"
-        scale = self.usage.scale(now)
+        usage = self.usage
+        scale = usage.base + (now - usage.since) * usage.rise  # as Usage.scale()
+        if now >= usage.until:
+            scale = usage.scale(now)
         is_kept = tag_state.in_use <= tag_state.reserved
         # From here in one go, see the head of this file.
         ticket.state = FREE
@@ -243,8 +255,6 @@ class Scheduler(SchedulerState):
         """
         self.capacity = capacity
         self.drains_from = self.in_use
-        if not self.waiting:
-            return _NO_GRANTS
         return self._dispatch(now, self.usage.scale(now))
 
     def reconfigure(
@@ -356,9 +366,8 @@ class Scheduler(SchedulerState):
             if self.kept_free and self.free_for(tag_state) <= 0:
                 break  # those below their reserve are ranked first: none waits
             if not tag_state.in_use and not tag_state.reserved:
-                self.usage.level = (
-                    tag_state.charged + tag_state.lift
-                ) / tag_state.weight
+                used = tag_state.charged + tag_state.lift
+                self.usage.level = used / tag_state.weight
             ticket, _ = tag_state.waiters.popitem(last=False)
             self.waiting -= 1
             waited = now - ticket.since

@@ -141,14 +141,15 @@ class Ticket:
 
     def book(self, tag_state: TagState) -> None:
         """Add the checkouts that are over to the figures of their tag."""
-        tag_state.checkouts += self.again  # the first was counted when it was granted
-        tag_state.hold_total += self.held
-        if self.held_max > tag_state.hold_max:
-            tag_state.hold_max = self.held_max
+        again, held, longest = self.again, self.held, self.held_max
+        tag_state.checkouts += again  # the first was counted when it was granted
+        tag_state.hold_total += held
+        if longest > tag_state.hold_max:
+            tag_state.hold_max = longest
         counters = tag_state.counters
-        counters.checkouts += self.again + tag_state.silent
-        counters.at_once += self.again
-        counters.hold.add_all(self.again + 1, self.held, self.held_max, self.long_holds)
+        counters.checkouts += again + tag_state.silent
+        counters.at_once += again
+        counters.hold.add_all(again + 1, held, longest, self.long_holds)
         if self.long_holds:
             self.long_holds = []
         self.again = 0

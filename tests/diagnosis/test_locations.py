@@ -17,7 +17,7 @@ from sqla_fairpool import (
     CheckoutTimeout,
     FairQueuePool,
 )
-from sqla_fairpool.diagnosis.callers import describe_location
+from sqla_fairpool.diagnosis import describe_location
 
 HERE = f"tests/diagnosis/{Path(__file__).name}:"
 FULL = {"pool_size": 1, "pool_timeout": 0, "leak_threshold": 60}

@@ -29,7 +29,7 @@ from support.threads import (
 from support.worlds import contract, world_of
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
-from sqla_fairpool.diagnosis import Elsewhere
+from sqla_fairpool.diagnosis.report import Elsewhere
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.keeper import describe_process
 from sqla_fairpool.ledger.rows import Terms
