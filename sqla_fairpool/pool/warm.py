@@ -14,6 +14,7 @@ Rules of this file:
   warm before it does anything else, so no caller misses a slot that is kept here. After
   a record was added it is looked if a caller waits, so a caller that found nothing here
   is not forgotten.
+* What is borrowed the lock knows: before anything else, a section has it charged.
 """
 
 from __future__ import annotations
@@ -45,8 +46,6 @@ class WarmRecords(list[Record]):
     def __call__(self, now: float) -> None:
         """Give up all that is warm. Caller is in a section."""
         self.listed = False  # first: what is added from now on is listed again
-        if self._cache.borrowed:
-            self._cache.charge_borrowed()
         while self:
             try:
                 record = self.pop(0)
@@ -85,7 +84,8 @@ class WarmCache:
         #: What may be borrowed: the list to which a record came last.
         self.latest = WarmRecords(self, "")
         #: What is borrowed. Who takes it out decides to which tag it is charged.
-        self.borrowed: dict[Checkout, None] = {}
+        self.borrowed: dict[Checkout, None] = lock.borrowed
+        lock.charge_borrowed = self._charge_borrowed
         self._charge = charge
         self.inbox = lock.inbox
 
@@ -109,18 +109,22 @@ class WarmCache:
 
         :param tag: to which it will be charged if its caller says none.
         """
-        checkout = record.fair.checkout
-        records = self.of(checkout.tag_state.tag)
+        checkout, scheduler = record.fair.checkout, self._scheduler
         checkout.borrowed = True
         self.borrowed[checkout] = None
-        if not records.listed:
-            records.list()
         # From here on no section grants anything before it has charged this.
-        if self._lock.busy_in is None and self._scheduler.may_take_over(
-            tag, len(self.borrowed)
+        tag_state = scheduler.tag_states.get(tag)
+        if (
+            self._lock.busy_in is None
+            and tag_state is not None
+            and not scheduler.waiting
+            and not scheduler.tags.reserved
+            and scheduler.in_use <= scheduler.capacity
+            and tag_state.in_use + len(self.borrowed) <= tag_state.safe_ceiling.value
+            and checkout in self.borrowed  # last: no section has begun meanwhile
         ):
             return True
-        if not self._end_loan(checkout):
+        if self.borrowed.pop(checkout, self) is not None:
             self._lock.visit()  # a section has charged it by then, if the tag has room
         if not checkout.borrowed:
             return True
@@ -134,25 +138,18 @@ class WarmCache:
         Needs no lock.
         """
         tag_state = checkout.tag_state
-        if tag_state.tag != tag or not self._end_loan(checkout):
+        if tag_state.tag != tag or self.borrowed.pop(checkout, self) is not None:
             return False
         checkout.borrowed = False
         checkout.again += 1
         tag_state.last_activity = self._lock.clock()
         return True
 
-    def _end_loan(self, checkout: Checkout) -> bool:
-        """Decide to which tag it is charged; tell if no section has. Needs no lock."""
-        return self.borrowed.pop(checkout, self) is None
-
-    def charge_borrowed(self) -> None:
+    def _charge_borrowed(self) -> None:
         """Charge all that is borrowed to the default tag. Caller is in a section."""
-        while self.borrowed:
-            try:
-                checkout, _ = self.borrowed.popitem()
-            except KeyError:
-                break  # its caller was faster
-            self._charge(checkout)
+        for checkout in list(self.borrowed):  # the first one has room for sure
+            if self.borrowed.pop(checkout, self) is None:  # else its caller was faster
+                self._charge(checkout)
 
     def pop_any(self) -> Record | None:
         """Take a record of any tag, None if there is none."""

@@ -227,8 +227,8 @@ MUTANTS = {
     "a section that grants does not see what is borrowed": (
         "borrows",
         WarmCache.borrow,
-        "if self._lock.busy_in is None and ",
-        "if ",
+        "self._lock.busy_in is None\n",
+        "True\n",
     ),
     "a waiter that comes during a checkin is forgotten": (
         "uses",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
@@ -12,6 +14,7 @@ from sqla_fairpool import CheckoutTimeout
 from sqla_fairpool.pool import warm
 from sqla_fairpool.pool.lock import PoolLock
 from sqla_fairpool.pool.warm import WarmCache
+from sqla_fairpool.scheduling.ticket import SafeCeiling
 
 
 @pytest.fixture
@@ -136,6 +139,29 @@ def test_warm_connection_without_a_tag_above_its_ceiling_is_not_taken(make_pool)
 
 
 # -- borrowed from a tag ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_room", [True, False])
+def test_section_charges_what_is_borrowed_meanwhile_or_has_it_put_back(has_room):
+    lock = PoolLock(lambda: 7.0, lambda: True)
+
+    class Default(Mock):
+        @property
+        def in_use(self):
+            lock.run(lambda now: None)  # another thread's, with nothing in the inbox
+            return 1
+
+    def charge(checkout):
+        checkout.borrowed = not has_room
+
+    default = Default(safe_ceiling=SafeCeiling(1))
+    scheduler = Mock(tag_states={"unknown": default}, waiting=0, in_use=1, capacity=2)
+    scheduler.tags.reserved = 0
+    cache, record = WarmCache(lock, scheduler, None, charge), Mock()
+    record.fair.checkout.tag_state.tag = "a"
+    assert cache.borrow(record, "unknown") is has_room
+    assert not lock.borrowed
+    assert cache.of("a") == ([] if has_room else [record])
 
 
 def in_use(engine):
