@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .database import BenchError, Database
-from .figures import Figure, figure, interleave, pairwise
+from .figures import CLAIMED, Figure, figure, interleave, pairwise
 from .findings import Bar, Bars, Distribution, Distributions, Finding
 
 _T = TypeVar("_T")
@@ -156,3 +156,11 @@ class Scenario:
     def run(self, bench: Bench) -> list[Finding]:
         parts = self.parts if bench.short else self.parts + self.more
         return [found for part in parts for found in part(bench)]
+
+
+def scenario(
+    name: str, *parts: Part, more: Sequence[Part] = (), sessions: int = 0
+) -> Scenario:
+    """Return a scenario with its texts and its targets."""
+    claims = tuple(CLAIMED.get(name, ()))
+    return Scenario(name, *TEXTS[name], parts, claims, tuple(more), sessions)

@@ -7,6 +7,7 @@ A caller pauses, checks out, holds, returns, and begins again, until the time is
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -114,7 +115,21 @@ class _Record:
         )
 
 
-# -- threads --------------------------------------------------------------------------
+# -- processes and threads ------------------------------------------------------------
+
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+@contextmanager
+def processes(target: Callable[..., object], arguments: Iterable[Any]) -> Iterator[int]:
+    """Run a process for each of the arguments; wait for their ends after the block."""
+    workers = [SPAWN.Process(target=target, args=each) for each in arguments]
+    for worker in workers:
+        worker.start()
+    yield len(workers)
+    for worker in workers:
+        worker.join()
 
 
 class Threads:

@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import URL, Engine, create_engine, exc, make_url, text
 from sqlalchemy.pool import NullPool, Pool
 
-from sqla_fairpool.demo.server import EmbeddedServer
+from sqla_fairpool.demo import EmbeddedServer
 
 APPLICATION_NAME = "sqla-fairpool benchmarks"
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -107,17 +107,18 @@ class Figure:
 # -- what the figures should be --------------------------------------------------------
 
 
-def _targets() -> Iterator[tuple[str, Target]]:
-    file = Path(__file__).with_name("targets.csv")
-    for row in csv.DictReader(file.read_text(encoding="utf-8").splitlines()):
-        sign, bound = row["target"].split()
-        target = Target(row["what"], row["beside"], float(bound), sign == "<=")
-        yield row["name"], target
-
-
 #: By the name under which a measurement reports them: the design's targets, and those
 #: of the description.
-TARGETS = dict(_targets())
+TARGETS: dict[str, Target] = {}
+#: By scenario, the names of those that it always has figures for.
+CLAIMED: dict[str, list[str]] = {}
+
+_FILE = Path(__file__).with_name("targets.csv").read_text(encoding="utf-8")
+for _row in csv.DictReader(_FILE.splitlines()):
+    _sign, _bound = _row["target"].split()
+    _target = Target(_row["what"], _row["beside"], float(_bound), _sign == "<=")
+    TARGETS[_row["name"]] = _target
+    CLAIMED.setdefault(_row["scenario"], []).append(_row["name"])
 
 
 def figure(

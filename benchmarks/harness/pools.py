@@ -24,14 +24,10 @@ from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
 class NullConnection:
     """A DBAPI connection to nothing. A checkin calls its ``rollback``."""
 
-    def commit(self) -> None:
-        pass
-
-    def rollback(self) -> None:
-        pass
-
     def close(self) -> None:
         pass
+
+    commit = rollback = close
 
 
 class NullError(Exception):

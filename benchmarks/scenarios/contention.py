@@ -18,7 +18,7 @@ from typing import Any
 
 from sqlalchemy import Engine
 
-from ..harness.bench import TEXTS, Bench, Runs, Scenario
+from ..harness.bench import Bench, Runs, scenario
 from ..harness.contenders import TASKS, Contender, Setup
 from ..harness.crowd import Caller, Outcome, in_tasks, in_threads
 from ..harness.figures import figure, percentile
@@ -288,11 +288,6 @@ def asyncpg_1247(bench: Bench) -> Iterator[Finding]:
     yield runs.waits(title, remark=_never_served)
 
 
-STYLES = Scenario(
-    "styles",
-    *TEXTS["styles"],
-    (issue_7679, pg_doorman, hikaricp),
-    ("fair 7679", "spread"),
-    more=(asyncpg_1247,),
-    sessions=12,
+STYLES = scenario(
+    "styles", issue_7679, pg_doorman, hikaricp, more=[asyncpg_1247], sessions=12
 )

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Iterator
 from functools import partial
 
-from ..harness.bench import TEXTS, Bench, Scenario
+from ..harness.bench import Bench, scenario
 from ..harness.crowd import Caller, Outcome, in_tasks, in_threads
 from ..harness.figures import figure
 from ..harness.findings import Finding
@@ -84,9 +84,4 @@ def sleepers(bench: Bench) -> Iterator[Finding]:
     )
 
 
-GENERATOR = Scenario(
-    "generator",
-    *TEXTS["generator"],
-    (headroom, sleepers),
-    ("generator: cost",),
-)
+GENERATOR = scenario("generator", headroom, sleepers)

@@ -15,8 +15,8 @@ from typing import Any
 
 from sqla_fairpool.scheduling.policy import jain
 
-from ..harness.bench import TEXTS, Bench, Metric, Runs, Scenario
-from ..harness.contenders import TASKS, THREADS, Contender, Setup
+from ..harness.bench import Bench, Metric, Runs, scenario
+from ..harness.contenders import TASKS, THREADS, TIMED_OUT, Contender, Setup
 from ..harness.crowd import Caller, Outcome, in_tasks, in_threads
 from ..harness.figures import Figure, percentile
 from ..harness.findings import Finding, Table
@@ -62,7 +62,7 @@ class Work:
 
 def _in_threads(bench: Bench, peer: Contender, work: Work) -> Outcome:
     patience = _PATIENCE if work.impatient else Setup.timeout
-    gives_up = (peer.timeout_error,) if work.impatient else ()
+    gives_up = TIMED_OUT if work.impatient else ()
     with peer.open(Setup(bench.database, SIZE, 5, patience)) as connects:
         callers, late = work.crowd(connects, gives_up=gives_up)
         return in_threads(callers, work.seconds, _SETTLE, late)
@@ -239,14 +239,4 @@ def tasks(bench: Bench) -> Iterator[Finding]:
     return _Side("tasks", TASKS, _in_tasks, bench).measure()
 
 
-PEERS = Scenario(
-    "peers",
-    *TEXTS["peers"],
-    (threads, tasks),
-    tuple(
-        f"{side}: {key}"
-        for side in ("threads", "tasks")
-        for key in ("jain", "spread", "tags", "light")
-    ),
-    sessions=32,
-)
+PEERS = scenario("peers", threads, tasks, sessions=32)

@@ -21,7 +21,7 @@ from sqla_fairpool import AsyncAdaptedFairQueuePool
 from sqla_fairpool.scheduling.scheduler import Scheduler
 from sqla_fairpool.scheduling.ticket import Ticket
 
-from ..harness.bench import TEXTS, Bench, Runs, Scenario
+from ..harness.bench import Bench, Runs, scenario
 from ..harness.figures import figure
 from ..harness.findings import Bar, Bars, Finding, Lines, Series
 from ..harness.pools import fair_engine, queue_engine
@@ -288,16 +288,9 @@ def memory_under_a_million_tags(bench: Bench) -> Iterator[Finding]:
     yield figure(what, (peak / early,), "after 100,000", remark)
 
 
-SCALE = Scenario(
+SCALE = scenario(
     "scale",
-    *TEXTS["scale"],
-    (
-        random_tags,
-        many_waiters,
-        pools_of_many_sizes,
-        memory_of_a_tag,
-        memory_of_a_waiter,
-    ),
-    ("tags", "waiters"),
-    more=(one_tag_of_many, memory_under_a_million_tags),
+    *(random_tags, many_waiters, pools_of_many_sizes),
+    *(memory_of_a_tag, memory_of_a_waiter),
+    more=[one_tag_of_many, memory_under_a_million_tags],
 )

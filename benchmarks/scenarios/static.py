@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import count
 
-from ..harness.bench import TEXTS, Bench, Runs, Scenario
+from ..harness.bench import Bench, Runs, scenario
 from ..harness.figures import figure
 from ..harness.findings import Finding, Lines, Series
 from ..harness.workload import (
@@ -126,13 +126,7 @@ def one_active(bench: Bench) -> Iterator[Finding]:
     yield _client(runs)
 
 
-ALONE = Scenario(
-    "alone",
-    *TEXTS["alone"],
-    (one_active,),
-    ("alone: throughput", "alone: latency", "alone: unused"),
-    sessions=52,
-)
+ALONE = scenario("alone", one_active, sessions=52)
 
 
 # -- all of them, in bursts -----------------------------------------------------------
@@ -196,19 +190,7 @@ def by_demand(bench: Bench) -> Iterator[Finding]:
     )
 
 
-BURSTS = Scenario(
-    "bursts",
-    *TEXTS["bursts"],
-    (bursty,),
-    (
-        "bursts: throughput",
-        "bursts: latency",
-        "bursts, lifted: throughput",
-        "bursts, lifted: latency",
-    ),
-    more=(by_demand,),
-    sessions=72,
-)
+BURSTS = scenario("bursts", bursty, more=[by_demand], sessions=72)
 
 
 # -- all of them, always --------------------------------------------------------------
@@ -235,12 +217,7 @@ def saturated(bench: Bench) -> Iterator[Finding]:
     yield _client(runs)
 
 
-SATURATED = Scenario(
-    "saturated",
-    *TEXTS["saturated"],
-    (saturated,),
-    sessions=72,
-)
+SATURATED = scenario("saturated", saturated, sessions=72)
 
 
 # -- scrapers come and go -----------------------------------------------------------
@@ -326,10 +303,4 @@ def coming_and_going(bench: Bench) -> Iterator[Finding]:
     yield _story(f"{static.name}: ten, whichever others are there", before)
 
 
-SHIFT = Scenario(
-    "shift",
-    *TEXTS["shift"],
-    (coming_and_going,),
-    ("shift: wake", "shift: idle"),
-    sessions=52,
-)
+SHIFT = scenario("shift", coming_and_going, sessions=52)

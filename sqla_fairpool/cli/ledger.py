@@ -20,10 +20,18 @@ from ..ledger.keeper import describe_process
 from ..ledger.overview_text import printable
 from ..ledger.rows import Terms
 from ..options import TERMS, PoolOptions
-from . import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError, contents
+from . import (
+    EXIT_NOT_AS_EXPECTED,
+    EXIT_OK,
+    AnyStore,
+    CommandError,
+    add_places,
+    contents,
+    find_store,
+    opened,
+)
 from .ledger_pause import asking, pause, reap, resume
 from .server import ask_room, connected, given_url, need
-from .which_ledger import AnyStore, add_places, find_store, opened
 
 #: What `set` changes.
 _LIMITS = ("pool_size", *TERMS[1:])

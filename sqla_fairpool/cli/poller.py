@@ -22,9 +22,8 @@ from ..ledger.inspector import Inspector
 from ..ledger.overview import Overview
 from ..ledger.overview_text import printable, seconds_text
 from ..ledger.store import LedgerError, StoreAway
-from . import one_line
+from . import AnyStore, one_line, require_file
 from .server import ServerFigures, ServerView
-from .which_ledger import AnyStore, require_file
 
 _T = TypeVar("_T")
 

@@ -33,9 +33,16 @@ from ..ledger.inspector import read
 from ..ledger.rows import Terms
 from ..ledger.store import LedgerError, StoreAway
 from ..options import OPTIONS, PoolOptions
-from . import EXIT_SIGNAL, CommandError, contents, one_line
-from .server import ask_room, connected, missing_driver, need
-from .which_ledger import AnyStore, require_file
+from . import (
+    EXIT_SIGNAL,
+    AnyStore,
+    CommandError,
+    contents,
+    missing_driver,
+    one_line,
+    require_file,
+)
+from .server import ask_room, connected, need
 
 _EPILOG = """\
 examples:

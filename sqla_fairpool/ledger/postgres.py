@@ -165,7 +165,7 @@ class PostgresStore(Store):
             # before the lock was there.
             "SET default_transaction_isolation = 'read committed'",
         )
-        driver, inbox = self._driver, self._inbox
+        driver, add = self._driver, self._inbox.append
         with self._cursor() as cursor:
             try:
                 self.server, _ = watch.identify(cursor, driver.info.backend_pid)
@@ -173,9 +173,7 @@ class PostgresStore(Store):
                 raise self._tables.unusable(error) from None
         if hasattr(driver, "add_notify_handler"):
             # psycopg gives those that come while a statement runs to nobody else.
-            driver.add_notify_handler(
-                lambda n: inbox.append((n.channel, n.payload, n.pid))
-            )
+            driver.add_notify_handler(lambda n: add((n.channel, n.payload, n.pid)))
 
     def _appear(self) -> None:
         """Give the sign of life, at this place, and listen."""

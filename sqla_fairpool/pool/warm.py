@@ -121,7 +121,7 @@ class WarmCache:
             and not scheduler.tags.reserved
             and scheduler.in_use <= scheduler.capacity
             and tag_state.in_use + len(self.borrowed) <= tag_state.safe_ceiling.value
-            and checkout in self.borrowed  # last: no section has begun meanwhile
+            and checkout in self.borrowed  # else a section was faster
         ):
             return True
         if self.borrowed.pop(checkout, self) is not None:
@@ -146,8 +146,11 @@ class WarmCache:
         return True
 
     def _charge_borrowed(self) -> None:
-        """Charge all that is borrowed to the default tag. Caller is in a section."""
-        for checkout in list(self.borrowed):  # the first one has room for sure
+        """Charge all that is borrowed to the default tag. Caller is in a section.
+
+        In their order: for the last ones it may not have been looked if there is room.
+        """
+        for checkout in list(self.borrowed):
             if self.borrowed.pop(checkout, self) is None:  # else its caller was faster
                 self._charge(checkout)
 

@@ -12,13 +12,14 @@ from typing import NamedTuple
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sqla_fairpool.ledger.errors import LedgerError
 
 from sqla_fairpool.ledger.allocation import allocate
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.demand import State
-from sqla_fairpool.ledger.rows import Limits, Member, Session, Terms
+from sqla_fairpool.ledger.rows import Limits, Member, Session, Terms, dump
 from sqla_fairpool.ledger.rows import TagDemand as Line
-from sqla_fairpool.ledger.transaction import settle
+from sqla_fairpool.ledger.transaction import has_news, settle
 from sqla_fairpool.scheduling import policy
 from sqla_fairpool.scheduling.ticket import LimitsByTag, TagLimits
 
@@ -115,6 +116,129 @@ def test_reserved_slots_of_a_stalled_member_are_not_kept_twice():
     parties = {"A": holding(2, 2, stalled=True, tag="health"), "B": wanting(web=99)}
     found = allocate(parties, {}, Limits(20, 20, 20, HEALTH))
     assert (found.shares["web"], found.kept_free) == (18, 0)
+
+
+def stalled(owned, in_use, tag="health"):
+    return holding(owned, in_use, stalled=True, tag=tag)
+
+
+@pytest.mark.parametrize(
+    ("parties", "capacity", "kept_free", "reserves"),
+    [
+        # What a stalled member lacks of a reserve is kept for it by no member.
+        ({"A": stalled(1, 1)}, 20, 1, {}),
+        ({"A": stalled(1, 1), "B": wanting(2, health=0)}, 20, 0, {"A": 0, "B": 1}),
+        # Nothing is left to be kept.
+        ({"A": stalled(2, 2, "web")}, 2, 0, {}),
+        ({"A": stalled(2, 2, "web")}, 3, 1, {}),
+        # What nobody claims stays where it is, but for what is kept.
+        ({"A": Party(20)}, 20, 2, {}),
+    ],
+)
+def test_what_is_reserved_is_kept_beside_what_cannot_be_moved(
+    parties, capacity, kept_free, reserves
+):
+    found = allocate(parties, {}, Limits(capacity, 20, 20, HEALTH))
+    assert found.kept_free == kept_free
+    assert found.reserves == {("health", m): n for m, n in reserves.items()}
+    owned = sum(party.owned for party in parties.values())
+    assert sum(found.targets.values()) <= max(owned, capacity) - kept_free
+    assert found.targets["A"] == min(parties["A"].owned, capacity - kept_free)
+
+
+@pytest.mark.parametrize(
+    ("tags", "capacity", "soft", "ceilings", "newcomer"),
+    [
+        # At least one, whatever is reserved for others.
+        (HEALTH, 2, 2, {"health": 2, "web": 1}, 1),
+        (HEALTH, 5, 4, {"health": 4, "web": 3}, 3),
+        (LimitsByTag({}), 2, 9, {"web": 9}, 9),
+    ],
+)
+def test_ceilings_leave_room_for_what_is_reserved(
+    tags, capacity, soft, ceilings, newcomer
+):
+    parties = {"A": wanting(web=99), "B": Party(tags={"idle": Line(0, 0, True)})}
+    found = allocate(parties, {}, Limits(capacity, soft, soft, tags))
+    del found.ceilings["idle"]
+    assert (found.ceilings, found.newcomer) == (ceilings, newcomer)
+
+
+def test_a_tag_without_a_place_is_before_those_that_have_one():
+    parties = {"m": wanting(a=9, b=9)}
+    assert allocate(parties, {"a": 1}, Limits(1, 1, 1)).shares == {"a": 0, "b": 1}
+
+
+def test_tags_are_asked_where_a_member_waits_of_those_that_answer():
+    quiet = Party(tags={"b": Line(0, 0, True, 2), "a": Line(0, 0, True, 9)})
+    parties = {"A": wanting(a=1), "B": wanting(b=1), "C": quiet}
+    found = allocate(parties, {"a": 1, "b": 2}, Limits(1, 1, 1))
+    assert (found.asked_tags, found.asked) == ({"a"}, {("a", "A")})
+    parties["A"] = stalled(1, 1, "a")
+    found = allocate(parties, {"a": 1, "b": 2}, Limits(1, 1, 1))
+    assert (found.asked_tags, found.asked) == (set(), set())
+
+
+def keeps(owned, kept, wants=0, busy=0, limit=20):
+    """A member that keeps so many slots for health, and wants others for web."""
+    health = Line(0, 0, True, 1, limit, kept)
+    web = Line(busy, wants - busy, True, 1, limit)
+    return Member(1, owned=owned, tags={"health": health, "web": web})
+
+
+@pytest.mark.parametrize(
+    ("owned", "kept", "more", "expected"),
+    [
+        *[(5, 0, 0, {"health": 2}), (4, 1, 1, {"health": 2}), (4, 0, 0, {})],
+        *[(4, 1, 0, {"health": 1}), (0, 0, 1, {"health": 1}), (1, 2, 0, {"health": 1})],
+    ],
+)
+def test_slots_that_a_member_keeps_for_a_tag(owned, kept, more, expected):
+    members = {"A": keeps(owned, kept, wants=3)}
+    plan = allocate(members, {}, Limits(20, 20, 20, HEALTH))
+    assert plan.claimed == {"A": 5}
+    assert plan.kept_at("A", members["A"], more) == expected
+
+
+@pytest.mark.parametrize(
+    ("kept", "free", "expected"),
+    [
+        *[(1, 1, {"A": 1}), (1, 2, {"A": 1, "B": 1}), (0, 2, {"A": 2})],
+        *[(2, 1, {"B": 1}), (0, 3, {"A": 2, "B": 1})],
+    ],
+)
+def test_what_lacks_of_a_reserve_is_granted_first(kept, free, expected):
+    members = {"A": keeps(5, kept, wants=9, busy=5), "B": keeps(0, 0, wants=9)}
+    tags = members["B"].tags
+    members["B"] = replace(members["B"], tags={"web": tags["web"]})
+    plan = allocate(members, {}, Limits(20, 20, 20, HEALTH))
+    assert plan.grants(members, free) == expected
+
+
+@pytest.mark.parametrize(
+    ("member", "expected"),
+    [
+        (keeps(5, 2, 3), {}),
+        (keeps(5, 1, 3), {"A": "limit"}),
+        (keeps(5, 2, 3, limit=1), {"A": "limit"}),
+        (keeps(0, 0, 3, limit=1), {}),
+        (replace(keeps(5, 2, 3), stalled=True), {"A": "stalled"}),
+        (replace(keeps(21, 2, 3)), {"A": "give 20"}),
+    ],
+)
+def test_members_that_are_to_look_and_why(member, expected):
+    plan = allocate({"A": member}, {}, Limits(20, 20, 20, HEALTH))
+    assert plan.due({"A": member}, 0) == expected
+
+
+def test_members_that_hold_the_last_slots_are_told_that_it_is_their_turn():
+    members = {n: Member(1, tags={"x": Line(0, 1, True, 1)}) for n in "ab"}
+    members["a"] = replace(members["a"], owned=1)
+    plan = allocate(members, {}, Limits(1, 1, 1))
+    told = members["a"].tags["x"]._replace(limit=plan.limits["x", "a"])
+    members["a"] = replace(members["a"], tags={"x": told})
+    assert plan.due(members, 0) == {"a": "turn"}
+    assert plan.due({**members, "a": replace(members["a"], owned=0)}, 0) == {}
 
 
 def test_tag_within_its_reserve_is_not_asked_to_yield():
@@ -396,7 +520,8 @@ def test_a_member_that_is_stalled_is_asked_for_nothing():
 
 
 def test_an_empty_ledger_has_limits_of_nobody():
-    assert Book({}).set_by is None
+    book = Book({})
+    assert (book.set_by, book.pauses, book.server, book.tell()) == (None, {}, None, [])
 
 
 def joined(capacity=9, **owned):
@@ -441,3 +566,182 @@ def test_a_member_is_told_of_a_limit_that_binds_it_anew():
     assert plan.due(members, 0) == {"a": "limit"}
     told = {"x": known["x"]._replace(limit=plan.limits["x", "a"])}
     assert plan.due({"a": Member(1, {}, 5, tags=told)}, 0) == {}
+
+
+def test_a_pause_is_new_once():
+    book = joined(a=0)
+    for who, expected in (({"host": "h"}, True), ({"host": "i"}, False)):
+        assert book.pause("x", who) is expected
+        assert list(book.pauses) == ["x"]
+    for expected in (True, False):
+        assert book.pause("x", None) is expected
+        assert book.pauses == {}
+
+
+OTHER_TERMS = Terms(7, 9, 9, 60.0, 30.0)
+
+
+@pytest.mark.parametrize(
+    ("alone", "terms", "leads", "set_by"),
+    [
+        (True, OTHER_TERMS, False, "new"),
+        (True, None, False, "a"),
+        (False, OTHER_TERMS, False, "a"),
+        (False, OTHER_TERMS, True, "new"),
+        (False, None, True, "a"),
+    ],
+)
+def test_who_has_set_the_terms(alone, terms, leads, set_by):
+    book = joined(a=0)
+    terms = terms or book.terms
+    if alone:
+        book.leave("a", 0)
+    book.join("b", {"pid": "new"}, terms, leads=leads)
+    assert book.set_by["pid"] == set_by
+    asked = None if set_by == "new" or terms == book.terms else "capacity=7"
+    assert book.members["b"].who.get("asked") == asked
+
+
+def test_terms_of_rows_that_say_nobody_are_set_by_the_first():
+    book = joined(a=0)
+    book.meta = replace(book.meta, set_by={})
+    book.join("b", {"pid": "b"}, book.terms)
+    assert not book.set_by
+    book.leave("a", 0), book.leave("b", 0)
+    book.join("c", {"pid": "c"}, book.terms)
+    assert book.set_by == {"pid": "c"}
+
+
+def test_one_that_leaves_keeps_slots_for_what_is_open_and_not_in_quarantine():
+    book = joined(a=5)
+    book.quarantine("a", [Session(1, 1)], open_=4)
+    book.leave("unknown", 3)
+    book.leave("a", 3, [Session(1, 1), Session(2, 1)])
+    slots = [(gone.slots, gone.sessions) for gone in book.gone.values()]
+    assert slots == [(1, (Session(1, 1),)), (2, (Session(2, 1),))]
+    assert not book.members
+
+
+def test_rows_that_have_changed_are_not_those_of_the_dead_or_the_stalled():
+    book = joined(a=1, b=2)
+    texts = dict(book.texts)
+    book.write("a", replace(book.members["a"], beat=9))
+    book.stall(texts)
+    assert {k: m.stalled for k, m in book.members.items()} == {"a": False, "b": True}
+    assert book.reap(texts) == []
+    assert book.reap({"b": book.texts["b"]}) == [2]
+    assert (list(book.members), book.quarantined) == (["a"], 2)
+
+
+def test_of_a_copy_the_terms_and_the_dead_are_kept():
+    book = joined(a=1, b=2, c=0)
+    other = replace(book.meta, protocol=0)
+    book.meta, own = other, book.meta
+    assert not book.restore(["a"])
+    assert list(book.members) == ["a", "b", "c"]
+    book.meta = own
+    assert book.restore(["a"])
+    assert [gone.slots for gone in Book(dict(book._rows)).gone.values()] == [2]
+    assert (book.members, book.texts, book.terms) == ({}, {}, own.terms)
+    assert book.is_fresh
+    assert book.restore([])
+    assert Book({"meta": "nonsense"}).restore([])
+
+
+def test_terms_of_members_of_another_version_are_not_changed():
+    book = joined(a=1)
+    book.meta = replace(book.meta, protocol=0)
+    with pytest.raises(LedgerError, match="older version"):
+        book.change(pauses={})
+    book.leave("a", 0)
+    book.change(pauses={})
+
+
+# -- one transaction -------------------------------------------------------------------
+
+
+def settled(book, key, demand, open_=0, allowed=0, lost=(), **more):
+    state = State(open_, {}, frozenset(), lost, None)
+    return settle(book, key, state, demand, allowed, **more)
+
+
+def test_only_what_is_wanted_or_active_is_posted_and_has_a_place_if_it_is_wanted():
+    tags = '{"health": {"reserved": 2}}'
+    book = Book({})
+    book.join("a", {}, Terms(9, 9, 9, 60.0, 30.0, tags))
+    demand = {"health": Line(active=True), "web": Line(active=True), "idle": Line()}
+    settled(book, "a", demand | {"busy": Line(0, 1, True)})
+    lines = book.members["a"].tags
+    assert [*lines] == ["health", "web", "busy"]
+    has_place = {tag: line.place > 0 for tag, line in lines.items()}
+    assert has_place == {"health": True, "web": False, "busy": True}
+    places = dict(book.places), lines["busy"].place
+    settled(book, "a", {"busy": Line(0, 2, True), "health": Line(active=True)})
+    assert book.members["a"].tags["busy"].place == places[1]
+    written = Book(dict(book._rows)).places
+    assert written == {tag: places[0][tag] for tag in ("health", "busy")}
+
+
+def test_what_is_open_has_a_slot_before_others_get_theirs():
+    book = joined(4, a=2, b=0)
+    assert settled(book, "a", {}, 3, 3).covered
+    assert book.members["a"].owned == 3
+    book.quarantine("a", [Session(1, 1)], open_=2)
+    assert book.members["a"].owned == 2
+    told = settled(book, "a", {}, 3, 3, (Session(1, 1),))
+    assert (told.covered, told.buried) == (True, (Session(1, 1),))
+    assert book.members["a"].owned == 2
+    told = settled(book, "b", {}, 2, 2)
+    assert (told.covered, book.members["b"].owned) == (False, 1)
+
+
+def test_turn_of_a_member_and_of_a_tag():
+    """Who yields goes to the end of its line; its tag too, if that one was asked."""
+    book = joined(1, a=1, b=0)
+    for key, tag in ("a", "x"), ("b", "x"):
+        told = settled(book, key, {tag: Line(key == "a", 1, True)}, int(key == "a"), 1)
+    assert (told.asked, told.turns, told.due) == (frozenset(), 1, None)
+    assert told.bells == ("a",)
+    places = dict(book.places)
+    told = settled(book, "a", {"x": Line(1, 1, True)}, 1, 1)
+    assert (told.asked, told.due) == ({"x"}, "turn")
+    told = settled(book, "a", {"x": Line(1, 1, True)}, 1, 0, ready=["x"])
+    assert (told.asked, told.target, book.places) == (frozenset(), 0, places)
+    book.leave("b", 0)
+    book.join("c", {}, book.terms)
+    settled(book, "c", {"y": Line(0, 1, True)})
+    settled(book, "a", {"x": Line(1, 1, True)}, 1, 0, ready=["x"])
+    assert book.places["x"] > book.places["y"]
+
+
+def test_one_that_needs_no_more_gives_back_what_it_does_not_claim():
+    for keep, expected in ((False, 5), (True, 2)):
+        book = joined(9, a=5)
+        told = settled(book, "a", {"x": Line(1, 1, True)}, 1, 0, keep=keep)
+        assert (told.target, book.members["a"].owned) == (expected, expected)
+
+
+def test_what_others_have_used_is_told_where_tags_wait_and_slots_lack():
+    for capacity, used in ((2, {"x": {"b": 3.0}}), (9, {})):
+        book = joined(capacity, a=0, b=0, c=0)
+        both = {"x": Line(1, 1, True, used=3.0), "y": Line(1, 1, True, used=4.0)}
+        settled(book, "b", both)
+        settled(book, "c", {"x": Line(1, 0, True)})
+        told = settled(book, "a", {"x": Line(0, 1, True), "y": Line(1, 0, True)})
+        assert told.bounds.elsewhere == used
+
+
+@pytest.mark.parametrize(
+    ("why", "before", "expected"),
+    [
+        *[(None, None, False), ("limit", None, True), ("limit", "limit", True)],
+        *[("turn", "turn", False), ("turn", None, True), (None, "turn", False)],
+    ],
+)
+def test_news_for_a_member(why, before, expected):
+    book = joined(9, a=0)
+    told = replace(settled(book, "a", {}), due=before)
+    rows = {**book._rows, "due": dump({"a": why} if why else {})}
+    assert has_news(rows, "a", told) is expected
+    book.write("a", replace(book.members["a"], beat=99))
+    assert has_news(dict(book._rows), "a", told)

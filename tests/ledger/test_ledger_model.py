@@ -11,6 +11,7 @@ moment at which it has joined again, unless they end with it.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 
 from hypothesis import settings
@@ -376,6 +377,7 @@ class LedgerHoldsItsPromises(RuleBasedStateMachine):
 
 
 LedgerHoldsItsPromises.TestCase.settings = settings(
-    max_examples=150, stateful_step_count=60
+    max_examples=int(150 * float(os.environ.get("EXAMPLES", "1"))),
+    stateful_step_count=60,
 )
 TestLedgerHoldsItsPromises = LedgerHoldsItsPromises.TestCase

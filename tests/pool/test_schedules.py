@@ -50,12 +50,13 @@ CAPACITY = 2
 class World:
     """A pool on the stub, used by threads of one schedule.
 
+    :param files: where threads are switched.
     :param changes: options of the pool.
     """
 
-    def __init__(self, seed, monkeypatch, **changes):
+    def __init__(self, seed, monkeypatch, files=FILES, **changes):
         self.random = random.Random(f"program {seed}")
-        self.schedule = Schedule(seed, FILES)
+        self.schedule = Schedule(seed, files)
         # SQLAlchemy holds a lock of its own while a pool opens its first connection.
         for module in (lock, waiters, attr, events):
             monkeypatch.setattr(module, "threading", self.schedule.module())
@@ -199,6 +200,7 @@ def borrow(world, tag):
 
 KINDS = {
     "borrows": [borrow, borrow, use],
+    "loans": [borrow, borrow, use],
     "uses": [use, use_again, use_both],
     "ends": [use, invalidate, drop, collect, detach],
     "changes": [use, use_both, replace, reconfigure, read],
@@ -208,6 +210,8 @@ KINDS = {
 
 #: A ceiling that is always the same, so that it holds at every moment.
 CHANGES = {"borrows": {"soft_limit": 1, "max_limit": 1}}
+#: Switched only in the steps without a lock: few bytecodes, so most orders are tried.
+CHANGES["loans"] = {"files": [inspect.getfile(WarmCache)], **CHANGES["borrows"]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -227,8 +231,20 @@ MUTANTS = {
     "a section that grants does not see what is borrowed": (
         "borrows",
         WarmCache.borrow,
-        "self._lock.busy_in is None\n",
-        "True\n",
+        "self._lock.busy_in is None\n        and ",
+        "",
+    ),
+    "a section and a caller both say whose it is": (
+        "loans",
+        WarmCache._charge_borrowed,
+        "if self.borrowed.pop(checkout, self) is None:",
+        "if self.borrowed.pop(checkout, None) is None:",
+    ),
+    "a caller claims what a section has charged": (
+        "loans",
+        WarmCache.claim,
+        "or self.borrowed.pop(checkout, self) is not None",
+        "",
     ),
     "a waiter that comes during a checkin is forgotten": (
         "uses",

@@ -247,6 +247,31 @@ def test_nothing_is_borrowed_above_the_own_ceiling(make_pool):
     pool.connect().close()
 
 
+def test_section_charges_first_who_has_borrowed_first(make_pool):
+    """For the second it was not looked yet if there is room."""
+    pool = make_pool(pool_size=2, soft_limit=1, max_limit=1, timeout=0)
+    pool.connect().close()
+    held = connect(pool, "b")
+    connect(pool, "a").close()
+    first, sections = pool.connect(), []
+    held.close()
+
+    class Borrowed(dict):
+        def __len__(self):
+            if not sections:
+                sections.append(dict(self))
+                pool.stats()
+                sections.append(state.tag_of(first))
+                first.close()
+                pool.stats()
+            return super().__len__()
+
+    core = state.core(pool)
+    core.lock.borrowed = core.warm.borrowed = Borrowed(core.warm.borrowed)
+    second = pool.connect()
+    assert [*sections[1:], state.tag_of(second)] == ["unknown", "unknown"]
+
+
 def test_tag_is_not_altered_in_a_transaction_whosever_the_connection_was(engine):
     with engine.connect() as connection:
         connection.begin()

@@ -9,7 +9,7 @@ from sqla_fairpool.scheduling import counters, tags
 from sqla_fairpool.scheduling.dry_run import DryRunScheduler
 from sqla_fairpool.scheduling.scheduler import Scheduler
 from sqla_fairpool.scheduling.tags import IndexedHeap
-from sqla_fairpool.scheduling.ticket import GRANTED, Ticket
+from sqla_fairpool.scheduling.ticket import GRANTED, TagLimits, Ticket
 
 RULES = {"capacity": 20, "soft_limit": 10, "max_limit": 15}
 RULES |= {"idle_timeout": 60.0, "reallocation_interval": 30.0}
@@ -105,6 +105,23 @@ def test_tags_above_the_number_that_is_counted_share_their_counters(monkeypatch)
     assert of_tags.of("tag1") is made[1]
 
 
+def test_who_asked_is_told_of_new_counters():
+    of_tags, told = counters.CountersByTag(), []
+    of_tags.on_new.append(lambda tag, made: told.append((tag, made)))
+    assert [*map(of_tags.of, "aab")][1:] == [made for _, made in told]
+    assert [tag for tag, _ in told] == ["a", "b"]
+
+
+def test_each_duration_is_kept_where_that_was_asked_for():
+    histogram = counters.Histogram()
+    histogram.add(9.0)
+    histogram.raw = []
+    histogram.add(0.5)
+    histogram.add_all(4, 3.0, 2.0, [2.0, 0.5])
+    histogram.add_all(1, 2.0, 2.0, [2.0])
+    assert histogram.raw == [0.5, 2.0, 0.5, 0.25, 0.25, 2.0]
+
+
 def test_counters_have_no_more_than_their_names():
     with pytest.raises(AttributeError):
         _ = counters.Counters().waits
@@ -190,3 +207,207 @@ def test_place_and_charge_are_those_of_the_transition():
     assert scheduler.tag_states["a"].charged == -15 * scheduler.usage.scale(5.0)
     assert scheduler.move(held[0], "a", 6.0) == ()
     assert held[0].tag_state.counters.checkouts == 15
+
+
+def test_tick_is_due_after_the_interval_or_a_shorter_one_that_is_set():
+    scheduler = make()
+    assert scheduler.next_tick == 30.0
+    assert scheduler.tick(40.0) == ()
+    assert scheduler.next_tick == 70.0
+    for interval, expected in ((60.0, 70.0), (5.0, 50.0)):
+        changed = RULES | {"reallocation_interval": interval}
+        scheduler.reconfigure(**changed, max_waiting=None, now=45.0)
+        assert scheduler.next_tick == expected
+
+
+def test_slots_of_a_caller_that_is_admitted_and_of_a_lower_limit_drain():
+    scheduler = make()
+    held = [request(scheduler, "a") for _ in range(4)]
+    scheduler.reconfigure(**RULES | {"capacity": 3}, max_waiting=None, now=0.0)
+    held.append(Ticket())
+    scheduler.admit(held[-1], "a", 0.0)
+    check_valid(scheduler, held)
+    assert scheduler.drains_from == scheduler.in_use == 5
+    scheduler.reconfigure(**RULES, max_waiting=None, now=0.0, usable=2)
+    assert scheduler.capacity == 2
+
+
+def test_silent_tag_is_not_active_by_an_admitted_caller_nor_by_waiting():
+    scheduler = Scheduler(**RULES | {"capacity": 1}, now=0.0, silent_tag="unknown")
+    admitted, waiting = Ticket(), Ticket()
+    scheduler.admit(admitted, "unknown", 0.0)
+    assert not scheduler.request(waiting, "unknown", 0.0)
+    scheduler.activity(waiting, 0.0)
+    assert [*scheduler.release(admitted, 0.0)] == [waiting]
+    assert not scheduler.tags.active
+    assert waiting.tag_state.last_activity is None
+
+
+def test_last_active_tag_and_the_silent_one_get_their_higher_ceilings():
+    rules = RULES | {"capacity": 10, "soft_limit": 2, "max_limit": 5}
+    scheduler = Scheduler(**rules, now=0.0, silent_tag="unknown")
+    other, waiting = request(scheduler, "b"), []
+    for tag in ("a", "unknown"):
+        request(scheduler, tag), request(scheduler, tag)
+        waiting += [Ticket() for _ in range(4)]
+        for ticket in waiting[-4:]:
+            assert not scheduler.request(ticket, tag, 0.0)
+    scheduler.release(other, 0.0)
+    assert [*scheduler.tick(61.0)] == waiting[:3]
+    for ticket in waiting[3:4]:
+        scheduler.cancel(ticket)
+    check_valid(scheduler)
+
+
+def test_no_slot_is_granted_below_a_ceiling_that_has_fallen():
+    rules = RULES | {"capacity": 5, "soft_limit": 2, "max_limit": 3}
+    scheduler = Scheduler(**rules, now=0.0, silent_tag="unknown")
+    held = [request(scheduler, tag) for tag in ("unknown",) * 3 + ("a",) * 2]
+    waiting = [Ticket() for _ in range(3)]
+    for ticket, tag in zip(waiting, ("a", "unknown", "b"), strict=True):
+        assert not scheduler.request(ticket, tag, 0.0)
+    scheduler.cancel(waiting[2])
+    assert [*scheduler.release(held[0], 0.0)] == []
+    assert [*scheduler.release(held[1], 0.0)] == [waiting[1]]
+
+
+def test_of_tags_that_used_the_same_one_that_waits_is_before_one_that_comes():
+    scheduler, waiting = Scheduler(**RULES | {"capacity": 1}, now=0.0), Ticket()
+    held = request(scheduler, "a")
+    assert not scheduler.request(waiting, "b", 0.0)
+    assert scheduler.move(held, "c", 0.0) is None
+    assert [*scheduler.release(held, 0.0)] == [waiting]
+
+
+def test_slot_that_is_reserved_is_not_wanted_for_others():
+    limits = {"health": TagLimits(reserved=2)}
+    scheduler = Scheduler(**RULES | {"capacity": 3}, now=0.0, limits=limits)
+    reserved, held = request(scheduler, "health"), request(scheduler, "web")
+    assert not scheduler.request(Ticket(), "web", 0.0)
+    assert (scheduler.wanted(reserved), scheduler.wanted(held)) == (False, True)
+
+
+def test_reserves_from_outside_stay_when_options_change():
+    scheduler = make()
+    scheduler.impose(20, {}, 9, 0.0, {"a": 3})
+    limits = {"b": TagLimits(reserved=2)}
+    scheduler.reconfigure(**RULES, max_waiting=None, now=0.0, limits=limits)
+    assert (scheduler.tags.reserves, scheduler.kept_free) == ({"a": 3}, 3)
+
+
+def test_slots_in_excess_are_not_moved_while_another_tag_waits():
+    scheduler = make()
+    held = [request(scheduler, "a") for _ in range(15)]
+    assert not scheduler.request(Ticket(), "a", 0.0)
+    scheduler.set_capacity(14, 0.0)
+    assert scheduler.move(held[0], "b", 0.0) is None
+    scheduler.set_capacity(15, 0.0)
+    assert scheduler.move(held[0], "b", 0.0) == []
+
+
+@pytest.mark.parametrize(
+    ("tag", "slots", "changes", "expected"),
+    [
+        *[("b", 2, {}, True), ("b", 3, {}, False), ("new", 1, {}, False)],
+        *[("a", 1, {}, True), ("a", 2, {}, False)],
+        ("b", 1, {"waiting": 1}, False),
+        ("b", 1, {"in_use": 20}, True),
+        ("b", 1, {"in_use": 21}, False),
+    ],
+)
+def test_slots_that_a_tag_may_take_over(tag, slots, changes, expected):
+    scheduler = Scheduler(**RULES | {"soft_limit": 2}, now=0.0)
+    request(scheduler, "a")
+    scheduler.release(request(scheduler, "b"), 0.0)
+    vars(scheduler).update(changes)
+    assert scheduler.may_take_over(tag, slots) is expected
+    scheduler.tags.reserved = 1
+    assert not scheduler.may_take_over(tag, slots)
+
+
+def test_ticket_is_known_where_it_was_used_last():
+    scheduler, ticket = make(), request(make(), "a")
+    assert not scheduler.knows(ticket)
+    scheduler.request(Ticket(), "a", 0.0)
+    assert not scheduler.knows(ticket)
+    assert scheduler.knows(request(scheduler, "a"))
+
+
+def test_tags_that_become_active_or_idle_are_told_with_the_ceiling():
+    scheduler, told = Scheduler(**RULES, now=0.0, silent_tag="unknown"), []
+    scheduler.tags.on_change = lambda *change: told.append(change)
+    for tag in ("a", "b", "unknown"):
+        scheduler.activity(request(scheduler, tag), 0.0)
+    scheduler.tick(60.0)
+    assert told[:2] == [("a", True, 1, 15), ("b", True, 2, 10)]
+    assert sorted(told[2:], key=lambda change: -change[2]) == told[2:]
+    assert {(tag, active) for tag, active, *_ in told[2:]} == {
+        *[("a", False), ("b", False)]
+    }
+
+
+def test_tag_in_use_is_not_forgotten_to_make_room_nor_one_that_waits(monkeypatch):
+    monkeypatch.setattr(tags, "_MAX_REMEMBERED", 3)
+    scheduler = Scheduler(**RULES | {"capacity": 1}, now=0.0)
+    held, waiting = request(scheduler, "held"), Ticket()
+    assert not scheduler.request(waiting, "waits", 0.0)
+    for n in range(5):
+        scheduler.tags.touch(scheduler.tags.get(f"tag{n}", float(n)), float(n))
+        assert {"held", "waits"} <= scheduler.tag_states.keys()
+        assert len(scheduler.tag_states) == scheduler.tags.active == 3
+    assert [*scheduler.release(held, 70.0)] == [waiting]
+
+
+def test_idle_tag_that_is_forgotten_to_make_room_was_not_active(monkeypatch):
+    monkeypatch.setattr(tags, "_MAX_REMEMBERED", 2)
+    scheduler = make()
+    for tag in "ab":
+        scheduler.release(request(scheduler, tag), 0.0)
+    scheduler.tick(61.0)
+    request(scheduler, "c", 62.0)
+    assert (scheduler.tags.active, len(scheduler.tag_states)) == (1, 2)
+    scheduler = Scheduler(**RULES, now=0.0, silent_tag="unknown")
+    held = [request(scheduler, tag) for tag in ("unknown", *"abc")]
+    check_valid(scheduler, held)  # what is in use is known
+
+
+def test_tag_that_worked_again_is_not_the_one_that_is_forgotten(monkeypatch):
+    monkeypatch.setattr(tags, "_MAX_REMEMBERED", 3)
+    scheduler = make()
+    for now, tag in enumerate(["a", "b", "c", "a"]):
+        scheduler.release(request(scheduler, tag, now), now)
+    request(scheduler, "d", 5.0)
+    assert scheduler.tag_states.keys() == {"a", "c", "d"}
+
+
+def test_changed_options_do_not_make_an_idle_tag_be_forgotten_earlier():
+    scheduler = make()
+    scheduler.release(request(scheduler, "a"), 0.0)
+    scheduler.tick(61.0)
+    scheduler.reconfigure(**RULES, max_waiting=None, now=70.0)
+    scheduler.tick(100.0)
+    assert "a" in scheduler.tag_states
+
+
+def test_dry_run_has_the_new_rules():
+    scheduler = DryRunScheduler(**RULES, silent_tag=None, max_waiting=None, now=0.0)
+    scheduler.reconfigure(**RULES | {"max_limit": 12}, max_waiting=3, now=0.0)
+    held = [request(scheduler, "a") for _ in range(20)]
+    by_rule = scheduler.rules.tag_states["a"]
+    assert (by_rule.in_use, by_rule.waiting) == (12, 3)
+    assert by_rule.counters.refusals == 5
+    scheduler.set_capacity(2, 0.0)
+    assert scheduler.rules.capacity == 2
+    for ticket in held:
+        scheduler.release(ticket, 3.0)
+    check_valid(scheduler.rules, [])
+    assert by_rule.counters.wait.total == 3 * 3.0
+
+
+def test_activity_is_the_twins_too():
+    scheduler = DryRunScheduler(
+        **RULES, silent_tag="unknown", max_waiting=None, now=0.0
+    )
+    ticket = request(scheduler, "unknown")
+    scheduler.activity(ticket, 1.0)
+    assert scheduler.rules.tag_states["unknown"].active

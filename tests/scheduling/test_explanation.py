@@ -88,6 +88,23 @@ def test_tag_in_line_is_told_its_place_and_who_is_before_it():
     ]
 
 
+def test_not_all_that_are_before_a_tag_are_named():
+    script = Script(capacity=8, soft_limit=8, max_limit=8)
+    script.requests(z=2, **dict.fromkeys("abcdef", 1))
+    script.requests(z=1, **dict.fromkeys("abcdef", 1))
+    stands = {tag: str(script.explain(tag)).splitlines()[3] for tag in "zea"}
+    assert stands["z"].startswith("place 7 of 7 tags in line; before it: a (has 1")
+    assert stands["z"].endswith("e (has 1, used 7.2) and 1 more")
+    assert "more" not in stands["e"]
+    assert stands["a"] == "place 1 of 7 tags in line"
+    assert script.explain("a").free == 0
+
+
+def test_what_is_reserved_for_a_tag_is_in_its_explanation():
+    script = Script(limits=LIMITS)
+    assert "(weight 1, 3 reserved)" in str(script.explain("health"))
+
+
 def test_tag_at_its_ceiling_is_told_that_only_its_own_connections_help():
     script = Script()
     script.requests(a=12, b=1)
@@ -105,6 +122,7 @@ def test_new_tag_is_explained_and_not_remembered():
     explanation = script.explain("new")
     assert (explanation.free, explanation.active) == (10, False)
     assert list(script.scheduler.tag_states) == ["a"]
+    assert "not in line; 0 tags wait below their limits" in str(explanation)
     assert "at once" in str(explanation)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -22,6 +23,7 @@ from hypothesis.stateful import (
 from support.invariants import check_valid
 
 from sqla_fairpool.scheduling import policy
+from sqla_fairpool.scheduling.counters import BOUNDS, Counters
 from sqla_fairpool.scheduling.scheduler import Scheduler
 from sqla_fairpool.scheduling.tags import ALL, Pause
 from sqla_fairpool.scheduling.ticket import (
@@ -60,6 +62,49 @@ def rules(draw):
     }
 
 
+class Figures:
+    """What is counted for a tag."""
+
+    def __init__(self):
+        self.checkouts = self.at_once = self.timeouts = self.peak = 0
+        self.waited, self.held = [], []
+        self.known_from = 0, 0
+
+    def copy(self):
+        new = copy.copy(self)
+        new.waited, new.held = [*self.waited], [*self.held]
+        return new
+
+    def forget(self):
+        self.peak, self.known_from = 0, (len(self.waited), len(self.held))
+
+    def check(self, counters):
+        own = self.checkouts, self.at_once, self.timeouts
+        assert own == (counters.checkouts, counters.at_once, counters.timeouts)
+        others = counters.refusals, counters.deadlocks, counters.create_failures
+        assert others == (0, 0, 0)
+        for histogram, seconds in (
+            (counters.wait, self.waited),
+            (counters.hold, self.held),
+        ):
+            expected = [0] * (len(BOUNDS) + 1)
+            for one in seconds:
+                expected[sum(one > bound for bound in BOUNDS)] += 1
+            assert histogram.counts == expected
+            assert math.isclose(histogram.total, sum(seconds))
+            assert histogram.max == max(seconds, default=0.0)
+
+    def check_state(self, tag_state):
+        """The same of what is known of the tag itself."""
+        waited = self.waited[self.known_from[0] :]
+        held = self.held[self.known_from[1] :]
+        assert math.isclose(tag_state.wait_total, sum(waited))
+        assert math.isclose(tag_state.hold_total, sum(held))
+        longest = max(waited, default=0.0), max(held, default=0.0)
+        assert (tag_state.wait_max, tag_state.hold_max) == longest
+        assert tag_state.peak == self.peak
+
+
 class Model:
     """The rules, word for word, in lists. No counter, no heap, nothing kept."""
 
@@ -75,6 +120,8 @@ class Model:
         self.lift = dict.fromkeys(TAGS, 0.0)  # what counts beside them
         self.level = 0.0
         self.paused = set()
+        self.figures = {tag: Figures() for tag in TAGS}
+        self.since = {}  # ticket: when it was requested, or granted
 
     def limits_of(self, tag):
         return self.limits.get(tag, NO_LIMITS)
@@ -157,7 +204,15 @@ class Model:
                 self.level = self.counted(tag)
             self.waiting = [w for w in self.waiting if w[1] is not ticket]
             self.holding.append((ticket, tag))
+            figures = self.figures[tag]
+            if ticket is newcomer:
+                figures.at_once += 1
+            else:
+                figures.waited.append(now - self.since[ticket])
+            self.since[ticket] = now
+            figures.peak = max(figures.peak, self.held(tag))
             if tag != "unknown":
+                figures.checkouts += 1
                 self.touch(tag, now)
             granted.append(ticket)
         return granted
@@ -166,6 +221,7 @@ class Model:
         if tag != "unknown":
             self.touch(tag, now)
         self.arrivals += 1
+        self.since[ticket] = now
         self.waiting.append((self.arrivals, ticket, tag))
 
     def request(self, ticket, tag, now):
@@ -184,8 +240,11 @@ class Model:
     def give_back(self, ticket, now):
         tag = next(t for k, t in self.holding if k is ticket)
         self.holding = [h for h in self.holding if h[0] is not ticket]
+        self.figures[tag].held.append(now - self.since[ticket])
         if tag != "unknown":
             self.touch(tag, now)
+        else:  # it may have turned out to be another tag's before
+            self.figures[tag].checkouts += 1
         return tag
 
     def release(self, ticket, now, chosen):
@@ -203,13 +262,19 @@ class Model:
 
         :param chosen: None if the scheduler did not move it.
         """
-        if next(t for k, t in self.holding if k is ticket) == tag:
+        source = next(t for k, t in self.holding if k is ticket)
+        if source == tag:
             return []
         if tag != "unknown":
             self.touch(tag, now)
         trial = copy.copy(self)
         trial.last, trial.active = dict(self.last), set(self.active)
-        trial.waiting = [*self.waiting]
+        trial.waiting, trial.since = [*self.waiting], dict(self.since)
+        trial.figures = {tag: figures.copy() for tag, figures in self.figures.items()}
+        if source == "unknown":
+            trial.figures[source].at_once -= 1
+        else:
+            trial.figures[source].held.append(now - self.since[ticket])
         trial.holding = [h for h in self.holding if h[0] is not ticket]
         trial.enter(ticket, tag, now)
         if chosen is None:
@@ -251,16 +316,31 @@ class SchedulerAgreesWithModel(RuleBasedStateMachine):
             assert expected is None
         return ticket
 
-    @rule(ticket=consumes(tickets))
-    def leave(self, ticket):
+    @rule(ticket=consumes(tickets), late=st.booleans())
+    def leave(self, ticket, late):
         """The holder of a ticket is done with it, in whatever state it is."""
         if ticket.state is GRANTED:
             granted = [*self.scheduler.release(ticket, self.now)]
             assert granted == self.model.release(ticket, self.now, granted)
         elif ticket.state is WAITING:
             self.model.cancel(ticket)
-            assert self.scheduler.cancel(ticket)
+            self.model.figures[ticket.tag_state.tag].timeouts += late
+            end = self.scheduler.expire if late else self.scheduler.cancel
+            assert end(ticket)
         assert ticket.state is FREE
+        assert not self.scheduler.expire(ticket)
+
+    @rule(ticket=tickets)
+    def look(self, ticket):
+        """Ask what a return would do, and do it to a copy."""
+        if ticket.state is GRANTED:
+            scheduler, other = copy.deepcopy((self.scheduler, ticket))
+            assert self.scheduler.wanted(ticket) == bool(
+                scheduler.vacate(other, self.now)
+            )
+        elif ticket.state is WAITING:
+            line = [*ticket.tag_state.waiters]
+            assert self.scheduler.place(ticket) == line.index(ticket) + 1
 
     @rule(ticket=tickets, tag=st.sampled_from(TAGS))
     def move(self, ticket, tag):
@@ -315,11 +395,30 @@ class SchedulerAgreesWithModel(RuleBasedStateMachine):
             assert line == [k for _, k, t in self.model.waiting if t == tag]
             if tag_state is None:  # it was forgotten
                 self.model.used[tag] = self.model.lift[tag] = 0.0
+                self.model.figures[tag].forget()
+                self.model.last.pop(tag, None)
+            if tag_state is not None:
+                self.model.figures[tag].check_state(tag_state)
             used = self.scheduler.usage.seconds(tag_state, self.now) if tag_state else 0
             assert math.isclose(used, self.model.used[tag], abs_tol=1e-6)
+            if tag_state is not None:
+                lift = self.in_seconds(tag_state.lift)
+                assert math.isclose(lift, self.model.lift[tag], abs_tol=1e-6)
+                assert tag_state.last_activity == self.model.last.get(tag)
+        level = self.in_seconds(self.scheduler.usage.level)
+        assert math.isclose(level, self.model.level, abs_tol=1e-6)
+
+    def in_seconds(self, at_landmark):
+        return at_landmark / self.scheduler.usage.scale(self.now) * self.model.always
+
+    def teardown(self):
+        by_tag = self.scheduler.tags.counters.by_tag
+        for tag, figures in self.model.figures.items():
+            figures.check(by_tag.get(tag) or Counters())
 
 
 SchedulerAgreesWithModel.TestCase.settings = settings(
-    max_examples=300, stateful_step_count=60
+    max_examples=int(300 * float(os.environ.get("EXAMPLES", "1"))),
+    stateful_step_count=60,
 )
 TestSchedulerAgreesWithModel = SchedulerAgreesWithModel.TestCase

@@ -234,6 +234,89 @@ def test_what_was_used_elsewhere_counts_and_decays_from_when_it_was_heard_first(
         assert elsewhere(now) == pytest.approx(expected, abs=1e-9)
         assert state.lift == pytest.approx(state.elsewhere)
     assert "unknown" not in scheduler.tag_states
+    assert not counted._heard
+
+
+ALWAYS = 10.0 / math.log(2)
+
+
+@pytest.mark.parametrize(
+    ("charged", "lift", "weight", "after"),
+    [
+        *[(2.0, 0.0, 1.0, 1.0), (0.5, 0.7, 1.0, 1.0), (2.0, -1.5, 1.0, 0.5)],
+        *[(3.0, 0.5, 2.0, 2.0), (1.5, 0.0, 2.0, 1.5), (0.8, 0.0, 0.5, 0.8)],
+        *[(1.5, 0.0, 0.5, 1.0), (-2.0, 1.0, 1.0, -1.0)],
+    ],
+)
+def test_tag_that_returns_its_last_slot_has_used_one_at_most(
+    charged, lift, weight, after
+):
+    scheduler = make_scheduler(2, limits={"a": TagLimits(weight=weight)})
+    first, last = Ticket(), Ticket()
+    for ticket in first, last:
+        scheduler.request(ticket, "a", 5.0)
+    state, scale = first.tag_state, scheduler.usage.scale(5.0)
+    scheduler.vacate(first, 5.0)
+    assert state.lift == 0.0
+    state.charged, state.lift = (charged - 1) * scale, lift * scale
+    scheduler.vacate(last, 5.0)
+    assert (state.charged + state.lift) / scale == pytest.approx(after)
+
+
+@pytest.mark.parametrize(
+    ("weight", "in_use", "used", "lift"),
+    [(1.0, 0, 1.0, 2.0), (2.0, 0, 1.0, 5.0), (0.5, 0, 2.0, 0.0), (2.0, 1, 1.0, 4.0)],
+)
+def test_lead_of_a_tag_that_was_quiet_is_taken_when_it_begins_to_wait(
+    weight, in_use, used, lift
+):
+    scheduler = make_scheduler(1, limits={"a": TagLimits(weight=weight)})
+    scheduler.request(Ticket(), "a" if in_use else "z", 5.0)
+    scale = scheduler.usage.scale(5.0)
+    state = scheduler.tags.get("a", 5.0)
+    state.charged, scheduler.usage.level = used * scale, 3.0 * scale
+    for _ in range(2):
+        assert not scheduler.request(Ticket(), "a", 5.0)
+        assert state.lift / scale == pytest.approx(lift)
+
+
+@pytest.mark.parametrize(
+    ("half_life", "changed", "used"), [(1.0, None, 0.5), (10.0, 5.0, None)]
+)
+def test_time_that_was_not_used_is_taken_back_over_a_landmark(half_life, changed, used):
+    scheduler, ticket = make_scheduler(1, usage_half_life=half_life), Ticket()
+    scheduler.request(ticket, "a", 0.0)
+    state = ticket.tag_state
+    end = 10.0 if changed else 951.0
+    if changed:
+        rules = {"capacity": 1, "soft_limit": 1, "max_limit": 1, "idle_timeout": 60.0}
+        rules |= {"reallocation_interval": 30.0, "max_waiting": None}
+        scheduler.reconfigure(**rules, usage_half_life=2.0, now=changed)
+        half_life = 2.0
+    before = scheduler.usage.seconds(state, end - 1.0)
+    ticket.held = end / 2
+    scheduler.vacate(ticket, end)
+    always = half_life / math.log(2)
+    decay = 2.0 ** (-1.0 / half_life)
+    charged = before * decay + always * (1 - decay)
+    if changed:  # what was charged with another half-life stays
+        expected = charged - always * (1 - 2.0 ** (-(end - changed) / 2.0)) / 2
+    else:
+        expected = always * used
+    assert scheduler.usage.seconds(state, end) == pytest.approx(expected)
+
+
+def test_move_from_the_silent_tag_takes_back_what_was_not_used():
+    scheduler, ticket = make_scheduler(2, silent_tag="unknown"), Ticket()
+    scheduler.request(ticket, "unknown", 0.0)
+    ticket.again, ticket.held, ticket.since = 1, 0.5, 9.5
+    assert scheduler.move(ticket, "a", 10.0) is not None
+    unknown = scheduler.tag_states["unknown"]
+    used = scheduler.usage.seconds(unknown, 10.0)
+    # The last half second is the other tag's, which is not charged with it.
+    assert used == pytest.approx(ALWAYS * 0.5 * 1.0 / 10.0)
+    assert (unknown.hold_total, unknown.checkouts) == (0.5, 1)
+    assert ticket.tag_state.counters.hold.count == 0
 
 
 def test_tag_that_used_more_elsewhere_is_served_after_one_that_used_less():

@@ -7,7 +7,8 @@ printed, but for what `mutants.txt` lists as equivalent. See `mutants` in tox.in
 
 Of its own, for mutmut and cosmic-ray start pytest for each mutant, a second for each,
 and mutmut moves functions, whose places in the source some tests look at. Not changed:
-what is done when a module or a class is made, as constants, and formatted texts.
+what is done when a module or a class is made, as constants; messages; assertions,
+of which `invariants.py` consists.
 
 MUTANTS_MINUTES ends it early; the order is random, by MUTANTS_SEED, so what was tried
 is a sample. MUTANTS_ONLY is a part of their names, MUTANTS_WORKERS how many at a time.
@@ -22,6 +23,7 @@ import gc
 import os
 import random
 import resource
+import signal
 import time
 import types
 from collections import Counter, defaultdict
@@ -34,16 +36,21 @@ from _pytest.runner import runtestprotocol
 import sqla_fairpool
 
 PACKAGE = Path(sqla_fairpool.__file__).parent
+INVARIANTS = PACKAGE / "scheduling" / "invariants.py"
 TARGETS = [
-    *sorted((PACKAGE / "scheduling").glob("[a-z]*.py")),
+    *sorted(set((PACKAGE / "scheduling").glob("[a-z]*.py")) - {INVARIANTS}),
     *(PACKAGE / "ledger" / f"{n}.py" for n in ("allocation", "book", "transaction")),
 ]
 EQUIVALENT = Path(__file__).with_suffix(".txt")
 #: Seconds of the processor that a test may take beyond twice what it needs.
 PATIENCE = 2
+#: Seconds after which one that waits is killed.
+LONG = 60
 PAIRS = "Lt LtE, Gt GtE, Eq NotEq, Is IsNot, In NotIn, And Or, Add Sub, Mult Div"
 SWAPS = {getattr(ast, a): getattr(ast, b) for a, b in map(str.split, PAIRS.split(","))}
 SWAPS |= {b: a for a, b in SWAPS.items()}
+#: What is in them is not changed.
+UNCHANGED = ast.JoinedStr | ast.Raise | ast.Assert
 #: Defaults are made with the function, which keeps its own.
 SKIPPED = {"annotation", "returns", "args"}
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
@@ -85,29 +92,35 @@ def mutants_of(path):
     """Return (function's name and line, where, what it is, how to do it) of each."""
     tree, found = ast.parse(path.read_text()), []
 
-    def visit(node, function, put):
+    def text(node, parent):
+        shown = parent if isinstance(node, ast.Constant | ast.Name) else node
+        if isinstance(node, ast.If | ast.IfExp | ast.While):
+            shown = node.test
+        return ast.unparse(shown).splitlines()[0]
+
+    def visit(node, function, put, parent):
         if isinstance(node, ast.FunctionDef) and function is None:
             lines = [node.lineno, *(d.lineno for d in node.decorator_list)]
             function = str(path), node.name, min(lines)
         elif function is not None and put is not None:
             for new in changed(node):
                 ast.copy_location(new, node)
-                is_test = isinstance(node, ast.If | ast.IfExp | ast.While)
-                was, what = (
-                    ast.unparse(one.test if is_test else one).splitlines()[0]
-                    for one in (node, new)
-                )
-                name = f"{path.stem}.{function[1]}: {was} -> {what}"
+                was = text(node, parent)
+                put(new)
+                name = f"{path.stem}.{function[1]}: {was} -> {text(new, parent)}"
+                put(node)
                 found.append((function, node.lineno, name, partial(be, tree, put, new)))
+        if isinstance(node, UNCHANGED) or getattr(node, "arg", None) == "strict":
+            return
         for field, value in ast.iter_fields(node):
             if isinstance(value, list):
                 for n, one in enumerate(value):
-                    if isinstance(one, ast.AST) and not isinstance(one, ast.JoinedStr):
-                        visit(one, function, partial(value.__setitem__, n))
+                    if isinstance(one, ast.AST):
+                        visit(one, function, partial(value.__setitem__, n), node)
             elif isinstance(value, ast.AST) and field not in SKIPPED:
-                visit(value, function, partial(setattr, node, field))
+                visit(value, function, partial(setattr, node, field), node)
 
-    visit(tree, None, None)
+    visit(tree, None, None, None)
     return found
 
 
@@ -155,6 +168,7 @@ def pytest_runtestloop(session):
             for item in items:  # a test without end is killed
                 seconds = int(time.process_time() + 2 * took[item] + PATIENCE)
                 resource.setrlimit(resource.RLIMIT_CPU, (seconds, -1))
+                signal.alarm(LONG)
                 if fails(item):
                     os._exit(1)
             os._exit(0)
@@ -189,6 +203,6 @@ def report(say, fork):
             function, line, name, _ = running.pop(child)
             counts["killed" if status else "survived"] += 1
             if not status:
-                say(f"survived: {function[0]}:{line} {name}")
+                say(f"{counts.total()}: survived: {function[0]}:{line} {name}")
     rate = counts["killed"] / max(counts["killed"] + counts["survived"], 1)
     say(f"{dict(counts)}, {rate:.1%} killed")
