@@ -109,18 +109,13 @@ class WarmCache:
 
         :param tag: to which it will be charged if its caller says none.
         """
-        checkout, scheduler = record.fair.checkout, self._scheduler
+        checkout = record.fair.checkout
         checkout.borrowed = True
         self.borrowed[checkout] = None
         # From here on no section grants anything before it has charged this.
-        tag_state = scheduler.tag_states.get(tag)
         if (
             self._lock.busy_in is None
-            and tag_state is not None
-            and not scheduler.waiting
-            and not scheduler.tags.reserved
-            and scheduler.in_use <= scheduler.capacity
-            and tag_state.in_use + len(self.borrowed) <= tag_state.safe_ceiling.value
+            and self._scheduler.may_take_over(tag, len(self.borrowed))
             and checkout in self.borrowed  # else a section was faster
         ):
             return True

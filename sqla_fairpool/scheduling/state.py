@@ -166,6 +166,17 @@ class SchedulerState:
             return self.capacity - self.in_use
         return self.capacity - self.in_use - self.kept_free
 
+    def may_take_over(self, tag: str, slots: int) -> bool:
+        """Tell if slots of others could be moved to a tag, all of them. Reads only."""
+        tag_state = self.tag_states.get(tag)
+        return (
+            tag_state is not None
+            and not self.waiting
+            and not self.tags.reserved
+            and self.in_use <= self.capacity
+            and tag_state.in_use + slots <= tag_state.safe_ceiling.value
+        )
+
     def wanted(self, ticket: Ticket) -> bool:
         """Tell if releasing this granted ticket would grant another one."""
         if not self.waiting or self.in_use > self.capacity:

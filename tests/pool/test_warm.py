@@ -14,7 +14,6 @@ from sqla_fairpool import CheckoutTimeout
 from sqla_fairpool.pool import warm
 from sqla_fairpool.pool.lock import PoolLock
 from sqla_fairpool.pool.warm import WarmCache
-from sqla_fairpool.scheduling.ticket import SafeCeiling
 
 
 @pytest.fixture
@@ -143,20 +142,16 @@ def test_warm_connection_without_a_tag_above_its_ceiling_is_not_taken(make_pool)
 
 @pytest.mark.parametrize("has_room", [True, False])
 def test_section_charges_what_is_borrowed_meanwhile_or_has_it_put_back(has_room):
-    lock = PoolLock(lambda: 7.0, lambda: True)
+    lock, scheduler = PoolLock(lambda: 7.0, lambda: True), Mock()
 
-    class Default(Mock):
-        @property
-        def in_use(self):
-            lock.run(lambda now: None)  # another thread's, with nothing in the inbox
-            return 1
+    def another_threads_section(tag, slots):
+        lock.run(lambda now: None)  # with nothing in the inbox
+        return True
 
     def charge(checkout):
         checkout.borrowed = not has_room
 
-    default = Default(safe_ceiling=SafeCeiling(1))
-    scheduler = Mock(tag_states={"unknown": default}, waiting=0, in_use=1, capacity=2)
-    scheduler.tags.reserved = 0
+    scheduler.may_take_over = another_threads_section
     cache, record = WarmCache(lock, scheduler, None, charge), Mock()
     record.fair.checkout.tag_state.tag = "a"
     assert cache.borrow(record, "unknown") is has_room
