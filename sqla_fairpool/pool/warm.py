@@ -119,7 +119,7 @@ class WarmCache:
             and checkout in self.borrowed  # else a section was faster
         ):
             return True
-        if self.borrowed.pop(checkout, self) is not None:
+        if not self._end_loan(checkout):
             self._lock.visit()  # a section has charged it by then, if the tag has room
         if not checkout.borrowed:
             return True
@@ -133,12 +133,16 @@ class WarmCache:
         Needs no lock.
         """
         tag_state = checkout.tag_state
-        if tag_state.tag != tag or self.borrowed.pop(checkout, self) is not None:
+        if tag_state.tag != tag or not self._end_loan(checkout):
             return False
         checkout.borrowed = False
         checkout.again += 1
         tag_state.last_activity = self._lock.clock()
         return True
+
+    def _end_loan(self, checkout: Checkout) -> bool:
+        """Decide to which tag it is charged; tell if no section has. Needs no lock."""
+        return self.borrowed.pop(checkout, self) is None
 
     def _charge_borrowed(self) -> None:
         """Charge all that is borrowed to the default tag. Caller is in a section.
@@ -146,7 +150,7 @@ class WarmCache:
         In their order: for the last ones it may not have been looked if there is room.
         """
         for checkout in list(self.borrowed):
-            if self.borrowed.pop(checkout, self) is None:  # else its caller was faster
+            if self._end_loan(checkout):  # else its caller was faster
                 self._charge(checkout)
 
     def pop_any(self) -> Record | None:

@@ -82,7 +82,7 @@ def test_tag_that_is_set_on_a_connection_kept_warm_for_it(engine):
     assert [n for n in names if n != "note"] == [
         *("_do_get", "checkout", "borrow", "may_take_over"),
         *("set_on_connection", "validate_tag", "_is_tag", "check_out_by"),
-        *("_retag", "claim"),
+        *("_retag", "claim", "_end_loan"),
         *("_do_return_conn", "checkin"),
     ]
 

@@ -236,14 +236,14 @@ MUTANTS = {
     ),
     "a section and a caller both say whose it is": (
         "loans",
-        WarmCache._charge_borrowed,
-        "if self.borrowed.pop(checkout, self) is None:",
-        "if self.borrowed.pop(checkout, None) is None:",
+        WarmCache._end_loan,
+        "return self.borrowed.pop(checkout, self) is None",
+        "self.borrowed.pop(checkout, None); return True",
     ),
     "a caller claims what a section has charged": (
         "loans",
         WarmCache.claim,
-        "or self.borrowed.pop(checkout, self) is not None",
+        "or not self._end_loan(checkout)",
         "",
     ),
     "a waiter that comes during a checkin is forgotten": (
