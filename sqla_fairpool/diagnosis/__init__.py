@@ -76,8 +76,13 @@ class TaskHere:
 
         yield from _up(sys._getframe(1))
         # SQLAlchemy runs its synchronous code in a greenlet below the coroutine.
-        parent = getcurrent().parent
-        yield from _up(parent.gr_frame if parent else None)
+        parent, task = getcurrent().parent, asyncio.current_task()
+        coroutine = task and task.get_coro()  # or the generator of a types.coroutine
+        outermost = getattr(coroutine, "cr_frame", getattr(coroutine, "gi_frame", None))
+        for frame in _up(parent.gr_frame if parent else None):
+            yield frame
+            if frame is outermost:
+                return  # what follows runs the loop, and asks for nothing
 
 
 def has_ended(caller: Caller | None) -> bool:
@@ -183,13 +188,14 @@ def _line_of(location: Location) -> int:
 _PARTS_SHOWN = 3
 
 
-def describe_location(stack: Sequence[Location]) -> str | None:
+def describe_location(stack: Sequence[Location], *, own: bool = False) -> str | None:
     """Return ``scrapers/layer2/fetch.py:41 in parse``, the innermost user's code.
 
-    None without a stack.
+    None without a stack. If it has to be `own`, also where only Python's library,
+    SQLAlchemy and the pool are on the stack.
     """
     location = _users_location(stack)
-    if location is None:
+    if location is None or (own and _rank(location[0]) == _OTHER):
         return None
     code = location[0]
     path = "/".join(code.co_filename.replace(os.sep, "/").split("/")[-_PARTS_SHOWN:])

@@ -177,13 +177,13 @@ class Capture(NamedTuple):
             out.as_holding(self.now, self.caller, self.waiting, look_up=n < _LOOKED_UP)
             for n, out in enumerate(sorted(self.out, key=lambda out: out.since))
         ]
-        asked_at = describe_location(locations(frames))
         others = self.others()
         return Diagnosis(
             **self.figures,
             active_tags=len(self.active | others.active_tags),
             holdings=tuple(holdings),
-            asked_at=asked_at,
+            asked_at=describe_location(locations(frames), own=True),
+            asked_by=describe_caller(self.caller),
             elsewhere=others.holders,
         )
 

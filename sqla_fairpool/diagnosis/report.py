@@ -108,8 +108,10 @@ class Diagnosis:
     holders: tuple[tuple[str, int], ...]
     #: What is out, the oldest first.
     holdings: tuple[Holding, ...]
-    #: Where the caller waited, in the user's code.
+    #: Where the caller waited, in the user's code; None where none of it is on the
+    #: caller's stack. And the thread or task.
     asked_at: str | None = None
+    asked_by: str = ""
     #: With a ledger: how many connections it let this process have, and why it could
     #: not be reached, if it could not.
     allotted: int | None = None
@@ -135,7 +137,8 @@ class Diagnosis:
     def __str__(self) -> str:
         oldest = "; ".join(map(str, self.oldest[:_OLDEST_NAMED]))
         text = f"{self.figures}; oldest: {oldest}" if oldest else self.figures
-        return f"{text}; asked for at {self.asked_at}" if self.asked_at else text
+        where = f"at {self.asked_at}" if self.asked_at else f"by {self.asked_by}"
+        return f"{text}; asked for {where}"
 
     @property
     def figures(self) -> str:

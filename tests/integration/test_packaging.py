@@ -259,6 +259,18 @@ def slugs(text):
     return {*plain, *re.findall(r"^\((\S+)\)=$", text, re.MULTILINE)}
 
 
+def test_help_ends_with_an_address_that_is_there():
+    page = (ROOT / "docs" / "reference" / "command-line.md").read_text()
+    parsers = [make_argument_parser()]
+    for parser in parsers:
+        for group in parser._subparsers._group_actions if parser._subparsers else ():
+            parsers.extend(group.choices.values())
+        address, _, anchor = parser.format_help().split()[-1].partition("#")
+        assert address.endswith("/docs/reference/command-line.md")
+        assert anchor in slugs(page)
+    assert len(parsers) > 12
+
+
 @pytest.mark.parametrize(
     "path", documents.DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix()
 )

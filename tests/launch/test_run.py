@@ -630,6 +630,14 @@ def test_bad_variable_is_named_and_nothing_starts(refused, monkeypatch):
             assert refused("x.py").startswith(f"{variable}='")
 
 
+def test_ledger_that_cannot_be_a_file_is_told_before_the_start(refused, told, tmp_path):
+    path = tmp_path / "mistyped" / "app.ledger"
+    assert f"{path.parent} does not exist" in refused("--ledger", str(path), "x.py")
+    assert "Is a directory" in refused("--ledger", str(tmp_path), "x.py")
+    (tmp_path / "app.ledger").touch()  # as an operator makes it for several users
+    assert told("--ledger", str(tmp_path / "app.ledger"), "x.py")[::2] == (0, "")
+
+
 def test_other_limits_than_the_ledger_in_use_has(told, tmp_path):
     """One line before the start; the script's pool has those of the ledger."""
     path = str(tmp_path / "app.ledger")

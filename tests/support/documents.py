@@ -146,7 +146,7 @@ def _command(name, parser, level):
         yield f"| {cell} | {meaning} |"
     if parser.epilog:
         yield from ("", "```text", *parser.epilog.strip().splitlines(), "```")
-    for action in shown:
+    for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for inner, other in action.choices.items():
                 yield from _command(f"{name} {inner}", other, level + 1)
