@@ -245,7 +245,7 @@ def test_dry_run_says_what_was_granted_and_moves_on_both_sides():
     by_rule = scheduler.rules.tag_states
     assert len(by_rule["b"].waiters) == 9
     assert scheduler.move(held[-1], "c", 1.0) is not None
-    assert by_rule["c"].in_use == 1
+    assert by_rule["c"].in_use == by_rule["c"].checkouts == 1
     assert len(by_rule["b"].waiters) == 8
     check_valid(scheduler.rules)
 
@@ -341,10 +341,22 @@ def test_of_tags_that_used_the_same_one_that_waits_is_before_one_that_comes():
 
 def test_slot_that_is_reserved_is_not_wanted_for_others():
     limits = {"health": TagLimits(reserved=2)}
-    scheduler = Scheduler(**RULES | {"capacity": 3}, now=0.0, limits=limits)
-    reserved, held = request(scheduler, "health"), request(scheduler, "web")
+    scheduler = Scheduler(**RULES | {"capacity": 4}, now=0.0, limits=limits)
+    held = [request(scheduler, tag) for tag in ("health", "health", "web", "x")]
+    assert not any(map(scheduler.wanted, held))
     assert not scheduler.request(Ticket(), "web", 0.0)
-    assert (scheduler.wanted(reserved), scheduler.wanted(held)) == (False, True)
+    assert [*map(scheduler.wanted, held)] == [False, False, True, True]
+    scheduler.set_capacity(3, 0.0)
+    assert not any(map(scheduler.wanted, held))
+
+
+def test_slot_that_is_reserved_is_not_moved_to_others():
+    limits = {"health": TagLimits(reserved=2)}
+    scheduler = Scheduler(**RULES | {"capacity": 3}, now=0.0, limits=limits)
+    held = [request(scheduler, tag) for tag in ("health", "health", "x")]
+    assert scheduler.move(held[0], "web", 0.0) is None
+    assert scheduler.move(held[2], "web", 0.0) is not None
+    check_valid(scheduler, held)
 
 
 def test_reserves_from_outside_stay_when_options_change():
@@ -474,6 +486,11 @@ def test_slot_for_which_any_caller_waits_is_not_moved_in_a_dry_run():
     held, waiting = request(scheduler, "a"), Ticket()
     assert not scheduler.request(waiting, "b", 0.0)
     assert scheduler.move(held, "c", 0.0) is None
+    scheduler.pause({"b": tags.Pause(0.0)}, 0.0)
+    scheduler.set_capacity(3, 0.0)
+    assert scheduler.move(held, "c", 0.0) == []
+    scheduler.set_capacity(1, 0.0)
+    scheduler.pause({}, 0.0)
     assert [*scheduler.release(held, 0.0)] == [waiting]
 
 

@@ -116,6 +116,7 @@ def test_what_one_more_needs(tag, paused, expected):
     script = Script(capacity=4, soft_limit=3, max_limit=3)
     script.requests(a=3, b=1)
     script.scheduler.pause({paused: Pause(0.0)}, 0.0)
+    script.requests(a=1)
     assert str(script.explain(tag)).splitlines()[-1] == expected
 
 

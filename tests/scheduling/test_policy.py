@@ -232,4 +232,5 @@ def test_definition_rejects_a_share_of_what_is_reserved_for_another():
 
 
 def test_of_those_that_have_equally_much_the_first_is_next():
-    assert policy.fair_shares([9, 9], 3, [1.0, 1.0], [0, 1]) == [2, 1]
+    for floors in ([0, 1], [1, 0]):
+        assert policy.fair_shares([9, 9], 3, [1.0, 1.0], floors) == [2, 1]

@@ -326,12 +326,12 @@ def test_time_that_was_not_used_is_taken_back_over_a_landmark(half_life, changed
 def test_move_takes_back_what_was_not_used(source, moved_hold, checkouts):
     """Of the silent tag the last checkout, too: it turns out to be another tag's."""
     scheduler, ticket = make_scheduler(2, silent_tag="unknown"), Ticket()
-    scheduler.request(ticket, source, 0.0)
-    ticket.again, ticket.held, ticket.since = 1, 0.5, 9.5
-    assert scheduler.move(ticket, "a", 10.0) is not None
+    scheduler.request(ticket, source, 90.0)
+    ticket.again, ticket.held, ticket.since = 1, 0.5, 99.5
+    assert scheduler.move(ticket, "a", 100.0) is not None
     state = scheduler.tag_states[source]
     # The last half second is charged to the tag that it began under.
-    used = scheduler.usage.seconds(state, 10.0)
+    used = scheduler.usage.seconds(state, 100.0)
     assert used == pytest.approx(ALWAYS * 0.5 * 1.0 / 10.0)
     assert (state.hold_total, state.checkouts) == (0.5 + moved_hold, checkouts)
     assert ticket.tag_state.counters.hold.count == 0
