@@ -241,8 +241,10 @@ def test_dry_run_says_what_was_granted_and_moves_on_both_sides():
     request(scheduler, "a")
     held = [request(scheduler, "b") for _ in range(19)]
     assert not scheduler.request(Ticket(), "a", 0.0)
-    assert scheduler.cancel(scheduler.lines.newest())
     by_rule = scheduler.rules.tag_states
+    assert by_rule["a"].in_use == 2
+    assert scheduler.cancel(scheduler.lines.newest())
+    assert by_rule["a"].in_use == 1
     assert len(by_rule["b"].waiters) == 9
     assert scheduler.move(held[-1], "c", 1.0) is not None
     assert by_rule["c"].in_use == by_rule["c"].checkouts == 1
@@ -473,6 +475,8 @@ def test_dry_run_has_the_new_rules():
     assert by_rule.counters.refusals == 5
     scheduler.set_capacity(2, 0.0)
     assert scheduler.rules.capacity == 2
+    scheduler.tick(61.0)
+    assert scheduler.rules.next_tick == scheduler.next_tick == 91.0
     scheduler.activity(held[-1], 0.0)
     for ticket in held:
         scheduler.release(ticket, 3.0)

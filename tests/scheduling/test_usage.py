@@ -18,6 +18,9 @@ from ..support.turns import Turns
 
 LONG, SHORT = 1.0, 0.01
 
+#: What one connection that is always held comes to.
+ALWAYS = 10.0 / math.log(2)
+
 
 def many_tenants(long, short, turns):
     """More tags than slots, some of which hold a hundred times as long as others."""
@@ -142,15 +145,16 @@ def test_usage_is_the_integral_of_what_was_held_decayed():
     assert scheduler.usage.seconds(state, now) == pytest.approx(expected)
 
 
-def test_time_in_which_a_connection_was_kept_warm_does_not_count():
+@pytest.mark.parametrize("seconds", [1000.0, 1.0])
+def test_time_in_which_a_connection_was_kept_warm_does_not_count(seconds):
     scheduler = make_scheduler(5)
     ticket = Ticket()
     scheduler.request(ticket, "a", 0.0)
     ticket.again, ticket.held = 3, 0.5  # four checkouts, without the scheduler
-    scheduler.vacate(ticket, 1000.0)
-    always = 10.0 / math.log(2)
-    used = scheduler.usage.seconds(scheduler.tag_states["a"], 1000.0)
-    assert used == pytest.approx(always * 0.5 / 1000.0)
+    scheduler.vacate(ticket, seconds)
+    used = scheduler.usage.seconds(scheduler.tag_states["a"], seconds)
+    charged = ALWAYS * (1 - 2.0 ** (-seconds / 10.0))
+    assert used == pytest.approx(charged * 0.5 / seconds)
 
 
 def test_order_outlasts_the_landmark():
@@ -221,9 +225,6 @@ def test_what_was_used_elsewhere_counts_and_decays_from_when_it_was_heard_first(
         assert state.lift == pytest.approx(state.elsewhere)
     assert "unknown" not in scheduler.tag_states
     assert not counted._heard
-
-
-ALWAYS = 10.0 / math.log(2)
 
 
 @pytest.mark.parametrize(
