@@ -62,7 +62,7 @@ class Reopening:
     def adopt(self, connection: Any) -> None:
         """Close what was opened for nobody."""
         physical = self._physical
-        physical.orphaned = False
+        physical.opening = physical.orphaned = False  # no record's, so it is apart
         if connection is None:
             self._existing.ended_soon(physical)
         else:
