@@ -136,6 +136,11 @@ def _paused(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
     return [(float(pool.paused_for is not None), {})]
 
 
+def _paused_tags(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
+    known = {tag.name for tag in pool.tags}.union(pool.paused_tags)
+    return [(float(tag in pool.paused_tags), {_TAG: tag}) for tag in sorted(known)]
+
+
 def _count(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
     yield pool.idle, {_STATE: "idle"}
     for tag in pool.tags:
@@ -179,6 +184,7 @@ _FIGURES: _Figures = {
     # The conventions have no names for these.
     "sqla_fairpool.": (("paused", "1", "1 while no checkout is served", _paused),),
     _TAG + ".": (
+        ("paused", "1", "1 while no checkout of the tag is served", _paused_tags),
         ("weight", "1", "Relative entitlement of a tag", _tags("weight")),
         ("max", "{connection}", "A maximum of a tag's own", _tags("max")),
         ("reserved", "{connection}", "Kept for a tag alone", _tags("reserved")),

@@ -144,12 +144,11 @@ def test_usage_is_the_integral_of_what_was_held_decayed():
 def test_no_moment_counts_for_more_or_less_than_it_should():
     scheduler, ticket = make_scheduler(5, usage_half_life=10.0), Ticket()
     random.seed(4)
-    begin = 0.0
+    state, begin = scheduler.tags.get("a", 0.0), 0.0
     for _ in range(300):
         end = begin + random.choice([1e-4, 1e-3, 0.1])
+        before = state.charged
         scheduler.request(ticket, "a", begin)
-        state = ticket.tag_state
-        before = state.charged + scheduler.usage.scale(begin)
         scheduler.release(ticket, end)
         expected = 10.0 / math.log(2) * (2 ** (end / 10.0) - 2 ** (begin / 10.0))
         assert state.charged - before == pytest.approx(expected, rel=4e-4)
