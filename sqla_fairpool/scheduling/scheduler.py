@@ -283,8 +283,7 @@ class Scheduler(SchedulerState):
             soft_limit, max_limit, idle_timeout, capacity, limits or {}
         )
         self.kept_free = self._reserved_unused()
-        self.usage.rebase(now, usage_half_life)
-        self.lines.all_changed()
+        self.usage.rebase(now, usage_half_life)  # and rank all anew
         return self.set_capacity(capacity if usable is None else usable, now)
 
     def impose(
