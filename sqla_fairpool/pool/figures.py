@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from ..scheduling.explanation import Explanation
     from ..stats import PoolStats
 
-__all__ = ["Figures"]
-
 
 class Figures:
     """The part of a pool that changes nothing."""

@@ -30,8 +30,6 @@ from .transitions import Transitions
 from .waiters import TaskWaiter, Waiter
 from .waiting import Waiting
 
-__all__ = ["Opening"]
-
 #: Seconds that opening ahead waits for slots of a ledger: other processes may need them
 #: more, so what there is in a moment has to do.
 _PATIENCE = 2.0

@@ -15,8 +15,6 @@ from .counters import Counters
 from .state import SchedulerState
 from .ticket import TagLimits, TagState
 
-__all__ = ["Explanation", "Observed", "Rival", "TagFacts", "explain", "facts_of"]
-
 #: Tags that are named as being before it.
 _RIVALS_NAMED = 5
 
