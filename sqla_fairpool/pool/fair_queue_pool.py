@@ -201,12 +201,14 @@ class FairQueuePool(Figures, Pausable, Pool):
 
     def _do_get(self) -> ConnectionPoolEntry:
         request = requested()
-        if request is None or request.dialect is not self._dialect:
-            tag = (context_tag() if blocks() else None) or self._default_tag
-            return self._core.checkout(tag, self)
-        make_request(None)  # before it waits or connects, see there
-        tag = request.tag or context_tag() or self._default_tag
-        return self._core.checkout(tag, self, request.timeout)
+        if request is not None:
+            dialect, tag, timeout, _ = request
+            if dialect is self._dialect:
+                make_request(None)  # before it waits or connects, see there
+                tag = tag or context_tag() or self._default_tag
+                return self._core.checkout(tag, self, timeout)
+        tag = (context_tag() if blocks() else None) or self._default_tag
+        return self._core.checkout(tag, self)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         self._core.checkin(record, self.generation)  # type: ignore[arg-type]  # with `fair`

@@ -97,14 +97,17 @@ def check_out_again(connection: Connection) -> None:
 def check_out_by(
     connection: Connection,
     check_out: Callable[[weakref.ref[Connection]], PoolProxiedConnection],
-) -> None:
+) -> ConnectionPoolEntry | None:
     """Have a connection's later checkouts, after an invalidation, made by a function.
 
-    Nothing public tells which connection a checkout is for. A weak reference, because a
-    cycle would keep a leaked connection until the collector's next run.
+    Returns the record that it has now, as :func:`record_of`. Nothing public tells which
+    connection a checkout is for. A weak reference, because a cycle would keep a leaked
+    connection until the collector's next run.
     """
     method = MethodType(check_out, weakref.ref(connection))
     connection._revalidate_connection = method  # type: ignore[method-assign]
+    proxied: Any = connection._dbapi_connection
+    return None if proxied is None else proxied._connection_record
 
 
 def check_out(connection: Connection) -> PoolProxiedConnection:

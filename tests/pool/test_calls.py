@@ -72,6 +72,21 @@ def test_warm_checkout_and_checkin(engine):
     ]
 
 
+def test_tag_that_is_set_on_a_connection_kept_warm_for_it(engine):
+    def use():
+        engine.connect().execution_options(scraper="a").close()
+
+    use()
+    with state.lock_forbidden(engine):
+        names = our_calls(use)
+    assert [n for n in names if n != "note"] == [
+        *("_do_get", "checkout", "borrow", "may_take_over"),
+        *("set_on_connection", "validate_tag", "_is_tag", "check_out_by"),
+        *("_retag", "claim", "_end_loan"),
+        *("_do_return_conn", "checkin"),
+    ]
+
+
 def test_warm_checkout_without_a_tag_takes_no_lock(engine):
     engine.connect().close()
     with state.lock_forbidden(engine):
