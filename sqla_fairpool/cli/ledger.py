@@ -17,6 +17,7 @@ from ..launch import DATABASE, LEDGER
 from ..ledger.book import Book
 from ..ledger.inspector import LedgerReport, read
 from ..ledger.keeper import describe_process
+from ..ledger.overview import counted
 from ..ledger.overview_text import describe, printable
 from ..ledger.rows import Terms
 from ..options import TERMS, PoolOptions
@@ -105,8 +106,8 @@ def _lines(report: LedgerReport) -> Iterator[str]:
     free = 0 if book.is_fresh else max(terms.capacity - owned - kept, 0)
     yield f"ledger {report.name}"
     yield (
-        f"{terms.capacity} slots: {owned} owned by {len(report.living)} "
-        f"members, {kept} in quarantine, {free} free; "
+        f"{terms.capacity} slots: {owned} owned by "
+        f"{counted(len(report.living), 'member')}, {kept} in quarantine, {free} free; "
         f"at most {terms.soft_limit} for each tag of several, {terms.max_limit} alone"
     )
     if (set_by := book.set_by) is not None:
@@ -114,7 +115,8 @@ def _lines(report: LedgerReport) -> Iterator[str]:
     for tag, since in sorted(book.pauses.items()):
         yield f"PAUSED{f', tag {tag!r}' if tag else ''}, since {since}"
     if report.control_connections:
-        yield f"{report.control_connections} control connections beside them"
+        beside = counted(report.control_connections, "control connection")
+        yield f"{beside} beside them"
     if book.is_fresh:
         yield (
             "nothing is handed out yet: the rows were made anew, and processes that "
@@ -130,7 +132,7 @@ def _lines(report: LedgerReport) -> Iterator[str]:
             continue
         state = " STOPPED" if member.stalled else ""
         who = f"#{member.number} {describe(member.who, _WHO)}"
-        yield f"  {who}{state}: {member.owned} slots"
+        yield f"  {who}{state}: {counted(member.owned, 'slot')}"
         if asked := member.who.get("asked"):
             yield f"    asked for {printable(str(asked))}: the ledger has other limits"
         for tag, line in sorted(member.tags.items()):
@@ -177,7 +179,9 @@ def _reset(arguments: argparse.Namespace) -> int:
             members = list(Book(rows).texts)
             number = len(rows)
         _require_no_member(store, members)
-        what = f"{len(members)} members, and all {number} rows of {store.name}"
+        what = (
+            f"{counted(len(members), 'member')}, and all {number} rows of {store.name}"
+        )
         if not arguments.yes and not _agreed(f"forget {what}? [y/N] "):
             print("nothing done")
             return EXIT_NOT_AS_EXPECTED
@@ -202,8 +206,8 @@ def _require_no_member(store: AnyStore, members: Collection[str]) -> None:
     alive = len(store.living(members)) + store.strangers(members)
     if alive:
         raise CommandError(
-            f"{alive} members live: stop them before; `sqla-fairpool ledger show` "
-            "names those that have a row"
+            f"{counted(alive, 'member')} alive: stop them before; "
+            "`sqla-fairpool ledger show` names those that have a row"
         )
 
 

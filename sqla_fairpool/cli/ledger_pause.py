@@ -20,7 +20,7 @@ from ..checks import validate_tag, validate_timeout
 from ..ledger.book import Book
 from ..ledger.inspector import Inspector
 from ..ledger.keeper import describe_process
-from ..ledger.overview import Overview
+from ..ledger.overview import Overview, counted
 from ..ledger.overview_text import printable
 from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Left
@@ -172,14 +172,14 @@ def reap(arguments: argparse.Namespace) -> int:
     meant, database = find_store(arguments)
     with opened(meant) as store, asking(database, store) as ask:
         done = _reap(store, ask)
-    print(f"{done.dead} dead found, {done.freed} slots freed")
+    print(f"{done.dead} dead found, {counted(done.freed, 'slot')} freed")
     if done.kept:
         reason = "no member has said on which server its sessions are"
         if done.can_tell:
             reason = "their sessions live on the server"
         elif not done.was_asked:
             reason = "without --url of a PostgreSQL the server cannot be asked"
-        print(f"{done.kept} slots stay in quarantine: {reason}")
+        print(f"{counted(done.kept, 'slot')} left in quarantine: {reason}")
         return EXIT_NOT_AS_EXPECTED
     return EXIT_OK
 

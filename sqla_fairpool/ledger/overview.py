@@ -19,7 +19,7 @@ from ..stats import TOLD, TagStats
 
 #: Seconds after which a connection that is out is worth a warning.
 _LONG_HOLD = 60.0
-_FREE = "are free for whoever comes next"
+_FREE = "free for whoever comes next"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,11 @@ class ProcessRow:
         return f"{self.program} ({self.host}:{self.pid})"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things in words."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 @dataclass(frozen=True, slots=True)
 class LeftRow:
     """Slots that a process which has ended, or a connection, has left behind."""
@@ -66,14 +71,15 @@ class LeftRow:
     is_free: bool = False
 
     def __str__(self) -> str:
+        slots = counted(self.slots, "slot")
         if self.is_free:
             how = "has ended" if self.why in (None, "died") else self.why
-            return f"{self.who} {how}: its {self.slots} slots {_FREE}"
+            return f"{self.who} {how}: {slots} {_FREE}"
         if self.why is not None:
-            return f"{self.slots} slots in quarantine: {self.who} {self.why}"
+            return f"{slots} in quarantine: {self.who} {self.why}"
         return (
-            f"{self.who} has ended without leaving: its {self.slots} slots are free "
-            "when the server has no session of it"
+            f"{self.who} has ended without leaving: {slots} free when the server has "
+            "no session of it"
         )
 
 
@@ -348,7 +354,8 @@ def _warnings(
 ) -> Iterable[str]:
     for process in processes:
         if process.state == "silent":
-            yield f"{process.who} does not answer: it keeps its {process.slots} slots"
+            slots = counted(process.slots, "slot")
+            yield f"{process.who} does not answer: it keeps {slots}"
         if process.asked:
             asked = f"asked for {process.asked}"
             yield f"{process.who} {asked}: the ledger has other limits"

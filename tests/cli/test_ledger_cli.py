@@ -169,7 +169,7 @@ def test_show_and_that_a_reset_is_refused_while_a_member_lives(
     assert status == 0
     assert set_by.startswith("limits set by ")
     assert first == f"ledger {path}"
-    assert second.startswith("20 slots: 3 owned by 1 members, 0 in quarantine, 17 free")
+    assert second.startswith("20 slots: 3 owned by 1 member, 0 in quarantine, 17 free")
     assert f":{os.getpid()}, since 20" in who
     assert who.endswith(": 3 slots")
     assert tag.startswith("    'layer\u00e93' ")
@@ -177,7 +177,7 @@ def test_show_and_that_a_reset_is_refused_while_a_member_lives(
     assert (report["capacity"], report["owned"], report["free"]) == (20, 3, 17)
     assert report["members"][0]["alive"] is True
     assert report["members"][0]["tags"][0]["tag"] == "layer\u00e93"
-    assert "1 members live" in fails("reset", "--yes")
+    assert "1 member alive" in fails("reset", "--yes")
 
 
 def test_show_says_why_sessions_cannot_be_asked_for(run, path):
@@ -266,9 +266,7 @@ def test_reset_asks_first(run, left, monkeypatch):
         monkeypatch.setattr("builtins.input", lambda question, said=said: answer(said))
         status, out, err = run("reset")
         assert (status, out.strip(), err) == (1, "nothing done", "")
-        assert (
-            "has ended: its 2 slots are free for whoever comes next" in run("show")[1]
-        )
+        assert "has ended: 2 slots free for whoever comes next" in run("show")[1]
     monkeypatch.setattr("builtins.input", lambda question: "y")
     assert run("reset")[:2] == (0, "done\n")
     assert ": 0 owned by 0 members" in run("show")[1]
@@ -306,10 +304,10 @@ def test_a_broken_row_is_one_line_and_reset_mends_it(run, fails, path, key, row)
 def test_reap_keeps_what_the_server_cannot_be_asked_about(run, left):
     assert run("reap")[:2] == (
         1,
-        "1 dead found, 0 slots freed\n2 slots stay in quarantine: without --url of a "
+        "1 dead found, 0 slots freed\n2 slots left in quarantine: without --url of a "
         "PostgreSQL the server cannot be asked\n",
     )
-    assert "has ended: its 2 slots are free for whoever comes next" in run("show")[1]
+    assert "has ended: 2 slots free for whoever comes next" in run("show")[1]
 
 
 @pytest.fixture
@@ -345,12 +343,12 @@ def test_reap_frees_what_no_session_has_on_the_server_in_any_database(
 
     assert reap()[:2] == (
         1,
-        "1 dead found, 1 slots freed\n"
-        "2 slots stay in quarantine: their sessions live on the server\n",
+        "1 dead found, 1 slot freed\n"
+        "2 slots left in quarantine: their sessions live on the server\n",
     )
     assert "2 slots in quarantine: ? (?:4711) died" in run("show")[1]
     held[0].close()
-    eventually(lambda: "0 dead found, 1 slots freed" in reap()[1])
+    eventually(lambda: "0 dead found, 1 slot freed" in reap()[1])
     held[1].close()
     eventually(lambda: reap()[0] == 0)
     assert "20 free" in run("show")[1]
@@ -366,7 +364,7 @@ def test_reap_keeps_what_it_cannot_tell(run, fails, dead, path):
         rows["meta"] = Meta(TERMS, 9, 9, "postgresql 42").text
     said = "the members' sessions are on postgresql 42: give the URL of their"
     assert said in fails(*args)
-    assert "has ended without leaving: its 3 slots are" in run("show")[1]
+    assert "has ended without leaving: 3 slots free" in run("show")[1]
     with rows_of(path) as rows:
         rows["meta"] = meta
     with held[0].engine.connect() as more:
@@ -382,7 +380,7 @@ def test_reap_that_the_server_does_not_help(
     args = ("reap", "--url", postgres_url)
     assert run(*args)[:2] == (
         1,
-        "1 dead found, 0 slots freed\n2 slots stay in quarantine: no member has said "
+        "1 dead found, 0 slots freed\n2 slots left in quarantine: no member has said "
         "on which server its sessions are\n",
     )
     look = "sqla_fairpool.cli.ledger_pause.look"

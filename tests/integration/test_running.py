@@ -142,7 +142,7 @@ def test_three_unchanged_scripts_and_what_the_monitor_says(running):
     picture = running.look()
     row = rows(picture)["layer1_5"]
     assert (row["status"], row["connections"]) == ("silent", 15)
-    assert "does not answer: it keeps its 15 slots" in "\n".join(picture["warnings"])
+    assert "does not answer: it keeps 15 slots" in "\n".join(picture["warnings"])
     assert running.sessions() == 15
     first.send_signal(signal.SIGCONT)
 
@@ -189,7 +189,7 @@ def test_script_that_fails_leaves_nothing(running, tmp_path):
     # has ended the session, in a moment.
     picture = running.until(lambda p: p["pool"]["quarantined"] == 0)
     who = f"failing.py ({socket.gethostname()}:{process.pid})"
-    free = "its 1 slots are free for whoever comes next"
+    free = "1 slot free for whoever comes next"
     assert picture["scrapers"] == []
     assert picture["warnings"] == [f"{who} left connections open: {free}"]
     running.launch("layer1_5.py")

@@ -147,9 +147,7 @@ def test_one_that_does_not_answer_is_shown_with_what_it_posted(join, inspector, 
     a, b = overview.scrapers
     assert (a.status, a.connections, a.waiting) == ("silent", 4, 1)
     assert b.status == "active"
-    assert overview.warnings == (
-        "a.py (here:4711) does not answer: it keeps its 4 slots",
-    )
+    assert overview.warnings == ("a.py (here:4711) does not answer: it keeps 4 slots",)
     # It is waited for once; and is back as soon as it answers.
     before = clock.now
     inspector.look()
@@ -167,7 +165,7 @@ def test_dead_ones_and_quarantines_are_told(join, inspector):
     dead.store.close()
     overview = inspector.look()
     assert overview.warnings[0] == (
-        "a.py (here:4711) has ended without leaving: its 4 slots are free when the "
+        "a.py (here:4711) has ended without leaving: 4 slots free when the "
         "server has no session of it"
     )
     assert overview.scrapers == ()

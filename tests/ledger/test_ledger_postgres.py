@@ -384,7 +384,7 @@ def test_observer_is_no_member(url, make, capsys, given):
         book.join(store.member, {}, TERMS)
         book.tell(book.allocation())
     assert main(["ledger", "show", "--ledger", "database", "--url", given]) == 0
-    assert "1 members" in capsys.readouterr().out
+    assert "1 member" in capsys.readouterr().out
 
 
 def test_reap_asks_the_server_of_the_ledger_if_it_is_told_no_other(
@@ -407,7 +407,7 @@ def test_reset_is_refused_while_a_member_lives_that_has_no_row(
     store = make(url)
     args = ["ledger", "reset", "--ledger", "database", "--url", given, "--yes"]
     assert main(args) == 2
-    assert "1 members live: stop them before" in capsys.readouterr().err
+    assert "1 member alive: stop them before" in capsys.readouterr().err
     store.close()
     eventually(lambda: main(args) == 0)
 

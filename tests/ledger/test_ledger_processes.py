@@ -281,7 +281,7 @@ def test_program_that_ends_properly_is_no_crash(
     assert ": 0 owned by 0 members" in shown
     if not leaves:
         # The server notices the end of a session in a moment.
-        free = "has ended: its 1 slots are free for whoever comes next"
+        free = "has ended: 1 slot free for whoever comes next"
         eventually(lambda: free in said("ledger", "show"))
         stats = said("stats")
         assert "Warning: ending_program.py" in stats and free in stats

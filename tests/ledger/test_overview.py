@@ -117,7 +117,7 @@ def test_warnings_say_who():
     overview = compile_overview(parts, LIMITS, warnings=["first"])
     assert overview.warnings == (
         "first",
-        "scraper.py (here:1) does not answer: it keeps its 3 slots",
+        "scraper.py (here:1) does not answer: it keeps 3 slots",
         "b holds a connection for 61 s",
     )
     assert [row.status for row in overview.scrapers] == ["silent", "active"]
@@ -131,18 +131,18 @@ def test_what_is_left_is_free_as_soon_as_the_server_has_no_session_of_it():
     assert overview.limits.quarantined == 6
     assert overview.warnings == (
         "first",
-        "a (h:1) has ended without leaving: its 2 slots are free when the server has "
+        "a (h:1) has ended without leaving: 2 slots free when the server has "
         "no session of it",
         "3 slots in quarantine: b (h:2) died",
-        "1 slots in quarantine: c (h:3) left connections open",
+        "1 slot in quarantine: c (h:3) left connections open",
     )
     seen = overview.with_sessions({2})
     assert seen.limits.quarantined == 3
     assert seen.warnings == (
         "first",
-        "a (h:1) has ended: its 2 slots are free for whoever comes next",
+        "a (h:1) has ended: 2 slots free for whoever comes next",
         "3 slots in quarantine: b (h:2) died",
-        "c (h:3) left connections open: its 1 slots are free for whoever comes next",
+        "c (h:3) left connections open: 1 slot free for whoever comes next",
     )
 
 
