@@ -118,6 +118,13 @@ def test_reserved_slots_of_a_stalled_member_are_not_kept_twice():
     assert (found.shares["web"], found.kept_free) == (18, 0)
 
 
+def test_rest_of_a_reserve_goes_to_those_that_want_less():
+    tags = LimitsByTag({"health": TagLimits(reserved=3)})
+    parties = {"A": Party(tags={"health": QUIET}), "B": wanting(2, health=2)}
+    found = allocate(parties, {}, Limits(20, 20, 20, tags))
+    assert found.claimed == {"A": 1, "B": 2}
+
+
 def stalled(owned, in_use, tag="health"):
     return holding(owned, in_use, stalled=True, tag=tag)
 
@@ -213,6 +220,9 @@ def test_what_lacks_of_a_reserve_is_granted_first(kept, free, expected):
     members["B"] = replace(members["B"], tags={"web": tags["web"]})
     plan = allocate(members, {}, Limits(20, 20, 20, HEALTH))
     assert plan.grants(members, free) == expected
+    members["A"] = keeps(4, 0, wants=3, busy=3)
+    plan = allocate(members, {}, Limits(20, 20, 20, HEALTH))
+    assert plan.grants(members, 2) == {"A": 1, "B": 1}
 
 
 @pytest.mark.parametrize(
@@ -719,6 +729,14 @@ def test_one_that_needs_no_more_gives_back_what_it_does_not_claim():
         book = joined(9, a=5)
         told = settled(book, "a", {"x": Line(1, 1, True)}, 1, 0, keep=keep)
         assert (told.target, book.members["a"].owned) == (expected, expected)
+
+
+def test_ceiling_of_a_tag_under_which_only_others_work_is_what_they_leave():
+    for wants, ceiling in ((3, 6), (9, 1), (0, 9)):
+        book = joined(9, a=0, b=0)
+        settled(book, "a", {"x": Line(wants, 0, True)})
+        told = settled(book, "b", {"y": Line()})
+        assert (told.bounds.ceilings, told.bounds.other) == ({"x": ceiling}, 9)
 
 
 def test_what_others_have_used_is_told_where_tags_wait_and_slots_lack():

@@ -113,7 +113,7 @@ def mutants_of(path):
         if isinstance(node, UNCHANGED) or getattr(node, "arg", None) == "strict":
             return
         for field, value in ast.iter_fields(node):
-            if isinstance(value, list):
+            if isinstance(value, list) and field != "decorator_list":
                 for n, one in enumerate(value):
                     if isinstance(one, ast.AST):
                         visit(one, function, partial(value.__setitem__, n), node)
