@@ -10,7 +10,6 @@ one without; what an idle member costs. The machine should be otherwise idle.
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import tempfile
 import time
@@ -24,12 +23,10 @@ from sqla_fairpool import FairQueuePool
 from sqla_fairpool.ledger.addresses import make_store
 
 from .harness.bench import Bench
-from .harness.crowd import Caller, in_threads
+from .harness.crowd import SPAWN, Caller, in_threads, processes
 from .harness.database import open_database
-from .harness.figures import percentile
+from .harness.findings import percentile
 from .harness.pools import fair_engine
-
-SPAWN = multiprocessing.get_context("spawn")
 
 
 def transact(ledger: str, seconds: float, ready: Any, counts: Any) -> None:
@@ -45,16 +42,10 @@ def transact(ledger: str, seconds: float, ready: Any, counts: Any) -> None:
     store.close()
 
 
-def transactions_per_second(ledger: str, processes: int, seconds: float = 2.0) -> float:
-    ready, counts = SPAWN.Barrier(processes), SPAWN.Queue()
-    args = (ledger, seconds, ready, counts)
-    workers = [SPAWN.Process(target=transact, args=args) for _ in range(processes)]
-    for worker in workers:
-        worker.start()
-    total = sum(counts.get() for _ in workers)
-    for worker in workers:
-        worker.join()
-    return total / seconds
+def transactions_per_second(ledger: str, number: int, seconds: float = 2.0) -> float:
+    ready, counts = SPAWN.Barrier(number), SPAWN.Queue()
+    with processes(transact, [(ledger, seconds, ready, counts)] * number):
+        return sum(counts.get() for _ in range(number)) / seconds
 
 
 def one_slot(url: str, ledger: str) -> Any:
@@ -75,19 +66,17 @@ def wait_for_slots(url: str, ledger: str, pipe: Any) -> None:
 def hand_over_latency(url: str, ledger: str, times: int = 40) -> list[float]:
     """Seconds from a checkin here to a checkout there, of the only slot there is."""
     ours, theirs = SPAWN.Pipe()
-    other = SPAWN.Process(target=wait_for_slots, args=(url, ledger, theirs))
-    other.start()
-    engine, found = one_slot(url, ledger), []
-    for _ in range(times):
-        held = engine.connect()
-        ours.send(True)
-        ours.recv()
-        time.sleep(0.05)  # until it waits
-        began = time.monotonic()
-        held.close()
-        found.append(ours.recv() - began)
-    ours.send(False)
-    other.join()
+    with processes(wait_for_slots, [(url, ledger, theirs)]):
+        engine, found = one_slot(url, ledger), []
+        for _ in range(times):
+            held = engine.connect()
+            ours.send(True)
+            ours.recv()
+            time.sleep(0.05)  # until it waits
+            began = time.monotonic()
+            held.close()
+            found.append(ours.recv() - began)
+        ours.send(False)
     engine.dispose()
     return found
 

@@ -15,12 +15,12 @@ connections than there are. Several processes share a ledger.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import statistics
 import tempfile
-import threading
 import time
 from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Engine, create_engine, text
@@ -28,42 +28,48 @@ from sqlalchemy import Engine, create_engine, text
 from sqla_fairpool import FairQueuePool
 from sqla_fairpool.scheduling.policy import jain
 
-from .harness.crowd import working
+from .harness.crowd import SPAWN, Threads, processes, working
 from .harness.database import open_database
-from .harness.figures import percentile
+from .harness.findings import percentile
 
-SPAWN = multiprocessing.get_context("spawn")
 SLOTS, TAGS, CALLERS, LONG, SHORT = 20, 100, 4, 1.0, 0.01
 FLOOD, FLOOD_HOLD = 200, 0.01
+RESERVED = {"health": {"reserved": 1}}
 
 
 def make(url: str, ledger: str | None, **options: Any) -> Engine:
-    sizes = {"pool_size": SLOTS, "soft_limit": SLOTS, "max_limit": SLOTS}
-    return create_engine(
-        url,
-        poolclass=FairQueuePool,
-        pool_timeout=None,
-        ledger=ledger,
-        **sizes,
-        **options,
-    )
+    options |= dict.fromkeys(("pool_size", "soft_limit", "max_limit"), SLOTS)
+    options |= {"poolclass": FairQueuePool, "pool_timeout": None, "ledger": ledger}
+    return create_engine(url, **options)
 
 
-def hold(engine: Engine, tag: str, seconds: float, until: threading.Event, note: Any):
-    """Ask, hold in the server, return, and again: from one caller."""
-    tagged = engine.execution_options(scraper=tag)
-    sleep = text(f"select pg_sleep({seconds})")
-    while not until.is_set():
-        began = time.perf_counter()
-        with tagged.connect() as connection:
-            note(tag, time.perf_counter() - began)
-            connection.execute(sleep)
+def start(
+    group: Threads,
+    engine: Engine,
+    callers: Iterable[tuple[str, float]],
+    note: Callable[[str, float], object] = lambda tag, waited: None,
+) -> None:
+    """Start callers, by tag and hold: each asks, holds in the server, and again."""
+
+    def call(tag: str, seconds: float) -> None:
+        tagged = engine.execution_options(scraper=tag)
+        sleep = text(f"select pg_sleep({seconds})")
+        while not group.ended.is_set():
+            began = time.perf_counter()
+            with tagged.connect() as connection:
+                note(tag, time.perf_counter() - began)
+                connection.execute(sleep)
+
+    group.start(partial(call, *caller) for caller in callers)
+
+
+def web(threads: int) -> list[tuple[str, float]]:
+    return [(f"web{n % 3}", FLOOD_HOLD) for n in range(threads)]
 
 
 def tenants(number: int, options: Any, url: str, ledger: str | None, found: Any):
     """The callers of one process; puts connection-seconds and waits into a queue."""
-    engine = make(url, ledger)
-    waits: list[float] = []
+    engine, waits = make(url, ledger), list[float]()
 
     def note(tag: str, waited: float) -> None:
         if int(tag[3:]) >= options.long:
@@ -76,18 +82,10 @@ def tenants(number: int, options: Any, url: str, ledger: str | None, found: Any)
     if options.spread:
         for tag in range(0, TAGS, 4):
             places[tag].add((tag + 1) % options.processes)
+    here = [tag for tag, where in places.items() if number in where]
+    holds = [(f"tag{n}", LONG if n < options.long else SHORT) for n in here]
     with working() as group:
-        group.start(
-            lambda tag=tag: hold(
-                engine,
-                f"tag{tag}",
-                LONG if tag < options.long else SHORT,
-                group.ended,
-                note,
-            )
-            for tag, where in places.items()
-            for _ in range(CALLERS if number in where else 0)
-        )
+        start(group, engine, holds * CALLERS, note)
         group.ended.wait(20.0)
         first, before = len(waits), held()
         group.ended.wait(options.seconds)
@@ -98,47 +96,30 @@ def tenants(number: int, options: Any, url: str, ledger: str | None, found: Any)
 
 def flood(url: str, ledger: str | None, ready: Any, ended: Any) -> None:
     """Another process that wants all connections."""
-    engine = make(url, ledger, tags={"health": {"reserved": 1}})
+    engine = make(url, ledger, tags=RESERVED)
     with working() as group:
-        group.start(
-            lambda n=n: hold(engine, f"web{n % 3}", FLOOD_HOLD, group.ended, _ignore)
-            for n in range(FLOOD // 4)
-        )
-        ready.set()
+        start(group, engine, web(FLOOD // 4))
+        ready.wait()
         ended.wait()
     engine.dispose()
 
 
-def _ignore(tag: str, waited: float) -> None:
-    pass
-
-
 def reserved(options: Any, url: str, ledger: str | None) -> None:
-    engine = make(url, ledger, tags={"health": {"reserved": 1}})
-    ready, ended = SPAWN.Event(), SPAWN.Event()
-    others = [
-        SPAWN.Process(target=flood, args=(url, ledger, ready, ended))
-        for _ in range(options.processes - 1)
-    ]
-    for other in others:
-        other.start()
-        ready.wait()
+    engine = make(url, ledger, tags=RESERVED)
+    ready, ended = SPAWN.Barrier(options.processes), SPAWN.Event()
     health, waits = engine.execution_options(scraper="health"), []
-    with working() as group:
-        group.start(
-            lambda n=n: hold(engine, f"web{n % 3}", FLOOD_HOLD, group.ended, _ignore)
-            for n in range(FLOOD)
-        )
-        group.ended.wait(2.0)
-        for _ in range(options.checkouts):
-            began = time.perf_counter()
-            connection = health.connect()
-            waits.append(time.perf_counter() - began)
-            connection.close()
-            time.sleep(options.pause)
-    ended.set()
-    for other in others:
-        other.join()
+    with processes(flood, [(url, ledger, ready, ended)] * (options.processes - 1)):
+        ready.wait()
+        with working() as group:
+            start(group, engine, web(FLOOD))
+            group.ended.wait(2.0)
+            for _ in range(options.checkouts):
+                began = time.perf_counter()
+                connection = health.connect()
+                waits.append(time.perf_counter() - began)
+                connection.close()
+                time.sleep(options.pause)
+        ended.set()
     engine.dispose()
     shown = ", ".join(
         f"p{p:g} {percentile(waits[1:], p) * 1000:.3f} ms" for p in (50, 99, 99.9, 100)
@@ -147,20 +128,13 @@ def reserved(options: Any, url: str, ledger: str | None) -> None:
 
 
 def by_time(options: Any, url: str, ledger: str | None) -> None:
-    found = SPAWN.Queue()
-    workers = [
-        SPAWN.Process(target=tenants, args=(n, options, url, ledger, found))
-        for n in range(options.processes)
-    ]
-    for worker in workers:
-        worker.start()
-    seconds, waits = Counter(), []
-    for _ in workers:
-        some, more = found.get()
-        seconds.update(some)
-        waits += more
-    for worker in workers:
-        worker.join()
+    found, seconds, waits = SPAWN.Queue(), Counter(), []
+    each = [(n, options, url, ledger, found) for n in range(options.processes)]
+    with processes(tenants, each):
+        for _ in each:
+            some, more = found.get()
+            seconds.update(some)
+            waits += more
     times = [seconds[f"tag{n}"] for n in range(TAGS)]
     used = sum(times) / SLOTS / options.seconds
     print(
@@ -173,13 +147,11 @@ def by_time(options: Any, url: str, ledger: str | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="measure tenants on one budget")
     parser.add_argument("--url", help="a PostgreSQL; default: one of its own")
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--long", type=int, default=30, help="tags that hold for 1 s")
-    parser.add_argument("--seconds", type=float, default=40.0)
-    parser.add_argument("--spread", action="store_true")
-    parser.add_argument("--reserved", action="store_true")
-    parser.add_argument("--checkouts", type=int, default=10_000)
-    parser.add_argument("--pause", type=float, default=0.001)
+    numbers = {"processes": 1, "long": 30, "checkouts": 10_000}
+    for name, default in (numbers | {"seconds": 40.0, "pause": 0.001}).items():
+        parser.add_argument(f"--{name}", type=type(default), default=default)
+    for name in ("spread", "reserved"):
+        parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args()
     with open_database(options.url) as database:
         place = tempfile.mkdtemp()  # processes leave the ledger when they end

@@ -1,7 +1,9 @@
-"""The checks of values that users give: options, tags, times.
+"""The checks of values that users give: options, tags, times; and what errors say.
 
 Rules of this file: a bad value is one error, which says the option, the value and what
-is allowed. No password is shown.
+is allowed. No password is shown. What is raised anywhere is of a class below
+:class:`Documented`; its message stays on one line, and ends with the address of its
+page in the documentation, which stands here and nowhere else.
 """
 
 from __future__ import annotations
@@ -13,10 +15,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
-from .documented import BadArgument
-from .scheduling.limits import TIMES, TagLimits
+from sqlalchemy import exc
+
+from .scheduling.ticket import TIMES, TagLimits
+
+#: Where the pages of the errors are.
+PAGES = "https://github.com/sqla-fairpool/sqla-fairpool/blob/main/docs/reference/errors"
 
 #: Bounds of times, in seconds. With a shorter one a waiting caller would do nothing but
 #: look at the clock; a longer one, some thirty years, no operating system can wait.
@@ -34,6 +40,29 @@ _PASSWORD = re.compile(r"(://[^/\s:@]*):\S*@|\b((?:ssl)?password=)[^&\s'\"]+")
 def hide_passwords(text: str) -> str:
     """Return `text` with three asterisks for each password in a URL."""
     return _PASSWORD.sub(lambda m: f"{m[1]}:***@" if m[1] else f"{m[2]}***", text)
+
+
+class Documented(Exception):  # noqa: N818  (a part of errors, none by itself)
+    """An error that has a page. Its ``args[0]`` is the message without the address."""
+
+    #: Name of the page.
+    page: ClassVar[str]
+
+    def __str__(self) -> str:
+        address = f"{PAGES}/{self.page}.md"
+        return f"{super().__str__()} (Background on this error at: {address})"
+
+
+class BadArgument(Documented, exc.ArgumentError):
+    """What the user gave cannot be used."""
+
+    page = "argumenterror"
+
+
+class BadState(Documented, exc.InvalidRequestError):
+    """What was asked for is not possible now."""
+
+    page = "invalidrequesterror"
 
 
 class BadOption(BadArgument):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from sqlalchemy import exc
 
-from .diagnosis.report import Diagnosis
-from .documented import Documented
+from .checks import Documented
+
+if TYPE_CHECKING:
+    from .diagnosis.report import Diagnosis
 
 __all__ = ["CheckoutTimeout", "SelfDeadlock", "TooManyWaiting"]
 

@@ -32,18 +32,16 @@ from sqlalchemy import create_engine
 from sqlalchemy.engine import URL
 from sqlalchemy.orm import Session
 
-from .checks import naming, refuse_timeout, validate_tag
-from .diagnosis.callers import users_level
-from .documented import BadArgument, BadState
-from .launch.environment import DATABASE, VARIABLES, Settings
-from .ledger import overview, overview_text
+from .checks import BadArgument, BadState, naming, refuse_timeout, validate_tag
+from .diagnosis import users_level
+from .launch import DATABASE, VARIABLES, Settings
+from .ledger import overview_text
 from .ledger.addresses import make_store
 from .ledger.drivers import for_asyncio, for_threads, translate_for_asyncpg
-from .ledger.errors import LedgerError
 from .ledger.inspector import Inspector
 from .ledger.keeper import describe_process
-from .ledger.overview import Limits, Overview, compile_overview
-from .ledger.store import StoreAway
+from .ledger.overview import Limits, Overview, Part, ProcessRow, compile_overview
+from .ledger.store import LedgerError, StoreAway
 from .options import OPTIONS, PoolOptions
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 from .pool.ledger_sessions import announce
@@ -131,13 +129,10 @@ class Started:
                 inspector.close()
         rows, who = condensed(stats.tags), describe_process()
         tags, there = tuple(row.name for row in rows), stats.checked_out + stats.idle
-        process = overview.ProcessRow(
-            *(who["host"], who["pid"], who["program"]), "answers", tags, open=there
-        )
-        parts = [overview.Part(process, rows)]
-        return compile_overview(
-            parts, own, registered=registered, warnings=warnings, taken_at=who["since"]
-        )
+        names = who["host"], who["pid"], who["program"]
+        parts = [Part(ProcessRow(*names, "answers", tags, open=there), rows)]
+        more = {"warnings": warnings, "taken_at": who["since"]}
+        return compile_overview(parts, own, registered=registered, **more)
 
 
 def _tasks_engine(url: URL, **options: Any) -> Any:
@@ -279,9 +274,8 @@ class DynamicConnectionManager:
     def _database(self, kind: Kind, url: _Url) -> URL:
         found = Settings.read().database(self._url if url is None else url, "url")
         if found is None:
-            raise BadArgument(
-                f"no database is named: set {DATABASE}, or start the pool with a URL"
-            )
+            how = f"set {DATABASE}, or start the pool with a URL"
+            raise BadArgument(f"no database is named: {how}")
         return kind.driver(found)
 
     def _end(self, kind: Kind) -> Started | None:
@@ -297,10 +291,8 @@ class DynamicConnectionManager:
             return running
         with self._lock:
             if kind in self._ended:
-                raise BadState(
-                    "the dynamic pool has been shut down: "
-                    f"{kind.startup}() starts it again"
-                )
+                how = f"{kind.startup}() starts it again"
+                raise BadState(f"the dynamic pool has been shut down: {how}")
             return self._start(kind, None, {})
 
     # -- sessions -------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 The table is the fields of :class:`PoolOptions`. Derived from it are the check of the
 constructor and of ``reconfigure``, the keys in URLs (:mod:`.plugin`), the variables of
-the environment and the launcher's flags (:mod:`.launch.environment`), and the
+the environment and the launcher's flags (:mod:`.launch`), and the
 documents' tables. Each value goes through a check of :mod:`.checks`.
 """
 
@@ -29,7 +29,7 @@ from .checks import (
     seconds,
     whole,
 )
-from .scheduling.limits import TIMES, LimitsByTag, TagLimits
+from .scheduling.ticket import TIMES, LimitsByTag, TagLimits
 
 
 @dataclass(frozen=True, slots=True)

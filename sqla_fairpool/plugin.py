@@ -16,6 +16,7 @@ from sqlalchemy.engine import URL, CreateEnginePlugin, Dialect
 from sqlalchemy.pool import Pool
 
 from .checks import (
+    BadArgument,
     hide_passwords,
     naming,
     read_switch,
@@ -23,8 +24,7 @@ from .checks import (
     validate_tag,
     whole,
 )
-from .diagnosis.callers import users_level
-from .documented import BadArgument
+from .diagnosis import users_level
 from .ledger.drivers import has_private_memory, warn_of_memory
 from .options import OPTIONS, PoolOptions
 from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool

@@ -27,8 +27,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar, cast
 
-from .checks import validate_tag, validate_timeout
-from .documented import BadArgument
+from .checks import BadArgument, validate_tag, validate_timeout
 
 __all__ = ["set_tag", "tag"]
 

@@ -20,7 +20,7 @@ from support.threads import VirtualClock, eventually
 from support.worlds import make_world
 
 from sqla_fairpool import FairQueuePool
-from sqla_fairpool.demo.server import EmbeddedServer
+from sqla_fairpool.demo import EmbeddedServer
 from sqla_fairpool.ledger import addresses
 
 settings.register_profile(

@@ -8,11 +8,13 @@ includes a ``Connection``, psycopg_pool's and asyncpg's the DBAPI's connection.
 
 from __future__ import annotations
 
+import csv
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -51,8 +53,12 @@ class Contender:
     open: Callable[[Setup], Any]
     #: How it is configured, and who recommends that.
     how: str
-    #: What its time-out raises.
-    timeout_error: type[BaseException] = exc.TimeoutError
+
+
+Contenders = tuple[Contender, ...]
+
+#: What their time-outs raise.
+TIMED_OUT = (exc.TimeoutError, psycopg_pool.PoolTimeout)
 
 
 class _Held:
@@ -88,16 +94,10 @@ def _semaphores(setup: Setup) -> Iterator[Connects]:
     def enter(tag: str, semaphore: threading.Semaphore) -> _Held:
         if not semaphore.acquire(timeout=setup.timeout):
             raise exc.TimeoutError(f"the semaphore of {tag}")
-        try:
-            connection = connects(tag)()
-        except BaseException:
-            semaphore.release()
-            raise
-
-        stack = ExitStack()
-        stack.callback(semaphore.release)
-        stack.callback(connection.close)
-        return _Held(stack.close)
+        with ExitStack() as stack:
+            stack.callback(semaphore.release)
+            stack.callback(connects(tag)().close)
+            return _Held(stack.pop_all().close)
 
     with _engine(setup, QueuePool) as connects:
         yield lambda tag: partial(
@@ -105,19 +105,18 @@ def _semaphores(setup: Setup) -> Iterator[Connects]:
         )
 
 
-def _psycopg_options(setup: Setup) -> dict[str, Any]:
-    return {
-        "min_size": setup.size,
-        "max_size": setup.size,
-        "timeout": setup.timeout,
-        "open": False,
-        "kwargs": _SETTINGS,
-    }
+def _psycopg_pool(setup: Setup, kind: type[Any]) -> Any:
+    times = {"timeout": setup.timeout, "open": False, "kwargs": _SETTINGS}
+    return kind(setup.database.dsn, **_sizes(setup), **times)
+
+
+def _sizes(setup: Setup) -> dict[str, Any]:
+    return {"min_size": setup.size, "max_size": setup.size}
 
 
 @contextmanager
 def _psycopg(setup: Setup) -> Iterator[Connects]:
-    pool = psycopg_pool.ConnectionPool(setup.database.dsn, **_psycopg_options(setup))
+    pool = _psycopg_pool(setup, psycopg_pool.ConnectionPool)
 
     def connect() -> _Held:
         return _Held(partial(pool.putconn, pool.getconn()))
@@ -138,13 +137,9 @@ async def _async_engine(setup: Setup, pool: type[Pool]) -> AsyncIterator[Connect
         # asyncpg reads a URL as libpq does; SQLAlchemy's dialect does not.
         return await asyncpg.connect(setup.database.dsn, server_settings=_SETTINGS)
 
-    engine = create_async_engine(
-        "postgresql+asyncpg://",
-        async_creator=dbapi_connect,
-        poolclass=pool,
-        pool_timeout=setup.timeout,
-        **fixed(pool, setup.size),
-    )
+    options = {"pool_timeout": setup.timeout, **fixed(pool, setup.size)}
+    options |= {"poolclass": pool, "async_creator": dbapi_connect}
+    engine = create_async_engine("postgresql+asyncpg://", **options)
 
     def connects(tag: str) -> Callable[[], Any]:
         tagged = engine.execution_options(scraper=tag)
@@ -167,9 +162,7 @@ async def _async_engine(setup: Setup, pool: type[Pool]) -> AsyncIterator[Connect
 
 @asynccontextmanager
 async def _psycopg_async(setup: Setup) -> AsyncIterator[Connects]:
-    pool = psycopg_pool.AsyncConnectionPool(
-        setup.database.dsn, **_psycopg_options(setup)
-    )
+    pool = _psycopg_pool(setup, psycopg_pool.AsyncConnectionPool)
 
     async def connect() -> _Held:
         return _Held(partial(pool.putconn, await pool.getconn()))
@@ -184,10 +177,7 @@ async def _psycopg_async(setup: Setup) -> AsyncIterator[Connects]:
 @asynccontextmanager
 async def _asyncpg(setup: Setup) -> AsyncIterator[Connects]:
     pool = await asyncpg.create_pool(
-        setup.database.dsn,
-        min_size=setup.size,
-        max_size=setup.size,
-        server_settings=_SETTINGS,
+        setup.database.dsn, server_settings=_SETTINGS, **_sizes(setup)
     )
 
     async def connect() -> _Held:
@@ -200,60 +190,35 @@ async def _asyncpg(setup: Setup) -> AsyncIterator[Connects]:
         await pool.close()
 
 
-_POOLING = "docs.sqlalchemy.org, Connection Pooling"
+# -- the tables of them: the first is ours, the second is what ratios are taken to -----
 
-#: The first is ours, the second is what ratios are taken to.
-THREADS: tuple[Contender, ...] = (
-    Contender(
-        "FairQueuePool",
-        partial(_engine, pool=FairQueuePool),
-        "default options, psycopg2",
-    ),
-    Contender(
-        "QueuePool",
-        partial(_engine, pool=QueuePool),
-        f"pool_size, max_overflow=0 for a fixed size, psycopg2 ({_POOLING})",
-    ),
-    Contender(
-        "QueuePool LIFO",
-        partial(_engine, pool=QueuePool, pool_use_lifo=True),
-        f"the same with pool_use_lifo ({_POOLING}, Using FIFO vs. LIFO)",
-    ),
-    Contender(
-        "semaphore per tag",
-        _semaphores,
-        "a BoundedSemaphore for each tag, of its even part, before a QueuePool: what "
-        "people write by hand",
-    ),
-    Contender(
-        "psycopg_pool",
-        _psycopg,
-        "ConnectionPool, min_size = max_size for a fixed size, open(wait=True) at the "
-        "start (psycopg.org, Connection pools)",
-        psycopg_pool.PoolTimeout,
-    ),
+
+def _described(side: str, opened: Mapping[str, Callable[[Setup], Any]]) -> Contenders:
+    file = Path(__file__).with_name("contenders.csv").read_text(encoding="utf-8")
+    rows = [row for row in csv.DictReader(file.splitlines()) if row["side"] == side]
+    how = {row["name"]: row["how"] for row in rows}
+    return tuple(Contender(name, opens, how[name]) for name, opens in opened.items())
+
+
+THREADS = _described(
+    "threads",
+    {
+        "FairQueuePool": partial(_engine, pool=FairQueuePool),
+        "QueuePool": partial(_engine, pool=QueuePool),
+        "QueuePool LIFO": partial(_engine, pool=QueuePool, pool_use_lifo=True),
+        "semaphore per tag": _semaphores,
+        "psycopg_pool": _psycopg,
+    },
 )
 
-TASKS: tuple[Contender, ...] = (
-    Contender(
-        "AsyncAdaptedFairQueuePool",
-        partial(_async_engine, pool=AsyncAdaptedFairQueuePool),
-        "default options, asyncpg",
-    ),
-    Contender(
-        "AsyncAdaptedQueuePool",
-        partial(_async_engine, pool=AsyncAdaptedQueuePool),
-        f"pool_size, max_overflow=0, asyncpg ({_POOLING})",
-    ),
-    Contender(
-        "psycopg_pool",
-        _psycopg_async,
-        "AsyncConnectionPool, configured as ConnectionPool",
-    ),
-    Contender(
-        "asyncpg pool",
-        _asyncpg,
-        "create_pool, min_size = max_size; it resets a connection on the server when "
-        "it comes back, as by default (magicstack.github.io/asyncpg, Connection Pools)",
-    ),
+TASKS = _described(
+    "tasks",
+    {
+        "AsyncAdaptedFairQueuePool": partial(
+            _async_engine, pool=AsyncAdaptedFairQueuePool
+        ),
+        "AsyncAdaptedQueuePool": partial(_async_engine, pool=AsyncAdaptedQueuePool),
+        "psycopg_pool": _psycopg_async,
+        "asyncpg pool": _asyncpg,
+    },
 )

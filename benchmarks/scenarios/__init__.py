@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from functools import partial
 
-from ..harness.bench import TEXTS, Bench, Scenario
+from ..harness.bench import Bench, Scenario, scenario
 from ..harness.findings import Section
 from . import contention, uncontended
 from .contention import STYLES
@@ -14,36 +14,16 @@ from .peers import PEERS
 from .scale import SCALE
 from .static import ALONE, BURSTS, SATURATED, SHIFT
 
-#: The other roads to the tag, in threads and in asyncio.
-ROADS = (
-    *("road: block", "road: connection", "road: none", "road: session"),
-    *("asyncio: engine", "asyncio: block", "asyncio: connection"),
-    *("asyncio: none", "asyncio: session"),
-)
-
-POOL = Scenario(
+POOL = scenario(
     "pool",
-    *TEXTS["pool"],
-    (
-        uncontended.uncontended_tag_on_engine,
-        uncontended.uncontended_other_roads,
-        uncontended.uncontended_in_asyncio,
-        contention.with_hold,
-        contention.without_hold,
-        contention.light_tag,
-        uncontended.statement_on_postgresql,
-    ),
-    (
-        "uncontended",
-        *ROADS,
-        "floor",
-        "hold",
-        "fair 200",
-        "no hold",
-        "light",
-        "statement",
-    ),
-    more=(
+    uncontended.uncontended_tag_on_engine,
+    uncontended.uncontended_other_roads,
+    uncontended.uncontended_in_asyncio,
+    contention.with_hold,
+    contention.without_hold,
+    contention.light_tag,
+    uncontended.statement_on_postgresql,
+    more=[
         contention.without_hold_on_all_cores,
         partial(contention.light_tag, key="light, full"),
         partial(contention.light_tag, key="light, connection"),
@@ -51,20 +31,13 @@ POOL = Scenario(
         uncontended.settings_of_diagnosis,
         uncontended.settings_and_figures,
         uncontended.settings_server_tag,
-    ),
+    ],
     sessions=2,
 )
 
 SCENARIOS: tuple[Scenario, ...] = (
-    SHIFT,
-    ALONE,
-    BURSTS,
-    SATURATED,
-    PEERS,
-    STYLES,
-    POOL,
-    SCALE,
-    GENERATOR,
+    *(SHIFT, ALONE, BURSTS, SATURATED),
+    *(PEERS, STYLES, POOL, SCALE, GENERATOR),
 )
 
 

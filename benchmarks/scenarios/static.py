@@ -14,9 +14,8 @@ from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import count
 
-from ..harness.bench import TEXTS, Bench, Runs, Scenario
-from ..harness.figures import figure
-from ..harness.findings import Finding, Lines, Series
+from ..harness.bench import Bench, Runs, scenario
+from ..harness.findings import Finding, Lines, Series, figure
 from ..harness.workload import (
     FAIR,
     LIFTED,
@@ -82,11 +81,9 @@ def _over_time(
 
 def _client(runs: Runs) -> str:
     """Say how busy this process was: it must not be what is measured."""
-    return (
-        "The benchmark's own process, Python and SQLAlchemy included, used of one "
-        f"core: {runs.medians('client', '.0%')}. The rest of the time it waited for "
-        "the server."
-    )
+    used = f"used of one core: {runs.medians('client', '.0%')}"
+    whose = "The benchmark's own process, Python and SQLAlchemy included"
+    return f"{whose}, {used}. The rest of the time it waited for the server."
 
 
 # -- one active scraper ---------------------------------------------------------------
@@ -105,11 +102,11 @@ def one_active(bench: Bench) -> Iterator[Finding]:
     database = bench.database
     worlds = [fair_world(database, threads=40), static_world(database, threads=40)]
     rounds = bench.pick(12, 5)
-    runs, (fair, static) = _compare(bench, "one active scraper", worlds, demand, rounds)
-    free = Runs()
-    for world in (fair, static):
-        left = partial(unused, connections=world.connections)
-        free[world.name] = [left(outcome) for outcome in runs[world.name]]
+    runs, opened = _compare(bench, "one active scraper", worlds, demand, rounds)
+    fair, static = opened
+    free = Runs(
+        {w.name: [unused(o, w.connections) for o in runs[w.name]] for w in opened}
+    )
     now, before = (statistics.median(values) for values in free.values())
     remark = f"{before:g} of {static.connections} before, "
     remark += f"{now:g} of {fair.connections} now"
@@ -126,13 +123,7 @@ def one_active(bench: Bench) -> Iterator[Finding]:
     yield _client(runs)
 
 
-ALONE = Scenario(
-    "alone",
-    *TEXTS["alone"],
-    (one_active,),
-    ("alone: throughput", "alone: latency", "alone: unused"),
-    sessions=52,
-)
+ALONE = scenario("alone", one_active, sessions=52)
 
 
 # -- all of them, in bursts -----------------------------------------------------------
@@ -196,19 +187,7 @@ def by_demand(bench: Bench) -> Iterator[Finding]:
     )
 
 
-BURSTS = Scenario(
-    "bursts",
-    *TEXTS["bursts"],
-    (bursty,),
-    (
-        "bursts: throughput",
-        "bursts: latency",
-        "bursts, lifted: throughput",
-        "bursts, lifted: latency",
-    ),
-    more=(by_demand,),
-    sessions=72,
-)
+BURSTS = scenario("bursts", bursty, more=[by_demand], sessions=72)
 
 
 # -- all of them, always --------------------------------------------------------------
@@ -218,11 +197,11 @@ def saturated(bench: Bench) -> Iterator[Finding]:
     workflows = bench.pick(160, 80)
     demand = _demand(NAMES, lambda seed: backlog(workflows, SERVICE, seed))
     database, rounds = bench.database, bench.pick(9, 3)
-    worlds = [fair_world(database), static_world(database)]
-    worlds.append(static_world(database, (7, 7, 6)))
+    static, same = static_world(database), static_world(database, (7, 7, 6))
+    worlds = [fair_world(database), static, same]
     what = "three saturated scrapers"
     runs, opened = _compare(bench, what, worlds, demand, rounds)
-    what = "three saturated scrapers on 20 connections"
+    what += " on 20 connections"
     rate, three = f"{what}: workflows per second", "three QueuePools of 10"
     less = "a third fewer connections do up to a third less"
     yield runs.ratio(rate, "throughput", beside=three, remark=less)
@@ -235,12 +214,7 @@ def saturated(bench: Bench) -> Iterator[Finding]:
     yield _client(runs)
 
 
-SATURATED = Scenario(
-    "saturated",
-    *TEXTS["saturated"],
-    (saturated,),
-    sessions=72,
-)
+SATURATED = scenario("saturated", saturated, sessions=72)
 
 
 # -- scrapers come and go -----------------------------------------------------------
@@ -286,13 +260,11 @@ def times(outcome: Outcome) -> dict[str, float]:
     came = 1 * SCENE
     gone = _first(outcome, 3 * SCENE, lambda held: not held["layer2"])
     alone = _first(outcome, 4 * SCENE, lambda held: not held["layer3"])
-    all_twenty = _first(
-        outcome, gone, lambda held: held["layer1_5"] + held["layer3"] >= 20
-    )
+    twenty = _first(outcome, gone, lambda held: held["layer1_5"] + held["layer3"] >= 20)
     return {
         "first": _first(outcome, came, lambda held: held["layer3"] > 0) - came,
         "full": _first(outcome, came, lambda held: held["layer3"] >= 10) - came,
-        "freed": all_twenty - gone,
+        "freed": twenty - gone,
         "idle": _first(outcome, alone, lambda held: held["layer1_5"] >= 15) - alone,
     }
 
@@ -326,10 +298,4 @@ def coming_and_going(bench: Bench) -> Iterator[Finding]:
     yield _story(f"{static.name}: ten, whichever others are there", before)
 
 
-SHIFT = Scenario(
-    "shift",
-    *TEXTS["shift"],
-    (coming_and_going,),
-    ("shift: wake", "shift: idle"),
-    sessions=52,
-)
+SHIFT = scenario("shift", coming_and_going, sessions=52)

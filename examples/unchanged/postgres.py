@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 
-from sqla_fairpool.demo.server import EmbeddedServer
+from sqla_fairpool.demo import EmbeddedServer
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit())
 server = EmbeddedServer()

@@ -13,17 +13,25 @@ from typing import Any
 from sqlalchemy import exc, text
 
 from ..checks import hide_passwords
-from ..launch.environment import DATABASE, LEDGER
+from ..launch import DATABASE, LEDGER
 from ..ledger.book import Book
 from ..ledger.inspector import LedgerReport, read
 from ..ledger.keeper import describe_process
 from ..ledger.overview_text import printable
 from ..ledger.rows import Terms
 from ..options import TERMS, PoolOptions
-from . import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError, contents
+from . import (
+    EXIT_NOT_AS_EXPECTED,
+    EXIT_OK,
+    AnyStore,
+    CommandError,
+    add_places,
+    contents,
+    find_store,
+    opened,
+)
 from .ledger_pause import asking, pause, reap, resume
 from .server import ask_room, connected, given_url, need
-from .which_ledger import AnyStore, add_places, find_store, opened
 
 #: What `set` changes.
 _LIMITS = ("pool_size", *TERMS[1:])
@@ -156,7 +164,7 @@ def _set(arguments: argparse.Namespace) -> int:
             except exc.ArgumentError as error:
                 raise CommandError(str(error)) from None
             terms = Terms(**options.terms)
-            book.set_terms(terms, describe_process())
+            book.change(terms=terms, set_by=describe_process())
             book.tell()
         store.ring_all()
     said = "the limits are as they were"
@@ -262,12 +270,7 @@ _ACTIONS = {
 _FLAGS: dict[str, list[tuple[str, str, Any, str]]] = {
     "pause": [
         ("--tag", "tag", str, "only those of this tag"),
-        (
-            "--wait",
-            "wait",
-            float,
-            "seconds to wait until nothing is out; exit 1 if something is then",
-        ),
+        ("--wait", "wait", float, "seconds to wait until nothing is out, or exit 1"),
     ],
     "resume": [("--tag", "tag", str, "those of a tag that was paused alone")],
     "show": [("--json", "json", None, "for programs")],

@@ -26,9 +26,8 @@ from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Left
 from ..ledger.watch import Present, look, still_there, unaccounted
 from ..scheduling.tags import ALL
-from . import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
+from . import EXIT_NOT_AS_EXPECTED, EXIT_OK, AnyStore, CommandError, find_store, opened
 from .server import connected
-from .which_ledger import AnyStore, find_store, opened
 
 _T = TypeVar("_T")
 

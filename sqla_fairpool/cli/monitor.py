@@ -1,4 +1,4 @@
-"""``sqla-fairpool monitor`` and ``stats``: who has the connections, at a glance.
+"""``sqla-fairpool monitor``, ``stats``, ``explain``: who has the connections, and why.
 
 The whole screen is in :mod:`.monitor_app`, which needs Textual. Plain text and JSON are
 here, and need nothing.
@@ -18,11 +18,18 @@ from concurrent.futures import Future, wait
 from importlib.util import find_spec
 from typing import Any
 
+from sqlalchemy import exc
+
+from ..checks import validate_tag
 from ..ledger.overview import Overview
 from ..ledger.overview_text import lines, printable
-from . import EXIT_OK, CommandError
+from ..scheduling import policy
+from ..scheduling.explanation import Explanation, Observed, TagFacts, explain
+from ..scheduling.tags import ALL
+from ..scheduling.ticket import TagLimits
+from ..stats import TagStats
+from . import EXIT_OK, CommandError, add_places, find_store
 from .poller import Picture, Poller
-from .which_ledger import add_places, find_store
 
 #: Seconds from one look to the next.
 _INTERVAL = 5.0
@@ -56,7 +63,7 @@ Without any of them, and with one ledger in use on this host, that one is shown.
 
 
 def add_command(commands: Any) -> None:
-    """Add ``monitor`` and ``stats``."""
+    """Add ``monitor``, ``stats`` and ``explain``."""
     parser = commands.add_parser(
         "monitor",
         help="watch who has the connections, on the whole screen",
@@ -88,11 +95,27 @@ def add_command(commands: Any) -> None:
         epilog="examples:\n  sqla-fairpool stats\n  sqla-fairpool stats --json",
     )
     stats.set_defaults(once=True, seconds=_INTERVAL, prometheus=None)
+    _add_explain(commands)
     what = "for programs: one JSON document per look, each on a line if not once"
     for command in (parser, stats):
         command.set_defaults(run=run)
         command.add_argument("--json", action="store_true", help=what)
         add_places(command)
+
+
+def _add_explain(commands: Any) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="tell why a tag has what it has now",
+        description="Tell why a tag has the connections that it has now, who is before "
+        "it, and what has to happen for it to get one more.",
+        epilog="examples:\n  sqla-fairpool explain layer3\n"
+        "  sqla-fairpool explain layer3 --json",
+    )
+    parser.add_argument("tag", metavar="TAG", help="the tag, a scraper's name")
+    parser.add_argument("--json", action="store_true", help="the facts as JSON")
+    parser.set_defaults(run=_explain)
+    add_places(parser)
 
 
 def _seconds(value: str) -> float:
@@ -126,9 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(
             "textual not installed: pip install 'sqla-fairpool[monitor]'"
         )
-    # A name may have characters that the output's encoding has not.
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    _escape_output()
     store, database = find_store(arguments)
     is_asked = database is not None and (
         arguments.url is not None or database.get_backend_name() == "postgresql"
@@ -143,6 +164,12 @@ def run(arguments: argparse.Namespace) -> int:
         return _print(poller, arguments.seconds, arguments.once, arguments.json)
     finally:
         poller.close()
+
+
+def _escape_output() -> None:
+    """Have characters escaped that the output has not: a name may have any."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _has_terminal() -> bool:
@@ -256,3 +283,70 @@ class _Looks:
         wait([looking], _SCRAPE)
         picture = looking.result() if looking.done() else Picture(trouble="no answer")
         return picture.overview if picture.trouble is None else None
+
+
+# -- explain: why a tag has what it has, over a ledger ---------------------------------
+#
+# Who is before whom is told by what the processes say they hold and have used lately;
+# the ledger gives turns by places in line, so the order is what the rules are after,
+# and not a promise of the next slot.
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    try:
+        tag = validate_tag(arguments.tag, "TAG")
+    except exc.ArgumentError as error:
+        raise CommandError(str(error)) from None
+    _escape_output()
+    poller = Poller(find_store(arguments)[0], None)
+    try:
+        picture = poller.start().result()
+    finally:
+        poller.close()
+    if picture.overview is None:
+        raise CommandError(picture.trouble or "nothing to be seen")
+    explanation = explain_tag(picture.overview, tag)
+    if arguments.json:
+        print(json.dumps(explanation.as_dict(), indent=1))
+    else:
+        print(explanation)
+    return EXIT_OK
+
+
+def explain_tag(overview: Overview, tag: str) -> Explanation:
+    """Return why a tag has what it has, over all processes of an overview."""
+    limits = overview.limits
+    rows: list[TagStats] = list(overview.scrapers)
+    own = next((row for row in rows if row.name == tag), None)
+    others = [_facts(row) for row in rows if row is not own]
+    if own is None:
+        its = limits.tags.of(tag)
+        active = any(row.active for row in rows)
+        rule = policy.ceiling(active, limits.soft_limit, limits.max_limit)
+        room = limits.capacity - limits.tags.reserved + its.reserved
+        ceiling = policy.own_ceiling(rule, its.max, its.reserved, room)
+        own = TagStats(
+            tag, limit=ceiling, weight=its.weight, max=its.max, reserved=its.reserved
+        )
+    there = limits.capacity - limits.quarantined
+    facts = Observed(
+        _facts(own),
+        others,
+        there,
+        limits.tags.reserved,
+        (limits.soft_limit, limits.max_limit),
+        overview.available,
+        max(overview.checked_out - there, 0),
+        not overview.paused.keys().isdisjoint((tag, ALL)),
+    )
+    return explain(facts)
+
+
+def _facts(row: TagStats) -> TagFacts:
+    """Return what the explanation works with."""
+    in_line = row.waiting and row.connections < row.limit
+    rank = policy.rank(row.connections, row.weight, row.usage, 0, row.reserved)
+    wants = row.active, row.connections, row.waiting, row.limit
+    party = policy.Party(*wants, row.weight, row.reserved)
+    limits = TagLimits(weight=row.weight, max=row.max, reserved=row.reserved)
+    return TagFacts(row.name, party, limits, row.usage, rank if in_line else None)

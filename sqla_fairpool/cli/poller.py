@@ -18,14 +18,12 @@ from typing import Any, TypeVar
 from sqlalchemy.engine import URL
 
 from ..checks import hide_passwords
-from ..ledger.errors import LedgerError
 from ..ledger.inspector import Inspector
 from ..ledger.overview import Overview
 from ..ledger.overview_text import printable, seconds_text
-from ..ledger.store import StoreAway
-from . import one_line
+from ..ledger.store import LedgerError, StoreAway
+from . import AnyStore, one_line, require_file
 from .server import ServerFigures, ServerView
-from .which_ledger import AnyStore, require_file
 
 _T = TypeVar("_T")
 

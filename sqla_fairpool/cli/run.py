@@ -22,22 +22,27 @@ from sqlalchemy import exc
 from sqlalchemy.engine import URL
 
 from ..checks import hide_passwords, naming, validate_tag
-from ..launch.adoption import say, show_place
-from ..launch.environment import DATABASE, LEDGER, RUN, VARIABLES, Run, Settings
+from ..launch import DATABASE, LEDGER, RUN, VARIABLES, Run, Settings, say, show_place
 from ..ledger.addresses import (
     database_place,
     default_ledger,
     make_store,
     needs_database,
 )
-from ..ledger.errors import LedgerError
+from ..ledger.host import HostStore
 from ..ledger.inspector import read
 from ..ledger.rows import Terms
-from ..ledger.store import StoreAway
+from ..ledger.store import LedgerError, StoreAway
 from ..options import OPTIONS, PoolOptions
-from . import EXIT_SIGNAL, CommandError, contents, one_line
-from .server import ask_room, connected, missing_driver, need
-from .which_ledger import AnyStore, require_file
+from . import (
+    EXIT_SIGNAL,
+    AnyStore,
+    CommandError,
+    contents,
+    missing_driver,
+    one_line,
+)
+from .server import ask_room, connected, need
 
 _EPILOG = """\
 examples:
@@ -188,18 +193,30 @@ def _checked(
         if ledger is not None and (url is not None or not needs_database(ledger)):
             with settings.naming(given):
                 store = make_store(ledger, url, observes=True)
+            folder = Path(store.name).parent
+            if not (needs_database(ledger) or "://" in ledger or folder.is_dir()):
+                why = f"the directory {folder} does not exist: make it, or mend the "
+                raise LedgerError(f"{why}path of the ledger {store.name}")
             _compare(store, pool)
         return pool
 
 
 def _compare(store: AnyStore, pool: PoolOptions) -> None:
-    """Tell if those that use the ledger now have other limits than this script's."""
+    """Tell if those that use the ledger now have other limits than this script's.
+
+    :raises LedgerError: for a file that cannot be one.
+    """
+    is_file = isinstance(store, HostStore)
+    if is_file and not os.path.exists(store.name):
+        return  # the script's pool makes it
     try:
-        require_file(store)
         store.open()
+        is_file = False  # it may be empty
         report = read(store)
-    except (StoreAway, LedgerError):
-        return  # the script's pool waits for it, or says what is wrong
+    except (StoreAway, LedgerError) as error:
+        if is_file and isinstance(error, LedgerError):
+            raise
+        return  # the script's pool waits for it, or makes it
     finally:
         store.close()
     ours, theirs = Terms(**pool.terms), report.book.terms

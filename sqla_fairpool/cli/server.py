@@ -17,13 +17,13 @@ from sqlalchemy.engine import URL, Connection, make_url
 from sqlalchemy.pool import NullPool
 
 from ..checks import hide_passwords
-from ..launch.environment import parse_url
+from ..launch import parse_url
 from ..ledger.addresses import database_place, with_threads_driver
 from ..ledger.overview import Overview
 from ..ledger.overview_text import printable, seconds_text
 from ..ledger.rows import Session
 from ..ledger.watch import SERVER
-from . import CommandError, one_line
+from . import CommandError, missing_driver, one_line
 
 #: How the names of our sessions begin that are no pool's: those of ledgers, of
 #: commands, and of the monitor.
@@ -106,13 +106,6 @@ def connected(url: URL, name: str = _OURS) -> Iterator[Connection]:
 
 def _words(error: Exception) -> str:
     return hide_passwords(one_line(getattr(error, "orig", None) or error))
-
-
-def missing_driver(error: ImportError) -> CommandError:
-    """Return what to say where a driver of PostgreSQL is not installed."""
-    return CommandError(
-        f"{error.name} is not installed: pip install 'sqla-fairpool[postgresql]'"
-    )
 
 
 # -- the budget ------------------------------------------------------------------------
@@ -316,10 +309,7 @@ class ServerView:
 
 
 def count(
-    rows: Iterable[Any],
-    sessions: Mapping[Session, int],
-    overview: Overview,
-    room: Room,
+    rows: Iterable[Any], sessions: Mapping[Session, int], overview: Overview, room: Room
 ) -> ServerFigures:
     """Count the server's sessions by member and by scraper.
 

@@ -5,24 +5,29 @@
 
 from __future__ import annotations
 
+import json
+import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from math import inf
 from secrets import token_hex
 from statistics import median_low
 from typing import Any, NamedTuple, cast
 
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from sqlalchemy import Connection, Engine, QueuePool, create_engine, text
 
 from .. import FairQueuePool
 from ..cli import CommandError
 from ..cli.server import connected, given_url
-from .server import EmbeddedServer, Signals
-from .view import Verdict, View, counts_text
-
-__all__ = ["SCENARIOS", "Sample", "judge", "play"]
+from ..stats import PoolStats
 
 #: What each scraper must get of 20 connections, 0 where it has gone idle. Where the
 #: division has a remainder, it moves: who has the larger numbers is not said.
@@ -32,6 +37,16 @@ SCENARIOS: Mapping[str, Mapping[str, int]] = {
     "layer1_5, layer2 and layer3": {"layer1_5": 7, "layer2": 7, "layer3": 6},
     "then layer2 goes idle": {"layer1_5": 10, "layer2": 0, "layer3": 10},
 }
+
+
+class Verdict(NamedTuple):
+    """How a scenario came out; the pool's and the server's counts are medians."""
+
+    scenario: str
+    expected: tuple[int, ...]
+    pool: tuple[int, ...]
+    server: tuple[int, ...]
+    problems: list[str]
 
 
 class Sample(NamedTuple):
@@ -74,8 +89,7 @@ def judge(
     for active in {sample.active for sample in samples} - {running}:
         problems.append(f"pool: active was {', '.join(sorted(active))}")
     sums = [max(sum(s.pool.values()), s.sessions) for s in (*before, *samples)]
-    in_all = max(sums, default=0)
-    if in_all > 20:
+    if (in_all := max(sums, default=0)) > 20:
         problems.append(f"{in_all} in all, the capacity is 20")
     return Verdict(scenario, expected, **medians, problems=problems)
 
@@ -91,10 +105,13 @@ def _counts(scenario: str, found: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(by_size.pop() if t in running else found.get(t, 0) for t in tags)
 
 
+def counts_text(counts: Iterable[int]) -> str:
+    return " / ".join(map(str, counts)) or "nothing"
+
+
 # -- on a database ---------------------------------------------------------------------
 
-#: A scraper's statement. The comment tells, in the server's view of its sessions, which
-#: scraper has one.
+#: A scraper's statement. Its comment says, in the server's view, which scraper has it.
 _STATEMENT = "/* {tag} */ SELECT pg_sleep({seconds})"
 
 # Each scraper's sessions in a transaction, and one row for all. The driver's BEGIN has
@@ -120,6 +137,8 @@ _POOLS: Mapping[str, Mapping[str, Any]] = {
     "QueuePool": {"poolclass": QueuePool, **_SIZE},
 }
 
+_STEPS = len(SCENARIOS) + len(_POOLS)
+
 
 class _Worker(threading.Thread):
     """One thread of a scraper: checks out, works and commits, in a loop."""
@@ -127,7 +146,7 @@ class _Worker(threading.Thread):
     def __init__(self, engine: Engine, tag: str, seconds: float) -> None:
         # A daemon: if a server never answers, the program can end all the same.
         super().__init__(daemon=True)
-        self._engine = engine.execution_options(scraper=tag)
+        self.tag, self._engine = tag, engine.execution_options(scraper=tag)
         self._statement = text(_STATEMENT.format(tag=tag, seconds=seconds))
         self.stopping = False
         self.failure: Exception | None = None
@@ -149,39 +168,25 @@ class _Worker(threading.Thread):
             self.failure = error
 
 
-def play(url: str | None, as_json: bool, seconds: float, signals: Signals) -> bool:
-    """Play all scenarios and compare the pools; return whether all is as expected."""
-    with ExitStack() as stack:
-        view = View(len(SCENARIOS) + len(_POOLS), as_json)
-        stack.enter_context(view.live)
-        if url is None:
-            view.note("starting an embedded PostgreSQL ...")
-            server = EmbeddedServer()
-            stack.callback(server.stop)
-            stack.callback(signals.ignore)  # also for the processes that stop it
-            try:
-                server.start()
-            finally:
-                # Also in place of an error: Ctrl-C reaches the server's processes as
-                # well, and the start fails because they have gone.
-                signals.check()
-            url = server.url
-        connection = stack.enter_context(connected(given_url(url)))
-        _Demo(connection, view, seconds, signals).run()
-    return view.report()
+def play(url: str, view: View, seconds: float, check: Callable[[], None]) -> None:
+    """Play all scenarios and compare the pools; `check` is called now and then."""
+    with connected(given_url(url)) as connection:
+        _Demo(connection, view, seconds, check).run()
 
 
+@dataclass(eq=False)
 class _Demo:
     """One run on a database; the connection is outside of the pools, in autocommit."""
 
-    def __init__(
-        self, connection: Connection, view: View, seconds: float, signals: Signals
-    ) -> None:
-        self.connection, self.view = connection, view
-        self.seconds, self.signals = seconds, signals
+    connection: Connection
+    view: View
+    seconds: float
+    check: Callable[[], None]
+
+    def __post_init__(self) -> None:
         #: What the pools' sessions are named.
         self.name = f"fairpool demo {token_hex(4)}"
-        self.workers: dict[str, list[_Worker]] = {}
+        self.workers: list[_Worker] = []
 
     def run(self) -> None:
         url = self.connection.engine.url
@@ -203,20 +208,19 @@ class _Demo:
         try:
             yield engine
         finally:
-            self._stop(*self.workers)
+            self._stop()
             engine.dispose()
 
     def _play(self, engine: Engine, scenario: str) -> Verdict:
         expected, running = SCENARIOS[scenario], _running(scenario)
-        self.view.step(f"{scenario}: expected {counts_text([*expected.values()])}")
-        self._stop(*self.workers.keys() - running)
-        for tag in sorted(running - self.workers.keys()):
+        self.view.step(f"{scenario}: expected {counts_text(expected.values())}")
+        self._stop(staying=running)
+        for tag in sorted(running - {worker.tag for worker in self.workers}):
             # More threads than any ceiling, so that demand has no end. The work is long
             # beside the moment between two transactions, in which the server sees no
             # scraper: with 0.1 s a busy machine failed by one connection.
             self._start(engine, tag, 25, 0.25)
-        before: list[Sample] = []
-        right = 0
+        before, right = list[Sample](), 0
         # One service time is enough, but for the last one, with its idle_timeout.
         for _ in self._moments(10.0):
             before.append(sample := self._sample(engine))
@@ -231,50 +235,50 @@ class _Demo:
         self._start(engine, "heavy", 60, 0.05)
         self._start(engine, "light", 1, 0.01)
         for seconds in (0.5, self.seconds):  # first until all connections are open
-            for workers in self.workers.values():
-                for worker in workers:
-                    worker.checkouts, worker.longest = 0, 0.0
+            for worker in self.workers:
+                worker.checkouts, worker.longest = 0, 0.0
             for _ in self._moments(seconds):
                 pass
         now = time.monotonic()
         for tag in ("light", "heavy"):
-            checkouts = [worker.checkouts for worker in self.workers[tag]]
-            # Also those that have not ended.
-            waits = [max(w.longest, now - w.since) for w in self.workers[tag]]
+            workers = [worker for worker in self.workers if worker.tag == tag]
+            checkouts = [worker.checkouts for worker in workers]
             row = {
                 "pool": pool,
                 "scraper": tag,
                 "checkouts_per_second": sum(checkouts) / self.seconds,
-                "longest_wait": max(waits),
-                "threads": len(waits),
+                # Also of those waits that have not ended.
+                "longest_wait": max(max(w.longest, now - w.since) for w in workers),
+                "threads": len(workers),
                 "never_served": checkouts.count(0),
             }
             self.view.comparison.append(row)
 
     def _start(self, engine: Engine, tag: str, threads: int, seconds: float) -> None:
-        self.workers[tag] = [_Worker(engine, tag, seconds) for _ in range(threads)]
+        self.workers += [_Worker(engine, tag, seconds) for _ in range(threads)]
 
-    def _stop(self, *tags: str) -> None:
+    def _stop(self, staying: Collection[str] = ()) -> None:
         """End scrapers: what their threads do is finished, nothing begun."""
-        workers = [worker for tag in tags for worker in self.workers.pop(tag)]
-        for worker in workers:
+        ending = [worker for worker in self.workers if worker.tag not in staying]
+        self.workers = [worker for worker in self.workers if worker.tag in staying]
+        for worker in ending:
             worker.stopping = True
         deadline = time.monotonic() + 10.0
-        for worker in workers:
+        for worker in ending:
             worker.join(max(deadline - time.monotonic(), 0.0))
 
     def _moments(self, seconds: float) -> Iterator[None]:
         """Yield now and then, for `seconds`, until a thread fails or a signal comes."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            for tag, workers in self.workers.items():
-                for error in filter(None, (worker.failure for worker in workers)):
-                    why = getattr(error, "orig", error)
-                    raise CommandError(f"scraper {tag} failed: {why}")
+            for worker in self.workers:
+                if worker.failure is not None:
+                    why = getattr(worker.failure, "orig", worker.failure)
+                    raise CommandError(f"scraper {worker.tag} failed: {why}")
             yield
             self.view.look()
             time.sleep(0.03)
-            self.signals.check()
+            self.check()
 
     def _sample(self, engine: Engine) -> Sample:
         stats = cast(FairQueuePool, engine.pool).stats()
@@ -285,3 +289,111 @@ class _Demo:
         pool = {row.name: row.connections for row in stats.tags}
         active = frozenset(row.name for row in stats.tags if row.active)
         return Sample(pool, server, active, sessions)
+
+
+# -- what is seen: a live table on a terminal, elsewhere plain lines -------------------
+
+
+class View:
+    """Shows a run on standard output, and in the end what came out."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+        # Whatever FORCE_COLOR says: no colours in a file. Where it cannot redraw, it
+        # shows nothing, and there are lines instead.
+        self._console = Console(quiet=as_json, force_terminal=sys.stdout.isatty())
+        self.live = Live(console=self._console, auto_refresh=False, transient=True)
+        self._began, self._next_look = time.monotonic(), 0.0
+        self._step, self._title = 0, ""
+        #: Figures of the pool, and the server's counts.
+        self.seen: tuple[PoolStats, Mapping[str, int]] | None = None
+        self.verdicts: list[Verdict] = []
+        self.comparison: list[dict[str, Any]] = []
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def step(self, title: str) -> None:
+        self._step += 1
+        self._title, self.seen = title, None
+        if self._console.is_dumb_terminal or not self._console.is_terminal:
+            self.note(f"[{self._step}/{_STEPS}] {title}")
+
+    def look(self) -> None:
+        """Draw, if the last time is long enough ago."""
+        if (now := time.monotonic()) < self._next_look:
+            return
+        self._next_look = now + 0.125
+        bar = ProgressBar(total=_STEPS, completed=self._step - 0.5, width=24)
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(f"{self._step}/{_STEPS}", bar, f"[bold]{self._title}")
+        parts = [grid, _verdicts_table(self.verdicts)]
+        if self.seen is not None:
+            parts.insert(1, _tags_table(*self.seen))
+        self.live.update(Group(*parts), refresh=True)
+
+    def report(self) -> bool:
+        """Show what came out; return whether all of it is as expected."""
+        ok = not any(verdict.problems for verdict in self.verdicts)
+        if self._as_json:
+            scenarios = [verdict._asdict() for verdict in self.verdicts]
+            report = {"ok": ok, "scenarios": scenarios, "comparison": self.comparison}
+            print(json.dumps(report, indent=2))
+        show = self._console.print
+        show(_verdicts_table(self.verdicts))
+        for verdict in self.verdicts:
+            for problem in verdict.problems:
+                show(f"[red]{verdict.scenario}: {problem}")
+        text = "A light scraper beside a heavy one, which may have half of a Fair"
+        text += "QueuePool, or, with soft_limit and max_limit at the pool's size (*), "
+        show(f"{text}all that no other wants.", highlight=False)
+        show(_comparison_table(self.comparison))
+        outcome = "[green]All" if ok else "[bold red]Not all"
+        seconds = time.monotonic() - self._began
+        show(f"{outcome} scenarios came out as expected[/], {seconds:.1f} s in all.")
+        return ok
+
+
+def _table(*columns: str, numbers: Iterable[str] = ()) -> Table:
+    # Narrow gaps and headings on two lines: eighty columns are enough.
+    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _tags_table(stats: PoolStats, server: Mapping[str, int]) -> Table:
+    numbers = ("limit", "fair\nshare", "waiting", "on\nserver", "checkouts")
+    table = _table("scraper", "status", "connections", numbers=numbers)
+    table.caption = f"{stats.checked_out} of {stats.capacity} in use; {stats.strategy}"
+    for row in stats.tags:
+        status = "[green]active" if row.active else "[yellow]idle"
+        bar = f"{row.connections:2d} [magenta]{'━' * row.connections:15}"
+        counts = row.limit, row.fair_share, row.waiting, server.get(row.name, 0)
+        table.add_row(row.name, status, bar, *map(str, counts), f"{row.checkouts:,}")
+    return table
+
+
+def _verdicts_table(verdicts: Iterable[Verdict]) -> Table:
+    seen = "observed\n(pool)", "observed\n(server)"
+    table = _table("scenario", "expected", *seen, "verdict")
+    for verdict in verdicts:
+        sides = (verdict.expected, verdict.pool, verdict.server)
+        outcome = "[bold red]FAILED" if verdict.problems else "[green]ok"
+        table.add_row(verdict.scenario, *map(counts_text, sides), outcome)
+    return table
+
+
+def _comparison_table(rows: Iterable[Mapping[str, Any]]) -> Table:
+    numbers = ("checkouts\nper s", "longest\nwait ms", "threads\nnever served")
+    table = _table("pool", "scraper", numbers=numbers)
+    for row in rows:
+        table.add_row(
+            row["pool"] if row["scraper"] == "light" else "",
+            row["scraper"],
+            f"{row['checkouts_per_second']:,.0f}",
+            f"{row['longest_wait'] * 1000:,.1f}",
+            f"{row['never_served']} of {row['threads']}",
+            style="bold red" if row["never_served"] else "",
+        )
+    return table

@@ -20,12 +20,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..background import start_thread
-from .callers import describe_stack
+from . import describe_holders, describe_stack, duration
 from .capture import Checkout, Out, Pool
-from .report import Elsewhere, describe_holders, duration
+
+if TYPE_CHECKING:
+    from .report import Elsewhere
 
 #: Seconds without a waiting caller after which an exhaustion is over. A pool that works
 #: at its limit runs empty many times a second, and that is one exhaustion.

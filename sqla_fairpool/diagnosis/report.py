@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-#: Holders named in a message; the others are summed up. Six fit on a line.
-_HOLDERS_NAMED = 6
+from . import HOLDERS_NAMED, describe_holders, duration
 
 #: Oldest checkouts that a message tells of.
 _OLDEST_NAMED = 3
@@ -87,18 +85,6 @@ class Elsewhere:
         return f"{what}={self.connections} in {self.program} ({self.host}:{self.pid})"
 
 
-class Others(NamedTuple):
-    """What a ledger tells of other processes: the largest holders first."""
-
-    holders: tuple[Elsewhere, ...] = ()
-    active_tags: frozenset[str] = frozenset()
-
-    @property
-    def number(self) -> int:
-        """Connections that none of this process can have now."""
-        return sum(h.connections for h in self.holders if h.state != "unused")
-
-
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
     """What the pool looked like when a checkout was given up."""
@@ -122,8 +108,10 @@ class Diagnosis:
     holders: tuple[tuple[str, int], ...]
     #: What is out, the oldest first.
     holdings: tuple[Holding, ...]
-    #: Where the caller waited, in the user's code.
+    #: Where the caller waited, in the user's code; None where none of it is on the
+    #: caller's stack. And the thread or task.
     asked_at: str | None = None
+    asked_by: str = ""
     #: With a ledger: how many connections it let this process have, and why it could
     #: not be reached, if it could not.
     allotted: int | None = None
@@ -149,31 +137,26 @@ class Diagnosis:
     def __str__(self) -> str:
         oldest = "; ".join(map(str, self.oldest[:_OLDEST_NAMED]))
         text = f"{self.figures}; oldest: {oldest}" if oldest else self.figures
-        return f"{text}; asked for at {self.asked_at}" if self.asked_at else text
+        where = f"at {self.asked_at}" if self.asked_at else f"by {self.asked_by}"
+        return f"{text}; asked for {where}"
 
     @property
     def figures(self) -> str:
         """The counts, on one line."""
         paused = "" if self.paused_for is None else "paused "
         of_tag, of_pool = (paused, "") if self.paused_tag else ("", paused)
+        tags = ", ".join(map(repr, self.uncounted[:HOLDERS_NAMED]))
+        uncounted = f" (uncounted: {tags}, without a statement lately)" if tags else ""
+        # With a ledger, others may hold some of which it has not told yet.
+        is_all = self.allotted is None or bool(self.holders or self.elsewhere)
         return (
             f"tag {self.tag!r} {of_tag}in_use={self.in_use} limit={self.ceiling} "
             f"waiting={self.waiting} position={self.position}{self._own}; "
             f"pool {of_pool}in_use={self.pool_in_use}/{self.capacity} idle={self.idle} "
-            f"active_tags={self.active_tags}{self._uncounted}; "
-            f"{describe_holders(self.holders, self.elsewhere)}{self._here}"
+            f"active_tags={self.active_tags}{uncounted}; "
+            f"{describe_holders(self.holders, self.elsewhere)}"
+            f"{'' if is_all else ' here'}"
         )
-
-    @property
-    def _here(self) -> str:
-        # With a ledger, others may hold some of which it has not told yet.
-        is_all = self.allotted is None or bool(self.holders or self.elsewhere)
-        return "" if is_all else " here"
-
-    @property
-    def _uncounted(self) -> str:
-        tags = ", ".join(map(repr, self.uncounted[:_HOLDERS_NAMED]))
-        return f" (uncounted: {tags}, without a statement lately)" if tags else ""
 
     @property
     def _own(self) -> str:
@@ -371,33 +354,3 @@ _ADVICE = (
     _ceiling,
     _flood,
 )
-
-
-def duration(seconds: float) -> str:
-    """Return ``0.25s``, ``41s`` or ``12m05s``."""
-    if seconds < 60:
-        return f"{seconds:.2f}s" if seconds < 10 else f"{seconds:.0f}s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s"
-
-
-def describe_holders(
-    holders: Sequence[tuple[str, int]], elsewhere: Sequence[Elsewhere] = ()
-) -> str:
-    """Return ``held by web=12 jobs=6``, the largest holders first.
-
-    With other processes: ``held by web=12 here, jobs=6 in a.py (host1:4711)``.
-    """
-    ordered = sorted(holders, key=lambda holder: (-holder[1], holder[0]))
-    named = [f"{tag}={in_use}" for tag, in_use in ordered[:_HOLDERS_NAMED]]
-    if rest := ordered[_HOLDERS_NAMED:]:
-        named.append(f"and {len(rest)} more tags={sum(n for _, n in rest)}")
-    here = " ".join(named)
-    if not elsewhere:
-        return f"held by {here or 'no tag'}"
-    others = [f"{here} here"] if here else []
-    others += map(str, elsewhere[:_HOLDERS_NAMED])
-    if more := elsewhere[_HOLDERS_NAMED:]:
-        others.append(f"and {sum(one.connections for one in more)} more elsewhere")
-    return f"held by {', '.join(others)}"

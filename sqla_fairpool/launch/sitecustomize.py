@@ -1,7 +1,7 @@
 """Python imports this at its start, in a script that ``sqla-fairpool run`` starts.
 
 When SQLAlchemy is imported, it puts itself in front of ``create_engine``, which then
-asks :mod:`sqla_fairpool.launch.adoption` for its arguments. Until a script makes its
+asks :mod:`sqla_fairpool.launch` for its arguments. Until a script makes its
 first engine, nothing else of this package is imported, nor is SQLAlchemy.
 
 Rules of this file:
@@ -58,13 +58,13 @@ def _find():
     root = os.path.dirname(os.path.dirname(_DIRECTORY))
     installed = os.path.basename(root) in ("site-packages", "dist-packages")
     try:
-        from sqla_fairpool.launch.adoption import adopt
+        from sqla_fairpool.launch import adopt
     except ImportError as error:
         if error.name != "sqla_fairpool" or installed:
             raise  # what is installed for another interpreter is not for this one
         sys.path.append(root)  # a checkout
         try:
-            from sqla_fairpool.launch.adoption import adopt
+            from sqla_fairpool.launch import adopt
         finally:
             sys.path.remove(root)
     return adopt

@@ -17,9 +17,9 @@ from sqlalchemy.engine import URL, make_url
 
 from ..checks import BadOption
 from .drivers import with_libpq_keys
-from .errors import LedgerError
 from .host import HostStore
 from .postgres import PostgresStore
+from .store import LedgerError
 
 _ALLOWED = (
     "'host' (a file at a default place, for the processes of this host), the path of "

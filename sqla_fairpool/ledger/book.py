@@ -15,7 +15,6 @@ from typing import Any
 from sqlalchemy.util import memoized_property
 
 from .allocation import STALLED, Allocation, allocate
-from .errors import LedgerError, RowBroken, ServerDiffers
 from .overview_text import since_and_by
 from .rows import (
     DUE,
@@ -37,6 +36,7 @@ from .rows import (
     parse_member,
     read,
 )
+from .store import LedgerError, RowBroken, ServerDiffers
 
 
 class Book:
@@ -149,8 +149,7 @@ class Book:
 
     def allocation(self) -> Allocation:
         """Return what each member is to have."""
-        limits = self.terms.limits(self.quarantined)
-        return allocate(self.members, self.places, limits)
+        return allocate(self.members, self.places, self.terms.limits(self.quarantined))
 
     def next_place(self) -> int:
         return self._next("next_place")
@@ -177,9 +176,8 @@ class Book:
 
     def accepts(self, key: str, terms: Terms, server: str | None = None) -> bool:
         """Tell if `key` may join with these terms whether the others live or not."""
-        return self._may_join(key, server) and (
-            self._is_alone(key) or self.terms == terms
-        )
+        is_like = self._is_alone(key) or self.terms == terms
+        return is_like and self._may_join(key, server)
 
     def _may_join(self, key: str, server: str | None) -> bool:
         return self._is_alone(key) or (
@@ -216,7 +214,7 @@ class Book:
         is_first = self._is_alone(key)
         self.meta = replace(self.meta or Meta(terms, fresh=True), protocol=PROTOCOL)
         if (leads or is_first) and (terms != self.terms or not self.meta.set_by):
-            self.set_terms(terms, who)
+            self.change(terms=terms, set_by=who)
         self.note_server(key, server)
         if key not in self.members:
             owned = 0
@@ -233,13 +231,6 @@ class Book:
             self.write(key, Member(number, who, owned, beat=self.next_place()))
         self._rows[META] = self._known_meta.text
         return self.members[key].number
-
-    def set_terms(self, terms: Terms, who: Mapping[str, Any]) -> None:
-        """Have other terms in force from now on; each member is to look at them.
-
-        :param who: by whom, and since when, for people.
-        """
-        self.change(terms=terms, set_by=who)
 
     def pause(self, tag: str, who: Mapping[str, Any] | None) -> bool:
         """Have no checkout of a tag served, or with None again; tell if that is new."""
@@ -284,7 +275,7 @@ class Book:
         meta, members = self._known_meta, f"(members: {shown}{more})"
         if meta.protocol != PROTOCOL:
             return LedgerError(
-                f"an older version of sqla_fairpool uses the ledger (protocol version "
+                "an older version of sqla_fairpool uses the ledger (protocol version "
                 f"{meta.protocol}, here {PROTOCOL}): use the same version everywhere "
                 f"{members}"
             )
@@ -323,12 +314,7 @@ class Book:
         del self.members[key], self._rows[member_key(key)], self.texts[key]
 
     def quarantine(
-        self,
-        key: str,
-        lost: Sequence[Session | None],
-        why: str = LOST,
-        *,
-        open_: int = 0,
+        self, key: str, lost: Sequence[Session | None], open_: int = 0
     ) -> list[Session | None]:
         """Put slots of a living member into quarantine, under a number of its own.
 
@@ -342,7 +328,7 @@ class Book:
             return []
         if new:
             sessions = [session for session in new if session is not None]
-            self._keep(self._next("next_number"), key, why, len(new), sessions)
+            self._keep(self._next("next_number"), key, LOST, len(new), sessions)
             self.members[key] = replace(member, owned=member.owned - len(new))
         return list(lost)
 
@@ -403,12 +389,10 @@ class Book:
             return []
         plan = plan or self.allocation()
         due = plan.due(self.members, self.free)
-        bells = [
-            key for key, why in due.items() if why not in (self.due.get(key), STALLED)
-        ]
-        if due != self.due:
-            self._rows[DUE] = dump(due)
-            self.due = due
+        known = self.due
+        bells = [k for k, why in due.items() if why not in (known.get(k), STALLED)]
+        if due != known:
+            self._rows[DUE], self.due = dump(due), due
         places = {tag: self.places[tag] for tag in plan.shares if tag in self.places}
         for key, text in ((TAGS, dump(places)), (META, self._known_meta.text)):
             if self._rows.get(key) != text:

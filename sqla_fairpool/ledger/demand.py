@@ -14,8 +14,8 @@ from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 from ..scheduling.counters import Histogram
-from .errors import LedgerError
 from .rows import Gone, Member, Session, TagDemand, Terms
+from .store import LedgerError
 
 #: Tags of one process in its row. Tags may be made from user data; those beyond are
 #: summed up under the name of none.
@@ -269,7 +269,7 @@ class Pace:
     patience: float = 3.0
     grace: float = 0.5
     reclaim_after: float = 10.0
-    retry: float = 5.0
+    retry: float = 3.0
 
     def turn_length(self, asked: int) -> float:
         """Return how long a turn is when so many are asked to yield."""

@@ -25,9 +25,8 @@ from sqlalchemy import event, exc
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.pool import SingletonThreadPool, StaticPool
 
-from ..checks import BadOption
-from ..diagnosis.callers import users_level
-from ..documented import BadArgument
+from ..checks import BadArgument, BadOption
+from ..diagnosis import users_level
 
 _log = logging.getLogger(__name__)
 

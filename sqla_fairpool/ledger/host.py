@@ -35,10 +35,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .book import Book
-from .errors import LedgerError
 from .host_file import LedgerFile, Replaced
 from .rows import member_key
 from .store import (
+    LedgerError,
     Store,
     StoreAway,
     close_copy,

@@ -39,8 +39,8 @@ from pathlib import Path
 from typing import NoReturn
 from urllib.parse import quote
 
-from .errors import LedgerError
 from .store import (
+    LedgerError,
     StoreAway,
     changes,
     close_copy,

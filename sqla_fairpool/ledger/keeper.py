@@ -27,10 +27,9 @@ from typing import Any
 from ..background import start_thread
 from ..stats import LedgerStats
 from .demand import Local, Pace, TagBounds
-from .errors import LedgerError
 from .member import Membership
 from .rows import Terms, dump
-from .store import Store, StoreAway
+from .store import LedgerError, Store, StoreAway
 from .watch import Sessions
 
 _log = logging.getLogger(__name__)

@@ -14,12 +14,12 @@ Rules of this file:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, replace
 from typing import Any
 
-from ..scheduling.counters import BOUNDS, Histogram
+from ..scheduling.counters import BOUNDS
 from ..stats import LedgerStats, Summary
 from .book import Book
 from .demand import Allotment, Demand, Local, Pace, PoolSide, State
@@ -54,6 +54,7 @@ class Membership:
         self._pool = PoolSide(local)
         self._pool.named = limits_of_tags(self.terms.tags).given
         self._demand = Demand(self.pace)
+        self.handovers = self._demand.handovers
         self.watch = Watch(self.store, sessions, self.pace)
         self.is_open = False
         self.transactions = 0
@@ -85,10 +86,6 @@ class Membership:
         """What the last transaction has said; None if we are no member."""
         return self._demand.allotment
 
-    @property
-    def handovers(self) -> Histogram:
-        return self._demand.handovers
-
     def stats(self, away: float) -> LedgerStats:
         """Return what was seen and counted. From any thread."""
         members, slots = self.seen or (None, {})
@@ -97,8 +94,7 @@ class Membership:
         return LedgerStats(slots, members, done, handovers, away)
 
     def _see(self, book: Book) -> None:
-        row = book.members.get(self.store.member)
-        if row is not None:
+        if (row := book.members.get(self.store.member)) is not None:
             slots = {"owned": row.owned, "others": book.owned - row.owned}
             slots |= {"free": book.left, "quarantined": book.quarantined}
             self.seen = len(book.members), slots
@@ -109,9 +105,7 @@ class Membership:
         has = self.allotment
         return has is not None and (
             has.row.owned != has.target
-            or bool(has.asked)
-            or bool(self.vain)
-            or self._guards
+            or bool(has.asked or self.vain or self._guards)
             or bool(has.pauses and has.gone)
         )
 
@@ -128,12 +122,14 @@ class Membership:
     def round(self, now: float, rung: bool, asked: bool = False) -> None:
         """See what is wanted here, and act on that; post the row if `asked`."""
         self._pool.forget_peaks()
-        if self.is_open or self.number is not None:
-            self._return_to_place()
+        if not self.is_open and self.number is not None:
+            self._open()
+        elif self.is_open and self.store.watches_place and not self.store.in_place():
+            self._pool.freeze()
+            raise StoreAway("what was opened is not what stands at its place now")
         state = self._pool.look()
         self._peak = max(self._peak, state.open)
-        has = self.allotment
-        if has is None:
+        if (has := self.allotment) is None:
             if asked or state.wants or self.number is not None:
                 self._join(now, state)
             else:
@@ -155,14 +151,13 @@ class Membership:
 
     def _note_sessions(self, state: State, has: Allotment) -> bool:
         """Have new sessions in our row if nothing else is news, without a reading."""
-        sessions, beat = in_order(state.sessions), has.row.beat + 1
-        row = replace(has.row, sessions=sessions, beat=beat)
+        row = replace(has.row, sessions=in_order(state.sessions), beat=has.row.beat + 1)
         self.transactions += 1
-        key, before = member_key(self.store.member), has.row.text
-        if not self.store.swap(key, before, row.text):
-            return False
-        self._demand.allotment = replace(has, row=row)
-        return True
+        key = member_key(self.store.member)
+        is_there = self.store.swap(key, has.row.text, row.text)
+        if is_there:
+            self._demand.allotment = replace(has, row=row)
+        return is_there
 
     def away(self) -> None:
         """The store is away: what is owned is kept if the sign of life stands.
@@ -190,8 +185,7 @@ class Membership:
             if self.number is not None and self.is_open:
                 state = self._pool.look()
                 sessions = state.sessions.union(filter(None, state.lost))
-                with self._transaction() as rows:
-                    book = Book(rows)
+                with self._transaction() as book:
                     book.leave(self.store.member, state.open, sessions)
                     bells = book.tell()
                 self.store.ring(bells)
@@ -200,15 +194,7 @@ class Membership:
             _log.warning("could not leave the ledger %s: %s", self.store.name, error)
         finally:
             self._demand.allotment = self.number = self.seen = None
-            self.is_open = False
-            self.store.close()
-
-    def _return_to_place(self) -> None:
-        if not self.is_open:
-            self._open()
-        elif self.store.watches_place and not self.store.in_place():
-            self._pool.freeze()
-            raise StoreAway("what was opened is not what stands at its place now")
+            self.exclude()
 
     def _open(self) -> None:
         if not self.store.signed:
@@ -220,12 +206,12 @@ class Membership:
         self.is_open = True
 
     @contextmanager
-    def _transaction(self) -> Iterator[MutableMapping[str, str]]:
+    def _transaction(self) -> Iterator[Book]:
         if not self.is_open:
             self._open()
         self.transactions += 1
         with self.store.transaction() as rows:
-            yield rows
+            yield Book(rows)
         self.rows = rows
 
     def _read(self) -> Mapping[str, str]:
@@ -237,16 +223,13 @@ class Membership:
         """Become a member, in one transaction as a rule."""
         key, dead = self.store.member, dict[str, str]()
         for looked in (False, True):
-            with self._transaction() as rows:
-                book = Book(rows)
+            with self._transaction() as book:
                 book.reap(dead)
                 if looked or book.accepts(key, self.terms, state.server):
-                    who, number = self.who(), self.number
+                    who, number, allowed = self.who(), self.number, self._pool.allowed
                     leads, self.leads = self.leads, False
                     book.join(key, who, self.terms, number, state.server, leads=leads)
-                    has = settle(
-                        book, key, state, state.tags, self._pool.allowed, sign=True
-                    )
+                    has = settle(book, key, state, state.tags, allowed, sign=True)
                     self._see(book)
                     break
                 texts = dict(book.texts)
@@ -277,8 +260,7 @@ class Membership:
             return  # no member any more
         self._give_back(now)
         members = self.allotment.members if self.allotment else 1
-        patrols = is_slow and self.chance() * members < _PATROL
-        self._watch_others(now, patrols)
+        self._watch_others(now, is_slow and self.chance() * members < _PATROL)
 
     def _settle(
         self, now: float, state: State, post: bool, findings: Findings | None = None
@@ -293,8 +275,7 @@ class Membership:
             self._plan_looks(now)
             return True
         told = None
-        with self._transaction() as rows:
-            book = Book(rows)
+        with self._transaction() as book:
             if findings is not None:
                 findings.apply(book)
             if all_there is not None:
@@ -345,10 +326,8 @@ class Membership:
         if allotment.buried:
             self._pool.bury(allotment.buried)
             self._guards = True
-        slots = min(allotment.row.owned, allotment.target)
-        self._pool.tell(slots, allotment.bounds)
-        if allotment.bells:
-            self.store.ring(allotment.bells)
+        self._pool.tell(min(allotment.row.owned, allotment.target), allotment.bounds)
+        self.store.ring(allotment.bells)
         if allotment.row.pressed != self.pressed:
             self.pressed = allotment.row.pressed
             self._pool.local.press(self.pressed)
@@ -356,12 +335,12 @@ class Membership:
         self._plan_looks(now)
 
     def _adopt(self, terms: Terms) -> None:
+        differences = terms.differences(self.terms), self.terms.differences(terms)
         _log.warning(
             "the ledger %s has %s, this process had %s: the ledger's limits are in "
             "force",
             self.store.name,
-            terms.differences(self.terms),
-            self.terms.differences(terms),
+            *differences,
         )
         self.terms = terms
         self._pool.named = limits_of_tags(terms.tags).given
@@ -372,30 +351,27 @@ class Membership:
         if self.allotment is None:
             self.terms, self.leads = terms, True
             return
-        with self._transaction() as rows:
-            Book(rows).set_terms(terms, self.who())
+        with self._transaction() as book:
+            book.change(terms=terms, set_by=self.who())
         self.store.ring_all()
 
     def _plan_looks(self, now: float) -> None:
         pace = self.pace
         if now >= self._slow_at:
             self._slow_at = now + pace.slow
+        self._look_at = now + pace.beat if self.is_uneasy else self._slow_at
         if self._guards:
             self._look_at = now + min(pace.grace, pace.beat)
-        else:
-            self._look_at = now + pace.beat if self.is_uneasy else self._slow_at
 
     def _give_back(self, now: float) -> None:
         """While slots are to go and their connections are closed: give them back."""
         for _ in range(_ROUNDS):
-            has = self.allotment
-            if has is None or has.row.owned <= has.target:
+            if (has := self.allotment) is None or has.row.owned <= has.target:
                 return
             self._pool.local.close_surplus()
             state = self._pool.look()
-            if max(self._pool.allowed, state.open) >= has.row.owned:
-                return
-            if not self._settle(now, state, True):
+            is_open = max(self._pool.allowed, state.open) >= has.row.owned
+            if is_open or not self._settle(now, state, True):
                 return
 
     def _watch_others(self, now: float, patrol: bool = False) -> None:
@@ -420,6 +396,5 @@ class Membership:
             self._give_back(now)
         if self.allotment is not None:
             self._guards = self._guards and bool(self.allotment.gone)
-        if findings.bells:
-            self.store.ring(findings.bells)
+        self.store.ring(findings.bells)
         self._plan_looks(now)

@@ -23,13 +23,12 @@ Rules of this file:
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import os
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext, suppress
 from typing import Any
 
 from sqlalchemy import Connection
@@ -37,7 +36,6 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from . import watch
-from .errors import LedgerError
 from .postgres_tables import (
     END_HOLDERS,
     SIGNS,
@@ -51,7 +49,7 @@ from .postgres_tables import (
     make_engine,
     notifications,
 )
-from .store import Store, StoreAway, drain, notify, wait_for
+from .store import LedgerError, Store, StoreAway, drain, notify, wait_for
 
 #: How long a transaction waits for another one, and for the server.
 _LOCK_TIMEOUT, _STATEMENT_TIMEOUT = "4s", "5s"
@@ -167,7 +165,7 @@ class PostgresStore(Store):
             # before the lock was there.
             "SET default_transaction_isolation = 'read committed'",
         )
-        driver, inbox = self._driver, self._inbox
+        driver, add = self._driver, self._inbox.append
         with self._cursor() as cursor:
             try:
                 self.server, _ = watch.identify(cursor, driver.info.backend_pid)
@@ -175,9 +173,7 @@ class PostgresStore(Store):
                 raise self._tables.unusable(error) from None
         if hasattr(driver, "add_notify_handler"):
             # psycopg gives those that come while a statement runs to nobody else.
-            driver.add_notify_handler(
-                lambda n: inbox.append((n.channel, n.payload, n.pid))
-            )
+            driver.add_notify_handler(lambda n: add((n.channel, n.payload, n.pid)))
 
     def _appear(self) -> None:
         """Give the sign of life, at this place, and listen."""
@@ -202,7 +198,7 @@ class PostgresStore(Store):
         line, self._line = self._line, None
         self._is_open, self._inbox = False, []
         if connection is not None:
-            with contextlib.suppress(SQLAlchemyError):
+            with suppress(SQLAlchemyError):
                 connection.invalidate()
                 connection.close()
         if line is not None:
@@ -216,7 +212,7 @@ class PostgresStore(Store):
         if self._connection is not None:
             # Never to be deallocated, which would say goodbye to the parent's server;
             # and without its socket, or the parent would live as long as we do.
-            with contextlib.suppress(Exception):
+            with suppress(Exception):
                 nothing = os.open(os.devnull, os.O_RDWR)
                 os.dup2(nothing, self._driver.fileno(), inheritable=False)
                 os.close(nothing)
@@ -252,6 +248,11 @@ class PostgresStore(Store):
             self._miss_tables()
             why = "the ledger was deleted from its tables, or made anew"
             raise StoreAway(f"{self.name}: {why}")
+        if not (self._tables.writable or self._observes):
+            # There is another one to write to, or there will be. Not to be found out
+            # by the next write: a pool waits for it that connects there already.
+            self._lost()
+            raise StoreAway(f"{self.name}: the server is read-only")
         return rows
 
     @contextmanager
@@ -260,19 +261,15 @@ class PostgresStore(Store):
         try:
             yield
         except BaseException:
-            with contextlib.suppress(SQLAlchemyError, StoreAway, LedgerError):
+            with suppress(SQLAlchemyError, StoreAway, LedgerError):
                 self._run("ROLLBACK")
             raise
 
     @property
-    def _live(self) -> Connection:
+    def _driver(self) -> Any:
         if self._connection is None:
             raise StoreAway("the ledger is not open")
-        return self._connection
-
-    @property
-    def _driver(self) -> Any:
-        return self._live.connection.driver_connection
+        return self._connection.connection.driver_connection
 
     def _run(self, *statements: str, **values: object) -> list[Any]:
         """Execute statements in one round trip; return the rows of the last one."""
@@ -283,7 +280,7 @@ class PostgresStore(Store):
 
     @contextmanager
     def _cursor(self) -> Iterator[Any]:
-        with self._translated(), contextlib.closing(self._driver.cursor()) as cursor:
+        with self._translated(), closing(self._driver.cursor()) as cursor:
             yield cursor
 
     def look(self) -> watch.Present:
@@ -295,13 +292,8 @@ class PostgresStore(Store):
     def _translated(self) -> Iterator[None]:
         """Raise `StoreAway` or `LedgerError` for what the server or the driver says."""
         line = self._line
-        watch = (
-            contextlib.nullcontext()
-            if line is None
-            else line.answers_within(_ANSWER_WITHIN)
-        )
         try:
-            with watch:
+            with line.answers_within(_ANSWER_WITHIN) if line else nullcontext():
                 yield
         except (DBAPIError, self._engine.dialect.loaded_dbapi.Error) as error:
             said = getattr(error, "orig", error)
@@ -310,11 +302,8 @@ class PostgresStore(Store):
                 words = f"no answer within {_ANSWER_WITHIN:g} s"
             # psycopg has the one, psycopg2 the other.
             state = getattr(said, "sqlstate", getattr(said, "pgcode", None))
-            if (
-                state in (None, _DEMOTED)
-                or self._connection is None
-                or self._driver.closed
-            ):
+            is_gone = self._connection is None or self._driver.closed
+            if state in (None, _DEMOTED) or is_gone:
                 self._lost()
             elif state in _MISSING:
                 self._miss_tables()
@@ -339,10 +328,8 @@ class PostgresStore(Store):
 
     def strangers(self, members: Collection[str]) -> int:
         known = {_key(member) for member in (*members, self.member)}
-        return sum(
-            self._place in keys and known.isdisjoint(keys)
-            for keys in self._signs().values()
-        )
+        signs = self._signs().values()
+        return sum(self._place in keys and known.isdisjoint(keys) for keys in signs)
 
     def _signs(self) -> dict[int, set[int]]:
         """Return the keys that sessions hold, of members and of places."""
@@ -365,10 +352,10 @@ class PostgresStore(Store):
 
     def _notify(self, channels: Iterable[str], what: str) -> None:
         if names := literals([*channels]):
-            notifying = (
+            statement = (
                 "SELECT pg_notify(name, {what}) FROM unnest(ARRAY[{names}]) name"
             )
-            self._run(notifying, names=names, what=what)
+            self._run(statement, names=names, what=what)
 
     def wait(self, seconds: float | None) -> bool:
         assert self._pipe is not None

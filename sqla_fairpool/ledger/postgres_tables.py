@@ -25,8 +25,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 
 from ..background import start_thread
-from .errors import LedgerError
-from .store import StoreAway, changes
+from .store import LedgerError, StoreAway, changes
 
 #: Version of the tables.
 SCHEMA = 1
@@ -66,7 +65,8 @@ _LEDGER = "SELECT version, number FROM fairpool_ledger WHERE name = {ledger}"
 _CREATE = "INSERT INTO fairpool_ledger VALUES ({ledger}, {version}, {number})"
 
 _READ = """
-    SELECT number, key, value FROM fairpool_ledger
+    SELECT number, key, value, current_setting('transaction_read_only')
+    FROM fairpool_ledger
     LEFT JOIN fairpool_ledger_row ON ledger = name WHERE name = {ledger}
 """
 _SWAP = """
@@ -145,6 +145,8 @@ class Tables:
         self._ask = run
         #: The ledger's own number, another one if it was made anew; 0 until opened.
         self.number = 0
+        #: The server let transactions write when the rows were read last.
+        self.writable = True
 
     def unusable(self, why: object) -> LedgerError:
         """Return what is raised where the operator has to do something."""
@@ -219,7 +221,8 @@ class Tables:
         # One statement for both: a look before would be no look at these rows.
         if not found or found[0][0] != self.number:
             return None
-        return {key: value for _, key, value in found if key is not None}
+        self.writable = found[0][3] != "on"
+        return {key: value for _, key, value, _ in found if key is not None}
 
     def write(
         self, before: Mapping[str, str], rows: Mapping[str, str], *after: str

@@ -30,8 +30,8 @@ from typing import (
     get_type_hints,
 )
 
-from ..scheduling.limits import LimitsByTag, TagLimits
-from .errors import LedgerError, RowBroken
+from ..scheduling.ticket import LimitsByTag, TagLimits
+from .store import LedgerError, RowBroken
 
 #: Version of the rows' meaning. Members refuse a ledger with a higher one, and raise
 #: a lower one when they join and no other member lives.

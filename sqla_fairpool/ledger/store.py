@@ -1,4 +1,4 @@
-"""What the ledger asks of a store, and what stores ask of the system."""
+"""What the ledger asks of a store, what it raises, what stores ask of the system."""
 
 from __future__ import annotations
 
@@ -11,10 +11,32 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Protocol
 
+from sqlalchemy import exc
+
+from ..checks import Documented
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]  # not used there
+
+
+class LedgerError(Documented, exc.InvalidRequestError):
+    """The ledger cannot be used as it is configured; trying again does not help."""
+
+    page = "ledgererror"
+
+
+class ServerDiffers(LedgerError):  # noqa: N818  (says what is so)
+    """The connections of other members go to another database server."""
+
+    page = "serverdiffers"
+
+
+class RowBroken(LedgerError):  # noqa: N818  (says what is so)
+    """The ledger holds something that no member has written."""
+
+    page = "rowbroken"
 
 
 class StoreAway(Exception):  # noqa: N818  (a state, not an error)

@@ -30,9 +30,8 @@ from typing import Any, NamedTuple
 from .allocation import STALLED, TURN
 from .book import Book
 from .demand import Pace
-from .errors import LedgerError
 from .rows import LOST, Gone, Left, Session, among
-from .store import Store
+from .store import LedgerError, Store
 
 _log = logging.getLogger(__name__)
 

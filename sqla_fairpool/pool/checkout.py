@@ -9,13 +9,20 @@ from typing import Any, Protocol
 
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ..diagnosis.callers import Caller, Location, TaskHere, ThreadHere
+from ..diagnosis import Caller, Location, TaskHere, ThreadHere
 from ..options import PoolOptions
 from ..scheduling.ticket import FREE, GRANTED, Ticket
 from .physical import PhysicalConnection
 from .waiters import Waiter
 
 __all__ = ["Checkout", "Core", "Generation", "Opener", "Record", "RecordState"]
+
+#: Where the last tag is noted, in a record's ``info``, which a new connection empties:
+#: the record that is preferred for the tag. Not what the server knows now.
+TOLD = "sqla_fairpool_tag_told"
+
+#: Where the time limits are noted that the server was told, in the same way.
+TIMES_TOLD = "sqla_fairpool_times_told"
 
 
 class Lender(Protocol):

@@ -17,20 +17,21 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy import exc
 
-from ..diagnosis.report import Others
+from ..diagnosis.capture import Others
 from ..options import PoolOptions
 from ..scheduling.counters import Histogram
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import GRANTED
-from ..stats import LedgerStats
-from .checkout import Checkout, Record
+from .checkout import TOLD, Checkout, Record
 from .lock import PoolLock
 from .physical import PhysicalConnection, PhysicalConnections
-from .server_tag import TOLD
+
+if TYPE_CHECKING:
+    from ..stats import LedgerStats
 
 __all__ = ["Connections", "LedgerSlots", "Member", "Reservation", "Slots"]
 

@@ -144,15 +144,14 @@ class PoolCore:
             if self.lock.in_section():
                 return self.nested.lend(Checkout(self), tag, opener)
             self.lock.run(housekeeping.hand_over, opener.generation)
-        records, record = self.warm.by_tag.get(tag), None
+        records = self.warm.by_tag.get(tag)
         if not records and tag == self._may_borrow:
             records = self.warm.latest
-        if records:
-            try:
-                record = records.pop(self.connections.end)
-            except IndexError:
-                pass  # another thread was faster
-        if record is None:
+        if not records:
+            return self._acquire(tag, opener, timeout)
+        try:
+            record = records.pop(self.connections.end)
+        except IndexError:  # another thread was faster
             return self._acquire(tag, opener, timeout)
         now = self.clock()
         checkout = record.fair.checkout

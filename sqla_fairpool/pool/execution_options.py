@@ -28,12 +28,11 @@ from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Dialect, Engine
 from sqlalchemy.pool import PoolProxiedConnection
 
-from ..checks import BadOption, validate_tag, validate_timeout
-from ..documented import BadState
+from ..checks import BadOption, BadState, validate_tag, validate_timeout
 from ..options import PoolOptions
 from . import sqlalchemy_private
-from .checkout import RecordState
-from .server_tag import TIMES_TOLD, tell
+from .checkout import TIMES_TOLD, RecordState
+from .events import tell
 
 __all__ = [
     "TIMEOUT_OPTION",
@@ -132,32 +131,40 @@ class _Hooks:
     def set_on_connection(
         self, connection: Connection, opts: Mapping[str, Any]
     ) -> None:
-        before = accepted = _accepted_of(connection)
-        after = now = connection.get_execution_options()
-        has_others = not self._ours.issuperset(opts)
+        if not self._ours.issuperset(opts):
+            self._set_with_others(connection, opts)
+            return
+        before = getattr(connection, _ACCEPTED, None)
         try:
-            if not self._ours.isdisjoint(opts):
-                tag, timeout = None, opts.get(TIMEOUT_OPTION)
-                if timeout is not None:
-                    validate_timeout(timeout, TIMEOUT_OPTION)
-                if self._option in opts:  # None is refused: it would say nothing
-                    tag = validate_tag(opts[self._option], self._option)
-                if has_others:
-                    ours = {key: opts[key] for key in opts if key in self._ours}
-                    now = before.union(ours)
-                setattr(connection, _ACCEPTED, now)
-                sqlalchemy_private.check_out_by(connection, self._check_out)
-                if tag is not None:
-                    _retag(connection, tag)
-                accepted = now
-            if has_others:
-                self._apply(connection, opts)
-                setattr(connection, _ACCEPTED, after)
+            if TIMEOUT_OPTION in opts and opts[TIMEOUT_OPTION] is not None:
+                validate_timeout(opts[TIMEOUT_OPTION], TIMEOUT_OPTION)
+            tag = None
+            if self._option in opts:  # None is refused: it would say nothing
+                tag = validate_tag(opts[self._option], self._option)
+            setattr(connection, _ACCEPTED, connection.get_execution_options())
+            record = sqlalchemy_private.check_out_by(connection, self._check_out)
+            if tag is not None:
+                _retag(connection, record, tag)
         except BaseException:
-            if connection.invalidated:
-                accepted = before  # there is no connection which could have the others
-            setattr(connection, _ACCEPTED, accepted)
-            sqlalchemy_private.set_options(connection, accepted)
+            setattr(connection, _ACCEPTED, before)
+            sqlalchemy_private.set_options(connection, _accepted_of(connection))
+            raise
+
+    def _set_with_others(self, connection: Connection, opts: Mapping[str, Any]) -> None:
+        """Set ours, and then options of SQLAlchemy's."""
+        before, after = _accepted_of(connection), connection.get_execution_options()
+        ours = {key: opts[key] for key in opts if key in self._ours}
+        try:
+            if ours:
+                sqlalchemy_private.set_options(connection, before.union(ours))
+                self.set_on_connection(connection, ours)
+                sqlalchemy_private.set_options(connection, after)
+            self._apply(connection, opts)
+            setattr(connection, _ACCEPTED, after)
+        except BaseException:
+            if connection.invalidated:  # nothing is there which could have ours
+                setattr(connection, _ACCEPTED, before)
+            sqlalchemy_private.set_options(connection, _accepted_of(connection))
             raise
 
     def _check_out_again(self, ref: weakref.ref[Connection]) -> PoolProxiedConnection:
@@ -223,31 +230,30 @@ def _tag_engine(engine: Engine, request: Request) -> None:
     setattr(engine, raw_connection.__name__, raw_connection)
 
 
-def _retag(connection: Connection, tag: str) -> None:
+def _retag(connection: Connection, record: Any, tag: str) -> None:
     """Charge a connection to the tag that was set on it, or have it wait there.
 
     If it is refused, it checks out again under its former tag when it is used next.
     """
-    record: Any = sqlalchemy_private.record_of(connection)
     fair: RecordState | None = getattr(record, "fair", None)
     if fair is None:
         return  # another class of pool
     checkout = fair.checkout
     if checkout.tag_state.tag == tag and not checkout.borrowed:
         return
-    core, options = checkout.core, checkout.core.options
+    core = checkout.core
     if connection.in_transaction():
         raise BadState(
             "This connection has already initialized a SQLAlchemy Transaction() "
-            f"object via begin() or autobegin; {options.tag_option} may not be "
-            "altered unless rollback() or commit() is called first."
+            f"object via begin() or autobegin; {core.options.tag_option} may not "
+            "be altered unless rollback() or commit() is called first."
         )
     try:
         if core.warm.claim(checkout, tag):
             return
         if not core.move(checkout, tag):
             sqlalchemy_private.check_out_again(connection)
-        elif options.server_tag or TIMES_TOLD in record.info or _times_of(fair):
+        elif core.options.server_tag or TIMES_TOLD in record.info or _times_of(fair):
             _tell(connection)
     except BaseException as error:
         connection.invalidate(error)

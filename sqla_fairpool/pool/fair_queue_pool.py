@@ -18,10 +18,10 @@ from sqlalchemy.pool import ConnectionPoolEntry, Pool
 from sqlalchemy.util import greenlet_spawn
 
 from ..checks import naming
-from ..diagnosis.callers import locations
+from ..diagnosis import locations
 from ..diagnosis.event_log import LeakWatch
 from ..options import PoolOptions, describe_changes
-from ..scheduling.limits import TagLimits
+from ..scheduling.ticket import TagLimits
 from ..tagging import blocks, context_tag
 from . import sqlalchemy_private
 from .checkout import Generation, Opener, Record
@@ -30,15 +30,13 @@ from .events import (
     await_url,
     guard_first_connect,
     observe,
+    tell_on_checkout,
     warn_of_private_memory,
+    watch_errors,
 )
 from .execution_options import check_server, make_request, requested, watch_dialect
-from .failover import watch_errors
 from .figures import Figures
-from .ledger_member import LedgerMember
-from .ledger_sessions import join_ledger
 from .pausing import AsyncPausable, Pausable
-from .server_tag import tell_on_checkout
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
 
 __all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool"]
@@ -169,6 +167,8 @@ class FairQueuePool(Figures, Pausable, Pool):
             with naming({"timeout": "pool_timeout"}):  # as `create_engine` calls it
                 options = PoolOptions.among(locals())
             if options.ledger is not None:
+                from .ledger_member import LedgerMember  # most pools need none of it
+
                 member = LedgerMember(self._waiter_class, options.default_tag)
             traced = options.leak_threshold is not None
             _core = (_TracedCore if traced else PoolCore)(
@@ -191,25 +191,24 @@ class FairQueuePool(Figures, Pausable, Pool):
                 # Others interrupt: a killed greenlet leaves a session that has begun.
                 _core.slots.existing.failures = (Exception,)
             if member is not None:
+                from .ledger_sessions import join_ledger
+
                 member.serve(_core)
                 join_ledger(self, _core, member)
                 await_url(self._dialect, partial(join_ledger, self, _core, member))
-
-    @property
-    def options(self) -> PoolOptions:
-        """The options in force, checked, with the defaults filled in."""
-        return self._core.options
 
     # -- what Pool asks of a pool ------------------------------------------------
 
     def _do_get(self) -> ConnectionPoolEntry:
         request = requested()
-        if request is None or request.dialect is not self._dialect:
-            tag = (context_tag() if blocks() else None) or self._default_tag
-            return self._core.checkout(tag, self)
-        make_request(None)  # before it waits or connects, see there
-        tag = request.tag or context_tag() or self._default_tag
-        return self._core.checkout(tag, self, request.timeout)
+        if request is not None:
+            dialect, tag, timeout, _ = request
+            if dialect is self._dialect:
+                make_request(None)  # before it waits or connects, see there
+                tag = tag or context_tag() or self._default_tag
+                return self._core.checkout(tag, self, timeout)
+        tag = (context_tag() if blocks() else None) or self._default_tag
+        return self._core.checkout(tag, self)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         self._core.checkin(record, self.generation)  # type: ignore[arg-type]  # with `fair`

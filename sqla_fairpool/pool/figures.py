@@ -1,4 +1,7 @@
-"""What a pool tells of itself: SQLAlchemy's figures, and ours."""
+"""What a pool tells of itself: SQLAlchemy's figures, and ours.
+
+What makes up ours is imported when it is first asked for.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ..options import PoolOptions
-from ..scheduling.explanation import Explanation, explain, facts_of
-from ..stats import PoolStats
 from .checkout import Generation
 from .core import PoolCore
-from .snapshot import metrics, snapshot
+
+if TYPE_CHECKING:
+    from ..scheduling.explanation import Explanation
+    from ..stats import PoolStats
 
 __all__ = ["Figures"]
 
@@ -22,10 +26,10 @@ class Figures:
     _orig_logging_name: str | None
     generation: Generation
 
-    if TYPE_CHECKING:
-
-        @property
-        def options(self) -> PoolOptions: ...
+    @property
+    def options(self) -> PoolOptions:
+        """The options in force, checked, with the defaults filled in."""
+        return self._core.options
 
     def size(self) -> int:
         """Return the number of connections kept open, ``pool_size``."""
@@ -55,9 +59,8 @@ class Figures:
         """Return the pool's figures in a sentence."""
         return (
             f"Pool size: {self.size()}  Connections in pool: {self.checkedin()} "
-            f"Current Overflow: {self.overflow()} Current Checked out "
-            f"connections: {self.checkedout()} Waiting: "
-            f"{self._core.scheduler.waiting}"
+            f"Current Overflow: {self.overflow()} Current Checked out connections: "
+            f"{self.checkedout()} Waiting: {self._core.scheduler.waiting}"
         )
 
     def explain(self, tag: str) -> Explanation:
@@ -66,11 +69,15 @@ class Figures:
         Its ceiling and from which rule it comes, its fair share, its place in the line
         of tags and who is before it, and what has to happen for it to get one more.
         """
+        from ..scheduling.explanation import explain, facts_of
+
         core = self._core
         return explain(core.lock.run(partial(facts_of, core.scheduler.rules), tag))
 
     def stats(self) -> PoolStats:
         """Return a snapshot of the pool and a row for each tag. O(tags log tags)."""
+        from .snapshot import snapshot
+
         return snapshot(self._core, self.metrics_name)
 
     def metrics(self) -> PoolStats:
@@ -82,6 +89,8 @@ class Figures:
         :mod:`sqla_fairpool.prometheus` and :mod:`sqla_fairpool.opentelemetry` export
         them.
         """
+        from .snapshot import metrics
+
         return metrics(self._core, self.metrics_name)
 
     @property

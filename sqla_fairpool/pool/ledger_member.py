@@ -28,12 +28,12 @@ from typing import Any
 from sqlalchemy import exc
 from sqlalchemy.util import greenlet_spawn
 
-from ..diagnosis.report import Others
+from ..diagnosis.capture import Others
 from ..errors import CheckoutTimeout
-from ..ledger.errors import LedgerError
 from ..ledger.inspector import others
 from ..ledger.keeper import Keeper
 from ..ledger.rows import Session, TagDemand, Terms
+from ..ledger.store import LedgerError
 from ..scheduling.counters import Histogram
 from ..stats import LedgerStats
 from .core import PoolCore

@@ -25,7 +25,7 @@ from itertools import islice
 from threading import get_ident
 from typing import Any, NoReturn, TypeVar
 
-from ..documented import BadState
+from ..checks import BadState
 
 __all__ = ["PoolLock", "refuse_inner_call"]
 
@@ -44,6 +44,7 @@ class PoolLock:
     ) -> None:
         self.clock = clock
         self._can_wait = can_wait
+        self.charge_borrowed: Callable[[], None] = lambda: None
         self.reset()
 
     def reset(self) -> None:
@@ -54,6 +55,8 @@ class PoolLock:
         self.busy_in: int | None = None
         #: What is to be done in a section, this one or the next; called with the time.
         self.inbox: deque[Callable[[float], object]] = deque()
+        #: What :mod:`.warm` has lent. A section has it charged before it does anything.
+        self.borrowed: dict[Any, None] = {}
         #: What is to be done after the lock: callers to wake, and what takes time.
         self.wake_ups: deque[Callable[[], object]] = deque()
         self.deferred: deque[Callable[[], object]] = deque()
@@ -72,7 +75,7 @@ class PoolLock:
                     self.busy_in = get_ident()
                     try:
                         now = self.clock()
-                        if self.inbox:
+                        if self.inbox or self.borrowed:
                             self._empty_inbox(now)
                         result = transition(*args, now)
                         if self.inbox:
@@ -104,6 +107,8 @@ class PoolLock:
 
     def _empty_inbox(self, now: float) -> None:
         inbox = self.inbox
+        if self.borrowed:
+            self.charge_borrowed()
         while inbox:
             inbox[0](now)
             inbox.popleft()

@@ -10,10 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import cast
 
-from ..diagnosis.callers import TaskHere
+from ..diagnosis import TaskHere
 from ..scheduling.counters import Counters
-from ..scheduling.limits import NO_LIMITS
-from ..scheduling.ticket import GRANTED, SafeCeiling, TagState
+from ..scheduling.ticket import GRANTED, NO_LIMITS, SafeCeiling, TagState
 from .checkout import Checkout, Opener, Record
 from .lock import refuse_inner_call
 from .transitions import Transitions

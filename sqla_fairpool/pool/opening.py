@@ -24,9 +24,10 @@ from ..tagging import outside_of_blocks
 from .checkout import Checkout, Core, Generation, Opener, Record, RecordState
 from .connections import Reservation
 from .housekeeping import Housekeeping
-from .physical import PhysicalConnection
+from .physical import PhysicalConnection, PhysicalConnections
+from .sqlalchemy_private import pool_of
 from .transitions import Transitions
-from .waiters import Waiter
+from .waiters import TaskWaiter, Waiter
 from .waiting import Waiting
 
 __all__ = ["Opening"]
@@ -34,6 +35,40 @@ __all__ = ["Opening"]
 #: Seconds that opening ahead waits for slots of a ledger: other processes may need them
 #: more, so what there is in a moment has to do.
 _PATIENCE = 2.0
+
+
+class Reopening:
+    """The owner of a connection that is opened in the place of a lost one."""
+
+    def __init__(
+        self, existing: PhysicalConnections, physical: PhysicalConnection, record: Any
+    ) -> None:
+        self._existing = existing
+        self._physical = physical
+        self._pool = pool_of(record)
+
+    @property
+    def orphaned(self) -> bool:
+        """The caller has gone: the record may be opened again, beside this one."""
+        return self._physical.orphaned
+
+    @orphaned.setter
+    def orphaned(self, value: bool) -> None:
+        self._physical.orphaned = value
+
+    def abandon(self) -> None:
+        """No waiter is this owner's."""
+
+    def adopt(self, connection: Any) -> None:
+        """Close what was opened for nobody."""
+        physical = self._physical
+        physical.orphaned = False
+        if connection is None:
+            self._existing.ended_soon(physical)
+        else:
+            self._existing.opened(physical, connection)
+            close = partial(self._pool._close_connection, connection, terminate=True)
+            TaskWaiter.run_apart(close)  # a thread leaves no orphans
 
 
 class Opening:
@@ -109,11 +144,14 @@ class Opening:
             record.fair = RecordState(physical, Checkout(core))
         else:
             fair.physical = physical
-        connection = None
+        connection, connect = None, partial(invoke, record)
+        if fair is not None:  # else what was begun is run through as a whole
+            run = self._waiter_class.run_through
+            connect = partial(run, connect, Reopening(existing, physical, record))
         try:
             with existing.opening(physical):
                 with outside_of_blocks():
-                    connection = invoke(record)
+                    connection = connect()
                 existing.opened(physical, connection)
         finally:
             if fair is not None:

@@ -20,14 +20,16 @@ import time
 import weakref
 from collections.abc import Callable, Collection, Container, Iterator
 from functools import cache
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from sqlalchemy.util import await_only
 
-from ..ledger.rows import Session
 from ..scheduling.ticket import GRANTED
 from .endings import ENDED, OPEN, UNKNOWN, SocketCopy, silence, stop_statement, watcher
 from .sqlalchemy_private import in_greenlet
+
+if TYPE_CHECKING:
+    from ..ledger.rows import Session
 
 __all__ = ["PhysicalConnection", "PhysicalConnections"]
 
@@ -61,6 +63,7 @@ class PhysicalConnection:
         "lost",
         "mode",
         "opening",
+        "orphaned",
         "session",
         "socket",
     )
@@ -72,6 +75,8 @@ class PhysicalConnection:
         self._kept: Any = None
         #: It is being opened.
         self.opening = True
+        #: Its caller has gone while it is opened in the place of a lost one.
+        self.orphaned = False
         #: Since when it is closed by the client, though the server may not have ended
         #: the session; 0.0 before.
         self.ending = 0.0
@@ -80,7 +85,7 @@ class PhysicalConnection:
         #: What the server calls it, if that is known.
         self.session: Session | None = None
         self.socket: SocketCopy | None = None
-        #: What its server took when it was opened, see :mod:`.failover`.
+        #: What its server took when it was opened, see :mod:`.events`.
         self.mode: str | None = None
 
     @property
@@ -169,6 +174,7 @@ class PhysicalConnections(set[PhysicalConnection]):
             if (
                 record is None
                 or physical.ending
+                or physical.orphaned
                 or (
                     not (physical.opening or id(record) in idle)
                     and record.fair.checkout.state is not GRANTED
@@ -196,9 +202,14 @@ class PhysicalConnections(set[PhysicalConnection]):
             self.discard(physical)
             raise
         except BaseException:
-            physical.ending = time.monotonic()
-            watcher.watch(None, _GOODBYE, lambda _: self.ended(physical))
+            if not physical.orphaned:
+                self.ended_soon(physical)
             raise
+
+    def ended_soon(self, physical: PhysicalConnection) -> None:
+        """Count one whose opening was interrupted as ended after a moment."""
+        physical.ending = time.monotonic()
+        watcher.watch(None, _GOODBYE, lambda _: self.ended(physical))
 
     def opened(self, physical: PhysicalConnection, dbapi_connection: Any) -> None:
         """Note the connection that was opened."""
@@ -297,6 +308,8 @@ class PhysicalConnections(set[PhysicalConnection]):
         """End those that are garbage, where only a look can tell."""
         now = time.monotonic()
         for physical in self:
+            if physical.orphaned:
+                continue
             if physical.ending:  # one that is lost, until it is buried
                 overdue = now - physical.ending > _OVERDUE
                 if overdue and not physical.lost:  # its watcher was interrupted

@@ -15,13 +15,12 @@ from itertools import repeat
 from operator import attrgetter
 from typing import Any, TypeAlias
 
-from ..documented import BadArgument
+from ..checks import BadArgument
 from ..scheduling import policy
-from ..scheduling.counters import BOUNDS, OTHER, Counters, Histogram
-from ..scheduling.limits import TagLimits
-from ..scheduling.state import SchedulerState
+from ..scheduling.counters import BOUNDS, OTHER, Counters
 from ..scheduling.tags import ALL
-from ..stats import PoolStats, Summary, TagStats
+from ..scheduling.ticket import TagLimits
+from ..stats import PoolStats, Summary, TagStats, quick
 from .core import PoolCore
 
 __all__ = ["Source", "metrics", "metrics_source", "snapshot"]
@@ -35,29 +34,19 @@ _HISTOGRAMS = ("wait", "hold", "create")
 
 # What is copied of a tag, in one call so that the lock is held as short as possible.
 _figures = attrgetter(
-    "tag",
-    "active",
-    "in_use",
-    "waiting",
-    "last_activity",
-    "checkouts",
-    "timeouts",
-    "wait_total",
-    "wait_max",
-    "hold_total",
-    "hold_max",
+    *("tag", "active", "in_use", "last_activity", "checkouts", "timeouts"),
+    *("wait_total", "wait_max", "hold_total", "hold_max"),
 )
 
-#: Those figures, what the tag has of its own, its limit, since when the first in its
-#: line waits, its usage.
-_Copied: TypeAlias = tuple[tuple[Any, ...], TagLimits, int, float | None, float]
+#: Those figures; its line's length, and since when the first in it waits; its usage,
+#: what it has of its own, and its ceiling.
+_Copied: TypeAlias = tuple[tuple[Any, ...], int, float | None, float, TagLimits, int]
 
+#: How long its checkouts would have waited by the rules, and how many been refused.
+_Would: TypeAlias = tuple[Summary | None, int | None]
 
-def _by_rules(rules: SchedulerState, tag: str) -> tuple[TagLimits, int]:
-    """Return what a tag has of its own, and its ceiling by the rules."""
-    state = rules.tag_states.get(tag) or rules.tags.new_state(tag, _NO_COUNTERS)
-    return state.limits, rules.ceiling(state)
-
+#: Kinds of durations, their tags, and the seconds.
+_Durations: TypeAlias = list[tuple[str, str, Iterable[float]]]
 
 _NO_COUNTERS = Counters()
 
@@ -68,23 +57,20 @@ _unbooked = attrgetter("since", "again", "held", "held_max")
 def snapshot(core: PoolCore, name: str = "") -> PoolStats:
     """Return the pool's figures, with a row for each tag. O(tags log tags)."""
     pool, copied, unbooked, now = core.lock.run(_copy, core, name)
+    # Else: the default tag, when all its callers named another one later.
+    copied = [c for c in copied if c[1] or any(c[0][1:3]) or any(c[0][4:6])]
     copied.sort(key=lambda copy: copy[0][0])
     wanted = [
         policy.Party(active, in_use, waiting, limit, own.weight, own.reserved)
-        for (_, active, in_use, waiting, *_), own, limit, *_ in copied
+        for (_, active, in_use, *_), waiting, _, _, own, limit in copied
     ]
-    others = core.scheduler.rules.tags.limits.reserved - sum(
-        tag.reserved for tag in wanted
-    )
+    others = core.scheduler.rules.tags.limits.reserved - sum(t.reserved for t in wanted)
     shares = policy.shares_of_tags(wanted, pool.capacity - others)
-    rows: Iterable[TagStats] = (
-        _row(*tag, share, now, unbooked.get(tag[0][0], ()))
+    would = _would(core)
+    rows = [
+        _row(tag, share, now, unbooked.get(tag[0][0], ()), would[tag[0][0]])
         for tag, share in zip(copied, shares, strict=True)
-        # Else: the default tag, when all its callers named another one later.
-        if any(tag[0][1:4]) or any(tag[0][5:7])
-    )
-    if not pool.enforce:
-        rows = _with_would(core, rows)
+    ]
     return replace(pool, tags=tuple(rows))
 
 
@@ -94,12 +80,14 @@ def _copy(
     """Copy what :func:`snapshot` works with. Caller is in a section."""
     unbooked: dict[str, list[Any]] = defaultdict(list)
     scheduler = core.scheduler
+    seconds, rules = scheduler.usage.seconds, scheduler.rules
     copied = []
-    for state in scheduler.tag_states.values():
-        since = next(iter(state.waiters)).since if state.waiters else None
-        usage = scheduler.usage.seconds(state, now)
-        by_rules = _by_rules(scheduler.rules, state.tag)
-        copied.append((_figures(state), *by_rules, since, usage))
+    for tag, state in scheduler.tag_states.items():
+        waiters = state.waiters
+        line = (len(waiters), next(iter(waiters)).since) if waiters else (0, None)
+        own = rules.tag_states.get(tag) or rules.tags.new_state(tag, _NO_COUNTERS)
+        by_rules = own.limits, rules.ceiling(own)
+        copied.append((_figures(state), *line, seconds(state, now), *by_rules))
     for checkout in core.connections.granted():
         unbooked[checkout.tag_state.tag].append(_unbooked(checkout))
     return _pool(core, name, now), copied, unbooked, now
@@ -133,63 +121,47 @@ def _pool(core: PoolCore, name: str, now: float) -> PoolStats:
     )
 
 
+_tag_stats, _summary = quick(TagStats), quick(Summary)
+
+
 def _row(
-    figures: tuple[Any, ...],
-    own: TagLimits,
-    limit: int,
-    waiting_since: float | None,
-    usage: float,
-    share: int,
-    now: float,
-    unbooked: Sequence[Any],
+    copied: _Copied, share: int, now: float, unbooked: Sequence[Any], would: _Would
 ) -> TagStats:
-    tag, active, in_use, waiting, last_activity, checkouts, timeouts = figures[:7]
-    wait_total, wait_max, hold_total, hold_max = figures[7:]
+    figures, waiting, waiting_since, usage, own, limit = copied
+    tag, active, in_use, last_activity, checkouts, timeouts = figures[:6]
+    wait_total, wait_max, hold_total, hold_max = figures[6:]
     out_since = None
     for since, again, held, held_max in unbooked:
         checkouts += again
         hold_total += held
         hold_max = max(hold_max, held_max)
         out_since = since if out_since is None else min(out_since, since)
-    return TagStats(
-        name=tag,
-        active=active,
-        connections=in_use,
-        limit=limit,
-        fair_share=share,
-        waiting=waiting,
-        weight=own.weight,
-        max=own.max,
-        reserved=own.reserved,
-        usage=usage,
-        idle_for=_age(last_activity, now),
-        waiting_for=_age(waiting_since, now),
-        held_for=_age(out_since, now),
-        checkouts=checkouts,
-        timeouts=timeouts,
-        wait_time=Summary(checkouts, wait_total, wait_max),
-        hold_time=Summary(checkouts - in_use, hold_total, hold_max),
+    return _tag_stats(
+        *(tag, active, in_use, limit, share, waiting),
+        *(own.weight, own.max, own.reserved, usage),
+        None if last_activity is None else max(now - last_activity, 0.0),
+        None if waiting_since is None else max(now - waiting_since, 0.0),
+        None if out_since is None else max(now - out_since, 0.0),
+        *(checkouts, timeouts),
+        _summary(checkouts, wait_total, wait_max),
+        _summary(checkouts - in_use, hold_total, hold_max),
+        *(None, None, None),
+        *would,
     )
 
 
-def _age(since: float | None, now: float) -> float | None:
-    return None if since is None else max(now - since, 0.0)
-
-
 # Likewise, of a tag's counters.
-_counts = attrgetter(
-    "checkouts", "at_once", "timeouts", "refusals", "deadlocks", "create_failures"
-)
+_COUNTED = ("timeouts", "refusals", "deadlocks", "create_failures")
+_counts = attrgetter("checkouts", "at_once", *_COUNTED)
 
 
 def metrics(core: PoolCore, name: str) -> PoolStats:
-    """Return the pool's figures, with a row for each tag that has counters. O(tags)."""
     pool, counters, live = core.lock.run(_copy_metrics, core, name)
-    rows = []
+    rows, would = [], _would(core)
     for tag, (counted, (wait, hold, create)) in sorted(counters.items()):
         active, connections, limit, waiting, unbooked, usage = live[tag]
         own = core.scheduler.rules.tags.limits.of(tag)
-        checkouts, at_once, timeouts, refusals, deadlocks, failures = counted
+        checkouts, at_once, *others = counted
         row = TagStats(
             name=tag,
             active=bool(active),
@@ -201,51 +173,43 @@ def metrics(core: PoolCore, name: str) -> PoolStats:
             reserved=own.reserved,
             usage=usage,
             checkouts=checkouts + unbooked,
-            timeouts=timeouts,
             wait_time=Summary.of(BOUNDS, *wait, at_once=at_once + unbooked),
             hold_time=Summary.of(BOUNDS, *hold),
-            refusals=refusals,
-            deadlocks=deadlocks,
             create_time=Summary.of(BOUNDS, *create),
-            create_failures=failures,
+            would_wait=would[tag][0],
+            would_refuse=would[tag][1],
+            **dict(zip(_COUNTED, others, strict=True)),
         )
         rows.append(row)
     ledger = None if core.member is None else core.member.stats()
-    tags = tuple(rows if pool.enforce else _with_would(core, rows))
-    return replace(pool, tags=tags, ledger=ledger)
+    return replace(pool, tags=tuple(rows), ledger=ledger)
 
 
-def _with_would(core: PoolCore, rows: Iterable[TagStats]) -> Iterable[TagStats]:
-    """Add what the rules would have done, in a dry run."""
-    counted = core.lock.run(_copy_would, core)
-    none = [0] * (len(BOUNDS) + 1), 0.0, 0.0
-    for row in rows:
-        waits, refusals = counted.get(row.name, (none, 0))
-        wait = Summary.of(BOUNDS, *waits)
-        yield replace(row, would_wait=wait, would_refuse=refusals)
-
-
-def _copy_would(core: PoolCore, now: float) -> dict[str, tuple[Any, int]]:
+def _would(core: PoolCore) -> Mapping[str, _Would]:
+    """Return by tag what the rules would have done, in a dry run."""
+    if core.options.enforce:
+        return defaultdict(lambda: (None, None))
     by_tag = core.scheduler.rules.tags.counters.by_tag
-    return {tag: (_histograms(c)[0], c.refusals) for tag, c in by_tag.items()}
+    counted = core.lock.run(
+        lambda now: {tag: (_histograms(c)[0], c.refusals) for tag, c in by_tag.items()}
+    )
+    none = Summary.of(BOUNDS, [0] * (len(BOUNDS) + 1), 0.0, 0.0), 0
+    would = {tag: (Summary.of(BOUNDS, *wait), n) for tag, (wait, n) in counted.items()}
+    return defaultdict(lambda: none, would)
 
 
 def _copy_metrics(
     core: PoolCore, name: str, now: float
 ) -> tuple[PoolStats, dict[str, tuple[Any, Any]], dict[str, list[Any]]]:
-    """Copy what :func:`metrics` works with. Caller is in a section."""
-    counters_by_tag = core.scheduler.tags.counters.by_tag
-    counters = {tag: (_counts(m), _histograms(m)) for tag, m in counters_by_tag.items()}
-    return _pool(core, name, now), counters, _live_by_counters(core, now)
+    """Copy what :func:`metrics` works with. Caller is in a section.
 
-
-def _live_by_counters(core: PoolCore, now: float) -> dict[str, list[Any]]:
-    """Return the tags with counters: active, connections, limit, line, not booked,
-    and usage."""
+    The last is of the tags with counters: active, connections, limit, line, not booked,
+    and usage.
+    """
     scheduler = core.scheduler
-    live: dict[str, list[Any]] = {
-        tag: [0, 0, None, 0, 0, 0.0] for tag in scheduler.tags.counters.by_tag
-    }
+    by_tag = scheduler.tags.counters.by_tag
+    counters = {tag: (_counts(c), _histograms(c)) for tag, c in by_tag.items()}
+    live: dict[str, list[Any]] = {tag: [0, 0, None, 0, 0, 0.0] for tag in by_tag}
     for tag_state in scheduler.tag_states.values():
         figures = live[tag_state.tag if tag_state.tag in live else OTHER]
         figures[0] |= tag_state.active
@@ -256,7 +220,7 @@ def _live_by_counters(core: PoolCore, now: float) -> dict[str, list[Any]]:
     for checkout in core.connections.granted():
         tag = checkout.tag_state.tag
         live[tag if tag in live else OTHER][4] += checkout.again
-    return live
+    return _pool(core, name, now), counters, live
 
 
 def _histograms(counters: Counters) -> list[tuple[list[int], float, float]]:
@@ -297,23 +261,20 @@ class Source:
         if core.member is not None:
             core.member.handovers.raw = deque(maxlen=_DURATIONS_KEPT)
 
-    def take_durations(self) -> list[tuple[str, str, Iterable[float]]]:
+    def take_durations(self) -> _Durations:
         """Return what was kept: ``wait``, ``hold`` or ``create``, the tag, seconds."""
         core = self.core()
         return [] if core is None else core.lock.run(self._take_durations, core)
 
-    def _take_durations(
-        self, core: PoolCore, now: float
-    ) -> list[tuple[str, str, Iterable[float]]]:
-        taken: list[tuple[str, str, Iterable[float]]] = []
+    def _take_durations(self, core: PoolCore, now: float) -> _Durations:
+        taken: _Durations = []
         for tag, counters in core.scheduler.tags.counters.by_tag.items():
             more = counters.at_once - self._at_once.get(tag, 0)
             self._at_once[tag] = counters.at_once
             taken.append(("wait", tag, repeat(0.0, min(more, _DURATIONS_KEPT))))
             for name in _HISTOGRAMS:
-                histogram: Histogram = getattr(counters, name)
-                taken.append((name, tag, histogram.raw or ()))
-                histogram.raw = deque(maxlen=_DURATIONS_KEPT)
+                taken.append((name, tag, getattr(counters, name).raw or ()))
+            _keep_durations(tag, counters)
         return taken
 
     def take_handovers(self) -> Iterator[float]:
@@ -335,9 +296,8 @@ def metrics_source(engine: Any) -> Source:
     pool = getattr(engine, "pool", engine)
     core = getattr(pool, "_core", None)
     if not isinstance(core, PoolCore):
-        raise BadArgument(
-            f"{engine!r} has no FairQueuePool, so there are no figures of it"
-        )
+        why = "has no FairQueuePool, so there are no figures of it"
+        raise BadArgument(f"{engine!r} {why}")
     return Source(core, pool.metrics_name)
 
 

@@ -97,14 +97,17 @@ def check_out_again(connection: Connection) -> None:
 def check_out_by(
     connection: Connection,
     check_out: Callable[[weakref.ref[Connection]], PoolProxiedConnection],
-) -> None:
+) -> ConnectionPoolEntry | None:
     """Have a connection's later checkouts, after an invalidation, made by a function.
 
-    Nothing public tells which connection a checkout is for. A weak reference, because a
-    cycle would keep a leaked connection until the collector's next run.
+    Returns the record that it has now, as :func:`record_of`. Nothing public tells which
+    connection a checkout is for. A weak reference, because a cycle would keep a leaked
+    connection until the collector's next run.
     """
     method = MethodType(check_out, weakref.ref(connection))
     connection._revalidate_connection = method  # type: ignore[method-assign]
+    proxied: Any = connection._dbapi_connection
+    return None if proxied is None else proxied._connection_record
 
 
 def check_out(connection: Connection) -> PoolProxiedConnection:
@@ -120,6 +123,11 @@ def set_options(target: Engine | Connection, options: Any) -> None:
 def bare_record(pool: Pool) -> Any:
     """Return a record without a connection, for creators and ``do_connect``."""
     return _ConnectionRecord(pool, connect=False)
+
+
+def pool_of(record: ConnectionPoolEntry) -> Any:
+    """Return the pool that has made a record."""
+    return record._ConnectionRecord__pool  # type: ignore[attr-defined]
 
 
 def guard_first_connects(pool: Pool, lock: AbstractContextManager[object]) -> None:

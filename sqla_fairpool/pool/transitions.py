@@ -13,10 +13,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
-from ..diagnosis.callers import TaskHere, ThreadHere
-from ..diagnosis.capture import Out
+from ..diagnosis import TaskHere, ThreadHere
+from ..diagnosis.capture import Others, Out
 from ..diagnosis.event_log import EventLog, LeakWatch
-from ..diagnosis.report import Others
 from ..options import PoolOptions
 from ..scheduling import policy
 from ..scheduling.scheduler import Scheduler

@@ -17,7 +17,7 @@ from sqlalchemy import exc
 from sqlalchemy.util import await_only, greenlet_spawn
 
 from ..background import start_thread
-from ..diagnosis.callers import TaskHere, ThreadHere
+from ..diagnosis import TaskHere, ThreadHere
 from .sqlalchemy_private import in_greenlet
 
 __all__ = ["Owner", "TaskWaiter", "ThreadWaiter", "Waiter"]

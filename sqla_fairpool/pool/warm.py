@@ -14,6 +14,7 @@ Rules of this file:
   warm before it does anything else, so no caller misses a slot that is kept here. After
   a record was added it is looked if a caller waits, so a caller that found nothing here
   is not forgotten.
+* What is borrowed the lock knows: before anything else, a section has it charged.
 """
 
 from __future__ import annotations
@@ -45,8 +46,6 @@ class WarmRecords(list[Record]):
     def __call__(self, now: float) -> None:
         """Give up all that is warm. Caller is in a section."""
         self.listed = False  # first: what is added from now on is listed again
-        if self._cache.borrowed:
-            self._cache.charge_borrowed()
         while self:
             try:
                 record = self.pop(0)
@@ -85,7 +84,8 @@ class WarmCache:
         #: What may be borrowed: the list to which a record came last.
         self.latest = WarmRecords(self, "")
         #: What is borrowed. Who takes it out decides to which tag it is charged.
-        self.borrowed: dict[Checkout, None] = {}
+        self.borrowed: dict[Checkout, None] = lock.borrowed
+        lock.charge_borrowed = self._charge_borrowed
         self._charge = charge
         self.inbox = lock.inbox
 
@@ -110,11 +110,8 @@ class WarmCache:
         :param tag: to which it will be charged if its caller says none.
         """
         checkout = record.fair.checkout
-        records = self.of(checkout.tag_state.tag)
         checkout.borrowed = True
         self.borrowed[checkout] = None
-        if not records.listed:
-            records.list()
         # From here on no section grants anything before it has charged this.
         if (
             self._lock.busy_in is None
@@ -147,7 +144,7 @@ class WarmCache:
         """Decide to which tag it is charged; tell if no section has. Needs no lock."""
         return self.borrowed.pop(checkout, self) is None
 
-    def charge_borrowed(self) -> None:
+    def _charge_borrowed(self) -> None:
         """Charge all that is borrowed to the default tag. Caller is in a section.
 
         In their order: for the last ones it may not have been looked if there is room.

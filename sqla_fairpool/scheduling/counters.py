@@ -77,7 +77,8 @@ class Histogram:
         """Count one duration."""
         self.counts[bisect_left(BOUNDS, seconds)] += 1
         self.total += seconds
-        self.max = max(self.max, seconds)
+        if seconds > self.max:
+            self.max = seconds
         if self.raw is not None:
             self.raw.append(seconds)
 
@@ -86,11 +87,13 @@ class Histogram:
     ) -> None:
         """Count many, of which those in `longer` are above the first bound."""
         counts = self.counts
-        counts[0] += count - len(longer)
-        for seconds in longer:
-            counts[bisect_left(BOUNDS, seconds)] += 1
+        counts[0] += count
         self.total += total
-        self.max = max(self.max, longest)
+        if longest > self.max:
+            self.max = longest
+        for seconds in longer:
+            counts[0] -= 1
+            counts[bisect_left(BOUNDS, seconds)] += 1
         if self.raw is not None:
             self.raw.extend(longer)
             shorter = count - len(longer)

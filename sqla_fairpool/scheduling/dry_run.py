@@ -16,10 +16,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import policy
-from .limits import TagLimits
-from .lines import Lines
 from .scheduler import Scheduler
-from .ticket import GRANTED, LineFull, TagState, Ticket
+from .state import Lines
+from .ticket import GRANTED, LineFull, TagLimits, TagState, Ticket
 
 __all__ = ["DryRunScheduler"]
 

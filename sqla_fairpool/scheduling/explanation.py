@@ -12,9 +12,8 @@ from typing import Any, NamedTuple
 
 from . import policy
 from .counters import Counters
-from .limits import TagLimits
 from .state import SchedulerState
-from .ticket import TagState
+from .ticket import TagLimits, TagState
 
 __all__ = ["Explanation", "Observed", "Rival", "TagFacts", "explain", "facts_of"]
 

@@ -13,8 +13,8 @@ Rules of this file:
   jump in between, so that a signal handler's exception falls before it or
   after it. (CPython looks for signals at calls, and 3.10 at each jump.)
 
-What is promised, at every moment between two transitions (:mod:`.invariants` holds
-each of them, and the tests call it after every step):
+What is promised, at every moment between two transitions (``check_valid`` in the tests
+holds each of them, and is called after every step):
 
 1. Conservation: the tags' `in_use` add up to the scheduler's `in_use`, which is
    the number of granted tickets.
@@ -43,10 +43,9 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .limits import TagLimits
 from .state import SchedulerState
 from .tags import Pause
-from .ticket import FREE, GRANTED, WAITING, LineFull, TagState, Ticket
+from .ticket import FREE, GRANTED, WAITING, LineFull, TagLimits, TagState, Ticket
 
 __all__ = ["Scheduler"]
 
@@ -71,8 +70,10 @@ class Scheduler(SchedulerState):
         :raises LineFull: when it would have to wait and may not.
         """
         assert ticket.state is FREE
-        tag_state = self.tags.get(tag, now)
-        if not tag_state.silent:
+        tag_state = self.tag_states.get(tag) or self.tags.get(tag, now)
+        if tag_state.prompt:
+            tag_state.last_activity = now
+        elif not tag_state.silent:
             self.tags.touch(tag_state, now)
         ticket.tag_state = tag_state
         ticket.since = now
@@ -81,8 +82,15 @@ class Scheduler(SchedulerState):
         # ceiling, so none of them is of this tag.
         if (
             self.in_use + self.kept_free < self.capacity or self.free_for(tag_state) > 0
-        ) and tag_state.in_use < self.ceiling(tag_state):
-            self._grant(ticket, now, self.usage.scale(now))
+        ) and (
+            tag_state.in_use < tag_state.safe_ceiling.value
+            or tag_state.in_use < self.ceiling(tag_state)
+        ):
+            usage = self.usage
+            scale = usage.base + (now - usage.since) * usage.rise
+            if now >= usage.until:
+                scale = usage.scale(now)
+            self._grant(ticket, now, scale)
             tag_state.counters.at_once += 1
             return True
         if self.max_waiting is not None and self.waiting >= self.max_waiting:
@@ -135,7 +143,10 @@ class Scheduler(SchedulerState):
         """
         tag_state = ticket.tag_state
         assert ticket.state is GRANTED, f"released a ticket that is {ticket.state}"
-        scale = self.usage.scale(now)
+        usage = self.usage
+        scale = usage.base + (now - usage.since) * usage.rise  # as Usage.scale()
+        if now >= usage.until:
+            scale = usage.scale(now)
         is_kept = tag_state.in_use <= tag_state.reserved
         # From here in one go, see the head of this file.
         ticket.state = FREE
@@ -244,8 +255,6 @@ class Scheduler(SchedulerState):
         """
         self.capacity = capacity
         self.drains_from = self.in_use
-        if not self.waiting:
-            return _NO_GRANTS
         return self._dispatch(now, self.usage.scale(now))
 
     def reconfigure(
@@ -314,36 +323,36 @@ class Scheduler(SchedulerState):
 
     def _exchange(self, ticket: Ticket, target: TagState, scale: float) -> bool:
         """Have a slot be another tag's, if that one is next; tell if it was."""
-        source = ticket.tag_state
-        if self.waiting or self.tags.reserved:
-            self._shift(source, -1, scale)
-            is_next = self._is_next(target)
-            self._shift(target if is_next else source, +1, scale)
-            if is_next:
-                ticket.tag_state = target
-            return is_next
-        # As above, with no other that could be next.
-        if self.in_use > self.capacity or target.in_use >= self.ceiling(target):
-            return False
+        source, to = ticket.tag_state, ticket.tag_state
+        has_rivals = self.waiting or self.tags.reserved
+        if not has_rivals:
+            if self.in_use > self.capacity or target.in_use >= self.ceiling(target):
+                return False
+            to = target
+        is_kept = source.in_use <= source.reserved
         # From here in one go, see the head of this file.
+        self.in_use -= 1
+        self.kept_free += is_kept
         source.in_use -= 1
         source.charged += scale
-        target.in_use += 1
-        target.charged -= scale
-        ticket.tag_state = target
-        if target.in_use > target.peak:
-            target.peak = target.in_use
-        return True
-
-    def _shift(self, tag_state: TagState, by: int, scale: float) -> None:
-        before = min(tag_state.in_use, tag_state.reserved)
-        self.in_use += by
-        tag_state.in_use += by
-        tag_state.charged -= by * scale
-        self.kept_free += before - min(tag_state.in_use, tag_state.reserved)
-        tag_state.peak = max(tag_state.peak, tag_state.in_use)
-        if tag_state.waiters:
-            self.lines.changed(tag_state)
+        try:
+            if has_rivals:  # as if it was released
+                if source.waiters:
+                    self.lines.changed(source)
+                if self._is_next(target):
+                    to = target
+        finally:  # in one go again, whatever was raised
+            self.in_use += 1
+            self.kept_free -= to.in_use < to.reserved
+            to.in_use += 1
+            to.charged -= scale
+            ticket.tag_state = to
+        if to.in_use > to.peak:
+            to.peak = to.in_use
+        for tag_state in (source, to) if has_rivals else ():
+            if tag_state.waiters:
+                self.lines.changed(tag_state)
+        return to is target
 
     def _dispatch(self, now: float, scale: float) -> Sequence[Ticket]:
         """Grant free slots to those that are next, until none is left or none waits."""
@@ -356,9 +365,8 @@ class Scheduler(SchedulerState):
             if self.kept_free and self.free_for(tag_state) <= 0:
                 break  # those below their reserve are ranked first: none waits
             if not tag_state.in_use and not tag_state.reserved:
-                self.usage.level = (
-                    tag_state.charged + tag_state.lift
-                ) / tag_state.weight
+                used = tag_state.charged + tag_state.lift
+                self.usage.level = used / tag_state.weight
             ticket, _ = tag_state.waiters.popitem(last=False)
             self.waiting -= 1
             waited = now - ticket.since

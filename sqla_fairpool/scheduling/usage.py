@@ -7,7 +7,9 @@ then on. A connection that is held counts as it is held.
 Nothing is recomputed as time passes. All figures are kept as they would be at the
 *landmark*, a moment in the past, and there they only change when a tag gets a slot or
 returns one: ``2 ** (t / half_life)`` of now brings them to the present. (*Forward
-decay*: Cormode, Shkapenyuk, Srivastava and Xu, ICDE 2009.)
+decay*: Cormode, Shkapenyuk, Srivastava and Xu, ICDE 2009.) The power is taken now and
+then, and what is in between lies on a straight line: a thousand lines to a half-life,
+by which no moment counts for 0.04 % more or less than by the power itself.
 
 Part of the scheduler: called under the same lock, with the time as an argument.
 """
@@ -25,6 +27,10 @@ __all__ = ["Usage"]
 #: longest half-life, is well below the largest float, 2 ** 1024.
 _LANDMARK_LIFE = 900.0
 
+#: Straight lines to a half-life, in the place of the curve.
+_LINES = 1024
+_GROWTH: float = 2.0 ** (1 / _LINES) - 1.0
+
 
 class Usage:
     """The usage of each tag.
@@ -36,13 +42,15 @@ class Usage:
         "_half_life_since",
         "_heard",
         "_mean_life",
-        "_now",
-        "_scale",
         "_tag_states",
+        "base",
         "half_life",
         "landmark",
         "level",
         "moved",
+        "rise",
+        "since",
+        "until",
     )
 
     def __init__(
@@ -54,8 +62,8 @@ class Usage:
         self._mean_life = half_life / math.log(2)
         self._half_life_since = now
         self.landmark = now
-        # The last moment for which the scale was computed, and what it was then.
-        self._now, self._scale = now, self._mean_life
+        # The scale is `base` at `since`, and `rise` more each second `until` then.
+        self._begin_line(now, self._mean_life)
         #: What the tag that was served last had used, per weight: of those that waited
         #: and held nothing, and have no reserve.
         self.level = 0.0
@@ -66,14 +74,23 @@ class Usage:
 
     def scale(self, now: float) -> float:
         """Return what one slot that is held without end comes to, at the landmark."""
-        if now == self._now:
-            return self._scale  # as in other steps of the same transition
+        if self.since <= now < self.until:
+            return self.base + (now - self.since) * self.rise
         half_lives = (now - self.landmark) / self.half_life
         if half_lives > _LANDMARK_LIFE:
             self.rebase(now, self.half_life)
-            return self._mean_life
-        self._now, self._scale = now, self._mean_life * 2.0**half_lives
-        return self._scale
+            return self.base
+        scale: float = self._mean_life * 2.0**half_lives
+        if now >= self.until:
+            self._begin_line(now, scale)
+        return scale
+
+    def _begin_line(self, now: float, scale: float) -> None:
+        """Let the scale rise evenly from now on, to where the curve is at the end."""
+        length = self.half_life / _LINES
+        self.base, self.since = scale, now
+        self.rise = scale * _GROWTH / length
+        self.until = now + length
 
     def rebase(self, now: float, half_life: float) -> None:
         """Move the landmark to now, and let usage decay by `half_life`. O(tags)."""
@@ -90,7 +107,7 @@ class Usage:
         if half_life != self.half_life:
             self._half_life_since = now
         self.landmark, self.half_life, self._mean_life = now, half_life, after
-        self._now, self._scale = now, after
+        self._begin_line(now, after)
         self.moved()
 
     def seconds(self, tag_state: TagState, now: float) -> float:

@@ -10,7 +10,7 @@ import pytest
 from sqla_fairpool import demo
 from sqla_fairpool.checks import hide_passwords
 from sqla_fairpool.cli import _COMMANDS, CommandError, main, make_argument_parser
-from sqla_fairpool.demo.server import Signals
+from sqla_fairpool.demo import Signals
 
 
 def failure(capsys, *args):

@@ -8,9 +8,9 @@ import pytest
 from support.overviews import FakeInspector, overview
 
 from sqla_fairpool.cli import main, poller
-from sqla_fairpool.cli.explain import explain_tag
+from sqla_fairpool.cli.monitor import explain_tag
 from sqla_fairpool.ledger.overview import Limits, Part, ProcessRow, compile_overview
-from sqla_fairpool.scheduling.limits import LimitsByTag, TagLimits
+from sqla_fairpool.scheduling.ticket import LimitsByTag, TagLimits
 from sqla_fairpool.stats import TagStats
 
 

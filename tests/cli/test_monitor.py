@@ -27,9 +27,8 @@ from sqla_fairpool import FairQueuePool
 from sqla_fairpool.cli import main, monitor, poller
 from sqla_fairpool.cli.poller import Poller, in_background
 from sqla_fairpool.cli.server import ServerFigures, ServerView
-from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
-from sqla_fairpool.ledger.store import StoreAway
+from sqla_fairpool.ledger.store import LedgerError, StoreAway
 
 PROGRAM = str(Path(__file__).parents[1] / "support" / "monitor_program.py")
 

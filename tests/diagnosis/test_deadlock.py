@@ -16,7 +16,7 @@ from support.threads import PATIENCE, Caller, Gate, ensure_waiting, eventually
 from support.worlds import contract, world_of
 
 from sqla_fairpool import CheckoutTimeout, SelfDeadlock
-from sqla_fairpool.diagnosis import deadlock
+from sqla_fairpool.diagnosis import capture
 from sqla_fairpool.pool.waiters import ThreadWaiter
 
 FOR_EVER = 1000.0
@@ -51,7 +51,7 @@ class Looks(list):
 
 @pytest.fixture
 def looks(monkeypatch):
-    looks, is_stuck = Looks(), deadlock.is_stuck
+    looks, is_stuck = Looks(), capture.is_stuck
 
     def look(*args):
         looks.append(is_stuck(*args))

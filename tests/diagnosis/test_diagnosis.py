@@ -20,8 +20,7 @@ from sqla_fairpool import (
     Diagnosis,
     Holding,
 )
-from sqla_fairpool.diagnosis.callers import ThreadHere, describe_caller, frames_of
-from sqla_fairpool.diagnosis.report import duration
+from sqla_fairpool.diagnosis import ThreadHere, describe_caller, duration, frames_of
 
 
 def case(*holdings, **changes):

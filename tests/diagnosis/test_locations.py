@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, text
-from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import (
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from sqlalchemy.util import greenlet_spawn
 
 from sqla_fairpool import (
@@ -17,10 +22,19 @@ from sqla_fairpool import (
     CheckoutTimeout,
     FairQueuePool,
 )
-from sqla_fairpool.diagnosis.callers import describe_location
+from sqla_fairpool.diagnosis import describe_location
 
 HERE = f"tests/diagnosis/{Path(__file__).name}:"
 FULL = {"pool_size": 1, "pool_timeout": 0, "leak_threshold": 60}
+
+
+class Base(DeclarativeBase):
+    pass
+
+
+class Page(Base):
+    __tablename__ = "pages"
+    id: Mapped[int] = mapped_column(primary_key=True)
 
 
 def by_connect(engine):
@@ -114,6 +128,16 @@ async def by_run_sync(engine):
         await session.run_sync(lambda session: session.execute(text("select 1")))
 
 
+async def facts_of(road, tmp_path):
+    url = f"sqlite+aiosqlite:///{tmp_path}/x"
+    engine = create_async_engine(url, poolclass=AsyncAdaptedFairQueuePool, **FULL)
+    async with engine.connect():
+        with pytest.raises(CheckoutTimeout) as caught:
+            await road(engine)
+    await engine.dispose()
+    return caught.value.diagnosis
+
+
 @pytest.mark.parametrize(
     ("road", "function"),
     [
@@ -124,22 +148,36 @@ async def by_run_sync(engine):
     ],
 )
 def test_tasks_line_is_named(tmp_path, road, function):
-    async def main():
-        engine = create_async_engine(
-            f"sqlite+aiosqlite:///{tmp_path}/x",
-            poolclass=AsyncAdaptedFairQueuePool,
-            **FULL,
-        )
-        async with engine.connect():
-            with pytest.raises(CheckoutTimeout) as caught:
-                await road(engine)
-        await engine.dispose()
-        return caught.value.diagnosis
-
-    facts = asyncio.run(main())
+    facts = asyncio.run(facts_of(road, tmp_path))
     assert is_here(facts.asked_at, function)
     (held,) = facts.holdings
-    assert is_here(held.taken_at, "main")
+    assert is_here(held.taken_at, "facts_of")
+
+
+async def by_wait_for(engine):
+    # A task of the library's, in each Python: as wait_for() made one before 3.12.
+    await asyncio.gather(engine.connect())
+
+
+async def by_commit_of_a_block(engine):
+    async with async_sessionmaker(engine).begin() as session:
+        session.add(Page())  # __aexit__() commits in a task of its own
+
+
+@pytest.mark.parametrize("road", [by_wait_for, by_commit_of_a_block])
+def test_a_librarys_task_is_not_taken_for_the_line_that_runs_the_loop(tmp_path, road):
+    facts = asyncio.run(facts_of(road, tmp_path))
+    assert facts.asked_at is None
+    assert f"asked for by {facts.asked_by}" in str(facts)
+    assert facts.asked_by.startswith("task 'Task-")
+
+
+def test_a_thread_that_a_library_runs_is_named(tmp_path):
+    engine = create_engine(f"sqlite:///{tmp_path}/x", poolclass=FairQueuePool, **FULL)
+    with engine.connect(), ThreadPoolExecutor(1, "fetch") as threads:
+        error = threads.submit(engine.connect).exception()
+    assert "asked for by thread 'fetch_0'" in str(error)
+    engine.dispose()
 
 
 INSTALLED = "/venv/lib/python3/site-packages/framework/view.py"

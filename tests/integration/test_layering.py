@@ -13,11 +13,11 @@ from support.imports import MODULES, imports
 
 import sqla_fairpool
 from sqla_fairpool import manager, opentelemetry, plugin, prometheus
-from sqla_fairpool.documented import PAGES, Documented
+from sqla_fairpool.checks import PAGES, Documented
 
 #: Each may import those before it, and what stands beside it in its own folder.
 ORDER = [
-    {"background", "documented", "scheduling", "stats"},
+    {"background", "scheduling", "stats"},
     {"checks"},
     {"options"},
     {"diagnosis"},

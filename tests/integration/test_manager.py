@@ -24,7 +24,7 @@ from support.worlds import contract
 
 import sqla_fairpool
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool, manager
-from sqla_fairpool.launch.environment import RUN, VARIABLES, Run
+from sqla_fairpool.launch import RUN, VARIABLES, Run
 from sqla_fairpool.ledger import host_file
 from sqla_fairpool.ledger.addresses import default_path
 from sqla_fairpool.ledger.host import HostStore

@@ -51,6 +51,30 @@ def test_index_shows_where_the_project_lives_and_finds_it_by_what_people_look_fo
     assert fields["Author"] == "sqla_fairpool contributors"
 
 
+def test_import_loads_no_more_than_a_pool_needs():
+    """Not the ledger, nor what makes up figures, messages and explanations."""
+    look = "; print(*sorted(set(sys.modules) - before))"
+    command = "import sys, sqlalchemy, sqlalchemy.pool; before = set(sys.modules); "
+
+    def loaded(statement):
+        line = [sys.executable, "-c", command + statement + look]
+        return set(subprocess.check_output(line, text=True).split())
+
+    assert loaded("import sqla_fairpool") == {"sqla_fairpool"}
+    names = loaded("from sqla_fairpool import FairQueuePool")
+    ours = {name for name in names if name.startswith("sqla_fairpool.")}
+    ledger = {name for name in ours if name.startswith("sqla_fairpool.ledger.")}
+    assert ledger == {f"sqla_fairpool.ledger.{n}" for n in ("drivers", "store")}
+    assert not ours & {
+        "sqla_fairpool.stats",
+        "sqla_fairpool.diagnosis.report",
+        "sqla_fairpool.pool.snapshot",
+        "sqla_fairpool.scheduling.explanation",
+    }
+    small = {"_ctypes", "ctypes", "ctypes._endian", "gc"}
+    assert names - ours == small | {"sqla_fairpool"}
+
+
 def test_too_old_a_python_is_refused_before_what_an_extra_needs():
     """Else pip looks for versions of all that for minutes, before it says why not."""
     needed = [Requirement(text) for text in metadata.requires("sqla-fairpool")]
@@ -233,6 +257,18 @@ def slugs(text):
         re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles
     ]
     return {*plain, *re.findall(r"^\((\S+)\)=$", text, re.MULTILINE)}
+
+
+def test_help_ends_with_an_address_that_is_there():
+    page = (ROOT / "docs" / "reference" / "command-line.md").read_text()
+    parsers = [make_argument_parser()]
+    for parser in parsers:
+        for group in parser._subparsers._group_actions if parser._subparsers else ():
+            parsers.extend(group.choices.values())
+        address, _, anchor = parser.format_help().split()[-1].partition("#")
+        assert address.endswith("/docs/reference/command-line.md")
+        assert anchor in slugs(page)
+    assert len(parsers) > 12
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,8 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.pool import NullPool, QueuePool
 
-from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
-from sqla_fairpool.launch import adoption
-from sqla_fairpool.launch.adoption import adopt, engine_arguments, show_place
-from sqla_fairpool.launch.environment import Run
+from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool, launch
+from sqla_fairpool.launch import Run, adopt, engine_arguments, show_place
 from sqla_fairpool.ledger.addresses import database_place, default_path
 
 URL = "postgresql+psycopg2://app:s3cret@db/app?sslpassword=s3cret"
@@ -22,9 +20,9 @@ SAID = "sqla-fairpool run: engine for postgresql://db:5432/app"
 @pytest.fixture(autouse=True)
 def no_memory():
     """Settings are read once per process; a test is a process here."""
-    adoption._settings.cache_clear()
+    launch._settings.cache_clear()
     yield
-    adoption._settings.cache_clear()
+    launch._settings.cache_clear()
 
 
 @pytest.fixture

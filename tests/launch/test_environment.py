@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
-from sqla_fairpool.launch.environment import RUN, VARIABLES, Run, Settings, parse_url
+from sqla_fairpool.launch import RUN, VARIABLES, Run, Settings, parse_url
 from sqla_fairpool.ledger import addresses
 from sqla_fairpool.ledger.addresses import (
     database_place,

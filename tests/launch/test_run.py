@@ -20,8 +20,7 @@ from support.threads import PATIENCE
 
 import sqla_fairpool
 from sqla_fairpool.cli import main, run
-from sqla_fairpool.launch.adoption import show_place
-from sqla_fairpool.launch.environment import RUN, VARIABLES, Run
+from sqla_fairpool.launch import RUN, VARIABLES, Run, show_place
 from sqla_fairpool.ledger.addresses import database_place
 
 LAUNCHER = [sys.executable, "-m", "sqla_fairpool", "run"]
@@ -629,6 +628,14 @@ def test_bad_variable_is_named_and_nothing_starts(refused, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setenv(variable, "nonsense")
             assert refused("x.py").startswith(f"{variable}='")
+
+
+def test_ledger_that_cannot_be_a_file_is_told_before_the_start(refused, told, tmp_path):
+    path = tmp_path / "mistyped" / "app.ledger"
+    assert f"{path.parent} does not exist" in refused("--ledger", str(path), "x.py")
+    assert "Is a directory" in refused("--ledger", str(tmp_path), "x.py")
+    (tmp_path / "app.ledger").touch()  # as an operator makes it for several users
+    assert told("--ledger", str(tmp_path / "app.ledger"), "x.py")[::2] == (0, "")
 
 
 def test_other_limits_than_the_ledger_in_use_has(told, tmp_path):

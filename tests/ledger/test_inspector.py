@@ -18,10 +18,10 @@ from support.stub import StubServer
 from support.threads import PATIENCE, VirtualClock, eventually
 
 from sqla_fairpool.ledger.book import Book
-from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.inspector import Inspector
 from sqla_fairpool.ledger.rows import Session, TagDemand, Terms
+from sqla_fairpool.ledger.store import LedgerError
 
 TERMS = Terms(20, 10, 15, 60.0, 30.0)
 WHO = {"host": "here", "pid": 4711, "program": "a.py"}

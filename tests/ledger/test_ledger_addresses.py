@@ -10,7 +10,7 @@ from sqlalchemy.exc import ArgumentError
 
 from sqla_fairpool.ledger import addresses
 from sqla_fairpool.ledger.addresses import default_path, make_store
-from sqla_fairpool.ledger.errors import LedgerError
+from sqla_fairpool.ledger.store import LedgerError
 
 URL = make_url("postgresql://host/app")
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from sqla_fairpool.ledger.allocation import allocate
 from sqla_fairpool.ledger.book import Book
 from sqla_fairpool.ledger.demand import State
-from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.rows import Limits, Member, Session, Terms, dump
 from sqla_fairpool.ledger.rows import TagDemand as Line
+from sqla_fairpool.ledger.store import LedgerError
 from sqla_fairpool.ledger.transaction import has_news, settle
 from sqla_fairpool.scheduling import policy
-from sqla_fairpool.scheduling.limits import LimitsByTag, TagLimits
+from sqla_fairpool.scheduling.ticket import LimitsByTag, TagLimits
 
 TERMS = Limits(capacity=20, soft_limit=10, max_limit=15)
 

@@ -25,7 +25,7 @@ from support.stub import StubServer
 from support.threads import PATIENCE, Caller, connect, eventually, give
 
 from sqla_fairpool import CheckoutTimeout
-from sqla_fairpool.ledger.errors import LedgerError
+from sqla_fairpool.ledger.store import LedgerError
 
 SLOTS = 4
 

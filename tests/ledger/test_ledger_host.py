@@ -25,11 +25,10 @@ from support.threads import PATIENCE, eventually
 
 from sqla_fairpool.ledger import host, host_file
 from sqla_fairpool.ledger.book import Book
-from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.host_file import LedgerFile
 from sqla_fairpool.ledger.rows import Terms, member_key
-from sqla_fairpool.ledger.store import StoreAway
+from sqla_fairpool.ledger.store import LedgerError, StoreAway
 
 
 @pytest.fixture

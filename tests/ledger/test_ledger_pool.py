@@ -30,10 +30,10 @@ from support.worlds import contract, world_of
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
 from sqla_fairpool.diagnosis.report import Elsewhere
-from sqla_fairpool.ledger.errors import LedgerError, ServerDiffers
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.keeper import describe_process
 from sqla_fairpool.ledger.rows import Terms
+from sqla_fairpool.ledger.store import LedgerError, ServerDiffers
 
 
 class FakeKeeper:

@@ -23,11 +23,10 @@ from sqla_fairpool.cli import main
 from sqla_fairpool.ledger import postgres, watch
 from sqla_fairpool.ledger.addresses import make_store
 from sqla_fairpool.ledger.book import Book
-from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.keeper import Keeper
 from sqla_fairpool.ledger.postgres import PostgresStore
 from sqla_fairpool.ledger.rows import Terms
-from sqla_fairpool.ledger.store import StoreAway
+from sqla_fairpool.ledger.store import LedgerError, StoreAway
 
 pytestmark = pytest.mark.postgres
 
@@ -442,6 +441,19 @@ def test_lost_control_connection_is_a_lost_sign(driver_url, make, sql):
     store.open()
     assert store.signed
     assert other.living([store.member]) == {store.member}
+    assert rows_of(store) == {}
+
+
+def test_server_that_became_read_only_is_left_by_the_next_reading(driver_url, make):
+    """The pool connects to its successor already, and waits for the sign there."""
+    store, observer = make(driver_url), make(driver_url, observes=True)
+    for one in store, observer:
+        one._run("SET default_transaction_read_only = on")
+    assert observer.read() == {}
+    with pytest.raises(StoreAway, match="read-only"):
+        store.read()
+    assert (store.control_connections, store.signed) == (0, False)
+    store.open()
     assert rows_of(store) == {}
 
 

@@ -7,8 +7,8 @@ from support.ledger import TERMS, ask, close_idle, free, posted, used
 from support.ledger_world import Server
 
 from sqla_fairpool.ledger.book import Book
-from sqla_fairpool.ledger.errors import LedgerError, ServerDiffers
 from sqla_fairpool.ledger.inspector import read
+from sqla_fairpool.ledger.store import LedgerError, ServerDiffers
 
 # -- posts -------------------------------------------------------------------------
 

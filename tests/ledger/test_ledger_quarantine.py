@@ -12,7 +12,6 @@ from support.ledger import TERMS, ask, close_idle, free
 
 from sqla_fairpool.ledger import rows as ledger_rows
 from sqla_fairpool.ledger.book import Book
-from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.inspector import read
 from sqla_fairpool.ledger.rows import (
     LOST,
@@ -24,6 +23,7 @@ from sqla_fairpool.ledger.rows import (
     among,
     dump,
 )
+from sqla_fairpool.ledger.store import LedgerError
 from sqla_fairpool.ledger.watch import Present, still_there, unaccounted
 
 

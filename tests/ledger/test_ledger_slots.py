@@ -21,13 +21,19 @@ import pytest
 from sqlalchemy import create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError, StatementError
 from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.util import await_only
 from support import state
 from support.sessions import Sessions
 from support.stub import all_for_one
 from support.threads import PATIENCE, Caller, eventually, give
 
-from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
-from sqla_fairpool.ledger.errors import ServerDiffers
+from sqla_fairpool import (
+    AsyncAdaptedFairQueuePool,
+    CheckoutTimeout,
+    FairQueuePool,
+    tag,
+)
+from sqla_fairpool.ledger.store import ServerDiffers
 from sqla_fairpool.pool import ledger_member, ledger_sessions
 
 pytestmark = pytest.mark.postgres
@@ -161,7 +167,7 @@ def test_task_that_is_cancelled_when_a_connection_is_opened_again(
         @event.listens_for(one.engine.sync_engine, "connect")
         def on_connect(dbapi_connection, record):
             if not slowly.is_set():
-                dbapi_connection.await_(slowly.wait())
+                await_only(slowly.wait())
 
         end = END_SESSIONS.replace(":name", f"'{one.name}'")
         await asyncio.to_thread(operator, postgres_url, end)
@@ -174,6 +180,42 @@ def test_task_that_is_cancelled_when_a_connection_is_opened_again(
         slowly.set()
 
     in_a_loop(main, driver, pool_pre_ping=True)
+
+
+def test_task_that_is_cancelled_while_its_driver_connects_again(
+    in_a_loop, postgres_url, operator
+):
+    """The session is there, though no caller waits for it any more."""
+
+    async def main(one):
+        await one.all_can_be_had_by_tasks()
+        go_on, connected = asyncio.Event(), []
+
+        @event.listens_for(one.engine.sync_engine, "do_connect")
+        def on_connect(dialect, record, arguments, options):
+            connection = dialect.connect(*arguments, **options)
+            connected.append(connection)
+            if len(connected) == 1:
+                await_only(go_on.wait())
+            return connection
+
+        end = END_SESSIONS.replace(":name", f"'{one.name}'")
+        await asyncio.to_thread(operator, postgres_url, end)
+        connecting = asyncio.ensure_future(one.connect())
+        while not connected:
+            await asyncio.sleep(0.01)
+        connecting.cancel()
+        await asyncio.wait([connecting])
+        with tag("late", timeout=1.0):  # longer than a goodbye takes
+            others = [one.connect() for _ in range(SLOTS)]
+            got = await asyncio.gather(*others, return_exceptions=True)
+        late = [error for error in got if isinstance(error, CheckoutTimeout)]
+        assert len(late) == 1
+        for connection in {*got} - {*late}:
+            await connection.close()
+        go_on.set()
+
+    in_a_loop(main, "psycopg", pool_pre_ping=True)
 
 
 def test_ledger_that_cannot_confirm_a_new_connection_costs_no_slot(member, monkeypatch):

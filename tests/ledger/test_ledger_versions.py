@@ -19,7 +19,7 @@ from support.threads import PATIENCE
 
 from sqla_fairpool import TagLimits
 from sqla_fairpool.cli import main
-from sqla_fairpool.ledger.errors import LedgerError
+from sqla_fairpool.ledger.store import LedgerError
 
 TESTS = Path(__file__).parent.parent
 BEFORE = "919f852d5e5f84a65d0a4f219b973a78b3167360"

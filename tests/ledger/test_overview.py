@@ -15,7 +15,7 @@ from sqla_fairpool.ledger.overview import (
     ProcessRow,
     compile_overview,
 )
-from sqla_fairpool.scheduling.limits import LimitsByTag, TagLimits
+from sqla_fairpool.scheduling.ticket import LimitsByTag, TagLimits
 from sqla_fairpool.stats import TagStats, condensed, decode, encode
 
 LIMITS = Limits(20, 20, 10, 15)

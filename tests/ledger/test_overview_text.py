@@ -17,7 +17,7 @@ from sqla_fairpool.ledger.overview_text import (
     printable,
     seconds_text,
 )
-from sqla_fairpool.scheduling.limits import LimitsByTag, TagLimits
+from sqla_fairpool.scheduling.ticket import LimitsByTag, TagLimits
 from sqla_fairpool.stats import TagStats
 
 

@@ -12,6 +12,8 @@ from support.threads import connect, wait_in_line
 
 import sqla_fairpool
 from sqla_fairpool import CheckoutTimeout
+from sqla_fairpool.scheduling.scheduler import Scheduler
+from sqla_fairpool.scheduling.ticket import Ticket
 
 PACKAGE = str(Path(sqla_fairpool.__file__).parent)
 
@@ -40,15 +42,48 @@ def engine(light_heap, make_engine):
     return engine
 
 
+def test_scheduler_while_no_request_waits():
+    """Its usage costs no call; a power is taken once in a thousandth of a half-life."""
+    limits = {"capacity": 2, "soft_limit": 1, "max_limit": 2, "idle_timeout": 60.0}
+    scheduler = Scheduler(**limits, reallocation_interval=30.0, now=0.0)
+    ticket = Ticket()
+
+    def pair(begin, end):
+        assert scheduler.request(ticket, "a", begin)
+        scheduler.release(ticket, end)
+
+    pair(0.0, 0.001)
+    assert our_calls(lambda: pair(0.002, 0.003)) == [
+        *("request", "_grant"),
+        *("release", "note", "vacate", "book", "add_all"),
+    ]
+
+
 def test_warm_checkout_and_checkin(engine):
     tagged = engine.execution_options(scraper="a")
     tagged.connect().close()
-    assert our_calls(lambda: tagged.connect().close()) == [
+    names = our_calls(lambda: tagged.connect().close())
+    assert [n for n in names if n != "note"] == [  # of the longest one yet
         "raw_connection",
         "_do_get",
         "checkout",
         "_do_return_conn",
         "checkin",
+    ]
+
+
+def test_tag_that_is_set_on_a_connection_kept_warm_for_it(engine):
+    def use():
+        engine.connect().execution_options(scraper="a").close()
+
+    use()
+    with state.lock_forbidden(engine):
+        names = our_calls(use)
+    assert [n for n in names if n != "note"] == [
+        *("_do_get", "checkout", "borrow", "may_take_over"),
+        *("set_on_connection", "validate_tag", "_is_tag", "check_out_by"),
+        *("_retag", "claim", "_end_loan"),
+        *("_do_return_conn", "checkin"),
     ]
 
 

@@ -24,7 +24,7 @@ from sqlalchemy import create_engine, text
 from support import state
 from support.stub import StubServer, all_for_one
 from support.threads import Caller, Gate, connect, ensure_waiting, give, take
-from sqla_fairpool.scheduling.invariants import check_valid
+from support.invariants import check_valid
 from sqla_fairpool import FairQueuePool
 
 server = StubServer()

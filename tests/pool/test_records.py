@@ -7,9 +7,8 @@ from support import state
 from support.parts import CORE, Parts, Record
 from support.threads import connect, wait_in_line
 
-from sqla_fairpool.pool.checkout import Checkout
+from sqla_fairpool.pool.checkout import TOLD, Checkout
 from sqla_fairpool.pool.connections import Connections
-from sqla_fairpool.pool.server_tag import TOLD
 from sqla_fairpool.pool.waiters import ThreadWaiter
 
 

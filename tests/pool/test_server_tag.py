@@ -10,7 +10,7 @@ from support.threads import eventually
 from support.worlds import count_opened, world_of
 
 from sqla_fairpool import FairQueuePool
-from sqla_fairpool.pool import server_tag
+from sqla_fairpool.pool import events
 
 pytestmark = pytest.mark.postgres
 
@@ -35,13 +35,13 @@ def world(request, postgres_url):
 def told(monkeypatch):
     """The names that the server was told."""
     names = []
-    say = server_tag._say
+    say = events._say
 
     def noted(dbapi_connection, name, *settings):
         names.append(name)
         say(dbapi_connection, name, *settings)
 
-    monkeypatch.setattr(server_tag, "_say", noted)
+    monkeypatch.setattr(events, "_say", noted)
     return names
 
 
@@ -160,7 +160,7 @@ def test_what_goes_wrong_in_telling_is_sqlalchemys_error(world, monkeypatch):
 
     with engine.connect().execution_options(scraper="old") as connection:
         with monkeypatch.context() as patch:
-            patch.setattr(server_tag, "_say", not_allowed)
+            patch.setattr(events, "_say", not_allowed)
             with pytest.raises(DBAPIError, match="not allowed"):
                 connection.execution_options(scraper="new")
         assert connection.get_execution_options() == {"scraper": "old"}
@@ -216,7 +216,7 @@ def test_name_that_the_application_sets_is_replaced_at_the_next_checkout(world):
 
 
 def test_driver_that_does_not_say_the_name_is_told_each_time(world, told, monkeypatch):
-    monkeypatch.setattr(server_tag, "parameter", lambda connection, name: None)
+    monkeypatch.setattr(events, "parameter", lambda connection, name: None)
     engine = world.engine(server_tag=True)
     tagged = engine.execution_options(scraper="a")
     for _ in range(2):

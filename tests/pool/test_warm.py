@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
@@ -138,6 +140,25 @@ def test_warm_connection_without_a_tag_above_its_ceiling_is_not_taken(make_pool)
 # -- borrowed from a tag ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize("has_room", [True, False])
+def test_section_charges_what_is_borrowed_meanwhile_or_has_it_put_back(has_room):
+    lock, scheduler = PoolLock(lambda: 7.0, lambda: True), Mock()
+
+    def another_threads_section(tag, slots):
+        lock.run(lambda now: None)  # with nothing in the inbox
+        return True
+
+    def charge(checkout):
+        checkout.borrowed = not has_room
+
+    scheduler.may_take_over = another_threads_section
+    cache, record = WarmCache(lock, scheduler, None, charge), Mock()
+    record.fair.checkout.tag_state.tag = "a"
+    assert cache.borrow(record, "unknown") is has_room
+    assert not lock.borrowed
+    assert cache.of("a") == ([] if has_room else [record])
+
+
 def in_use(engine):
     """Return what each tag has, without what settles it: a section."""
     tag_states = engine.pool._core.scheduler.tag_states.values()
@@ -240,7 +261,8 @@ def test_section_charges_first_who_has_borrowed_first(make_pool):
                 pool.stats()
             return super().__len__()
 
-    state.core(pool).warm.borrowed = Borrowed(state.core(pool).warm.borrowed)
+    core = state.core(pool)
+    core.lock.borrowed = core.warm.borrowed = Borrowed(core.warm.borrowed)
     second = pool.connect()
     assert [*sections[1:], state.tag_of(second)] == ["unknown", "unknown"]
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from support.invariants import check_valid
 
 from sqla_fairpool.scheduling import counters, tags
 from sqla_fairpool.scheduling.dry_run import DryRunScheduler
-from sqla_fairpool.scheduling.heap import IndexedHeap
-from sqla_fairpool.scheduling.invariants import check_valid
-from sqla_fairpool.scheduling.limits import TagLimits
 from sqla_fairpool.scheduling.scheduler import Scheduler
-from sqla_fairpool.scheduling.ticket import GRANTED, Ticket
+from sqla_fairpool.scheduling.tags import IndexedHeap
+from sqla_fairpool.scheduling.ticket import GRANTED, TagLimits, Ticket
 
 RULES = {"capacity": 20, "soft_limit": 10, "max_limit": 15}
 RULES |= {"idle_timeout": 60.0, "reallocation_interval": 30.0}

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+from support.invariants import check_valid
 
 from sqla_fairpool.scheduling.dry_run import DryRunScheduler
-from sqla_fairpool.scheduling.invariants import check_valid
-from sqla_fairpool.scheduling.limits import TagLimits
-from sqla_fairpool.scheduling.ticket import GRANTED, WAITING, Ticket
+from sqla_fairpool.scheduling.ticket import GRANTED, WAITING, TagLimits, Ticket
 
 
 class Script:

@@ -7,10 +7,9 @@ import json
 import pytest
 
 from sqla_fairpool.scheduling.explanation import explain, facts_of
-from sqla_fairpool.scheduling.limits import TagLimits
 from sqla_fairpool.scheduling.scheduler import Scheduler
 from sqla_fairpool.scheduling.tags import Pause
-from sqla_fairpool.scheduling.ticket import Ticket
+from sqla_fairpool.scheduling.ticket import TagLimits, Ticket
 
 
 class Script:

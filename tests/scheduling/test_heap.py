@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sqla_fairpool.scheduling.heap import IndexedHeap
+from sqla_fairpool.scheduling.tags import IndexedHeap
 
 items = st.integers(0, 8)
 steps = st.one_of(

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import pytest
+from support.invariants import check_valid
 
-from sqla_fairpool.scheduling.invariants import check_valid
-from sqla_fairpool.scheduling.limits import NO_LIMITS, LimitsByTag, TagLimits
 from sqla_fairpool.scheduling.scheduler import Scheduler
-from sqla_fairpool.scheduling.ticket import GRANTED, WAITING, Ticket
+from sqla_fairpool.scheduling.ticket import (
+    GRANTED,
+    NO_LIMITS,
+    WAITING,
+    LimitsByTag,
+    TagLimits,
+    Ticket,
+)
 
 
 class Script:

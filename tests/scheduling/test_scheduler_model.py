@@ -20,14 +20,21 @@ from hypothesis.stateful import (
     invariant,
     rule,
 )
+from support.invariants import check_valid
 
 from sqla_fairpool.scheduling import policy
 from sqla_fairpool.scheduling.counters import BOUNDS, Counters
-from sqla_fairpool.scheduling.invariants import check_valid
-from sqla_fairpool.scheduling.limits import NO_LIMITS, TagLimits
 from sqla_fairpool.scheduling.scheduler import Scheduler
 from sqla_fairpool.scheduling.tags import ALL, Pause
-from sqla_fairpool.scheduling.ticket import FREE, GRANTED, WAITING, LineFull, Ticket
+from sqla_fairpool.scheduling.ticket import (
+    FREE,
+    GRANTED,
+    NO_LIMITS,
+    WAITING,
+    LineFull,
+    TagLimits,
+    Ticket,
+)
 
 TAGS = ["a", "b", "c", "d", "unknown"]
 

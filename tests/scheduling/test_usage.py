@@ -7,12 +7,11 @@ import random
 from statistics import median
 
 import pytest
+from support.invariants import check_valid
 
 from sqla_fairpool.scheduling import policy, usage
-from sqla_fairpool.scheduling.invariants import check_valid
-from sqla_fairpool.scheduling.limits import TagLimits
 from sqla_fairpool.scheduling.scheduler import Scheduler
-from sqla_fairpool.scheduling.ticket import GRANTED, Ticket
+from sqla_fairpool.scheduling.ticket import GRANTED, TagLimits, Ticket
 
 from ..support.turns import Turns
 
@@ -143,6 +142,20 @@ def test_usage_is_the_integral_of_what_was_held_decayed():
     )
     state = scheduler.tag_states["a"]
     assert scheduler.usage.seconds(state, now) == pytest.approx(expected)
+
+
+def test_no_moment_counts_for_more_or_less_than_it_should():
+    scheduler, ticket = make_scheduler(5, usage_half_life=10.0), Ticket()
+    random.seed(4)
+    state, begin = scheduler.tags.get("a", 0.0), 0.0
+    for _ in range(300):
+        end = begin + random.choice([1e-4, 1e-3, 0.1])
+        before = state.charged
+        scheduler.request(ticket, "a", begin)
+        scheduler.release(ticket, end)
+        expected = 10.0 / math.log(2) * (2 ** (end / 10.0) - 2 ** (begin / 10.0))
+        assert state.charged - before == pytest.approx(expected, rel=4e-4)
+        begin = end + random.choice([0.0, 1e-4, 0.1])
 
 
 @pytest.mark.parametrize("seconds", [1000.0, 1.0])

@@ -8,7 +8,7 @@ from importlib import import_module
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
-from sqla_fairpool.demo.server import EmbeddedServer
+from sqla_fairpool.demo import EmbeddedServer
 
 from .threads import eventually
 

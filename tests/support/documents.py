@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sqla_fairpool import opentelemetry, plugin, prometheus
 from sqla_fairpool.cli import make_argument_parser
-from sqla_fairpool.launch.environment import DATABASE, VARIABLES
+from sqla_fairpool.launch import DATABASE, VARIABLES
 from sqla_fairpool.options import OPTIONS, PoolOptions
 
 if __package__:
@@ -114,8 +114,9 @@ def opentelemetry_metrics():
     """Yield a row for each instrument of OpenTelemetry."""
     yield from ("| name | unit | meaning |", "|---|---|---|")
     o = opentelemetry
-    for name, unit, text, _ in o._FIGURES + o._COUNTERS + o._OWN_FIGURES:
-        yield f"| `{name}` | `{unit}` | {text} |"
+    for first, rows in [*o._FIGURES.items(), *o._COUNTERS.items()]:
+        for name, unit, text, _ in rows:
+            yield f"| `{first}{name}` | `{unit}` | {text} |"
     yield f"| `{o._PREFIX}timeouts` | `{{timeout}}` | Connection timeouts |"
     for _, name, text in o._DURATIONS:
         yield f"| `{o._PREFIX}{name}` | `s` | {text} |"
@@ -146,7 +147,7 @@ def _command(name, parser, level):
         yield f"| {cell} | {meaning} |"
     if parser.epilog:
         yield from ("", "```text", *parser.epilog.strip().splitlines(), "```")
-    for action in shown:
+    for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for inner, other in action.choices.items():
                 yield from _command(f"{name} {inner}", other, level + 1)

@@ -10,8 +10,8 @@ from functools import partial
 
 from sqla_fairpool.ledger.demand import Pace, TagDemand
 from sqla_fairpool.ledger.rows import Terms
-from sqla_fairpool.scheduling.invariants import check_valid
 from sqla_fairpool.scheduling.scheduler import Scheduler
+from support.invariants import check_valid
 
 from .ledger_simulation import _Process, _World
 from .ledger_world import SimPool

@@ -35,11 +35,10 @@ from sqlalchemy.pool import NullPool
 
 import sqla_fairpool
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool
-from sqla_fairpool.demo.server import EmbeddedServer
+from sqla_fairpool.demo import EmbeddedServer
 from sqla_fairpool.ledger.addresses import make_store
-from sqla_fairpool.ledger.errors import LedgerError
 from sqla_fairpool.ledger.inspector import read
-from sqla_fairpool.ledger.store import StoreAway
+from sqla_fairpool.ledger.store import LedgerError, StoreAway
 
 SLOTS, CALLERS, NAME = 6, 6, "soak"
 #: Seconds between samples, between newcomers, between restarts of the server.

@@ -13,7 +13,7 @@ from greenlet import getcurrent, greenlet
 
 from sqla_fairpool.pool.checkout import Checkout
 from sqla_fairpool.pool.ledger_member import LedgerMember
-from sqla_fairpool.scheduling.invariants import check_valid
+from support.invariants import check_valid
 
 #: The function that looks for a deadlock, where it is called; to be replaced.
 DEADLOCK_CHECK = "sqla_fairpool.pool.waiting.is_stuck"

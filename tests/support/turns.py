@@ -6,9 +6,9 @@ import heapq
 import itertools
 from collections import defaultdict
 
-from sqla_fairpool.scheduling.invariants import check_valid
 from sqla_fairpool.scheduling.scheduler import Scheduler
 from sqla_fairpool.scheduling.ticket import Ticket
+from support.invariants import check_valid
 
 
 class Turn(Ticket):

@@ -1,12 +1,12 @@
-"""The promises of :mod:`.scheduler`, as a check. For tests and simulations."""
+"""The promises of the scheduler, as a check: those at the head of its file."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection
 
-from .scheduler import Scheduler
-from .ticket import GRANTED, WAITING, Ticket
+from sqla_fairpool.scheduling.scheduler import Scheduler
+from sqla_fairpool.scheduling.ticket import GRANTED, WAITING, Ticket
 
 __all__ = ["check_valid"]
 
@@ -14,7 +14,7 @@ __all__ = ["check_valid"]
 def check_valid(
     scheduler: Scheduler, granted: Collection[Ticket] | None = None
 ) -> None:
-    """Assert the invariants stated at the head of :mod:`.scheduler`. O(everything).
+    """Assert the invariants. O(everything).
 
     :param granted: all granted tickets, if the caller knows them.
     """

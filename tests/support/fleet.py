@@ -1,6 +1,6 @@
 """A fleet of processes under load while its limits change, it restarts and is paused.
 
-    python -m benchmarks.ledger_fleet [--rounds N] [STORE ...]      host, postgresql
+    PYTHONPATH=tests python -m support.fleet [--rounds N] [host|postgresql ...]
 
 Starts a PostgreSQL and looks at its sessions all the time. Prints for each store how
 long it took until shares were right, the most sessions, and how many checkouts there
@@ -26,7 +26,7 @@ from sqlalchemy import create_engine, exc, make_url, text
 from sqlalchemy.pool import NullPool
 
 from sqla_fairpool import FairQueuePool, tag
-from sqla_fairpool.demo.server import EmbeddedServer
+from sqla_fairpool.demo import EmbeddedServer
 
 #: Members of the fleet, threads of each, and how long each holds a connection.
 MEMBERS, THREADS, HOLD = 6, 10, 0.1
@@ -125,7 +125,7 @@ class Fleet:
             before = there
 
     def start(self, name: str, size: int, on_other_terms: str = "adopt") -> None:
-        command = [sys.executable, "-m", "benchmarks.ledger_fleet", "--member"]
+        command = [sys.executable, "-m", "support.fleet", "--member"]
         member = subprocess.Popen(
             [*command, self._url, self.ledger, name, str(size), on_other_terms],
             stdin=subprocess.PIPE,
