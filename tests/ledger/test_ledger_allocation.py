@@ -230,6 +230,7 @@ def test_what_lacks_of_a_reserve_is_granted_first(kept, free, expected):
     [
         (keeps(5, 2, 3), {}),
         (keeps(5, 1, 3), {"A": "limit"}),
+        (keeps(4, 1, 3), {}),
         (keeps(5, 2, 3, limit=1), {"A": "limit"}),
         (keeps(0, 0, 3, limit=1), {}),
         (replace(keeps(5, 2, 3), stalled=True), {"A": "stalled"}),
@@ -582,7 +583,7 @@ def test_a_pause_is_new_once():
     book = joined(a=0)
     for who, expected in (({"host": "h"}, True), ({"host": "i"}, False)):
         assert book.pause("x", who) is expected
-        assert list(book.pauses) == ["x"]
+        assert book.meta.pauses == {"x": {"host": "h"}}
     for expected in (True, False):
         assert book.pause("x", None) is expected
         assert book.pauses == {}
@@ -703,6 +704,14 @@ def test_what_is_open_has_a_slot_before_others_get_theirs():
     assert book.members["a"].owned == 2
     told = settled(book, "b", {}, 2, 2)
     assert (told.covered, book.members["b"].owned) == (False, 1)
+
+
+def test_what_may_be_opened_is_not_given_back_but_for_what_was_lost():
+    book = joined(9, a=5, b=0)
+    settled(book, "b", {"x": Line(0, 9, True)})
+    lost = Session(1, 1)
+    assert settled(book, "a", {}, 1, 3, (lost,)).buried == (lost,)
+    assert (book.members["a"].owned, book.quarantined) == (2, 1)
 
 
 def test_turn_of_a_member_and_of_a_tag():
