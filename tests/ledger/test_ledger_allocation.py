@@ -387,7 +387,8 @@ def test_nobody_is_asked_while_everybody_has_something():
     found = allocate({f"m{n}": wanting(n, x=9) for n in range(10)}, {}, TERMS)
     assert not found.asked
     assert found.unmet == 0  # the ceiling is the limit, not the slots
-    assert found.presses("m0", {"x": Line()})
+    assert found.presses("m0", {"y": Line(), "x": Line()})
+    assert not found.presses("m0", {"y": Line()})
 
 
 # -- the definition, on whatever there is --------------------------------------------

@@ -153,8 +153,20 @@ def test_tag_that_a_slot_is_moved_from_is_ranked_anew():
     assert scheduler.lines.next().tag == "a"
 
 
+def test_slot_is_not_moved_from_a_tag_that_would_be_next_itself():
+    scheduler, held = Scheduler(**RULES | {"capacity": 3}, now=0.0), {}
+    for used, tag in enumerate("cba"):
+        held[tag] = request(scheduler, tag)
+        held[tag].tag_state.charged += used
+    for tag in "ab":
+        assert not scheduler.request(Ticket(), tag, 0.0)
+    assert scheduler.move(held["a"], "c", 0.0) is None
+    check_valid(scheduler, [*held.values()])
+
+
 def test_silent_tag_that_is_active_is_none_of_its_others():
     scheduler = Scheduler(**RULES, now=0.0, silent_tag="unknown")
+    assert scheduler.tags.common_ceiling.value == 15
     held = [request(scheduler, "unknown")]
     scheduler.activity(held[0], 0.0)
     for pauses in (None, {}):
@@ -442,9 +454,12 @@ def test_idle_tag_that_is_forgotten_to_make_room_was_not_active(monkeypatch):
     scheduler.tick(61.0)
     request(scheduler, "c", 62.0)
     assert (scheduler.tags.active, len(scheduler.tag_states)) == (1, 2)
+
+
+def test_tag_of_which_no_look_is_due_is_not_forgotten_to_make_room(monkeypatch):
+    monkeypatch.setattr(tags, "_MAX_REMEMBERED", 1)
     scheduler = Scheduler(**RULES, now=0.0, silent_tag="unknown")
-    held = [request(scheduler, tag) for tag in ("unknown", *"abc")]
-    check_valid(scheduler, held)  # what is in use is known
+    check_valid(scheduler, [request(scheduler, tag) for tag in ("unknown", *"abc")])
 
 
 def test_tag_that_worked_again_is_not_the_one_that_is_forgotten(monkeypatch):
