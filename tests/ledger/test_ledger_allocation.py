@@ -120,9 +120,13 @@ def test_reserved_slots_of_a_stalled_member_are_not_kept_twice():
 
 def test_rest_of_a_reserve_goes_to_those_that_want_less():
     tags = LimitsByTag({"health": TagLimits(reserved=3)})
-    parties = {"A": Party(tags={"health": QUIET}), "B": wanting(2, health=2)}
-    found = allocate(parties, {}, Limits(20, 20, 20, tags))
-    assert found.claimed == {"A": 1, "B": 2}
+    quiet = Party(tags={"health": QUIET._replace(place=2)})
+    for parties in (
+        {"A": Party(tags={"health": QUIET}), "B": wanting(2, health=2)},
+        {"A": stalled(1, 1), "B": quiet},
+    ):
+        found = allocate(parties, {}, Limits(20, 20, 20, tags))
+        assert found.claimed == {"A": 1, "B": 2}
 
 
 def stalled(owned, in_use, tag="health"):
@@ -352,6 +356,7 @@ def test_a_process_has_the_sum_over_its_tags():
 def test_ceilings_count_the_active_tags_of_all_members():
     alone = allocate({"a": wanting(x=1)}, {}, TERMS)
     assert (alone.ceilings, alone.newcomer) == ({"x": 15}, 10)
+    assert alone.starved == {}
     two = allocate({"a": wanting(x=1), "b": wanting(y=1)}, {}, TERMS)
     assert two.ceilings == {"x": 10, "y": 10}
 

@@ -192,6 +192,12 @@ def test_order_outlasts_the_landmark():
     check_valid(scheduler)
 
 
+def test_scale_between_two_points_of_the_curve_is_on_a_line():
+    scale = make_scheduler(1).usage.scale
+    for now in (0.0, 5.0, 5.005, 5.009, 5.02):
+        assert scale(now) == pytest.approx(ALWAYS * 2 ** (now / 10.0), rel=1e-6)
+
+
 def test_landmark_can_be_as_long_ago_as_the_clock_can_tell():
     scheduler = make_scheduler(1, usage_half_life=0.001)
     ticket = Ticket()
