@@ -539,6 +539,8 @@ def test_a_member_that_is_stalled_is_asked_for_nothing():
 def test_an_empty_ledger_has_limits_of_nobody():
     book = Book({})
     assert (book.set_by, book.pauses, book.server, book.tell()) == (None, {}, None, [])
+    with pytest.raises(LedgerError, match="no process has joined"):
+        _ = book.terms
 
 
 def joined(capacity=9, **owned):
