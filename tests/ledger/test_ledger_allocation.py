@@ -388,6 +388,11 @@ def test_with_more_tags_than_slots_the_first_tags_are_asked():
     assert found.asked == {("t1", "m1")}
 
 
+def test_slots_of_a_stalled_member_that_no_tag_uses_are_nobodys():
+    parties = {"A": Party(2, stalled=True), "B": wanting(x=9)}
+    assert allocate(parties, {}, Limits(2, 2, 2)).shares == {"x": 0}
+
+
 def test_nobody_is_asked_while_everybody_has_something():
     found = allocate({f"m{n}": wanting(n, x=9) for n in range(10)}, {}, TERMS)
     assert not found.asked

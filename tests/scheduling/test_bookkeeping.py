@@ -177,12 +177,11 @@ def test_silent_tag_that_is_active_is_none_of_its_others():
 
 
 def test_caller_that_is_admitted_puts_its_tag_behind_others_that_wait():
-    scheduler = Scheduler(**RULES | {"capacity": 1}, now=0.0)
-    held = [request(scheduler, "z")]
+    scheduler = Scheduler(**RULES | {"capacity": 2}, now=0.0)
+    held = [request(scheduler, "z"), request(scheduler, "z"), Ticket()]
     for tag in "ab":
         assert not scheduler.request(Ticket(), tag, 0.0)
-    held.append(Ticket())
-    scheduler.admit(held[1], "a", 0.0)
+    scheduler.admit(held[2], "a", 0.0)
     check_valid(scheduler, held)
     assert scheduler.lines.next().tag == "b"
 
