@@ -117,6 +117,7 @@ def test_each_duration_is_kept_where_that_was_asked_for():
     histogram.add(9.0)
     histogram.raw = []
     histogram.add(0.5)
+    assert histogram.max == 9.0
     histogram.add_all(4, 3.0, 2.0, [2.0, 0.5])
     histogram.add_all(1, 2.0, 2.0, [2.0])
     histogram.add_all(1, 0.5, 0.5, [])
