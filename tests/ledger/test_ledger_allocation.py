@@ -546,6 +546,8 @@ def test_an_empty_ledger_has_limits_of_nobody():
     assert (book.set_by, book.pauses, book.server, book.tell()) == (None, {}, None, [])
     with pytest.raises(LedgerError, match="no process has joined"):
         _ = book.terms
+    book.join("a", {}, Terms(9, 9, 9, 60.0, 30.0), server="s")
+    assert book.server == "s"
 
 
 def joined(capacity=9, **owned):
