@@ -275,6 +275,7 @@ def test_tag_that_returns_its_last_slot_has_used_one_at_most(
     [
         *[(1.0, 0, 1.0, 0.0, 2.0), (2.0, 0, 1.0, 0.0, 5.0), (0.5, 0, 2.0, 0.0, 0.0)],
         *[(2.0, 1, 1.0, 0.0, 4.0), (1.0, 0, 1.0, 0.5, 2.0), (1.0, 0, 3.0, 0.5, 0.5)],
+        (1.0, 0, 2.99, 0.0, 0.01),
     ],
 )
 def test_lead_of_a_tag_that_was_quiet_is_taken_when_it_begins_to_wait(

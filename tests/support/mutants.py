@@ -211,5 +211,6 @@ def report(say, fork):
         killed, survived, listed = (
             sum(n for outcome, n in of if outcome == kind) for kind in KINDS
         )
-        judged = max(killed + survived, 1)
-        say(f"{module}: {killed}/{judged}, {killed / judged:.1%}; {listed} listed")
+        judged = killed + survived
+        rate = killed / max(judged, 1)
+        say(f"{module}: {killed}/{judged}, {rate:.1%}; {listed} listed")
