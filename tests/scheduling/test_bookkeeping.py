@@ -165,6 +165,14 @@ def test_slot_is_not_moved_from_a_tag_that_would_be_next_itself():
     check_valid(scheduler, [*held.values()])
 
 
+def test_ceilings_that_are_set_anew_are_those_of_the_active_tags():
+    scheduler = make()
+    held = [request(scheduler, tag) for tag in "ab"]
+    scheduler.pause({}, 0.0)
+    check_valid(scheduler, held)
+    assert scheduler.tags.common_ceiling.value == 10
+
+
 def test_silent_tag_that_is_active_is_none_of_its_others():
     scheduler = Scheduler(**RULES, now=0.0, silent_tag="unknown")
     assert scheduler.tags.common_ceiling.value == 15
@@ -360,6 +368,7 @@ def test_slot_that_is_reserved_is_not_wanted_for_others():
     assert not scheduler.request(Ticket(), "web", 0.0)
     assert [*map(scheduler.wanted, held)] == [False, False, True, True]
     scheduler.set_capacity(3, 0.0)
+    assert not scheduler.request(Ticket(), "health", 0.0)
     assert not any(map(scheduler.wanted, held))
 
 
@@ -524,7 +533,8 @@ def test_activity_is_the_twins_too():
     assert scheduler.rules.in_use == 1
     assert scheduler.rules.tag_states["unknown"].active
     assert scheduler.move(ticket, "a", 2.0) is not None
-    assert scheduler.rules.tag_states["unknown"].checkouts == 0
+    states = scheduler.rules.tag_states
+    assert (states["unknown"].checkouts, states["a"].checkouts) == (0, 2)
     scheduler.set_capacity(0, 2.0)
     assert scheduler.move(ticket, "b", 2.0) is None
     assert "b" not in scheduler.rules.tag_states
