@@ -118,6 +118,17 @@ def test_reserved_slots_of_a_stalled_member_are_not_kept_twice():
     assert (found.shares["web"], found.kept_free) == (18, 0)
 
 
+def test_rest_of_a_reserve_goes_to_those_that_want_less():
+    tags = LimitsByTag({"health": TagLimits(reserved=3)})
+    quiet = Party(tags={"health": QUIET._replace(place=2)})
+    for parties in (
+        {"A": Party(tags={"health": QUIET}), "B": wanting(2, health=2)},
+        {"A": stalled(1, 1), "B": quiet},
+    ):
+        found = allocate(parties, {}, Limits(20, 20, 20, tags))
+        assert found.claimed == {"A": 1, "B": 2}
+
+
 def stalled(owned, in_use, tag="health"):
     return holding(owned, in_use, stalled=True, tag=tag)
 
@@ -213,6 +224,9 @@ def test_what_lacks_of_a_reserve_is_granted_first(kept, free, expected):
     members["B"] = replace(members["B"], tags={"web": tags["web"]})
     plan = allocate(members, {}, Limits(20, 20, 20, HEALTH))
     assert plan.grants(members, free) == expected
+    members["A"] = keeps(4, 0, wants=3, busy=3)
+    plan = allocate(members, {}, Limits(20, 20, 20, HEALTH))
+    assert plan.grants(members, 2) == {"A": 1, "B": 1}
 
 
 @pytest.mark.parametrize(
@@ -220,6 +234,7 @@ def test_what_lacks_of_a_reserve_is_granted_first(kept, free, expected):
     [
         (keeps(5, 2, 3), {}),
         (keeps(5, 1, 3), {"A": "limit"}),
+        (keeps(4, 1, 3), {}),
         (keeps(5, 2, 3, limit=1), {"A": "limit"}),
         (keeps(0, 0, 3, limit=1), {}),
         (replace(keeps(5, 2, 3), stalled=True), {"A": "stalled"}),
@@ -341,6 +356,7 @@ def test_a_process_has_the_sum_over_its_tags():
 def test_ceilings_count_the_active_tags_of_all_members():
     alone = allocate({"a": wanting(x=1)}, {}, TERMS)
     assert (alone.ceilings, alone.newcomer) == ({"x": 15}, 10)
+    assert alone.starved == {}
     two = allocate({"a": wanting(x=1), "b": wanting(y=1)}, {}, TERMS)
     assert two.ceilings == {"x": 10, "y": 10}
 
@@ -372,11 +388,17 @@ def test_with_more_tags_than_slots_the_first_tags_are_asked():
     assert found.asked == {("t1", "m1")}
 
 
+def test_slots_of_a_stalled_member_that_no_tag_uses_are_nobodys():
+    parties = {"A": Party(2, stalled=True), "B": wanting(x=9)}
+    assert allocate(parties, {}, Limits(2, 2, 2)).shares == {"x": 0}
+
+
 def test_nobody_is_asked_while_everybody_has_something():
     found = allocate({f"m{n}": wanting(n, x=9) for n in range(10)}, {}, TERMS)
     assert not found.asked
     assert found.unmet == 0  # the ceiling is the limit, not the slots
-    assert found.presses("m0", {"x": Line()})
+    assert found.presses("m0", {"y": Line(), "x": Line()})
+    assert not found.presses("m0", {"y": Line()})
 
 
 # -- the definition, on whatever there is --------------------------------------------
@@ -522,6 +544,10 @@ def test_a_member_that_is_stalled_is_asked_for_nothing():
 def test_an_empty_ledger_has_limits_of_nobody():
     book = Book({})
     assert (book.set_by, book.pauses, book.server, book.tell()) == (None, {}, None, [])
+    with pytest.raises(LedgerError, match="no process has joined"):
+        _ = book.terms
+    book.join("a", {}, Terms(9, 9, 9, 60.0, 30.0), server="s")
+    assert book.server == "s"
 
 
 def joined(capacity=9, **owned):
@@ -572,7 +598,7 @@ def test_a_pause_is_new_once():
     book = joined(a=0)
     for who, expected in (({"host": "h"}, True), ({"host": "i"}, False)):
         assert book.pause("x", who) is expected
-        assert list(book.pauses) == ["x"]
+        assert book.meta.pauses == {"x": {"host": "h"}}
     for expected in (True, False):
         assert book.pause("x", None) is expected
         assert book.pauses == {}
@@ -695,6 +721,14 @@ def test_what_is_open_has_a_slot_before_others_get_theirs():
     assert (told.covered, book.members["b"].owned) == (False, 1)
 
 
+def test_what_may_be_opened_is_not_given_back_but_for_what_was_lost():
+    book = joined(9, a=5, b=0)
+    settled(book, "b", {"x": Line(0, 9, True)})
+    lost = Session(1, 1)
+    assert settled(book, "a", {}, 1, 3, (lost,)).buried == (lost,)
+    assert (book.members["a"].owned, book.quarantined) == (2, 1)
+
+
 def test_turn_of_a_member_and_of_a_tag():
     """Who yields goes to the end of its line; its tag too, if that one was asked."""
     book = joined(1, a=1, b=0)
@@ -719,6 +753,14 @@ def test_one_that_needs_no_more_gives_back_what_it_does_not_claim():
         book = joined(9, a=5)
         told = settled(book, "a", {"x": Line(1, 1, True)}, 1, 0, keep=keep)
         assert (told.target, book.members["a"].owned) == (expected, expected)
+
+
+def test_ceiling_of_a_tag_under_which_only_others_work_is_what_they_leave():
+    for wants, ceiling in ((3, 6), (9, 1), (0, 9)):
+        book = joined(9, a=0, b=0)
+        settled(book, "a", {"x": Line(wants, 0, True)})
+        told = settled(book, "b", {"y": Line()})
+        assert (told.bounds.ceilings, told.bounds.other) == ({"x": ceiling}, 9)
 
 
 def test_what_others_have_used_is_told_where_tags_wait_and_slots_lack():

@@ -117,6 +117,7 @@ def test_each_duration_is_kept_where_that_was_asked_for():
     histogram.add(9.0)
     histogram.raw = []
     histogram.add(0.5)
+    assert histogram.max == 9.0
     histogram.add_all(4, 3.0, 2.0, [2.0, 0.5])
     histogram.add_all(1, 2.0, 2.0, [2.0])
     histogram.add_all(1, 0.5, 0.5, [])
@@ -153,8 +154,28 @@ def test_tag_that_a_slot_is_moved_from_is_ranked_anew():
     assert scheduler.lines.next().tag == "a"
 
 
+def test_slot_is_not_moved_from_a_tag_that_would_be_next_itself():
+    scheduler, held = Scheduler(**RULES | {"capacity": 3}, now=0.0), {}
+    for used, tag in enumerate("cba"):
+        held[tag] = request(scheduler, tag)
+        held[tag].tag_state.charged += used
+    for tag in "ab":
+        assert not scheduler.request(Ticket(), tag, 0.0)
+    assert scheduler.move(held["a"], "c", 0.0) is None
+    check_valid(scheduler, [*held.values()])
+
+
+def test_ceilings_that_are_set_anew_are_those_of_the_active_tags():
+    scheduler = make()
+    held = [request(scheduler, tag) for tag in "ab"]
+    scheduler.pause({}, 0.0)
+    check_valid(scheduler, held)
+    assert scheduler.tags.common_ceiling.value == 10
+
+
 def test_silent_tag_that_is_active_is_none_of_its_others():
     scheduler = Scheduler(**RULES, now=0.0, silent_tag="unknown")
+    assert scheduler.tags.common_ceiling.value == 15
     held = [request(scheduler, "unknown")]
     scheduler.activity(held[0], 0.0)
     for pauses in (None, {}):
@@ -165,12 +186,11 @@ def test_silent_tag_that_is_active_is_none_of_its_others():
 
 
 def test_caller_that_is_admitted_puts_its_tag_behind_others_that_wait():
-    scheduler = Scheduler(**RULES | {"capacity": 1}, now=0.0)
-    held = [request(scheduler, "z")]
+    scheduler = Scheduler(**RULES | {"capacity": 2}, now=0.0)
+    held = [request(scheduler, "z"), request(scheduler, "z"), Ticket()]
     for tag in "ab":
         assert not scheduler.request(Ticket(), tag, 0.0)
-    held.append(Ticket())
-    scheduler.admit(held[1], "a", 0.0)
+    scheduler.admit(held[2], "a", 0.0)
     check_valid(scheduler, held)
     assert scheduler.lines.next().tag == "b"
 
@@ -348,6 +368,7 @@ def test_slot_that_is_reserved_is_not_wanted_for_others():
     assert not scheduler.request(Ticket(), "web", 0.0)
     assert [*map(scheduler.wanted, held)] == [False, False, True, True]
     scheduler.set_capacity(3, 0.0)
+    assert not scheduler.request(Ticket(), "health", 0.0)
     assert not any(map(scheduler.wanted, held))
 
 
@@ -442,9 +463,12 @@ def test_idle_tag_that_is_forgotten_to_make_room_was_not_active(monkeypatch):
     scheduler.tick(61.0)
     request(scheduler, "c", 62.0)
     assert (scheduler.tags.active, len(scheduler.tag_states)) == (1, 2)
+
+
+def test_tag_of_which_no_look_is_due_is_not_forgotten_to_make_room(monkeypatch):
+    monkeypatch.setattr(tags, "_MAX_REMEMBERED", 1)
     scheduler = Scheduler(**RULES, now=0.0, silent_tag="unknown")
-    held = [request(scheduler, tag) for tag in ("unknown", *"abc")]
-    check_valid(scheduler, held)  # what is in use is known
+    check_valid(scheduler, [request(scheduler, tag) for tag in ("unknown", *"abc")])
 
 
 def test_tag_that_worked_again_is_not_the_one_that_is_forgotten(monkeypatch):
@@ -509,7 +533,8 @@ def test_activity_is_the_twins_too():
     assert scheduler.rules.in_use == 1
     assert scheduler.rules.tag_states["unknown"].active
     assert scheduler.move(ticket, "a", 2.0) is not None
-    assert scheduler.rules.tag_states["unknown"].checkouts == 0
+    states = scheduler.rules.tag_states
+    assert (states["unknown"].checkouts, states["a"].checkouts) == (0, 2)
     scheduler.set_capacity(0, 2.0)
     assert scheduler.move(ticket, "b", 2.0) is None
     assert "b" not in scheduler.rules.tag_states

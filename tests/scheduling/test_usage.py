@@ -192,6 +192,12 @@ def test_order_outlasts_the_landmark():
     check_valid(scheduler)
 
 
+def test_scale_between_two_points_of_the_curve_is_on_a_line():
+    scale = make_scheduler(1).usage.scale
+    for now in (0.0, 5.0, 5.005, 5.009, 5.02):
+        assert scale(now) == pytest.approx(ALWAYS * 2 ** (now / 10.0), rel=1e-6)
+
+
 def test_landmark_can_be_as_long_ago_as_the_clock_can_tell():
     scheduler = make_scheduler(1, usage_half_life=0.001)
     ticket = Ticket()
@@ -269,6 +275,7 @@ def test_tag_that_returns_its_last_slot_has_used_one_at_most(
     [
         *[(1.0, 0, 1.0, 0.0, 2.0), (2.0, 0, 1.0, 0.0, 5.0), (0.5, 0, 2.0, 0.0, 0.0)],
         *[(2.0, 1, 1.0, 0.0, 4.0), (1.0, 0, 1.0, 0.5, 2.0), (1.0, 0, 3.0, 0.5, 0.5)],
+        (1.0, 0, 2.99, 0.0, 0.01),
     ],
 )
 def test_lead_of_a_tag_that_was_quiet_is_taken_when_it_begins_to_wait(

@@ -52,6 +52,7 @@ SWAPS |= {b: a for a, b in SWAPS.items()}
 UNCHANGED = ast.JoinedStr | ast.Raise | ast.Assert
 #: Defaults are made with the function, which keeps its own.
 SKIPPED = {"annotation", "returns", "args"}
+KINDS = ("killed", "survived", "equivalent")
 NAMES = {"min": "max", "max": "min", "any": "all", "all": "any"}
 
 
@@ -112,7 +113,7 @@ def mutants_of(path):
         if isinstance(node, UNCHANGED) or getattr(node, "arg", None) == "strict":
             return
         for field, value in ast.iter_fields(node):
-            if isinstance(value, list):
+            if isinstance(value, list) and field != "decorator_list":
                 for n, one in enumerate(value):
                     if isinstance(one, ast.AST):
                         visit(one, function, partial(value.__setitem__, n), node)
@@ -191,8 +192,8 @@ def report(say, fork):
     running, tried, counts = {}, iter(mutants), Counter()
     while running or time.monotonic() < end:
         mutant = next(tried, None) if time.monotonic() < end else None
-        if mutant is not None and f"{mutant[2]}\n" in known:
-            counts["equivalent"] += 1
+        if mutant is not None and f"\n{mutant[2]}\n" in known:
+            counts[mutant[2].split(".")[0], "equivalent"] += 1
         elif mutant is not None:
             running[fork(mutant[0], mutant[3])] = mutant
         if not running and mutant is None:
@@ -200,8 +201,15 @@ def report(say, fork):
         if len(running) >= workers or mutant is None:
             child, status = os.wait()
             function, line, name, _ = running.pop(child)
-            counts["killed" if status else "survived"] += 1
+            outcome = "killed" if status else "survived"
+            counts[name.split(".")[0], outcome] += 1
             if not status:
                 say(f"{counts.total()}: survived: {function[0]}:{line} {name}")
-    rate = counts["killed"] / max(counts["killed"] + counts["survived"], 1)
-    say(f"{dict(counts)}, {rate:.1%} killed")
+    for module in (*sorted({module for module, _ in counts}), "all"):
+        of = [(o, n) for (m, o), n in counts.items() if module in (m, "all")]
+        killed, survived, listed = (
+            sum(n for outcome, n in of if outcome == kind) for kind in KINDS
+        )
+        judged = killed + survived
+        rate = killed / max(judged, 1)
+        say(f"{module}: {killed}/{judged}, {rate:.1%}; {listed} listed")
