@@ -17,10 +17,8 @@ from sqlalchemy import exc
 
 from .harness.bench import Bench, Scenario
 from .harness.database import BenchError, Database, open_database, reason
-from .harness.figures import TARGETS, Figure
-from .harness.findings import Report
-from .report.machine import machine, versions
-from .report.page import page
+from .harness.findings import TARGETS, Figure, Report
+from .report.page import machine, page, versions
 from .report.view import View
 from .scenarios import SCENARIOS, play
 
@@ -148,8 +146,7 @@ def _output_files(prefix: Path) -> tuple[Path, Path]:
     html, data = (prefix.with_name(prefix.name + end) for end in (".html", ".json"))
     try:
         for file in (html, data):
-            with file.open("a", encoding="utf-8"):
-                pass
+            file.open("a", encoding="utf-8").close()
             if not file.stat().st_size:
                 file.unlink()
     except OSError as error:

@@ -9,9 +9,8 @@ import pytest
 
 from .harness.bench import Bench, Part
 from .harness.database import Database, open_database
-from .harness.figures import TARGETS, Figure
-from .harness.findings import Report, Section
-from .report.machine import machine, versions
+from .harness.findings import TARGETS, Figure, Report, Section
+from .report.page import machine, versions
 from .report.view import figures_lines
 
 _FIGURES = pytest.StashKey[list[Figure]]()

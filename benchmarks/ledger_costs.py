@@ -25,7 +25,7 @@ from sqla_fairpool.ledger.addresses import make_store
 from .harness.bench import Bench
 from .harness.crowd import SPAWN, Caller, in_threads, processes
 from .harness.database import open_database
-from .harness.figures import percentile
+from .harness.findings import percentile
 from .harness.pools import fair_engine
 
 

@@ -30,7 +30,7 @@ from sqla_fairpool.scheduling.policy import jain
 
 from .harness.crowd import SPAWN, Threads, processes, working
 from .harness.database import open_database
-from .harness.figures import percentile
+from .harness.findings import percentile
 
 SLOTS, TAGS, CALLERS, LONG, SHORT = 20, 100, 4, 1.0, 0.01
 FLOOD, FLOOD_HOLD = 200, 0.01

@@ -10,14 +10,10 @@ import pytest
 
 from .harness.bench import Part
 from .scenarios import SCENARIOS
-from .scenarios.uncontended import CYCLES, PEERS, by_engine
+from .scenarios.uncontended import CYCLES, THREE, by_engine
 
 #: Those of scenarios with a database that need it, if not all do.
-NEED_DATABASE = {
-    "asyncpg_1247",
-    "settings_server_tag",
-    "statement_on_postgresql",
-}
+NEED_DATABASE = {"asyncpg_1247", "settings_server_tag", "statement_on_postgresql"}
 #: They take minutes.
 SLOW_SCENARIOS = {"shift", "alone", "bursts", "saturated", "peers"}
 
@@ -42,9 +38,9 @@ def test_measurement(measure: Any, part: Part, needs_database: bool) -> None:
     measure(part, needs_database)
 
 
-@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("peer", THREE)
 def test_uncontended_cycle(benchmark: Any, peer: str) -> None:
     """pytest-benchmark's own view: absolute times, one pool after the other."""
     benchmark.group = "checkout + checkin, tag by engine option"
-    cycle = by_engine(PEERS[peer]())
+    cycle = by_engine(THREE[peer]())
     benchmark.pedantic(cycle, rounds=400, iterations=CYCLES, warmup_rounds=5)

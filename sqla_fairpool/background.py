@@ -21,9 +21,7 @@ _HELPERS = 3
 
 
 def start_thread(
-    target: Callable[[], object],
-    name: str,
-    failed: Callable[[], object] = lambda: None,
+    target: Callable[[], object], name: str, failed: Callable[[], object] = lambda: None
 ) -> None:
     """Start a daemon thread, once.
 

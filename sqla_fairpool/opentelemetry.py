@@ -18,7 +18,7 @@ a pool is instrumented for one provider.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -36,7 +36,6 @@ from .stats import PoolStats
 __all__ = ["instrument"]
 
 _PREFIX = "db.client.connection."
-_OWN_PREFIX = "sqla_fairpool.tag."
 _POOL_NAME = _PREFIX + "pool.name"
 _STATE = _PREFIX + "state"
 _TAG = "sqla_fairpool.tag"
@@ -63,14 +62,14 @@ def instrument(engine: Any, meter_provider: MeterProvider | None = None) -> None
     meter = provider.get_meter("sqla_fairpool", _version())
     for create, figures in (
         (meter.create_observable_up_down_counter, _FIGURES),
-        (meter.create_observable_up_down_counter, _OWN_FIGURES),
         (meter.create_observable_counter, _COUNTERS),
     ):
-        for name, unit, text, read in figures:
-            create(name, [_observe(source, read)], unit, text)
+        for first, rows in figures.items():
+            for name, unit, text, read in rows:
+                create(first + name, [_observe(source, read)], unit, text)
     meter.create_observable_counter(
         _PREFIX + "timeouts",
-        [_observe(source, _by_tag("timeouts")), _record_durations(source, meter)],
+        [_observe(source, _tags("timeouts")), _record_durations(source, meter)],
         "{timeout}",
         "Connection timeouts",
     )
@@ -121,11 +120,11 @@ def _record_durations(source: Source, meter: Meter) -> _Callback:
     return record
 
 
-def _of_pool(attribute: str) -> _Read:
+def _pool(attribute: str) -> _Read:
     return lambda pool: [(getattr(pool, attribute), {})]
 
 
-def _by_tag(attribute: str) -> _Read:
+def _tags(attribute: str) -> _Read:
     def read(pool: PoolStats) -> Iterable[tuple[Any, dict[str, str]]]:
         found = [(getattr(tag, attribute), {_TAG: tag.name}) for tag in pool.tags]
         return [one for one in found if one[0] is not None]
@@ -135,6 +134,11 @@ def _by_tag(attribute: str) -> _Read:
 
 def _paused(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
     return [(float(pool.paused_for is not None), {})]
+
+
+def _paused_tags(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
+    known = {tag.name for tag in pool.tags}.union(pool.paused_tags)
+    return [(float(tag in pool.paused_tags), {_TAG: tag}) for tag in sorted(known)]
 
 
 def _count(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
@@ -149,7 +153,7 @@ def _would_wait(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
             yield tag.would_wait.count, {_TAG: tag.name}
 
 
-def _of_ledger(attribute: str) -> _Read:
+def _ledger(attribute: str) -> _Read:
     def read(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
         number = getattr(pool.ledger, attribute, None)
         return () if number is None else [(number, {})]
@@ -162,87 +166,40 @@ def _slots(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
     return [(count, {_LEDGER + "state": state}) for state, count in slots.items()]
 
 
-#: Name, unit, help, and how the numbers are read.
-_Figures = tuple[tuple[str, str, str, _Read], ...]
+#: By the beginning of their names: the rest, unit, help, and how the numbers are read.
+_Figures = Mapping[str, Iterable[tuple[str, str, str, _Read]]]
 
-_FIGURES: _Figures = (
-    (_PREFIX + "count", "{connection}", "Connections by state", _count),
-    (
-        _PREFIX + "max",
-        "{connection}",
-        "Most open connections allowed",
-        _of_pool("capacity"),
+_FIGURES: _Figures = {
+    _PREFIX: (
+        ("count", "{connection}", "Connections by state", _count),
+        ("max", "{connection}", "Most open connections allowed", _pool("capacity")),
+        ("idle.max", "{connection}", "Most idle connections allowed", _pool("size")),
+        ("idle.min", "{connection}", "Fewest idle connections", _pool("min_idle")),
+        ("pending_requests", "{request}", "Waiting requests", _tags("waiting")),
     ),
-    (
-        _PREFIX + "idle.max",
-        "{connection}",
-        "Most idle connections allowed",
-        _of_pool("size"),
+    _LEDGER: (
+        ("slots", "{slot}", "Slots of the ledger by state", _slots),
+        ("members", "{pool}", "Pools that share it", _ledger("members")),
     ),
-    (
-        _PREFIX + "idle.min",
-        "{connection}",
-        "Fewest idle connections",
-        _of_pool("min_idle"),
+    # The conventions have no names for these.
+    "sqla_fairpool.": (("paused", "1", "1 while no checkout is served", _paused),),
+    _TAG + ".": (
+        ("paused", "1", "1 while no checkout of the tag is served", _paused_tags),
+        ("weight", "1", "Relative entitlement of a tag", _tags("weight")),
+        ("max", "{connection}", "A maximum of a tag's own", _tags("max")),
+        ("reserved", "{connection}", "Kept for a tag alone", _tags("reserved")),
+        ("usage", "s", "Connection-seconds of a tag, decayed", _tags("usage")),
+        ("would_wait", "{request}", "Would have waited, in a dry run", _would_wait),
+        ("would_refuse", "{request}", "Would have been refused", _tags("would_refuse")),
     ),
-    (
-        _PREFIX + "pending_requests",
-        "{request}",
-        "Waiting requests",
-        _by_tag("waiting"),
-    ),
-    (_LEDGER + "slots", "{slot}", "Slots of the ledger by state", _slots),
-    (_LEDGER + "members", "{pool}", "Pools that share it", _of_ledger("members")),
-)
+}
+
+_DONE, _AWAY = _ledger("transactions"), _ledger("away_time")
 
 #: Likewise, of what only rises.
-_COUNTERS: _Figures = (
-    (
-        _LEDGER + "transactions",
-        "{transaction}",
-        "Transactions in the ledger's store",
-        _of_ledger("transactions"),
-    ),
-    (
-        _LEDGER + "away_time",
-        "s",
-        "For how long the ledger could not be reached",
-        _of_ledger("away_time"),
-    ),
-)
-
-#: Likewise, of what the conventions have no name for.
-_OWN_FIGURES: _Figures = (
-    ("sqla_fairpool.paused", "1", "1 while no checkout is served", _paused),
-    (_OWN_PREFIX + "weight", "1", "Relative entitlement of a tag", _by_tag("weight")),
-    (
-        _OWN_PREFIX + "max",
-        "{connection}",
-        "A maximum of a tag's own",
-        _by_tag("max"),
-    ),
-    (
-        _OWN_PREFIX + "reserved",
-        "{connection}",
-        "Kept for a tag alone",
-        _by_tag("reserved"),
-    ),
-    (
-        _OWN_PREFIX + "usage",
-        "s",
-        "Connection-seconds of a tag, decayed",
-        _by_tag("usage"),
-    ),
-    (
-        _OWN_PREFIX + "would_wait",
-        "{request}",
-        "Would have waited, in a dry run",
-        _would_wait,
-    ),
-    (
-        _OWN_PREFIX + "would_refuse",
-        "{request}",
-        "Would have been refused",
-        _by_tag("would_refuse"),
-    ),
-)
+_COUNTERS: _Figures = {
+    _LEDGER: (
+        ("transactions", "{transaction}", "Transactions in the ledger's store", _DONE),
+        ("away_time", "s", "For how long the ledger could not be reached", _AWAY),
+    )
+}

@@ -120,6 +120,7 @@ class OverviewCollector(Collector):
             tags=tuple(rows),
             name=self._name,
             paused_for=0.0 if ALL in overview.paused else None,
+            paused_tags=tuple(sorted(overview.paused.keys() - {ALL})),
             ledger=LedgerStats(slots, len(overview.processes)),
         )
 
@@ -219,6 +220,12 @@ def _paused(pool: PoolStats) -> Iterable[tuple[Any, ...]]:
     return [((), pool.paused_for is not None)]
 
 
+def _paused_tags(pool: PoolStats) -> Iterable[tuple[Any, ...]]:
+    # Also those of which nothing is known but that.
+    known = {tag.name for tag in pool.tags}.union(pool.paused_tags)
+    return [((tag,), tag in pool.paused_tags) for tag in sorted(known)]
+
+
 def _closures(pool: PoolStats) -> Iterable[tuple[Any, ...]]:
     return [((reason,), count) for reason, count in sorted(pool.closures.items())]
 
@@ -276,6 +283,7 @@ _FIGURES: dict[tuple[Any, ...], tuple[tuple[str, str, _Rows], ...]] = {
         ("tag_connections", "Connections the tag holds", _tag("connections")),
         ("tag_connections_max", "Most the tag may hold now", _tag("limit")),
         ("tag_pending_requests", "Callers that wait", _tag("waiting")),
+        ("tag_paused", "1 while no checkout of the tag is served", _paused_tags),
         ("tag_weight", "Its relative entitlement", _tag("weight")),
         ("tag_connections_own_max", "A maximum of its own", _tag("max")),
         ("tag_connections_reserved", "Kept for the tag alone", _tag("reserved")),

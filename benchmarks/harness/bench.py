@@ -13,8 +13,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .database import BenchError, Database
-from .figures import CLAIMED, Figure, figure, interleave, pairwise
-from .findings import Bar, Bars, Distribution, Distributions, Finding
+from .findings import (
+    CLAIMED,
+    Bar,
+    Bars,
+    Distribution,
+    Distributions,
+    Figure,
+    Finding,
+    figure,
+    interleave,
+    pairwise,
+)
 
 _T = TypeVar("_T")
 
@@ -112,17 +122,21 @@ class Bench:
         return short if self.short else full
 
     def interleave(
-        self, what: str, contenders: Mapping[Any, Callable[[], Any]], rounds: int
+        self,
+        what: str,
+        contenders: Mapping[Any, Any],
+        rounds: int,
+        run: Callable[[Any], Any] = lambda contender: contender(),
     ) -> Runs:
-        """Run the contenders in turn, telling of each turn."""
+        """Run the contenders in turn, by a function of one, telling of each turn."""
         turns = count()
 
-        def turn(name: Any, run: Callable[[], Any]) -> Any:
+        def turn(name: Any) -> Any:
             number = next(turns) // len(contenders) + 1
             self._on_step(f"{what}: {name}, {number} of {rounds}")
-            return run()
+            return run(contenders[name])
 
-        told = {name: partial(turn, name, run) for name, run in contenders.items()}
+        told = {name: partial(turn, name) for name in contenders}
         return Runs(interleave(told, rounds))
 
 

@@ -137,13 +137,9 @@ async def _async_engine(setup: Setup, pool: type[Pool]) -> AsyncIterator[Connect
         # asyncpg reads a URL as libpq does; SQLAlchemy's dialect does not.
         return await asyncpg.connect(setup.database.dsn, server_settings=_SETTINGS)
 
-    engine = create_async_engine(
-        "postgresql+asyncpg://",
-        async_creator=dbapi_connect,
-        poolclass=pool,
-        pool_timeout=setup.timeout,
-        **fixed(pool, setup.size),
-    )
+    options = {"pool_timeout": setup.timeout, **fixed(pool, setup.size)}
+    options |= {"poolclass": pool, "async_creator": dbapi_connect}
+    engine = create_async_engine("postgresql+asyncpg://", **options)
 
     def connects(tag: str) -> Callable[[], Any]:
         tagged = engine.execution_options(scraper=tag)

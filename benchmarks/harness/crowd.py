@@ -18,7 +18,7 @@ from typing import Any
 
 from sqla_fairpool.scheduling.policy import jain
 
-from .figures import percentile
+from .findings import percentile
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,9 @@ class Caller:
     gives_up: tuple[type[BaseException], ...] = ()
     #: In tasks: seconds after which every second checkout is cancelled.
     patience: float | None = None
+
+
+Callers = Sequence[Caller]
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,8 @@ class Threads:
         go = threading.Event()
         try:
             for work in works:
-                thread = threading.Thread(target=self._run, args=(go, work))
-                thread.daemon = True
+                args = go, work
+                thread = threading.Thread(target=self._run, args=args, daemon=True)
                 thread.start()
                 self.threads.append(thread)
         finally:
@@ -178,10 +181,7 @@ def working() -> Iterator[Threads]:
 
 
 def in_threads(
-    callers: Sequence[Caller],
-    seconds: float,
-    settle: float = 0.2,
-    late: Sequence[Caller] = (),
+    callers: Callers, seconds: float, settle: float = 0.2, late: Callers = ()
 ) -> Outcome:
     """Let callers work, each in a thread; measure once they have settled."""
     record = _Record(len(callers) + len(late))
@@ -223,17 +223,14 @@ def _call(record: _Record, me: int, caller: Caller) -> None:
 
 
 async def in_tasks(
-    callers: Sequence[Caller],
-    seconds: float,
-    settle: float = 0.2,
-    late: Sequence[Caller] = (),
+    callers: Callers, seconds: float, settle: float = 0.2, late: Callers = ()
 ) -> Outcome:
     """Let callers work, each in a task, as :func:`in_threads` does."""
     record = _Record(len(callers) + len(late))
     cycles = [_call_async(record, n, c) for n, c in enumerate([*callers, *late])]
-    tasks = [asyncio.ensure_future(cycle) for cycle in cycles[: len(callers)]]
+    tasks = [*map(asyncio.ensure_future, cycles[: len(callers)])]
     await asyncio.sleep(settle)
-    tasks += [asyncio.ensure_future(cycle) for cycle in cycles[len(callers) :]]
+    tasks += map(asyncio.ensure_future, cycles[len(callers) :])
     mark = record.mark()
     await asyncio.sleep(seconds)
     outcome = record.outcome(mark)
@@ -245,8 +242,7 @@ async def in_tasks(
 async def _call_async(record: _Record, me: int, caller: Caller) -> None:
     connect, hold, pause = caller.connect, caller.hold, caller.pause
     waits, since = record.waits[me], record.since
-    clock, sleep = time.perf_counter, asyncio.sleep
-    checkouts = 0
+    clock, sleep, checkouts = time.perf_counter, asyncio.sleep, 0
     while record.goes_on:
         if pause:
             await sleep(pause)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 from sqlalchemy import URL, Engine, create_engine, exc, make_url, text
 from sqlalchemy.pool import NullPool, Pool
 
-from sqla_fairpool.demo import EmbeddedServer
+from sqla_fairpool.demo import EmbeddedServer, Signals
 
 APPLICATION_NAME = "sqla-fairpool benchmarks"
 
@@ -64,13 +63,8 @@ def open_database(url: str | None = None, sessions: int = 0) -> Iterator[Databas
                 f"{sessions} connections are needed and the server has room for only "
                 f"{room} (max_connections={server.max_connections})"
             )
-        about = {
-            "url": shown,
-            "embedded": url is None,
-            "version": server.version,
-            "max_connections": server.max_connections,
-        }
-        yield Database(where, about)
+        most = {"version": server.version, "max_connections": server.max_connections}
+        yield Database(where, {"url": shown, "embedded": url is None, **most})
 
 
 def reason(error: Exception) -> str:
@@ -85,9 +79,8 @@ def _parse(url: str) -> URL:
         parsed = make_url(url)
     except (exc.ArgumentError, ValueError):
         # Their messages may quote the URL, with its password.
-        raise BenchError(
-            "--url is not a database URL, like postgresql://user@host/database"
-        ) from None
+        example = "postgresql://user@host/database"
+        raise BenchError(f"--url is not a database URL, like {example}") from None
     if not parsed.drivername.startswith("postgres"):
         name = parsed.drivername
         raise BenchError(f"--url: the benchmarks need PostgreSQL, not {name!r}")
@@ -108,11 +101,8 @@ def _embedded(stack: ExitStack) -> str:
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Let the block end before ``KeyboardInterrupt`` is raised."""
-    came: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, frame: came.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if came:
-            raise KeyboardInterrupt
+    with Signals() as signals:
+        try:
+            yield
+        finally:
+            signals.check()

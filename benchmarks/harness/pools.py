@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,11 +42,8 @@ class NullDialect(DefaultDialect):
 
     @classmethod
     def import_dbapi(cls) -> Any:
-        return SimpleNamespace(
-            paramstyle="qmark",
-            Error=NullError,
-            connect=lambda *args, **kw: NullConnection(),
-        )
+        names = {"paramstyle": "qmark", "Error": NullError}
+        return SimpleNamespace(connect=lambda *args, **kw: NullConnection(), **names)
 
     def initialize(self, connection: Connection) -> None:
         pass  # there is no version or isolation level to be found out
@@ -142,6 +140,13 @@ def queue_engine(size: int = 20, **options: Any) -> Engine:
     """Return an engine with a ``QueuePool`` of `size` connections, no overflow."""
     options = {"pool_size": size, "pool_timeout": _PATIENCE, **options}
     return _engine(QueuePool, max_overflow=0, **options)
+
+
+#: Ours, and the one that it stands beside, each of a size.
+PEERS: dict[str, Callable[..., Engine]] = {
+    "FairQueuePool": fair_engine,
+    "QueuePool": queue_engine,
+}
 
 
 def handoff_engine(size: int = 20) -> Engine:

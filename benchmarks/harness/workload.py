@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import secrets
 import statistics
 import time
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, text
@@ -25,42 +27,18 @@ from sqla_fairpool import FairQueuePool
 
 from .crowd import working
 from .database import Database
-from .figures import percentile
+from .findings import percentile
 from .pools import fixed, open_all
 
 #: Rows that a scraper takes at a time, and rows it has.
 _BATCH, _ROWS = 3, 400
 
-_CREATE = """
-    CREATE TABLE {table} (
-        id integer PRIMARY KEY,
-        scraper text NOT NULL,
-        payload text NOT NULL,
-        runs integer NOT NULL DEFAULT 0,
-        updated_at timestamptz NOT NULL DEFAULT clock_timestamp()
-    ) WITH (fillfactor = 50)
-"""
-
-# On what an update leaves alone, and pages are filled by half: so updates stay on
-# their page, and the table does not get slower from round to round.
-_INDEX = "CREATE INDEX ON {table} (scraper)"
-
-_FILL = """
-    INSERT INTO {table} (id, scraper, payload)
-    SELECT n, (CAST(:scrapers AS text[]))[1 + n % :count], md5(n::text)
-    FROM generate_series(1, :rows) AS n
-"""
-
-_FETCH = """
-    SELECT id, payload FROM {table} WHERE scraper = :scraper
-    LIMIT :batch FOR UPDATE SKIP LOCKED"""
-
-_SERVICE = "SELECT pg_sleep(:seconds)"
-
-_WRITE_BACK = """
-    UPDATE {table} SET runs = runs + 1, payload = md5(payload),
-        updated_at = clock_timestamp()
-    WHERE id = ANY(:ids)"""
+#: The statements on the scrapers' table, by name.
+_SQL: dict[str, str] = dict(
+    re.findall(
+        r"-- (\w+)\n((?:.+\n)+)", Path(__file__).with_name("scrapers.sql").read_text()
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -83,26 +61,26 @@ def work_on(database: Database, scrapers: Sequence[str]) -> Iterator[Work]:
     table = f"sqla_fairpool_bench_{secrets.token_hex(4)}"
     engine, count = database.engine(NullPool), len(scrapers)
     values = {"scrapers": list(scrapers), "count": count, "rows": _ROWS * count}
-    fetch, write = (text(s.format(table=table)) for s in (_FETCH, _WRITE_BACK))
-    service = text(_SERVICE)
+    sql = {name: text(one.format(table=table)) for name, one in _SQL.items()}
 
     def work(connection: Connection, scraper: str, seconds: float) -> None:
-        rows = connection.execute(fetch, {"scraper": scraper, "batch": _BATCH}).all()
+        batch = {"scraper": scraper, "batch": _BATCH}
+        rows = connection.execute(sql["fetch"], batch).all()
         if seconds:
-            connection.execute(service, {"seconds": seconds})
-        connection.execute(write, {"ids": [row.id for row in rows]})
+            connection.execute(sql["serve"], {"seconds": seconds})
+        connection.execute(sql["write"], {"ids": [row.id for row in rows]})
         connection.commit()
 
     try:
         with engine.begin() as connection:
-            for statement in (_CREATE, _INDEX):
-                connection.execute(text(statement.format(table=table)))
-            connection.execute(text(_FILL.format(table=table)), values)
+            connection.execute(sql["create"])
+            connection.execute(sql["index"])
+            connection.execute(sql["fill"], values)
         yield work
     finally:
         with engine.begin() as connection:
             connection.execute(text("SET LOCAL lock_timeout = '10s'"))
-            connection.execute(text(f"DROP TABLE IF EXISTS {table}"))
+            connection.execute(sql["drop"])
 
 
 def backlog(count: int, service: float, seed: int) -> list[Job]:
@@ -118,10 +96,9 @@ def bursts(
     seconds: float, demand: float, most: int, service: float, seed: int
 ) -> list[Job]:
     """Return workflows that come in bursts, at random moments, each all at once."""
-    chance = random.Random(seed)
+    chance, jobs = random.Random(seed), list[Job]()
     least = max(most // 3, 1)
     rate = demand / service / ((least + most) / 2)
-    jobs = []
     due = chance.expovariate(rate)
     while due < seconds:
         for _ in range(chance.randint(least, most)):
@@ -272,9 +249,8 @@ def static_world(
     with ExitStack() as stack:
         scrapers = {}
         for name, size in zip(NAMES, sizes, strict=True):
-            engine = database.engine(
-                QueuePool, **fixed(QueuePool, size), pool_timeout=_PATIENCE
-            )
+            options = {"pool_timeout": _PATIENCE, **fixed(QueuePool, size)}
+            engine = database.engine(QueuePool, **options)
             stack.callback(engine.dispose)
             open_all(engine)
             scrapers[name] = Scraper(name, engine, engine.pool.checkedout, threads)

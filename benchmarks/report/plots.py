@@ -19,14 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from ..harness.findings import (
-    PER_DECADE,
-    Bars,
-    Distribution,
-    Distributions,
-    Lines,
-    Plot,
-)
+from ..harness import findings
+from ..harness.findings import Bars, Distribution, Distributions, Lines, Plot
 
 #: By role or use, the stand-in for the CSS variable of that name.
 _COLOURS = {
@@ -220,7 +214,7 @@ def _distribution(row: Distribution, base: float, axes: Axes) -> None:
     colour, ink = _COLOURS[role_of(row.name)], _COLOURS["ink"]
     bounds, counts = zip(*row.histogram, strict=True)
     heights = [-max(0.7 * math.sqrt(n / max(counts)), 0.04) for n in counts]
-    widths = [bound * (10 ** (1 / PER_DECADE) - 1) for bound in bounds]
+    widths = [bound * (10 ** (1 / findings.PER_DECADE) - 1) for bound in bounds]
     look = {"color": colour, "alpha": 0.55, "linewidth": 0}
     axes.bar(bounds, heights, widths, base, align="edge", **look)
     axes.vlines(row.p50, base - 0.75, base, color=ink, linewidth=1.5)

@@ -16,9 +16,8 @@ from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-from ..harness.figures import Figure
-from ..harness.findings import Report
-from .machine import busy
+from ..harness.findings import Figure, Report
+from .page import busy
 from .plots import nice_number
 
 #: Seconds between two lines, where there is no terminal.
@@ -69,20 +68,15 @@ class View:
 
 def figures_table(figures: Sequence[Figure], remarks: bool = False) -> Table:
     """Return the table of the figures, for eighty columns."""
-    table = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        caption="x: times what it is compared with; else an index, or as it says",
-    )
+    caption = "x: times what it is compared with; else an index, or as it says"
+    look = {"box": SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    table = Table(caption=caption, **look)
     table.add_column("what")
     for heading in ("target", "median", "middle half", ""):
         table.add_column(heading, justify="right", no_wrap=True)
     for figure in figures:
         is_ratio = figure.beside not in ("", "-")
-        what = (
-            f"{figure.what}, compared with {figure.beside}" if is_ratio else figure.what
-        )
+        what = figure.what + f", compared with {figure.beside}" * is_ratio
         target = median = spread = ""
         if figure.target is not None:
             better = "less" if figure.target.at_most else "more"

@@ -12,7 +12,7 @@ import asyncio
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -21,17 +21,13 @@ from sqlalchemy import Engine
 from ..harness.bench import Bench, Runs, scenario
 from ..harness.contenders import TASKS, Contender, Setup
 from ..harness.crowd import Caller, Outcome, in_tasks, in_threads
-from ..harness.figures import figure, percentile
-from ..harness.findings import Finding, Lines, Series
-from ..harness.pools import fair_engine, handoff_engine, queue_engine
+from ..harness.findings import Finding, Lines, Series, figure, percentile
+from ..harness.pools import PEERS, fair_engine, handoff_engine, queue_engine
 
 _HOLD = 0.005
 
-PEERS: dict[str, Callable[[], Engine]] = {
-    "FairQueuePool": fair_engine,
-    "QueuePool": queue_engine,
-    (BARE := "bare hand-off"): handoff_engine,
-}
+#: Ours, the one beside it, and what stands in one line.
+_THREE = PEERS | {(BARE := "bare hand-off"): handoff_engine}
 
 
 def _under_tags(
@@ -51,11 +47,8 @@ def on_one_tag(
 ) -> dict[str, Callable[[], Outcome]]:
     """Contenders where nobody knows tags: there is one, which may have everything."""
     ours = partial(fair_engine, size, soft_limit=size, max_limit=size)
-    peers = {"FairQueuePool": ours, "QueuePool": partial(queue_engine, size)}
-    return {
-        name: partial(_under_tags, make, "a", threads, hold, seconds)
-        for name, make in peers.items()
-    }
+    makes = zip(PEERS, (ours, partial(queue_engine, size)), strict=True)
+    return {n: partial(_under_tags, m, "a", threads, hold, seconds) for n, m in makes}
 
 
 def _told(outcomes: Sequence[Outcome]) -> str:
@@ -67,17 +60,14 @@ def _told(outcomes: Sequence[Outcome]) -> str:
 
 
 def _both(runs: Runs) -> str:
-    return "; ".join(f"{n}: {_told(runs[n])}" for n in list(PEERS)[:2])
+    return "; ".join(f"{n}: {_told(runs[n])}" for n in PEERS)
 
 
 def _compared(
     bench: Bench, what: str, threads: int, hold: float, seconds: float, rounds: int
 ) -> Runs:
-    contenders = {
-        name: partial(_under_tags, make, "abc", threads, hold, seconds)
-        for name, make in PEERS.items()
-    }
-    return bench.interleave(what, contenders, rounds)
+    run = lambda make: _under_tags(make, "abc", threads, hold, seconds)  # noqa: E731  (short)
+    return bench.interleave(what, _THREE, rounds, run)
 
 
 def with_hold(bench: Bench) -> Iterator[Finding]:
@@ -95,15 +85,12 @@ def _one_core() -> Iterator[bool]:
 
     Tells if we could; there is no such thing on macOS and Windows.
     """
-    if not hasattr(os, "sched_setaffinity"):
-        yield False
-        return
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {max(cores)})
-    try:
-        yield True
-    finally:
-        os.sched_setaffinity(0, cores)
+    with ExitStack() as stack:
+        if can := hasattr(os, "sched_setaffinity"):
+            cores = os.sched_getaffinity(0)
+            stack.callback(os.sched_setaffinity, 0, cores)
+            os.sched_setaffinity(0, {max(cores)})
+        yield can
 
 
 def _without_hold(bench: Bench, what: str) -> Runs:
@@ -142,11 +129,8 @@ def issue_7679(bench: Bench) -> Iterator[Finding]:
     fair, queue = runs.values()
     yield runs.value("fair 7679", "fairness", remark=_told(fair))
     yield runs.value("QueuePool: the same", "fairness", "QueuePool", _told(queue))
-    series = []
-    for name, outcomes in runs.items():
-        served = sorted(outcomes[0].served, reverse=True)
-        points = tuple((float(n), float(each)) for n, each in enumerate(served, 1))
-        series.append(Series(name, points))
+    served = {name: sorted(o[0].served, reverse=True) for name, o in runs.items()}
+    series = [Series(n, list(enumerate(each, 1))) for n, each in served.items()]
     title = "100 threads on 10 connections, 10 ms hold (SQLAlchemy issue 7679)"
     x, y = "threads, the luckiest first", "times served"
     yield Lines(title, x, y, series)
@@ -194,9 +178,9 @@ def _told_of_light(outcomes: Sequence[Outcome]) -> str:
     served = sum(outcome.served[-1] for outcome in outcomes)
     flood = sum(sum(outcome.served) for outcome in outcomes) - served
     waits = [wait for outcome in outcomes for wait in outcome.last_waits]
-    told = f"served {served} times (the flood {flood:,}), median wait "
-    told += f"{percentile(waits, 50) * 1000:.2f} ms"
-    return f"{told}, longest {max(waits) * 1000:,.1f} ms"
+    middle, longest = percentile(waits, 50) * 1000, max(waits) * 1000
+    told = f"served {served} times (the flood {flood:,}), median wait {middle:.2f} ms"
+    return f"{told}, longest {longest:,.1f} ms"
 
 
 def starved(outcomes: Sequence[Outcome]) -> str:
@@ -207,15 +191,9 @@ def starved(outcomes: Sequence[Outcome]) -> str:
 def light_tag(bench: Bench, key: str = "light") -> Iterator[Finding]:
     connects, options = LIGHT_CASES[key]
     seconds = bench.pick(1.5, 0.5)
-    makes = {
-        "FairQueuePool": partial(fair_engine, **options),
-        "QueuePool": queue_engine,
-    }
-    contenders = {
-        name: partial(_beside_a_flood, make, connects, seconds)
-        for name, make in makes.items()
-    }
-    runs = bench.interleave(key, contenders, bench.pick(3, 2))
+    makes = PEERS | {"FairQueuePool": partial(fair_engine, **options)}
+    run = partial(_beside_a_flood, connects=connects, seconds=seconds)
+    runs = bench.interleave(key, makes, bench.pick(3, 2), run)
     ours, theirs = map(_told_of_light, runs.values())
     p99 = lambda o: percentile(o.waits[-1] or o.last_waits, 99) / _HOLD  # noqa: E731  (used twice)
     remark = f"light: {ours}; with QueuePool: {theirs}"
@@ -279,8 +257,8 @@ def asyncpg_1247(bench: Bench) -> Iterator[Finding]:
     def run(peer: Contender) -> Outcome:
         return asyncio.run(_hundred_tasks(bench, peer))
 
-    peers = {peer.name: partial(run, peer) for peer in TASKS}
-    runs = bench.interleave("asyncpg's issue 1247", peers, 1)
+    peers = {peer.name: peer for peer in TASKS}
+    runs = bench.interleave("asyncpg's issue 1247", peers, 1, run)
     case = "100 tasks on 10 connections, 200 ms hold"
     for name, longest in runs.each("longest_wait").items():
         yield figure(f"{case}: longest wait, s, {name}", longest)

@@ -12,8 +12,7 @@ from functools import partial
 
 from ..harness.bench import Bench, scenario
 from ..harness.crowd import Caller, Outcome, in_tasks, in_threads
-from ..harness.figures import figure
-from ..harness.findings import Finding
+from ..harness.findings import Finding, figure
 from ..harness.pools import NullConnection, queue_engine
 
 
@@ -53,10 +52,8 @@ def headroom(bench: Bench) -> Iterator[Finding]:
         "crowd alone": partial(alone_in_threads, 1, 0.0, seconds),
     }
     runs = bench.interleave("generator, no hold", contenders, bench.pick(9, 3))
-    remark = (
-        "the part of a cycle that is the crowd's own, in the fastest of all runs: one "
-        "thread, no hold, a DBAPI that does nothing"
-    )
+    remark = "the part of a cycle that is the crowd's own, in the fastest of all runs: "
+    remark += "one thread, no hold, a DBAPI that does nothing"
     yield runs.ratio("generator: cost", "throughput", remark=remark)
 
 
@@ -70,18 +67,13 @@ def sleepers(bench: Bench) -> Iterator[Finding]:
     runs = bench.interleave("generator, 5 ms hold", contenders, bench.pick(5, 3))
     possible = callers / hold
     for name, rates in runs.each("throughput").items():
-        yield figure(
-            f"ten {name} that only sleep 5 ms: turns per second",
-            [rate / possible for rate in rates],
-            "ten through 5 ms",
-            "the rest is late wake-ups, the machine's; no pool reaches more",
-        )
-    yield runs.bars(
-        "Ten callers without any pool, 5 ms hold: the ceiling of the peers' runs",
-        "turns per second",
-        "throughput",
-        level=(possible, "no wake-up late"),
-    )
+        what = f"ten {name} that only sleep 5 ms: turns per second"
+        remark = "the rest is late wake-ups, the machine's; no pool reaches more"
+        parts = [rate / possible for rate in rates]
+        yield figure(what, parts, "ten through 5 ms", remark)
+    title = "Ten callers without any pool, 5 ms hold: the ceiling of the peers' runs"
+    level = possible, "no wake-up late"
+    yield runs.bars(title, "turns per second", "throughput", level=level)
 
 
 GENERATOR = scenario("generator", headroom, sleepers)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -18,8 +18,7 @@ from sqla_fairpool.scheduling.policy import jain
 from ..harness.bench import Bench, Metric, Runs, scenario
 from ..harness.contenders import TASKS, THREADS, TIMED_OUT, Contender, Setup
 from ..harness.crowd import Caller, Outcome, in_tasks, in_threads
-from ..harness.figures import Figure, percentile
-from ..harness.findings import Finding, Table
+from ..harness.findings import Figure, Finding, Table, percentile
 from .contention import starved
 
 #: Connections, and callers: ten hold one, ten wait for each.
@@ -119,18 +118,15 @@ _ALONE = (
 # -- the measurements -----------------------------------------------------------------
 
 
+@dataclass
 class _Side:
     """The measurements of threads or of tasks, of which each adds to their table."""
 
-    def __init__(
-        self,
-        name: str,
-        peers: Sequence[Contender],
-        work: Callable[[Bench, Any, Work], Outcome],
-        bench: Bench,
-    ) -> None:
-        self._name, self._peers, self._work, self._bench = name, peers, work, bench
-        self._columns: dict[str, dict[str, float]] = {}
+    _name: str
+    _peers: Sequence[Contender]
+    _work: Callable[[Bench, Any, Work], Outcome]
+    _bench: Bench
+    _columns: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def measure(self) -> Iterator[Finding]:
         seconds = self._bench.pick(1.5, 0.25)
@@ -145,10 +141,9 @@ class _Side:
         yield from self._tables()
 
     def _run(self, work: Work, rounds: tuple[int, int] = (5, 2)) -> Runs:
-        run = partial(self._work, self._bench)
-        contenders = {peer.name: partial(run, peer, work) for peer in self._peers}
-        what = f"{self._name}, {work.name}"
-        return self._bench.interleave(what, contenders, self._bench.pick(*rounds))
+        run = partial(self._work, self._bench, work=work)
+        what, peers = f"{self._name}, {work.name}", {p.name: p for p in self._peers}
+        return self._bench.interleave(what, peers, self._bench.pick(*rounds), run)
 
     def _column(self, heading: str, runs: Runs, metric: Metric = float) -> None:
         each = runs.each(metric)
@@ -199,11 +194,9 @@ class _Side:
         """A flood of callers under one tag, and one caller that comes to it."""
         runs = self._run(Work("light tag", (CALLERS - 1,), seconds, with_light=True))
         self._column("light tag p99, ms", runs, light_p99)
-        yield runs.value(
-            f"{self._name}: light",
-            lambda outcome: light_p99(outcome) / 1e3 / HOLD,
-            remark=f"ms: {runs.medians(light_p99, '.3g', others=True)}",
-        )
+        in_holds = lambda outcome: light_p99(outcome) / 1e3 / HOLD  # noqa: E731  (short)
+        remark = f"ms: {runs.medians(light_p99, '.3g', others=True)}"
+        yield runs.value(f"{self._name}: light", in_holds, remark=remark)
         title = f"Waits of a light tag during a flood of 109 {self._name}"
         yield runs.waits(title, "last_waits", starved)
 

@@ -22,9 +22,8 @@ from sqla_fairpool.scheduling.scheduler import Scheduler
 from sqla_fairpool.scheduling.ticket import Ticket
 
 from ..harness.bench import Bench, Runs, scenario
-from ..harness.figures import figure
-from ..harness.findings import Bar, Bars, Finding, Lines, Series
-from ..harness.pools import fair_engine, queue_engine
+from ..harness.findings import Bar, Bars, Finding, Lines, Series, figure
+from ..harness.pools import PEERS, fair_engine
 from .uncontended import timed
 
 FEW, MANY = 10, 10_000
@@ -37,23 +36,13 @@ _STEPS = 500
 
 _ROLES = {"under ten tags": "ours", "under a tag each": "b"}
 
-_PEERS: dict[str, Callable[..., Engine]] = {
-    "FairQueuePool": fair_engine,
-    "QueuePool": queue_engine,
-}
-
 Connect = Callable[[], Any]
 
 
 def make_scheduler(capacity: int = 20) -> Scheduler:
-    return Scheduler(
-        capacity=capacity,
-        soft_limit=-(-capacity // 2),
-        max_limit=-(-capacity * 3 // 4),
-        idle_timeout=60.0,
-        reallocation_interval=30.0,
-        now=0.0,
-    )
+    limits = {"soft_limit": -(-capacity // 2), "max_limit": -(-capacity * 3 // 4)}
+    times = {"idle_timeout": 60.0, "reallocation_interval": 30.0, "now": 0.0}
+    return Scheduler(capacity=capacity, **limits, **times)
 
 
 def _interleave(
@@ -98,17 +87,13 @@ def random_tags(bench: Bench) -> Iterator[Finding]:
     contenders = {
         (name, number): _random_walk(_tagged(make(), number))
         for number in bench.pick(*_POWERS)
-        for name, make in _PEERS.items()
+        for name, make in PEERS.items()
     }
     runs = _interleave(bench, "random tags", contenders)
-    ours, theirs = _PEERS
+    ours, theirs = PEERS
     yield runs.ratio("tags", of=(ours, MANY), over=(ours, FEW))
-    yield runs.ratio(
-        "QueuePool: the same, which has no tags",
-        of=(theirs, MANY),
-        over=(theirs, FEW),
-        beside="10 tags",
-    )
+    what = "QueuePool: the same, which has no tags"
+    yield runs.ratio(what, of=(theirs, MANY), over=(theirs, FEW), beside="10 tags")
     title = "Checkout and checkin, under a tag chosen at random"
     yield _curves(title, "tags that the pool knows", runs)
 
@@ -148,8 +133,7 @@ def _turnover(waiters: int, tags: int) -> Callable[[], float]:
 
     def checked() -> float:
         took = run()
-        assert scheduler.waiting == waiters
-        assert len(out) == 20
+        assert (scheduler.waiting, len(out)) == (waiters, 20)
         return took
 
     return checked
@@ -164,12 +148,8 @@ def many_waiters(bench: Bench) -> Iterator[Finding]:
         contenders[own, n] = _turnover(n, 2 * n + 20)
     runs = _interleave(bench, "waiters", contenders)
     yield runs.ratio("waiters", of=(ten, MANY), over=(ten, FEW))
-    yield runs.ratio(
-        "the same, each waiter under a tag of its own",
-        of=(own, MANY),
-        over=(own, FEW),
-        beside="10 waiters",
-    )
+    what = "the same, each waiter under a tag of its own"
+    yield runs.ratio(what, of=(own, MANY), over=(own, FEW), beside="10 waiters")
     title = "A release that serves a waiter, and a request: the scheduler alone"
     yield _curves(title, "callers that wait", runs)
 
@@ -188,16 +168,11 @@ def pools_of_many_sizes(bench: Bench) -> Iterator[Finding]:
     contenders = {
         (name, size): _crowded(make, size)
         for size in sizes
-        for name, make in _PEERS.items()
+        for name, make in PEERS.items()
     }
     runs = _interleave(bench, "large pools", contenders)
-    ours = "FairQueuePool"
-    yield runs.ratio(
-        "checkout + checkin with a pool of 1,000, time",
-        of=(ours, 1000),
-        over=(ours, 5),
-        beside="a pool of 5",
-    )
+    ours, what = "FairQueuePool", "checkout + checkin with a pool of 1,000, time"
+    yield runs.ratio(what, of=(ours, 1000), over=(ours, 5), beside="a pool of 5")
     title = "Checkout and checkin, half of the pool being out"
     yield _curves(title, "connections of the pool", runs)
 
@@ -257,15 +232,11 @@ def memory_of_a_waiter(bench: Bench) -> Iterator[Finding]:
     }
     sizes = {p.__name__: asyncio.run(_line(p, 2000, **options[p])) for p in options}
     fair, queue = sizes.values()
-    yield figure(
-        "memory of a task that waits for a connection",
-        (fair / queue,),
-        "AsyncAdaptedQueuePool",
-        f"bytes: {fair:,.0f} instead of {queue:,.0f}, most of them SQLAlchemy's",
-    )
+    remark = f"bytes: {fair:,.0f} instead of {queue:,.0f}, most of them SQLAlchemy's"
+    what = "memory of a task that waits for a connection"
+    yield figure(what, (fair / queue,), "AsyncAdaptedQueuePool", remark)
     bars = tuple(Bar(name, size, size, size) for name, size in sizes.items())
-    title = "Memory of a task that waits for a connection, all included"
-    yield Bars(title, "bytes", bars)
+    yield Bars(f"M{what[1:]}, all included", "bytes", bars)
 
 
 def memory_under_a_million_tags(bench: Bench) -> Iterator[Finding]:

@@ -15,8 +15,7 @@ from functools import partial
 from itertools import count
 
 from ..harness.bench import Bench, Runs, scenario
-from ..harness.figures import figure
-from ..harness.findings import Finding, Lines, Series
+from ..harness.findings import Finding, Lines, Series, figure
 from ..harness.workload import (
     FAIR,
     LIFTED,
@@ -82,11 +81,9 @@ def _over_time(
 
 def _client(runs: Runs) -> str:
     """Say how busy this process was: it must not be what is measured."""
-    return (
-        "The benchmark's own process, Python and SQLAlchemy included, used of one "
-        f"core: {runs.medians('client', '.0%')}. The rest of the time it waited for "
-        "the server."
-    )
+    used = f"used of one core: {runs.medians('client', '.0%')}"
+    whose = "The benchmark's own process, Python and SQLAlchemy included"
+    return f"{whose}, {used}. The rest of the time it waited for the server."
 
 
 # -- one active scraper ---------------------------------------------------------------
@@ -105,11 +102,11 @@ def one_active(bench: Bench) -> Iterator[Finding]:
     database = bench.database
     worlds = [fair_world(database, threads=40), static_world(database, threads=40)]
     rounds = bench.pick(12, 5)
-    runs, (fair, static) = _compare(bench, "one active scraper", worlds, demand, rounds)
-    free = Runs()
-    for world in (fair, static):
-        left = partial(unused, connections=world.connections)
-        free[world.name] = [left(outcome) for outcome in runs[world.name]]
+    runs, opened = _compare(bench, "one active scraper", worlds, demand, rounds)
+    fair, static = opened
+    free = Runs(
+        {w.name: [unused(o, w.connections) for o in runs[w.name]] for w in opened}
+    )
     now, before = (statistics.median(values) for values in free.values())
     remark = f"{before:g} of {static.connections} before, "
     remark += f"{now:g} of {fair.connections} now"
@@ -200,11 +197,11 @@ def saturated(bench: Bench) -> Iterator[Finding]:
     workflows = bench.pick(160, 80)
     demand = _demand(NAMES, lambda seed: backlog(workflows, SERVICE, seed))
     database, rounds = bench.database, bench.pick(9, 3)
-    worlds = [fair_world(database), static_world(database)]
-    worlds.append(static_world(database, (7, 7, 6)))
+    static, same = static_world(database), static_world(database, (7, 7, 6))
+    worlds = [fair_world(database), static, same]
     what = "three saturated scrapers"
     runs, opened = _compare(bench, what, worlds, demand, rounds)
-    what = "three saturated scrapers on 20 connections"
+    what += " on 20 connections"
     rate, three = f"{what}: workflows per second", "three QueuePools of 10"
     less = "a third fewer connections do up to a third less"
     yield runs.ratio(rate, "throughput", beside=three, remark=less)
@@ -263,13 +260,11 @@ def times(outcome: Outcome) -> dict[str, float]:
     came = 1 * SCENE
     gone = _first(outcome, 3 * SCENE, lambda held: not held["layer2"])
     alone = _first(outcome, 4 * SCENE, lambda held: not held["layer3"])
-    all_twenty = _first(
-        outcome, gone, lambda held: held["layer1_5"] + held["layer3"] >= 20
-    )
+    twenty = _first(outcome, gone, lambda held: held["layer1_5"] + held["layer3"] >= 20)
     return {
         "first": _first(outcome, came, lambda held: held["layer3"] > 0) - came,
         "full": _first(outcome, came, lambda held: held["layer3"] >= 10) - came,
-        "freed": all_twenty - gone,
+        "freed": twenty - gone,
         "idle": _first(outcome, alone, lambda held: held["layer1_5"] >= 15) - alone,
     }
 

@@ -22,18 +22,13 @@ from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool
 from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool, tag
 
 from ..harness.bench import Bench, Runs
-from ..harness.figures import figure
-from ..harness.findings import Finding
-from ..harness.pools import async_engine, fair_engine, floor_engine, queue_engine
+from ..harness.findings import Finding, figure
+from ..harness.pools import PEERS, async_engine, fair_engine, floor_engine, queue_engine
 
 #: In a round of some 2 ms: most of them fall between two disturbances.
 CYCLES = 250
 
-PEERS: dict[str, Callable[[], Engine]] = {
-    "FairQueuePool": fair_engine,
-    "QueuePool": queue_engine,
-    "floor": floor_engine,
-}
+THREE = PEERS | {"floor": floor_engine}
 
 #: Beside whom in asyncio.
 ASYNC_PEERS = (AsyncAdaptedFairQueuePool, AsyncAdaptedQueuePool)
@@ -91,7 +86,7 @@ def added(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def uncontended_tag_on_engine(bench: Bench) -> Iterator[Finding]:
-    contenders = {name: timed(by_engine(make())) for name, make in PEERS.items()}
+    contenders = {name: timed(by_engine(make())) for name, make in THREE.items()}
     runs = bench.interleave("uncontended", contenders, bench.pick(400, 200))
     best = ", ".join(f"{name} {min(each):.2f}" for name, each in runs.items())
     yield runs.ratio("uncontended", remark=f"best round, µs: {best}")
@@ -109,7 +104,7 @@ def uncontended_other_roads(bench: Bench) -> Iterator[Finding]:
         "road: session": by_session,
         "the same, two tags in turn": alternating,
     }.items():
-        contenders = {name: timed(way(make())) for name, make in PEERS.items()}
+        contenders = {name: timed(way(make())) for name, make in THREE.items()}
         if key == "road: block":
             contenders = {name: tag("a")(run) for name, run in contenders.items()}
         yield bench.interleave(key, contenders, bench.pick(400, 200)).ratio(key)
@@ -161,14 +156,12 @@ def _round_of_tasks(
 
 
 def settings_of_diagnosis(bench: Bench) -> Iterator[Finding]:
-    settings: dict[str, dict[str, Any]] = {
-        "deadlock_timeout=None": {"deadlock_timeout": None},
-        "leak_threshold=60": {"leak_threshold": 60},
-        "without": {},
-    }
-    contenders = {n: timed(by_engine(fair_engine(**o))) for n, o in settings.items()}
+    settings = {"deadlock_timeout": None, "leak_threshold": 60}
+    engines = {f"{n}={v}": fair_engine(**{n: v}) for n, v in settings.items()}
+    engines["without"] = fair_engine()
+    contenders = {name: timed(by_engine(each)) for name, each in engines.items()}
     runs = bench.interleave("settings", contenders, 300)
-    for name in list(settings)[:2]:
+    for name in list(engines)[:2]:
         remark = f"{added(runs[name], runs['without']):+.2f} µs"
         what = f"checkout + checkin with {name}, time"
         yield runs.ratio(what, of=name, over="without", remark=remark)
@@ -179,10 +172,9 @@ def settings_and_figures(bench: Bench) -> Iterator[Finding]:
     engine = fair_engine()
     for n in range(100):
         engine.execution_options(scraper=f"tag{n}").connect().close()
-    names = ("stats", "metrics")
-    looks = {name: timed(getattr(engine.pool, name), 10) for name in names}
-    runs = bench.interleave("figures", looks, 30)
-    for name, each in runs.items():
+    pool = engine.pool
+    looks = {n: timed(getattr(pool, n), 10) for n in ("stats", "metrics")}
+    for name, each in bench.interleave("figures", looks, 30).items():
         yield figure(f"pool.{name}() with 100 tags, µs", each, beside="")
 
 
@@ -194,8 +186,7 @@ def settings_server_tag(bench: Bench) -> Iterator[Finding]:
         "without": make(FairQueuePool),
         "QueuePool": make(QueuePool),
     }
-    # Enough changes in a round to see a round trip, some 50 µs.
-    clock = time.perf_counter
+    clock = time.perf_counter  # and changes enough to see a round trip, some 50 µs
     contenders = {n: timed(alternating(e), 10, clock) for n, e in engines.items()}
     runs = bench.interleave("server_tag", contenders, 100)
     for engine in engines.values():
@@ -245,14 +236,8 @@ def statement_on_postgresql(bench: Bench) -> Iterator[Finding]:
     for number in range(bench.pick(12, 4)):
         raw = bare.raw_connection()
         shared = raw.dbapi_connection
-        block = _statements(
-            bench,
-            "SELECT 1",
-            _ROUNDS,
-            number % 2 == 1,
-            url=bare.url,
-            creator=lambda shared=shared: shared,
-        )
+        options = {"url": bare.url, "creator": lambda shared=shared: shared}
+        block = _statements(bench, "SELECT 1", _ROUNDS, number % 2 == 1, **options)
         raw.invalidate()  # closed with the engines; let its pool know
         for name, times in block.items():
             runs[name] += times

@@ -270,12 +270,7 @@ _ACTIONS = {
 _FLAGS: dict[str, list[tuple[str, str, Any, str]]] = {
     "pause": [
         ("--tag", "tag", str, "only those of this tag"),
-        (
-            "--wait",
-            "wait",
-            float,
-            "seconds to wait until nothing is out; exit 1 if something is then",
-        ),
+        ("--wait", "wait", float, "seconds to wait until nothing is out, or exit 1"),
     ],
     "resume": [("--tag", "tag", str, "those of a tag that was paused alone")],
     "show": [("--json", "json", None, "for programs")],

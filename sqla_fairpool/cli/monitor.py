@@ -326,42 +326,27 @@ def explain_tag(overview: Overview, tag: str) -> Explanation:
         room = limits.capacity - limits.tags.reserved + its.reserved
         ceiling = policy.own_ceiling(rule, its.max, its.reserved, room)
         own = TagStats(
-            tag,
-            limit=ceiling,
-            weight=its.weight,
-            max=its.max,
-            reserved=its.reserved,
+            tag, limit=ceiling, weight=its.weight, max=its.max, reserved=its.reserved
         )
     there = limits.capacity - limits.quarantined
-    return explain(
-        Observed(
-            _facts(own),
-            others,
-            there,
-            limits.tags.reserved,
-            (limits.soft_limit, limits.max_limit),
-            overview.available,
-            max(overview.checked_out - there, 0),
-            not overview.paused.keys().isdisjoint((tag, ALL)),
-        )
+    facts = Observed(
+        _facts(own),
+        others,
+        there,
+        limits.tags.reserved,
+        (limits.soft_limit, limits.max_limit),
+        overview.available,
+        max(overview.checked_out - there, 0),
+        not overview.paused.keys().isdisjoint((tag, ALL)),
     )
+    return explain(facts)
 
 
 def _facts(row: TagStats) -> TagFacts:
     """Return what the explanation works with."""
     in_line = row.waiting and row.connections < row.limit
     rank = policy.rank(row.connections, row.weight, row.usage, 0, row.reserved)
-    return TagFacts(
-        row.name,
-        policy.Party(
-            row.active,
-            row.connections,
-            row.waiting,
-            row.limit,
-            row.weight,
-            row.reserved,
-        ),
-        TagLimits(weight=row.weight, max=row.max, reserved=row.reserved),
-        row.usage,
-        rank if in_line else None,
-    )
+    wants = row.active, row.connections, row.waiting, row.limit
+    party = policy.Party(*wants, row.weight, row.reserved)
+    limits = TagLimits(weight=row.weight, max=row.max, reserved=row.reserved)
+    return TagFacts(row.name, party, limits, row.usage, rank if in_line else None)

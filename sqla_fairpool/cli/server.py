@@ -309,10 +309,7 @@ class ServerView:
 
 
 def count(
-    rows: Iterable[Any],
-    sessions: Mapping[Session, int],
-    overview: Overview,
-    room: Room,
+    rows: Iterable[Any], sessions: Mapping[Session, int], overview: Overview, room: Room
 ) -> ServerFigures:
     """Count the server's sessions by member and by scraper.
 

@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from typing import Any
 
 from ..diagnosis.capture import Others
@@ -71,12 +72,10 @@ class LedgerReport:
         """Tell if no session can have the slots of a row that nobody answers for."""
         if self.book.server is None:  # nobody can ask it
             return not self.living
-        present = self.present
-        return (
-            present is not None
-            and present.server == self.book.server
-            and not among(row.sessions, present.sessions)
-        )
+        there = self.present
+        if there is None or there.server != self.book.server:
+            return False
+        return not among(row.sessions, there.sessions)
 
     def left(self) -> list[LeftRow]:
         """Return the slots of dead members, and those in quarantine."""
@@ -91,37 +90,23 @@ class LedgerReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as dicts, lists and numbers, ready for JSON."""
-        book, terms = self.book, asdict(self.book.terms)
-        members = [
-            {
-                "number": member.number,
-                "key": key,
-                "who": member.who,
-                "alive": key in self.living,
-                "stalled": member.stalled,
-                "owned": member.owned,
-                "target": self.targets[key],
-                "tags": [
-                    {"tag": tag, **line._asdict()}
-                    for tag, line in sorted(member.tags.items())
-                ],
-            }
-            for key, member in self.members
-        ]
-        gone = [
-            {
-                "number": number,
-                "slots": gone.slots,
-                "sessions": len(gone.sessions),
-                "why": gone.why,
-                "who": gone.who,
-            }
-            for number, gone in sorted(book.gone.items())
-        ]
+        book, terms, members, gone = self.book, self.book.terms, [], []
+        for key, row in self.members:
+            tags = [{"tag": tag, **line._asdict()} for tag, line in row.tags.items()]
+            whose = {"number": row.number, "key": key, "who": row.who}
+            state = {"alive": key in self.living, "stalled": row.stalled}
+            slots = {"owned": row.owned, "target": self.targets[key]}
+            tags.sort(key=itemgetter("tag"))
+            members.append({**whose, **state, **slots, "tags": tags})
+        for number, left in sorted(book.gone.items()):
+            slots = {"slots": left.slots, "sessions": len(left.sessions)}
+            gone.append({"number": number, **slots, "why": left.why, "who": left.who})
         return {
             "name": self.name,
             "kind": self.kind,
-            **{name: terms[name] for name in ("capacity", "soft_limit", "max_limit")},
+            "capacity": terms.capacity,
+            "soft_limit": terms.soft_limit,
+            "max_limit": terms.max_limit,
             "owned": book.owned,
             "quarantined": book.quarantined,
             "free": book.free,
@@ -205,18 +190,17 @@ class Inspector:
         self.sessions = {one: number for several, number in posted for one in several}
         terms = book.terms
         sizes = [figures["size"] for figures in said.values() if "size" in figures]
+        parts = [
+            self._part(key, row, key in report.living, said.get(key))
+            for key, row in report.members
+        ]
+        if own is None or report.living:
+            size, tags = max(sizes, default=terms.capacity), limits_of_tags(terms.tags)
+            limits = terms.capacity, terms.soft_limit, terms.max_limit
+            own = Limits(size, *limits, tags=tags)
         return compile_overview(
-            [
-                self._part(key, row, key in report.living, said.get(key))
-                for key, row in report.members
-            ],
-            own
-            if own is not None and not report.living
-            else Limits(
-                max(sizes, default=terms.capacity),
-                *(terms.capacity, terms.soft_limit, terms.max_limit),
-                tags=limits_of_tags(terms.tags),
-            ),
+            parts,
+            own,
             ledger=report.name,
             registered=registered,
             left=report.left(),
@@ -232,13 +216,9 @@ class Inspector:
         before = self._store.published(members)
         self._store.ask(members)
         # One that has said nothing since it was silent is not waited for again.
-        awaited = {
-            member
-            for member in members
-            if member not in self._silent or self._silent[member] != before.get(member)
-        }
-        deadline = self._clock() + self._patience
-        pause = _FIRST
+        silent = self._silent
+        awaited = {m for m in members if m not in silent or silent[m] != before.get(m)}
+        deadline, pause = self._clock() + self._patience, _FIRST
         while True:
             now = self._store.published(members)
             fresh = {m for m, text in now.items() if text != before.get(m)}

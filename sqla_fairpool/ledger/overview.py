@@ -186,9 +186,7 @@ class Overview:
         1.0 when each has its share; None while none wants any. As in the definition
         (Jain, Chiu and Hawe, DEC-TR-301, 1984), the part of the fair share counts.
         """
-        parts = [
-            row.connections / row.fair_share for row in self.scrapers if row.fair_share
-        ]
+        parts = [r.connections / r.fair_share for r in self.scrapers if r.fair_share]
         return policy.jain(parts) if parts else None
 
     def with_sessions(self, numbers: Collection[int]) -> Overview:
@@ -198,39 +196,28 @@ class Overview:
             for row in self.left
         )
         texts = {str(a): str(b) for a, b in zip(self.left, left, strict=True)}
-        return replace(
-            self,
-            left=left,
-            limits=replace(self.limits, quarantined=_kept(left)),
-            warnings=tuple(texts.get(text, text) for text in self.warnings),
-        )
+        warnings = tuple(texts.get(text, text) for text in self.warnings)
+        limits = replace(self.limits, quarantined=_kept(left))
+        return replace(self, left=left, limits=limits, warnings=warnings)
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as dicts, lists and numbers, ready for JSON."""
+        pool, tags = asdict(self.limits), self.limits.tags.given
+        pool["tags"] = {tag: asdict(own) for tag, own in tags.items()}
+        figures = "checked_out available overflow open waiting utilization"
+        means = {"average_connections": self.average, "jain_index": self.jain}
         return {
             "taken_at": self.taken_at,
             "ledger": self.ledger,
             "paused": dict(self.paused),
-            "pool": {
-                **asdict(self.limits),
-                "tags": {
-                    tag: asdict(own) for tag, own in self.limits.tags.given.items()
-                },
-                **self._figures(
-                    "checked_out available overflow open waiting utilization"
-                ),
-            },
+            "pool": {**pool, **self._figures(figures)},
             "scrapers": [
                 {key: getattr(row, _OTHER_NAMES.get(key, key)) for key in _IN_JSON}
                 | {"processes": list(row.processes)}
                 for row in self.scrapers
             ],
             "strategy": self.strategy,
-            "efficiency": {
-                **self._figures("active_scrapers utilization"),
-                "average_connections": self.average,
-                "jain_index": self.jain,
-            },
+            "efficiency": {**self._figures("active_scrapers utilization"), **means},
             "processes": [asdict(row) for row in self.processes],
             "warnings": list(self.warnings),
         }
@@ -271,7 +258,9 @@ def compile_overview(
     for process, rows in parts:
         for row in rows:
             found.setdefault(row.name, []).append((process, row))
-    scrapers = _scrapers(found, limits)
+    scrapers, paused = _scrapers(found, limits), paused or {}
+    active = sum(row.active for row in scrapers)
+    found_now = *_pauses(paused), *map(str, left), *_warnings(scrapers, processes)
     return Overview(
         ledger=ledger,
         limits=limits,
@@ -280,18 +269,11 @@ def compile_overview(
         waiting=sum(row.waiting for row in scrapers),
         scrapers=scrapers,
         processes=processes,
-        strategy=policy.strategy(
-            sum(row.active for row in scrapers), limits.soft_limit, limits.max_limit
-        ),
-        warnings=(
-            *warnings,
-            *_pauses(paused or {}),
-            *map(str, left),
-            *_warnings(scrapers, processes),
-        ),
+        strategy=policy.strategy(active, limits.soft_limit, limits.max_limit),
+        warnings=(*warnings, *found_now),
         taken_at=taken_at,
         left=tuple(left),
-        paused=paused or {},
+        paused=paused,
     )
 
 
@@ -306,28 +288,14 @@ def _rules(
     tags: Sequence[TagStats], own: Sequence[TagLimits], limits: Limits
 ) -> tuple[list[int], list[int]]:
     """Return the ceilings of tags, and their fair shares."""
-    active = sum(tag.active for tag in tags)
-    room = limits.capacity - limits.tags.reserved
-    ceilings = [
-        policy.own_ceiling(
-            policy.ceiling(active - tag.active, limits.soft_limit, limits.max_limit),
-            one.max,
-            one.reserved,
-            room + one.reserved,
-        )
-        for tag, one in zip(tags, own, strict=True)
-    ]
-    wanted = [
-        policy.Party(
-            tag.active,
-            tag.connections,
-            tag.waiting,
-            ceiling,
-            one.weight,
-            one.reserved,
-        )
-        for tag, ceiling, one in zip(tags, ceilings, own, strict=True)
-    ]
+    active, room = sum(tag.active for tag in tags), limits.capacity
+    ceilings, wanted = list[int](), list[policy.Party]()
+    for tag, one in zip(tags, own, strict=True):
+        others, left = active - tag.active, room - limits.tags.reserved + one.reserved
+        rule = policy.ceiling(others, limits.soft_limit, limits.max_limit)
+        ceilings.append(policy.own_ceiling(rule, one.max, one.reserved, left))
+        held = tag.active, tag.connections, tag.waiting
+        wanted.append(policy.Party(*held, ceilings[-1], one.weight, one.reserved))
     unknown = limits.tags.reserved - sum(one.reserved for one in own)
     there = max(limits.capacity - limits.quarantined - unknown, 0)
     return ceilings, policy.shares_of_tags(wanted, there)
@@ -336,10 +304,8 @@ def _rules(
 def _scrapers(
     found: Mapping[str, Sequence[tuple[ProcessRow, TagStats]]], limits: Limits
 ) -> tuple[ScraperRow, ...]:
-    tags = [
-        TagStats.merged(name, [row for _, row in found[name]])
-        for name in sorted(found, key=_natural)
-    ]
+    names = sorted(found, key=_natural)
+    tags = [TagStats.merged(name, [row for _, row in found[name]]) for name in names]
     own = [limits.tags.of(tag.name) for tag in tags]
     ceilings, shares = _rules(tags, own, limits)
     several = len({process.host for rows in found.values() for process, _ in rows}) > 1
@@ -350,6 +316,7 @@ def _scrapers(
         # A tag that is only registered has no process yet.
         if processes and all(process.state != "answers" for process in processes):
             status = "silent"
+        whose = (f"{p.host}:{p.pid}" if several else f"{p.pid}" for p in processes)
         row = ScraperRow(
             **{name: getattr(tag, name) for name in TOLD},
             limit=ceiling,
@@ -359,11 +326,7 @@ def _scrapers(
             reserved=one.reserved,
             status=status,
             # A process with several engines is a member several times.
-            processes=tuple(
-                dict.fromkeys(
-                    f"{p.host}:{p.pid}" if several else f"{p.pid}" for p in processes
-                )
-            ),
+            processes=tuple(dict.fromkeys(whose)),
             parts=tuple(found[tag.name]),
         )
         scrapers.append(row)

@@ -285,8 +285,7 @@ class Scheduler(SchedulerState):
             soft_limit, max_limit, idle_timeout, capacity, limits or {}
         )
         self.kept_free = self._reserved_unused()
-        self.usage.rebase(now, usage_half_life)
-        self.lines.all_changed()
+        self.usage.rebase(now, usage_half_life)  # and rank all anew
         return self.set_capacity(capacity if usable is None else usable, now)
 
     def impose(
@@ -324,36 +323,36 @@ class Scheduler(SchedulerState):
 
     def _exchange(self, ticket: Ticket, target: TagState, scale: float) -> bool:
         """Have a slot be another tag's, if that one is next; tell if it was."""
-        source = ticket.tag_state
-        if self.waiting or self.tags.reserved:
-            self._shift(source, -1, scale)
-            is_next = self._is_next(target)
-            self._shift(target if is_next else source, +1, scale)
-            if is_next:
-                ticket.tag_state = target
-            return is_next
-        # As above, with no other that could be next.
-        if self.in_use > self.capacity or target.in_use >= self.ceiling(target):
-            return False
+        source, to = ticket.tag_state, ticket.tag_state
+        has_rivals = self.waiting or self.tags.reserved
+        if not has_rivals:
+            if self.in_use > self.capacity or target.in_use >= self.ceiling(target):
+                return False
+            to = target
+        is_kept = source.in_use <= source.reserved
         # From here in one go, see the head of this file.
+        self.in_use -= 1
+        self.kept_free += is_kept
         source.in_use -= 1
         source.charged += scale
-        target.in_use += 1
-        target.charged -= scale
-        ticket.tag_state = target
-        if target.in_use > target.peak:
-            target.peak = target.in_use
-        return True
-
-    def _shift(self, tag_state: TagState, by: int, scale: float) -> None:
-        before = min(tag_state.in_use, tag_state.reserved)
-        self.in_use += by
-        tag_state.in_use += by
-        tag_state.charged -= by * scale
-        self.kept_free += before - min(tag_state.in_use, tag_state.reserved)
-        tag_state.peak = max(tag_state.peak, tag_state.in_use)
-        if tag_state.waiters:
-            self.lines.changed(tag_state)
+        try:
+            if has_rivals:  # as if it was released
+                if source.waiters:
+                    self.lines.changed(source)
+                if self._is_next(target):
+                    to = target
+        finally:  # in one go again, whatever was raised
+            self.in_use += 1
+            self.kept_free -= to.in_use < to.reserved
+            to.in_use += 1
+            to.charged -= scale
+            ticket.tag_state = to
+        if to.in_use > to.peak:
+            to.peak = to.in_use
+        for tag_state in (source, to) if has_rivals else ():
+            if tag_state.waiters:
+                self.lines.changed(tag_state)
+        return to is target
 
     def _dispatch(self, now: float, scale: float) -> Sequence[Ticket]:
         """Grant free slots to those that are next, until none is left or none waits."""

@@ -16,7 +16,7 @@ from sqlalchemy.pool import NullPool
 import benchmarks.__main__ as command
 from benchmarks.harness.bench import Scenario
 from benchmarks.harness.database import BenchError
-from benchmarks.harness.figures import Figure, Target
+from benchmarks.harness.findings import Figure, Target
 
 ROOT = Path(__file__).parents[2]
 

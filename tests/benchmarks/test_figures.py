@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.harness.figures import (
+from benchmarks.harness.findings import (
     TARGETS,
     Figure,
     Target,

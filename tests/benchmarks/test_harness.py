@@ -13,7 +13,7 @@ from benchmarks.harness.bench import Bench, Scenario
 from benchmarks.harness.contenders import TASKS, THREADS, Setup
 from benchmarks.harness.crowd import Caller, Outcome, in_tasks, in_threads
 from benchmarks.harness.database import BenchError, Database
-from benchmarks.harness.figures import TARGETS, figure
+from benchmarks.harness.findings import TARGETS, figure
 from benchmarks.harness.pools import queue_engine
 from benchmarks.harness.workload import Job, Scraper, backlog, bursts
 from benchmarks.scenarios import SCENARIOS, contention, generator, peers, static

@@ -7,17 +7,18 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks.harness.figures import Figure, Target
 from benchmarks.harness.findings import (
     Bar,
     Bars,
     Distribution,
     Distributions,
+    Figure,
     Lines,
     Report,
     Section,
     Series,
     Table,
+    Target,
 )
 from benchmarks.report.page import page
 from benchmarks.report.plots import draw, nice_number, seconds_text

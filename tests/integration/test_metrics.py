@@ -371,6 +371,13 @@ def test_pause_is_exported(make_engine, registry, reader, provider):
         assert registry.get_sample_value("sqla_fairpool_paused", label) == value
         (point,) = points(reader)["sqla_fairpool.paused"].values()
         assert point.value == value
+    for change, value in ((engine.pool.pause, 1), (engine.pool.resume, None)):
+        change("nightly")  # of which nothing else is known
+        label = {"pool": "main", "tag": "nightly"}
+        assert registry.get_sample_value("sqla_fairpool_tag_paused", label) == value
+        told = points(reader).get("sqla_fairpool.tag.paused", {}).items()
+        told = [p.value for key, p in told if ("sqla_fairpool.tag", "nightly") in key]
+        assert told == [value] * (value or 0)
 
 
 def _series_of(family):
@@ -425,7 +432,7 @@ def test_opentelemetry_follows_the_conventions(make_engine, reader, provider, cl
     }
     sizes = {"count", "max", "idle.max", "idle.min", "pending_requests", "timeouts"}
     own = {f"sqla_fairpool.tag.{name}" for name in ("weight", "reserved", "usage")}
-    own.add("sqla_fairpool.paused")
+    own |= {"sqla_fairpool.tag.paused", "sqla_fairpool.paused"}
     assert sizes | own <= set(found) <= conventions | own
     pool = ("db.client.connection.pool.name", "main")
     used = (("db.client.connection.state", "used"), ("sqla_fairpool.tag", "a"))

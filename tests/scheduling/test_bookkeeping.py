@@ -119,7 +119,60 @@ def test_each_duration_is_kept_where_that_was_asked_for():
     histogram.add(0.5)
     histogram.add_all(4, 3.0, 2.0, [2.0, 0.5])
     histogram.add_all(1, 2.0, 2.0, [2.0])
-    assert histogram.raw == [0.5, 2.0, 0.5, 0.25, 0.25, 2.0]
+    histogram.add_all(1, 0.5, 0.5, [])
+    assert histogram.raw == [0.5, 2.0, 0.5, 0.25, 0.25, 2.0, 0.5]
+
+
+def test_long_checkouts_are_noted_one_by_one():
+    ticket, noted = Ticket(), []
+    for held in (0.0005, 0.002, 0.0007, 9.0, 0.01):
+        ticket.note(held)
+        noted.append((ticket.held_max, ticket.notable))
+    longest = [0.0005, 0.002, 0.002, 9.0, 9.0]
+    assert noted == [(held, min(held, 0.001)) for held in longest]
+    assert ticket.long_holds == [0.002, 9.0, 0.01]
+
+
+def test_most_that_were_in_use_at_once_stay_so_after_a_move():
+    scheduler = make()
+    held = [request(scheduler, tag) for tag in "abbb"]
+    for ticket in held[2:]:
+        scheduler.release(ticket, 0.0)
+    assert scheduler.move(held[0], "b", 0.0) == ()
+    peaks = {tag: state.peak for tag, state in scheduler.tag_states.items()}
+    assert peaks == {"a": 1, "b": 3}
+
+
+def test_tag_that_a_slot_is_moved_from_is_ranked_anew():
+    scheduler = Scheduler(**RULES | {"capacity": 4}, now=0.0)
+    held = [request(scheduler, tag) for tag in "aabb"]
+    for tag in "ba":
+        assert not scheduler.request(Ticket(), tag, 0.0)
+    assert scheduler.move(held[0], "c", 0.0) == []
+    check_valid(scheduler, held)
+    assert scheduler.lines.next().tag == "a"
+
+
+def test_silent_tag_that_is_active_is_none_of_its_others():
+    scheduler = Scheduler(**RULES, now=0.0, silent_tag="unknown")
+    held = [request(scheduler, "unknown")]
+    scheduler.activity(held[0], 0.0)
+    for pauses in (None, {}):
+        if pauses is not None:
+            scheduler.pause(pauses, 0.0)
+        check_valid(scheduler, held)
+        assert scheduler.tags.silent_ceiling.value == 15
+
+
+def test_caller_that_is_admitted_puts_its_tag_behind_others_that_wait():
+    scheduler = Scheduler(**RULES | {"capacity": 1}, now=0.0)
+    held = [request(scheduler, "z")]
+    for tag in "ab":
+        assert not scheduler.request(Ticket(), tag, 0.0)
+    held.append(Ticket())
+    scheduler.admit(held[1], "a", 0.0)
+    check_valid(scheduler, held)
+    assert scheduler.lines.next().tag == "b"
 
 
 def test_counters_have_no_more_than_their_names():
@@ -187,11 +240,13 @@ def test_dry_run_says_what_was_granted_and_moves_on_both_sides():
     request(scheduler, "a")
     held = [request(scheduler, "b") for _ in range(19)]
     assert not scheduler.request(Ticket(), "a", 0.0)
-    scheduler.cancel(scheduler.lines.newest())
     by_rule = scheduler.rules.tag_states
+    assert by_rule["a"].in_use == 2
+    assert scheduler.cancel(scheduler.lines.newest())
+    assert by_rule["a"].in_use == 1
     assert len(by_rule["b"].waiters) == 9
     assert scheduler.move(held[-1], "c", 1.0) is not None
-    assert by_rule["c"].in_use == 1
+    assert by_rule["c"].in_use == by_rule["c"].checkouts == 1
     assert len(by_rule["b"].waiters) == 8
     check_valid(scheduler.rules)
 
@@ -262,7 +317,9 @@ def test_last_active_tag_and_the_silent_one_get_their_higher_ceilings():
 def test_no_slot_is_granted_below_a_ceiling_that_has_fallen():
     rules = RULES | {"capacity": 5, "soft_limit": 2, "max_limit": 3}
     scheduler = Scheduler(**rules, now=0.0, silent_tag="unknown")
-    held = [request(scheduler, tag) for tag in ("unknown",) * 3 + ("a",) * 2]
+    held = [request(scheduler, "unknown")]
+    check_valid(scheduler, held)
+    held += [request(scheduler, tag) for tag in ("unknown", "unknown", "a", "a")]
     waiting = [Ticket() for _ in range(3)]
     for ticket, tag in zip(waiting, ("a", "unknown", "b"), strict=True):
         assert not scheduler.request(ticket, tag, 0.0)
@@ -276,15 +333,31 @@ def test_of_tags_that_used_the_same_one_that_waits_is_before_one_that_comes():
     held = request(scheduler, "a")
     assert not scheduler.request(waiting, "b", 0.0)
     assert scheduler.move(held, "c", 0.0) is None
+    waiting.tag_state.charged = 1.0
+    used = scheduler.tags.get("d", 0.0)
+    used.charged, used.lift = 0.5, 1.0
+    assert scheduler.move(held, "d", 0.0) is None
     assert [*scheduler.release(held, 0.0)] == [waiting]
 
 
 def test_slot_that_is_reserved_is_not_wanted_for_others():
     limits = {"health": TagLimits(reserved=2)}
-    scheduler = Scheduler(**RULES | {"capacity": 3}, now=0.0, limits=limits)
-    reserved, held = request(scheduler, "health"), request(scheduler, "web")
+    scheduler = Scheduler(**RULES | {"capacity": 4}, now=0.0, limits=limits)
+    held = [request(scheduler, tag) for tag in ("health", "health", "web", "x")]
+    assert not any(map(scheduler.wanted, held))
     assert not scheduler.request(Ticket(), "web", 0.0)
-    assert (scheduler.wanted(reserved), scheduler.wanted(held)) == (False, True)
+    assert [*map(scheduler.wanted, held)] == [False, False, True, True]
+    scheduler.set_capacity(3, 0.0)
+    assert not any(map(scheduler.wanted, held))
+
+
+def test_slot_that_is_reserved_is_not_moved_to_others():
+    limits = {"health": TagLimits(reserved=2)}
+    scheduler = Scheduler(**RULES | {"capacity": 3}, now=0.0, limits=limits)
+    held = [request(scheduler, tag) for tag in ("health", "health", "x")]
+    assert scheduler.move(held[0], "web", 0.0) is None
+    assert scheduler.move(held[2], "web", 0.0) is not None
+    check_valid(scheduler, held)
 
 
 def test_reserves_from_outside_stay_when_options_change():
@@ -339,6 +412,9 @@ def test_tags_that_become_active_or_idle_are_told_with_the_ceiling():
     for tag in ("a", "b", "unknown"):
         scheduler.activity(request(scheduler, tag), 0.0)
     scheduler.tick(60.0)
+    scheduler.pause({tags.ALL: tags.Pause(60.0)}, 60.0)
+    scheduler.tags.touch(scheduler.tags.get("c", 60.0), 60.0)
+    assert told.pop() == ("c", True, 1, 0)
     assert told[:2] == [("a", True, 1, 15), ("b", True, 2, 10)]
     assert sorted(told[2:], key=lambda change: -change[2]) == told[2:]
     assert {(tag, active) for tag, active, *_ in told[2:]} == {
@@ -398,10 +474,27 @@ def test_dry_run_has_the_new_rules():
     assert by_rule.counters.refusals == 5
     scheduler.set_capacity(2, 0.0)
     assert scheduler.rules.capacity == 2
+    scheduler.tick(61.0)
+    assert scheduler.rules.next_tick == scheduler.next_tick == 91.0
+    scheduler.activity(held[-1], 0.0)
     for ticket in held:
         scheduler.release(ticket, 3.0)
     check_valid(scheduler.rules, [])
     assert by_rule.counters.wait.total == 3 * 3.0
+
+
+def test_slot_for_which_any_caller_waits_is_not_moved_in_a_dry_run():
+    rules = RULES | {"capacity": 1}
+    scheduler = DryRunScheduler(**rules, silent_tag=None, max_waiting=None, now=0.0)
+    held, waiting = request(scheduler, "a"), Ticket()
+    assert not scheduler.request(waiting, "b", 0.0)
+    assert scheduler.move(held, "c", 0.0) is None
+    scheduler.pause({"b": tags.Pause(0.0)}, 0.0)
+    scheduler.set_capacity(3, 0.0)
+    assert scheduler.move(held, "c", 0.0) == []
+    scheduler.set_capacity(1, 0.0)
+    scheduler.pause({}, 0.0)
+    assert [*scheduler.release(held, 0.0)] == [waiting]
 
 
 def test_activity_is_the_twins_too():
@@ -410,4 +503,15 @@ def test_activity_is_the_twins_too():
     )
     ticket = request(scheduler, "unknown")
     scheduler.activity(ticket, 1.0)
+    scheduler.admit(admitted := Ticket(), "a", 1.0)
+    assert scheduler.rules.in_use == 2
+    scheduler.release(admitted, 1.0)
+    assert scheduler.rules.in_use == 1
     assert scheduler.rules.tag_states["unknown"].active
+    assert scheduler.move(ticket, "a", 2.0) is not None
+    assert scheduler.rules.tag_states["unknown"].checkouts == 0
+    scheduler.set_capacity(0, 2.0)
+    assert scheduler.move(ticket, "b", 2.0) is None
+    assert "b" not in scheduler.rules.tag_states
+    with pytest.raises(NotImplementedError):
+        scheduler.impose(20, {}, 9, 0.0)

@@ -8,6 +8,7 @@ import pytest
 
 from sqla_fairpool.scheduling.explanation import explain, facts_of
 from sqla_fairpool.scheduling.scheduler import Scheduler
+from sqla_fairpool.scheduling.tags import Pause
 from sqla_fairpool.scheduling.ticket import TagLimits, Ticket
 
 
@@ -98,6 +99,24 @@ def test_not_all_that_are_before_a_tag_are_named():
     assert "more" not in stands["e"]
     assert stands["a"] == "place 1 of 7 tags in line"
     assert script.explain("a").free == 0
+    script.scheduler.set_capacity(6, 0.0)
+    assert script.explain("a").returns_needed == 1 + 2
+
+
+@pytest.mark.parametrize(
+    ("tag", "paused", "expected"),
+    [
+        ("a", "a", "one more: when it is resumed"),
+        ("a", "b", "one more: when its own come back until it is below its limit"),
+        ("b", "a", "one more: when a caller asks, and it is its turn"),
+    ],
+)
+def test_what_one_more_needs(tag, paused, expected):
+    script = Script(capacity=4, soft_limit=3, max_limit=3)
+    script.requests(a=3, b=1)
+    script.scheduler.pause({paused: Pause(0.0)}, 0.0)
+    script.requests(a=1)
+    assert str(script.explain(tag)).splitlines()[-1] == expected
 
 
 def test_what_is_reserved_for_a_tag_is_in_its_explanation():
@@ -107,7 +126,9 @@ def test_what_is_reserved_for_a_tag_is_in_its_explanation():
 
 def test_tag_at_its_ceiling_is_told_that_only_its_own_connections_help():
     script = Script()
-    script.requests(a=12, b=1)
+    script.requests(a=12)
+    assert script.explain("a").free == 3
+    script.requests(b=1)
     explanation = script.explain("a")
     assert explanation.place is explanation.returns_needed is None
     assert str(explanation).splitlines()[-1] == (
@@ -122,6 +143,7 @@ def test_new_tag_is_explained_and_not_remembered():
     explanation = script.explain("new")
     assert (explanation.free, explanation.active) == (10, False)
     assert list(script.scheduler.tag_states) == ["a"]
+    assert str(explanation).startswith("new (idle) has 0")
     assert "not in line; 0 tags wait below their limits" in str(explanation)
     assert "at once" in str(explanation)
 
@@ -135,5 +157,9 @@ def test_what_is_reserved_for_others_is_in_no_share():
         17,
         "reserved for others",
     )
+    script.requests(b=40)
+    assert script.explain("b").fair_share == 8
     health = script.explain("health")
     assert (health.free, health.shared, health.fair_share) == (3, 20, 0)
+    script.requests(health=1)
+    assert script.explain("b").fair_share == 8

@@ -229,3 +229,8 @@ def test_random_problems_with_own_limits_meet_the_definition_of_a_share(problems
 def test_definition_rejects_a_share_of_what_is_reserved_for_another():
     with pytest.raises(AssertionError):
         assert_fair_with_reserves([5, 0], [9, 0], 5, [1.0, 1.0], [0, 1])
+
+
+def test_of_those_that_have_equally_much_the_first_is_next():
+    for floors in ([0, 1], [1, 0]):
+        assert policy.fair_shares([9, 9], 3, [1.0, 1.0], floors) == [2, 1]

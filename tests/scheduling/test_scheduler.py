@@ -288,6 +288,20 @@ def test_move_frees_room_below_the_old_tags_ceiling():
     assert waiting.state is GRANTED
 
 
+@pytest.mark.parametrize("part", ["_is_next", "ceiling"])
+def test_move_that_is_interrupted_leaves_the_slot_where_it_was(monkeypatch, part):
+    """While others wait, it is tried as a release and another request."""
+    script = Script(capacity=4, soft_limit=2, max_limit=3)
+    script.request("b")
+    moved, *_ = script.requests("a", 3)
+    with monkeypatch.context() as patch:
+        patch.setattr(script.scheduler, part, Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            script.scheduler.move(moved, "b", script.now)
+    check_valid(script.scheduler, script.out)
+    assert (script.held("a"), script.held("b")) == (2, 1)
+
+
 # -- memory and cost -----------------------------------------------------------
 
 

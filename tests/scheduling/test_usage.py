@@ -17,6 +17,9 @@ from ..support.turns import Turns
 
 LONG, SHORT = 1.0, 0.01
 
+#: What one connection that is always held comes to.
+ALWAYS = 10.0 / math.log(2)
+
 
 def many_tenants(long, short, turns):
     """More tags than slots, some of which hold a hundred times as long as others."""
@@ -155,15 +158,16 @@ def test_no_moment_counts_for_more_or_less_than_it_should():
         begin = end + random.choice([0.0, 1e-4, 0.1])
 
 
-def test_time_in_which_a_connection_was_kept_warm_does_not_count():
+@pytest.mark.parametrize("seconds", [1000.0, 1.0])
+def test_time_in_which_a_connection_was_kept_warm_does_not_count(seconds):
     scheduler = make_scheduler(5)
     ticket = Ticket()
     scheduler.request(ticket, "a", 0.0)
     ticket.again, ticket.held = 3, 0.5  # four checkouts, without the scheduler
-    scheduler.vacate(ticket, 1000.0)
-    always = 10.0 / math.log(2)
-    used = scheduler.usage.seconds(scheduler.tag_states["a"], 1000.0)
-    assert used == pytest.approx(always * 0.5 / 1000.0)
+    scheduler.vacate(ticket, seconds)
+    used = scheduler.usage.seconds(scheduler.tag_states["a"], seconds)
+    charged = ALWAYS * (1 - 2.0 ** (-seconds / 10.0))
+    assert used == pytest.approx(charged * 0.5 / seconds)
 
 
 def test_order_outlasts_the_landmark():
@@ -236,9 +240,6 @@ def test_what_was_used_elsewhere_counts_and_decays_from_when_it_was_heard_first(
     assert not counted._heard
 
 
-ALWAYS = 10.0 / math.log(2)
-
-
 @pytest.mark.parametrize(
     ("charged", "lift", "weight", "after"),
     [
@@ -255,28 +256,56 @@ def test_tag_that_returns_its_last_slot_has_used_one_at_most(
     for ticket in first, last:
         scheduler.request(ticket, "a", 5.0)
     state, scale = first.tag_state, scheduler.usage.scale(5.0)
+    state.charged = 5 * scale
     scheduler.vacate(first, 5.0)
-    assert state.lift == 0.0
+    assert state.lift == 0.0  # the last slot is still out
     state.charged, state.lift = (charged - 1) * scale, lift * scale
     scheduler.vacate(last, 5.0)
     assert (state.charged + state.lift) / scale == pytest.approx(after)
 
 
 @pytest.mark.parametrize(
-    ("weight", "in_use", "used", "lift"),
-    [(1.0, 0, 1.0, 2.0), (2.0, 0, 1.0, 5.0), (0.5, 0, 2.0, 0.0), (2.0, 1, 1.0, 4.0)],
+    ("weight", "in_use", "used", "before", "lift"),
+    [
+        *[(1.0, 0, 1.0, 0.0, 2.0), (2.0, 0, 1.0, 0.0, 5.0), (0.5, 0, 2.0, 0.0, 0.0)],
+        *[(2.0, 1, 1.0, 0.0, 4.0), (1.0, 0, 1.0, 0.5, 2.0), (1.0, 0, 3.0, 0.5, 0.5)],
+    ],
 )
 def test_lead_of_a_tag_that_was_quiet_is_taken_when_it_begins_to_wait(
-    weight, in_use, used, lift
+    weight, in_use, used, before, lift
 ):
     scheduler = make_scheduler(1, limits={"a": TagLimits(weight=weight)})
     scheduler.request(Ticket(), "a" if in_use else "z", 5.0)
     scale = scheduler.usage.scale(5.0)
     state = scheduler.tags.get("a", 5.0)
     state.charged, scheduler.usage.level = used * scale, 3.0 * scale
+    state.lift = before * scale
     for _ in range(2):
         assert not scheduler.request(Ticket(), "a", 5.0)
         assert state.lift / scale == pytest.approx(lift)
+
+
+@pytest.mark.parametrize(
+    ("limits", "in_use", "level"),
+    [
+        (TagLimits(weight=2.0), 0, 1.5),
+        (TagLimits(weight=2.0), 1, 0.0),
+        (TagLimits(reserved=1), 0, 0.0),
+    ],
+)
+def test_level_is_what_the_tag_served_last_had_used(limits, in_use, level):
+    scheduler = make_scheduler(2)
+    for tag in ("z", "a" if in_use else "z"):
+        scheduler.request(Ticket(), tag, 5.0)
+    rules = {"capacity": 2, "soft_limit": 2, "max_limit": 2, "idle_timeout": 60.0}
+    rules |= {"reallocation_interval": 30.0, "max_waiting": None}
+    scheduler.reconfigure(**rules, limits={"a": limits}, now=5.0)
+    scale, waiting = scheduler.usage.scale(5.0), Ticket()
+    assert not scheduler.request(waiting, "a", 5.0)
+    waiting.tag_state.charged, waiting.tag_state.lift = 2.0 * scale, scale
+    scheduler.set_capacity(3, 5.0)
+    assert waiting.state is GRANTED
+    assert scheduler.usage.level / scale == pytest.approx(level)
 
 
 @pytest.mark.parametrize(
@@ -305,16 +334,20 @@ def test_time_that_was_not_used_is_taken_back_over_a_landmark(half_life, changed
     assert scheduler.usage.seconds(state, end) == pytest.approx(expected)
 
 
-def test_move_from_the_silent_tag_takes_back_what_was_not_used():
+@pytest.mark.parametrize(
+    ("source", "moved_hold", "checkouts"), [("unknown", 0.0, 1), ("b", 0.5, 2)]
+)
+def test_move_takes_back_what_was_not_used(source, moved_hold, checkouts):
+    """Of the silent tag the last checkout, too: it turns out to be another tag's."""
     scheduler, ticket = make_scheduler(2, silent_tag="unknown"), Ticket()
-    scheduler.request(ticket, "unknown", 0.0)
-    ticket.again, ticket.held, ticket.since = 1, 0.5, 9.5
-    assert scheduler.move(ticket, "a", 10.0) is not None
-    unknown = scheduler.tag_states["unknown"]
-    used = scheduler.usage.seconds(unknown, 10.0)
-    # The last half second is the other tag's, which is not charged with it.
+    scheduler.request(ticket, source, 90.0)
+    ticket.again, ticket.held, ticket.since = 1, 0.5, 99.5
+    assert scheduler.move(ticket, "a", 100.0) is not None
+    state = scheduler.tag_states[source]
+    # The last half second is charged to the tag that it began under.
+    used = scheduler.usage.seconds(state, 100.0)
     assert used == pytest.approx(ALWAYS * 0.5 * 1.0 / 10.0)
-    assert (unknown.hold_total, unknown.checkouts) == (0.5, 1)
+    assert (state.hold_total, state.checkouts) == (0.5 + moved_hold, checkouts)
     assert ticket.tag_state.counters.hold.count == 0
 
 

@@ -114,8 +114,9 @@ def opentelemetry_metrics():
     """Yield a row for each instrument of OpenTelemetry."""
     yield from ("| name | unit | meaning |", "|---|---|---|")
     o = opentelemetry
-    for name, unit, text, _ in o._FIGURES + o._COUNTERS + o._OWN_FIGURES:
-        yield f"| `{name}` | `{unit}` | {text} |"
+    for first, rows in [*o._FIGURES.items(), *o._COUNTERS.items()]:
+        for name, unit, text, _ in rows:
+            yield f"| `{first}{name}` | `{unit}` | {text} |"
     yield f"| `{o._PREFIX}timeouts` | `{{timeout}}` | Connection timeouts |"
     for _, name, text in o._DURATIONS:
         yield f"| `{o._PREFIX}{name}` | `s` | {text} |"
