@@ -34,11 +34,16 @@ _LONGEST_LIMIT = 2_147_483
 #: Longest tag. Tags stand in log lines, error messages and monitors' columns.
 MAX_TAG_LENGTH = 128
 
-_PASSWORD = re.compile(r"(://[^/\s:@]*):\S*@|\b((?:ssl)?password=)[^&\s'\"]+")
+# In a URL, in libpq's `key = 'value'`, in a dict that is shown.
+_PASSWORD = re.compile(
+    r"(://[^/\s:@]*):\S*@|(password(?:\s*=\s*|['\"]\s*:\s*))"
+    r"(?:'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|[^&\s'\"]+)",
+    re.IGNORECASE,
+)
 
 
 def hide_passwords(text: str) -> str:
-    """Return `text` with three asterisks for each password in a URL."""
+    """Return `text` with three asterisks for each password in it."""
     return _PASSWORD.sub(lambda m: f"{m[1]}:***@" if m[1] else f"{m[2]}***", text)
 
 

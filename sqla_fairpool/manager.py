@@ -8,7 +8,7 @@
     with get_session("layer3") as session:
         session.execute(...)
 
-The database and the limits come from the environment, see :mod:`.environment`, unless
+The database and the limits come from the environment, see :mod:`.launch`, unless
 :func:`startup_dynamic_pool` is given others. Scripts that name the same database share
 one budget: the ledger is ``host`` by default.
 

@@ -86,14 +86,16 @@ def _version() -> str | None:
 _Callback = Callable[[CallbackOptions], Iterable[Observation]]
 
 #: From a pool to its numbers, each with attributes beside the pool's name.
-_Read = Callable[[PoolStats], Iterable[tuple[float, dict[str, str]]]]
+_Numbers = Iterable[tuple[float | None, dict[str, str]]]
+_Read = Callable[[PoolStats], _Numbers]
 
 
 def _observe(source: Source, read: _Read) -> _Callback:
     def observe(options: CallbackOptions) -> Iterable[Observation]:
         pool = source.read()
         for number, attributes in () if pool is None else read(pool):
-            yield Observation(number, {_POOL_NAME: source.name, **attributes})
+            if number is not None:  # it is known
+                yield Observation(number, {_POOL_NAME: source.name, **attributes})
 
     return observe
 
@@ -125,43 +127,37 @@ def _pool(attribute: str) -> _Read:
 
 
 def _tags(attribute: str) -> _Read:
-    def read(pool: PoolStats) -> Iterable[tuple[Any, dict[str, str]]]:
-        found = [(getattr(tag, attribute), {_TAG: tag.name}) for tag in pool.tags]
-        return [one for one in found if one[0] is not None]
-
-    return read
+    return lambda pool: [
+        (getattr(tag, attribute), {_TAG: tag.name}) for tag in pool.tags
+    ]
 
 
-def _paused(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
+def _paused(pool: PoolStats) -> _Numbers:
     return [(float(pool.paused_for is not None), {})]
 
 
-def _paused_tags(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
+def _paused_tags(pool: PoolStats) -> _Numbers:
     known = {tag.name for tag in pool.tags}.union(pool.paused_tags)
     return [(float(tag in pool.paused_tags), {_TAG: tag}) for tag in sorted(known)]
 
 
-def _count(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
+def _count(pool: PoolStats) -> _Numbers:
     yield pool.idle, {_STATE: "idle"}
     for tag in pool.tags:
         yield tag.connections, {_STATE: "used", _TAG: tag.name}
 
 
-def _would_wait(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
+def _would_wait(pool: PoolStats) -> _Numbers:
     for tag in pool.tags:
-        if tag.would_wait is not None:
-            yield tag.would_wait.count, {_TAG: tag.name}
+        waits = None if tag.would_wait is None else tag.would_wait.count
+        yield waits, {_TAG: tag.name}
 
 
 def _ledger(attribute: str) -> _Read:
-    def read(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
-        number = getattr(pool.ledger, attribute, None)
-        return () if number is None else [(number, {})]
-
-    return read
+    return lambda pool: [(getattr(pool.ledger, attribute, None), {})]
 
 
-def _slots(pool: PoolStats) -> Iterable[tuple[float, dict[str, str]]]:
+def _slots(pool: PoolStats) -> _Numbers:
     slots = {} if pool.ledger is None else pool.ledger.slots
     return [(count, {_LEDGER + "state": state}) for state, count in slots.items()]
 

@@ -71,12 +71,8 @@ def _option(*columns: Any, **more: Any) -> Any:
 
 #: What the members of a ledger share.
 TERMS = (
-    "capacity",
-    "soft_limit",
-    "max_limit",
-    "idle_timeout",
-    "reallocation_interval",
-    "tags",
+    *("capacity", "soft_limit", "max_limit"),
+    *("idle_timeout", "reallocation_interval", "tags"),
 )
 
 
@@ -266,15 +262,7 @@ class PoolOptions:
 
     def rules(self) -> dict[str, Any]:
         """Return what the scheduler goes by."""
-        names = (
-            "capacity",
-            "soft_limit",
-            "max_limit",
-            "idle_timeout",
-            "reallocation_interval",
-            "max_waiting",
-            "usage_half_life",
-        )
+        names = (*TERMS[:-1], "max_waiting", "usage_half_life")
         rules = {name: getattr(self, name) for name in names}
         return {**rules, "limits": self.tags or {}}
 

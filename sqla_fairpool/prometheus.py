@@ -178,11 +178,7 @@ def _pool(attribute: str) -> _Rows:
 
 
 def _tag(attribute: str) -> _Rows:
-    def rows(pool: PoolStats) -> Iterable[tuple[Any, ...]]:
-        found = [((tag.name,), getattr(tag, attribute)) for tag in pool.tags]
-        return [row for row in found if row[1] is not None]
-
-    return rows
+    return lambda pool: [((tag.name,), getattr(tag, attribute)) for tag in pool.tags]
 
 
 def _ledger(attribute: str) -> _Rows:

@@ -33,24 +33,6 @@ from ..ledger.postgres import PostgresStore
 from ..ledger.store import LedgerError, RowBroken, StoreAway
 from ..options import OPTIONS
 
-__all__ = [
-    "EXIT_CANNOT_RUN",
-    "EXIT_NOT_AS_EXPECTED",
-    "EXIT_OK",
-    "EXIT_SIGNAL",
-    "AnyStore",
-    "CommandError",
-    "add_places",
-    "contents",
-    "find_store",
-    "main",
-    "make_argument_parser",
-    "missing_driver",
-    "one_line",
-    "opened",
-    "require_file",
-]
-
 _PROGRAM = "sqla-fairpool"
 
 #: The modules, by the commands that they add.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
@@ -17,7 +17,7 @@ from ..launch import DATABASE, LEDGER
 from ..ledger.book import Book
 from ..ledger.inspector import LedgerReport, read
 from ..ledger.keeper import describe_process
-from ..ledger.overview_text import printable
+from ..ledger.overview_text import describe, printable
 from ..ledger.rows import Terms
 from ..options import TERMS, PoolOptions
 from . import (
@@ -35,6 +35,8 @@ from .server import ask_room, connected, given_url, need
 
 #: What `set` changes.
 _LIMITS = ("pool_size", *TERMS[1:])
+
+_WHO = "{program} ({host}:{pid}, since {since})"
 
 #: Monitors and commands, launchers included, for which `limit` leaves room.
 _TOOLS = 2
@@ -108,7 +110,7 @@ def _lines(report: LedgerReport) -> Iterator[str]:
         f"at most {terms.soft_limit} for each tag of several, {terms.max_limit} alone"
     )
     if (set_by := book.set_by) is not None:
-        yield f"limits set by {_describe(set_by)}"
+        yield f"limits set by {describe(set_by, _WHO)}"
     for tag, since in sorted(book.pauses.items()):
         yield f"PAUSED{f', tag {tag!r}' if tag else ''}, since {since}"
     if report.control_connections:
@@ -127,7 +129,7 @@ def _lines(report: LedgerReport) -> Iterator[str]:
         if key not in report.living:
             continue
         state = " STOPPED" if member.stalled else ""
-        who = f"#{member.number} {_describe(member.who)}"
+        who = f"#{member.number} {describe(member.who, _WHO)}"
         yield f"  {who}{state}: {member.owned} slots"
         if asked := member.who.get("asked"):
             yield f"    asked for {printable(str(asked))}: the ledger has other limits"
@@ -138,12 +140,6 @@ def _lines(report: LedgerReport) -> Iterator[str]:
                 f"{line.in_use} in use, {line.waiting} waiting"
             )
     yield from (f"  #{row.number} {printable(str(row))}" for row in left)
-
-
-def _describe(who: Mapping[str, Any]) -> str:
-    keys = ("program", "host", "pid", "since")
-    parts = {key: str(who.get(key, "?")) for key in keys}
-    return printable("{program} ({host}:{pid}, since {since})".format(**parts))
 
 
 def _set(arguments: argparse.Namespace) -> int:

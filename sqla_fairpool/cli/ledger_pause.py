@@ -138,18 +138,18 @@ def _free_what_is_left(store: AnyStore, database: URL | None) -> None:
 def _out(overview: Overview, tag: str) -> Iterator[str]:
     """Yield what is out or may be, one line each: of one tag, or of all."""
     for process in overview.processes:
-        who = f"{process.program} ({process.host}:{process.pid})"
+        who = printable(process.who)
         if process.state == "silent" and process.slots:
-            yield printable(f"{who} does not answer: it may use its slots")
+            yield f"{who} does not answer: it may use its slots"
         if process.state == "answers" and not {ALL, tag} & {*process.paused}:
-            yield printable(f"{who} has not heard of it yet")
+            yield f"{who} has not heard of it yet"
         if process.detached and tag == ALL:
-            yield printable(f"{who} uses {process.detached} outside of its pool")
+            yield f"{who} uses {process.detached} outside of its pool"
     for row in overview.scrapers:
         for process, part in row.parts if tag in (ALL, row.name) else ():
             if part.connections and process.state == "answers":
-                who = f"{process.program} ({process.host}:{process.pid})"
-                yield printable(f"{who} uses {part.connections} under {row.name!r}")
+                uses = f"uses {part.connections} under {row.name!r}"
+                yield printable(f"{process.who} {uses}")
     yield from (printable(str(row)) for row in overview.left if not row.is_free)
 
 

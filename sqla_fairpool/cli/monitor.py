@@ -147,7 +147,8 @@ def run(arguments: argparse.Namespace) -> int:
     is_live = not (arguments.once or arguments.json) and _has_terminal()
     if is_live and find_spec("textual") is None:
         raise CommandError(
-            "textual not installed: pip install 'sqla-fairpool[monitor]'"
+            "textual not installed: pip install 'sqla-fairpool[monitor]', "
+            "or look once by sqla-fairpool stats"
         )
     _escape_output()
     store, database = find_store(arguments)

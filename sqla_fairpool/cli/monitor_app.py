@@ -337,8 +337,7 @@ class Monitor(App[None]):
         """Yield the rows of the detail view: the scraper, and each of its processes."""
         rows: list[tuple[str, str, Any]] = [(texts.scraper_text(row), row.status, row)]
         for process, figures in row.parts:
-            who = f"  {process.program} ({process.host}:{process.pid})"
-            rows.append((texts.printable(who), process.state, figures))
+            rows.append((texts.printable(f"  {process.who}"), process.state, figures))
         for number, (name, state, figures) in enumerate(rows):
             cells = {"scraper, processes": Text(name), "status": Text(state)}
             for heading, text in _DETAILS.items():

@@ -23,8 +23,6 @@ from ..cli import EXIT_NOT_AS_EXPECTED, EXIT_OK, CommandError
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ["EmbeddedServer", "Signals", "add_command"]
-
 #: Seconds for PostgreSQL to shut down; usually it needs half a second.
 _PATIENCE = 10.0
 

@@ -81,8 +81,9 @@ class Elsewhere:
     state: str = "in use"
 
     def __str__(self) -> str:
-        what = self.state if self.tag is None else self.tag
-        return f"{what}={self.connections} in {self.program} ({self.host}:{self.pid})"
+        n = self.connections
+        what = f"{n} {self.state} of" if self.tag is None else f"{self.tag}={n} in"
+        return f"{what} {self.program} ({self.host}:{self.pid})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +253,7 @@ def _other_processes(case: Diagnosis, held: Sequence[Holding]) -> Iterator[str]:
         most = f", most of them {case.elsewhere[0]}" if case.elsewhere else ""
         yield (
             f"the ledger lets this process have {case.allotted} of {case.capacity} "
-            f"connections now, the others are other processes'{most}: sqla-fairpool "
+            f"connections now, other processes have the others{most}: sqla-fairpool "
             "monitor shows whose"
         )
 

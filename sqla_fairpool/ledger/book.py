@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy.util import memoized_property
 
 from .allocation import STALLED, Allocation, allocate
-from .overview_text import since_and_by
+from .overview_text import describe
 from .rows import (
     DUE,
     GONE,
@@ -105,7 +105,7 @@ class Book:
     def pauses(self) -> dict[str, str]:
         """The paused tags, `ALL` for all: since when, and by whom."""
         pauses = {} if self.meta is None else self.meta.pauses
-        return {tag: since_and_by(who) for tag, who in pauses.items()}
+        return {tag: describe(who) for tag, who in pauses.items()}
 
     @property
     def server(self) -> str | None:

@@ -310,7 +310,8 @@ class Keeper:
             _log.error("the ledger %s: %r", self._store.name, error, exc_info=error)
         if self.away_since is None:
             self._away = self._away[0], now
-            _log.warning("the ledger %s is away: %s", self._store.name, error)
+            why = str(error).removeprefix(f"{self._store.name}: ")
+            _log.warning("the ledger %s is away: %s", self._store.name, why)
         self.trouble = str(error)
         self.member.away()
         delay = min(self._pace.beat * 0.1 * 2**self._failures, self._pace.retry)

@@ -47,6 +47,10 @@ class ProcessRow:
     #: Connections that its users have taken out of the pool.
     detached: int = 0
 
+    @property
+    def who(self) -> str:
+        return f"{self.program} ({self.host}:{self.pid})"
+
 
 @dataclass(frozen=True, slots=True)
 class LeftRow:
@@ -343,11 +347,11 @@ def _warnings(
     rows: Sequence[ScraperRow], processes: Sequence[ProcessRow]
 ) -> Iterable[str]:
     for process in processes:
-        who = f"{process.program} ({process.host}:{process.pid})"
         if process.state == "silent":
-            yield f"{who} does not answer: it keeps its {process.slots} slots"
+            yield f"{process.who} does not answer: it keeps its {process.slots} slots"
         if process.asked:
-            yield f"{who} asked for {process.asked}: the ledger has other limits"
+            asked = f"asked for {process.asked}"
+            yield f"{process.who} {asked}: the ledger has other limits"
     for row in rows:
         if row.held_for is not None and row.held_for >= _LONG_HOLD:
             who = row.name or "a scraper of very many"

@@ -29,11 +29,12 @@ def printable(text: str) -> str:
     )
 
 
-def since_and_by(who: Mapping[str, Any]) -> str:
-    """Return since when a process, described for people, has done something."""
+def describe(
+    who: Mapping[str, Any], form: str = "{since} by {program} ({host}:{pid})"
+) -> str:
+    """Return a process, as it has described itself for people, in this form."""
     keys = ("since", "program", "host", "pid")
-    parts = {key: str(who.get(key, "?")) for key in keys}
-    return printable("{since} by {program} ({host}:{pid})".format(**parts))
+    return printable(form.format(**{key: str(who.get(key, "?")) for key in keys}))
 
 
 def seconds_text(seconds: float | None) -> str:

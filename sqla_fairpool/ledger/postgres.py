@@ -291,25 +291,25 @@ class PostgresStore(Store):
     @contextmanager
     def _translated(self) -> Iterator[None]:
         """Raise `StoreAway` or `LedgerError` for what the server or the driver says."""
-        line = self._line
+        line, dbapi = self._line, self._engine.dialect.loaded_dbapi
         try:
             with line.answers_within(_ANSWER_WITHIN) if line else nullcontext():
                 yield
-        except (DBAPIError, self._engine.dialect.loaded_dbapi.Error) as error:
-            said = getattr(error, "orig", error)
-            words = first_line(said)
+        except (DBAPIError, dbapi.Error) as error:
+            words = first_line(said := getattr(error, "orig", error))
             if line is not None and line.is_cut:
                 words = f"no answer within {_ANSWER_WITHIN:g} s"
             # psycopg has the one, psycopg2 the other.
             state = getattr(said, "sqlstate", getattr(said, "pgcode", None))
-            is_gone = self._connection is None or self._driver.closed
-            if state in (None, _DEMOTED) or is_gone:
+            is_new = self._connection is None
+            is_gone = state in (None, _DEMOTED) or is_new or self._driver.closed
+            refused = isinstance(said, dbapi.ProgrammingError)
+            if is_gone and not (is_new and refused):  # as a key of the URL is
                 self._lost()
             elif state in _MISSING:
                 self._miss_tables()
                 words = f"the tables were dropped ({words})"
-            elif isinstance(said, self._engine.dialect.loaded_dbapi.ProgrammingError):
-                # Not allowed, or a table of another shape.
+            elif refused:  # not allowed, or a table of another shape
                 raise self._tables.unusable(words) from None
             raise StoreAway(f"{self.name}: {words}") from error
 

@@ -15,8 +15,6 @@ from ..scheduling.ticket import FREE, GRANTED, Ticket
 from .physical import PhysicalConnection
 from .waiters import Waiter
 
-__all__ = ["Checkout", "Core", "Generation", "Opener", "Record", "RecordState"]
-
 #: Where the last tag is noted, in a record's ``info``, which a new connection empties:
 #: the record that is preferred for the tag. Not what the server knows now.
 TOLD = "sqla_fairpool_tag_told"

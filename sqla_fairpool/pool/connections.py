@@ -33,8 +33,6 @@ from .physical import PhysicalConnection, PhysicalConnections
 if TYPE_CHECKING:
     from ..stats import LedgerStats
 
-__all__ = ["Connections", "LedgerSlots", "Member", "Reservation", "Slots"]
-
 
 class Connections:
     """Records: all of them, and those that lie idle.

@@ -38,8 +38,6 @@ from .transitions import Transitions
 from .waiters import Waiter
 from .waiting import Waiting
 
-__all__ = ["PoolCore"]
-
 _numbers = itertools.count(1)
 
 #: Why connections are closed.

@@ -36,8 +36,6 @@ from ..background import start_thread
 from ..ledger.store import wait_for
 from .sqlalchemy_private import in_greenlet
 
-__all__ = ["ENDED", "OPEN", "UNKNOWN", "SocketCopy", "stop_statement", "watcher"]
-
 #: What a socket tells of the server's session.
 ENDED, OPEN, UNKNOWN = "ended", "open", "unknown"
 

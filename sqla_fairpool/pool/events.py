@@ -26,16 +26,6 @@ from .checkout import TIMES_TOLD, TOLD
 from .core import PoolCore
 from .physical import PhysicalConnection, driver_of
 
-__all__ = [
-    "await_url",
-    "guard_first_connect",
-    "observe",
-    "tell",
-    "tell_on_checkout",
-    "warn_of_private_memory",
-    "watch_errors",
-]
-
 #: Seconds that a fork waits for a first connect: a few statements, as a rule.
 _FORK_WAITS = 5.0
 

@@ -34,15 +34,6 @@ from . import sqlalchemy_private
 from .checkout import TIMES_TOLD, RecordState
 from .events import tell
 
-__all__ = [
-    "TIMEOUT_OPTION",
-    "Request",
-    "check_server",
-    "make_request",
-    "requested",
-    "watch_dialect",
-]
-
 #: The execution option that says how long a checkout may wait.
 TIMEOUT_OPTION = "fairpool_timeout"
 

@@ -39,8 +39,6 @@ from .figures import Figures
 from .pausing import AsyncPausable, Pausable
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
 
-__all__ = ["AsyncAdaptedFairQueuePool", "FairQueuePool"]
-
 
 class FairQueuePool(Figures, Pausable, Pool):
     """A connection pool that divides its connections fairly among tags.

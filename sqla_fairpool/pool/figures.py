@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ..checks import validate_tag
 from ..options import PoolOptions
 from .checkout import Generation
 from .core import PoolCore
@@ -15,8 +16,6 @@ from .core import PoolCore
 if TYPE_CHECKING:
     from ..scheduling.explanation import Explanation
     from ..stats import PoolStats
-
-__all__ = ["Figures"]
 
 
 class Figures:
@@ -71,7 +70,7 @@ class Figures:
         """
         from ..scheduling.explanation import explain, facts_of
 
-        core = self._core
+        core, tag = self._core, validate_tag(tag)
         return explain(core.lock.run(partial(facts_of, core.scheduler.rules), tag))
 
     def stats(self) -> PoolStats:

@@ -27,8 +27,6 @@ from .checkout import Generation, Record
 from .physical import PhysicalConnection
 from .transitions import Transitions
 
-__all__ = ["Housekeeping"]
-
 #: Looks at the idle connections within one ``idle_connection_ttl``. Each costs a few
 #: microseconds; a connection is closed that much late at most.
 _LOOKS = 4

@@ -41,8 +41,6 @@ from .physical import PhysicalConnection
 from .transitions import Transitions
 from .waiters import Waiter
 
-__all__ = ["LedgerMember"]
-
 #: Seconds that a new connection waits for the ledger to know it: a transaction takes a
 #: millisecond, but waits for a stopped process, or for many that are far away.
 _CONFIRMED_WITHIN = 5.0

@@ -28,8 +28,6 @@ from .ledger_member import LedgerMember
 from .physical import PhysicalConnection, driver_of
 from .snapshot import snapshot
 
-__all__ = ["announce", "join_ledger"]
-
 _log = logging.getLogger(__name__)
 
 #: Most seconds that are waited for the end of a session in which the server was asked.

@@ -27,8 +27,6 @@ from typing import Any, NoReturn, TypeVar
 
 from ..checks import BadState
 
-__all__ = ["PoolLock", "refuse_inner_call"]
-
 _T = TypeVar("_T")
 
 

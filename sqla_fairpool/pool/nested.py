@@ -17,8 +17,6 @@ from .checkout import Checkout, Opener, Record
 from .lock import refuse_inner_call
 from .transitions import Transitions
 
-__all__ = ["NestedCheckouts"]
-
 
 @dataclass(eq=False)
 class _Loan:

@@ -30,8 +30,6 @@ from .transitions import Transitions
 from .waiters import TaskWaiter, Waiter
 from .waiting import Waiting
 
-__all__ = ["Opening"]
-
 #: Seconds that opening ahead waits for slots of a ledger: other processes may need them
 #: more, so what there is in a moment has to do.
 _PATIENCE = 2.0
@@ -62,7 +60,7 @@ class Reopening:
     def adopt(self, connection: Any) -> None:
         """Close what was opened for nobody."""
         physical = self._physical
-        physical.orphaned = False
+        physical.opening = physical.orphaned = False  # no record's, so it is apart
         if connection is None:
             self._existing.ended_soon(physical)
         else:

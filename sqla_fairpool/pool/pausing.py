@@ -23,8 +23,6 @@ from .housekeeping import Housekeeping
 from .transitions import Transitions
 from .waiters import Waiter
 
-__all__ = ["AsyncPausable", "Pausable", "Pausing"]
-
 #: Seconds after which is looked again if all is back: for what ends without a word.
 _LOOK_AGAIN = 0.5
 

@@ -31,8 +31,6 @@ from .sqlalchemy_private import in_greenlet
 if TYPE_CHECKING:
     from ..ledger.rows import Session
 
-__all__ = ["PhysicalConnection", "PhysicalConnections"]
-
 #: Seconds in which a server ends a session as a rule: it takes one or two milliseconds.
 #: What takes longer is not waited for by the thread that closes.
 _GOODBYE = 0.5

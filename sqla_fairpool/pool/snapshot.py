@@ -23,8 +23,6 @@ from ..scheduling.ticket import TagLimits
 from ..stats import PoolStats, Summary, TagStats, quick
 from .core import PoolCore
 
-__all__ = ["Source", "metrics", "metrics_source", "snapshot"]
-
 #: Durations kept between two exports; a minute's worth of a very busy tag.
 _DURATIONS_KEPT = 100_000
 

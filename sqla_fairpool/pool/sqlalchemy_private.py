@@ -35,7 +35,10 @@ def in_greenlet() -> bool:
     """Tell if the caller runs in SQLAlchemy's greenlet, so that it can await."""
     from greenlet import getcurrent  # there whenever something can be awaited
 
-    return getcurrent().parent is not None
+    try:
+        return getcurrent().parent is not None
+    except RuntimeError:  # the interpreter ends
+        return False
 
 
 def record_of(connection: Connection) -> ConnectionPoolEntry | None:

@@ -28,8 +28,6 @@ from .physical import PhysicalConnection
 from .waiters import Waiter
 from .warm import WarmCache
 
-__all__ = ["Transitions"]
-
 
 class Transitions:
     """The parts of a pool that change together."""

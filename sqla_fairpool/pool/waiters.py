@@ -20,8 +20,6 @@ from ..background import start_thread
 from ..diagnosis import TaskHere, ThreadHere
 from .sqlalchemy_private import in_greenlet
 
-__all__ = ["Owner", "TaskWaiter", "ThreadWaiter", "Waiter"]
-
 
 class Owner(Protocol):
     """Whose waiter it is."""

@@ -32,8 +32,6 @@ from .housekeeping import Housekeeping
 from .transitions import Transitions
 from .waiters import Waiter
 
-__all__ = ["Waiting"]
-
 _T = TypeVar("_T")
 
 #: Seconds of the first pause, about; each further one is twice as long.

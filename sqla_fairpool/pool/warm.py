@@ -25,8 +25,6 @@ from ..scheduling.scheduler import Scheduler
 from .checkout import Checkout, Record
 from .lock import PoolLock
 
-__all__ = ["WarmCache", "WarmRecords"]
-
 #: To make a list anew for each checkin costs more than a microsecond.
 _EMPTY_LISTS_KEPT = 100
 

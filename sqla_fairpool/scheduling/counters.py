@@ -14,15 +14,6 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 
-__all__ = [
-    "BOUNDS",
-    "MAX_COUNTED_TAGS",
-    "OTHER",
-    "Histogram",
-    "Counters",
-    "CountersByTag",
-]
-
 #: Upper bounds of the buckets, in seconds, inclusive: Prometheus' defaults without
 #: the finest of them, prolonged to the five minutes that a report may hold a
 #: connection.

@@ -20,8 +20,6 @@ from .scheduler import Scheduler
 from .state import Lines
 from .ticket import GRANTED, LineFull, TagLimits, TagState, Ticket
 
-__all__ = ["DryRunScheduler"]
-
 
 class _OneLine(Lines):
     """The lines of all tags as one: who came first is next."""

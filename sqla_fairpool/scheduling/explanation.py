@@ -15,8 +15,6 @@ from .counters import Counters
 from .state import SchedulerState
 from .ticket import TagLimits, TagState
 
-__all__ = ["Explanation", "Observed", "Rival", "TagFacts", "explain", "facts_of"]
-
 #: Tags that are named as being before it.
 _RIVALS_NAMED = 5
 
@@ -84,10 +82,11 @@ class Explanation:
         )
 
     def _may(self) -> str:
+        others = "1 tag is" if self.active_tags == 1 else f"{self.active_tags} tags are"
         rules = {
             "max": "its own maximum",
             "max_limit": "max_limit, no other tag is active",
-            "soft_limit": f"soft_limit, {self.active_tags} tags are active",
+            "soft_limit": f"soft_limit, {others} active",
             "reserved": "what is reserved for it",
             "reserved for others": "the rest is reserved for others",
             "ledger": "given by the ledger",

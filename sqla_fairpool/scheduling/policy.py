@@ -10,19 +10,6 @@ import heapq
 from collections.abc import Sequence
 from typing import NamedTuple, TypeAlias
 
-__all__ = [
-    "Party",
-    "Rank",
-    "ceiling",
-    "fair_shares",
-    "jain",
-    "own_ceiling",
-    "rank",
-    "shares_of_tags",
-    "standing_shares",
-    "strategy",
-]
-
 #: What :func:`rank` returns.
 Rank: TypeAlias = tuple[bool, float, float, int]
 

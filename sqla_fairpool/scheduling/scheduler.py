@@ -47,8 +47,6 @@ from .state import SchedulerState
 from .tags import Pause
 from .ticket import FREE, GRANTED, WAITING, LineFull, TagLimits, TagState, Ticket
 
-__all__ = ["Scheduler"]
-
 _NO_GRANTS: tuple[Ticket, ...] = ()
 _NOTHING: Mapping[str, Any] = {}
 

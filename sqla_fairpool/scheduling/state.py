@@ -13,8 +13,6 @@ from .tags import IndexedHeap, Tags
 from .ticket import TagLimits, TagState, Ticket
 from .usage import Usage
 
-__all__ = ["Lines", "SchedulerState"]
-
 
 class Lines:
     """The lines of waiting tickets, one for each tag, and which of them is next.

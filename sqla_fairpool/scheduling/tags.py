@@ -19,8 +19,6 @@ from . import policy
 from .counters import Counters, CountersByTag
 from .ticket import NO_LIMITS, LimitsByTag, SafeCeiling, TagLimits, TagState
 
-__all__ = ["ALL", "IndexedHeap", "Pause", "Tags"]
-
 _Item = TypeVar("_Item", bound=Hashable)
 
 #: In the place of a tag: all of them.

@@ -9,19 +9,6 @@ from typing import Any
 
 from .counters import BOUNDS, Counters
 
-__all__ = [
-    "FREE",
-    "GRANTED",
-    "NO_LIMITS",
-    "WAITING",
-    "LimitsByTag",
-    "LineFull",
-    "SafeCeiling",
-    "TagLimits",
-    "TagState",
-    "Ticket",
-]
-
 FREE = "free"
 WAITING = "waiting"
 GRANTED = "granted"

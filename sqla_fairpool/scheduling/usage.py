@@ -21,8 +21,6 @@ from collections.abc import Callable, Mapping
 
 from .ticket import TagState, Ticket
 
-__all__ = ["Usage"]
-
 #: Half-lives after which the landmark is moved: two to the power of it, times the
 #: longest half-life, is well below the largest float, 2 ** 1024.
 _LANDMARK_LIFE = 900.0

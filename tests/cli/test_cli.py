@@ -171,7 +171,11 @@ def test_output_that_is_not_taken_is_no_traceback(args, target, status, says):
         ("postgresql://u:p@h/d", "postgresql://u:***@h/d"),
         ("postgresql://u:p@q@h/d", "postgresql://u:***@h/d"),
         ("postgresql://u@h/d?password=p&x=y", "postgresql://u@h/d?password=***&x=y"),
+        ("host=h password='p q\\' r' user=u", "host=h password=*** user=u"),
+        ("sslpassword = p PGPASSWORD=p", "sslpassword = *** PGPASSWORD=***"),
+        ("{'password': 'p', 'user': 'u'}", "{'password': ***, 'user': 'u'}"),
         ("nothing to hide", "nothing to hide"),
+        ("password authentication failed", "password authentication failed"),
     ],
 )
 def test_passwords_are_hidden(text, shown):

@@ -139,7 +139,7 @@ def test_once(capsys, monkeypatch, show, command):
     monkeypatch.setattr(monitor, "_has_terminal", lambda: True)
     status, _, err = run(capsys, "monitor")
     assert status == 2
-    assert "textual not installed: pip install 'sqla-fairpool[monitor]'" in err
+    assert "textual not installed: pip install 'sqla-fairpool[monitor]', or " in err
 
 
 def test_a_url_of_another_backend_is_told(capsys, show):

@@ -299,8 +299,8 @@ def test_time_out_says_what_the_ledger_has_to_do_with_it(pool, keeper, allot):
         connect(pool)
     assert caught.value.diagnosis.allotted == 0
     assert caught.value.args[0].endswith(
-        "advice: the ledger lets this process have 0 of 10 connections now, the others "
-        "are other processes': sqla-fairpool monitor shows whose"
+        "advice: the ledger lets this process have 0 of 10 connections now, other "
+        "processes have the others: sqla-fairpool monitor shows whose"
     )
     keeper.trouble = "db:5432: no route to host"
     with pytest.raises(CheckoutTimeout) as caught:
@@ -536,9 +536,11 @@ def test_those_that_wait_are_told_who_holds_what_in_other_processes(
     assert log_of_exhaustion(lines) == [(begin, f"held by b=4 {who}")]
     facts, message = caught.value.diagnosis, str(caught.value)
     assert f"active_tags=2; held by b=4 {who}" in message
-    assert f"the others are other processes', most of them b=4 {who}: " in message
+    assert f"other processes have the others, most of them b=4 {who}: " in message
     parts = here["program"], here["host"], here["pid"]
     assert facts.elsewhere == (Elsewhere("b", 4, *parts),)
+    lost = Elsewhere(None, 3, *parts, "in quarantine")
+    assert str(lost) == f"3 in quarantine of {who.removeprefix('in ')}"
     assert pickle.loads(pickle.dumps(caught.value)).diagnosis == facts
     give(held)
 

@@ -497,6 +497,16 @@ def test_server_that_is_not_there_is_a_store_that_is_away(tmp_path):
     assert "s3cret" not in str(caught.value) + store.name
 
 
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+def test_url_that_the_driver_does_not_take_is_an_error_at_once(driver):
+    url = f"postgresql+{driver}://app:s3cret@localhost/app?nonsense=1"
+    store = PostgresStore(make_url(url))
+    words = "app ledger 'default' cannot be used: .*invalid connection option"
+    with pytest.raises(LedgerError, match=words) as caught:
+        store.open()
+    assert "s3cret" not in str(caught.value)
+
+
 def test_pooler_in_between_is_refused(url, monkeypatch):
     """None is installed here: what its driver would say is put in its place."""
     check = watch.identify

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 from sqlalchemy import text
@@ -119,6 +119,9 @@ def test_in_greenlet_is_true_where_something_can_be_awaited():
 
     assert asyncio.run(main())
     assert not private.in_greenlet()
+    ends = RuntimeError("greenlet is being finalized")  # as the interpreter ends
+    with patch("greenlet.getcurrent", side_effect=ends):
+        assert not private.in_greenlet()
     assert private.async_connection_dialect().is_async
 
 

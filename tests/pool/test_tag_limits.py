@@ -159,6 +159,8 @@ def test_dry_run_serves_all_and_counts_what_the_rules_would_have_done(make_engin
     assert row.would_wait.count == 0
     assert engine.pool.metrics().tag("a").would_refuse == 2
     assert engine.pool.explain("a").ceiling == 1
+    with pytest.raises(exc.ArgumentError, match="tag='' is not allowed"):
+        engine.pool.explain("")
 
 
 def test_pool_whose_rules_are_in_force_has_no_figures_of_a_dry_run(make_engine):

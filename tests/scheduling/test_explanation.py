@@ -144,6 +144,7 @@ def test_new_tag_is_explained_and_not_remembered():
     assert (explanation.free, explanation.active) == (10, False)
     assert list(script.scheduler.tag_states) == ["a"]
     assert str(explanation).startswith("new (idle) has 0")
+    assert "limit 10: soft_limit, 1 tag is active" in str(explanation)
     assert "not in line; 0 tags wait below their limits" in str(explanation)
     assert "at once" in str(explanation)
 

@@ -8,8 +8,6 @@ from collections.abc import Collection
 from sqla_fairpool.scheduling.scheduler import Scheduler
 from sqla_fairpool.scheduling.ticket import GRANTED, WAITING, Ticket
 
-__all__ = ["check_valid"]
-
 
 def check_valid(
     scheduler: Scheduler, granted: Collection[Ticket] | None = None
