@@ -182,8 +182,9 @@ def test_task_that_is_cancelled_when_a_connection_is_opened_again(
     in_a_loop(main, driver, pool_pre_ping=True)
 
 
+@pytest.mark.parametrize("fails", [False, True])
 def test_task_that_is_cancelled_while_its_driver_connects_again(
-    in_a_loop, postgres_url, operator
+    in_a_loop, postgres_url, operator, fails
 ):
     """The session is there, though no caller waits for it any more."""
 
@@ -197,6 +198,9 @@ def test_task_that_is_cancelled_while_its_driver_connects_again(
             connected.append(connection)
             if len(connected) == 1:
                 await_only(go_on.wait())
+                if fails:
+                    connection.close()
+                    raise OSError
             return connection
 
         end = END_SESSIONS.replace(":name", f"'{one.name}'")
