@@ -43,6 +43,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .counters import BOUNDS
 from .state import SchedulerState
 from .tags import Pause
 from .ticket import FREE, GRANTED, WAITING, LineFull, TagLimits, TagState, Ticket
@@ -126,7 +127,9 @@ class Scheduler(SchedulerState):
         tag_state = ticket.tag_state
         held = now - ticket.since
         ticket.held += held
-        if held > ticket.notable:
+        if held > ticket.held_max:
+            ticket.held_max = held
+        if held > BOUNDS[0]:
             ticket.note(held)
         if tag_state.prompt:
             tag_state.last_activity = now

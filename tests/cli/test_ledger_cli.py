@@ -370,7 +370,7 @@ def test_reap_keeps_what_it_cannot_tell(run, fails, dead, path):
     with held[0].engine.connect() as more:
         more.execute(text("select 1"))
         out = run(*args)[1]
-        assert out.startswith("1 dead found, 0 slots freed\n3 slots stay in")
+        assert out.startswith("1 dead found, 0 slots freed\n3 slots left in")
 
 
 @pytest.mark.postgres

@@ -55,7 +55,7 @@ def test_scheduler_while_no_request_waits():
     pair(0.0, 0.001)
     assert our_calls(lambda: pair(0.002, 0.003)) == [
         *("request", "_grant"),
-        *("release", "note", "vacate", "book", "add_all"),
+        *("release", "vacate", "book", "add_all"),
     ]
 
 

@@ -7,6 +7,7 @@ that goes does not count.
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from support import state
 from support.threads import Caller
 
 import sqla_fairpool
+import sqla_fairpool.pool.snapshot  # else stats() is interrupted as it imports this
 
 #: Whose functions are interrupted.
 OURS = (str(Path(sqla_fairpool.__file__).parent), contextlib.__file__)
@@ -41,6 +43,7 @@ def throw_at(number, function, *args):
             if left == 0:
                 raise Thrown  # which ends the profiling
 
+    gc.disable()  # in a finaliser it would be lost
     sys.setprofile(count)
     try:
         function(*args)
@@ -48,6 +51,7 @@ def throw_at(number, function, *args):
         return error
     finally:
         sys.setprofile(None)
+        gc.enable()
     return None
 
 

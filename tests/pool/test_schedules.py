@@ -25,6 +25,7 @@ from support.task_schedules import ScheduledLoop
 from support.threads import connect
 
 import sqla_fairpool
+import sqla_fairpool.pool.snapshot  # else a thread waits for another one's import
 from sqla_fairpool import (
     AsyncAdaptedFairQueuePool,
     CheckoutTimeout,
