@@ -202,7 +202,7 @@ class Slots:
 
     def detached(self, physical: PhysicalConnection) -> None:
         """A connection has left the pool without being closed: not ours any more."""
-        if not physical.ending:
+        if not (physical.ending or physical.orphaned):
             self.existing.release(physical)
 
     def returned(self, *, idle: bool) -> None:

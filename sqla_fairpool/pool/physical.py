@@ -196,11 +196,12 @@ class PhysicalConnections(set[PhysicalConnection]):
         try:
             self.add(physical)
             yield
-        except self.failures:
-            self.discard(physical)
-            raise
-        except BaseException:
-            if not physical.orphaned:
+        except BaseException as error:
+            if physical.orphaned:
+                pass  # it goes on
+            elif isinstance(error, self.failures):
+                self.discard(physical)
+            else:
                 self.ended_soon(physical)
             raise
 

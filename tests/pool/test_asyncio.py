@@ -8,16 +8,22 @@ import random
 import threading
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, event
 from sqlalchemy.exc import ArgumentError, MissingGreenlet
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util import await_only
 from support import state
+from support.stub import all_for_one
 from support.tasks import steps
-from support.threads import Caller, connect, give, take
+from support.threads import PATIENCE, Caller, connect, give, take
 from support.worlds import make_world
 
-from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
+from sqla_fairpool import (
+    AsyncAdaptedFairQueuePool,
+    CheckoutTimeout,
+    FairQueuePool,
+    tag,
+)
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])
@@ -49,6 +55,44 @@ def cancel(task):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         task.result()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_connection_that_is_opened_again_for_a_cancelled_task_counts(tmp_path, fails):
+    """Whatever the driver: it goes on, and no other one takes the place."""
+
+    async def main():
+        engine = create_async_engine(
+            f"sqlite+aiosqlite:///{tmp_path / 'test.db'}",
+            poolclass=AsyncAdaptedFairQueuePool,
+            **{**all_for_one(1), "pool_timeout": PATIENCE},
+        )
+        go_on, connected = asyncio.Event(), []
+
+        @event.listens_for(engine.sync_engine, "do_connect")
+        def on_connect(dialect, record, arguments, options):
+            connected.append(None)
+            if len(connected) == 2:
+                await_only(go_on.wait())
+                if fails:
+                    raise OSError
+            return dialect.connect(*arguments, **options)
+
+        async with engine.connect() as connection:
+            await connection.invalidate()
+        connecting = asyncio.ensure_future(engine.connect().start())
+        while len(connected) < 2:
+            await asyncio.sleep(0)
+        connecting.cancel()
+        await asyncio.wait([connecting])
+        with tag("late", timeout=0.1), pytest.raises(CheckoutTimeout):
+            await engine.connect()
+        assert len(connected) == 2
+        go_on.set()
+        await (await engine.connect()).close()
+        await engine.dispose()
+
+    asyncio.run(main())
 
 
 # -- where one can wait ----------------------------------------------------------------

@@ -68,8 +68,8 @@ def member(url, ledger, how, seed):
         with ThreadPoolExecutor(CALLERS) as pool:
             for tag in tags:
                 pool.submit(_thread, engine, over, seen, chance, tag)
-            # SIGTERM after a stop may reach another thread than the main one, which runs
-            # the handler, and has to be awake for that.
+            # SIGTERM after a stop may reach another thread than the main one, which
+            # runs the handler, and has to be awake for that.
             while not over.is_set():
                 time.sleep(1.0)
         engine.dispose()
