@@ -129,8 +129,8 @@ def bare_record(pool: Pool) -> Any:
 
 
 def pool_of(record: ConnectionPoolEntry) -> Any:
-    """Return the pool that has made a record."""
-    return record._ConnectionRecord__pool  # type: ignore[attr-defined]
+    """Return the pool that has made a record, which says so nowhere in public."""
+    return record._ConnectionRecord__pool  # type: ignore[attr-defined]  # mangled
 
 
 def guard_first_connects(pool: Pool, lock: AbstractContextManager[object]) -> None:

@@ -30,6 +30,7 @@ def test_record_of_a_connection_and_what_was_handed_out_with_it(engine):
     assert isinstance(record, ConnectionPoolEntry)
     assert record.dbapi_connection is connection.connection.dbapi_connection
     assert private.handed_out(record) is connection.connection
+    assert private.pool_of(record) is engine.pool
     connection.invalidate()
     assert record_of(connection) is None
     connection.close()
