@@ -239,8 +239,7 @@ class _Demo:
         for seconds in (0.5, self.seconds):  # first until all connections are open
             for worker in self.workers:
                 worker.checkouts, worker.longest = 0, 0.0
-            for _ in self._moments(seconds):
-                pass
+            list(self._moments(seconds))
         now = time.monotonic()
         for tag in ("light", "heavy"):
             workers = [worker for worker in self.workers if worker.tag == tag]
