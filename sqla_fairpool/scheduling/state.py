@@ -181,10 +181,17 @@ class SchedulerState:
             return False
         tag_state = ticket.tag_state
         is_kept = tag_state.in_use <= tag_state.reserved
-        if tag_state.waiters and tag_state.in_use <= self.ceiling(tag_state):
-            return is_kept or self.free_for(tag_state) >= 0
+        if (
+            tag_state.waiters
+            and tag_state.in_use <= self.ceiling(tag_state)
+            and (is_kept or self.free_for(tag_state) >= 0)
+        ):
+            return True
         waiting = self.lines.next()
-        return waiting is not None and self.free_for(waiting) + 1 - is_kept > 0
+        if waiting is None:
+            return False
+        of_its_own = waiting.in_use < waiting.reserved
+        return self.free_for(waiting) + (of_its_own or not is_kept) > 0
 
     def place(self, ticket: Ticket) -> int:
         """Return a waiting ticket's place in its line, from 1. O(place)."""
