@@ -151,12 +151,12 @@ class Book:
         """Return what each member is to have."""
         return allocate(self.members, self.places, self.terms.limits(self.quarantined))
 
-    def next_place(self) -> int:
-        return self._next("next_place")
+    def next_place(self, least: int = 0) -> int:
+        return self._next("next_place", least)
 
-    def _next(self, counter: str) -> int:
+    def _next(self, counter: str, least: int = 0) -> int:
         meta = self._known_meta
-        number: int = getattr(meta, counter)
+        number: int = max(getattr(meta, counter), least)
         self.meta = replace(meta, **{counter: number + 1})  # type: ignore[arg-type]  # a counter
         return number
 

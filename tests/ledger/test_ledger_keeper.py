@@ -509,20 +509,45 @@ def test_reserved_slot_is_used_under_its_tag_only():
     assert (used(a), world.book.free) == ([7], 1)
 
 
-@pytest.mark.parametrize("where", ["apart", "both"])
+@pytest.mark.parametrize("where", ["apart", "both", "by weight"])
 def test_tags_get_the_same_time_whether_they_hold_long_or_in_several_processes(where):
-    turns = LedgerTurns(2, capacity=4)
+    """The same per weight, where those of weight 3 are in one process."""
+    heavy = ("tag0", "tag1", "tag2") if where == "by weight" else ()
+    own = {tag: {"weight": 3.0} for tag in heavy}
+    turns = LedgerTurns(2, capacity=4, tags=json.dumps(own))
     for n in range(16):
         tag, hold = f"tag{n}", 0.5 if n < 5 else 0.02
-        turns.come(n % 2, tag, 2, hold)
+        here = n > 2 if where == "by weight" else n % 2
+        turns.come(here, tag, 2, hold)
         if where == "both" and not n % 4:
-            turns.come(1 - n % 2, tag, 2, hold)
+            turns.come(1 - here, tag, 2, hold)
     turns.run(10.0)
     turns.forget()
     turns.run(50.0)
     turns.check()
-    assert policy.jain([turns.seconds[tag] for tag in turns.holds]) >= 0.98
+    times = [turns.seconds[tag] / (3.0 if tag in own else 1.0) for tag in turns.holds]
+    assert policy.jain(times) >= 0.98
     assert turns.server.most == 4
+
+
+@pytest.mark.parametrize(("where", "hold"), [("0", 0.02), ("01", 0.02), ("01", 0.5)])
+def test_tag_that_was_quiet_for_an_hour_gets_no_more_than_its_share(where, hold):
+    turns = LedgerTurns(2, capacity=4)
+    for process in where:
+        turns.come(int(process), "quiet", 2, hold)
+    turns.run(10.0)
+    del turns.holds["quiet"]
+    turns.run(3610.0)
+    for n in range(19):
+        turns.come(n % 2, f"tag{n}", 2, 0.5 if n < 6 else 0.02)
+    turns.run(3630.0)
+    turns.forget()
+    for process in where:
+        turns.come(int(process), "quiet", 2, hold)
+    turns.run(3640.0)
+    share = 4 * 10.0 / 20  # of the ten seconds that are a half-life
+    most = share * 1.05 + hold * len(where)  # whole holds, in each process
+    assert share / 2 <= turns.seconds["quiet"] <= most
 
 
 def test_the_terms_of_the_dead_bind_nobody(world):
