@@ -226,9 +226,8 @@ class Allotment:
     covered: bool
     #: The members, while there may be others that are in no row; or else None.
     fresh: frozenset[str] | None
-    #: Why it is expected to look again, if it is; and the members to be rung.
+    #: Why it is expected to look again, if it is.
     due: str | None
-    bells: tuple[str, ...]
 
     @property
     def vain(self) -> frozenset[str]:
@@ -255,7 +254,7 @@ class Pace:
     :param slow: between two looks of one that does not.
     :param turn: how long one keeps its place in a line while others get nothing.
     :param linger: how long a slot is unused before it is given to another process: as
-      long as a loop needs between two checkouts.
+      long as a loop needs between two checkouts, and not longer than a hand-over takes.
     :param patience: how long one may fail to answer before it is taken to be stopped.
     :param grace: how long slots of dead members are in quarantine at least.
     :param reclaim_after: how long, where the server cannot be asked.
@@ -265,7 +264,7 @@ class Pace:
     beat: float = 1.0
     slow: float = 10.0
     turn: float = 1.0
-    linger: float = 0.01
+    linger: float = 0.003
     patience: float = 3.0
     grace: float = 0.5
     reclaim_after: float = 10.0

@@ -142,6 +142,7 @@ class Membership:
             or self._returning
             or state.server != self._server
             or self._demand.is_news(state.tags, now)
+            or (rung and bool(self.vain) and has.starved == 1)  # that is for us
         )
         if not state.sessions.issubset(has.row.sessions):
             noted = not post and self._note_sessions(state, has)
@@ -187,8 +188,7 @@ class Membership:
                 sessions = state.sessions.union(filter(None, state.lost))
                 with self._transaction() as book:
                     book.leave(self.store.member, state.open, sessions)
-                    bells = book.tell()
-                self.store.ring(bells)
+                    book.tell()
         except Exception as error:
             # Others find us dead, and our slots with us.
             _log.warning("could not leave the ledger %s: %s", self.store.name, error)
@@ -210,8 +210,10 @@ class Membership:
         if not self.is_open:
             self._open()
         self.transactions += 1
-        with self.store.transaction() as rows:
-            yield Book(rows)
+        bells: list[str] = []
+        with self.store.transaction(bells) as rows:
+            yield (book := Book(rows))
+            bells += (bell for bell in book.bells if bell != self.store.member)
         self.rows = rows
 
     def _read(self) -> Mapping[str, str]:
@@ -317,7 +319,7 @@ class Membership:
         return None if self._strangers else has.fresh
 
     def _obey(self, allotment: Allotment, now: float) -> None:
-        """Do what the rows say, and ring those that are to hear of ours."""
+        """Do what the rows say."""
         self._demand.note(allotment, now)
         self.number = allotment.row.number
         if allotment.terms != self.terms:
@@ -327,7 +329,6 @@ class Membership:
             self._pool.bury(allotment.buried)
             self._guards = True
         self._pool.tell(min(allotment.row.owned, allotment.target), allotment.bounds)
-        self.store.ring(allotment.bells)
         if allotment.row.pressed != self.pressed:
             self.pressed = allotment.row.pressed
             self._pool.local.press(self.pressed)
@@ -335,12 +336,11 @@ class Membership:
         self._plan_looks(now)
 
     def _adopt(self, terms: Terms) -> None:
-        differences = terms.differences(self.terms), self.terms.differences(terms)
         _log.warning(
             "the ledger %s has %s, this process had %s: the ledger's limits are in "
             "force",
-            self.store.name,
-            *differences,
+            *(self.store.name, terms.differences(self.terms)),
+            self.terms.differences(terms),
         )
         self.terms = terms
         self._pool.named = limits_of_tags(terms.tags).given

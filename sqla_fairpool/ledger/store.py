@@ -82,9 +82,12 @@ class Store(Protocol):
         """Tell if what is open stands at the ledger's place. Cheap, takes no lock."""
         ...
 
-    def transaction(self) -> AbstractContextManager[MutableMapping[str, str]]:
+    def transaction(
+        self, bells: Collection[str] = ()
+    ) -> AbstractContextManager[MutableMapping[str, str]]:
         """The rows, for this process alone; kept on leaving, undone by an exception.
 
+        :param bells: members to be rung with the commit, as they are on leaving.
         :raises StoreAway: also if they are not those at the ledger's place any more;
           then with :attr:`signed` set to False.
         """

@@ -196,6 +196,19 @@ def test_figures_are_published_for_whoever_asks_and_only_then(world):
     assert (a.keeper.trouble, used(a)) == (None, [15])
 
 
+def test_one_that_alone_goes_short_takes_what_it_is_rung_for_in_one_transaction():
+    world = World(Terms(1, 1, 1, 60.0, 30.0))
+    a, b = world.members(a=1, b=1)
+    free(a, "a")
+    while b.store.member not in world.host.rung:
+        world.now += 0.001
+        a.step()
+    transactions, b.passed = world.host.transactions, []
+    b.step()
+    assert (b.row.owned, world.host.transactions - transactions) == (1, 1)
+    assert "read" not in b.passed
+
+
 def test_the_bell_rings_once_and_only_for_what_may_change_something(world):
     a, b = world.start(), world.start()
     ask(a, "a")

@@ -166,6 +166,7 @@ def test_store_needs_few_round_trips_and_one_while_it_has_the_lock(proxy, driver
     assert trips(rows_of, store) == 2
     assert rows_of(store)["k8"] == "{'\\%}"
     assert trips(store.ring, ["a", "b", "c"]) == 1
+    assert trips(lambda: write(store, ["a", "b"], k1="new")) == 2
     store.close()
     assert trips(store.open) <= 10
     store.close()
