@@ -68,17 +68,16 @@ class Membership:
         self.vain: frozenset[str] = frozenset()
         #: Our number, kept while the row is lost: see `Book.join`.
         self.number: int | None = None
-        # Times: of the next look; of the next one without need.
-        self._look_at = self._slow_at = 0.0
-        # Most connections that were open since the last slow look.
-        self._peak = 0
+        # Times: of the next look; of the next one without need. And the most
+        # connections that were open since the last one of these.
+        self._look_at, self._slow_at, self._peak = 0.0, 0.0, 0
         # How many were found that live at the ledger's place and are in no row.
         self._strangers = 0
         # We have put slots into quarantine and look until they are out.
         self._guards = False
         # The server that was last posted as that of our sessions.
         self._server: str | None = None
-        # Our sign of life may have been lost; write something, so that others see.
+        # Our sign of life may have been lost; write something: others are to see.
         self._returning = False
 
     @property
@@ -127,6 +126,8 @@ class Membership:
         elif self.is_open and self.store.watches_place and not self.store.in_place():
             self._pool.freeze()
             raise StoreAway("what was opened is not what stands at its place now")
+        if not (rung or asked) and now < min(self._look_at, self._demand.rests_until):
+            return
         state = self._pool.look()
         self._peak = max(self._peak, state.open)
         if (has := self.allotment) is None:
@@ -168,8 +169,7 @@ class Membership:
         """
         if not self.store.signed or self._pool.local.lost():
             self._pool.freeze()
-        self.is_open = False
-        self._returning = True
+        self.is_open, self._returning, self._look_at = False, True, 0.0
 
     def exclude(self) -> None:
         """We are no member, and must not be one: close what is open."""
@@ -384,7 +384,7 @@ class Membership:
         starved = short if suspects else None
         if not self.watch.is_due(now, starved, self.chance, patrol, self._guards):
             return
-        book = Book(dict(self._read()))
+        book = Book(dict(self.rows))  # of this round
         self._see(book)
         findings = self.watch.look(book, self.store.member, now)
         if findings.any or self.watch.unasked != has.row.unasked:

@@ -174,6 +174,19 @@ def test_who_is_idle_or_served_by_what_it_owns_leaves_the_store_alone(world):
     assert silent.keeper.member.transactions == 0
 
 
+def test_a_pool_without_a_user_is_seldom_looked_at_until_it_rings(world):
+    a, b, c = world.members(a=2, b=1, c=1)
+    free(a, "a", 2)
+    world.run(2.0)
+    a.passed.clear()
+    world.run(40.0, tick=0.01)
+    assert a.passed.count("demand") <= 20
+    ask(b, "b", 9)
+    ask(c, "c", 9)
+    world.run(0.1)
+    assert (a.row.owned, used(b, c)) == (0, [10, 10])
+
+
 def test_figures_are_published_for_whoever_asks_and_only_then(world):
     a = world.member("a", 2)
     a.keeper._figures = lambda: {"open": a.pool.in_use.total()}
