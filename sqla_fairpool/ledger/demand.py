@@ -17,8 +17,7 @@ from ..scheduling.counters import Histogram
 from .rows import Gone, Member, Session, TagDemand, Terms
 from .store import LedgerError
 
-#: Tags of one process in its row. Tags may be made from user data; those beyond are
-#: summed up under the name of none.
+#: Tags of one process in its row; those beyond are summed up under the name of none.
 _MAX_TAGS = 256
 _REST = ""
 
@@ -252,6 +251,7 @@ class Pace:
 
     :param beat: between two looks of one that goes short, or is in use.
     :param slow: between two looks of one that does not.
+    :param far: between two questions whether a store of other hosts is there.
     :param turn: how long one keeps its place while others get nothing.
     :param linger: how long a slot is unused before it is given to another process.
     :param patience: how long one may fail to answer before it is taken to be stopped.
@@ -262,6 +262,7 @@ class Pace:
 
     beat: float = 1.0
     slow: float = 10.0
+    far: float = 4.0
     turn: float = 1.0
     linger: float = 0.003
     patience: float = 3.0
@@ -307,10 +308,8 @@ class Demand:
         known = self.known
         # What is in use is the most since the pool was asked last: a fall began then.
         since, self._asked_at = self._asked_at, now
-        is_busy = (
-            known.row.pressed or known.asked or any(w.wants for w in tags.values())
-        )
-        self.rests_until = now if is_busy else now + _REST_BEATS * self._pace.beat
+        busy = known.row.pressed or known.asked or any(w.wants for w in tags.values())
+        self.rests_until = now if busy else now + _REST_BEATS * self._pace.beat
         self._slack_since = _since(self._slack_since, known.slack(tags) > 0, since)
         gone = any(not tags.get(tag, _NOTHING).waiting for tag in known.vain)
         self._gone_since = _since(self._gone_since, gone, now)

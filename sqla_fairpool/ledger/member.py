@@ -54,7 +54,7 @@ class Membership:
         self._pool = PoolSide(local)
         self._pool.named = limits_of_tags(self.terms.tags).given
         self._demand = Demand(self.pace)
-        self.handovers = self._demand.handovers
+        self.handovers, self.rung = self._demand.handovers, self._demand.rung
         self.watch = Watch(self.store, sessions, self.pace)
         self.is_open = False
         self.transactions = 0
@@ -71,8 +71,9 @@ class Membership:
         # Times: of the next look; of the next one without need. And the most
         # connections that were open since the last one of these.
         self._look_at, self._slow_at, self._peak = 0.0, 0.0, 0
-        # How many were found that live at the ledger's place and are in no row.
-        self._strangers = 0
+        # Of the next question whether the store is there; and how many were found that
+        # live at the ledger's place and are in no row.
+        self._check_at, self._strangers = 0.0, 0
         # We have put slots into quarantine and look until they are out.
         self._guards = False
         # The server that was last posted as that of our sessions.
@@ -87,10 +88,9 @@ class Membership:
 
     def stats(self, away: float) -> LedgerStats:
         """Return what was seen and counted. From any thread."""
-        members, slots = self.seen or (None, {})
-        times, done = self.handovers, self.transactions
+        (members, slots), times = self.seen or (None, {}), self.handovers
         handovers = Summary.of(BOUNDS, times.counts[:], times.total, times.max)
-        return LedgerStats(slots, members, done, handovers, away)
+        return LedgerStats(slots, members, self.transactions, handovers, away)
 
     def _see(self, book: Book) -> None:
         if (row := book.members.get(self.store.member)) is not None:
@@ -104,18 +104,14 @@ class Membership:
         has = self.allotment
         return has is not None and (
             has.row.owned != has.target
-            or bool(has.asked or self.vain or self._guards)
-            or bool(has.pauses and has.gone)
+            or bool(has.asked or self.vain or self._guards or (has.pauses and has.gone))
         )
-
-    def rung(self, now: float) -> None:
-        self._demand.rung(now)
 
     def times(self, now: float) -> Iterator[float]:
         """Yield the times at which there may be something to do, without a bell."""
         yield self._look_at
-        if self.is_open and self.store.watches_place:
-            yield now + self.pace.beat
+        if self.is_open:
+            yield max(self._check_at, now)
         yield from self._demand.times(now)
 
     def round(self, now: float, rung: bool, asked: bool = False) -> None:
@@ -123,9 +119,12 @@ class Membership:
         self._pool.forget_peaks()
         if not self.is_open and self.number is not None:
             self._open()
-        elif self.is_open and self.store.watches_place and not self.store.in_place():
-            self._pool.freeze()
-            raise StoreAway("what was opened is not what stands at its place now")
+        elif self.is_open and (now >= self._check_at or self.store.watches_place):
+            near = self.store.watches_place
+            self._check_at = now + (self.pace.beat if near else self.pace.far)
+            if not self.store.in_place():
+                self._pool.freeze()
+                raise StoreAway("what was opened is not what stands at its place now")
         if not (rung or asked) and now < min(self._look_at, self._demand.rests_until):
             return
         state = self._pool.look()
@@ -203,7 +202,7 @@ class Membership:
             # cover what the lost one did.
             self._pool.freeze()
         self.store.open()
-        self.is_open = True
+        self.is_open, self._check_at = True, 0.0
 
     @contextmanager
     def _transaction(self) -> Iterator[Book]:

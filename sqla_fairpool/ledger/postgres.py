@@ -55,7 +55,7 @@ from .store import LedgerError, Store, StoreAway, drain, notify, wait_for
 _LOCK_TIMEOUT, _STATEMENT_TIMEOUT = "4s", "5s"
 #: Seconds until an answer is there, or the connection is taken to be lost: the server
 #: itself answers within its time limits, with an error if need be.
-_ANSWER_WITHIN = 8.0
+_ANSWER_WITHIN = 5.5
 #: What a notification says when its receiver is to publish.
 _ASK = "ask"
 #: First key of the locks for transactions (any number would do; this one is "fair"),
@@ -342,7 +342,7 @@ class PostgresStore(Store):
         return signs
 
     def in_place(self) -> bool:
-        return self._connection is not None
+        return self._connection is not None and bool(self._run("SELECT 1"))
 
     def ring(self, members: Iterable[str]) -> None:
         self._notify(map(_channel, members), "")

@@ -57,7 +57,7 @@ class Store(Protocol):
     #: The sign of life depends on a connection, so it can be lost.
     can_lose_sign: bool
     #: What is at the ledger's place can become another one while it is open, so that
-    #: :meth:`in_place` is to be asked now and then.
+    #: :meth:`in_place` is to be asked each beat.
     watches_place: bool
     #: Another process has called :meth:`ask` on this one, which has not answered yet.
     asked: bool
@@ -79,7 +79,10 @@ class Store(Protocol):
         """
 
     def in_place(self) -> bool:
-        """Tell if what is open stands at the ledger's place. Cheap, takes no lock."""
+        """Tell if what is open stands at the ledger's place. Cheap, takes no lock.
+
+        :raises StoreAway: if it does not answer.
+        """
         ...
 
     def transaction(
