@@ -226,7 +226,9 @@ class HostStore(Store):
         )
 
     @contextmanager
-    def transaction(self) -> Iterator[MutableMapping[str, str]]:
+    def transaction(
+        self, bells: Collection[str] = ()
+    ) -> Iterator[MutableMapping[str, str]]:
         self._check_process()
         with self._lock:
             try:
@@ -243,6 +245,7 @@ class HostStore(Store):
             except Replaced:
                 self.signed = False
                 raise
+        self.ring(bells)
 
     def living(self, members: Collection[str]) -> set[str]:
         with self._translated():

@@ -161,7 +161,7 @@ def _allotment(
     buried: tuple[Session | None, ...],
     covered: bool,
 ) -> Allotment:
-    bells = book.tell(plan)
+    book.tell(plan)
     member = book.members[key]
     ceilings = {
         tag: max(1, ceiling - plan.shares.get(tag, 0))
@@ -193,5 +193,4 @@ def _allotment(
         covered=covered,
         fresh=frozenset(book.members) if book.is_fresh else None,
         due=book.due.get(key),
-        bells=tuple(bell for bell in bells if bell != key),
     )

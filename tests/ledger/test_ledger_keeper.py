@@ -174,6 +174,19 @@ def test_who_is_idle_or_served_by_what_it_owns_leaves_the_store_alone(world):
     assert silent.keeper.member.transactions == 0
 
 
+def test_a_pool_without_a_user_is_seldom_looked_at_until_it_rings(world):
+    a, b, c = world.members(a=2, b=1, c=1)
+    free(a, "a", 2)
+    world.run(2.0)
+    a.passed.clear()
+    world.run(40.0, tick=0.01)
+    assert a.passed.count("demand") <= 20
+    ask(b, "b", 9)
+    ask(c, "c", 9)
+    world.run(0.1)
+    assert (a.row.owned, used(b, c)) == (0, [10, 10])
+
+
 def test_figures_are_published_for_whoever_asks_and_only_then(world):
     a = world.member("a", 2)
     a.keeper._figures = lambda: {"open": a.pool.in_use.total()}
@@ -194,6 +207,19 @@ def test_figures_are_published_for_whoever_asks_and_only_then(world):
     ask(a, "a")
     world.run(10.0)
     assert (a.keeper.trouble, used(a)) == (None, [15])
+
+
+def test_one_that_alone_goes_short_takes_what_it_is_rung_for_in_one_transaction():
+    world = World(Terms(1, 1, 1, 60.0, 30.0))
+    a, b = world.members(a=1, b=1)
+    free(a, "a")
+    while b.store.member not in world.host.rung:
+        world.now += 0.001
+        a.step()
+    transactions, b.passed = world.host.transactions, []
+    b.step()
+    assert (b.row.owned, world.host.transactions - transactions) == (1, 1)
+    assert "read" not in b.passed
 
 
 def test_the_bell_rings_once_and_only_for_what_may_change_something(world):
