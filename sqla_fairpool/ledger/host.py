@@ -27,13 +27,13 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 import uuid
 import weakref
 from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..threads import make_lock
 from .book import Book
 from .host_file import LedgerFile, Replaced
 from .rows import member_key
@@ -101,7 +101,7 @@ class HostStore(Store):
         self._has_joined = False
         self.asked = False
         # One transaction at a time, also among the threads of this process.
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._process = os.getpid()
 
     @property

@@ -24,7 +24,7 @@ from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 
-from ..background import start_thread
+from ..threads import start_thread
 from .store import LedgerError, StoreAway, changes
 
 #: Version of the tables.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import stat
-import threading
 from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Protocol
 from sqlalchemy import exc
 
 from ..checks import Documented
+from ..threads import make_lock
 
 try:
     import fcntl
@@ -203,7 +203,7 @@ def changes(
 # -- files of several processes --------------------------------------------------------
 
 #: Held by a thread that must not see its process forked.
-no_fork = threading.RLock()
+no_fork = make_lock()
 
 
 def _end_of_fork() -> None:

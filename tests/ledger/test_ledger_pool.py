@@ -585,6 +585,11 @@ def test_tasks_share_with_threads(tmp_path, member):
         give(taken)
         async with tasks.connect():
             pass
+        state.look_around(engine)
+        before = asyncio.all_tasks()
+        state.share(engine).close_surplus()
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == before  # there is nothing to close
         await engine.dispose()
         await asyncio.to_thread(state.keeper(engine).close)
 
