@@ -320,9 +320,9 @@ class Membership:
     def _obey(self, allotment: Allotment, now: float) -> None:
         """Do what the rows say."""
         self._demand.note(allotment, now)
-        self.number = allotment.row.number
         if allotment.terms != self.terms:
             self._adopt(allotment.terms)
+        self.number = allotment.row.number
         self._pool.pause(allotment.pauses)
         if allotment.buried:
             self._pool.bury(allotment.buried)
@@ -335,7 +335,8 @@ class Membership:
         self._plan_looks(now)
 
     def _adopt(self, terms: Terms) -> None:
-        _log.warning(
+        log = _log.info if self.number else _log.warning  # or it is a newcomer
+        log(
             "the ledger %s has %s, this process had %s: the ledger's limits are in "
             "force",
             *(self.store.name, terms.differences(self.terms)),

@@ -425,7 +425,8 @@ def test_newcomer_adopts_the_terms_in_force(world, caplog):
 
 
 @pytest.mark.parametrize("how", ["a newcomer leads", "a member sets", "an operator"])
-def test_terms_are_changed_for_all_members_at_once(world, how):
+def test_terms_are_changed_for_all_members_at_once(world, how, caplog):
+    caplog.set_level("INFO")
     a, b = world.members(a=15, b=15)
     world.churn(2.0)
     assert used(a, b) == [10, 10]
@@ -442,6 +443,8 @@ def test_terms_are_changed_for_all_members_at_once(world, how):
         a.store.ring_all()
     world.run(0.1)
     assert world.book.terms == OTHER_TERMS == a.pool.terms == b.pool.terms
+    told = [one.levelname for one in caplog.records if "limits are in" in one.message]
+    assert told == ["INFO", "INFO"]  # to adopt a change is nothing to warn of
     assert used(a, b) == [10, 10]  # nothing is taken away
     world.churn(3.0)
     assert used(*world.living) == ([4, 5, 1] if "leads" in how else [5, 5])
