@@ -32,7 +32,7 @@ from greenlet import getcurrent, greenlet
 
 #: Steps between two switches, on average, of the random way: one or another, so that
 #: short and long runs are tried.
-_RUNS = (2, 8, 32, 128)
+_RUNS = (3, 10, 40, 160)
 
 #: Points of change of the way by priorities, and the steps among which they are.
 _CHANGES, _LENGTHS = 4, (150, 600, 2_400, 6_000)
@@ -186,20 +186,20 @@ class Schedule:
     """
 
     def __init__(self, seed, now):
-        global _running
+        global _running, _left
         _running = self
-        self._random = random.Random(seed)
+        chance = random.Random(seed)
+        self._chance = chance.random
         self.now = now
         self.by_priority = bool(seed % 2)
-        length = self._random.choice(_LENGTHS)
-        changes = (self._random.randrange(length) for _ in range(_CHANGES))
+        length = chance.choice(_LENGTHS)
+        changes = (chance.randrange(length) for _ in range(_CHANGES))
         self._changes = sorted(changes, reverse=True)
-        self._run_length = self._random.choice(_RUNS)
+        self._run_length = chance.choice(_RUNS)
         self._workers, self._current = [], None
         #: The first one of a thread.
         self.error = None
-        self._planned = 0
-        self._plan(0, _NEVER)
+        self._planned = _left = _NEVER
 
     @property
     def steps(self):
@@ -231,14 +231,14 @@ class Schedule:
             _Worker(functools.partial(self._guard, function)) for function in functions
         ]
         for worker in self._workers:
-            worker.priority = self._random.random()
-        self._plan(0, self._next_run())
+            worker.priority = self._chance()
+        self._plan()
         while self._workers and self.error is None:
             self._current = self._choose()
             if self._current is not None:
                 self._current.switch()
             self._workers = [one for one in self._workers if not one.dead]
-        self._plan(self.steps, _NEVER)
+        self._plan(_NEVER)
         while started := [worker for worker in self._workers if worker]:
             self._current = started[-1]
             self._current.throw(_Ended)  # until it has cleaned up
@@ -254,18 +254,18 @@ class Schedule:
         except BaseException as error:
             self.error = self.error or error
 
-    def _plan(self, steps, more):
+    def _plan(self, more=None):
         """Count the steps from here on, until the next switch."""
         global _left
-        self._planned, _left = steps + more, more
-
-    def _next_run(self):
-        """Return the steps until the next switch."""
-        if not self.by_priority:
-            return 1 - int(self._run_length * log(1 - self._random.random()))
-        while self._changes and self._changes[-1] <= self.steps:
-            self._changes.pop()
-        return self._changes[-1] - self.steps if self._changes else _NEVER
+        if more is None and not self.by_priority:
+            more = 1 - int(self._run_length * log(1 - self._chance()))
+        elif more is None:
+            steps = self.steps
+            while self._changes and self._changes[-1] <= steps:
+                self._changes.pop()
+            more = self._changes[-1] - steps if self._changes else _NEVER
+        self._planned += more - _left
+        _left = more
 
     def switch(self, blocked=False):
         """Pass the turn on, it may be to the same thread again."""
@@ -276,33 +276,29 @@ class Schedule:
             raise _Ended
         if self.by_priority and not blocked:
             worker.priority = min(other.priority for other in self._workers) - 1
-        self._plan(self.steps, self._next_run())
+        self._plan()
         self._current = self._choose()
         if self._current is not worker:
             (self._current or worker.parent).switch()
 
     def _choose(self):
         """Return who is next; without one, the schedule has failed."""
+        those = self._workers
         if not self.by_priority:
-            chosen = self._any(self._workers)
-            if self._is_ready(chosen):
+            chosen = those[int(self._chance() * len(those))]
+            if chosen.can_go_on is None:
                 return chosen
-        ready = [worker for worker in self._workers if self._is_ready(worker)]
-        if not ready:
+        those = [worker for worker in those if self._is_ready(worker)]
+        if not those:
             self.error = StuckError(f"all threads wait, after {self.steps} steps")
             return None
         if self.by_priority:
-            return max(ready, key=lambda worker: worker.priority)
-        return self._any(ready)
-
-    def _any(self, workers):
-        return workers[int(self._random.random() * len(workers))]
+            return max(those, key=lambda worker: worker.priority)
+        return those[int(self._chance() * len(those))]
 
     def _is_ready(self, worker):
-        if worker.can_go_on is None:
-            return not worker.dead
         is_over = worker.deadline is not None and worker.deadline <= self.now
-        return is_over or worker.can_go_on()
+        return worker.can_go_on is None or is_over or worker.can_go_on()
 
 
 def clock():
