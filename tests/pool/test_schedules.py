@@ -1,4 +1,4 @@
-"""The checkout path under many orders of its bytecodes: see `support.schedules`.
+"""The checkout path under many orders of its steps: see `support.schedules`.
 
 Time stands still where no thread moves it, so a wake-up that is lost is a schedule in
 which all threads wait.
@@ -7,8 +7,10 @@ which all threads wait.
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import inspect
+import itertools
 import os
 import random
 import sys
@@ -17,9 +19,18 @@ from contextlib import suppress
 
 import pytest
 from sqlalchemy.event import attr
+from sqlalchemy.pool.base import _ConnectionRecord
 from sqlalchemy.util import await_only, greenlet_spawn
 from support import state
-from support.schedules import CooperativeLock, Schedule
+from support.schedules import (
+    NAMES,
+    THREADING,
+    CooperativeLock,
+    Schedule,
+    clock,
+    compiled,
+    stepwise,
+)
 from support.stub import StubServer
 from support.task_schedules import ScheduledLoop
 from support.threads import connect
@@ -32,8 +43,11 @@ from sqla_fairpool import (
     FairQueuePool,
 )
 from sqla_fairpool.pool import events, lock, waiters
+from sqla_fairpool.pool.checkout import Checkout
+from sqla_fairpool.pool.connections import Reservation
 from sqla_fairpool.pool.core import PoolCore
 from sqla_fairpool.pool.lock import PoolLock
+from sqla_fairpool.pool.physical import PhysicalConnection
 from sqla_fairpool.pool.transitions import Transitions
 from sqla_fairpool.pool.waiting import Waiting
 from sqla_fairpool.pool.warm import WarmCache, WarmRecords
@@ -47,45 +61,49 @@ FILES = [os.path.join(ROOT, folder, "") for folder in ("pool", "scheduling")]
 
 CAPACITY = 2
 
+#: Schedules in one world.
+TOGETHER = 10
+
 
 class World:
-    """A pool on the stub, used by threads of one schedule.
+    """A pool on the stub, used by threads in one schedule after the other.
 
-    :param files: where threads are switched.
     :param changes: options of the pool.
     """
 
-    def __init__(self, seed, monkeypatch, files=FILES, **changes):
-        self.random = random.Random(f"program {seed}")
-        self.schedule = Schedule(seed, files)
-        # SQLAlchemy holds a lock of its own while a pool opens its first connection.
-        for module in (lock, waiters, attr, events):
-            monkeypatch.setattr(module, "threading", self.schedule.module())
-        clock = staticmethod(self.schedule.clock)
-        monkeypatch.setattr(FairQueuePool, "_clock", clock)
+    def __init__(self, **changes):
+        World.numbers = itertools.count()
         self.server = StubServer()
-        self.collecting = CooperativeLock(self.schedule)
+        self.collecting = CooperativeLock()
         options = {"pool_size": CAPACITY, "max_limit": CAPACITY, **changes}
+        self.begin(0, 1000.0)
         self.pool = self.server.pool(timeout=30.0, deadlock_timeout=None, **options)
 
-    def run(self, steps, threads=3, length=3):
-        """Run programs of random steps, and look at what is left."""
-        programs = [
-            [self.random.choice(steps) for _ in range(length)] for _ in range(threads)
-        ]
-        tags = [self.random.choice("ab") for _ in range(threads)]
+    def begin(self, seed, now):
+        self.random = random.Random(f"program {seed}")
+        self.schedule = Schedule(seed, now)
+
+    def run(self, seed, steps):
+        """Run three programs of one to three steps; look at what is left."""
+        self.begin(seed, self.schedule.now)
+        if self.random.random() < 0.3:  # without connections
+            self.pool.dispose()
+            self.pool = self.pool.recreate()
+        length = self.random.randint(1, 3)
         functions = [
-            lambda program=program, tag=tag: [step(self, tag) for step in program]
-            for program, tag in zip(programs, tags, strict=True)
+            functools.partial(self.work, self.random.choices(steps, k=length), tag)
+            for tag in self.random.choices("ab", k=3)
         ]
-        gc.disable()  # else the order would depend on what was there before
-        try:
-            self.schedule.run(*functions)
-        finally:
-            gc.enable()
+        self.schedule.run(*functions)
         state.assert_quiet(self.pool)
         assert self.server.most <= CAPACITY
         assert self.server.open == len(state.connections(self.pool))
+
+    def work(self, program, tag):
+        for step in program:
+            step(self, tag)
+
+    def end(self):
         self.pool.connect().close()  # so that it is the pool in use
         self.pool.dispose()
         assert self.server.open == 0
@@ -211,19 +229,57 @@ KINDS = {
 
 #: A ceiling that is always the same, so that it holds at every moment.
 CHANGES = {"borrows": {"soft_limit": 1, "max_limit": 1}}
-#: Switched only in the steps without a lock: few bytecodes, so most orders are tried.
-CHANGES["loans"] = {"files": [inspect.getfile(WarmCache)], **CHANGES["borrows"]}
+CHANGES["loans"] = CHANGES["borrows"]
+
+#: Switched only where no lock is taken: few steps, so most orders are tried.
+PLACES = {"loans": [inspect.getfile(WarmCache)]}
+
+
+@pytest.fixture
+def scheduled(monkeypatch, light_heap):
+    """Have pools use the locks and the time of the schedule that runs."""
+    # SQLAlchemy holds a lock of its own while a pool opens its first connection.
+    for module in (lock, waiters, attr, events):
+        monkeypatch.setattr(module, "threading", THREADING)
+    monkeypatch.setattr(lock, "get_ident", THREADING.get_ident)
+    monkeypatch.setattr(FairQueuePool, "_clock", staticmethod(clock))
+    for numbered in (_ConnectionRecord, Checkout, PhysicalConnection, Reservation):
+        number(monkeypatch, numbered)
+    gc.disable()  # else the order would depend on what was there before
+    yield
+    gc.enable()
+
+
+def number(monkeypatch, numbered):
+    """Let the order of sets of a class depend on nothing but how they came about."""
+    begin, numbers = numbered.__init__, {}
+
+    def begin_with_number(self, *args, **options):
+        numbers[id(self)] = next(World.numbers)
+        begin(self, *args, **options)
+
+    monkeypatch.setattr(numbered, "__init__", begin_with_number)
+    monkeypatch.setattr(numbered, "__hash__", lambda self: numbers[id(self)])
+
+
+def explore(kind, seeds):
+    """Run schedules of a kind, some of them in one world after the other."""
+    with stepwise(PLACES.get(kind, FILES)):
+        for first in seeds[::TOGETHER]:
+            gc.collect()
+            world = World(**CHANGES.get(kind, {}))
+            for seed in range(first, first + TOGETHER):
+                try:
+                    world.run(seed, KINDS[kind])
+                except BaseException as error:
+                    error.add_note(f"kind {kind!r}, seed {seed}, from {first} on")
+                    raise
+            world.end()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_order_of_bytecodes_breaks_a_promise(kind, monkeypatch, light_heap):
-    for seed in range(FIRST, FIRST + COUNT // len(KINDS)):
-        with monkeypatch.context() as patch:
-            try:
-                World(seed, patch, **CHANGES.get(kind, {})).run(KINDS[kind])
-            except BaseException as error:
-                error.add_note(f"kind {kind!r}, seed {seed}")
-                raise
+def test_no_order_of_steps_breaks_a_promise(kind, scheduled):
+    explore(kind, range(FIRST, FIRST + COUNT // len(KINDS)))
 
 
 # -- would it notice? ------------------------------------------------------------------
@@ -327,33 +383,29 @@ ENOUGH = 1000
 
 
 def mutate(monkeypatch, owner, function, old, new):
-    """Replace a method by one with another line, at the same place for the explorer."""
+    """Replace a method by one with another line, which counts its steps, too."""
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(old) == 1, "the line is not there any more"
     made = {}
-    code = compile(
-        "from __future__ import annotations\n" + source.replace(old, new),
-        function.__code__.co_filename,
-        "exec",
-    )
-    exec(code, function.__globals__, made)
+    source = "from __future__ import annotations\n" + source.replace(old, new)
+    filename = function.__code__.co_filename
+    function.__globals__.update(NAMES)
+    exec(compiled(source, filename), function.__globals__, made)
     monkeypatch.setattr(owner, function.__name__, made[function.__name__])
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_explorer_notices(name, monkeypatch, light_heap):
+def test_explorer_notices(name, monkeypatch, scheduled):
     kind, function, old, new = MUTANTS[name]
     owner = getattr(
         sys.modules[function.__module__], function.__qualname__.split(".")[0]
     )
     mutate(monkeypatch, owner, function, old, new)
-    for seed in range(ENOUGH):
-        with monkeypatch.context() as patch:
-            try:
-                World(seed, patch, **CHANGES.get(kind, {})).run(KINDS[kind])
-            except Exception:
-                return
+    try:
+        explore(kind, range(ENOUGH))
+    except Exception:
+        return
     pytest.fail("it was not noticed")
 
 
