@@ -586,15 +586,6 @@ def test_four_of_the_members_are_named_to_one_that_differs():
     assert "h:c, h:d and 1 more)" in str(book._difference(None))
 
 
-def test_a_member_is_told_of_a_limit_that_binds_it_anew():
-    known = {"x": Line(2, 3, True, 1, limit=2)}
-    plan = allocate({"a": Party(5, tags=known)}, {}, TERMS)
-    members = {"a": Member(1, {}, 5, tags=known)}
-    assert plan.due(members, 0) == {"a": "limit"}
-    told = {"x": known["x"]._replace(limit=plan.limits["x", "a"])}
-    assert plan.due({"a": Member(1, {}, 5, tags=told)}, 0) == {}
-
-
 def test_a_pause_is_new_once():
     book = joined(a=0)
     for who, expected in (({"host": "h"}, True), ({"host": "i"}, False)):
