@@ -41,8 +41,9 @@ from sqla_fairpool import (
     AsyncAdaptedFairQueuePool,
     CheckoutTimeout,
     FairQueuePool,
+    threads,
 )
-from sqla_fairpool.pool import events, lock, waiters
+from sqla_fairpool.pool import lock, waiters
 from sqla_fairpool.pool.checkout import Checkout
 from sqla_fairpool.pool.connections import Reservation
 from sqla_fairpool.pool.core import PoolCore
@@ -239,7 +240,7 @@ PLACES = {"loans": [inspect.getfile(WarmCache)]}
 def scheduled(monkeypatch, light_heap):
     """Have pools use the locks and the time of the schedule that runs."""
     # SQLAlchemy holds a lock of its own while a pool opens its first connection.
-    for module in (lock, waiters, attr, events):
+    for module in (threads, waiters, attr):
         monkeypatch.setattr(module, "threading", THREADING)
     monkeypatch.setattr(lock, "get_ident", THREADING.get_ident)
     monkeypatch.setattr(FairQueuePool, "_clock", staticmethod(clock))
