@@ -5,8 +5,8 @@
 
 The first: 100 tags with four callers each on 20 connections, of which some hold for a
 second and the others for ten milliseconds. Prints Jain's index over connection-seconds
-and how long the short ones waited. With several processes, each tag is in one of them,
-every fourth with ``--spread`` in two.
+and how long the short ones waited. Of several processes each tag is in one, every
+fourth in two (--spread), or those that hold long in one, with this --weight.
 
 The second: checkouts under a tag with `reserved=1` beside 200 threads that want more
 connections than there are. Several processes share a ledger.
@@ -69,7 +69,8 @@ def web(threads: int) -> list[tuple[str, float]]:
 
 def tenants(number: int, options: Any, url: str, ledger: str | None, found: Any):
     """The callers of one process; puts connection-seconds and waits into a queue."""
-    engine, waits = make(url, ledger), list[float]()
+    weights = {f"tag{n}": {"weight": options.weight} for n in range(options.long)}
+    engine, waits = make(url, ledger, tags=weights), list[float]()
 
     def note(tag: str, waited: float) -> None:
         if int(tag[3:]) >= options.long:
@@ -78,10 +79,10 @@ def tenants(number: int, options: Any, url: str, ledger: str | None, found: Any)
     def held() -> Counter[str]:
         return Counter({t.name: t.hold_time.total for t in engine.pool.stats().tags})
 
-    places = {tag: {tag % options.processes} for tag in range(TAGS)}
-    if options.spread:
-        for tag in range(0, TAGS, 4):
-            places[tag].add((tag + 1) % options.processes)
+    block = 1 if options.weight == 1 else TAGS // options.processes
+    places = {tag: {tag // block % options.processes} for tag in range(TAGS)}
+    for tag in range(0, TAGS, 4) if options.spread else ():
+        places[tag].add((tag + 1) % options.processes)
     here = [tag for tag, where in places.items() if number in where]
     holds = [(f"tag{n}", LONG if n < options.long else SHORT) for n in here]
     with working() as group:
@@ -135,28 +136,28 @@ def by_time(options: Any, url: str, ledger: str | None) -> None:
             some, more = found.get()
             seconds.update(some)
             waits += more
-    times = [seconds[f"tag{n}"] for n in range(TAGS)]
-    used = sum(times) / SLOTS / options.seconds
-    print(
-        f"Jain {jain(times):.4f} over connection-seconds of {TAGS} tags, {used:.1%} of "
-        f"the time used, short ones waited {statistics.median(waits) * 1000:.0f} ms "
-        f"(median of {len(waits)})"
-    )
+    weights = [options.weight] * options.long + [1.0] * (TAGS - options.long)
+    times = [seconds[f"tag{n}"] / weight for n, weight in enumerate(weights)]
+    used = seconds.total() / SLOTS / options.seconds
+    what = f"Jain {jain(times):.4f} over connection-seconds of {TAGS} tags, {used:.1%}"
+    waited = f"waited {statistics.median(waits) * 1000:.0f} ms (median of {len(waits)})"
+    print(f"{what} of the time used, short ones {waited}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="measure tenants on one budget")
     parser.add_argument("--url", help="a PostgreSQL; default: one of its own")
-    numbers = {"processes": 1, "long": 30, "checkouts": 10_000}
+    file = f"{tempfile.mkdtemp()}/tenants.ledger"  # processes leave it as they end
+    parser.add_argument("--ledger", default=file, help="of processes; default: a file")
+    numbers = {"processes": 1, "long": 30, "weight": 1.0, "checkouts": 10_000}
     for name, default in (numbers | {"seconds": 40.0, "pause": 0.001}).items():
         parser.add_argument(f"--{name}", type=type(default), default=default)
     for name in ("spread", "reserved"):
         parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args()
     with open_database(options.url) as database:
-        place = tempfile.mkdtemp()  # processes leave the ledger when they end
         url = database.url.render_as_string(hide_password=False)
-        ledger = f"{place}/tenants.ledger" if options.processes > 1 else None
+        ledger = options.ledger if options.processes > 1 else None
         (reserved if options.reserved else by_time)(options, url, ledger)
 
 

@@ -212,7 +212,7 @@ def validate_tag(value: object, name: str = "tag") -> str:
 
     :param name: what to call it in the error, the option's name as a rule.
     """
-    if type(value) is str and _is_tag(value):
+    if type(value) is str and 0 < len(value) <= MAX_TAG_LENGTH and value.isprintable():
         return value
     return cast(str, read_tag(name, value, {}))
 

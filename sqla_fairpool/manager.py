@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from functools import lru_cache, partial
@@ -47,6 +46,7 @@ from .pool.fair_queue_pool import AsyncAdaptedFairQueuePool, FairQueuePool
 from .pool.ledger_sessions import announce
 from .stats import condensed
 from .tagging import context_tag
+from .threads import make_lock
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -198,7 +198,7 @@ class DynamicConnectionManager:
     def __init__(self, url: str | URL | None = None, **options: Any) -> None:
         self._url = url
         self._options = options
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._running: dict[Kind, Started] = {}
         self._ended: set[Kind] = set()
         self._scrapers: dict[str, None] = {}

@@ -18,7 +18,6 @@ process serve a port of its own, or push a registry of its own to a gateway; or 
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -33,6 +32,7 @@ from .pool.snapshot import Source, metrics_source
 from .scheduling.counters import MAX_COUNTED_TAGS, OTHER
 from .scheduling.tags import ALL
 from .stats import LedgerStats, PoolStats, Summary, TagStats
+from .threads import make_lock
 
 __all__ = ["FairPoolCollector", "register"]
 
@@ -83,7 +83,7 @@ class OverviewCollector(Collector):
 
     def __init__(self, name: str, look: Callable[[], Overview | None]) -> None:
         self._name, self._look = name, look
-        self._lock = threading.Lock()
+        self._lock = make_lock()
         # What each process has told last, and the sums, with those that have ended: a
         # counter must not fall. By tag.
         self._told: dict[tuple[str, int | None], Counter[str]] = {}

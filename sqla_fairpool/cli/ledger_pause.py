@@ -209,10 +209,10 @@ def _reap(store: AnyStore, ask: _Ask) -> _Reaped:
     with store.transaction() as rows:
         book = Book(rows)
         book.release(found)
-        wake_ups = book.tell()
+        book.tell()
     if dead and book.pauses:
         store.ring_all()
-    store.ring(wake_ups)
+    store.ring(book.bells)
     freed = sum(left.gone.slots - left.slots for left in found.values())
     kept = sum(gone.slots for gone in view.gone.values()) - freed
     return _Reaped(len(dead), freed, kept, present is not None, can_tell)

@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import sys
-import threading
 import time
 from concurrent.futures import Future, wait
 from importlib.util import find_spec
@@ -28,6 +27,7 @@ from ..scheduling.explanation import Explanation, Observed, TagFacts, explain
 from ..scheduling.tags import ALL
 from ..scheduling.ticket import TagLimits
 from ..stats import TagStats
+from ..threads import make_lock
 from . import EXIT_OK, CommandError, add_places, find_store
 from .poller import Picture, Poller
 
@@ -273,7 +273,7 @@ class _Looks:
 
     def __init__(self, poller: Poller) -> None:
         self._poller = poller
-        self._lock = threading.Lock()
+        self._lock = make_lock()
         self._looking: Future[Picture] | None = None
 
     def __call__(self) -> Overview | None:

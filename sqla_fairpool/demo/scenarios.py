@@ -65,30 +65,28 @@ def judge(
 ) -> Verdict:
     """Compare what was observed with what the scenario expects.
 
-    The server is judged by its fullest sample: between two transactions it sees no
-    scraper, on a busy machine in more than half of the samples. Limits must hold in
-    every single one.
+    Of the server the fullest sample counts: between two transactions it sees none, on
+    a busy machine in more than half of the samples. Limits must hold in every one.
 
     :param before: the samples of the time in which the pool was still settling.
     """
     problems = [] if samples else ["it did not settle in time"]
     expected, running = _counts(scenario, SCENARIOS[scenario]), _running(scenario)
     ceiling = 15 if len(running) == 1 else 10  # max_limit, soft_limit
-    pool = [_counts(scenario, sample.pool) for sample in samples]
-    server = [_counts(scenario, sample.server) for sample in samples]
+    pool = zip(*(_counts(scenario, sample.pool) for sample in samples), strict=True)
+    server = (_counts(scenario, sample.server) for sample in samples)
     judged = {
-        "pool": tuple(map(median_low, zip(*pool, strict=True))),
+        "pool": tuple(map(median_low, pool)),
         "server": max(server, key=sum, default=()),
     }
-    for side, counts in judged.items():
-        if samples and counts != expected:
-            got, wanted = counts_text(counts), counts_text(expected)
-            problems.append(f"{side}: {got}, expected {wanted}")
+    for side, got in judged.items():
+        if samples and got != expected:
+            texts = map(counts_text, (got, expected))
+            problems.append(f"{side}: {', expected '.join(texts)}")
         found = [getattr(sample, side) for sample in samples]
         for tag in sorted(set().union(*found)):
-            most = max(one.get(tag, 0) for one in found)
             limit = ceiling if tag in running else 0
-            if most > limit:
+            if (most := max(one.get(tag, 0) for one in found)) > limit:
                 problems.append(f"{side}: {tag} had {most}, its limit is {limit}")
     for active in {sample.active for sample in samples} - {running}:
         problems.append(f"pool: active was {', '.join(sorted(active))}")
@@ -241,8 +239,7 @@ class _Demo:
         for seconds in (0.5, self.seconds):  # first until all connections are open
             for worker in self.workers:
                 worker.checkouts, worker.longest = 0, 0.0
-            for _ in self._moments(seconds):
-                pass
+            list(self._moments(seconds))
         now = time.monotonic()
         for tag in ("light", "heavy"):
             workers = [worker for worker in self.workers if worker.tag == tag]
@@ -264,8 +261,8 @@ class _Demo:
     def _stop(self, staying: Collection[str] = ()) -> None:
         """End scrapers: what their threads do is finished, nothing begun."""
         ending = [worker for worker in self.workers if worker.tag not in staying]
-        self.workers = [worker for worker in self.workers if worker.tag in staying]
         for worker in ending:
+            self.workers.remove(worker)
             worker.stopping = True
         deadline = time.monotonic() + 10.0
         for worker in ending:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ..background import start_thread
+from ..threads import start_thread
 from . import describe_holders, describe_stack, duration
 from .capture import Checkout, Out, Pool
 

@@ -21,8 +21,10 @@ What is promised, and tested against this definition:
 The line. Each tag has a place, and each member under it: numbers from a
 counter, given when its demand begins. With more members than slots, those at the end
 get nothing; as many at the head are then *asked* to yield, and one that yields takes a
-new place, behind those that wait (round robin). While there is a slot for each, none
-is asked, and places do not change.
+new place, behind those that wait (round robin). With more tags than slots, each tag
+that has one is asked, and goes back by a turn over its weight: so tags get time by
+weight over all members (stride scheduling: Waldspurger and Weihl, MIT/LCS/TM-528).
+While there is a slot for each, none is asked, and places do not change.
 
 A *stalled* member does not answer (it is stopped, say). It cannot give anything back
 and takes nothing: it counts with the slots that it has, not with what it wanted.
@@ -306,7 +308,7 @@ def _divide_line(
 def _ask_tags(
     found: Allocation, order: list[str], lines: dict[str, list[_Place]]
 ) -> None:
-    """Round robin among tags, when there are more of them than slots."""
+    """Have tags take turns, when there are more of them than slots."""
     empty = sum(
         not share and any(row.waits for row in lines.get(tag, ()))
         for tag, share in found.shares.items()
@@ -317,9 +319,8 @@ def _ask_tags(
             for row in lines[tag]
             if row.fixed is None and (tag, row.member) in found.claims
         }
-        if rows and len(found.asked_tags) < empty:
-            found.asked_tags.add(tag)
-            found.asked |= rows
+        found.asked |= rows
+        found.asked_tags.update(asked for asked, _ in rows)
 
 
 def _set_targets(

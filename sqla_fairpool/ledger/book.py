@@ -53,6 +53,8 @@ class Book:
         self._rows = rows
         #: The members' rows, sorted: nothing may depend on the store.
         self.texts = dict(self._texts(MEMBER))
+        #: The members that are to be rung, when this is committed.
+        self.bells: list[str] = []
 
     def _texts(self, kind: str) -> Iterator[tuple[str, str]]:
         for key in sorted(self._rows):
@@ -151,12 +153,12 @@ class Book:
         """Return what each member is to have."""
         return allocate(self.members, self.places, self.terms.limits(self.quarantined))
 
-    def next_place(self) -> int:
-        return self._next("next_place")
+    def next_place(self, least: int = 0) -> int:
+        return self._next("next_place", least)
 
-    def _next(self, counter: str) -> int:
+    def _next(self, counter: str, least: int = 0) -> int:
         meta = self._known_meta
-        number: int = getattr(meta, counter)
+        number: int = max(getattr(meta, counter), least)
         self.meta = replace(meta, **{counter: number + 1})  # type: ignore[arg-type]  # a counter
         return number
 
@@ -383,18 +385,16 @@ class Book:
         self.texts, self.members, self.gone = {}, {}, {}
         self.places, self.due = {}, {}
 
-    def tell(self, plan: Allocation | None = None) -> list[str]:
-        """Write down who is to look, last of all; return those that are to be rung."""
+    def tell(self, plan: Allocation | None = None) -> None:
+        """Write down who is to look, last of all; those are to be rung who are new."""
         if self.meta is None:
-            return []
+            return
         plan = plan or self.allocation()
         due = plan.due(self.members, self.free)
-        known = self.due
-        bells = [k for k, why in due.items() if why not in (known.get(k), STALLED)]
-        if due != known:
+        self.bells = [k for k, w in due.items() if w not in (self.due.get(k), STALLED)]
+        if due != self.due:
             self._rows[DUE], self.due = dump(due), due
         places = {tag: self.places[tag] for tag in plan.shares if tag in self.places}
         for key, text in ((TAGS, dump(places)), (META, self._known_meta.text)):
             if self._rows.get(key) != text:
                 self._rows[key] = text
-        return bells

@@ -3,7 +3,7 @@
 The store is written when something changed that could move a slot, and else left
 alone: how long a line is does not matter while it gets less than it wants. A rise is
 posted at once. A fall is posted when others go short, after it has lasted for a moment
-(`linger`): a slot that is used again and again does not travel in between.
+(`linger`, as long as a hand-over takes): what a loop uses does not travel in between.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from ..scheduling.counters import Histogram
 from .rows import Gone, Member, Session, TagDemand, Terms
 from .store import LedgerError
 
-#: Tags of one process in its row. Tags may be made from user data; those beyond are
-#: summed up under the name of none.
+#: Tags of one process in its row; those beyond are summed up under the name of none.
 _MAX_TAGS = 256
 _REST = ""
 
 _NOTHING = TagDemand()
+
+#: Beats between looks at a pool without a user: all but a new tag rings before.
+_REST_BEATS = 4
 
 Tags = Mapping[str, TagDemand]
 
@@ -147,17 +149,14 @@ class PoolSide:
 
     def look(self) -> State:
         """Return what it has and wants, with what was in use in this round."""
-        open_, wanted = self.local.demand()
-        sessions = frozenset(self.local.sessions())
-        lost = tuple(self.local.lost())
-        tags, peaks = {}, self._peaks
+        local, tags, peaks = self.local, {}, self._peaks
+        open_, wanted = local.demand()
+        sessions, lost = frozenset(local.sessions()), tuple(local.lost())
         for tag, want in wanted.items():
             peaks[tag] = max(peaks.get(tag, 0), want.in_use)
             tags[tag] = want._replace(in_use=peaks[tag])
         sessions -= frozenset(lost)
-        return State(
-            open_, condense(tags, self.named), sessions, lost, self.local.server()
-        )
+        return State(open_, condense(tags, self.named), sessions, lost, local.server())
 
     def forget_peaks(self) -> None:
         self._peaks.clear()
@@ -226,9 +225,8 @@ class Allotment:
     covered: bool
     #: The members, while there may be others that are in no row; or else None.
     fresh: frozenset[str] | None
-    #: Why it is expected to look again, if it is; and the members to be rung.
+    #: Why it is expected to look again, if it is.
     due: str | None
-    bells: tuple[str, ...]
 
     @property
     def vain(self) -> frozenset[str]:
@@ -251,11 +249,11 @@ class Allotment:
 class Pace:
     """The keeper's times, in seconds. None of them keeps a promise of safety.
 
-    :param beat: between two looks of one that goes short.
+    :param beat: between two looks of one that goes short, or is in use.
     :param slow: between two looks of one that does not.
-    :param turn: how long one keeps its place in a line while others get nothing.
-    :param linger: how long a slot is unused before it is given to another process: as
-      long as a loop needs between two checkouts.
+    :param far: between two questions whether a store of other hosts is there.
+    :param turn: how long one keeps its place while others get nothing.
+    :param linger: how long a slot is unused before it is given to another process.
     :param patience: how long one may fail to answer before it is taken to be stopped.
     :param grace: how long slots of dead members are in quarantine at least.
     :param reclaim_after: how long, where the server cannot be asked.
@@ -264,8 +262,9 @@ class Pace:
 
     beat: float = 1.0
     slow: float = 10.0
+    far: float = 4.0
     turn: float = 1.0
-    linger: float = 0.01
+    linger: float = 0.003
     patience: float = 3.0
     grace: float = 0.5
     reclaim_after: float = 10.0
@@ -273,8 +272,7 @@ class Pace:
 
     def turn_length(self, asked: int) -> float:
         """Return how long a turn is when so many are asked to yield."""
-        # So that 50 slots change hands per second at most: each costs three
-        # transactions, of milliseconds where there are a thousand members.
+        # At most 50 slots change hands per second: each costs three transactions.
         return max(self.turn, asked / 50)
 
 
@@ -293,8 +291,8 @@ class Demand:
         #: How long each slot took that is due here and was another member's.
         self.handovers = Histogram()
         self._due_since: float | None = None
-        # When the pool was asked last, and is to be asked again.
-        self._asked_at = self._ask_at = float("-inf")
+        # When the pool was asked last, and is to be asked again; if it does not ring.
+        self._asked_at = self._ask_at = self.rests_until = float("-inf")
 
     @property
     def known(self) -> Allotment:
@@ -303,13 +301,15 @@ class Demand:
 
     def rung(self, now: float) -> None:
         """See later if what fell idle stays so: the pool has rung."""
-        self._ask_at = now + self._pace.linger
+        self._ask_at, self.rests_until = now + self._pace.linger, now
 
     def is_news(self, tags: Tags, now: float) -> bool:
         """Tell if the store has to hear of what is wanted here."""
         known = self.known
         # What is in use is the most since the pool was asked last: a fall began then.
         since, self._asked_at = self._asked_at, now
+        busy = known.row.pressed or known.asked or any(w.wants for w in tags.values())
+        self.rests_until = now if busy else now + _REST_BEATS * self._pace.beat
         self._slack_since = _since(self._slack_since, known.slack(tags) > 0, since)
         gone = any(not tags.get(tag, _NOTHING).waiting for tag in known.vain)
         self._gone_since = _since(self._gone_since, gone, now)
@@ -365,29 +365,28 @@ class Demand:
                 self.handovers.add(now - self._due_since)
         is_due = row.owned < allotment.target and allotment.fresh is None
         self._due_since = _since(self._due_since, is_due, now)
-        self.allotment = allotment
-        self._slack_since = self._gone_since = None
+        self.allotment, self._slack_since, self._gone_since = allotment, None, None
         self._turn = self._pace.turn_length(allotment.turns)
         self._had_since = {
             tag: self._had_since.get(tag, now)
-            if tag in old and old[tag].place == allotment.row.tags[tag].place
+            if tag in old and old[tag].place == row.tags[tag].place
             else now  # a new place, a new turn
             for tag, claim in allotment.claims.items()
-            if claim and allotment.row.owned
+            if claim and row.owned
         }
 
     def times(self, now: float) -> Iterator[float]:
         """Yield the times at which something may have to be said."""
-        if self.allotment is None:
+        if (has := self.allotment) is None:
             return
-        if self.allotment.row.tags:
-            yield now + self._pace.beat
-        if self.allotment.row.pressed:
+        if has.row.tags:
+            yield max(now + self._pace.beat, self.rests_until)
+        if has.row.pressed:
             if self._slack_since is not None:
                 yield self._slack_since + self._pace.linger
             if self._ask_at > now:
                 yield self._ask_at
-        for tag in self.allotment.asked:
+        for tag in has.asked:
             yield self._had_since.get(tag, now) + self._turn
 
 

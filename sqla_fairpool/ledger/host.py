@@ -27,13 +27,13 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 import uuid
 import weakref
 from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..threads import make_lock
 from .book import Book
 from .host_file import LedgerFile, Replaced
 from .rows import member_key
@@ -101,7 +101,7 @@ class HostStore(Store):
         self._has_joined = False
         self.asked = False
         # One transaction at a time, also among the threads of this process.
-        self._lock = threading.RLock()
+        self._lock = make_lock()
         self._process = os.getpid()
 
     @property
@@ -226,7 +226,9 @@ class HostStore(Store):
         )
 
     @contextmanager
-    def transaction(self) -> Iterator[MutableMapping[str, str]]:
+    def transaction(
+        self, bells: Collection[str] = ()
+    ) -> Iterator[MutableMapping[str, str]]:
         self._check_process()
         with self._lock:
             try:
@@ -243,6 +245,7 @@ class HostStore(Store):
             except Replaced:
                 self.signed = False
                 raise
+        self.ring(bells)
 
     def living(self, members: Collection[str]) -> set[str]:
         with self._translated():

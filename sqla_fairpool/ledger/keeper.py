@@ -24,8 +24,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from ..background import start_thread
 from ..stats import LedgerStats
+from ..threads import start_thread
 from .demand import Local, Pace, TagBounds
 from .member import Membership
 from .rows import Terms, dump

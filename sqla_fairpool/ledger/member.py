@@ -54,7 +54,7 @@ class Membership:
         self._pool = PoolSide(local)
         self._pool.named = limits_of_tags(self.terms.tags).given
         self._demand = Demand(self.pace)
-        self.handovers = self._demand.handovers
+        self.handovers, self.rung = self._demand.handovers, self._demand.rung
         self.watch = Watch(self.store, sessions, self.pace)
         self.is_open = False
         self.transactions = 0
@@ -68,17 +68,17 @@ class Membership:
         self.vain: frozenset[str] = frozenset()
         #: Our number, kept while the row is lost: see `Book.join`.
         self.number: int | None = None
-        # Times: of the next look; of the next one without need.
-        self._look_at = self._slow_at = 0.0
-        # Most connections that were open since the last slow look.
-        self._peak = 0
-        # How many were found that live at the ledger's place and are in no row.
-        self._strangers = 0
+        # Times: of the next look; of the next one without need. And the most
+        # connections that were open since the last one of these.
+        self._look_at, self._slow_at, self._peak = 0.0, 0.0, 0
+        # Of the next question whether the store is there; and how many were found that
+        # live at the ledger's place and are in no row.
+        self._check_at, self._strangers = 0.0, 0
         # We have put slots into quarantine and look until they are out.
         self._guards = False
         # The server that was last posted as that of our sessions.
         self._server: str | None = None
-        # Our sign of life may have been lost; write something, so that others see.
+        # Our sign of life may have been lost; write something: others are to see.
         self._returning = False
 
     @property
@@ -88,10 +88,9 @@ class Membership:
 
     def stats(self, away: float) -> LedgerStats:
         """Return what was seen and counted. From any thread."""
-        members, slots = self.seen or (None, {})
-        times, done = self.handovers, self.transactions
+        (members, slots), times = self.seen or (None, {}), self.handovers
         handovers = Summary.of(BOUNDS, times.counts[:], times.total, times.max)
-        return LedgerStats(slots, members, done, handovers, away)
+        return LedgerStats(slots, members, self.transactions, handovers, away)
 
     def _see(self, book: Book) -> None:
         if (row := book.members.get(self.store.member)) is not None:
@@ -105,18 +104,14 @@ class Membership:
         has = self.allotment
         return has is not None and (
             has.row.owned != has.target
-            or bool(has.asked or self.vain or self._guards)
-            or bool(has.pauses and has.gone)
+            or bool(has.asked or self.vain or self._guards or (has.pauses and has.gone))
         )
-
-    def rung(self, now: float) -> None:
-        self._demand.rung(now)
 
     def times(self, now: float) -> Iterator[float]:
         """Yield the times at which there may be something to do, without a bell."""
         yield self._look_at
-        if self.is_open and self.store.watches_place:
-            yield now + self.pace.beat
+        if self.is_open:
+            yield max(self._check_at, now)
         yield from self._demand.times(now)
 
     def round(self, now: float, rung: bool, asked: bool = False) -> None:
@@ -124,9 +119,14 @@ class Membership:
         self._pool.forget_peaks()
         if not self.is_open and self.number is not None:
             self._open()
-        elif self.is_open and self.store.watches_place and not self.store.in_place():
-            self._pool.freeze()
-            raise StoreAway("what was opened is not what stands at its place now")
+        elif self.is_open and (now >= self._check_at or self.store.watches_place):
+            near = self.store.watches_place
+            self._check_at = now + (self.pace.beat if near else self.pace.far)
+            if not self.store.in_place():
+                self._pool.freeze()
+                raise StoreAway("what was opened is not what stands at its place now")
+        if not (rung or asked) and now < min(self._look_at, self._demand.rests_until):
+            return
         state = self._pool.look()
         self._peak = max(self._peak, state.open)
         if (has := self.allotment) is None:
@@ -142,6 +142,7 @@ class Membership:
             or self._returning
             or state.server != self._server
             or self._demand.is_news(state.tags, now)
+            or (rung and bool(self.vain) and has.starved == 1)  # that is for us
         )
         if not state.sessions.issubset(has.row.sessions):
             noted = not post and self._note_sessions(state, has)
@@ -167,8 +168,7 @@ class Membership:
         """
         if not self.store.signed or self._pool.local.lost():
             self._pool.freeze()
-        self.is_open = False
-        self._returning = True
+        self.is_open, self._returning, self._look_at = False, True, 0.0
 
     def exclude(self) -> None:
         """We are no member, and must not be one: close what is open."""
@@ -187,8 +187,7 @@ class Membership:
                 sessions = state.sessions.union(filter(None, state.lost))
                 with self._transaction() as book:
                     book.leave(self.store.member, state.open, sessions)
-                    bells = book.tell()
-                self.store.ring(bells)
+                    book.tell()
         except Exception as error:
             # Others find us dead, and our slots with us.
             _log.warning("could not leave the ledger %s: %s", self.store.name, error)
@@ -203,15 +202,17 @@ class Membership:
             # cover what the lost one did.
             self._pool.freeze()
         self.store.open()
-        self.is_open = True
+        self.is_open, self._check_at = True, 0.0
 
     @contextmanager
     def _transaction(self) -> Iterator[Book]:
         if not self.is_open:
             self._open()
         self.transactions += 1
-        with self.store.transaction() as rows:
-            yield Book(rows)
+        bells: list[str] = []
+        with self.store.transaction(bells) as rows:
+            yield (book := Book(rows))
+            bells += (bell for bell in book.bells if bell != self.store.member)
         self.rows = rows
 
     def _read(self) -> Mapping[str, str]:
@@ -317,17 +318,16 @@ class Membership:
         return None if self._strangers else has.fresh
 
     def _obey(self, allotment: Allotment, now: float) -> None:
-        """Do what the rows say, and ring those that are to hear of ours."""
+        """Do what the rows say."""
         self._demand.note(allotment, now)
-        self.number = allotment.row.number
         if allotment.terms != self.terms:
             self._adopt(allotment.terms)
+        self.number = allotment.row.number
         self._pool.pause(allotment.pauses)
         if allotment.buried:
             self._pool.bury(allotment.buried)
             self._guards = True
         self._pool.tell(min(allotment.row.owned, allotment.target), allotment.bounds)
-        self.store.ring(allotment.bells)
         if allotment.row.pressed != self.pressed:
             self.pressed = allotment.row.pressed
             self._pool.local.press(self.pressed)
@@ -335,12 +335,12 @@ class Membership:
         self._plan_looks(now)
 
     def _adopt(self, terms: Terms) -> None:
-        differences = terms.differences(self.terms), self.terms.differences(terms)
-        _log.warning(
+        log = _log.info if self.number else _log.warning  # or it is a newcomer
+        log(
             "the ledger %s has %s, this process had %s: the ledger's limits are in "
             "force",
-            self.store.name,
-            *differences,
+            *(self.store.name, terms.differences(self.terms)),
+            self.terms.differences(terms),
         )
         self.terms = terms
         self._pool.named = limits_of_tags(terms.tags).given
@@ -384,7 +384,7 @@ class Membership:
         starved = short if suspects else None
         if not self.watch.is_due(now, starved, self.chance, patrol, self._guards):
             return
-        book = Book(dict(self._read()))
+        book = Book(dict(self.rows))  # of this round
         self._see(book)
         findings = self.watch.look(book, self.store.member, now)
         if findings.any or self.watch.unasked != has.row.unasked:

@@ -55,7 +55,7 @@ from .store import LedgerError, Store, StoreAway, drain, notify, wait_for
 _LOCK_TIMEOUT, _STATEMENT_TIMEOUT = "4s", "5s"
 #: Seconds until an answer is there, or the connection is taken to be lost: the server
 #: itself answers within its time limits, with an error if need be.
-_ANSWER_WITHIN = 8.0
+_ANSWER_WITHIN = 5.5
 #: What a notification says when its receiver is to publish.
 _ASK = "ask"
 #: First key of the locks for transactions (any number would do; this one is "fair"),
@@ -65,6 +65,7 @@ _EXCLUSIVE, _CREATION = 0x66616972, 0
 _MISSING = frozenset({"42P01", "3F000"})
 #: And the one for a write on a server that may not be the one to write to any more.
 _DEMOTED = "25006"
+_NOTIFY = "SELECT pg_notify(name, {what}) FROM unnest(ARRAY[{names}]) name"
 _LOCK = f"SELECT pg_advisory_xact_lock({_EXCLUSIVE}, {{lock}})"
 
 
@@ -226,12 +227,15 @@ class PostgresStore(Store):
         self._begin()
 
     @contextmanager
-    def transaction(self) -> Iterator[MutableMapping[str, str]]:
+    def transaction(
+        self, bells: Collection[str] = ()
+    ) -> Iterator[MutableMapping[str, str]]:
         with self._rolled_back():
             before = self._rows("BEGIN", _LOCK)
             rows = dict(before)
             yield rows
-            self._tables.write(before, rows, "COMMIT")
+            rung, names = [_NOTIFY] * bool(bells), literals([*map(_channel, bells)])
+            self._tables.write(before, rows, *rung, "COMMIT", names=names, what="")
 
     def read(self) -> Mapping[str, str]:
         return self._rows()
@@ -274,9 +278,8 @@ class PostgresStore(Store):
     def _run(self, *statements: str, **values: object) -> list[Any]:
         """Execute statements in one round trip; return the rows of the last one."""
         texts = {name: literal(value) for name, value in values.items()}
-        message = "; ".join(statements).format_map(texts)
         with self._translated():
-            return execute(self._driver, message)
+            return execute(self._driver, "; ".join(statements).format_map(texts))
 
     @contextmanager
     def _cursor(self) -> Iterator[Any]:
@@ -339,7 +342,7 @@ class PostgresStore(Store):
         return signs
 
     def in_place(self) -> bool:
-        return self._connection is not None
+        return self._connection is not None and bool(self._run("SELECT 1"))
 
     def ring(self, members: Iterable[str]) -> None:
         self._notify(map(_channel, members), "")
@@ -352,10 +355,7 @@ class PostgresStore(Store):
 
     def _notify(self, channels: Iterable[str], what: str) -> None:
         if names := literals([*channels]):
-            statement = (
-                "SELECT pg_notify(name, {what}) FROM unnest(ARRAY[{names}]) name"
-            )
-            self._run(statement, names=names, what=what)
+            self._run(_NOTIFY, names=names, what=what)
 
     def wait(self, seconds: float | None) -> bool:
         assert self._pipe is not None

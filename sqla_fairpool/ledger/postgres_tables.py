@@ -24,7 +24,7 @@ from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.engine import URL
 from sqlalchemy.pool import NullPool
 
-from ..background import start_thread
+from ..threads import start_thread
 from .store import LedgerError, StoreAway, changes
 
 #: Version of the tables.
@@ -225,7 +225,11 @@ class Tables:
         return {key: value for _, key, value, _ in found if key is not None}
 
     def write(
-        self, before: Mapping[str, str], rows: Mapping[str, str], *after: str
+        self,
+        before: Mapping[str, str],
+        rows: Mapping[str, str],
+        *after: str,
+        **values: object,
     ) -> None:
         """Write what has changed.
 
@@ -234,7 +238,8 @@ class Tables:
         gone, changed = changes(before, rows)
         statements = [_DELETE] * bool(gone) + [_WRITE] * bool(changed)
         new = [f"({literals((self._ledger, *row))})" for row in changed]
-        self._run(*statements, *after, keys=literals(gone), rows=Text(", ".join(new)))
+        values |= {"keys": literals(gone), "rows": Text(", ".join(new))}
+        self._run(*statements, *after, **values)
 
     def swap(self, lock: str, key: str, before: str, after: str) -> bool:
         """Write a row if it is there as it was before; return if it was."""

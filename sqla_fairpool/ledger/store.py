@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import stat
-import threading
 from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Protocol
 from sqlalchemy import exc
 
 from ..checks import Documented
+from ..threads import make_lock
 
 try:
     import fcntl
@@ -57,7 +57,7 @@ class Store(Protocol):
     #: The sign of life depends on a connection, so it can be lost.
     can_lose_sign: bool
     #: What is at the ledger's place can become another one while it is open, so that
-    #: :meth:`in_place` is to be asked now and then.
+    #: :meth:`in_place` is to be asked each beat.
     watches_place: bool
     #: Another process has called :meth:`ask` on this one, which has not answered yet.
     asked: bool
@@ -79,12 +79,18 @@ class Store(Protocol):
         """
 
     def in_place(self) -> bool:
-        """Tell if what is open stands at the ledger's place. Cheap, takes no lock."""
+        """Tell if what is open stands at the ledger's place. Cheap, takes no lock.
+
+        :raises StoreAway: if it does not answer.
+        """
         ...
 
-    def transaction(self) -> AbstractContextManager[MutableMapping[str, str]]:
+    def transaction(
+        self, bells: Collection[str] = ()
+    ) -> AbstractContextManager[MutableMapping[str, str]]:
         """The rows, for this process alone; kept on leaving, undone by an exception.
 
+        :param bells: members to be rung with the commit, as they are on leaving.
         :raises StoreAway: also if they are not those at the ledger's place any more;
           then with :attr:`signed` set to False.
         """
@@ -197,7 +203,7 @@ def changes(
 # -- files of several processes --------------------------------------------------------
 
 #: Held by a thread that must not see its process forked.
-no_fork = threading.RLock()
+no_fork = make_lock()
 
 
 def _end_of_fork() -> None:

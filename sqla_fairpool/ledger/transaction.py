@@ -5,6 +5,7 @@ Part of the book, see :mod:`.book`: pure, in one transaction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
@@ -21,6 +22,9 @@ from .rows import (
     member_key,
     read,
 )
+
+#: Places by which a tag of weight 1 goes back after a turn, and the most for any.
+_TURN, _FAR = 1000, 1e9
 
 
 def has_news(rows: Mapping[str, str], member: str, allotment: Allotment) -> bool:
@@ -120,13 +124,22 @@ def _post(book: Book, key: str, demand: Mapping[str, TagDemand]) -> None:
 
 
 def _yield(book: Book, key: str, turns: Collection[str], plan: Allocation) -> None:
-    """Go to the end of these tags' lines."""
+    """Go to the end of these tags' lines.
+
+    In the line of tags a tag goes back by a turn over its weight: one of weight 3 has
+    three turns for one of weight 1. One that was quiet is a turn ahead at most.
+    """
     member = book.members[key]
+    limits = limits_of_tags(book.terms.tags)
     tags = dict(member.tags)
     for tag in sorted(turns):
-        tags[tag] = tags[tag]._replace(place=book.next_place())
+        end = book.next_place()
+        tags[tag] = tags[tag]._replace(place=end)
         if tag in plan.asked_tags:
-            book.places[tag] = book.next_place()
+            here = max(book.places[tag], end - 2 * _TURN)
+            book.next_place(here + _TURN)
+            way = min(_TURN / limits.of(tag).weight, _FAR)
+            book.places[tag] = here + math.ceil(way)
     book.members[key] = replace(member, tags=tags)
 
 
@@ -148,7 +161,7 @@ def _allotment(
     buried: tuple[Session | None, ...],
     covered: bool,
 ) -> Allotment:
-    bells = book.tell(plan)
+    book.tell(plan)
     member = book.members[key]
     ceilings = {
         tag: max(1, ceiling - plan.shares.get(tag, 0))
@@ -180,5 +193,4 @@ def _allotment(
         covered=covered,
         fresh=frozenset(book.members) if book.is_fresh else None,
         due=book.due.get(key),
-        bells=tuple(bell for bell in bells if bell != key),
     )

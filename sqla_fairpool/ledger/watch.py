@@ -72,9 +72,10 @@ def identify(cursor: Any, backend_pid: int | None) -> tuple[str, Session]:
 
     :param backend_pid: the server process as the driver knows it, None if it does not.
     """
+    # By the function below the view: a new session has no plan of a view yet, and a
+    # caller waits for it.
     cursor.execute(
-        f"SELECT {SERVER}, pid, {_BEGAN} FROM pg_stat_activity "
-        "WHERE pid = pg_backend_pid()"
+        f"SELECT {SERVER}, pid, {_BEGAN} FROM pg_stat_get_activity(pg_backend_pid())"
     )
     server, pid, began = cursor.fetchone()
     if backend_pid is not None and pid != backend_pid:

@@ -26,7 +26,7 @@ from ..scheduling.dry_run import DryRunScheduler
 from ..scheduling.scheduler import Scheduler
 from ..scheduling.ticket import FREE, LineFull
 from . import sqlalchemy_private
-from .checkout import Checkout, Generation, Opener, Record
+from .checkout import Checkout, Opener, Record
 from .connections import Connections, LedgerSlots, Member, Slots
 from .housekeeping import Housekeeping
 from .lock import PoolLock
@@ -267,7 +267,7 @@ class PoolCore:
 
     # -- checkin ---------------------------------------------------------------------
 
-    def checkin(self, record: Record, generation: Generation) -> None:
+    def checkin(self, record: Record) -> None:
         """Take a record back for the pool that opened it, also by the collector."""
         fair = record.fair
         checkout, scheduler = fair.checkout, self.scheduler
@@ -283,7 +283,9 @@ class PoolCore:
                 and not self.slots.is_over(fair.physical)
             )
         ):
-            self._release(checkout, record, generation is self.housekeeping.owner)
+            opener = sqlalchemy_private.pool_of(record)
+            keep = opener.generation is self.housekeeping.owner
+            self._release(checkout, record, keep)
             return
         now = self.clock()
         held = now - checkout.since

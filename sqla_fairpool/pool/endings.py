@@ -32,8 +32,8 @@ from typing import Any
 
 from sqlalchemy.util import await_only
 
-from ..background import start_thread
 from ..ledger.store import wait_for
+from ..threads import start_thread
 from .sqlalchemy_private import in_greenlet
 
 #: What a socket tells of the server's session.

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -21,6 +20,7 @@ from sqlalchemy.pool import Pool
 
 from ..ledger.drivers import has_private_memory, warn_of_memory
 from ..scheduling.ticket import GRANTED
+from ..threads import make_lock
 from . import sqlalchemy_private
 from .checkout import TIMES_TOLD, TOLD
 from .core import PoolCore
@@ -346,7 +346,7 @@ def guard_first_connect(pool: Pool) -> None:
     SQLAlchemy sets a dialect up in it, once and under a lock, which would be held for
     ever in a child that is forked meanwhile. A thread may fork in its own one.
     """
-    lock = threading.RLock()
+    lock = make_lock()
     _first_connects[id(lock)] = lock
     sqlalchemy_private.guard_first_connects(pool, lock)
 

@@ -22,7 +22,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import exc
 from sqlalchemy.engine import Connection, Dialect, Engine
@@ -44,7 +45,8 @@ _MARK = "_sqla_fairpool_tag_option"
 _ACCEPTED = "_sqla_fairpool_accepted"
 
 
-class Request(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Request:
     """What options say about one checkout, None where they say nothing."""
 
     #: The dialect of the pool which is meant; other pools ignore the request.

@@ -175,6 +175,8 @@ class FairQueuePool(Figures, Pausable, Pool):
         self._core = _core
         self._default_tag = _core.options.default_tag
         self.generation = Generation()
+        # What Pool calls, which would call the method below: two frames less.
+        self._return_conn = _core.checkin  # type: ignore[method-assign,assignment]  # with `fair`
         if owns:
             _core.housekeeping.owner = self.generation
         super().__init__(creator, **kw)
@@ -199,20 +201,15 @@ class FairQueuePool(Figures, Pausable, Pool):
 
     def _do_get(self) -> ConnectionPoolEntry:
         request = requested()
-        if request is not None:
-            dialect, tag, timeout, _ = request
-            if dialect is self._dialect:
-                make_request(None)  # before it waits or connects, see there
-                tag = tag or context_tag() or self._default_tag
-                return self._core.checkout(tag, self, timeout)
+        if request is not None and request.dialect is self._dialect:
+            make_request(None)  # before it waits or connects, see there
+            tag = request.tag or context_tag() or self._default_tag
+            return self._core.checkout(tag, self, request.timeout)
         tag = (context_tag() if blocks() else None) or self._default_tag
         return self._core.checkout(tag, self)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        self._core.checkin(record, self.generation)  # type: ignore[arg-type]  # with `fair`
-
-    # Pool's own would only call the other: one frame less on every checkin.
-    _return_conn = _do_return_conn
+        self._core.checkin(record)  # type: ignore[arg-type]  # with `fair`
 
     def _close_connection(
         self, connection: DBAPIConnection, *, terminate: bool = False

@@ -302,6 +302,8 @@ class LedgerMember:
         elif loop is None or loop.is_closed():
             core.housekeeping.hang_up_surplus()
         elif self._closing is None or self._closing.done():
+            if not (core.lock.deferred or core.lock.inbox):
+                return  # a loop that ends now would be left with a task
             coroutine = greenlet_spawn(core.lock.visit)
             self._ordered_at = time.monotonic()
             try:

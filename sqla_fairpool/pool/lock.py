@@ -18,7 +18,6 @@ Rules of this file:
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable
 from itertools import islice
@@ -26,6 +25,7 @@ from threading import get_ident
 from typing import Any, NoReturn, TypeVar
 
 from ..checks import BadState
+from ..threads import make_lock
 
 _T = TypeVar("_T")
 
@@ -48,7 +48,7 @@ class PoolLock:
     def reset(self) -> None:
         """Be as new, also in the child of a fork."""
         #: The lock itself, to read or note something, also in the middle of a section.
-        self.mutex = threading.RLock()
+        self.mutex = make_lock()
         #: The thread that is in a section, None if none is.
         self.busy_in: int | None = None
         #: What is to be done in a section, this one or the next; called with the time.

@@ -257,7 +257,7 @@ class Opening:
             pass
         finally:
             for record in out:
-                core.checkin(record, opener.generation)
+                core.checkin(record)
         return opened
 
     def _open_ahead(self, opener: Opener) -> bool:

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Protocol, TypeAlias
 from sqlalchemy import exc
 from sqlalchemy.util import await_only, greenlet_spawn
 
-from ..background import start_thread
 from ..diagnosis import TaskHere, ThreadHere
+from ..threads import start_thread
 from .sqlalchemy_private import in_greenlet
 
 

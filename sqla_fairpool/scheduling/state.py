@@ -52,7 +52,10 @@ class Lines:
         """Rank a tag with a line anew: what it holds, or its ceiling, has changed."""
         if len(self._waiting) == 1:
             return  # no other tag to be ranked with
-        if tag_state.in_use < self._tags.ceiling(tag_state):
+        if (
+            tag_state.in_use < tag_state.safe_ceiling.value  # known without a call
+            or tag_state.in_use < self._tags.ceiling(tag_state)
+        ):
             self._ready.put(tag_state, self.rank(tag_state))
         else:
             self._ready.remove(tag_state)
@@ -82,7 +85,10 @@ class Lines:
             return tag_state if tag_state.in_use < ceiling(tag_state) else None
         while (first := self._ready.first()) is not None:
             tag_state = first[1]
-            if tag_state.in_use < ceiling(tag_state):
+            if (
+                tag_state.in_use < tag_state.safe_ceiling.value
+                or tag_state.in_use < ceiling(tag_state)
+            ):
                 return tag_state
             self._ready.remove(tag_state)  # its ceiling has fallen
         return None
@@ -181,10 +187,17 @@ class SchedulerState:
             return False
         tag_state = ticket.tag_state
         is_kept = tag_state.in_use <= tag_state.reserved
-        if tag_state.waiters and tag_state.in_use <= self.ceiling(tag_state):
-            return is_kept or self.free_for(tag_state) >= 0
+        if (
+            tag_state.waiters
+            and tag_state.in_use <= self.ceiling(tag_state)
+            and (is_kept or self.free_for(tag_state) >= 0)
+        ):
+            return True
         waiting = self.lines.next()
-        return waiting is not None and self.free_for(waiting) + 1 - is_kept > 0
+        if waiting is None:
+            return False
+        of_its_own = waiting.in_use < waiting.reserved
+        return self.free_for(waiting) + (of_its_own or not is_kept) > 0
 
     def place(self, ticket: Ticket) -> int:
         """Return a waiting ticket's place in its line, from 1. O(place)."""

@@ -35,9 +35,9 @@ _MAX_REMEMBERED = 16_384
 #: How many tags are looked at to find one that may be forgotten early.
 _FORGET_TRIES = 4
 
-#: Dead entries tolerated beside as many live ones before the heap is rebuilt.
-#: Rebuilding costs O(live) and happens after at least this many pushes.
-_SLACK = 32
+#: Dead entries tolerated beside as many live ones before the heap is rebuilt, which
+#: costs O(live) after as many pushes. With few live ones, more dead ones cost more.
+_SLACK = 4
 
 
 class IndexedHeap(Generic[_Item]):

@@ -109,7 +109,7 @@ def test_pause_waits_until_nothing_is_out_and_all_is_served_after_resume(
     run, fails, path
 ):
     assert "there is no ledger at" in fails("pause")
-    engine = StubServer().engine(ledger=path, pool_timeout=0.05)
+    engine = StubServer().engine(ledger=path)
     held = engine.execution_options(scraper="api").connect()
     assert run("pause") == (0, "paused\n", "")
     eventually(lambda: engine.pool.stats().paused_for is not None)
@@ -120,7 +120,7 @@ def test_pause_waits_until_nothing_is_out_and_all_is_served_after_resume(
     )
     assert run("pause", "--tag", "x")[1] == "paused; paused beside it: all\n"
     with pytest.raises(CheckoutTimeout) as caught:
-        engine.connect()
+        engine.execution_options(fairpool_timeout=0.05).connect()
     assert re.search(
         r"pool paused in_use=1/.*; advice: the ledger is paused since 20\S+ by \S+ "
         r"\(\S+:\d+\), and serves again after `sqla-fairpool ledger resume`",
@@ -139,7 +139,6 @@ def test_pause_waits_until_nothing_is_out_and_all_is_served_after_resume(
         "it is paused already; paused beside it: tag 'x'\nnothing is out\n",
     )
     assert run("resume")[1] == "resumed; paused beside it: tag 'x'\n"
-    engine.pool.reconfigure(timeout=30.0)
     engine.connect().close()
     assert run("resume")[1] == "it is resumed already; paused beside it: tag 'x'\n"
     assert run("resume", "--tag", "x")[1] == "resumed\n"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.overviews import EVIL, overview, process
+from support.tasks import until
 from support.threads import VirtualClock
 from textual.containers import VerticalScroll
 from textual.renderables.bar import Bar
@@ -88,6 +89,7 @@ def screen(*pictures, **more):
     found = []
 
     async def script(app, pilot, looks):
+        await until(lambda: shown(app)[-1], "the line of keys")
         found.extend(shown(app))
 
     drive(script, *pictures, **more)

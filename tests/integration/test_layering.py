@@ -17,7 +17,7 @@ from sqla_fairpool.checks import PAGES, Documented
 
 #: Each may import those before it, and what stands beside it in its own folder.
 ORDER = [
-    {"background", "scheduling", "stats"},
+    {"scheduling", "stats", "threads"},
     {"checks"},
     {"options"},
     {"diagnosis"},

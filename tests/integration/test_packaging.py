@@ -237,7 +237,7 @@ def logged():
                     yield first.value
 
 
-_LOGS = re.compile(r"log(ger)?\.(info|warning|error)$|self\._log$")
+_LOGS = re.compile(r"log(ger)?\.(info|warning|error)$|self\._log$|^log$")
 
 
 def test_generated_parts_of_the_documents_are_those_of_the_code():

@@ -64,9 +64,10 @@ def test_bad_value_names_the_variable_unless_it_is_an_arguments():
             with pytest.raises(ArgumentError, match=f"^{name}=0 is not allowed"):
                 settings.with_arguments({name: 0})
             settings.with_arguments({name: 10})
-    settings = Settings.read({"FAIRPOOL_TAGS": '{"api": {"max": 0}}'})
-    with pytest.raises(ArgumentError, match=r"^FAIRPOOL_TAGS=\{'api': .*'max': 0"):
-        settings.with_arguments({})
+    for limit in ("max", "statement_timeout", "lock_timeout"):
+        settings = Settings.read({"FAIRPOOL_TAGS": f'{{"api": {{"{limit}": 0}}}}'})
+        with pytest.raises(ArgumentError, match=rf"^FAIRPOOL_TAGS=\{{'api': .*{limit}"):
+            settings.with_arguments({})
     settings = Settings.read({"SCRAPER_SOFT_LIMIT": "12"})
     with pytest.raises(ArgumentError, match=r"^SCRAPER_SOFT_LIMIT=.12. is not"):
         settings.with_arguments({"max_limit": 11})

@@ -201,6 +201,10 @@ def test_arguments_that_agree_with_the_keys_or_have_none_are_silent(
         ("&pre_ping=maybe", "fairpool_pre_ping='maybe' is not allowed: true"),
         ("&recycle=1h", "fairpool_recycle='1h' is not allowed: a whole .* -1 for ne"),
         ("&scraper=a%0A", r"fairpool_scraper=.a\\n. is not allowed: a tag is"),
+        (
+            '&tags={"a":{"lock_timeout":0}}',
+            r"^fairpool_tags=.*: 0.*lock_timeout is sec",
+        ),
         ("&min_idle=1&min_idle=2", "key 'fairpool_min_idle' stands tw"),
     ],
 )

@@ -450,6 +450,34 @@ def test_children_use_the_pool_under_the_scripts_name(postgres_url):
     assert out.splitlines() == [f"{way} FairQueuePool ['script']" for way in ways]
 
 
+TIMES = {"statement_timeout": 7.5, "lock_timeout": "1.5"}
+TIMES = json.dumps({"times*": {**TIMES, "idle_in_transaction_timeout": 60}})
+
+
+@pytest.mark.postgres
+@pytest.mark.parametrize("how", ["URL", "FAIRPOOL_TAGS", "--tags", "@file"])
+def test_time_limits_of_a_tag_reach_the_server(postgres_url, monkeypatch, how):
+    url, told = make_url(postgres_url), ["--ledger=none", "--scraper=times"]
+    if how == "URL":
+        keys = {"plugin": "fairpool", "fairpool_scraper": "times"}
+        url = url.update_query_dict({**keys, "fairpool_tags": TIMES})
+    elif how == "FAIRPOOL_TAGS":
+        monkeypatch.setenv(how, TIMES)
+    else:
+        script(TIMES, "times.json")
+        told += ["--tags", TIMES if how == "--tags" else "@times.json"]
+    names = "statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout"
+    source = f"""
+import sys
+from sqlalchemy import create_engine, text
+with create_engine(sys.argv[1]).connect() as connection:
+    for name in {names}:
+        print(connection.scalar(text(f"show {{name}}")))
+"""
+    url = url.render_as_string(hide_password=False)
+    assert launched(*told, script(source), url) == (0, "7500ms\n1500ms\n1min\n", "")
+
+
 @pytest.mark.postgres
 def test_asyncio_script_on_a_real_database(postgres_url):
     url = make_url(postgres_url).set(drivername="postgresql+asyncpg")
@@ -611,6 +639,18 @@ def test_launcher_below_a_launcher_goes_on_with_what_that_was_told(told, monkeyp
         (["--max-limit", "-5"], "--max-limit='-5' is not allowed: a whole number from"),
         (["--idle-timeout", "nan"], "--idle-timeout='nan' is not allowed: seconds, at"),
         (["--reallocation-interval", "0"], "--reallocation-interval='0' is not allow"),
+        (
+            ["--tags", '{"a": {"lock_timeout": "1s"}}'],
+            "--tags={'a': {'lock_timeout': '1s",
+        ),
+        (
+            ["--tags", "@tags.json"],
+            "--tags={'a': {'statement_timeout': -1}} is not allow",
+        ),
+        (
+            ["--tags", "@none.json"],
+            "--tags=@none.json cannot be read: [Errno 2] No such",
+        ),
         (["--scraper", ""], "--scraper='' is not allowed: a tag is a non-empty string"),
         (["--scraper", "a\nb"], r"--scraper='a\nb' is not allowed: a tag is a non-em"),
         (["--ledger", "nonsense"], "--ledger='nonsense' is not allowed: 'host' (a fi"),
@@ -620,6 +660,7 @@ def test_launcher_below_a_launcher_goes_on_with_what_that_was_told(told, monkeyp
     ],
 )
 def test_bad_option_is_named_and_nothing_starts(refused, command, says):
+    script('{"a": {"statement_timeout": -1}}', "tags.json")
     assert refused(*command, "x.py").startswith(says)
 
 

@@ -263,7 +263,7 @@ def test_tag_within_its_reserve_is_not_asked_to_yield():
     }
     places = {"health": 1, "t0": 2, "t1": 3, "t2": 4}
     found = allocate(parties, places, Limits(4, 4, 4, HEALTH))
-    assert found.asked_tags == {"t0"}
+    assert found.asked_tags == {"t0", "t1"}
 
 
 @pytest.mark.parametrize("free", range(8))
@@ -380,12 +380,12 @@ def test_with_more_members_than_slots_the_first_are_asked_for_the_last():
     assert found.starved == {"x": {"m3", "m4"}}
 
 
-def test_with_more_tags_than_slots_the_first_tags_are_asked():
+def test_with_more_tags_than_slots_those_that_have_one_are_asked():
     parties = {f"m{n}": wanting(**{f"t{n}": 9}) for n in range(3)}
     found = allocate(parties, {"t1": 1, "t2": 2, "t0": 3}, Limits(2, 2, 2))
     assert found.targets == {"m1": 1, "m2": 1, "m0": 0}
-    assert found.asked_tags == {"t1"}
-    assert found.asked == {("t1", "m1")}
+    assert found.asked_tags == {"t1", "t2"}
+    assert found.asked == {("t1", "m1"), ("t2", "m2")}
 
 
 def test_slots_of_a_stalled_member_that_no_tag_uses_are_nobodys():
@@ -543,7 +543,8 @@ def test_a_member_that_is_stalled_is_asked_for_nothing():
 
 def test_an_empty_ledger_has_limits_of_nobody():
     book = Book({})
-    assert (book.set_by, book.pauses, book.server, book.tell()) == (None, {}, None, [])
+    book.tell()
+    assert (book.set_by, book.pauses, book.server, book.bells) == (None, {}, None, [])
     with pytest.raises(LedgerError, match="no process has joined"):
         _ = book.terms
     book.join("a", {}, Terms(9, 9, 9, 60.0, 30.0), server="s")
@@ -735,7 +736,7 @@ def test_turn_of_a_member_and_of_a_tag():
     for key, tag in ("a", "x"), ("b", "x"):
         told = settled(book, key, {tag: Line(key == "a", 1, True)}, int(key == "a"), 1)
     assert (told.asked, told.turns, told.due) == (frozenset(), 1, None)
-    assert told.bells == ("a",)
+    assert book.bells == ["a"]
     places = dict(book.places)
     told = settled(book, "a", {"x": Line(1, 1, True)}, 1, 1)
     assert (told.asked, told.due) == ({"x"}, "turn")
@@ -746,6 +747,53 @@ def test_turn_of_a_member_and_of_a_tag():
     settled(book, "c", {"y": Line(0, 1, True)})
     settled(book, "a", {"x": Line(1, 1, True)}, 1, 0, ready=["x"])
     assert book.places["x"] > book.places["y"]
+
+
+def time_by_weight(weights, slots):
+    """What each has of the time if none has more than a slot: the definition."""
+    low, high = 0.0, max(1 / weight for weight in weights)
+    for _ in range(60):
+        rate = (low + high) / 2
+        filled = sum(min(1.0, weight * rate) for weight in weights)
+        low, high = (rate, high) if filled < slots else (low, rate)
+    return [min(1.0, weight * low) for weight in weights]
+
+
+@pytest.mark.parametrize("seed", [0, 3, 4, 5])
+def test_turns_of_more_tags_than_slots_are_had_by_weight_over_all_members(seed):
+    random = Random(seed)
+    number, rounds = random.randint(4, 12), 80
+    slots = random.randint(1, number - 1)
+    weights = {f"t{n}": random.choice([0.5, 1.0, 1.0, 2.0, 3.0]) for n in range(number)}
+    tags = dump({tag: {"weight": weight} for tag, weight in weights.items()})
+    where = {tag: random.sample("abc", random.choice([1, 1, 2])) for tag in weights}
+    book = Book({})
+    wants = {m: {t: Line(0, 9, True) for t in where if m in where[t]} for m in "abc"}
+    for key, wanted in wants.items():
+        book.join(key, {}, Terms(slots, slots, slots, 60.0, 30.0, tags))
+        settled(book, key, wanted)
+    had = Counter()
+    for turn in range(rounds + number):
+        holders = {pair: pair[0] for pair in book.allocation().claims}
+        had.update(holders.values() if turn >= number else ())
+        while asked := book.allocation().asked & holders.keys():
+            tag, key = min(asked)
+            del holders[tag, key]
+            settled(book, key, wants[key], ready=[tag])
+    expected = time_by_weight([*weights.values()], slots)
+    times = [had[tag] / rounds for tag in weights]
+    assert sum(times) == pytest.approx(slots)
+    assert times == pytest.approx(expected, abs=0.05)
+
+
+def test_tag_of_the_least_weight_has_a_place():
+    tags = dump({"y": {"weight": 5e-324}})
+    book = Book({})
+    book.join("a", {}, Terms(1, 1, 1, 60.0, 30.0, tags))
+    demand = {"y": Line(0, 1, True), "x": Line(0, 1, True)}
+    settled(book, "a", demand)
+    settled(book, "a", demand, ready=["y"])
+    assert book.places["y"] > book.places["x"]
 
 
 def test_one_that_needs_no_more_gives_back_what_it_does_not_claim():

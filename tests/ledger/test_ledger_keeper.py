@@ -174,6 +174,19 @@ def test_who_is_idle_or_served_by_what_it_owns_leaves_the_store_alone(world):
     assert silent.keeper.member.transactions == 0
 
 
+def test_a_pool_without_a_user_is_seldom_looked_at_until_it_rings(world):
+    a, b, c = world.members(a=2, b=1, c=1)
+    free(a, "a", 2)
+    world.run(2.0)
+    a.passed.clear()
+    world.run(40.0, tick=0.01)
+    assert a.passed.count("demand") <= 20
+    ask(b, "b", 9)
+    ask(c, "c", 9)
+    world.run(0.1)
+    assert (a.row.owned, used(b, c)) == (0, [10, 10])
+
+
 def test_figures_are_published_for_whoever_asks_and_only_then(world):
     a = world.member("a", 2)
     a.keeper._figures = lambda: {"open": a.pool.in_use.total()}
@@ -194,6 +207,19 @@ def test_figures_are_published_for_whoever_asks_and_only_then(world):
     ask(a, "a")
     world.run(10.0)
     assert (a.keeper.trouble, used(a)) == (None, [15])
+
+
+def test_one_that_alone_goes_short_takes_what_it_is_rung_for_in_one_transaction():
+    world = World(Terms(1, 1, 1, 60.0, 30.0))
+    a, b = world.members(a=1, b=1)
+    free(a, "a")
+    while b.store.member not in world.host.rung:
+        world.now += 0.001
+        a.step()
+    transactions, b.passed = world.host.transactions, []
+    b.step()
+    assert (b.row.owned, world.host.transactions - transactions) == (1, 1)
+    assert "read" not in b.passed
 
 
 def test_the_bell_rings_once_and_only_for_what_may_change_something(world):
@@ -399,7 +425,8 @@ def test_newcomer_adopts_the_terms_in_force(world, caplog):
 
 
 @pytest.mark.parametrize("how", ["a newcomer leads", "a member sets", "an operator"])
-def test_terms_are_changed_for_all_members_at_once(world, how):
+def test_terms_are_changed_for_all_members_at_once(world, how, caplog):
+    caplog.set_level("INFO")
     a, b = world.members(a=15, b=15)
     world.churn(2.0)
     assert used(a, b) == [10, 10]
@@ -416,6 +443,8 @@ def test_terms_are_changed_for_all_members_at_once(world, how):
         a.store.ring_all()
     world.run(0.1)
     assert world.book.terms == OTHER_TERMS == a.pool.terms == b.pool.terms
+    told = [one.levelname for one in caplog.records if "limits are in" in one.message]
+    assert told == ["INFO", "INFO"]  # to adopt a change is nothing to warn of
     assert used(a, b) == [10, 10]  # nothing is taken away
     world.churn(3.0)
     assert used(*world.living) == ([4, 5, 1] if "leads" in how else [5, 5])
@@ -509,20 +538,45 @@ def test_reserved_slot_is_used_under_its_tag_only():
     assert (used(a), world.book.free) == ([7], 1)
 
 
-@pytest.mark.parametrize("where", ["apart", "both"])
+@pytest.mark.parametrize("where", ["apart", "both", "by weight"])
 def test_tags_get_the_same_time_whether_they_hold_long_or_in_several_processes(where):
-    turns = LedgerTurns(2, capacity=4)
+    """The same per weight, where those of weight 3 are in one process."""
+    heavy = ("tag0", "tag1", "tag2") if where == "by weight" else ()
+    own = {tag: {"weight": 3.0} for tag in heavy}
+    turns = LedgerTurns(2, capacity=4, tags=json.dumps(own))
     for n in range(16):
         tag, hold = f"tag{n}", 0.5 if n < 5 else 0.02
-        turns.come(n % 2, tag, 2, hold)
+        here = n > 2 if where == "by weight" else n % 2
+        turns.come(here, tag, 2, hold)
         if where == "both" and not n % 4:
-            turns.come(1 - n % 2, tag, 2, hold)
+            turns.come(1 - here, tag, 2, hold)
     turns.run(10.0)
     turns.forget()
     turns.run(50.0)
     turns.check()
-    assert policy.jain([turns.seconds[tag] for tag in turns.holds]) >= 0.98
+    times = [turns.seconds[tag] / (3.0 if tag in own else 1.0) for tag in turns.holds]
+    assert policy.jain(times) >= 0.98
     assert turns.server.most == 4
+
+
+@pytest.mark.parametrize(("where", "hold"), [("0", 0.02), ("01", 0.02), ("01", 0.5)])
+def test_tag_that_was_quiet_for_an_hour_gets_no_more_than_its_share(where, hold):
+    turns = LedgerTurns(2, capacity=4)
+    for process in where:
+        turns.come(int(process), "quiet", 2, hold)
+    turns.run(10.0)
+    del turns.holds["quiet"]
+    turns.run(3610.0)
+    for n in range(19):
+        turns.come(n % 2, f"tag{n}", 2, 0.5 if n < 6 else 0.02)
+    turns.run(3630.0)
+    turns.forget()
+    for process in where:
+        turns.come(int(process), "quiet", 2, hold)
+    turns.run(3640.0)
+    share = 4 * 10.0 / 20  # of the ten seconds that are a half-life
+    most = share * 1.05 + hold * len(where)  # whole holds, in each process
+    assert share / 2 <= turns.seconds["quiet"] <= most
 
 
 def test_the_terms_of_the_dead_bind_nobody(world):

@@ -166,6 +166,7 @@ def test_store_needs_few_round_trips_and_one_while_it_has_the_lock(proxy, driver
     assert trips(rows_of, store) == 2
     assert rows_of(store)["k8"] == "{'\\%}"
     assert trips(store.ring, ["a", "b", "c"]) == 1
+    assert trips(lambda: write(store, ["a", "b"], k1="new")) == 2
     store.close()
     assert trips(store.open) <= 10
     store.close()
@@ -332,6 +333,30 @@ def test_control_connection_that_says_nothing_is_hung_up_on_and_made_anew(
         connection.close()
     assert "no answer within 1 s" in caplog.text
     one.reaches_the_ledger()
+
+
+@SILENCED
+@pytest.mark.parametrize("in_use", [0, SLOTS])
+def test_silence_is_noticed_by_one_that_has_nothing_to_say(
+    member, proxy, monkeypatch, caplog, in_use
+):
+    monkeypatch.setattr(postgres, "_ANSWER_WITHIN", 1.0)
+    pace = Pace(slow=1000.0, far=0.2, retry=0.5)
+    monkeypatch.setattr(ledger_sessions, "Keeper", partial(Keeper, pace=pace))
+    one = member(past=True)
+    connections = take_all(one)
+    for connection in connections[in_use:]:
+        connection.close()
+    proxy.silence()
+    eventually(lambda: "no answer within 1 s" in caplog.text, "it is noticed")
+    one.reaches_the_ledger()
+    for connection in connections:
+        connection.close()
+
+
+def test_silence_is_noticed_within_the_time_of_a_quarantine():
+    pace = Pace()
+    assert pace.far + postgres._ANSWER_WITHIN < pace.reclaim_after
 
 
 @SILENCED

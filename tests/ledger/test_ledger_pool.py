@@ -8,6 +8,7 @@ import gc
 import logging
 import pickle
 import shutil
+from threading import get_ident
 
 import pytest
 from sqlalchemy import create_engine
@@ -399,19 +400,21 @@ def test_local_checkout_does_no_store_io(member, monkeypatch):
     give(take_from(engine, 3))
     keeper = state.keeper(engine)
     eventually(lambda: (has := keeper.member.allotment) and has.row.owned == 3)
-    calls = []
+    calls, me = [], get_ident()
     for name in ("transaction", "ring", "living", "nudge"):
         original = getattr(HostStore, name)
         monkeypatch.setattr(
             HostStore,
             name,
-            lambda *args, _o=original, _n=name: calls.append(_n) or _o(*args),
+            lambda *args, _o=original, _n=name: (
+                calls.append((get_ident() == me, _n)) or _o(*args)
+            ),
         )
-    before = keeper.member.transactions
     for _ in range(300):
         give(take_from(engine, 3))
-    assert keeper.member.transactions == before
-    assert calls == []
+    assert [name for mine, name in calls if mine] == []
+    # The keeper's own: on a busy machine these take longer than a sign of life lasts.
+    assert len(calls) < 100
 
 
 def test_ledger_is_where_the_engine_the_plugin_or_the_environment_says(
@@ -582,6 +585,11 @@ def test_tasks_share_with_threads(tmp_path, member):
         give(taken)
         async with tasks.connect():
             pass
+        state.look_around(engine)
+        before = asyncio.all_tasks()
+        state.share(engine).close_surplus()
+        await asyncio.sleep(0)
+        assert asyncio.all_tasks() == before  # there is nothing to close
         await engine.dispose()
         await asyncio.to_thread(state.keeper(engine).close)
 

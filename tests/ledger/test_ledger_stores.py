@@ -160,6 +160,17 @@ def test_bell_that_rang_before_the_wait_is_heard_once(make):
     assert not two.wait(0)
 
 
+def test_bells_of_a_transaction_ring_with_its_commit_only(make):
+    one, two = make(), make()
+    with pytest.raises(ZeroDivisionError), one.transaction([two.member]):
+        raise ZeroDivisionError
+    assert not two.wait(0.05)
+    with one.transaction([two.member]) as rows:
+        rows["a"] = "new"
+    assert two.wait(PATIENCE)
+    assert rows_of(two)["a"] == "new"
+
+
 def test_nudges_never_block_and_are_one(make):
     store = make()
     for _ in range(100_000):  # more than a FIFO holds

@@ -17,6 +17,7 @@ from support.threads import Caller
 
 import sqla_fairpool
 import sqla_fairpool.pool.snapshot  # else stats() is interrupted as it imports this
+from sqla_fairpool import threads
 
 #: Whose functions are interrupted.
 OURS = (str(Path(sqla_fairpool.__file__).parent), contextlib.__file__)
@@ -30,7 +31,8 @@ def throw_at(number, function, *args):
     """Call a function; raise at the so many-th moment where CPython may interrupt it.
 
     Those are when a function begins, and when a call has ended. Only in the package: an
-    interrupt in `logging`, say, leaves a lock of that one locked.
+    interrupt in `logging`, say, leaves a lock of that one locked. Not as a function of
+    Python returns to the start of a `with` block: no version does it that has `Lock`.
 
     :return: the interrupt with its traceback, None if the function came to its end.
     """
@@ -38,6 +40,8 @@ def throw_at(number, function, *args):
 
     def count(frame, event, argument):
         nonlocal left
+        if event == "return" and frame.f_code is threads.Lock.__enter__.__code__:
+            return
         if event != "c_call" and frame.f_code.co_filename.startswith(OURS):
             left -= 1
             if left == 0:

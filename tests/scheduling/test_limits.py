@@ -166,6 +166,18 @@ def test_release_is_said_to_be_wanted_only_if_it_would_grant_another():
     assert script.scheduler.wanted(web[0])
 
 
+def test_any_release_is_wanted_by_a_tag_that_waits_below_its_reserve():
+    script = Script(capacity=4)
+    (api,), web = script.requests("api", 1), script.requests("web", 3)
+    script.requests("health", 1)
+    script.requests("web", 1)
+    one = TagLimits(reserved=1)
+    assert script.reconfigure(limits={"api": one, "health": one}) == []
+    # One slot is kept free for health, but all four are in use: this drains.
+    assert script.scheduler.wanted(api)
+    assert script.scheduler.wanted(web[0])
+
+
 def test_own_maximum_holds_where_ceilings_come_from_outside():
     script = Script(limits={"a": TagLimits(max=2), "b": TagLimits(max=9)})
     script.scheduler.impose(20, {"a": 8, "b": 4}, 6, 0.0)

@@ -96,7 +96,7 @@ class MemoryStore:
             raise StoreAway("the rows were deleted")
 
     @contextmanager
-    def transaction(self):
+    def transaction(self, bells=()):
         host = self.host
         self.point("begin")
         self._look()
@@ -115,6 +115,7 @@ class MemoryStore:
         finally:
             host.holder = None
         self.point("committed")
+        self.ring(bells)
 
     def read(self):
         self.point("read")

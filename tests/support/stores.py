@@ -30,8 +30,8 @@ def rows_of(store):
         return dict(rows)
 
 
-def write(store, **values):
-    with store.transaction() as rows:
+def write(store, bells=(), /, **values):
+    with store.transaction(bells) as rows:
         rows.update(values)
 
 

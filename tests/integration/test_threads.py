@@ -1,4 +1,4 @@
-"""Threads that work in the background begin, whatever interrupts their start."""
+"""Threads begin, and locks are released, whatever interrupts their callers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from support import state
 from support.threads import PATIENCE, Caller, eventually
 
-from sqla_fairpool import background
+from sqla_fairpool import threads
 from sqla_fairpool.pool.endings import OPEN, EndWatcher
 from sqla_fairpool.pool.waiters import ThreadWaiter
 
@@ -85,8 +85,8 @@ def worker(request, server):
 @pytest.fixture
 def soon(monkeypatch):
     """Give helpers up soon, and try as many as it takes."""
-    monkeypatch.setattr(background, "_HEARD_WITHIN", 0.02)
-    monkeypatch.setattr(background, "_HELPERS", 10_000)
+    monkeypatch.setattr(threads, "_HEARD_WITHIN", 0.02)
+    monkeypatch.setattr(threads, "_HELPERS", 10_000)
 
 
 start_raw = _thread.start_new_thread
@@ -132,19 +132,20 @@ class HitError(Exception):
     """Thrown into a thread."""
 
 
+def throw(number):
+    number = ctypes.c_ulong(number)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(HitError))
+
+
 @pytest.mark.usefixtures("soon")
 def test_exception_thrown_in_the_first_moment(worker, monkeypatch):
     """It hits this thread, or up to CPython 3.11 the new one."""
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
 
-    def throw():
-        number = ctypes.c_ulong(threading.get_ident())
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(number, ctypes.py_object(HitError))
-
     def start(function, args):
         monkeypatch.setattr(_thread, "start_new_thread", start_raw)
         start_raw(function, args)
-        throw()
+        throw(threading.get_ident())
 
     def call():
         for _ in range(10):
@@ -156,6 +157,28 @@ def test_exception_thrown_in_the_first_moment(worker, monkeypatch):
 
     Caller(call).result()
     eventually(worker.works)
+
+
+def test_interrupt_of_a_thread_that_waits_for_a_lock_leaves_it_free():
+    """In CPython 3.14 it is raised as the lock has been taken, before the block."""
+    lock, waits = threads.make_lock(), threading.Event()
+
+    def call():
+        waits.set()
+        with lock:
+            pass
+
+    for _ in range(20):
+        lock.acquire()
+        caller = Caller(call)
+        assert waits.wait(PATIENCE)
+        throw(caller.ident)
+        lock.release()
+        with pytest.raises(HitError):
+            caller.result()
+        assert lock.acquire(blocking=False)
+        lock.release()
+        waits.clear()
 
 
 # -- where there are no threads ------------------------------------------------------
@@ -171,17 +194,17 @@ def refuse(*_):
 def test_thread_that_the_system_refuses(monkeypatch, patched):
     monkeypatch.setattr(*patched, refuse)
     failed = threading.Event()
-    background.start_thread(refuse, "refused", failed.set)
+    threads.start_thread(refuse, "refused", failed.set)
     assert failed.wait(PATIENCE)
 
 
 def test_no_thread_is_heard_of_at_the_interpreters_end(monkeypatch):
     orders, failed = [], []
-    monkeypatch.setattr(background, "_HEARD_WITHIN", 0.0)
+    monkeypatch.setattr(threads, "_HEARD_WITHIN", 0.0)
     monkeypatch.setattr(_thread, "start_new_thread", lambda *call: orders.append(call))
-    background.start_thread(refuse, "late", lambda: failed.append(1))
+    threads.start_thread(refuse, "late", lambda: failed.append(1))
     assert failed == [1]
-    assert len(orders) == background._HELPERS
+    assert len(orders) == threads._HELPERS
     for function, args in orders:  # if they are after all, it is not started
         function(*args)
     assert "late" not in names()
