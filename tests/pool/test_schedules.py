@@ -239,8 +239,10 @@ PLACES = {"loans": [inspect.getfile(WarmCache)]}
 def scheduled(monkeypatch, light_heap):
     """Have pools use the locks and the time of the schedule that runs."""
     # SQLAlchemy holds a lock of its own while a pool opens its first connection.
-    for module in (lock, waiters, attr, events):
+    for module in (waiters, attr):
         monkeypatch.setattr(module, "threading", THREADING)
+    for module in (lock, events):
+        monkeypatch.setattr(module, "make_lock", THREADING.RLock)
     monkeypatch.setattr(lock, "get_ident", THREADING.get_ident)
     monkeypatch.setattr(FairQueuePool, "_clock", staticmethod(clock))
     for numbered in (_ConnectionRecord, Checkout, PhysicalConnection, Reservation):
