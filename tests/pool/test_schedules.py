@@ -291,8 +291,10 @@ MUTANTS = {
     "a section that grants does not see what is borrowed": (
         "borrows",
         WarmCache.borrow,
-        "self._lock.busy_in is None\n        and ",
-        "",
+        "self._lock.busy_in is None\n"
+        "        and self._scheduler.may_take_over(tag, len(self.borrowed))\n"
+        "        and self._lock.busy_in is None\n",
+        "self._scheduler.may_take_over(tag, len(self.borrowed))\n",
     ),
     "a section and a caller both say whose it is": (
         "loans",
