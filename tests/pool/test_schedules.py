@@ -41,9 +41,8 @@ from sqla_fairpool import (
     AsyncAdaptedFairQueuePool,
     CheckoutTimeout,
     FairQueuePool,
-    threads,
 )
-from sqla_fairpool.pool import lock, waiters
+from sqla_fairpool.pool import events, lock, waiters
 from sqla_fairpool.pool.checkout import Checkout
 from sqla_fairpool.pool.connections import Reservation
 from sqla_fairpool.pool.core import PoolCore
