@@ -110,10 +110,12 @@ class WarmCache:
         checkout = record.fair.checkout
         checkout.borrowed = True
         self.borrowed[checkout] = None
-        # From here on no section grants anything before it has charged this.
+        # From here on no section grants anything before it has charged this. One that
+        # charges others has taken them out before, so it must not be in the middle.
         if (
             self._lock.busy_in is None
             and self._scheduler.may_take_over(tag, len(self.borrowed))
+            and self._lock.busy_in is None
             and checkout in self.borrowed  # else a section was faster
         ):
             return True

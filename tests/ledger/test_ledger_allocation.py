@@ -586,15 +586,6 @@ def test_four_of_the_members_are_named_to_one_that_differs():
     assert "h:c, h:d and 1 more)" in str(book._difference(None))
 
 
-def test_a_member_is_told_of_a_limit_that_binds_it_anew():
-    known = {"x": Line(2, 3, True, 1, limit=2)}
-    plan = allocate({"a": Party(5, tags=known)}, {}, TERMS)
-    members = {"a": Member(1, {}, 5, tags=known)}
-    assert plan.due(members, 0) == {"a": "limit"}
-    told = {"x": known["x"]._replace(limit=plan.limits["x", "a"])}
-    assert plan.due({"a": Member(1, {}, 5, tags=told)}, 0) == {}
-
-
 def test_a_pause_is_new_once():
     book = joined(a=0)
     for who, expected in (({"host": "h"}, True), ({"host": "i"}, False)):
@@ -786,14 +777,25 @@ def test_turns_of_more_tags_than_slots_are_had_by_weight_over_all_members(seed):
     assert times == pytest.approx(expected, abs=0.05)
 
 
-def test_tag_of_the_least_weight_has_a_place():
-    tags = dump({"y": {"weight": 5e-324}})
-    book = Book({})
+@pytest.mark.parametrize(
+    ("weight", "place", "after", "newcomer"),
+    [
+        *[(1.0, 9500, 10500, 10502), (3.0, 9500, 9834, 10502)],
+        *[(0.5, 9500, 11500, 10502), (5e-324, 9500, 10**9 + 9500, 10502)],
+        # One that was quiet for many turns is ahead of others by one.
+        *[(1.0, 8500, 9500, 10003), (1.0, 9, 9000, 10003)],
+    ],
+)
+def test_tag_goes_back_by_a_turn_over_its_weight(weight, place, after, newcomer):
+    book, tags = Book({}), dump({"y": {"weight": weight}})
     book.join("a", {}, Terms(1, 1, 1, 60.0, 30.0, tags))
-    demand = {"y": Line(0, 1, True), "x": Line(0, 1, True)}
+    demand = {tag: Line(0, 1, True) for tag in "xy"}
     settled(book, "a", demand)
+    book.meta = replace(book.meta, next_place=10000)
+    book.places |= {"x": 20000, "y": place}
     settled(book, "a", demand, ready=["y"])
-    assert book.places["y"] > book.places["x"]
+    settled(book, "a", demand | {"new": Line(0, 1, True)})
+    assert (book.places["y"], book.places["new"]) == (after, newcomer)
 
 
 def test_one_that_needs_no_more_gives_back_what_it_does_not_claim():

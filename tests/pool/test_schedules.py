@@ -41,9 +41,8 @@ from sqla_fairpool import (
     AsyncAdaptedFairQueuePool,
     CheckoutTimeout,
     FairQueuePool,
-    threads,
 )
-from sqla_fairpool.pool import lock, waiters
+from sqla_fairpool.pool import events, lock, waiters
 from sqla_fairpool.pool.checkout import Checkout
 from sqla_fairpool.pool.connections import Reservation
 from sqla_fairpool.pool.core import PoolCore
@@ -240,8 +239,10 @@ PLACES = {"loans": [inspect.getfile(WarmCache)]}
 def scheduled(monkeypatch, light_heap):
     """Have pools use the locks and the time of the schedule that runs."""
     # SQLAlchemy holds a lock of its own while a pool opens its first connection.
-    for module in (threads, waiters, attr):
+    for module in (waiters, attr):
         monkeypatch.setattr(module, "threading", THREADING)
+    for module in (lock, events):
+        monkeypatch.setattr(module, "make_lock", THREADING.RLock)
     monkeypatch.setattr(lock, "get_ident", THREADING.get_ident)
     monkeypatch.setattr(FairQueuePool, "_clock", staticmethod(clock))
     for numbered in (_ConnectionRecord, Checkout, PhysicalConnection, Reservation):
@@ -289,8 +290,10 @@ MUTANTS = {
     "a section that grants does not see what is borrowed": (
         "borrows",
         WarmCache.borrow,
-        "self._lock.busy_in is None\n        and ",
-        "",
+        "self._lock.busy_in is None\n"
+        "        and self._scheduler.may_take_over(tag, len(self.borrowed))\n"
+        "        and self._lock.busy_in is None\n",
+        "self._scheduler.may_take_over(tag, len(self.borrowed))\n",
     ),
     "a section and a caller both say whose it is": (
         "loans",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from unittest.mock import Mock
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import InvalidRequestError
 from support import state
-from support.threads import connect, give
+from support.threads import Caller, Gate, connect, give
 
 from sqla_fairpool import CheckoutTimeout
 from sqla_fairpool.pool import warm
@@ -265,6 +266,42 @@ def test_section_charges_first_who_has_borrowed_first(make_pool):
     core.lock.borrowed = core.warm.borrowed = Borrowed(core.warm.borrowed)
     second = pool.connect()
     assert [*sections[1:], state.tag_of(second)] == ["unknown", "unknown"]
+
+
+def test_nothing_is_borrowed_while_a_section_charges_what_others_have(make_pool):
+    """It has taken that out of what is borrowed, and the tag has it not yet."""
+    pool = make_pool(pool_size=2, soft_limit=1, max_limit=1, timeout=0)
+    pool.connect().close()
+    held = connect(pool, "b")
+    connect(pool, "a").close()
+    first, sections, gate = pool.connect(), [], Gate()
+    held.close()
+    core = state.core(pool)
+    charge = core.warm._charge
+
+    class Borrowed(dict):
+        def __len__(self):
+            if not sections:
+                sections.append(None)  # the other thread comes here, too
+                sections.append(Caller(pool.stats))
+                gate.reached()
+            return super().__len__()
+
+        def pop(self, *arguments):
+            if threading.current_thread() is threading.main_thread():
+                gate.open()
+            return super().pop(*arguments)
+
+    core.warm._charge = lambda checkout: (gate(), charge(checkout))
+    core.lock.borrowed = core.warm.borrowed = Borrowed(core.warm.borrowed)
+    try:
+        with pytest.raises(CheckoutTimeout):
+            pool.connect()
+    finally:
+        gate.open()
+        sections[1].result()
+    assert state.tag_of(first) == "unknown"
+    first.close()
 
 
 def test_tag_is_not_altered_in_a_transaction_whosever_the_connection_was(engine):

@@ -118,6 +118,13 @@ def make_scheduler(capacity, **options):
     return Scheduler(capacity=capacity, **{**defaults, **options})
 
 
+def reconfigure(scheduler, capacity, **options):
+    """Change options after five seconds."""
+    rules = dict.fromkeys(("capacity", "soft_limit", "max_limit"), capacity)
+    rules |= {"idle_timeout": 60.0, "reallocation_interval": 30.0, "max_waiting": None}
+    scheduler.reconfigure(**rules, **options, now=5.0)
+
+
 def test_usage_is_the_integral_of_what_was_held_decayed():
     random.seed(3)
     scheduler = make_scheduler(50)
@@ -215,9 +222,7 @@ def test_half_life_can_change_while_connections_are_out():
     scheduler.request(ticket, "a", 0.0)
     state = ticket.tag_state
     before = scheduler.usage.seconds(state, 5.0)
-    rules = {"capacity": 4, "soft_limit": 4, "max_limit": 4, "idle_timeout": 60.0}
-    rules |= {"reallocation_interval": 30.0, "max_waiting": None}
-    scheduler.reconfigure(**rules, usage_half_life=2.0, now=5.0)
+    reconfigure(scheduler, 4, usage_half_life=2.0)
     assert scheduler.usage.seconds(state, 5.0) == pytest.approx(before)
     always = 2.0 / math.log(2)
     assert scheduler.usage.seconds(state, 100.0) == pytest.approx(always)
@@ -304,9 +309,7 @@ def test_level_is_what_the_tag_served_last_had_used(limits, in_use, level):
     scheduler = make_scheduler(2)
     for tag in ("z", "a" if in_use else "z"):
         scheduler.request(Ticket(), tag, 5.0)
-    rules = {"capacity": 2, "soft_limit": 2, "max_limit": 2, "idle_timeout": 60.0}
-    rules |= {"reallocation_interval": 30.0, "max_waiting": None}
-    scheduler.reconfigure(**rules, limits={"a": limits}, now=5.0)
+    reconfigure(scheduler, 2, limits={"a": limits})
     scale, waiting = scheduler.usage.scale(5.0), Ticket()
     assert not scheduler.request(waiting, "a", 5.0)
     waiting.tag_state.charged, waiting.tag_state.lift = 2.0 * scale, scale
@@ -324,9 +327,7 @@ def test_time_that_was_not_used_is_taken_back_over_a_landmark(half_life, changed
     state = ticket.tag_state
     end = 10.0 if changed else 951.0
     if changed:
-        rules = {"capacity": 1, "soft_limit": 1, "max_limit": 1, "idle_timeout": 60.0}
-        rules |= {"reallocation_interval": 30.0, "max_waiting": None}
-        scheduler.reconfigure(**rules, usage_half_life=2.0, now=changed)
+        reconfigure(scheduler, 1, usage_half_life=2.0)
         half_life = 2.0
     before = scheduler.usage.seconds(state, end - 1.0)
     ticket.held = end / 2

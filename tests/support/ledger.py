@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
 
 import greenlet
 
@@ -126,23 +127,26 @@ class World:
     def sessions(self, server):
         return self.server.look(server) if self.can_ask else None
 
-    def check(self, is_unknown=lambda process: False):
+    def check(self, is_unknown=lambda process: False, book=None):
         """Assert what is so of each process at any moment, but for those unknown."""
-        book = self.book
+        book = book or self.book
+        accounted, kept_for = book.accounted, Counter()
+        for gone in book.gone.values():
+            kept_for[gone.member] += gone.slots
+        there = Counter(self.server.sessions.values())
+        dead = {*self.dead}
         for process in self.living + self.dead:
             if is_unknown(process):
                 continue
             # For each connection a slot is kept: in the row, or in a quarantine.
             key = process.store.member
             row = book.members.get(key)
-            slots = row.owned if row else 0
-            gone = [gone for gone in book.gone.values() if gone.member == key]
-            assert len(process.sessions) <= slots + sum(one.slots for one in gone)
-            if process in self.dead:
+            assert there[key] <= (row.owned if row else 0) + kept_for[key]
+            if process in dead:
                 continue
             # What is used is posted.
             pool = process.pool
-            assert book.accounted >= set(pool.there) - pool.pending
+            assert accounted.issuperset(set(pool.there) - pool.pending)
             # No pool may open more than its process owns.
             if key in self.host.alive and process.store.signed and not process.left:
                 former = book.gone.get(process.keeper.member.number)

@@ -28,7 +28,7 @@ TAGS = "xyz"
 #: Where a store fails, the commit or its answer among them.
 FAILURES = [*("open", "begin", "locked", "commit", "committed"), *("living", "ring")]
 #: Seconds that pass at once.
-TIMES = [0.001, 0.02, 0.02, 0.5, 1.1, 4.0, 12.0]
+TIMES = [0.001, 0.02, 0.02, 0.5, 1.1, 4.0, 12.0, 3600.0]
 #: No quarantine ends by time: nothing here rests on clocks.
 PACE = Pace(reclaim_after=1e9)
 
@@ -45,6 +45,8 @@ class Chaos:
         self.world = World(terms(capacity), PACE)
         #: Commits that added slots where there were no more. A keeper catches errors.
         self.broken = []
+        #: Rows, and what was understood of them.
+        self.rows, self.book = self.world.host.rows, self.world.book
         self.commit, self.world.host.commit = self.world.host.commit, self.look_at
         for _ in range(members):
             self.start(0, 0)
@@ -67,18 +69,22 @@ class Chaos:
 
     def look_at(self, rows):
         """Commit. Limits that are lowered end no connection; none is added above."""
-        before, book = self.world.book, Book(dict(rows))
+        is_known = self.rows is self.world.host.rows
+        before, book = self.book if is_known else self.world.book, Book(dict(rows))
         slots = book.owned + book.quarantined
         if slots > max(before.owned + before.quarantined, book.terms.capacity):
             self.broken.append((before.members, rows))
         self.commit(rows)
+        self.rows, self.book = rows, book
 
     def check(self):
-        world, book = self.world, self.world.book
+        world, host = self.world, self.world.host
         assert not self.broken, "more slots than there are"
-        slots = book.owned + book.quarantined
+        if self.rows is not host.rows:
+            self.rows, self.book = host.rows, world.book
+        slots = self.book.owned + self.book.quarantined
         assert world.server.open <= slots, "a connection without a slot"
-        world.check()
+        world.check(book=self.book)
 
     # -- a member ------------------------------------------------------------------
 
