@@ -37,6 +37,9 @@ _log = logging.getLogger(__name__)
 #: A step is not followed by another one at once, unless the pool rings.
 _LEAST = 0.001
 
+#: Other numbers in a forked child, and none of an application that seeds `random`.
+_random = random.SystemRandom().random
+
 
 def describe_process() -> Mapping[str, Any]:
     """Return host, pid, program and the time, for people: nothing depends on them."""
@@ -71,7 +74,7 @@ class Keeper:
         figures: Callable[[], Mapping[str, Any]] | None = None,
         pace: Pace | None = None,
         clock: Callable[[], float] = time.monotonic,
-        chance: Callable[[], float] = random.random,
+        chance: Callable[[], float] = _random,
         who: Callable[[], Mapping[str, Any]] = describe_process,
         leads: bool = False,
     ) -> None:

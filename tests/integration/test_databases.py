@@ -119,11 +119,8 @@ def test_overflow_connection_is_closed_on_return(world):
 
 
 # psycopg's asyncio connections are dropped by SQLAlchemy without being closed when
-# they are invalidated, with its own pools as well; psycopg warns of that.
-@pytest.mark.filterwarnings(
-    "ignore:Exception ignored in.*BaseConnection.__del__"
-    ":pytest.PytestUnraisableExceptionWarning"
-)
+# they are invalidated or detached, with its own pools as well; psycopg warns of that.
+@pytest.mark.filterwarnings("ignore:.*was deleted while still open:ResourceWarning")
 @contract
 def test_invalidated_connection_is_replaced_and_detached_one_is_left(world):
     engine = world.engine(pool_size=1)

@@ -144,8 +144,9 @@ def member(monkeypatch, postgres_url, proxy, ledger):
         yield make
         for one in members:
             one.close()
-    # Who asks for sessions that are lost does it beside the budget, for a moment.
-    beside = 0 if ledger.startswith("postgresql") else len(members)
+    # Who asks for sessions that are lost does it beside the budget, for a moment; the
+    # server may end such a session after the next one has begun.
+    beside = 0 if ledger.startswith("postgresql") else 2 * len(members)
     assert SLOTS <= sessions.most <= SLOTS + beside + make.beside
 
 

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import os
 import random
-import statistics
 import threading
 import time
 from contextlib import contextmanager
@@ -128,8 +127,8 @@ class Scrapers:
         for _ in range(60):
             samples.append(self._sample())
             time.sleep(0.005)
-        columns = zip(*samples, strict=True)
-        assert [statistics.median_high(column) for column in columns] == expected
+        # Between two statements a session is not at work.
+        assert max(samples, key=sum) == expected
 
     def finish(self):
         for stop in self._stops.values():
