@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import os
 import random
+import statistics
 import threading
 import time
 from contextlib import contextmanager
@@ -123,11 +124,14 @@ class Scrapers:
         """Wait for the pool's figures to be as expected; so are the server's then."""
         expected = list(expected)
         eventually(lambda: self._pool_figures() == expected, f"{expected}")
-        samples = []
+        samples, figures = [], []
         for _ in range(60):
             samples.append(self._sample())
+            figures.append(self._pool_figures())
             time.sleep(0.005)
-        # Between two statements a session is not at work.
+        columns = zip(*figures, strict=True)
+        assert [statistics.median_high(column) for column in columns] == expected
+        # Between two statements a session is not at work at the server.
         assert max(samples, key=sum) == expected
 
     def finish(self):

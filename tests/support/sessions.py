@@ -15,11 +15,11 @@ class Sessions:
         self._engine = create_engine(url, poolclass=NullPool).execution_options(
             isolation_level="AUTOCOMMIT"
         )
-        query = "select count(*) from pg_stat_activity where application_name = :name"
-        self._count = text(query).bindparams(name=name)
-        #: Most of them in two looks one after the other: the view is read backend by
-        #: backend, so a single look may see one that goes and one that comes instead.
-        self.most = 0
+        query = "select pid from pg_stat_activity where application_name = :name"
+        self._query = text(query).bindparams(name=name)
+        #: Process ids of sessions that do not count.
+        self.apart = set()
+        self._seen = {(frozenset(), frozenset())}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._sample)
 
@@ -27,7 +27,16 @@ class Sessions:
     def now(self):
         """How many there are at this moment."""
         with self._engine.connect() as connection:
-            return connection.scalar(self._count)
+            return len(connection.scalars(self._query).all())
+
+    @property
+    def most(self):
+        """Most of them in two looks one after the other.
+
+        The view is read backend by backend, so a single look may see one that goes and
+        one that comes instead.
+        """
+        return max(min(len(a - self.apart), len(b - self.apart)) for a, b in self._seen)
 
     def __enter__(self):
         self._thread.start()
@@ -39,7 +48,8 @@ class Sessions:
 
     def _sample(self):
         with self._engine.connect() as connection:
-            before = 0
+            before = frozenset()
             while not self._over.is_set():
-                count = connection.scalar(self._count)
-                self.most, before = max(self.most, min(before, count)), count
+                now = frozenset(connection.scalars(self._query))
+                self._seen.add((before, now))
+                before = now
