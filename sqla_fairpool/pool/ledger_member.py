@@ -212,14 +212,19 @@ class LedgerMember:
 
     def demand(self) -> tuple[int, Mapping[str, TagDemand]]:
         """Return how many connections are open, and what is wanted by tag."""
-        core = self._core()
+        core = self._core_or_close()
         if core is None:
-            if self.keeper is not None:
-                self.keeper.close()  # the pool has no user any more
             return 0, {}
         core.slots.existing.end_abandoned()
         self._log(core, core.housekeeping.look_around)  # who is idle?
         return core.lock.run(self._demand, core)
+
+    def _core_or_close(self) -> PoolCore | None:
+        """Return the pool; have the keeper end if that has no user any more."""
+        core = self._core()
+        if core is None and self.keeper is not None:
+            self.keeper.close()
+        return core
 
     @staticmethod
     def _log(core: PoolCore, function: Callable[..., None], *args: Any) -> None:
@@ -293,7 +298,7 @@ class LedgerMember:
 
     def close_surplus(self) -> None:
         """Close idle connections that are too many."""
-        core = self._core()
+        core = self._core_or_close()
         if core is None:
             return
         loop = self._loop() if self._loop is not None else None

@@ -18,6 +18,7 @@ from support import state
 from support.state import assert_consistent
 from support.stub import StubServer, all_for_one
 from support.threads import (
+    PATIENCE,
     Caller,
     Gate,
     connect,
@@ -35,7 +36,7 @@ from sqla_fairpool.ledger.demand import Pace
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.keeper import Keeper, describe_process
 from sqla_fairpool.ledger.rows import Terms
-from sqla_fairpool.ledger.store import LedgerError, ServerDiffers
+from sqla_fairpool.ledger.store import LedgerError, ServerDiffers, StoreAway
 from sqla_fairpool.pool import ledger_sessions
 
 
@@ -339,6 +340,31 @@ def test_pool_that_nobody_has_any_more_is_told_to_its_keeper():
 
 
 # -- with a real ledger ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_served", [True, False])
+def test_thread_ends_with_its_pool_also_while_the_store_is_away(
+    server, tmp_path, is_served
+):
+    """Away since it has served, or from the beginning."""
+    ledger = tmp_path / "ledger" if is_served else f"postgresql:///x?host={tmp_path}"
+    options = {**all_for_one(1), "pool_timeout": PATIENCE if is_served else 0}
+    engine = server.engine(ledger=str(ledger), **options)
+    keeper = state.keeper(engine)
+
+    def fail(*args):
+        raise StoreAway("no answer")
+
+    with contextlib.suppress(CheckoutTimeout):
+        engine.connect().close()
+        keeper._store.open = keeper._store.in_place = fail
+        keeper.ring()
+    eventually(lambda: keeper.away_since is not None)
+    thread = keeper._runner["runner"]
+    del engine
+    gc.collect()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
 
 
 @pytest.fixture
