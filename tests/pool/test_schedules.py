@@ -21,7 +21,7 @@ import pytest
 from sqlalchemy.event import attr
 from sqlalchemy.pool.base import _ConnectionRecord
 from sqlalchemy.util import await_only, greenlet_spawn
-from support import state
+from support import schedules, state
 from support.schedules import (
     NAMES,
     THREADING,
@@ -33,7 +33,7 @@ from support.schedules import (
 )
 from support.stub import StubServer
 from support.task_schedules import ScheduledLoop
-from support.threads import connect
+from support.threads import Caller, connect
 
 import sqla_fairpool
 import sqla_fairpool.pool.snapshot  # else a thread waits for another one's import
@@ -411,6 +411,16 @@ def test_explorer_notices(name, monkeypatch, scheduled):
     except Exception:
         return
     pytest.fail("it was not noticed")
+
+
+def test_threads_of_others_take_no_turn():
+    """As a keeper would that another test has left, in code that counts its steps."""
+
+    def foreign():
+        for _ in range(1_000):
+            schedules.step()
+
+    Schedule(0, 0.0).run(lambda: Caller(foreign).result(), foreign)
 
 
 # -- tasks -----------------------------------------------------------------------------

@@ -60,7 +60,7 @@ def step(value=None):
     """Count a step; another thread may run before it."""
     global _left
     _left -= 1
-    if not _left:
+    if _left <= 0:
         _running.switch()
     return value
 
@@ -270,7 +270,7 @@ class Schedule:
     def switch(self, blocked=False):
         """Pass the turn on, it may be to the same thread again."""
         worker = self._current
-        if worker is None:
+        if worker is not getcurrent():  # a thread that other tests have left
             return
         if self.error is not None:
             raise _Ended
