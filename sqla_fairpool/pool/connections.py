@@ -13,6 +13,7 @@ Rules of this file:
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -48,6 +49,8 @@ class Connections:
         #: Checkouts for which a connection is opened. Weak: one that an interrupted
         #: caller has dropped gives its slot back.
         self.opening: weakref.WeakSet[Checkout] = weakref.WeakSet()
+        #: When :meth:`release_soon` was called last.
+        self.released_at = -math.inf
         self.hand_out(last_first=use_lifo)
 
     def hand_out(self, *, last_first: bool) -> None:
@@ -85,6 +88,12 @@ class Connections:
         else:
             self.idle.appendleft(record)
 
+    def add(self, record: Record, checkout: Checkout) -> None:
+        """Note a new record, and what those that are out were told while it opened."""
+        self.all.add(record)
+        if checkout.asked is not None and checkout.asked[0] <= self.released_at:
+            checkout.may_keep = False
+
     def count_open(self) -> int:
         """Return how many idle records have a connection."""
         return len([r for r in list(self.idle) if r.dbapi_connection is not None])
@@ -94,8 +103,9 @@ class Connections:
         checkouts = [record.fair.checkout for record in self.all]
         return [checkout for checkout in checkouts if checkout.state is GRANTED]
 
-    def release_soon(self) -> None:
+    def release_soon(self, now: float) -> None:
         """Have what is out now looked at when it comes back, and not be kept warm."""
+        self.released_at = now
         for checkout in self.granted():
             checkout.may_keep = False
 

@@ -141,7 +141,7 @@ class Housekeeping:
     def _put_in_force(self, options: PoolOptions, now: float) -> None:
         state = self._state
         before, state.options = state.options, options
-        state.connections.release_soon()
+        state.connections.release_soon(now)
         # Slots that are out of use for a moment stay so.
         granted = state.scheduler.reconfigure(
             **options.rules(), usable=state.slots.usable(), now=now
@@ -162,7 +162,7 @@ class Housekeeping:
         for record in list(connections.all):
             if record.fair.checkout.state is GRANTED:
                 record.fair.doomed = True
-        connections.release_soon()
+        connections.release_soon(now)
 
     def hand_over(self, generation: Generation, now: float) -> None:
         """Let another pool take over: what lies here is not for it, and is closed.
@@ -171,7 +171,8 @@ class Housekeeping:
         """
         if self.owner is not generation:
             self.close_idle(now)
-            self._state.connections.release_soon()  # to be closed when they come back
+            # To be closed when they come back.
+            self._state.connections.release_soon(now)
             self.owner = generation
             generation.warmed_up = False
 

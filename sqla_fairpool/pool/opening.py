@@ -110,7 +110,7 @@ class Opening:
             with state.lock.mutex:
                 state.connections.opening.discard(checkout)
                 if record is not None:
-                    state.connections.all.add(record)
+                    state.connections.add(record, checkout)
                 self._count(tag_state, began, record is not None)
 
     def open_for_record(

@@ -69,7 +69,7 @@ class Pausing:
         scheduler = self._state.scheduler
         if pauses != scheduler.tags.pauses:
             self._state.deliver(scheduler.pause(pauses, now))
-            self._state.connections.release_soon()
+            self._state.connections.release_soon(now)
             self._state.slots.recounted()  # with a ledger: it is to hear of it
 
     def drain(self, timeout: float | None) -> bool:

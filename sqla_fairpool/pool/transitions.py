@@ -284,7 +284,7 @@ class Transitions:
         self.slots.allotted = slots
         self.slots.frozen = False
         if self.slots.there() > slots:
-            self.connections.release_soon()
+            self.connections.release_soon(now)
         usable = self.slots.usable()
         self.deliver(self.scheduler.impose(usable, ceilings, other, now, *rest))
         self.drain(now)
@@ -317,7 +317,7 @@ class Transitions:
         """Have the ledger hear when a connection falls idle, or not any more."""
         self.slots.pressed = pressed
         if pressed:
-            self.connections.release_soon()
+            self.connections.release_soon(now)
 
     def bury(self, lost: Collection[PhysicalConnection], now: float) -> None:
         """Forget connections whose slots are in the ledger's quarantine now."""

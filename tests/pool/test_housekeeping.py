@@ -352,6 +352,17 @@ def test_timeout_and_max_waiting_are_for_those_who_come(threads):
             connect(pool)
 
 
+def test_connections_that_are_being_opened_as_a_limit_falls_are_not_kept(world):
+    pool, server, gate = world.pool(4), world.server, world.gate()
+    server.before["connect"] = gate
+    callers = [world.start(connect, pool) for _ in range(4)]
+    world.eventually(lambda: server.open == 4)
+    pool.reconfigure(**all_for_one(1))
+    gate.open()
+    give([caller.result() for caller in callers])
+    assert server.open == 1
+
+
 def test_limit_that_rises_while_connections_are_still_being_closed(threads):
     """They are connections until they are closed."""
     pool = threads.pool(4)

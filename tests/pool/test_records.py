@@ -54,7 +54,7 @@ def test_what_is_out_is_kept_warm_no_more():
     for record in out, idle:
         record.fair.checkout.may_keep = True
     assert parts.connections.granted() == [out.fair.checkout]
-    parts.connections.release_soon()
+    parts.connections.release_soon(0.0)
     assert not out.fair.checkout.may_keep
     assert idle.fair.checkout.may_keep
 
