@@ -124,6 +124,7 @@ class Member(Protocol):
     def lead(self, terms: Mapping[str, Any]) -> None: ...
     def note_loop(self) -> None: ...
     def before_opening(self) -> None: ...
+    def after_opening(self, physical: PhysicalConnection) -> None: ...
     def after_fork(self) -> None: ...
     def others(self) -> Others: ...
 
@@ -230,6 +231,9 @@ class Slots:
     def before_opening(self) -> None:
         """A connection is about to be opened: raise if it may not be. No lock."""
 
+    def after_opening(self, physical: PhysicalConnection) -> None:
+        """A record was made: raise if its connection may not be used. No lock."""
+
     def change(self, before: PoolOptions, options: PoolOptions) -> PoolOptions:
         """Return the options that may be in force now, of those that are asked for."""
         self.allotted += options.capacity - before.capacity
@@ -308,6 +312,9 @@ class LedgerSlots(Slots):
 
     def before_opening(self) -> None:
         self.member.before_opening()
+
+    def after_opening(self, physical: PhysicalConnection) -> None:
+        self.member.after_opening(physical)
 
     def after_fork(self) -> None:
         self.member.after_fork()

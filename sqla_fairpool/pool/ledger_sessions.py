@@ -21,6 +21,7 @@ from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Session, Terms
 from ..ledger.watch import Present, identify, look, other_ledgers, sign_stands
 from ..scheduling.tags import ALL
+from ..scheduling.ticket import GRANTED
 from ..stats import TagStats, encode
 from .core import PoolCore
 from .endings import SocketCopy
@@ -112,7 +113,10 @@ class _Sessions:
         def connected(dbapi_connection: Any, record: Any) -> None:
             if self._on_postgresql():
                 self._identify(dbapi_connection, record.fair.physical)
-            self._member.after_opening(record.fair.physical)
+            # A new record's is known when it is made: SQLAlchemy has the first ones of
+            # an engine connect one after the other up to here.
+            if record.fair.checkout.state is GRANTED:
+                self._member.after_opening(record.fair.physical)
 
     def _on_postgresql(self) -> bool:
         pool: Any = self._pool()

@@ -102,7 +102,13 @@ class Opening:
             state.slots.before_creating()
             with state.lock.mutex:
                 state.connections.opening.add(checkout)
-            record = cast(Record, opener._create_connection())
+            made = cast(Record, opener._create_connection())
+            try:
+                state.slots.after_opening(made.fair.physical)
+            except BaseException:
+                made.close()
+                raise
+            record = made
             record.fair.checkout = checkout
             record.fair.physical.opening = False
             return record

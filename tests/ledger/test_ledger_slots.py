@@ -533,6 +533,21 @@ def test_connections_of_a_loop_that_is_blocked_are_given_up(member, in_a_loop):
     in_a_loop(main)
 
 
+def test_first_connections_do_not_wait_for_the_ledger_one_after_the_other(
+    member, monkeypatch
+):
+    """SQLAlchemy has an engine's first ones connect one at a time."""
+    one, posts = member(), []
+    post = one.keeper.post
+    monkeypatch.setattr(state.share(one.pool), "before_opening", lambda: None)
+    monkeypatch.setattr(one.keeper, "post", posts.append)
+    callers = [Caller(one.engine.connect) for _ in range(SLOTS)]
+    eventually(lambda: len(posts) == SLOTS)
+    for done in posts:
+        post(done)
+    give([caller.result() for caller in callers])
+
+
 # -- opening ahead ------------------------------------------------------------------
 
 
