@@ -22,9 +22,11 @@ session that was opened a moment before, or by none.
 transition                    by which member, and when
 ============================  ==========================================================
 free -> owned                 `settle`: a member, for itself, up to its target, before
-                              it opens a connection
+                              it opens a connection; `tell`: any, for another one that
+                              is below its target: such a slot is *granted*
 owned -> free                 `settle`, `leave`: the owner, for itself, after the
-                              connection is closed and its pool told not to open another
+                              connection is closed and its pool told not to open
+                              another; `reap`, `stall`: any, those that are granted
 owned -> quarantined          `reap`: any, when the kernel or the server says that
                               the owner's sign of life is gone and its row has not
                               changed since before that was asked;
@@ -58,12 +60,20 @@ to no member. That is one of the rows before, which finds out, and joins with wh
 has open. If the rows are *older* than what a member knows (a copy was restored), it
 takes free slots for what it has open, and opens nothing while it has fewer.
 
-Each transaction computes the allocation for all members and writes down, in the row
-``due``, which of them are expected to look, and why: ``give``, the target is below what
-it owns; ``take``, there are free slots for it; ``limit``, a ceiling that binds it has
-changed; ``turn``, it is asked to yield its place in a line; ``press``, others go short,
-so what it does not use has to be given up at once. Those whose entry is new are rung. A
-bell may be lost: the row is not.
+Each transaction computes the allocation for all members, and grants what is free. A
+granted slot is in the row of the member, which uses it when it has written the row
+itself; so others may take it back before, by a row that the member has not read. And it
+writes down, in the row ``due``, which members are expected to look, and why: ``give``,
+the target is below what it owns; ``limit``, a ceiling that binds it has changed;
+``turn``, it is asked to yield its place in a line; ``press``, others go short, so what
+it does not use has to be given up at once. Those whose entry is new are rung, and those
+that were granted something. A bell may be lost: the row is not.
+
+A transaction of a member that is far away keeps all others waiting for the time of a
+message and its answer. So a member reads the rows without the lock first, and does to a
+copy what it would do in the transaction. If only its own row comes out as another one,
+and with as many slots, that row is written in one message, provided that it stands
+there as it was read.
 
 All members have the same terms, and their connections go to one server. A newcomer with
 others is refused unless no other member lives; then its own are in force. So are

@@ -114,9 +114,8 @@ class Allocation:
         kept = policy.fair_shares([*reserves.values()], slots)
         return {tag: n for tag, n in zip(reserves, kept, strict=True) if n}
 
-    def due(self, members: Mapping[str, Member], free: int) -> dict[str, str]:
+    def due(self, members: Mapping[str, Member]) -> dict[str, str]:
         """Return the members that are expected to look, and why."""
-        grants = self.grants(members, free)
         asked = {key for _, key in self.asked}
         found = {}
         for key, member in members.items():
@@ -124,8 +123,6 @@ class Allocation:
                 found[key] = STALLED
             elif member.owned > self.targets[key]:
                 found[key] = f"give {self.targets[key]}"
-            elif key in grants:
-                found[key] = f"take {grants[key]}"
             elif not member.owned:
                 continue
             elif self._binds_anew(key, member):

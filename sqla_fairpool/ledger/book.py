@@ -53,7 +53,7 @@ class Book:
         self._rows = rows
         #: The members' rows, sorted: nothing may depend on the store.
         self.texts = dict(self._texts(MEMBER))
-        #: The members that are to be rung, when this is committed.
+        #: To be rung when this is committed: that were given something, or are to look.
         self.bells: list[str] = []
 
     def _texts(self, kind: str) -> Iterator[tuple[str, str]]:
@@ -288,8 +288,7 @@ class Book:
 
     def leave(self, key: str, open_: int, sessions: Collection[Session] = ()) -> None:
         """Remove a member; slots of what it leaves open go into quarantine."""
-        member = self.members.get(key)
-        if member is not None:
+        if (member := self.members.get(key)) is not None:
             known = self.in_quarantine.intersection(sessions)
             slots = min(open_ - len(known), member.owned)
             self._bury(key, "left connections open", slots, set(sessions) - known)
@@ -300,13 +299,11 @@ class Book:
         :param texts: their rows as they were before the signs of life were looked at. A
           member whose row has changed since is not dead.
         """
-        reaped = []
-        for key, text in texts.items():
-            if self.texts.get(key) == text:
-                member = self.members[key]
-                self._bury(key, "died", member.owned, member.sessions)
-                reaped.append(member.number)
-        return reaped
+        dead = [key for key, text in texts.items() if self.texts.get(key) == text]
+        members = [self.members[key] for key in dead]
+        for key, member in zip(dead, members, strict=True):
+            self._bury(key, "died", member.owned - member.granted, member.sessions)
+        return [member.number for member in members]
 
     def _bury(
         self, key: str, why: str, slots: int, sessions: Collection[Session]
@@ -353,7 +350,8 @@ class Book:
         """Note that members do not answer, if their rows are still as they were."""
         for key, text in texts.items():
             if self.texts.get(key) == text:
-                self.write(key, replace(self.members[key], stalled=True))
+                member = self.members[key]
+                self.write(key, replace(member.given(-member.granted), stalled=True))
 
     def restore(self, living: Collection[str]) -> bool:
         """Of a copy that was put back, keep what is still so: the terms and the dead.
@@ -386,15 +384,17 @@ class Book:
         self.places, self.due = {}, {}
 
     def tell(self, plan: Allocation | None = None) -> None:
-        """Write down who is to look, last of all; those are to be rung who are new."""
+        """Give what is free, note who is to look and who to be rung; last of all."""
         if self.meta is None:
             return
         plan = plan or self.allocation()
-        due = plan.due(self.members, self.free)
-        self.bells = [k for k, w in due.items() if w not in (self.due.get(k), STALLED)]
+        self.bells = []
+        for key, more in plan.grants(self.members, self.free).items():
+            self.write(key, self.members[key].given(more))
+            self.bells.append(key)
+        due = plan.due(self.members)
+        self.bells += (k for k, w in due.items() if w not in (self.due.get(k), STALLED))
         if due != self.due:
             self._rows[DUE], self.due = dump(due), due
         places = {tag: self.places[tag] for tag in plan.shares if tag in self.places}
-        for key, text in ((TAGS, dump(places)), (META, self._known_meta.text)):
-            if self._rows.get(key) != text:
-                self._rows[key] = text
+        self._rows.update({TAGS: dump(places), META: self._known_meta.text})

@@ -173,7 +173,7 @@ class Keeper:
         self._posts.append(done)
         self.ring()
         if self._ended:
-            self._answer_posts(False)
+            _answer(self._take_posts(), False)
 
     def _take_posts(self) -> list[Callable[[bool], None]]:
         posts = []
@@ -181,10 +181,6 @@ class Keeper:
             while True:
                 posts.append(self._posts.popleft())
         return posts
-
-    def _answer_posts(self, answer: bool) -> None:
-        for done in self._take_posts():
-            done(answer)
 
     def _wake(self) -> None:
         with suppress(RuntimeError):  # it was ringing already
@@ -199,7 +195,7 @@ class Keeper:
 
     def _not_started(self) -> None:
         self._rung = False
-        self._answer_posts(False)
+        _answer(self._take_posts(), False)
 
     def _is_runner(self, who: threading.Thread | Keeper) -> bool:
         return self._runner.setdefault("runner", who) is who
@@ -251,7 +247,7 @@ class Keeper:
     def _end(self) -> None:
         self.member.leave()
         self._ended = True
-        self._answer_posts(False)
+        _answer(self._take_posts(), False)
 
     def _sleep(self, seconds: float) -> bool:
         if self.member.is_open:
@@ -271,31 +267,30 @@ class Keeper:
             self.member.rung(now)
         self._rung = False
         posts = self._take_posts()  # before the pool is looked at
-        has_posted = False
         try:
             if now < self._retry_at:
                 self._local.close_surplus()
             else:
                 if self._store.asked:
                     self._publish()
-                transactions = self.member.transactions
+                transactions = self.member.rows.transactions
                 if self._new_terms:
                     self.member.set_terms(self._new_terms[0])
                     self._new_terms.popleft()
                 self.member.round(now, rung, bool(posts))
-                # As of the last transaction, which was in this round.
+                # As of what was read or written last, which was in this round.
                 allotment = self.member.allotment
-                has_posted = allotment is not None and allotment.covered
-                if self.member.transactions > transactions:
+                _answer(posts, allotment is not None and allotment.covered)
+                self.member.watch_others(now)
+                if self.member.rows.transactions > transactions:
                     self._away, self.trouble = (self._away_time(), None), None
                     self._failures = 0
-                    self._local.read(self.member.rows, self._store.member)
+                    self._local.read(self.member.rows.known, self._store.member)
         except LedgerError as error:
             self._refuse(error, now)
         except Exception as error:
             self._fail(error, now)
-        for done in posts:
-            done(has_posted)
+        _answer(posts, False)
         if now < self._retry_at:
             return self._retry_at
         return max(min(self.member.times(now)), now + _LEAST)
@@ -334,6 +329,11 @@ class Keeper:
             self._local.refuse(error)
         elif trouble != self.trouble:
             _log.warning("the ledger %s cannot be used: %s", self._store.name, error)
+
+
+def _answer(posts: list[Callable[[bool], None]], answer: bool) -> None:
+    while posts:
+        posts.pop(0)(answer)
 
 
 # -- leaving in good order -------------------------------------------------------------

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import InitVar, dataclass, replace
 from typing import Any
 
@@ -23,9 +22,9 @@ from ..scheduling.counters import BOUNDS
 from ..stats import LedgerStats, Summary
 from .book import Book
 from .demand import Allotment, Demand, Local, Pace, PoolSide, State
-from .rows import Terms, in_order, limits_of_tags, member_key
+from .rows import Terms, in_order, limits_of_tags
 from .store import Store, StoreAway
-from .transaction import has_news, settle
+from .transaction import Rows, has_news, renew, settle
 from .watch import Findings, Sessions, Watch
 
 _log = logging.getLogger(__name__)
@@ -57,9 +56,7 @@ class Membership:
         self.handovers, self.rung = self._demand.handovers, self._demand.rung
         self.watch = Watch(self.store, sessions, self.pace)
         self.is_open = False
-        self.transactions = 0
-        #: As they were in the last transaction. Nobody changes them any more.
-        self.rows: Mapping[str, str] = {}
+        self.rows = Rows(self.store)
         #: Members and slots by state, as they were seen last while we are one of them.
         self.seen: tuple[int, Mapping[str, int]] | None = None
         #: Others go short: the pool rings when a connection falls idle.
@@ -76,6 +73,8 @@ class Membership:
         self._check_at, self._strangers = 0.0, 0
         # We have put slots into quarantine and look until they are out.
         self._guards = False
+        # There was a look at the rows; others are to be looked after in any case.
+        self._patrols: bool | None = None
         # The server that was last posted as that of our sessions.
         self._server: str | None = None
         # Our sign of life may have been lost; write something: others are to see.
@@ -90,7 +89,7 @@ class Membership:
         """Return what was seen and counted. From any thread."""
         (members, slots), times = self.seen or (None, {}), self.handovers
         handovers = Summary.of(BOUNDS, times.counts[:], times.total, times.max)
-        return LedgerStats(slots, members, self.transactions, handovers, away)
+        return LedgerStats(slots, members, self.rows.transactions, handovers, away)
 
     def _see(self, book: Book) -> None:
         if (row := book.members.get(self.store.member)) is not None:
@@ -142,7 +141,6 @@ class Membership:
             or self._returning
             or state.server != self._server
             or self._demand.is_news(state.tags, now)
-            or (rung and bool(self.vain) and has.starved == 1)  # that is for us
         )
         if not state.sessions.issubset(has.row.sessions):
             noted = not post and self._note_sessions(state, has)
@@ -153,10 +151,7 @@ class Membership:
     def _note_sessions(self, state: State, has: Allotment) -> bool:
         """Have new sessions in our row if nothing else is news, without a reading."""
         row = replace(has.row, sessions=in_order(state.sessions), beat=has.row.beat + 1)
-        self.transactions += 1
-        key = member_key(self.store.member)
-        is_there = self.store.swap(key, has.row.text, row.text)
-        if is_there:
+        if is_there := self.rows.swap(has.row.text, row):
             self._demand.allotment = replace(has, row=row)
         return is_there
 
@@ -185,7 +180,7 @@ class Membership:
             if self.number is not None and self.is_open:
                 state = self._pool.look()
                 sessions = state.sessions.union(filter(None, state.lost))
-                with self._transaction() as book:
+                with self.rows.transaction() as book:
                     book.leave(self.store.member, state.open, sessions)
                     book.tell()
         except Exception as error:
@@ -196,6 +191,8 @@ class Membership:
             self.exclude()
 
     def _open(self) -> None:
+        if self.is_open:
+            return
         if not self.store.signed:
             # Meanwhile our slots may have been taken for those of a dead member. Until
             # we have seen our row, nothing is opened; a new sign of life must not
@@ -204,27 +201,12 @@ class Membership:
         self.store.open()
         self.is_open, self._check_at = True, 0.0
 
-    @contextmanager
-    def _transaction(self) -> Iterator[Book]:
-        if not self.is_open:
-            self._open()
-        self.transactions += 1
-        bells: list[str] = []
-        with self.store.transaction(bells) as rows:
-            yield (book := Book(rows))
-            bells += (bell for bell in book.bells if bell != self.store.member)
-        self.rows = rows
-
-    def _read(self) -> Mapping[str, str]:
-        self.transactions += 1
-        self.rows = self.store.read()
-        return self.rows
-
     def _join(self, now: float, state: State) -> None:
         """Become a member, in one transaction as a rule."""
         key, dead = self.store.member, dict[str, str]()
+        self._open()
         for looked in (False, True):
-            with self._transaction() as book:
+            with self.rows.transaction() as book:
                 book.reap(dead)
                 if looked or book.accepts(key, self.terms, state.server):
                     who, number, allowed = self.who(), self.number, self._pool.allowed
@@ -242,7 +224,7 @@ class Membership:
         if has.fresh is not None and not self._settle(now, self._pool.look(), True):
             return  # it was another one that is a member now
         self._give_back(now)
-        self._watch_others(now)
+        self._patrols = False
 
     def _look(self, now: float, state: State, post: bool) -> None:
         """Read the rows, say what there is to say, do what is asked."""
@@ -261,47 +243,44 @@ class Membership:
             return  # no member any more
         self._give_back(now)
         members = self.allotment.members if self.allotment else 1
-        self._watch_others(now, is_slow and self.chance() * members < _PATROL)
+        self._patrols = is_slow and self.chance() * members < _PATROL
 
     def _settle(
         self, now: float, state: State, post: bool, findings: Findings | None = None
     ) -> bool:
         """Bring our row up to date, if need be; return if we are a member."""
         has, key = self._demand.known, self.store.member
-        posted = self._demand.steady(state.tags, now)
-        all_there = self._are_all_there(has)
+        confirmed = self._are_all_there(has)
         is_due = post or findings or has.fresh is not None
-        # As a rule there is no news, and nobody has to wait for this look.
-        if not is_due and not has_news(self._read(), key, has):
+        # As a rule there is no news.
+        if not (has_news(self.rows.read(), key, has) or is_due):
             self._plan_looks(now)
             return True
-        told = None
-        with self._transaction() as book:
-            if findings is not None:
-                findings.apply(book)
-            if all_there is not None:
-                book.confirm(all_there)
-            if key in book.members and not book.note_server(key, state.server):
-                # As a newcomer, it may be refused. What it had open at the other
-                # server is in its row.
-                there = book.members[key].sessions
-                book.leave(key, len(there), there)
-            if key in book.members:
-                told = settle(
-                    *(book, key, state, posted, self._pool.allowed),
-                    ready=self._demand.ready(now),
-                    keep=True,
-                    # It answers, though it may have nothing to give yet.
-                    sign=self._returning or key in book.due,
-                    unasked=self.watch.unasked,
-                )
-                self._see(book)
-            else:
-                self._demand.allotment = None
-                book.tell()
+
+        def change(book: Book) -> Allotment | None:
+            tags, allowed = self._demand.steady(state.tags, now), self._pool.allowed
+            told = renew(
+                *(book, key, state, tags, allowed, confirmed, findings),
+                ready=self._demand.ready(now),
+                # It answers, though it may have nothing to give yet.
+                sign=self._returning or key in book.due,
+                unasked=self.watch.unasked,
+            )
+            self._see(book)
+            return told
+
+        told = change(Book(rows := dict(self.rows.known)))
+        if told is not None and not self.rows.swap_alone(rows, told.row):
+            # What is closed before is given back in the same transaction.
+            self._pool.shrink(told.target)
+            state, told = self._pool.look(), None
+        if told is None:
+            with self.rows.transaction() as book:
+                told = change(book)
         if told is None:
             # Taken for dead, or the ledger was reset: as a newcomer, with the number
             # we had and the connections that are open.
+            self._demand.allotment = None
             self._join(now, state)
             return False
         self._returning, self._server = False, state.server
@@ -351,7 +330,8 @@ class Membership:
         if self.allotment is None:
             self.terms, self.leads = terms, True
             return
-        with self._transaction() as book:
+        self._open()
+        with self.rows.transaction() as book:
             book.change(terms=terms, set_by=self.who())
         self.store.ring_all()
 
@@ -374,17 +354,18 @@ class Membership:
             if is_open or not self._settle(now, state, True):
                 return
 
-    def _watch_others(self, now: float, patrol: bool = False) -> None:
-        """Look for dead and stopped members, if it is for us to do that."""
-        if (has := self.allotment) is None:
+    def watch_others(self, now: float) -> None:
+        """After a look: look for dead and stopped members, if we are to do that."""
+        patrols, self._patrols = self._patrols, None
+        if patrols is None or (has := self.allotment) is None:
             return
         suspects = bool(self.vain) or has.row.owned < has.target or bool(has.gone)
         # Who has paused waits for the end of those sessions, too.
         short = has.members if has.pauses else has.starved
         starved = short if suspects else None
-        if not self.watch.is_due(now, starved, self.chance, patrol, self._guards):
+        if not self.watch.is_due(now, starved, self.chance, patrols, self._guards):
             return
-        book = Book(dict(self.rows))  # of this round
+        book = Book(dict(self.rows.known))  # of this round
         self._see(book)
         findings = self.watch.look(book, self.store.member, now)
         if findings.any or self.watch.unasked != has.row.unasked:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, lru_cache
 from typing import (
     Any,
@@ -44,7 +44,7 @@ LOST = "lost connections"
 _LATER = frozenset(
     {
         *("sessions", "unasked", "server", "fresh", "tags", "set_by"),
-        *("kept", "used", "pauses"),
+        *("kept", "used", "pauses", "granted"),
     }
 )
 
@@ -261,6 +261,8 @@ class Member(_Row):
     #: For people: host, pid, program, since when.
     who: Mapping[str, Any] = field(default_factory=dict)
     owned: int = 0
+    #: Of these what others have given it and it has not seen: they may take it back.
+    granted: int = 0
     #: Rises with each row that the member writes: a sign that it answers.
     beat: int = 0
     #: It knows that others go short, and what it wants is written exactly.
@@ -272,6 +274,11 @@ class Member(_Row):
     sessions: tuple[Session, ...] = ()
     #: Why it cannot ask the server for sessions, if it has tried in vain.
     unasked: str | None = None
+
+    def given(self, more: int) -> Member:
+        """Return it with slots that others give it; less than 0: take them back."""
+        owned, granted = self.owned + more, self.granted + more
+        return replace(self, owned=owned, granted=granted)
 
     @property
     def kept(self) -> int:

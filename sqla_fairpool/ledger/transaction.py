@@ -1,13 +1,15 @@
 """A member's part of a transaction: post, give back or take, say which others are due.
 
-Part of the book, see :mod:`.book`: pure, in one transaction.
+Part of the book, see :mod:`.book`: pure, in one transaction; but for :class:`Rows`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from .allocation import TURN, Allocation
 from .book import Book
@@ -20,11 +22,60 @@ from .rows import (
     in_order,
     limits_of_tags,
     member_key,
+    parse_member,
     read,
 )
+from .store import Store, changes
+from .watch import Findings
 
 #: Places by which a tag of weight 1 goes back after a turn, and the most for any.
 _TURN, _FAR = 1000, 1e9
+
+
+class Rows:
+    """The rows of a store as they were last read or written, and how often that was."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        #: Nobody changes them any more.
+        self.known: Mapping[str, str] = {}
+        self.transactions = 0
+
+    def read(self) -> Mapping[str, str]:
+        self.transactions += 1
+        self.known = self._store.read()
+        return self.known
+
+    @contextmanager
+    def transaction(self) -> Iterator[Book]:
+        """Change the book, for this process alone; those that are to look are rung."""
+        self.transactions += 1
+        bells: list[str] = []
+        with self._store.transaction(bells) as rows:
+            yield (book := Book(rows))
+            bells += (bell for bell in book.bells if bell != self._store.member)
+        self.known = rows
+
+    def swap(self, before: str, row: Member) -> bool:
+        """Write our row if it stands there as it was; return if it did."""
+        self.transactions += 1
+        return self._store.swap(member_key(self._store.member), before, row.text)
+
+    def swap_alone(self, rows: Mapping[str, str], row: Member) -> bool:
+        """Have these rows if ours is the only new one, and the store has that as known.
+
+        One message to the store, where others would wait for two. What the member owns
+        is changed in transactions only, in which nobody else can own more.
+        """
+        key, known = member_key(self._store.member), self.known
+        before = parse_member(self._store.member, known[key])
+        is_alone = changes(known, rows) in (([], []), ([], [(key, rows[key])]))
+        if not is_alone or row.owned != before.owned:
+            return False
+        if rows[key] != known[key] and not self.swap(known[key], row):
+            return False
+        self.known = rows
+        return True
 
 
 def has_news(rows: Mapping[str, str], member: str, allotment: Allotment) -> bool:
@@ -33,6 +84,36 @@ def has_news(rows: Mapping[str, str], member: str, allotment: Allotment) -> bool
     why = read(DUE, rows.get(DUE), dict[str, str]).get(member)
     # Being asked to yield is not to be answered before the turn is over.
     return why is not None and not (why == TURN == allotment.due)
+
+
+def renew(
+    book: Book,
+    key: str,
+    state: State,
+    demand: Mapping[str, TagDemand],
+    allowed: int,
+    confirmed: Collection[str] | None,
+    findings: Findings | None,
+    **options: Any,
+) -> Allotment | None:
+    """:func:`settle` for one that is a member; None if it is none any more.
+
+    :param confirmed: the members of fresh rows, if no other process lives here.
+    :param findings: what it has seen of others.
+    """
+    if findings is not None:
+        findings.apply(book)
+    if confirmed is not None:
+        book.confirm(confirmed)
+    if key in book.members and not book.note_server(key, state.server):
+        # As a newcomer, it may be refused. What it had open at the other server is in
+        # its row.
+        there = book.members[key].sessions
+        book.leave(key, len(there), there)
+    if key in book.members:
+        return settle(book, key, state, demand, allowed, keep=True, **options)
+    book.tell()
+    return None
 
 
 def settle(
@@ -58,7 +139,9 @@ def settle(
     """
     before = book.members[key]
     sessions = in_order(state.sessions)
-    member = replace(before, stalled=False, sessions=sessions, unasked=unasked)
+    member = replace(
+        before, granted=0, stalled=False, sessions=sessions, unasked=unasked
+    )
     book.members[key] = _covering(book, member, state)
     # Of the lost ones, those are not open any more for which a slot is kept.
     open_ = state.open - len(state.lost)

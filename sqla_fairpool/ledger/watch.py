@@ -243,7 +243,7 @@ class Watch:
             stalled={
                 key: others[key]
                 for key, seconds in late.items()
-                if seconds >= pace.patience and book.due[key] != STALLED
+                if seconds >= pace.patience and book.due.get(key) != STALLED
             },
             bells=[key for key, seconds in late.items() if seconds >= pace.beat],
         )
@@ -254,7 +254,8 @@ class Watch:
         """Return for how long those that are expected to look have not done so."""
         turn = self._pace.turn_length(list(book.due.values()).count(TURN))
         late, expected = {}, {}
-        for key, why in book.due.items():
+        granted = {key: "take" for key, m in book.members.items() if m.granted}
+        for key, why in (granted | book.due).items():
             if key in living:
                 state = book.texts[key], why
                 seen, since = self._expected.get(key, (None, now))

@@ -243,7 +243,7 @@ def test_what_lacks_of_a_reserve_is_granted_first(kept, free, expected):
 )
 def test_members_that_are_to_look_and_why(member, expected):
     plan = allocate({"A": member}, {}, Limits(20, 20, 20, HEALTH))
-    assert plan.due({"A": member}, 0) == expected
+    assert plan.due({"A": member}) == expected
 
 
 def test_members_that_hold_the_last_slots_are_told_that_it_is_their_turn():
@@ -252,8 +252,8 @@ def test_members_that_hold_the_last_slots_are_told_that_it_is_their_turn():
     plan = allocate(members, {}, Limits(1, 1, 1))
     told = members["a"].tags["x"]._replace(limit=plan.limits["x", "a"])
     members["a"] = replace(members["a"], tags={"x": told})
-    assert plan.due(members, 0) == {"a": "turn"}
-    assert plan.due({**members, "a": replace(members["a"], owned=0)}, 0) == {}
+    assert plan.due(members) == {"a": "turn"}
+    assert plan.due({**members, "a": replace(members["a"], owned=0)}) == {}
 
 
 def test_tag_within_its_reserve_is_not_asked_to_yield():

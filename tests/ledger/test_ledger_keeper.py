@@ -171,7 +171,7 @@ def test_who_is_idle_or_served_by_what_it_owns_leaves_the_store_alone(world):
     transactions = world.host.transactions
     world.run(60.0, tick=0.01)
     assert world.host.transactions - transactions <= 14
-    assert silent.keeper.member.transactions == 0
+    assert silent.keeper.member.rows.transactions == 0
 
 
 def test_a_pool_without_a_user_is_seldom_looked_at_until_it_rings(world):
@@ -209,17 +209,59 @@ def test_figures_are_published_for_whoever_asks_and_only_then(world):
     assert (a.keeper.trouble, used(a)) == (None, [15])
 
 
-def test_one_that_alone_goes_short_takes_what_it_is_rung_for_in_one_transaction():
+def one_with_a_grant():
+    """A world of one slot, and two members; `b` was given the slot and rung."""
     world = World(Terms(1, 1, 1, 60.0, 30.0))
     a, b = world.members(a=1, b=1)
     free(a, "a")
     while b.store.member not in world.host.rung:
         world.now += 0.001
         a.step()
-    transactions, b.passed = world.host.transactions, []
+    assert (b.row.owned, b.row.granted, b.pool.slots) == (1, 1, 0)
+    return world, a, b
+
+
+def test_one_that_goes_short_is_given_what_comes_free_and_has_it_in_one_write():
+    world, _, b = one_with_a_grant()
+    transactions = world.host.transactions
     b.step()
-    assert (b.row.owned, world.host.transactions - transactions) == (1, 1)
-    assert "read" not in b.passed
+    assert (b.row.owned, b.row.granted, b.pool.slots) == (1, 0, 1)
+    assert world.host.transactions - transactions == 1
+
+
+def test_grant_that_is_taken_back_before_it_was_taken_opens_nothing():
+    """Between the reading of the rows and the message that takes it."""
+    world, a, b = one_with_a_grant()
+    b.step(budget=0)
+    while b.passed[-1] != "begin":
+        b.step(budget=1)
+    assert "read" in b.passed[-2:]
+    with a.store.transaction() as rows:
+        book = Book(rows)
+        book.stall({b.store.member: book.texts[b.store.member]})
+        book.tell()
+    assert (b.row.owned, b.row.granted, b.row.stalled) == (0, 0, True)
+    ask(a, "a", 1)
+    world.run(0.01)
+    assert (a.pool.open, b.pool.open) == (1, 0)
+    free(a, "a")
+    world.run(1.0)
+    assert (a.pool.open, b.pool.open, world.server.most) == (0, 1, 1)
+
+
+def test_grant_of_one_that_dies_or_does_not_answer_goes_to_the_next():
+    world, a, b = one_with_a_grant()
+    b.kill()
+    ask(a, "a", 1)
+    world.run(2.5)
+    assert (a.pool.open, world.quarantined) == (1, 0)  # it had used none of its slots
+    world, a, b = one_with_a_grant()
+    b.stopped = True
+    ask(a, "a", 1)
+    world.run(1.0)
+    assert a.pool.open == 0
+    world.run(world.living[0].keeper._pace.patience + 1.0)
+    assert (a.pool.open, b.row.granted) == (1, 0)
 
 
 def test_the_bell_rings_once_and_only_for_what_may_change_something(world):

@@ -107,10 +107,11 @@ class Member:
 
     def reaches_the_ledger(self):
         """Return once it was read after this moment: a cut may not be known yet."""
-        before = self.keeper.member.transactions
+        before = self.keeper.member.rows.transactions
         eventually(
             lambda: (
-                self.keeper.trouble is None and self.keeper.member.transactions > before
+                self.keeper.trouble is None
+                and self.keeper.member.rows.transactions > before
             ),
             "the ledger is there",
         )

@@ -25,14 +25,27 @@ def step_until(process, point, answers):
 
 def test_posts_are_acknowledged_together_after_the_look(world):
     a, answers = world.member(), []
-    transactions = world.host.transactions
+    transactions, reads = world.host.transactions, a.passed.count("read")
     for _ in range(20):
         a.keeper.post(answers.append)
     step_until(a, "read", answers)
     a.step()
     assert answers == [True] * 20
     assert world.host.transactions == transactions  # nobody had to wait for that
-    assert a.passed.count("read") == 1
+    assert a.passed.count("read") == reads + 1
+
+
+def test_posts_are_answered_before_others_are_looked_after(world):
+    _, b = world.members(a=20, b=20)
+    world.run(0.1)
+    assert b.keeper.member.vain
+    answers = []
+    world.now += 2.0
+    b.keeper.post(answers.append)
+    b.step(budget=0)
+    while b.passed[-1] != "living":
+        b.step(budget=1)
+    assert answers == [True]
 
 
 def test_one_that_posts_before_it_is_a_member_becomes_one(world):
