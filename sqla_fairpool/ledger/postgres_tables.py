@@ -290,6 +290,9 @@ def make_engine(url: URL, connected: Callable[[Any], None]) -> Engine:
         },
     )
 
+    # What the dialect asks a server about itself is for SQL that is not used here.
+    engine.dialect.initialize = lambda connection: None  # type: ignore[method-assign]  # of this engine only
+
     @event.listens_for(engine, "do_connect")
     def connect(dialect: Any, record: Any, cargs: Any, cparams: Any) -> Any:
         connection = dialect.connect(*cargs, **cparams)
