@@ -112,6 +112,7 @@ class World:
         assert stub.owner is None, "it was handed out twice"
         assert not stub.closed
         stub.owner = self
+        return connection
 
     def let_go(self, connection):
         connection.dbapi_connection.owner = None
@@ -121,8 +122,7 @@ class World:
 
 
 def use(world, tag):
-    connection = connect(world.pool, tag)
-    world.hold(connection)
+    connection = world.hold(connect(world.pool, tag))
     world.let_go(connection)
     connection.close()
 
@@ -138,22 +138,19 @@ def use_both(world, tag):
 
 
 def invalidate(world, tag):
-    connection = connect(world.pool, tag)
-    world.hold(connection)
+    connection = world.hold(connect(world.pool, tag))
     connection.invalidate()
     connection.close()
 
 
 def drop(world, tag):
-    connection = connect(world.pool, tag)
-    world.hold(connection)
+    connection = world.hold(connect(world.pool, tag))
     world.let_go(connection)
     del connection  # the collector returns it
 
 
 def collect(world, tag):
-    connection = connect(world.pool, tag)
-    world.hold(connection)
+    connection = world.hold(connect(world.pool, tag))
     cycle = [connection]
     cycle.append(cycle)
     world.let_go(connection)
@@ -163,8 +160,7 @@ def collect(world, tag):
 
 
 def detach(world, tag):
-    connection = connect(world.pool, tag)
-    world.hold(connection)
+    connection = world.hold(connect(world.pool, tag))
     connection.dbapi_connection.close()  # it is none of the pool's from here on
     connection.detach()
     connection.close()
@@ -191,8 +187,7 @@ def read(world, tag):
 
 def give_up(world, tag):
     with suppress(CheckoutTimeout), sqla_fairpool.tag(tag, timeout=1.0):
-        connection = world.pool.connect()
-        world.hold(connection)
+        connection = world.hold(world.pool.connect())
         world.schedule.now += 0.6
         world.schedule.switch()
         world.let_go(connection)
@@ -201,8 +196,7 @@ def give_up(world, tag):
 
 def borrow(world, tag):
     """Say the tag later, as an option of a connection does, or execute a statement."""
-    connection = world.pool.connect()
-    world.hold(connection)
+    connection = world.hold(world.pool.connect())
     core = world.pool._core
     checkout = connection._connection_record.fair.checkout
     if world.random.random() < 0.5:
@@ -447,8 +441,7 @@ class TaskWorld(World):
 
     def visit(self, tag, timeout, seconds):
         with sqla_fairpool.tag(tag, timeout=timeout):
-            connection = self.pool.connect()
-        self.hold(connection)
+            connection = self.hold(self.pool.connect())
         try:
             self.passes(seconds)
         finally:
@@ -456,9 +449,7 @@ class TaskWorld(World):
             connection.close()
 
     def all_at_once(self):
-        held = [connect(self.pool, tag) for tag in "ab"]
-        for connection in held:
-            self.hold(connection)
+        held = [self.hold(connect(self.pool, tag)) for tag in "ab"]
         assert self.server.open == CAPACITY
         for connection in held:
             self.let_go(connection)
