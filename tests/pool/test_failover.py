@@ -163,6 +163,10 @@ def test_failover_guard_may_be_off(refuse):
 GONE = StubError("the server is gone")
 
 
+def no_answer():
+    raise StubError("no answer")
+
+
 def test_one_caller_at_a_time_connects_until_the_first_success(world):
     pool, gate = world.pool(4), world.gate()
     state.lose(pool, GONE)
@@ -201,11 +205,7 @@ def test_time_that_ends_before_a_slot_is_free_ends_likewise(world):
         connect(pool)  # no attempt has failed
     held.invalidate()
     held.close()
-
-    def refuse():
-        raise StubError("no answer")
-
-    world.server.before["connect"] = refuse
+    world.server.before["connect"] = no_answer
     with pytest.raises(StubError, match="no answer"):
         connect(pool)
     gate = world.server.before["connect"] = world.gate()
@@ -227,11 +227,7 @@ def test_lost_connection_is_opened_again_in_its_turn(world):
     held.invalidate()
     held.close()
     state.lose(pool, GONE)
-
-    def refuse():
-        raise StubError("no answer")
-
-    world.server.before["connect"] = refuse
+    world.server.before["connect"] = no_answer
     out = take(pool, 1)  # one that is open
     for failures in (1, 2):
         with pytest.raises(StubError, match="no answer"):
@@ -282,11 +278,7 @@ def interrupted(pool, interruption):
 
 def test_pauses_grow_up_to_the_option_and_begin_anew(make_pool, server, clock):
     pool = make_pool(2, timeout=0)
-
-    def refuse():
-        raise StubError("no answer")
-
-    server.before["connect"] = refuse
+    server.before["connect"] = no_answer
     reconnects = state.reconnects(pool)
     for _ in range(2):
         state.lose(pool, GONE)
@@ -301,10 +293,10 @@ def test_pauses_grow_up_to_the_option_and_begin_anew(make_pool, server, clock):
         bounds = [0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0]
         assert all(b / 2 <= p <= b for p, b in zip(pauses, bounds, strict=True))
         assert len(set(pauses)) == 8  # no two processes come at once
-        refusing = server.before.pop("connect")
+        del server.before["connect"]
         connect(pool).close()
         pool.dispose()
-        server.before["connect"] = refusing
+        server.before["connect"] = no_answer
 
 
 def test_without_a_disconnect_every_caller_tries(make_pool, server):

@@ -16,6 +16,7 @@ import random
 import sys
 import textwrap
 from contextlib import suppress
+from glob import glob
 
 import pytest
 from sqlalchemy.event import attr
@@ -23,11 +24,9 @@ from sqlalchemy.pool.base import _ConnectionRecord
 from sqlalchemy.util import await_only, greenlet_spawn
 from support import schedules, state
 from support.schedules import (
-    NAMES,
     THREADING,
     CooperativeLock,
     Schedule,
-    clock,
     compiled,
     stepwise,
 )
@@ -57,7 +56,7 @@ COUNT = int(os.environ.get("SCHEDULES", "2000"))
 FIRST = int(os.environ.get("FIRST_SCHEDULE", "0"))
 
 ROOT = os.path.dirname(sqla_fairpool.__file__)
-FILES = [os.path.join(ROOT, folder, "") for folder in ("pool", "scheduling")]
+FILES = glob(f"{ROOT}/pool/*.py") + glob(f"{ROOT}/scheduling/*.py")
 
 CAPACITY = 2
 
@@ -113,6 +112,7 @@ class World:
         assert stub.owner is None, "it was handed out twice"
         assert not stub.closed
         stub.owner = self
+        return connection
 
     def let_go(self, connection):
         connection.dbapi_connection.owner = None
@@ -122,8 +122,7 @@ class World:
 
 
 def use(world, tag):
-    connection = connect(world.pool, tag)
-    world.hold(connection)
+    connection = world.hold(connect(world.pool, tag))
     world.let_go(connection)
     connection.close()
 
@@ -139,22 +138,19 @@ def use_both(world, tag):
 
 
 def invalidate(world, tag):
-    connection = connect(world.pool, tag)
-    world.hold(connection)
+    connection = world.hold(connect(world.pool, tag))
     connection.invalidate()
     connection.close()
 
 
 def drop(world, tag):
-    connection = connect(world.pool, tag)
-    world.hold(connection)
+    connection = world.hold(connect(world.pool, tag))
     world.let_go(connection)
     del connection  # the collector returns it
 
 
 def collect(world, tag):
-    connection = connect(world.pool, tag)
-    world.hold(connection)
+    connection = world.hold(connect(world.pool, tag))
     cycle = [connection]
     cycle.append(cycle)
     world.let_go(connection)
@@ -164,8 +160,7 @@ def collect(world, tag):
 
 
 def detach(world, tag):
-    connection = connect(world.pool, tag)
-    world.hold(connection)
+    connection = world.hold(connect(world.pool, tag))
     connection.dbapi_connection.close()  # it is none of the pool's from here on
     connection.detach()
     connection.close()
@@ -192,17 +187,16 @@ def read(world, tag):
 
 def give_up(world, tag):
     with suppress(CheckoutTimeout), sqla_fairpool.tag(tag, timeout=1.0):
-        connection = world.pool.connect()
-        world.hold(connection)
-        world.schedule.advance(0.6)
+        connection = world.hold(world.pool.connect())
+        world.schedule.now += 0.6
+        world.schedule.switch()
         world.let_go(connection)
         connection.close()
 
 
 def borrow(world, tag):
     """Say the tag later, as an option of a connection does, or execute a statement."""
-    connection = world.pool.connect()
-    world.hold(connection)
+    connection = world.hold(world.pool.connect())
     core = world.pool._core
     checkout = connection._connection_record.fair.checkout
     if world.random.random() < 0.5:
@@ -244,7 +238,8 @@ def scheduled(monkeypatch, light_heap):
     for module in (lock, events):
         monkeypatch.setattr(module, "make_lock", THREADING.RLock)
     monkeypatch.setattr(lock, "get_ident", THREADING.get_ident)
-    monkeypatch.setattr(FairQueuePool, "_clock", staticmethod(clock))
+    clock = staticmethod(lambda: Schedule.running.now)
+    monkeypatch.setattr(FairQueuePool, "_clock", clock)
     for numbered in (_ConnectionRecord, Checkout, PhysicalConnection, Reservation):
         number(monkeypatch, numbered)
     gc.disable()  # else the order would depend on what was there before
@@ -382,7 +377,7 @@ MUTANTS = {
     ),
 }
 
-#: Schedules that are tried for each mutant; the rarest is noticed in one of some 370.
+#: Schedules that are tried for each mutant; the rarest is noticed in one of some 250.
 ENOUGH = 1000
 
 
@@ -393,7 +388,6 @@ def mutate(monkeypatch, owner, function, old, new):
     made = {}
     source = "from __future__ import annotations\n" + source.replace(old, new)
     filename = function.__code__.co_filename
-    function.__globals__.update(NAMES)
     exec(compiled(source, filename), function.__globals__, made)
     monkeypatch.setattr(owner, function.__name__, made[function.__name__])
 
@@ -447,8 +441,7 @@ class TaskWorld(World):
 
     def visit(self, tag, timeout, seconds):
         with sqla_fairpool.tag(tag, timeout=timeout):
-            connection = self.pool.connect()
-        self.hold(connection)
+            connection = self.hold(self.pool.connect())
         try:
             self.passes(seconds)
         finally:
@@ -456,9 +449,7 @@ class TaskWorld(World):
             connection.close()
 
     def all_at_once(self):
-        held = [connect(self.pool, tag) for tag in "ab"]
-        for connection in held:
-            self.hold(connection)
+        held = [self.hold(connect(self.pool, tag)) for tag in "ab"]
         assert self.server.open == CAPACITY
         for connection in held:
             self.let_go(connection)

@@ -5,55 +5,37 @@ a comparison, a test for truth, a call, the next item of a loop. What bytecodes 
 between two steps they do to variables of one thread: to switch there would give no
 other order. :func:`stepwise` has code count its steps, by a call before each.
 
-:class:`Schedule` runs functions in greenlets in the place of threads. At each step it
-may pass the turn to another one; locks are cooperative, and time stands still unless a
-thread moves it. So one seed is one order of all steps, which can be run again.
+:class:`Schedule` runs functions in greenlets in the place of threads. After a number of
+steps the turn may pass to another one; locks are cooperative, and time stands still
+unless a thread moves it. So one seed is one order of all steps, which can be run again.
 
-Two ways to choose: at random, or by priorities with a few points of change (PCT:
-Burckhardt et al., "A randomized scheduler with probabilistic guarantees of finding
-bugs", ASPLOS 2010), which finds what needs a long run of one thread in the middle of
-another.
+Two ways to choose whose turn is next: at random, or by priorities, of which the running
+thread gets the lowest at the end of its turn (after PCT: Burckhardt et al., "A
+randomized scheduler with probabilistic guarantees of finding bugs", ASPLOS 2010), which
+finds what needs a long run of one thread in the middle of another.
 """
 
 from __future__ import annotations
 
 import ast
+import builtins
 import functools
 import gc
 import random
-import sys
 import threading
-from contextlib import contextmanager
-from math import log
+from contextlib import contextmanager, suppress
+from math import inf, log
 from pathlib import Path
 from types import CodeType, FunctionType, SimpleNamespace
 
-from greenlet import getcurrent, greenlet
+from greenlet import GreenletExit, getcurrent, greenlet
 
-#: Steps between two switches, on average, of the random way: one or another, so that
-#: short and long runs are tried.
-_RUNS = (3, 10, 40, 160)
+#: Steps of a turn, on average, at random and by priorities: one or another, so that
+#: short and long turns are tried.
+_TURNS = (3, 10, 40, 160), (100, 300, 1_000, 3_000)
 
-#: Points of change of the way by priorities, and the steps among which they are.
-_CHANGES, _LENGTHS = 4, (150, 600, 2_400, 6_000)
-
-#: More steps than there are.
-_NEVER = sys.maxsize // 2
-
-#: The schedule that runs, and the steps until its next switch.
-_running = None
-_left = _NEVER
-
-
-class StuckError(AssertionError):
-    """All threads wait, and none can be woken: a wake-up was lost, or a deadlock."""
-
-
-class _Ended(BaseException):
-    """Ends the other threads of a schedule that has failed."""
-
-
-# -- steps -----------------------------------------------------------------------------
+#: Steps until the turn of the running thread ends.
+_left = inf
 
 
 def step(value=None):
@@ -61,25 +43,23 @@ def step(value=None):
     global _left
     _left -= 1
     if _left <= 0:
-        _running.switch()
+        Schedule.running.switch()
     return value
 
 
 def _each(iterable):
     """Iterate in steps."""
-    iterator = iter(step(iterable))
-    for item in iterator:
+    for item in step(iterable):
         yield item
         step()
 
 
-#: What code that is compiled so refers to.
-NAMES = {"__step__": step, "__each__": _each}
+# Code that is compiled so finds them there, of whichever module it is.
+vars(builtins).update(__step__=step, __each__=_each)
 
 
 def _counted(node, function="__step__"):
-    name = ast.Name(function, ast.Load())
-    return ast.copy_location(ast.Call(name, [node], []), node)
+    return ast.Call(ast.Name(function, ast.Load()), [node], [])
 
 
 def _truth(node):
@@ -97,15 +77,12 @@ class _Stepwise(ast.NodeTransformer):
                 node.slice = _counted(index)
             case ast.Attribute() | ast.AugAssign() | ast.Subscript():
                 node.value = _counted(node.value)
-            case (
-                ast.Call(keywords=[*_, last])
-                | ast.Call(args=[*_, ast.Starred() as last])
-            ):
+            case ast.Call(keywords=[*_, last]):
                 last.value = _counted(last.value)
-            case ast.Call(args=[*_, last]):
+            case ast.Call(args=[*_, last]) if not isinstance(last, ast.Starred):
                 node.args[-1] = _counted(last)
-            case ast.Call(func=function) if getattr(function, "id", None) != "super":
-                node.func = _counted(function)
+            case ast.Call():
+                node.func = _counted(node.func)
             case ast.Compare(comparators=[*_, last]):
                 node.comparators[-1] = _counted(last)
             case ast.If() | ast.IfExp() | ast.While():
@@ -125,40 +102,32 @@ def compiled(source, filename):
     return compile(ast.fix_missing_locations(tree), filename, "exec")
 
 
+def _key(code):
+    return code.co_filename, code.co_name, code.co_firstlineno, code.co_freevars
+
+
 @functools.cache
-def _functions(path):
-    """Return the code of the functions and methods of a module, by name and line."""
-    found, bodies = {}, [compiled(Path(path).read_text("utf-8"), path)]
-    while bodies:
-        for code in bodies.pop().co_consts:
-            if isinstance(code, CodeType) and code.co_flags & 2:  # not that of a class
-                found[path, code.co_name, code.co_firstlineno] = code
-            elif isinstance(code, CodeType):
-                bodies.append(code)
-    return found
+def _codes(path):
+    """Return all code of a module, which counts its steps."""
+    codes = [compiled(Path(path).read_text("utf-8"), path)]
+    for code in codes:  # and what is in it
+        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return {_key(code): code for code in codes}
 
 
 @contextmanager
-def stepwise(beginnings):
-    """Have the code of files count its steps.
-
-    :param beginnings: what the paths of the files begin with.
-    """
-    made, former = {}, []
-    for module in list(sys.modules.values()):
-        path = getattr(module, "__file__", None) or ""
-        if path.startswith(tuple(beginnings)):
-            made |= _functions(path)
-            vars(module).update(NAMES)
+def stepwise(paths):
+    """Have the code of files count its steps."""
+    made = {key: code for path in paths for key, code in _codes(path).items()}
     gc.unfreeze()  # what is frozen would not be found
-    for function in gc.get_objects():
-        if isinstance(function, FunctionType):
-            code = function.__code__
-            other = made.get((code.co_filename, code.co_name, code.co_firstlineno))
-            if other is not None and code.co_freevars == other.co_freevars:
-                former.append((function, code))
-                function.__code__ = other
+    former = [
+        (function, function.__code__)
+        for function in gc.get_objects()
+        if isinstance(function, FunctionType) and _key(function.__code__) in made
+    ]
     gc.freeze()
+    for function, code in former:
+        function.__code__ = made[_key(code)]
     try:
         yield
     finally:
@@ -169,159 +138,84 @@ def stepwise(beginnings):
 # -- schedules -------------------------------------------------------------------------
 
 
-class _Worker(greenlet):
-    """What runs in the place of a thread."""
-
-    #: Tells if it can go on; None if it does not wait.
-    can_go_on = None
-    deadline = None
-    priority = 0.0
-
-
 class Schedule:
-    """One order of steps.
-
-    :param seed: tells which.
-    :param now: the time as it begins.
-    """
+    """One order of steps from a time on; the seed tells which."""
 
     def __init__(self, seed, now):
-        global _running, _left
-        _running = self
+        Schedule.running = self  # for steps and locks
         chance = random.Random(seed)
-        self._chance = chance.random
+        self._random = chance.random
+        self._by_priority = seed % 2
+        self._turn = chance.choice(_TURNS[self._by_priority])
+        self._workers, self._lowest = [], 0
         self.now = now
-        self.by_priority = bool(seed % 2)
-        length = chance.choice(_LENGTHS)
-        changes = (chance.randrange(length) for _ in range(_CHANGES))
-        self._changes = sorted(changes, reverse=True)
-        self._run_length = chance.choice(_RUNS)
-        self._workers, self._current = [], None
-        #: The first one of a thread.
-        self.error = None
-        self._planned = _left = _NEVER
-
-    @property
-    def steps(self):
-        """Steps so far."""
-        return self._planned - _left
-
-    def advance(self, seconds):
-        """Let time pass; who waits for that goes on in its turn."""
-        self.now += seconds
-        self.switch()
-
-    def wait_until(self, can_go_on, seconds=None):
-        """Block the running thread until it can go on, or the time is up."""
-        worker = self._current
-        if can_go_on():
-            return
-        assert worker is not None, "the main thread would wait"
-        worker.can_go_on = can_go_on
-        worker.deadline = None if seconds is None else self.now + seconds
-        self.switch(blocked=True)
-        worker.can_go_on = worker.deadline = None
+        self.error = None  # kept: with it, what has failed is not finalised
 
     def run(self, *functions):
-        """Run functions, each in a thread; raise what the first one that fails raises.
-
-        :raises StuckError: if all that have not ended wait.
-        """
-        self._workers = [
-            _Worker(functools.partial(self._guard, function)) for function in functions
-        ]
-        for worker in self._workers:
-            worker.priority = self._chance()
-        self._plan()
-        while self._workers and self.error is None:
-            self._current = self._choose()
-            if self._current is not None:
-                self._current.switch()
-            self._workers = [one for one in self._workers if not one.dead]
-        self._plan(_NEVER)
-        while started := [worker for worker in self._workers if worker]:
-            self._current = started[-1]
-            self._current.throw(_Ended)  # until it has cleaned up
-        self._current = None
-        if self.error is not None:
-            raise self.error
-
-    def _guard(self, function):
-        try:
-            function()
-        except _Ended:
-            pass
-        except BaseException as error:
-            self.error = self.error or error
-
-    def _plan(self, more=None):
-        """Count the steps from here on, until the next switch."""
+        """Run functions, each in a thread; raise what the first that fails raises."""
         global _left
-        if more is None and not self.by_priority:
-            more = 1 - int(self._run_length * log(1 - self._chance()))
-        elif more is None:
-            steps = self.steps
-            while self._changes and self._changes[-1] <= steps:
-                self._changes.pop()
-            more = self._changes[-1] - steps if self._changes else _NEVER
-        self._planned += more - _left
-        _left = more
+        self._workers = [greenlet(function) for function in functions]
+        for worker in self._workers:
+            worker.priority, worker.can_go_on = self._random(), None
+        try:
+            while self._workers:
+                worker = self._choose()
+                assert worker is not None, "all threads wait: a wake-up was lost"
+                worker.switch()
+                self._workers = [one for one in self._workers if not one.dead]
+        except BaseException as error:
+            self.error, _left = error, inf
+            for worker in self._workers:
+                with suppress(BaseException):
+                    worker.throw()  # until it has cleaned up
+            raise
 
-    def switch(self, blocked=False):
+    def _choose(self, otherwise=None):
+        """Begin a turn, and return whose it is."""
+        global _left
+        _left = 1 - int(self._turn * log(1 - self._random()))
+        those = [one for one in self._workers if not one.can_go_on or one.can_go_on()]
+        if self._by_priority:
+            return max(those, key=lambda one: one.priority, default=otherwise)
+        return those[int(self._random() * len(those))] if those else otherwise
+
+    def switch(self):
         """Pass the turn on, it may be to the same thread again."""
-        worker = self._current
-        if worker is not getcurrent():  # a thread that other tests have left
+        worker = getcurrent()
+        if worker not in self._workers:  # a thread that other tests have left
             return
         if self.error is not None:
-            raise _Ended
-        if self.by_priority and not blocked:
-            worker.priority = min(other.priority for other in self._workers) - 1
-        self._plan()
-        self._current = self._choose()
-        if self._current is not worker:
-            (self._current or worker.parent).switch()
+            raise GreenletExit
+        if not worker.can_go_on:
+            self._lowest -= 1
+            worker.priority = self._lowest
+        self._choose(worker.parent).switch()
 
-    def _choose(self):
-        """Return who is next; without one, the schedule has failed."""
-        those = self._workers
-        if not self.by_priority:
-            chosen = those[int(self._chance() * len(those))]
-            if chosen.can_go_on is None:
-                return chosen
-        those = [worker for worker in those if self._is_ready(worker)]
-        if not those:
-            self.error = StuckError(f"all threads wait, after {self.steps} steps")
-            return None
-        if self.by_priority:
-            return max(those, key=lambda worker: worker.priority)
-        return those[int(self._chance() * len(those))]
-
-    def _is_ready(self, worker):
-        is_over = worker.deadline is not None and worker.deadline <= self.now
-        return worker.can_go_on is None or is_over or worker.can_go_on()
-
-
-def clock():
-    """Return the time of the schedule that runs."""
-    return _running.now
+    def wait_until(self, can_go_on, seconds=inf):
+        """Block the running thread until it can go on, or the time is up."""
+        worker, deadline = getcurrent(), self.now + seconds
+        assert worker in self._workers, "another thread would wait"
+        worker.can_go_on = lambda: deadline <= self.now or can_go_on()
+        self.switch()
+        worker.can_go_on = None
 
 
 class CooperativeLock:
     """As ``threading.Lock``."""
 
-    _again, _owner, _count = False, None, 0
+    _owner, _count = None, 0
+
+    def _is_free(self):
+        return self._owner is None
 
     def acquire(self, blocking=True, timeout=-1):
         step()
-        me = getcurrent()
-        mine = self._again and (self._owner is me or _running.error is not None)
-        if self._owner is not None and not mine:
-            if blocking:
-                seconds = None if timeout < 0 else timeout
-                _running.wait_until(lambda: self._owner is None, seconds)
-            if self._owner is not None:
-                return False
-        self._owner = me
+        if blocking and not self._is_free():
+            seconds = inf if timeout < 0 else timeout
+            Schedule.running.wait_until(lambda: self._owner is None, seconds)
+        if not self._is_free():
+            return False
+        self._owner = getcurrent()
         self._count += 1
         return True
 
@@ -329,7 +223,7 @@ class CooperativeLock:
 
     def release(self):
         step()
-        if self._owner is None:
+        if not self._count:
             raise RuntimeError("release unlocked lock")
         self._count -= 1
         if not self._count:
@@ -342,17 +236,15 @@ class CooperativeLock:
 class CooperativeRLock(CooperativeLock):
     """As ``threading.RLock``; is free for what a schedule that has failed cleans up."""
 
-    _again = True
+    def _is_free(self):
+        return self._owner in (None, getcurrent()) or Schedule.running.error
 
     def release(self):
-        assert self._owner is getcurrent() or _running.error is not None
+        assert self._owner is getcurrent() or Schedule.running.error
         super().release()
 
 
 #: What stands in the place of :mod:`threading` in the code that is explored.
-_replaced = {
-    "Lock": CooperativeLock,
-    "RLock": CooperativeRLock,
-    "get_ident": getcurrent,
-}
-THREADING = SimpleNamespace(**{**vars(threading), **_replaced})
+THREADING = SimpleNamespace(**vars(threading))
+THREADING.Lock, THREADING.RLock = CooperativeLock, CooperativeRLock
+THREADING.get_ident = getcurrent

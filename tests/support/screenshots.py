@@ -5,7 +5,8 @@ at it before it is committed.
 
 With HTML pages as arguments, it makes pictures of these instead, with Chromium: of a
 report of the benchmarks, or of the documentation. Each is ``PAGE-WIDTH.png`` in the
-current directory, at the width of a desktop and of a phone.
+current directory, at the width of a desktop and of a phone. ``REPORT.html#SECTION``
+writes ``docs/_static/report.png``, the first two plots of a section of a report.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -81,14 +83,29 @@ async def monitor():
         app.save_screenshot("monitor.svg", str(STATIC))
 
 
-def pages(paths):
-    for path in map(Path, paths):
-        for width in (1280, 390):
-            options = ["--headless", "--no-sandbox", "--hide-scrollbars"]
-            options += [f"--window-size={width},3000"]
-            options += [f"--screenshot={path.stem}-{width}.png"]
-            command = ["chromium", *options, path.resolve().as_uri()]
-            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+def pages(arguments):
+    for path, _, section in (argument.partition("#") for argument in arguments):
+        if section:
+            plots(Path(path).read_text("utf-8"), section)
+        else:
+            for width in (1280, 390):
+                shoot(Path(path), f"{Path(path).stem}-{width}.png", width, 3000)
+
+
+def plots(report, section):
+    style = f"""<style>body {{ padding: 6px 14px; }} body > * {{ display: none; }}
+        #{section} + p + .plots {{ display: grid; margin: 0; }}</style></head>"""
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder, "plots.html")
+        page.write_text(report.replace("</head>", style), "utf-8")
+        shoot(page, STATIC / "report.png", 1204, 352)
+
+
+def shoot(page, picture, width, height):
+    options = ["--headless", "--no-sandbox", "--hide-scrollbars"]
+    options += [f"--window-size={width},{height}", f"--screenshot={picture}"]
+    command = ["chromium", *options, page.resolve().as_uri()]
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":
