@@ -1,10 +1,10 @@
 """Execution options of engines and connections: the tag, and how long a checkout waits.
 
-The pool is asked for a connection without an argument, so what options say travels
-in a context variable, as a :class:`Request`. The pool takes it out of there before it
-does anything else, so that nothing else sees it: not a task that the driver starts
-while it connects, not another pool that a listener uses. SQLAlchemy reports options as
-they are set, to the dialect of the engine:
+The pool is asked for a connection without an argument, so what options say is left
+with the thread, as a :class:`Request`. The pool takes it from there before it does
+anything else, so that nothing else sees it: not another task of the thread, not
+another pool that a listener uses. SQLAlchemy reports options as they are set, to the
+dialect of the engine:
 
 * an engine's: its ``raw_connection()``, the public method through which every
   :class:`~sqlalchemy.engine.Connection` is filled, is wrapped on that engine, so
@@ -19,9 +19,9 @@ it; nothing else in the process is touched.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,13 +57,16 @@ class Request:
     is_connections: bool = False
 
 
-# Set for the few instructions between a connection or an engine and its pool.
-_request: ContextVar[Request | None] = ContextVar("sqla_fairpool_request", default=None)
+class _Begun(threading.local):
+    """The checkout that begins on this thread."""
 
-#: The request of the checkout that begins; first read by every checkout.
-requested = _request.get
-#: Make a request, or with None take it back.
-make_request = _request.set
+    #: Set for the few instructions between a connection or an engine and its pool. No
+    #: task gives way in between, and a context variable would cost five times as much.
+    request: Request | None = None
+
+
+#: Read first by every checkout.
+begun = _Begun()
 
 
 def check_server(dialect: Any, options: PoolOptions) -> None:
@@ -167,12 +170,12 @@ class _Hooks:
         """
         connection = ref()
         assert connection is not None
-        options, outer = _accepted_of(connection), requested()
-        make_request(self._request(connection.dialect, options, is_connections=True))
+        options, outer = _accepted_of(connection), begun.request
+        begun.request = self._request(connection.dialect, options, is_connections=True)
         try:
             proxied = sqlalchemy_private.check_out(connection)
         finally:
-            make_request(outer)
+            begun.request = outer
         try:
             self._apply(connection, options)
         except BaseException as error:
@@ -205,17 +208,17 @@ def _tag_engine(engine: Engine, request: Request) -> None:
     dialect = request.dialect
 
     def raw_connection() -> PoolProxiedConnection:
-        outer = requested()
+        outer = begun.request
         if outer is not None and outer.is_connections and outer.dialect is dialect:
             return engine.pool.connect()
-        make_request(request)
+        begun.request = request
         try:
             return engine.pool.connect()
         finally:
             # Another one is there if a signal handler runs this in the middle of a
             # checkout; ours is if it was not taken: by another kind of pool, say.
-            if requested() is not outer:
-                make_request(outer)
+            if begun.request is not outer:
+                begun.request = outer
 
     # A reference cycle, so engines that are dropped wait for the collector. They hold
     # no connection; and with a weak reference engine.execution_options(...)
