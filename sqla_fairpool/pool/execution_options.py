@@ -32,7 +32,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from ..checks import BadOption, BadState, validate_tag, validate_timeout
 from ..options import PoolOptions
 from . import sqlalchemy_private
-from .checkout import TIMES_TOLD, RecordState
+from .checkout import TIMES_TOLD, Checkout
 from .events import tell
 
 #: The execution option that says how long a checkout may wait.
@@ -134,13 +134,10 @@ class _Hooks:
         try:
             if TIMEOUT_OPTION in opts and opts[TIMEOUT_OPTION] is not None:
                 validate_timeout(opts[TIMEOUT_OPTION], TIMEOUT_OPTION)
-            tag = None
-            if self._option in opts:  # None is refused: it would say nothing
-                tag = validate_tag(opts[self._option], self._option)
             setattr(connection, _ACCEPTED, connection.get_execution_options())
             record = sqlalchemy_private.check_out_by(connection, self._check_out)
-            if tag is not None:
-                _retag(connection, record, tag)
+            if self._option in opts:
+                _retag(connection, record, opts[self._option], self._option)
         except BaseException:
             setattr(connection, _ACCEPTED, before)
             sqlalchemy_private.set_options(connection, _accepted_of(connection))
@@ -226,16 +223,20 @@ def _tag_engine(engine: Engine, request: Request) -> None:
     setattr(engine, raw_connection.__name__, raw_connection)
 
 
-def _retag(connection: Connection, record: Any, tag: str) -> None:
+def _retag(connection: Connection, record: Any, value: object, option: str) -> None:
     """Charge a connection to the tag that was set on it, or have it wait there.
 
     If it is refused, it checks out again under its former tag when it is used next.
     """
-    fair: RecordState | None = getattr(record, "fair", None)
-    if fair is None:
-        return  # another class of pool
-    checkout = fair.checkout
-    if checkout.tag_state.tag == tag and not checkout.borrowed:
+    try:
+        checkout: Checkout = record.fair.checkout
+    except AttributeError:  # none, or another class of pool's
+        validate_tag(value, option)
+        return
+    tag = checkout.tag_state.tag
+    if value != tag:  # None is refused: it would say nothing
+        tag = validate_tag(value, option)
+    elif not checkout.borrowed:
         return
     core = checkout.core
     if connection.in_transaction():
@@ -249,15 +250,17 @@ def _retag(connection: Connection, record: Any, tag: str) -> None:
             return
         if not core.move(checkout, tag):
             sqlalchemy_private.check_out_again(connection)
-        elif core.options.server_tag or TIMES_TOLD in record.info or _times_of(fair):
+        elif (
+            core.options.server_tag or TIMES_TOLD in record.info or _times_of(checkout)
+        ):
             _tell(connection)
     except BaseException as error:
         connection.invalidate(error)
         raise
 
 
-def _times_of(fair: RecordState) -> bool:
-    return bool(fair.checkout.tag_state.limits.times)
+def _times_of(checkout: Checkout) -> bool:
+    return bool(checkout.tag_state.limits.times)
 
 
 def _tell(connection: Connection) -> None:
