@@ -205,7 +205,10 @@ class FairQueuePool(Figures, Pausable, Pool):
             begun.request = None  # before it waits or connects, see there
             tag = request.tag or context_tag() or self._default_tag
             return self._core.checkout(tag, self, request.timeout)
-        tag = (context_tag() if blocks() else None) or self._default_tag
+        tag, entries = self._default_tag, blocks()
+        if entries:
+            name, block = entries[-1]  # as a rule the one: a frame less
+            tag = (context_tag() if block.has_ended else name) or tag
         return self._core.checkout(tag, self)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
