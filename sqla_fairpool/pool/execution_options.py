@@ -236,7 +236,7 @@ def _retag(connection: Connection, record: Any, value: object, option: str) -> N
     tag = checkout.tag_state.tag
     if value != tag:  # None is refused: it would say nothing
         tag = validate_tag(value, option)
-    elif not checkout.borrowed:
+    if not checkout.borrowed and tag == checkout.tag_state.tag:
         return
     core = checkout.core
     if connection.in_transaction():
@@ -251,16 +251,14 @@ def _retag(connection: Connection, record: Any, value: object, option: str) -> N
         if not core.move(checkout, tag):
             sqlalchemy_private.check_out_again(connection)
         elif (
-            core.options.server_tag or TIMES_TOLD in record.info or _times_of(checkout)
+            core.options.server_tag
+            or TIMES_TOLD in record.info
+            or checkout.tag_state.limits.times
         ):
             _tell(connection)
     except BaseException as error:
         connection.invalidate(error)
         raise
-
-
-def _times_of(checkout: Checkout) -> bool:
-    return bool(checkout.tag_state.limits.times)
 
 
 def _tell(connection: Connection) -> None:

@@ -173,12 +173,9 @@ class SchedulerState:
     def room_for_others(self, tag: str) -> int:
         """Return how many slots of others could be moved to a tag. Reads only."""
         tag_state = self.tag_states.get(tag)
-        if (
-            tag_state is None
-            or self.waiting
-            or self.tags.reserved
-            or self.in_use > self.capacity
-        ):
+        if tag_state is None or self.waiting or self.tags.reserved:
+            return 0
+        if self.in_use > self.capacity:
             return 0
         return max(tag_state.safe_ceiling.value - tag_state.in_use, 0)
 
