@@ -1,10 +1,10 @@
 """Execution options of engines and connections: the tag, and how long a checkout waits.
 
-The pool is asked for a connection without an argument, so what options say travels
-in a context variable, as a :class:`Request`. The pool takes it out of there before it
-does anything else, so that nothing else sees it: not a task that the driver starts
-while it connects, not another pool that a listener uses. SQLAlchemy reports options as
-they are set, to the dialect of the engine:
+The pool is asked for a connection without an argument, so what options say is left
+with the thread, as a :class:`Request`. The pool takes it from there before it does
+anything else, so that nothing else sees it: not another task of the thread, not
+another pool that a listener uses. SQLAlchemy reports options as they are set, to the
+dialect of the engine:
 
 * an engine's: its ``raw_connection()``, the public method through which every
   :class:`~sqlalchemy.engine.Connection` is filled, is wrapped on that engine, so
@@ -19,9 +19,9 @@ it; nothing else in the process is touched.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from ..checks import BadOption, BadState, validate_tag, validate_timeout
 from ..options import PoolOptions
 from . import sqlalchemy_private
-from .checkout import TIMES_TOLD, RecordState
+from .checkout import TIMES_TOLD, Checkout
 from .events import tell
 
 #: The execution option that says how long a checkout may wait.
@@ -57,13 +57,16 @@ class Request:
     is_connections: bool = False
 
 
-# Set for the few instructions between a connection or an engine and its pool.
-_request: ContextVar[Request | None] = ContextVar("sqla_fairpool_request", default=None)
+class _Begun(threading.local):
+    """The checkout that begins on this thread."""
 
-#: The request of the checkout that begins; first read by every checkout.
-requested = _request.get
-#: Make a request, or with None take it back.
-make_request = _request.set
+    #: Set for the few instructions between a connection or an engine and its pool. No
+    #: task gives way in between, and a context variable would cost five times as much.
+    request: Request | None = None
+
+
+#: Read first by every checkout.
+begun = _Begun()
 
 
 def check_server(dialect: Any, options: PoolOptions) -> None:
@@ -131,13 +134,10 @@ class _Hooks:
         try:
             if TIMEOUT_OPTION in opts and opts[TIMEOUT_OPTION] is not None:
                 validate_timeout(opts[TIMEOUT_OPTION], TIMEOUT_OPTION)
-            tag = None
-            if self._option in opts:  # None is refused: it would say nothing
-                tag = validate_tag(opts[self._option], self._option)
             setattr(connection, _ACCEPTED, connection.get_execution_options())
             record = sqlalchemy_private.check_out_by(connection, self._check_out)
-            if tag is not None:
-                _retag(connection, record, tag)
+            if self._option in opts:
+                _retag(connection, record, opts[self._option], self._option)
         except BaseException:
             setattr(connection, _ACCEPTED, before)
             sqlalchemy_private.set_options(connection, _accepted_of(connection))
@@ -167,12 +167,12 @@ class _Hooks:
         """
         connection = ref()
         assert connection is not None
-        options, outer = _accepted_of(connection), requested()
-        make_request(self._request(connection.dialect, options, is_connections=True))
+        options, outer = _accepted_of(connection), begun.request
+        begun.request = self._request(connection.dialect, options, is_connections=True)
         try:
             proxied = sqlalchemy_private.check_out(connection)
         finally:
-            make_request(outer)
+            begun.request = outer
         try:
             self._apply(connection, options)
         except BaseException as error:
@@ -205,17 +205,17 @@ def _tag_engine(engine: Engine, request: Request) -> None:
     dialect = request.dialect
 
     def raw_connection() -> PoolProxiedConnection:
-        outer = requested()
+        outer = begun.request
         if outer is not None and outer.is_connections and outer.dialect is dialect:
             return engine.pool.connect()
-        make_request(request)
+        begun.request = request
         try:
             return engine.pool.connect()
         finally:
             # Another one is there if a signal handler runs this in the middle of a
             # checkout; ours is if it was not taken: by another kind of pool, say.
-            if requested() is not outer:
-                make_request(outer)
+            if begun.request is not outer:
+                begun.request = outer
 
     # A reference cycle, so engines that are dropped wait for the collector. They hold
     # no connection; and with a weak reference engine.execution_options(...)
@@ -223,16 +223,20 @@ def _tag_engine(engine: Engine, request: Request) -> None:
     setattr(engine, raw_connection.__name__, raw_connection)
 
 
-def _retag(connection: Connection, record: Any, tag: str) -> None:
+def _retag(connection: Connection, record: Any, value: object, option: str) -> None:
     """Charge a connection to the tag that was set on it, or have it wait there.
 
     If it is refused, it checks out again under its former tag when it is used next.
     """
-    fair: RecordState | None = getattr(record, "fair", None)
-    if fair is None:
-        return  # another class of pool
-    checkout = fair.checkout
-    if checkout.tag_state.tag == tag and not checkout.borrowed:
+    try:
+        checkout: Checkout = record.fair.checkout
+    except AttributeError:  # none, or another class of pool's
+        validate_tag(value, option)
+        return
+    tag = checkout.tag_state.tag
+    if value != tag:  # None is refused: it would say nothing
+        tag = validate_tag(value, option)
+    if not checkout.borrowed and tag == checkout.tag_state.tag:
         return
     core = checkout.core
     if connection.in_transaction():
@@ -246,15 +250,15 @@ def _retag(connection: Connection, record: Any, tag: str) -> None:
             return
         if not core.move(checkout, tag):
             sqlalchemy_private.check_out_again(connection)
-        elif core.options.server_tag or TIMES_TOLD in record.info or _times_of(fair):
+        elif (
+            core.options.server_tag
+            or TIMES_TOLD in record.info
+            or checkout.tag_state.limits.times
+        ):
             _tell(connection)
     except BaseException as error:
         connection.invalidate(error)
         raise
-
-
-def _times_of(fair: RecordState) -> bool:
-    return bool(fair.checkout.tag_state.limits.times)
 
 
 def _tell(connection: Connection) -> None:

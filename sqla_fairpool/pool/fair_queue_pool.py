@@ -34,7 +34,7 @@ from .events import (
     warn_of_private_memory,
     watch_errors,
 )
-from .execution_options import check_server, make_request, requested, watch_dialect
+from .execution_options import begun, check_server, watch_dialect
 from .figures import Figures
 from .pausing import AsyncPausable, Pausable
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
@@ -200,12 +200,15 @@ class FairQueuePool(Figures, Pausable, Pool):
     # -- what Pool asks of a pool ------------------------------------------------
 
     def _do_get(self) -> ConnectionPoolEntry:
-        request = requested()
+        request = begun.request
         if request is not None and request.dialect is self._dialect:
-            make_request(None)  # before it waits or connects, see there
+            begun.request = None  # before it waits or connects, see there
             tag = request.tag or context_tag() or self._default_tag
             return self._core.checkout(tag, self, request.timeout)
-        tag = (context_tag() if blocks() else None) or self._default_tag
+        tag, entries = self._default_tag, blocks()
+        if entries:
+            name, block = entries[-1]  # as a rule the one: a frame less
+            tag = (context_tag() if block.has_ended else name) or tag
         return self._core.checkout(tag, self)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:

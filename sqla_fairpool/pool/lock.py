@@ -55,6 +55,8 @@ class PoolLock:
         self.inbox: deque[Callable[[float], object]] = deque()
         #: What :mod:`.warm` has lent. A section has it charged before it does anything.
         self.borrowed: dict[Any, None] = {}
+        #: How many may be lent until the next section, -1 if it was not counted since.
+        self.lendable = -1
         #: What is to be done after the lock: callers to wake, and what takes time.
         self.wake_ups: deque[Callable[[], object]] = deque()
         self.deferred: deque[Callable[[], object]] = deque()
@@ -72,6 +74,7 @@ class PoolLock:
                 with self.mutex:
                     self.busy_in = get_ident()
                     try:
+                        self.lendable = -1  # first, see `borrow`
                         now = self.clock()
                         if self.inbox or self.borrowed:
                             self._empty_inbox(now)

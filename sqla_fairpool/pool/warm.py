@@ -28,6 +28,9 @@ from .lock import PoolLock
 #: To make a list anew for each checkin costs more than a microsecond.
 _EMPTY_LISTS_KEPT = 100
 
+#: How many may be lent is being counted. A section sets the number to -1.
+_COUNTING = -2
+
 
 class WarmRecords(list[Record]):
     """What is kept warm for one tag. Called by the next section, with the time."""
@@ -110,14 +113,12 @@ class WarmCache:
         checkout = record.fair.checkout
         checkout.borrowed = True
         self.borrowed[checkout] = None
-        # From here on no section grants anything before it has charged this. One that
-        # charges others has taken them out before, so it must not be in the middle.
-        if (
-            self._lock.busy_in is None
-            and self._scheduler.may_take_over(tag, len(self.borrowed))
-            and self._lock.busy_in is None
-            and checkout in self.borrowed  # else a section was faster
-        ):
+        # From here on a section charges this before it grants anything. Before it looks
+        # what there is to charge, it has said that the number holds no longer.
+        lock = self._lock
+        if lock.lendable < 0:
+            self._count_lendable(tag)
+        if checkout in self.borrowed and len(self.borrowed) <= lock.lendable:
             return True
         if not self._end_loan(checkout):
             self._lock.visit()  # a section has charged it by then, if the tag has room
@@ -127,13 +128,24 @@ class WarmCache:
         self.put(checkout.tag_state.tag, record)
         return False
 
+    def _count_lendable(self, tag: str) -> None:
+        """Note how many could be charged to `tag`, unless this is in a section."""
+        lock = self._lock
+        with lock.mutex:  # no other thread is in a section
+            if lock.busy_in is None:
+                lock.lendable = _COUNTING
+                lendable = self._scheduler.room_for_others(tag)
+                if lock.lendable == _COUNTING:  # else a signal handler was in one
+                    lock.lendable = lendable
+
     def claim(self, checkout: Checkout, tag: str) -> bool:
         """Have what is borrowed from a tag be that tag's; tell if it could.
 
         Needs no lock.
         """
         tag_state = checkout.tag_state
-        if tag_state.tag != tag or not self._end_loan(checkout):
+        # What `_end_loan` does, without its frame.
+        if tag_state.tag != tag or self.borrowed.pop(checkout, self) is not None:
             return False
         checkout.borrowed = False
         checkout.again += 1

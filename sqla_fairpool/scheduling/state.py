@@ -170,16 +170,14 @@ class SchedulerState:
             return self.capacity - self.in_use
         return self.capacity - self.in_use - self.kept_free
 
-    def may_take_over(self, tag: str, slots: int) -> bool:
-        """Tell if slots of others could be moved to a tag, all of them. Reads only."""
+    def room_for_others(self, tag: str) -> int:
+        """Return how many slots of others could be moved to a tag. Reads only."""
         tag_state = self.tag_states.get(tag)
-        return (
-            tag_state is not None
-            and not self.waiting
-            and not self.tags.reserved
-            and self.in_use <= self.capacity
-            and tag_state.in_use + slots <= tag_state.safe_ceiling.value
-        )
+        if tag_state is None or self.waiting or self.tags.reserved:
+            return 0
+        if self.in_use > self.capacity:
+            return 0
+        return max(tag_state.safe_ceiling.value - tag_state.in_use, 0)
 
     def wanted(self, ticket: Ticket) -> bool:
         """Tell if releasing this granted ticket would grant another one."""

@@ -284,22 +284,20 @@ def test_no_order_of_steps_breaks_a_promise(kind, scheduled):
 MUTANTS = {
     "a section that grants does not see what is borrowed": (
         "borrows",
-        WarmCache.borrow,
-        "self._lock.busy_in is None\n"
-        "        and self._scheduler.may_take_over(tag, len(self.borrowed))\n"
-        "        and self._lock.busy_in is None\n",
-        "self._scheduler.may_take_over(tag, len(self.borrowed))\n",
+        PoolLock.run,
+        "self.lendable = -1",
+        "pass",
     ),
-    "a section and a caller both say whose it is": (
-        "loans",
-        WarmCache._end_loan,
-        "return self.borrowed.pop(checkout, self) is None",
-        "self.borrowed.pop(checkout, None); return True",
+    "a borrower does not see that a section was faster": (
+        "borrows",
+        WarmCache.borrow,
+        "checkout in self.borrowed and ",
+        "",
     ),
     "a caller claims what a section has charged": (
         "loans",
         WarmCache.claim,
-        "or not self._end_loan(checkout)",
+        "or self.borrowed.pop(checkout, self) is not None",
         "",
     ),
     "a waiter that comes during a checkin is forgotten": (

@@ -145,19 +145,36 @@ def test_warm_connection_without_a_tag_above_its_ceiling_is_not_taken(make_pool)
 def test_section_charges_what_is_borrowed_meanwhile_or_has_it_put_back(has_room):
     lock, scheduler = PoolLock(lambda: 7.0, lambda: True), Mock()
 
-    def another_threads_section(tag, slots):
+    def section_of_a_signal_handler(tag):
         lock.run(lambda now: None)  # with nothing in the inbox
-        return True
+        return 1
 
     def charge(checkout):
         checkout.borrowed = not has_room
 
-    scheduler.may_take_over = another_threads_section
+    scheduler.room_for_others = section_of_a_signal_handler
     cache, record = WarmCache(lock, scheduler, None, charge), Mock()
     record.fair.checkout.tag_state.tag = "a"
     assert cache.borrow(record, "unknown") is has_room
     assert not lock.borrowed
+    assert lock.lendable < 0  # what was counted may be true no longer
     assert cache.of("a") == ([] if has_room else [record])
+
+
+def test_section_does_not_charge_what_is_claimed_meanwhile():
+    lock, charged = PoolLock(lambda: 7.0, lambda: True), []
+    first, second = Mock(), Mock(again=0)
+    second.tag_state.tag = "a"
+
+    def charge(checkout):
+        charged.append(checkout)
+        assert cache.claim(second, "a")  # as another thread does
+
+    cache = WarmCache(lock, Mock(), None, charge)
+    lock.borrowed.update({first: None, second: None})
+    lock.visit()
+    assert charged == [first]
+    assert not second.borrowed
 
 
 def in_use(engine):
@@ -179,8 +196,9 @@ def engine(make_engine, clock):
 
 
 def test_option_for_which_the_connection_was_warm_takes_no_lock(engine):
+    engine.connect().execution_options(scraper="a").close()  # counts what may be lent
     with state.lock_forbidden(engine):
-        for _ in range(3):
+        for _ in range(2):
             engine.connect().execution_options(scraper="a").close()
     assert checkouts(engine) == {"a": 4}
     hold = engine.pool.metrics().tag("a").hold_time

@@ -400,23 +400,20 @@ def test_slots_in_excess_are_not_moved_while_another_tag_waits():
 
 
 @pytest.mark.parametrize(
-    ("tag", "slots", "changes", "expected"),
+    ("tag", "changes", "room"),
     [
-        *[("b", 2, {}, True), ("b", 3, {}, False), ("new", 1, {}, False)],
-        *[("a", 1, {}, True), ("a", 2, {}, False)],
-        ("b", 1, {"waiting": 1}, False),
-        ("b", 1, {"in_use": 20}, True),
-        ("b", 1, {"in_use": 21}, False),
+        *[("b", {}, 2), ("a", {}, 1), ("new", {}, 0), ("b", {"waiting": 1}, 0)],
+        *[("b", {"in_use": 20}, 2), ("b", {"in_use": 21}, 0)],
     ],
 )
-def test_slots_that_a_tag_may_take_over(tag, slots, changes, expected):
+def test_slots_of_others_that_a_tag_has_room_for(tag, changes, room):
     scheduler = Scheduler(**RULES | {"soft_limit": 2}, now=0.0)
     request(scheduler, "a")
     scheduler.release(request(scheduler, "b"), 0.0)
     vars(scheduler).update(changes)
-    assert scheduler.may_take_over(tag, slots) is expected
+    assert scheduler.room_for_others(tag) == room
     scheduler.tags.reserved = 1
-    assert not scheduler.may_take_over(tag, slots)
+    assert scheduler.room_for_others(tag) == 0
 
 
 def test_ticket_is_known_where_it_was_used_last():
