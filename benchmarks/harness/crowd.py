@@ -193,9 +193,9 @@ def in_threads(
             threads.start(works[len(callers) :])
             mark = record.mark()
             threads.ended.wait(seconds)
-            outcome = record.outcome(mark)
         finally:
-            record.goes_on = False
+            record.goes_on = False  # first of all: many threads may starve this one
+        outcome = record.outcome(mark)
     return outcome
 
 
