@@ -388,12 +388,12 @@ class Book:
         if self.meta is None:
             return
         plan = plan or self.allocation()
-        self.bells = []
-        for key, more in plan.grants(self.members, self.free).items():
+        grants = plan.grants(self.members, self.free)
+        for key, more in grants.items():
             self.write(key, self.members[key].given(more))
-            self.bells.append(key)
         due = plan.due(self.members)
-        self.bells += (k for k, w in due.items() if w not in (self.due.get(k), STALLED))
+        new = {k for k, w in due.items() if w not in (self.due.get(k), STALLED)}
+        self.bells = sorted(new.union(grants))
         if due != self.due:
             self._rows[DUE], self.due = dump(due), due
         places = {tag: self.places[tag] for tag in plan.shares if tag in self.places}

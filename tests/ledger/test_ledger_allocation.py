@@ -19,7 +19,7 @@ from sqla_fairpool.ledger.demand import State
 from sqla_fairpool.ledger.rows import Limits, Member, Session, Terms, dump
 from sqla_fairpool.ledger.rows import TagDemand as Line
 from sqla_fairpool.ledger.store import LedgerError
-from sqla_fairpool.ledger.transaction import has_news, settle
+from sqla_fairpool.ledger.transaction import has_news, renew, settle
 from sqla_fairpool.scheduling import policy
 from sqla_fairpool.scheduling.ticket import LimitsByTag, TagLimits
 
@@ -638,6 +638,17 @@ def test_one_that_leaves_keeps_slots_for_what_is_open_and_not_in_quarantine():
     slots = [(gone.slots, gone.sessions) for gone in book.gone.values()]
     assert slots == [(1, (Session(1, 1),)), (2, (Session(2, 1),))]
     assert not book.members
+
+
+def test_one_that_leaves_for_another_server_gives_its_slots_to_those_that_wait():
+    book = joined(capacity=2, a=2, b=0)
+    book.meta = replace(book.meta, server="here", fresh=False)
+    row = replace(book.members["b"], tags={"x": Line(0, 1, True, 1)})
+    book.write("b", row)
+    state = State(0, {}, frozenset(), (), "there")
+    assert renew(book, "a", state, {}, 0, None, None) is None
+    assert (book.members["b"].owned, book.members["b"].granted) == (1, 1)
+    assert book.bells == ["b"]
 
 
 def test_rows_that_have_changed_are_not_those_of_the_dead_or_the_stalled():

@@ -40,6 +40,20 @@ def test_first_slot_is_one_transaction_and_its_session_another(world):
     assert [*process.row.sessions] == process.sessions
 
 
+def test_what_is_asked_of_the_store_is_counted(world):
+    process = world.start()
+    process.pool.request("a")
+    process.step()
+    assert (
+        process.keeper.stats().transactions == 3
+    )  # it joins, and looks if it is alone
+    process.step()  # the session, in one message, and a look
+    assert process.keeper.stats().transactions == 5
+    process.keeper.post(lambda answer: None)
+    process.step()  # a reading
+    assert process.keeper.stats().transactions == 6
+
+
 def test_a_slot_goes_to_another_process_by_three_transactions_and_a_bell(world):
     """It is given, it is taken, and the new session is posted."""
     a, b = world.members(a=10, b=10)

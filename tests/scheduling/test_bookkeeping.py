@@ -412,6 +412,8 @@ def test_slots_of_others_that_a_tag_has_room_for(tag, changes, room):
     scheduler.release(request(scheduler, "b"), 0.0)
     vars(scheduler).update(changes)
     assert scheduler.room_for_others(tag) == room
+    scheduler.tag_states["a"].in_use = 3  # above its ceiling
+    assert scheduler.room_for_others("a") == 0
     scheduler.tags.reserved = 1
     assert scheduler.room_for_others(tag) == 0
 
