@@ -195,8 +195,7 @@ def in_threads(
             threads.ended.wait(seconds)
         finally:
             record.goes_on = False  # first of all: many threads may starve this one
-        outcome = record.outcome(mark)
-    return outcome
+        return record.outcome(mark)
 
 
 def _call(record: _Record, me: int, caller: Caller) -> None:
