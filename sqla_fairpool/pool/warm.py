@@ -114,11 +114,12 @@ class WarmCache:
         checkout.borrowed = True
         self.borrowed[checkout] = None
         # From here on a section charges this before it grants anything. Before it looks
-        # what there is to charge, it has said that the number holds no longer.
+        # what there is to charge, it has said that the number holds no longer. If this
+        # is there last of all, none has come in between that found no room for it.
         lock = self._lock
         if lock.lendable < 0:
             self._count_lendable(tag)
-        if checkout in self.borrowed and len(self.borrowed) <= lock.lendable:
+        if len(self.borrowed) <= lock.lendable and checkout in self.borrowed:
             return True
         if not self._end_loan(checkout):
             self._lock.visit()  # a section has charged it by then, if the tag has room

@@ -291,7 +291,7 @@ MUTANTS = {
     "a borrower does not see that a section was faster": (
         "borrows",
         WarmCache.borrow,
-        "checkout in self.borrowed and ",
+        " and checkout in self.borrowed",
         "",
     ),
     "a caller claims what a section has charged": (

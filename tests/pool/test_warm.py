@@ -161,6 +161,26 @@ def test_section_charges_what_is_borrowed_meanwhile_or_has_it_put_back(has_room)
     assert cache.of("a") == ([] if has_room else [record])
 
 
+def test_loan_is_none_if_a_section_has_found_no_room_for_it():
+    """As its caller counts the loans, and another one what is left to be lent."""
+
+    class Borrowed(dict):
+        def __len__(self):
+            if lock.lendable == 1:
+                lock.lendable = 0
+                lock.visit()
+                lock.lendable = 0
+            return super().__len__()
+
+    lock = PoolLock(lambda: 7.0, lambda: True)
+    lock.borrowed, lock.lendable = Borrowed(), 1
+    cache, record = WarmCache(lock, Mock(), None, lambda checkout: None), Mock()
+    record.fair.checkout.tag_state.tag = "a"
+    assert not cache.borrow(record, "unknown")
+    assert cache.of("a") == [record]
+    assert not record.fair.checkout.borrowed
+
+
 def test_section_does_not_charge_what_is_claimed_meanwhile():
     lock, charged = PoolLock(lambda: 7.0, lambda: True), []
     first, second = Mock(), Mock(again=0)
