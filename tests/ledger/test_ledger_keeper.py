@@ -238,8 +238,10 @@ def one_with_a_grant():
 def test_one_that_goes_short_is_given_what_comes_free_and_has_it_in_one_write():
     world, _, b = one_with_a_grant()
     transactions = world.host.transactions
+    counted = b.keeper.stats().transactions
     b.step()
     assert (b.row.owned, b.row.granted, b.pool.slots) == (1, 0, 1)
+    assert b.keeper.stats().transactions - counted == 2  # a reading, and that write
     assert world.host.transactions - transactions == 1
 
 
