@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 
 from sqla_fairpool.demo import EmbeddedServer
 
@@ -16,7 +17,8 @@ server = EmbeddedServer()
 try:
     server.start()
     print(f"export DATABASE_URL='{server.url}'", flush=True)
-    signal.pause()
+    while True:
+        time.sleep(0.2)  # signal.pause() is not ended by a signal just before it
 except KeyboardInterrupt:
     pass
 finally:

@@ -224,10 +224,10 @@ def test_file_here_comes_before_a_command_which_must_be_python(tmp_path):
 def test_signal_handler_of_the_script_runs():
     """The process that was started is the script's: who stops one stops the other."""
     source = (
-        "import os, signal, sys\n"
+        "import os, signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))\n"
         "print(os.getpid(), flush=True)\n"
-        "signal.pause()\n"
+        "while True: time.sleep(0.1)  # a signal just before pause() would be lost\n"
     )
     started = [*LAUNCHER, script(source)]
     with subprocess.Popen(started, stdout=subprocess.PIPE, text=True) as process:
