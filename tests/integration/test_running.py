@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
+from support.stores import stop
 from support.threads import PATIENCE
 
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
@@ -142,7 +143,7 @@ def test_three_unchanged_scripts_and_what_the_monitor_says(running):
     running.until(lambda p: alone(p) and p["server"]["sessions"] == 15)
 
     # One is stopped: it keeps what it has, and the monitor says so.
-    first.send_signal(signal.SIGSTOP)
+    stop(first, running.environment["FAIRPOOL_LEDGER"])
     picture = running.look()
     row = rows(picture)["layer1_5"]
     assert (row["status"], row["connections"]) == ("silent", 15)

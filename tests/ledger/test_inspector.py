@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support import state
+from support.stores import stop
 from support.stub import StubServer
 from support.threads import PATIENCE, VirtualClock, eventually
 
@@ -224,7 +225,7 @@ def test_real_pools_answer_and_a_stopped_process_does_not(path, other):
         assert rows["mine"].held_for > 0
         held.pop().close()
         assert inspector.look().checked_out == 4
-        other.send_signal(signal.SIGSTOP)
+        stop(other, path)
         status = {row.name: row.status for row in impatient.look().scrapers}
         assert status == {"mine": "active", "other": "silent"}
         other.send_signal(signal.SIGCONT)

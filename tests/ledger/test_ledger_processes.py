@@ -13,16 +13,18 @@ import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import pytest
 from sqlalchemy import create_engine
 from support.counting_server import CountingServer
 from support.sampler import CAPACITY, Server
-from support.stores import SUPPORT, end, run, start
+from support.stores import SUPPORT, end, run, start, stop
 from support.threads import PATIENCE, eventually, give
 
 from sqla_fairpool.cli import main
+from sqla_fairpool.ledger.addresses import make_store
+from sqla_fairpool.ledger.inspector import Inspector
 
 pytestmark = [pytest.mark.postgres, pytest.mark.slow]
 
@@ -121,10 +123,10 @@ def test_killed_in_the_middle_of_a_query(server, scraper):
         server.stays(0.3, heir=15)
 
 
-def test_stopped_process_keeps_what_it_has(server, scraper):
+def test_stopped_process_keeps_what_it_has(server, scraper, ledger):
     with scraper("stopped") as stopped:
         server.until(stopped=15)
-        os.kill(stopped.pid, signal.SIGSTOP)
+        stop(stopped, ledger)
         with scraper("other"):
             server.until(other=5)
             server.stays(1.5, other=5)
@@ -319,6 +321,13 @@ END_WAITING = (
 )
 
 
+def connections(ledger):
+    """Return how many connections each scraper has, as the members say."""
+    inspector = Inspector(make_store(ledger, None, observes=True))
+    with closing(inspector):
+        return {row.name: row.connections for row in inspector.look().scrapers}
+
+
 def test_accepts_and_closes_are_counted_exactly(ledger, started):
     """Any database, which cannot be asked: killed, stopped and polite members."""
     server = CountingServer()
@@ -328,11 +337,8 @@ def test_accepts_and_closes_are_counted_exactly(ledger, started):
 
     try:
         polite, b = counted("a"), counted("b")
-        eventually(lambda: server.open == 20)
-        # Until nothing moves any more: who is stopped in a transaction has the
-        # store to himself as long as he sleeps.
-        time.sleep(1.0)
-        os.kill(b.pid, signal.SIGSTOP)
+        eventually(lambda: connections(ledger) == {"a": 10, "b": 10})
+        stop(b, ledger)
         finish(polite)
         eventually(lambda: server.open < 20)
         c = counted("c")
