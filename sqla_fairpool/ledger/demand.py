@@ -3,7 +3,8 @@
 The store is written when something changed that could move a slot, and else left
 alone: how long a line is does not matter while it gets less than it wants. A rise is
 posted at once. A fall is posted when others go short, after it has lasted for a moment
-(`linger`, as long as a hand-over takes): what a loop uses does not travel in between.
+(`linger`): what a loop uses does not travel in between. It is halved each time that a
+slot which was given up was not wanted for `linger`, and whole again when one was.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ _MAX_TAGS = 256
 _REST = ""
 
 _NOTHING = TagDemand()
+
+#: How much shorter `linger` may become.
+_SHORTER = 16
 
 #: Beats between looks at a pool without a user: all but a new tag rings before.
 _REST_BEATS = 4
@@ -253,7 +257,7 @@ class Pace:
     :param slow: between two looks of one that does not.
     :param far: between two questions whether a store of other hosts is there.
     :param turn: how long one keeps its place while others get nothing.
-    :param linger: how long a slot is unused before it is given to another process.
+    :param linger: how long at most a slot is unused that others go short of.
     :param patience: how long one may fail to answer before it is taken to be stopped.
     :param grace: how long slots of dead members are in quarantine at least.
     :param reclaim_after: how long, where the server cannot be asked.
@@ -287,7 +291,9 @@ class Demand:
         self._slack_since: float | None = None
         self._gone_since: float | None = None
         self._had_since: dict[str, float] = {}
-        self._turn = pace.turn
+        self._turn, self._linger = pace.turn, pace.linger
+        # Since when a slot was not wanted that was given up.
+        self._given_since: float | None = None
         #: How long each slot took that is due here and was another member's.
         self.handovers = Histogram()
         self._due_since: float | None = None
@@ -301,7 +307,7 @@ class Demand:
 
     def rung(self, now: float) -> None:
         """See later if what fell idle stays so: the pool has rung."""
-        self._ask_at, self.rests_until = now + self._pace.linger, now
+        self._ask_at, self.rests_until = now + self._linger, now
 
     def is_news(self, tags: Tags, now: float) -> bool:
         """Tell if the store has to hear of what is wanted here."""
@@ -310,17 +316,28 @@ class Demand:
         since, self._asked_at = self._asked_at, now
         busy = known.row.pressed or known.asked or any(w.wants for w in tags.values())
         self.rests_until = now if busy else now + _REST_BEATS * self._pace.beat
-        self._slack_since = _since(self._slack_since, known.slack(tags) > 0, since)
+        rises = any(self._rises(tag, want) for tag, want in tags.items())
+        self._slack_since = self._slack(known.slack(tags) > 0, rises, since, now)
         gone = any(not tags.get(tag, _NOTHING).waiting for tag in known.vain)
         self._gone_since = _since(self._gone_since, gone, now)
         active = {tag for tag, want in tags.items() if want.active}
         return (
             active != {tag for tag, line in known.row.tags.items() if line.active}
-            or any(self._rises(tag, want) for tag, want in tags.items())
+            or rises
             or any(tag in known.asked for tag in self.ready(now))
             or (known.row.pressed and self._is_slack(now))
             or _over(self._gone_since, self._pace.beat, now)
         )
+
+    def _slack(self, is_so: bool, rises: bool, since: float, now: float) -> float | None:
+        """Return since when less is wanted than claimed; learn from what came of it."""
+        given, longest = self._given_since, self._pace.linger
+        if _over(given, longest, now):
+            self._linger = max(self._linger / 2, longest / _SHORTER)
+            self._given_since = None
+        elif given is not None and rises:
+            self._linger, self._given_since = longest, None
+        return _since(self._slack_since, is_so, since)
 
     def _rises(self, tag: str, want: TagDemand) -> bool:
         """Tell if more is wanted than posted, and what was posted is the limit."""
@@ -332,7 +349,7 @@ class Demand:
         return not line.waiting
 
     def _is_slack(self, now: float) -> bool:
-        return _over(self._slack_since, self._pace.linger, now)
+        return _over(self._slack_since, self._linger, now)
 
     def steady(self, tags: Tags, now: float) -> Tags:
         """Return the demand to be posted: what has only just fallen is as it was."""
@@ -365,6 +382,8 @@ class Demand:
                 self.handovers.add(now - self._due_since)
         is_due = row.owned < allotment.target and allotment.fresh is None
         self._due_since = _since(self._due_since, is_due, now)
+        if row.owned < before.owned and self._is_slack(now):
+            self._given_since = self._slack_since
         self.allotment, self._slack_since, self._gone_since = allotment, None, None
         self._turn = self._pace.turn_length(allotment.turns)
         self._had_since = {
@@ -383,7 +402,7 @@ class Demand:
             yield max(now + self._pace.beat, self.rests_until)
         if has.row.pressed:
             if self._slack_since is not None:
-                yield self._slack_since + self._pace.linger
+                yield self._slack_since + self._linger
             if self._ask_at > now:
                 yield self._ask_at
         for tag in has.asked:

@@ -35,7 +35,7 @@ from .watch import Sessions
 _log = logging.getLogger(__name__)
 
 #: A step is not followed by another one at once, unless the pool rings.
-_LEAST = 0.001
+_LEAST = 0.0002
 
 #: Other numbers in a forked child, and none of an application that seeds `random`.
 _random = random.SystemRandom().random

@@ -252,8 +252,10 @@ class Membership:
         has, key = self._demand.known, self.store.member
         confirmed = self._are_all_there(has)
         is_due = post or findings or has.fresh is not None
+        # What is given back is written into others' rows: in a transaction.
+        gives = post and self._pool.allowed < has.row.owned
         # As a rule there is no news.
-        if not (has_news(self.rows.read(), key, has) or is_due):
+        if not (gives or has_news(self.rows.read(), key, has) or is_due):
             self._plan_looks(now)
             return True
 
@@ -269,7 +271,8 @@ class Membership:
             self._see(book)
             return told
 
-        told = change(Book(rows := dict(self.rows.known)))
+        rows = dict(self.rows.known)
+        told = None if gives else change(Book(rows))
         if told is not None and not self.rows.swap_alone(rows, told.row):
             # What is closed before is given back in the same transaction.
             self._pool.shrink(told.target)

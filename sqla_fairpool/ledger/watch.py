@@ -114,9 +114,13 @@ def sign_stands(cursor: Any, sign: int) -> bool:
     return bool(cursor.fetchone()[0])
 
 
-def other_ledgers(cursor: Any, key: int) -> set[int]:
-    """Show which ledger a database is used with; return others there, by number."""
+def show_ledger(cursor: Any, key: int) -> None:
+    """Show which ledger the database is used with, as long as the session lasts."""
     cursor.execute(f"SELECT pg_advisory_lock_shared({_USES}, {key})")
+
+
+def other_ledgers(cursor: Any, key: int) -> set[int]:
+    """Return the numbers of other ledgers that are shown in the database."""
     cursor.execute(
         "SELECT DISTINCT objid::bigint FROM pg_locks WHERE locktype = 'advisory' "
         f"AND classid::bigint = {_USES} AND objsubid = 2 AND granted AND database = "

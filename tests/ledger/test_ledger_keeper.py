@@ -132,6 +132,40 @@ def test_a_gap_between_two_checkouts_does_not_cost_the_slot(world):
     assert a.row.owned == a.pool.in_use["a"] < owned
 
 
+def hand_over(world, giver, taker):
+    """Return after how many ms/10 one has the slot that the other does not use."""
+    began = world.now
+    free(giver, "a")
+    while not taker.pool.in_use.total():
+        world.run(0.0001, tick=0.0001)
+    return round((world.now - began) * 10_000)
+
+
+def test_slots_are_given_up_sooner_while_none_is_wanted_back_at_once():
+    world = World(Terms(1, 1, 1, 60.0, 30.0))
+    a, b = world.members(a=1, b=1)
+
+    def again(pause):
+        """The slot goes from a to b, and after a pause back to a."""
+        took = hand_over(world, a, b)
+        world.run(pause, tick=0.0001)
+        ask(a, "a", 1)
+        world.run(0.01)
+        free(b, "b")
+        world.run(0.1)
+        ask(b, "b", 1)
+        world.run(0.1)
+        return took
+
+    longest = Pace().linger * 10_000
+    times = [again(0.1) for _ in range(8)]
+    assert times == sorted(times, reverse=True)
+    assert times[0] >= longest
+    assert longest / 16 <= times[-1] < longest / 8
+    again(0.0)  # wanted back within a millisecond
+    assert hand_over(world, a, b) >= longest
+
+
 def test_more_processes_than_slots_take_turns():
     world = World(Terms(4, 4, 4, 60.0, 30.0))
     for _ in range(10):
