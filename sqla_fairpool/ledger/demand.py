@@ -3,8 +3,8 @@
 The store is written when something changed that could move a slot, and else left
 alone: how long a line is does not matter while it gets less than it wants. A rise is
 posted at once. A fall is posted when others go short, after it has lasted for a moment
-(`linger`): what a loop uses does not travel in between. It is halved each time that a
-slot which was given up was not wanted for `linger`, and whole again when one was.
+(`linger`): what a loop uses does not travel in between. It is much shorter when as many
+as `_PROOFS` slots were given up of which none was wanted back within `linger`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _REST = ""
 
 _NOTHING = TagDemand()
 
-#: How much shorter `linger` may become.
-_SHORTER = 16
+#: How often that has to be seen, and how much shorter it is then.
+_PROOFS, _SHORTER = 8, 16
 
 #: Beats between looks at a pool without a user: all but a new tag rings before.
 _REST_BEATS = 4
@@ -291,9 +291,11 @@ class Demand:
         self._slack_since: float | None = None
         self._gone_since: float | None = None
         self._had_since: dict[str, float] = {}
-        self._turn, self._linger = pace.turn, pace.linger
-        # Since when a slot was not wanted that was given up.
+        self._turn = pace.turn
+        # Since when a slot was not wanted that was given up; how many in a row were not
+        # wanted back at once.
         self._given_since: float | None = None
+        self._proofs = 0
         #: How long each slot took that is due here and was another member's.
         self.handovers = Histogram()
         self._due_since: float | None = None
@@ -317,7 +319,8 @@ class Demand:
         busy = known.row.pressed or known.asked or any(w.wants for w in tags.values())
         self.rests_until = now if busy else now + _REST_BEATS * self._pace.beat
         rises = any(self._rises(tag, want) for tag, want in tags.items())
-        self._slack_since = self._slack(known.slack(tags) > 0, rises, since, now)
+        self._learn(rises, now)
+        self._slack_since = _since(self._slack_since, known.slack(tags) > 0, since)
         gone = any(not tags.get(tag, _NOTHING).waiting for tag in known.vain)
         self._gone_since = _since(self._gone_since, gone, now)
         active = {tag for tag, want in tags.items() if want.active}
@@ -329,15 +332,13 @@ class Demand:
             or _over(self._gone_since, self._pace.beat, now)
         )
 
-    def _slack(self, is_so: bool, rises: bool, since: float, now: float) -> float | None:
-        """Return since when less is wanted than claimed; learn from what came of it."""
+    def _learn(self, rises: bool, now: float) -> None:
+        """See if what was given up is wanted back at once."""
         given, longest = self._given_since, self._pace.linger
         if _over(given, longest, now):
-            self._linger = max(self._linger / 2, longest / _SHORTER)
-            self._given_since = None
+            self._proofs, self._given_since = self._proofs + 1, None
         elif given is not None and rises:
-            self._linger, self._given_since = longest, None
-        return _since(self._slack_since, is_so, since)
+            self._proofs, self._given_since = 0, None
 
     def _rises(self, tag: str, want: TagDemand) -> bool:
         """Tell if more is wanted than posted, and what was posted is the limit."""
@@ -347,6 +348,11 @@ class Demand:
         if claim:
             return want.wants > line.wants and claim >= line.wants
         return not line.waiting
+
+    @property
+    def _linger(self) -> float:
+        longest = self._pace.linger
+        return longest if self._proofs < _PROOFS else longest / _SHORTER
 
     def _is_slack(self, now: float) -> bool:
         return _over(self._slack_since, self._linger, now)

@@ -158,12 +158,12 @@ def test_slots_are_given_up_sooner_while_none_is_wanted_back_at_once():
         return took
 
     longest = Pace().linger * 10_000
-    times = [again(0.1) for _ in range(8)]
-    assert times == sorted(times, reverse=True)
-    assert times[0] >= longest
-    assert longest / 16 <= times[-1] < longest / 8
-    again(0.0)  # wanted back within a millisecond
-    assert hand_over(world, a, b) >= longest
+    at_most = longest / 16 + 3  # in steps of one
+    assert all(again(0.1) >= longest for _ in range(8))
+    assert longest / 16 <= again(0.1) <= at_most
+    assert again(0.0) <= at_most  # and it is wanted back within a millisecond
+    assert all(again(0.1) >= longest for _ in range(8))
+    assert again(0.1) <= at_most
 
 
 def test_more_processes_than_slots_take_turns():
