@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 from ..scheduling.counters import Histogram
 from .rows import Gone, Member, Session, TagDemand, Terms
 from .store import LedgerError
+from .watch import Pace
 
 #: Tags of one process in its row; those beyond are summed up under the name of none.
 _MAX_TAGS = 256
@@ -247,37 +248,6 @@ class Allotment:
             max(claim - demand.get(tag, _NOTHING).wants, 0)
             for tag, claim in self.claims.items()
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """The keeper's times, in seconds. None of them keeps a promise of safety.
-
-    :param beat: between two looks of one that goes short, or is in use.
-    :param slow: between two looks of one that does not.
-    :param far: between two questions whether a store of other hosts is there.
-    :param turn: how long one keeps its place while others get nothing.
-    :param linger: how long at most a slot is unused that others go short of.
-    :param patience: how long one may fail to answer before it is taken to be stopped.
-    :param grace: how long slots of dead members are in quarantine at least.
-    :param reclaim_after: how long, where the server cannot be asked.
-    :param retry: longest time between two tries to reach the store.
-    """
-
-    beat: float = 1.0
-    slow: float = 10.0
-    far: float = 4.0
-    turn: float = 1.0
-    linger: float = 0.003
-    patience: float = 3.0
-    grace: float = 0.5
-    reclaim_after: float = 10.0
-    retry: float = 3.0
-
-    def turn_length(self, asked: int) -> float:
-        """Return how long a turn is when so many are asked to yield."""
-        # At most 50 slots change hands per second: each costs three transactions.
-        return max(self.turn, asked / 50)
 
 
 class Demand:

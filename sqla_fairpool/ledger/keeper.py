@@ -26,11 +26,11 @@ from typing import Any
 
 from ..stats import LedgerStats
 from ..threads import start_thread
-from .demand import Local, Pace, TagBounds
+from .demand import Local, TagBounds
 from .member import Membership
 from .rows import Terms, dump
 from .store import LedgerError, Store, StoreAway
-from .watch import Sessions
+from .watch import Pace, Sessions
 
 _log = logging.getLogger(__name__)
 

@@ -21,11 +21,11 @@ from typing import Any
 from ..scheduling.counters import BOUNDS
 from ..stats import LedgerStats, Summary
 from .book import Book
-from .demand import Allotment, Demand, Local, Pace, PoolSide, State
+from .demand import Allotment, Demand, Local, PoolSide, State
 from .rows import Terms, in_order, limits_of_tags
 from .store import Store, StoreAway
 from .transaction import Rows, has_news, renew, settle
-from .watch import Findings, Sessions, Watch
+from .watch import Findings, Pace, Sessions, Watch
 
 _log = logging.getLogger(__name__)
 

@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 
 from .allocation import STALLED, TURN
 from .book import Book
-from .demand import Pace
 from .rows import LOST, Gone, Left, Session, among
 from .store import LedgerError, Store
 
@@ -48,6 +47,37 @@ _BEGAN = "(extract(epoch from backend_start) * 1000000)::bigint"
 #: What tells a server from all others. A standby has its primary's number, and keeps it
 #: when it is promoted.
 SERVER = "(SELECT 'postgresql ' || system_identifier FROM pg_control_system())"
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """The keeper's times, in seconds. None of them keeps a promise of safety.
+
+    :param beat: between two looks of one that goes short, or is in use.
+    :param slow: between two looks of one that does not.
+    :param far: between two questions whether a store of other hosts is there.
+    :param turn: how long one keeps its place while others get nothing.
+    :param linger: how long at most a slot is unused that others go short of.
+    :param patience: how long one may fail to answer before it is taken to be stopped.
+    :param grace: how long slots of dead members are in quarantine at least.
+    :param reclaim_after: how long, where the server cannot be asked.
+    :param retry: longest time between two tries to reach the store.
+    """
+
+    beat: float = 1.0
+    slow: float = 10.0
+    far: float = 4.0
+    turn: float = 1.0
+    linger: float = 0.003
+    patience: float = 3.0
+    grace: float = 0.5
+    reclaim_after: float = 10.0
+    retry: float = 3.0
+
+    def turn_length(self, asked: int) -> float:
+        """Return how long a turn is when so many are asked to yield."""
+        # At most 50 slots change hands per second: each costs three transactions.
+        return max(self.turn, asked / 50)
 
 
 class Present(NamedTuple):

@@ -15,10 +15,11 @@ from support.ledger_world import Host, MemoryStore, Server, SimPool
 from support.threads import PATIENCE, eventually
 
 from sqla_fairpool.ledger.book import Book
-from sqla_fairpool.ledger.demand import Pace, TagDemand, condense
+from sqla_fairpool.ledger.demand import TagDemand, condense
 from sqla_fairpool.ledger.keeper import Keeper
 from sqla_fairpool.ledger.rows import PROTOCOL, Left, Terms, member_key
 from sqla_fairpool.ledger.store import LedgerError
+from sqla_fairpool.ledger.watch import Pace
 from sqla_fairpool.scheduling import policy
 from sqla_fairpool.scheduling.tags import ALL
 

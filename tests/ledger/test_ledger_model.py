@@ -25,8 +25,8 @@ from hypothesis.stateful import (
 )
 from support.ledger import World, ask
 
-from sqla_fairpool.ledger.demand import Pace
 from sqla_fairpool.ledger.rows import Terms
+from sqla_fairpool.ledger.watch import Pace
 from sqla_fairpool.scheduling import policy
 from sqla_fairpool.scheduling.tags import ALL
 

@@ -33,11 +33,11 @@ from support.worlds import contract, world_of
 
 from sqla_fairpool import AsyncAdaptedFairQueuePool, CheckoutTimeout, FairQueuePool
 from sqla_fairpool.diagnosis.report import Elsewhere
-from sqla_fairpool.ledger.demand import Pace
 from sqla_fairpool.ledger.host import HostStore
 from sqla_fairpool.ledger.keeper import Keeper, describe_process
 from sqla_fairpool.ledger.rows import Terms
 from sqla_fairpool.ledger.store import LedgerError, ServerDiffers, StoreAway
+from sqla_fairpool.ledger.watch import Pace
 from sqla_fairpool.pool import ledger_sessions
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from functools import partial
 
-from sqla_fairpool.ledger.demand import Pace, TagDemand
+from sqla_fairpool.ledger.demand import TagDemand
 from sqla_fairpool.ledger.rows import Terms
+from sqla_fairpool.ledger.watch import Pace
 from sqla_fairpool.scheduling.scheduler import Scheduler
 from support.invariants import check_valid
 
