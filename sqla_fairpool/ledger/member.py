@@ -142,6 +142,8 @@ class Membership:
             or state.server != self._server
             or self._demand.is_news(state.tags, now)
         )
+        # A pool without a user is woken once for both.
+        self._check_at = max(self._check_at, self._demand.rests_until)
         if not state.sessions.issubset(has.row.sessions):
             noted = not post and self._note_sessions(state, has)
             post, asked = post or not noted, asked and not noted

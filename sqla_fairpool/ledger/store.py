@@ -57,7 +57,7 @@ class Store(Protocol):
     #: The sign of life depends on a connection, so it can be lost.
     can_lose_sign: bool
     #: What is at the ledger's place can become another one while it is open, so that
-    #: :meth:`in_place` is to be asked each beat.
+    #: :meth:`in_place` is to be asked in each round.
     watches_place: bool
     #: Another process has called :meth:`ask` on this one, which has not answered yet.
     asked: bool

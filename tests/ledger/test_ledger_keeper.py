@@ -228,8 +228,11 @@ def test_a_pool_without_a_user_is_seldom_looked_at_until_it_rings(world):
     free(a, "a", 2)
     world.run(2.0)
     a.passed.clear()
+    is_there, rounds = a.store.in_place, []
+    a.store.in_place = lambda: rounds.append(world.now) or is_there()
     world.run(40.0, tick=0.01)
     assert a.passed.count("demand") <= 20
+    assert 10 <= len(rounds) <= 20
     ask(b, "b", 9)
     ask(c, "c", 9)
     world.run(0.1)
