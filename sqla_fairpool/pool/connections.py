@@ -150,6 +150,8 @@ class Slots:
     on_request_only = False
     #: Others need slots: what falls idle is given back.
     pressed = False
+    #: There are more connections than are allotted: what is released is given back.
+    has_surplus = False
     #: Only the connections that there are may be used: each closed one is one less.
     frozen = False
     #: Why no caller may have a connection, if so.
@@ -288,7 +290,9 @@ class LedgerSlots(Slots):
         pass  # it counts until it is closed
 
     def returned(self, *, idle: bool) -> None:
-        if (idle and self.pressed) or self.there() > self.allotted:
+        if self.has_surplus:
+            self.has_surplus = self.there() > self.allotted
+        if self.has_surplus or (idle and self.pressed):
             self.recounted()
 
     def recounted(self) -> None:

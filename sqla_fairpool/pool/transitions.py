@@ -283,7 +283,8 @@ class Transitions:
         *rest, now = more
         self.slots.allotted = slots
         self.slots.frozen = False
-        if self.slots.there() > slots:
+        self.slots.has_surplus = self.slots.there() > slots
+        if self.slots.has_surplus:
             self.connections.release_soon(now)
         usable = self.slots.usable()
         self.deliver(self.scheduler.impose(usable, ceilings, other, now, *rest))

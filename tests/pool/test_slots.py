@@ -112,11 +112,25 @@ def rings(parts):
 def test_ledger_hears_of_returns_that_others_want(
     allotted, pressed, there, idle, is_told
 ):
-    records = [allotted.idle() for _ in range(there)]
+    records = [allotted.out() for _ in range(there)]
+    allotted.lock.run(allotted.state.allot, 2, {}, 9, {}, {})
     allotted.slots.pressed = pressed
     allotted.slots.returned(idle=idle)
     assert rings(allotted) == [()] * is_told
     assert len(records) == allotted.slots.there()
+
+
+def test_connections_are_counted_for_a_return_only_while_there_are_too_many(allotted):
+    """That costs a look at each of them, in a section."""
+    allotted.existing.apart = Mock(side_effect=allotted.existing.apart)
+    records = [allotted.out() for _ in range(3)]
+    for slots, counts, told in ((2, 3, 3), (len(records), 0, 0)):
+        allotted.lock.run(allotted.state.allot, slots, {}, 9, {}, {})
+        allotted.existing.apart.reset_mock()
+        for _ in range(3):
+            allotted.slots.returned(idle=False)
+        assert allotted.existing.apart.call_count == counts
+        assert rings(allotted) == [()] * told
 
 
 def test_ledger_hears_who_waits_and_what_has_ended(allotted):
