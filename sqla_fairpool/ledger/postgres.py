@@ -169,7 +169,7 @@ class PostgresStore(Store):
         driver, add = self._driver, self._inbox.append
         with self._cursor() as cursor:
             try:
-                self.server, _ = watch.identify(cursor, driver.info.backend_pid)
+                self.server, *_ = watch.identify(cursor, driver.info.backend_pid)
             except LedgerError as error:
                 raise self._tables.unusable(error) from None
         if hasattr(driver, "add_notify_handler"):

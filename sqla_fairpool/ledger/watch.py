@@ -97,24 +97,33 @@ class Present(NamedTuple):
 Sessions = Callable[[str | None], Present | None]
 
 
-def identify(cursor: Any, backend_pid: int | None) -> tuple[str, Session]:
-    """Return the server, and the session that a cursor is of.
+def identify(
+    cursor: Any, backend_pid: int | None, sign: int = 0
+) -> tuple[str, Session, bool]:
+    """Return the server, the session that a cursor is of, and if a sign stands there.
 
     :param backend_pid: the server process as the driver knows it, None if it does not.
+    :param sign: a member's sign of life, see :class:`.PostgresStore`.
     """
-    # By the function below the view: a new session has no plan of a view yet, and a
+    # By the functions below the views: a new session has no plan of a view yet, and a
     # caller waits for it.
-    cursor.execute(
-        f"SELECT {SERVER}, pid, {_BEGAN} FROM pg_stat_get_activity(pg_backend_pid())"
+    sign_stands = (
+        "EXISTS (SELECT FROM pg_lock_status() "
+        "WHERE locktype = 'advisory' AND objsubid = 1 AND granted "
+        f"AND (classid::bigint << 32) | objid::bigint = {sign})"
     )
-    server, pid, began = cursor.fetchone()
+    cursor.execute(
+        f"SELECT {SERVER}, pid, {_BEGAN}, {sign_stands if sign else 'false'} "
+        "FROM pg_stat_get_activity(pg_backend_pid())"
+    )
+    server, pid, began, stands = cursor.fetchone()
     if backend_pid is not None and pid != backend_pid:
         raise LedgerError(
             f"the driver believes to be connected to process {backend_pid} of the "
             f"server, and is served by {pid}: a pooler like PgBouncer is in between, "
             "where sessions, by which a ledger counts, mean nothing; connect directly"
         )
-    return server, Session(pid, began)
+    return server, Session(pid, began), stands
 
 
 def look(cursor: Any) -> Present:
@@ -133,15 +142,6 @@ def look(cursor: Any) -> Present:
         frozenset(Session(pid, began) for pid, began, *_ in rows),
         frozenset(Session(pid, began) for pid, began, is_peer, _ in rows if is_peer),
     )
-
-
-def sign_stands(cursor: Any, sign: int) -> bool:
-    """Tell if a member's sign of life stands, asked on the server that holds it."""
-    cursor.execute(
-        "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objsubid = 1 "
-        f"AND granted AND (classid::bigint << 32) | objid::bigint = {sign}"
-    )
-    return bool(cursor.fetchone()[0])
 
 
 def show_ledger(cursor: Any, key: int) -> None:

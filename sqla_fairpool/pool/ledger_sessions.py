@@ -20,14 +20,7 @@ from ..ledger.host import HostStore
 from ..ledger.keeper import Keeper
 from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Session, Terms
-from ..ledger.watch import (
-    Present,
-    identify,
-    look,
-    other_ledgers,
-    show_ledger,
-    sign_stands,
-)
+from ..ledger.watch import Present, identify, look, other_ledgers, show_ledger
 from ..scheduling.tags import ALL
 from ..scheduling.ticket import GRANTED
 from ..stats import TagStats, encode
@@ -144,14 +137,11 @@ class _Sessions:
             physical.session = Session(pid, None)
         # If this fails the connection is closed, so nothing is tidied up then.
         cursor = dbapi_connection.cursor()
-        server, session = identify(cursor, pid)
+        sign = store.sign if isinstance(store, PostgresStore) else 0
+        server, session, stands = identify(cursor, pid, sign)
         if member.server_name is None:
             member.server_name = server
-        if (
-            isinstance(store, PostgresStore)
-            and store.server == server
-            and not sign_stands(cursor, store.sign)
-        ):
+        if sign and store.server == server and not stands:  # type: ignore[union-attr]  # it has one
             raise member.unconfirmed("its sign of life is gone at the server")
         shown_by = self._shown_by()
         if store.key and (shown_by is None or shown_by.ending):

@@ -319,7 +319,7 @@ def dead(postgres_role, path):
     with rows_of(path) as rows:
         book = Book(rows)
         book.join("x", {"pid": 4711}, TERMS, server=found[0][0])
-        sessions = tuple(sorted(session for _, session in found))
+        sessions = tuple(sorted(session for _, session, _ in found))
         book.write("x", replace(book.members["x"], owned=3, sessions=sessions))
         book.confirm(["x"])
         book.tell(book.allocation())

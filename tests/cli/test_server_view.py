@@ -169,7 +169,7 @@ def posted():
 def marked(engine, posted, number, name):
     """Return a connection that is a session of a member."""
     connection = engine.connect()
-    _, session = identify(connection.connection.cursor(), None)
+    _, session, _ = identify(connection.connection.cursor(), None)
     posted[session] = number
     literal = name.replace("'", "''")
     connection.exec_driver_sql(f"SET application_name = '{literal}'")

@@ -520,7 +520,7 @@ def test_sessions_are_seen_until_they_end_whatever_is_done_in_them(driver_url, c
     with engine.connect() as connection:
         driver = connection.connection.driver_connection
         own = connection.connection.cursor()
-        server, session = watch.identify(own, driver.info.backend_pid)
+        server, session, _ = watch.identify(own, driver.info.backend_pid)
         driver.rollback()
         driver.autocommit = True
         own.execute("DISCARD ALL")
@@ -535,7 +535,7 @@ def test_sessions_are_seen_until_they_end_whatever_is_done_in_them(driver_url, c
 
 
 def test_sessions_of_another_role_are_seen_without_their_beginning(url, cursor, role):
-    _, session = watch.identify(cursor, None)
+    _, session, _ = watch.identify(cursor, None)
     engine = create_engine(role())
     with engine.connect() as connection:
         present = watch.look(connection.connection.cursor())

@@ -249,7 +249,7 @@ def test_first_connection_to_another_server_is_not_used(member, monkeypatch):
         patch.setattr(
             ledger_sessions,
             "identify",
-            lambda *args: ("postgresql elsewhere", identify(*args)[1]),
+            lambda *args: ("postgresql elsewhere", *identify(*args)[1:]),
         )
         with pytest.raises(ServerDiffers, match="postgresql elsewhere"):
             other.engine.connect()
