@@ -242,6 +242,12 @@ class Allotment:
             if line.waiting and self.claims[tag] < line.wants
         )
 
+    @property
+    def short(self) -> frozenset[str]:
+        """The tags that go short: that one more waits under them is no news."""
+        tags, claims = self.row.tags, self.claims
+        return self.vain.union(t for t in tags if 0 < claims[t] < tags[t].wants)
+
     def slack(self, demand: Tags) -> int:
         """Return how many slots are claimed here and not wanted."""
         return sum(

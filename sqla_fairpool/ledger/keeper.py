@@ -149,7 +149,7 @@ class Keeper:
 
         Never blocks. Left out where one more that waits under `tag` changes nothing.
         """
-        if self._rung or tag in self.member.vain:
+        if self._rung or tag in self.member.short:
             return
         try:
             self._rung = True

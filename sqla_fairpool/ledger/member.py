@@ -61,8 +61,9 @@ class Membership:
         self.seen: tuple[int, Mapping[str, int]] | None = None
         #: Others go short: the pool rings when a connection falls idle.
         self.pressed = False
-        #: Tags of which it is known that more waiting changes nothing.
+        #: Tags of which is known that callers wait in vain, and that they go short.
         self.vain: frozenset[str] = frozenset()
+        self.short: frozenset[str] = frozenset()
         #: Our number, kept while the row is lost: see `Book.join`.
         self.number: int | None = None
         # Times: of the next look; of the next one without need. And the most
@@ -255,7 +256,7 @@ class Membership:
         confirmed = self._are_all_there(has)
         is_due = post or findings or has.fresh is not None
         # What is given back is written into others' rows: in a transaction.
-        gives = post and self._pool.allowed < has.row.owned
+        gives = post and max(self._pool.allowed, state.open) < has.row.owned
         # As a rule there is no news.
         if not (gives or has_news(self.rows.read(), key, has) or is_due):
             self._plan_looks(now)
@@ -315,7 +316,7 @@ class Membership:
         if allotment.row.pressed != self.pressed:
             self.pressed = allotment.row.pressed
             self._pool.local.press(self.pressed)
-        self.vain = allotment.vain
+        self.vain, self.short = allotment.vain, allotment.short
         self._plan_looks(now)
 
     def _adopt(self, terms: Terms) -> None:

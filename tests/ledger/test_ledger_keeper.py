@@ -239,6 +239,22 @@ def test_a_pool_without_a_user_is_seldom_looked_at_until_it_rings(world):
     assert (a.row.owned, used(b, c)) == (0, [10, 10])
 
 
+def test_callers_do_not_ring_whose_tag_goes_short_already(world):
+    """Nobody waited when it posted that it uses what it has to share now."""
+    a = world.member("a", 15)
+    b = world.start()
+    ask(b, "b", 15)
+    world.run(0.01)
+    free(a, "a", 5)
+    world.run(0.05)
+    assert (used(a, b), a.row.tags["a"][:2]) == ([10, 10], (15, 0))
+    ask(a, "a", 5)
+    a.passed.clear()
+    world.churn(5.0)
+    assert a.passed.count("demand") <= 10
+    assert used(a, b) == [10, 10]
+
+
 def test_figures_are_published_for_whoever_asks_and_only_then(world):
     a = world.member("a", 2)
     a.keeper._figures = lambda: {"open": a.pool.in_use.total()}
