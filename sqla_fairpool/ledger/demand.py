@@ -297,7 +297,7 @@ class Demand:
         rises = any(self._rises(tag, want) for tag, want in tags.items())
         self._learn(rises, now)
         self._slack_since = _since(self._slack_since, known.slack(tags) > 0, since)
-        gone = any(not tags.get(tag, _NOTHING).waiting for tag in known.vain)
+        gone = any(not tags.get(tag, _NOTHING).waiting for tag in known.short)
         self._gone_since = _since(self._gone_since, gone, now)
         active = {tag for tag, want in tags.items() if want.active}
         return (

@@ -253,6 +253,10 @@ def test_callers_do_not_ring_whose_tag_goes_short_already(world):
     world.churn(5.0)
     assert a.passed.count("demand") <= 10
     assert used(a, b) == [10, 10]
+    # When nobody waits any more it says so.
+    a.pool.waiting.clear()
+    world.run(2.5)
+    assert a.row.tags["a"][:2] == (10, 0)
 
 
 def test_figures_are_published_for_whoever_asks_and_only_then(world):
