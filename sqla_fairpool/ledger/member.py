@@ -61,7 +61,7 @@ class Membership:
         self.seen: tuple[int, Mapping[str, int]] | None = None
         #: Others go short: the pool rings when a connection falls idle.
         self.pressed = False
-        #: Tags of which is known that callers wait in vain, and that they go short.
+        #: Tags of which it is known that callers wait in vain, and that they go short.
         self.vain: frozenset[str] = frozenset()
         self.short: frozenset[str] = frozenset()
         #: Our number, kept while the row is lost: see `Book.join`.
@@ -143,7 +143,7 @@ class Membership:
             or state.server != self._server
             or self._demand.is_news(state.tags, now)
         )
-        # A pool without a user is woken once for both.
+        # A pool without a user is woken once, for this and for where its store is.
         self._check_at = max(self._check_at, self._demand.rests_until)
         if not state.sessions.issubset(has.row.sessions):
             noted = not post and self._note_sessions(state, has)
@@ -274,8 +274,7 @@ class Membership:
             self._see(book)
             return told
 
-        rows = dict(self.rows.known)
-        told = None if gives else change(Book(rows))
+        told = None if gives else change(Book(rows := dict(self.rows.known)))
         if told is not None and not self.rows.swap_alone(rows, told.row):
             # What is closed before is given back in the same transaction.
             self._pool.shrink(told.target)

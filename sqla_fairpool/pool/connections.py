@@ -150,7 +150,7 @@ class Slots:
     on_request_only = False
     #: Others need slots: what falls idle is given back.
     pressed = False
-    #: There are more connections than are allotted: what is released is given back.
+    #: The allotment fell below what there is: what is released is given back.
     has_surplus = False
     #: Only the connections that there are may be used: each closed one is one less.
     frozen = False

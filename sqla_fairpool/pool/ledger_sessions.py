@@ -137,11 +137,13 @@ class _Sessions:
             physical.session = Session(pid, None)
         # If this fails the connection is closed, so nothing is tidied up then.
         cursor = dbapi_connection.cursor()
-        sign = store.sign if isinstance(store, PostgresStore) else 0
+        sign, signed_at = 0, None
+        if isinstance(store, PostgresStore):
+            sign, signed_at = store.sign, store.server
         server, session, stands = identify(cursor, pid, sign)
         if member.server_name is None:
             member.server_name = server
-        if sign and store.server == server and not stands:  # type: ignore[union-attr]  # it has one
+        if signed_at == server and not stands:
             raise member.unconfirmed("its sign of life is gone at the server")
         shown_by = self._shown_by()
         if store.key and (shown_by is None or shown_by.ending):
