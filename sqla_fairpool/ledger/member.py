@@ -143,8 +143,6 @@ class Membership:
             or state.server != self._server
             or self._demand.is_news(state.tags, now)
         )
-        # A pool without a user is woken once, for this and for where its store is.
-        self._check_at = max(self._check_at, self._demand.rests_until)
         if not state.sessions.issubset(has.row.sessions):
             noted = not post and self._note_sessions(state, has)
             post, asked = post or not noted, asked and not noted
