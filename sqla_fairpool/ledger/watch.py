@@ -144,16 +144,13 @@ def look(cursor: Any) -> Present:
     )
 
 
-def show_ledger(cursor: Any, key: int) -> None:
-    """Show which ledger the database is used with, as long as the session lasts."""
-    cursor.execute(f"SELECT pg_advisory_lock_shared({_USES}, {key})")
-
-
 def other_ledgers(cursor: Any, key: int) -> set[int]:
-    """Return the numbers of other ledgers that are shown in the database."""
+    """Show which ledger a database is used with; return others there, by number."""
+    cursor.execute(f"SELECT pg_advisory_lock_shared({_USES}, {key})")
     cursor.execute(
-        "SELECT DISTINCT objid::bigint FROM pg_locks WHERE locktype = 'advisory' "
-        f"AND classid::bigint = {_USES} AND objsubid = 2 AND granted AND database = "
+        "SELECT DISTINCT objid::bigint FROM pg_lock_status() "
+        f"WHERE locktype = 'advisory' AND classid::bigint = {_USES} "
+        "AND objsubid = 2 AND granted AND database = "
         "(SELECT oid FROM pg_database WHERE datname = current_database())"
     )
     return {int(row[0]) for row in cursor.fetchall()} - {key}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import weakref
 from collections.abc import Callable, Collection
 from functools import partial
@@ -20,7 +19,7 @@ from ..ledger.host import HostStore
 from ..ledger.keeper import Keeper
 from ..ledger.postgres import PostgresStore
 from ..ledger.rows import Session, Terms
-from ..ledger.watch import Present, identify, look, other_ledgers, show_ledger
+from ..ledger.watch import Present, identify, look, other_ledgers
 from ..scheduling.tags import ALL
 from ..scheduling.ticket import GRANTED
 from ..stats import TagStats, encode
@@ -34,9 +33,6 @@ _log = logging.getLogger(__name__)
 
 #: Most seconds that are waited for the end of a session in which the server was asked.
 _GOODBYE = 0.5
-
-#: Seconds between looks for other ledgers: connections come and go more often.
-_WARNS_EVERY = 10.0
 
 
 def join_ledger(
@@ -104,8 +100,6 @@ class _Sessions:
         # The connection that shows which ledger is used here; others need not.
         self._shown_by: Callable[[], PhysicalConnection | None] = lambda: None
         self._warned_of: set[int] = set()
-        # When to look for other ledgers again.
-        self._warns_at = float("-inf")
 
     def listen(self, core: PoolCore) -> None:
         """Have each new connection known to the ledger before it is used."""
@@ -148,10 +142,7 @@ class _Sessions:
         shown_by = self._shown_by()
         if store.key and (shown_by is None or shown_by.ending):
             self._shown_by = weakref.ref(physical)
-            show_ledger(cursor, store.key)
-            if (now := time.monotonic()) >= self._warns_at:
-                self._warns_at = now + _WARNS_EVERY
-                self._warn_of(other_ledgers(cursor, store.key))
+            self._warn_of(other_ledgers(cursor, store.key))
         physical.session = session
         cursor.close()
         dbapi_connection.rollback()
