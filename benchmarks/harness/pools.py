@@ -157,8 +157,13 @@ def floor_engine() -> Engine:
     return _engine(FloorPool)
 
 
+#: These, and the floor.
+THREE = PEERS | {"floor": floor_engine}
+
+
 def async_engine(pool: type[Pool], size: int = 20) -> AsyncEngine:
-    return AsyncEngine(_engine(pool, "null+async://", **fixed(pool, size)))
+    options = {} if pool is FloorPool else fixed(pool, size)
+    return AsyncEngine(_engine(pool, "null+async://", **options))
 
 
 def _engine(pool_class: type[Pool], url: Any = "null://", **options: Any) -> Engine:

@@ -23,15 +23,10 @@ from sqla_fairpool import AsyncAdaptedFairQueuePool, FairQueuePool, tag
 
 from ..harness.bench import Bench, Runs
 from ..harness.findings import Finding, figure
-from ..harness.pools import PEERS, async_engine, fair_engine, floor_engine, queue_engine
+from ..harness.pools import THREE, FloorPool, async_engine, fair_engine, queue_engine
 
 #: In a round of some 2 ms: most of them fall between two disturbances.
 CYCLES = 250
-
-THREE = PEERS | {"floor": floor_engine}
-
-#: Beside whom in asyncio.
-ASYNC_PEERS = (AsyncAdaptedFairQueuePool, AsyncAdaptedQueuePool)
 
 Cycle = Callable[[], object]
 
@@ -115,10 +110,11 @@ def uncontended_in_asyncio(bench: Bench) -> Iterator[Finding]:
     for road in ("engine", "block", "connection", "none", "session"):
         contenders = {
             pool.__name__: partial(_round_of_tasks, loop, async_engine(pool), road)
-            for pool in ASYNC_PEERS
+            for pool in (AsyncAdaptedFairQueuePool, AsyncAdaptedQueuePool, FloorPool)
         }
         runs = bench.interleave(f"asyncio: {road}", contenders, bench.pick(200, 100))
         yield runs.ratio(f"asyncio: {road}")
+        yield runs.ratio(f"the floor in asyncio, {road}, time", of="FloorPool")
     loop.close()
 
 
@@ -249,8 +245,7 @@ def statement_on_postgresql(bench: Bench) -> Iterator[Finding]:
 def statement_on_sqlite(bench: Bench) -> Iterator[Finding]:
     """The same without a round trip: little noise, but no database is so fast."""
     runs = _statements(bench, "SELECT 1 on SQLite", 1000, url="sqlite://")
-    remark = _added_per_statement(runs)
-    yield runs.ratio("the same on SQLite in memory", remark=remark)
+    yield runs.ratio("the same on SQLite in memory", remark=_added_per_statement(runs))
 
 
 def _added_per_statement(runs: Runs) -> str:

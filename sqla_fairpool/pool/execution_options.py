@@ -57,16 +57,27 @@ class Request:
     is_connections: bool = False
 
 
-class _Begun(threading.local):
-    """The checkout that begins on this thread."""
+class _Begun:
+    """The checkout that begins on a thread."""
 
-    #: Set for the few instructions between a connection or an engine and its pool. No
-    #: task gives way in between, and a context variable would cost five times as much.
-    request: Request | None = None
+    __slots__ = ("request",)
+
+    def __init__(self) -> None:
+        #: Set for the few instructions between a connection or an engine and its pool.
+        #: No task gives way in between, and a context variable would cost five times as
+        #: much.
+        self.request: Request | None = None
+
+
+class _Current(threading.local):
+    """The current thread's, an object of its own: a thread-local attribute is slow."""
+
+    def __init__(self) -> None:
+        self.begun = _Begun()
 
 
 #: Read first by every checkout.
-begun = _Begun()
+current = _Current()
 
 
 def check_server(dialect: Any, options: PoolOptions) -> None:
@@ -167,7 +178,8 @@ class _Hooks:
         """
         connection = ref()
         assert connection is not None
-        options, outer = _accepted_of(connection), begun.request
+        options, begun = _accepted_of(connection), current.begun
+        outer = begun.request
         begun.request = self._request(connection.dialect, options, is_connections=True)
         try:
             proxied = sqlalchemy_private.check_out(connection)
@@ -202,15 +214,16 @@ def _accepted_of(connection: Connection) -> Any:
 
 def _tag_engine(engine: Engine, request: Request) -> None:
     """Have each checkout of `engine` begin with a request."""
-    dialect = request.dialect
+    dialect, root = request.dialect, sqlalchemy_private.root_of(engine)
 
     def raw_connection() -> PoolProxiedConnection:
+        begun = current.begun
         outer = begun.request
         if outer is not None and outer.is_connections and outer.dialect is dialect:
-            return engine.pool.connect()
+            return root.pool.connect()
         begun.request = request
         try:
-            return engine.pool.connect()
+            return root.pool.connect()
         finally:
             # Another one is there if a signal handler runs this in the middle of a
             # checkout; ours is if it was not taken: by another kind of pool, say.

@@ -34,7 +34,7 @@ from .events import (
     warn_of_private_memory,
     watch_errors,
 )
-from .execution_options import begun, check_server, watch_dialect
+from .execution_options import check_server, current, watch_dialect
 from .figures import Figures
 from .pausing import AsyncPausable, Pausable
 from .waiters import TaskWaiter, ThreadWaiter, Waiter
@@ -200,6 +200,7 @@ class FairQueuePool(Figures, Pausable, Pool):
     # -- what Pool asks of a pool ------------------------------------------------
 
     def _do_get(self) -> ConnectionPoolEntry:
+        begun = current.begun
         request = begun.request
         if request is not None and request.dialect is self._dialect:
             begun.request = None  # before it waits or connects, see there

@@ -20,7 +20,7 @@ from support.threads import Caller, connect, give, take
 
 import sqla_fairpool
 from sqla_fairpool import CheckoutTimeout, tagging
-from sqla_fairpool.pool.execution_options import begun
+from sqla_fairpool.pool.execution_options import current
 
 PACKAGE = str(Path(sqla_fairpool.__file__).parent)
 
@@ -435,7 +435,7 @@ def test_signal_at_any_moment_in_our_code_loses_no_slot(make_pool, tags):
         strike(work)
         gc.collect()
         assert pool.checkedout() == 0
-        assert tagging.context_tag() is begun.request is None
+        assert tagging.context_tag() is current.begun.request is None
 
 
 @pytest.mark.slow

@@ -92,6 +92,15 @@ def test_later_checkouts_are_made_by_a_function_without_a_cycle(engine):
         gc.enable()
 
 
+def test_root_is_the_engine_that_has_the_pool_also_after_dispose(engine):
+    derived = engine.execution_options(scraper="a").execution_options(echo=False)
+    assert private.root_of(engine) is engine
+    assert private.root_of(derived) is engine is not derived
+    before = engine.pool
+    derived.dispose()
+    assert engine.pool is derived.pool is not before
+
+
 def test_options_are_replaced_without_a_word_to_the_dialect(engine):
     with engine.connect() as connection:
         before = connection.get_execution_options()
