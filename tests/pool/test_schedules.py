@@ -375,8 +375,9 @@ MUTANTS = {
     ),
 }
 
-#: Schedules that are tried for each mutant; the rarest is noticed in one of some 250.
-ENOUGH = 1000
+#: Schedules that are tried for each mutant, until it is noticed: the rarest in one of
+#: some 300, and which one that is changes with every line on the way.
+ENOUGH = 3000
 
 
 def mutate(monkeypatch, owner, function, old, new):
