@@ -227,7 +227,7 @@ class HostStore(Store):
 
     @contextmanager
     def transaction(
-        self, bells: Collection[str] = ()
+        self, bells: Collection[str] = (), *, durable: bool = True
     ) -> Iterator[MutableMapping[str, str]]:
         self._check_process()
         with self._lock:

@@ -334,7 +334,7 @@ class Membership:
             self.terms, self.leads = terms, True
             return
         self._open()
-        with self.rows.transaction() as book:
+        with self.rows.transaction(durable=True) as book:
             book.change(terms=terms, set_by=self.who())
         self.store.ring_all()
 

@@ -24,7 +24,6 @@ Rules of this file:
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
@@ -37,15 +36,15 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from . import watch
 from .postgres_tables import (
-    END_HOLDERS,
-    SIGNS,
     Heard,
     Line,
     Tables,
+    channel,
     execute,
     first_line,
     literal,
     literals,
+    lock_key,
     make_engine,
     notifications,
 )
@@ -67,6 +66,7 @@ _MISSING = frozenset({"42P01", "3F000"})
 _DEMOTED = "25006"
 _NOTIFY = "SELECT pg_notify(name, {what}) FROM unnest(ARRAY[{names}]) name"
 _LOCK = f"SELECT pg_advisory_xact_lock({_EXCLUSIVE}, {{lock}})"
+_NOT_DURABLE = "SET LOCAL synchronous_commit = off"
 
 
 class PostgresStore(Store):
@@ -89,8 +89,8 @@ class PostgresStore(Store):
         self._observes = observes
         # Of the place: the lock that each member shares, as a key of its own and as a
         # second one, and the channel to which all listen.
-        self._place = _key(f"place {ledger}")
-        self._everybody = _channel(f"place_{self._place:x}")
+        self._place = lock_key(f"place {ledger}")
+        self._everybody = channel(f"place_{self._place:x}")
         self._exclusion = self._place & 0x7FFFFFFF
         host = url.host or url.query.get("host") or "localhost"
         port = f":{url.port}" if url.port else ""
@@ -101,8 +101,10 @@ class PostgresStore(Store):
     def _begin(self) -> None:
         self.member = uuid.uuid4().hex
         self.signed = True
-        #: The identity of the server, once it is connected.
+        #: The identity of the server, once it is connected; and that it is the pool's,
+        #: too: a crash that loses commits ends the sessions that they count.
         self.server: str | None = None
+        self.serves_pool = False
         self._connection: Connection | None = None
         self._line: Line | None = None
         # The tables were found. Not the same as being connected: see `_miss_tables`.
@@ -118,7 +120,7 @@ class PostgresStore(Store):
     @property
     def sign(self) -> int:
         """The key of the advisory lock that is this process's sign of life."""
-        return _key(self.member)
+        return lock_key(self.member)
 
     @property
     def control_connections(self) -> int:
@@ -180,10 +182,10 @@ class PostgresStore(Store):
         """Give the sign of life, at this place, and listen."""
         # The session before this one may hold it still: where only we have learned of
         # its end, the server would take minutes or hours to notice.
-        channels = (_channel(self.member), self._everybody)
+        channels = (channel(self.member), self._everybody)
         self._run(
-            END_HOLDERS,
-            *(f"LISTEN {channel}" for channel in channels),
+            watch.END_HOLDERS,
+            *(f"LISTEN {one}" for one in channels),
             "SELECT pg_advisory_lock({sign}), pg_advisory_lock_shared({place})",
             sign=self.sign,
             place=self._place,
@@ -197,7 +199,7 @@ class PostgresStore(Store):
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
         line, self._line = self._line, None
-        self._is_open, self._inbox = False, []
+        self._is_open, self.serves_pool, self._inbox = False, False, []
         if connection is not None:
             with suppress(SQLAlchemyError):
                 connection.invalidate()
@@ -228,21 +230,24 @@ class PostgresStore(Store):
 
     @contextmanager
     def transaction(
-        self, bells: Collection[str] = ()
+        self, bells: Collection[str] = (), *, durable: bool = True
     ) -> Iterator[MutableMapping[str, str]]:
         with self._rolled_back():
             before = self._rows("BEGIN", _LOCK)
             rows = dict(before)
             yield rows
-            rung, names = [_NOTIFY] * bool(bells), literals([*map(_channel, bells)])
-            self._tables.write(before, rows, *rung, "COMMIT", names=names, what="")
+            last = [_NOTIFY] if bells else []
+            if self.serves_pool and not durable:
+                last.append(_NOT_DURABLE)
+            names = literals([*map(channel, bells)])
+            self._tables.write(before, rows, *last, "COMMIT", names=names, what="")
 
     def read(self) -> Mapping[str, str]:
         return self._rows()
 
     def swap(self, key: str, before: str, after: str) -> bool:
-        lock = _LOCK.format(lock=self._exclusion)
-        return self._tables.swap(lock, key, before, after)
+        first = [_NOT_DURABLE] * self.serves_pool + [_LOCK.format(lock=self._exclusion)]
+        return self._tables.swap("; ".join(first), key, before, after)
 
     def _rows(self, *before: str) -> dict[str, str]:
         if not self._is_open:
@@ -327,17 +332,17 @@ class PostgresStore(Store):
 
     def living(self, members: Collection[str]) -> set[str]:
         signs = {key for keys in self._signs().values() for key in keys}
-        return {member for member in members if _key(member) in signs}
+        return {member for member in members if lock_key(member) in signs}
 
     def strangers(self, members: Collection[str]) -> int:
-        known = {_key(member) for member in (*members, self.member)}
+        known = {lock_key(member) for member in (*members, self.member)}
         signs = self._signs().values()
         return sum(self._place in keys and known.isdisjoint(keys) for keys in signs)
 
     def _signs(self) -> dict[int, set[int]]:
         """Return the keys that sessions hold, of members and of places."""
         signs: dict[int, set[int]] = {}
-        for pid, key in self._run(SIGNS):
+        for pid, key in self._run(watch.SIGNS):
             signs.setdefault(pid, set()).add(key)
         return signs
 
@@ -345,13 +350,13 @@ class PostgresStore(Store):
         return self._connection is not None and bool(self._run("SELECT 1"))
 
     def ring(self, members: Iterable[str]) -> None:
-        self._notify(map(_channel, members), "")
+        self._notify(map(channel, members), "")
 
     def ring_all(self) -> None:
         self._notify([self._everybody], "")
 
     def ask(self, members: Iterable[str]) -> None:
-        self._notify(map(_channel, members), _ASK)
+        self._notify(map(channel, members), _ASK)
 
     def _notify(self, channels: Iterable[str], what: str) -> None:
         if names := literals([*channels]):
@@ -389,12 +394,3 @@ class PostgresStore(Store):
     def nudge(self) -> None:
         if (pipe := self._pipe) is not None:
             notify(pipe[1], b"n")
-
-
-def _key(name: str) -> int:
-    """Return the key of a lock for a name, a member's say, as a positive int8."""
-    return int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
-
-
-def _channel(name: str) -> str:
-    return f"fairpool_{name}"

@@ -12,6 +12,7 @@ created; so a role that may read and write them needs no right to create anythin
 from __future__ import annotations
 
 import _socket
+import hashlib
 import os
 import threading
 import time
@@ -87,20 +88,6 @@ _PUBLISH = """
 _PUBLISHED = "SELECT member, value FROM fairpool_figures WHERE ledger = {ledger}"
 _UNPUBLISH = (
     "DELETE FROM fairpool_figures WHERE ledger = {ledger} AND member IN ({members})"
-)
-
-#: The sessions' advisory locks, by key.
-SIGNS = """
-    SELECT pid, (classid::bigint << 32) | objid::bigint FROM pg_locks
-    WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND database =
-    (SELECT oid FROM pg_database WHERE datname = current_database())
-"""
-#: Of another role's session that would be an error.
-END_HOLDERS = (
-    "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_stat_activity USING (pid) "
-    "WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND database = datid "
-    "AND datname = current_database() AND usename = current_user "
-    "AND (classid::bigint << 32) | objid::bigint = {sign} AND pid <> pg_backend_pid()"
 )
 
 
@@ -388,6 +375,16 @@ def notifications(connection: Any, inbox: list[Heard]) -> list[Heard]:
     while (n := connection.pgconn.notifies()) is not None:
         heard.append((n.relname.decode(), n.extra.decode(), n.be_pid))
     return heard
+
+
+def lock_key(name: str) -> int:
+    """Return the key of a lock for a name, a member's say, as a positive int8."""
+    return int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+
+
+def channel(name: str) -> str:
+    """Return the channel of a member, or of a place."""
+    return f"fairpool_{name}"
 
 
 def first_line(error: object) -> str:

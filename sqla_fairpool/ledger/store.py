@@ -86,11 +86,13 @@ class Store(Protocol):
         ...
 
     def transaction(
-        self, bells: Collection[str] = ()
+        self, bells: Collection[str] = (), *, durable: bool = True
     ) -> AbstractContextManager[MutableMapping[str, str]]:
         """The rows, for this process alone; kept on leaving, undone by an exception.
 
         :param bells: members to be rung with the commit, as they are on leaving.
+        :param durable: if not, a crash of a server may undo the last ones, where it
+          ends all sessions that this process has as well.
         :raises StoreAway: also if they are not those at the ledger's place any more;
           then with :attr:`signed` set to False.
         """
@@ -106,6 +108,8 @@ class Store(Protocol):
 
     def swap(self, key: str, before: str, after: str) -> bool:
         """Write a row if it stands there as it was `before`; return if it did.
+
+        As a transaction that is not durable.
 
         :raises StoreAway: as :meth:`transaction`.
         """

@@ -47,11 +47,11 @@ class Rows:
         return self.known
 
     @contextmanager
-    def transaction(self) -> Iterator[Book]:
+    def transaction(self, *, durable: bool = False) -> Iterator[Book]:
         """Change the book, for this process alone; those that are to look are rung."""
         self.transactions += 1
         bells: list[str] = []
-        with self._store.transaction(bells) as rows:
+        with self._store.transaction(bells, durable=durable) as rows:
             yield (book := Book(rows))
             bells += (bell for bell in book.bells if bell != self._store.member)
         self.known = rows

@@ -48,6 +48,20 @@ _BEGAN = "(extract(epoch from backend_start) * 1000000)::bigint"
 #: when it is promoted.
 SERVER = "(SELECT 'postgresql ' || system_identifier FROM pg_control_system())"
 
+#: The sessions' advisory locks, by key.
+SIGNS = """
+    SELECT pid, (classid::bigint << 32) | objid::bigint FROM pg_locks
+    WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND database =
+    (SELECT oid FROM pg_database WHERE datname = current_database())
+"""
+#: Of another role's session that would be an error.
+END_HOLDERS = (
+    "SELECT pg_terminate_backend(pid) FROM pg_locks JOIN pg_stat_activity USING (pid) "
+    "WHERE locktype = 'advisory' AND objsubid = 1 AND granted AND database = datid "
+    "AND datname = current_database() AND usename = current_user "
+    "AND (classid::bigint << 32) | objid::bigint = {sign} AND pid <> pg_backend_pid()"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Pace:

@@ -139,6 +139,8 @@ class _Sessions:
             member.server_name = server
         if signed_at == server and not stands:
             raise member.unconfirmed("its sign of life is gone at the server")
+        if isinstance(store, PostgresStore):
+            store.serves_pool = stands
         shown_by = self._shown_by()
         if store.key and (shown_by is None or shown_by.ending):
             self._shown_by = weakref.ref(physical)

