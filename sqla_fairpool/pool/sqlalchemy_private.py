@@ -124,9 +124,10 @@ def set_options(target: Engine | Connection, options: Any) -> None:
 
 
 def root_of(engine: Engine) -> Engine:
-    """Return the engine from which others are derived: the one that has the pool.
+    """Return the engine from which another one is derived: the one that has the pool.
 
-    Theirs find it by a property each, at every checkout, which is slower.
+    The public ``pool`` of a derived engine leads there too, by a property for each
+    engine in between, at every checkout.
     """
     while (parent := getattr(engine, "_proxied", None)) is not None:
         engine = parent
