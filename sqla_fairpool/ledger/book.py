@@ -317,14 +317,14 @@ class Book:
     ) -> list[Session | None]:
         """Put slots of a living member into quarantine, under a number of its own.
 
-        Return those of `lost` for which a slot is there now: all, or none while it owns
-        too few for them and for what it has `open_` beside them.
+        Return those of `lost` for which a slot is there now: the first ones, where it
+        owns too few for all of them and for what it has `open_` beside them. The others
+        follow when it owns slots again.
         """
-        known = self.in_quarantine
-        new = [session for session in lost if session not in known]
-        member = self.members[key]
-        if member.owned < len(new) + open_:
-            return []
+        known, member = self.in_quarantine, self.members[key]
+        most = max(member.owned - open_, 0)
+        while len(new := [one for one in lost if one not in known]) > most:
+            lost = lost[:-1]
         if new:
             sessions = [session for session in new if session is not None]
             self._keep(self._next("next_number"), key, LOST, len(new), sessions)

@@ -58,7 +58,7 @@ class Local(Protocol):
         ...
 
     def buried(self, lost: Sequence[Session | None]) -> None:
-        """Forget `lost`, which is in quarantine now, and lower the allotment by it."""
+        """Forget these, the first of :meth:`lost`; lower the allotment by as many."""
 
     def allot(
         self,

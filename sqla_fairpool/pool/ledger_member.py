@@ -74,7 +74,7 @@ class LedgerMember:
         #: The server of the pool's connections, once one was opened.
         self.server_name: str | None = None
         # Those of `lost`, until they are buried.
-        self._lost: Collection[PhysicalConnection] = ()
+        self._lost: Sequence[PhysicalConnection] = ()
         # The ledger's rows, and who we are there.
         self._rows: tuple[Mapping[str, str], str] = {}, ""
         # The last order to a loop to close connections, and when it was given.
@@ -292,8 +292,8 @@ class LedgerMember:
         return [physical.session for physical in self._lost]
 
     def buried(self, lost: Sequence[Session | None]) -> None:
-        """Forget those that :meth:`lost` has returned: they are in quarantine now."""
-        buried, self._lost = self._lost, ()
+        """Forget the first that :meth:`lost` has returned: they are in quarantine."""
+        buried, self._lost = self._lost[: len(lost)], ()
         self._change(Transitions.bury, buried)
 
     def close_surplus(self) -> None:

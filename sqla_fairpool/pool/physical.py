@@ -18,7 +18,7 @@ import contextlib
 import sys
 import time
 import weakref
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -325,7 +325,7 @@ class PhysicalConnections(set[PhysicalConnection]):
         """Return the sessions that exist, as far as they are known."""
         return [p.session for p in self if p.session is not None]
 
-    def lost_ones(self) -> Collection[PhysicalConnection]:
+    def lost_ones(self) -> Sequence[PhysicalConnection]:
         """Return those whose end this process cannot learn."""
         return [p for p in self if p.lost]
 

@@ -287,6 +287,21 @@ def test_paused_pool_asks_for_no_slots_and_stays_paused_with_more(pool, share, a
     give([held, caller.result()])
 
 
+def test_of_the_lost_ones_the_first_are_forgotten_for_which_there_are_slots(
+    pool, share, allot, monkeypatch
+):
+    allot(3)
+    held = take(pool, 3)
+    existing = state.core(pool).slots.existing
+    first, second, _ = existing
+    monkeypatch.setattr(existing, "lost_ones", lambda: [first, second])
+    assert share.lost() == [first.session, second.session]
+    share.buried(share.lost()[:1])
+    assert first not in existing
+    assert second in existing
+    give(held)
+
+
 def test_refusal_reaches_who_waits_and_is_over_with_a_share(pool, share, allot):
     (caller,) = wait_in_line(pool)
     share.refuse(ServerDiffers("other limits"))

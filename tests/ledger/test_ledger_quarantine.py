@@ -282,18 +282,45 @@ def test_a_lost_connection_is_not_put_into_quarantine_twice(world):
     assert a.pool.slots == a.row.owned >= 4
 
 
-def test_lost_connections_wait_for_their_slots_all_or_none():
+def test_lost_connections_wait_for_their_slots_the_first_ones_first():
     book = Book({})
     book.join("a", {}, TERMS)
     lost = [Session(2, None), None, Session(1, 5)]
-    for owned, found, left in ((2, [], 2), (4, lost, 1)):
+    for owned, open_, found, left in (
+        *((0, 0, [], 0), (1, 1, [], 1), (1, 2, [], 1), (2, 1, lost[:1], 1)),
+        *((1, 2, lost[:1], 1), (3, 0, lost, 1)),  # the first is there already
+    ):
         book.write("a", Member(1, {}, owned))
-        assert book.quarantine("a", lost) == found
+        assert book.quarantine("a", lost, open_) == found
         assert book.members["a"].owned == left
-    (gone,) = book.gone.values()
-    assert (gone.slots, gone.sessions) == (3, (lost[2], lost[0]))
-    assert book.quarantine("a", lost[:1]) == lost[:1]  # it is there already
+    one, two = book.gone.values()
+    assert (one.slots, one.sessions) == (1, (lost[0],))
+    assert (two.slots, two.sessions) == (2, (lost[2],))
+    assert book.quarantine("a", lost[:1]) == lost[:1]
     assert book.members["a"].owned == 1
+
+
+def test_member_that_has_lost_more_connections_than_it_may_own_slots(world):
+    """Its sign of life was lost, its slots were given on, and others want them all."""
+    a, b, c = world.members(a=8, b=0, c=0)
+    for _ in range(8):
+        a.pool.interrupt("a", known=False)
+    for session in a.strays:
+        world.server.disconnect(session)
+    a.stopped = True
+    a.store.lose()
+    for other, tag in ((b, "b"), (c, "c")):
+        ask(other, tag, 40)
+    world.run(30.0)
+    assert len(b.pool.there) + len(c.pool.there) == 20
+    a.stopped = False
+    ask(a, "a", 8)
+    for _ in range(10):
+        free(b, "b")
+        free(c, "c")
+        world.run(1.0)
+    assert a.pool.interrupted == []
+    assert a.pool.in_use["a"] > 0
 
 
 def test_each_loss_has_a_number_that_no_member_has_and_outlives_its_member(world):
