@@ -150,14 +150,16 @@ def test_pool_at_another_server_waits_for_the_disk(server, engines, postgres_url
     state.keeper(elsewhere).close()
 
 
+def capacity(store):
+    store.close()
+    store.open()
+    return read(store).book.terms.capacity
+
+
 def test_limits_that_were_changed_are_kept(server, engines):
     one, _, looker, _ = engines
-    works(one)
+    assert works(one)
     one.pool.reconfigure(pool_size=3, soft_limit=3, max_limit=3)
-    capacity = lambda: read(looker).book.terms.capacity  # noqa: E731
-    looker.open()
-    eventually(lambda: capacity() == 3)
+    eventually(lambda: capacity(looker) == 3)
     crash(server)
-    looker.close()
-    looker.open()
-    assert capacity() == 3
+    assert capacity(looker) == 3
