@@ -31,10 +31,14 @@ EVENTS = [name for name in vars(PoolEvents) if name[0] != "_" and name != "dispa
 
 
 def options_of(pool_class, options):
-    """Options that mean the same to both pools: one tag, no ceiling below the rest."""
+    """Options that mean the same to both pools: one tag, no ceiling below the rest.
+
+    And no pause after an attempt to connect again has failed, in which ours refuses.
+    """
     options = {"pool_size": 2, "max_overflow": 0, "pool_timeout": 0, **options}
     if pool_class is FairQueuePool:
         options |= all_for_one(options["pool_size"], options["max_overflow"])
+        options["reconnect_backoff"] = 0
     return options
 
 
